@@ -1,0 +1,74 @@
+"""Turn attributions of Zennit and Captum into edits of a model, and prove what each edit did."""
+
+try:
+    import torchvision as _torchvision  # noqa: F401  # Zennit imports it
+except (ImportError, RuntimeError, OSError, AttributeError) as _problem:
+    raise ImportError(
+        "xai_edit needs a torchvision that matches the installed torch, and this one cannot be "
+        f"imported ({type(_problem).__name__}: {_problem}); install both anew together, for "
+        "example with: pip install --upgrade --force-reinstall torch torchvision"
+    ) from None
+
+from xai_edit._version import __version__
+from xai_edit.attribution.edges import EdgeScores, edge_scores
+from xai_edit.attribution.scorers import (
+    LRP,
+    Activation,
+    CaptumLayer,
+    Random,
+    Scorer,
+    Taylor,
+    WeightMagnitude,
+)
+from xai_edit.attribution.units import UnitScores, score_units
+from xai_edit.baselines.robustness import LastLayerRetraining
+from xai_edit.baselines.unlearning import LogitMask
+from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.features import Features, collect_features
+from xai_edit.concepts.pca import PCA
+from xai_edit.concepts.predictiveness import predictiveness
+from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.edits.edit import Change, ModelEdit
+from xai_edit.edits.fictitious import FictitiousClass, RateSweep
+from xai_edit.edits.path import PathPerturbation
+from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
+from xai_edit.edits.single_weight import SingleWeight
+from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError
+from xai_edit.evaluation.groups import Accuracy, evaluate_groups
+
+__all__ = [
+    "LRP",
+    "PCA",
+    "Accuracy",
+    "Activation",
+    "CaptumLayer",
+    "Change",
+    "ConceptAwarePruning",
+    "EdgeScores",
+    "EditFileError",
+    "EditMismatchError",
+    "Features",
+    "FictitiousClass",
+    "LastLayerRetraining",
+    "LogitMask",
+    "ModelEdit",
+    "NonFiniteError",
+    "PathPerturbation",
+    "Random",
+    "RateSweep",
+    "RelevancePruning",
+    "Scorer",
+    "SingleWeight",
+    "Subspaces",
+    "Taylor",
+    "UnitScores",
+    "UnknownLayerError",
+    "WeightMagnitude",
+    "__version__",
+    "ablated",
+    "collect_features",
+    "edge_scores",
+    "evaluate_groups",
+    "predictiveness",
+    "score_units",
+]

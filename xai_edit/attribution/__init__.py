@@ -1,0 +1,1 @@
+"""Where: the relevance of units and edges."""

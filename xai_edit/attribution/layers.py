@@ -1,0 +1,186 @@
+"""Layers by name, their units, and the tensors that pass through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from xai_edit.errors import NonFiniteError, UnknownLayerError
+
+INPUT_SUFFIX = ":input"
+"""``"fc:input"`` names the inputs of layer ``fc``, where ``"fc"`` names its outputs."""
+
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list[str]:
+    """Check layer names; None means all convolution and linear layers, in module order.
+
+    Raises
+    ------
+    UnknownLayerError
+        If a name is not one of the model's modules.
+    ValueError
+        If no layer is left, or one is named twice.
+    """
+    modules = dict(model.named_modules())
+    weighted = [
+        name for name, module in modules.items() if isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    ]
+    if layers is None:
+        names = weighted
+    else:
+        names = [layers] if isinstance(layers, str) else list(layers)
+    if not names:
+        raise ValueError("layers: none given, and the model has no convolution or linear layer")
+    for name in names:
+        if not name or name.removesuffix(INPUT_SUFFIX) not in modules:
+            raise UnknownLayerError.of(name, weighted, "convolution and linear layers")
+    if len(set(names)) < len(names):
+        raise ValueError(f"layers: {names} names a layer twice")
+    return names
+
+
+def layer_module(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that a checked layer name, with or without ``:input``, stands for."""
+    return model.get_submodule(name.removesuffix(INPUT_SUFFIX))
+
+
+def sum_positions(values: Tensor, module: nn.Module) -> Tensor:
+    """Sum over all positions of a unit.
+
+    Parameters
+    ----------
+    values : Tensor, shape (samples, channels, ...) or (samples, ..., features)
+        Channels come second, except for linear layers, layer norms and token sequences (three
+        axes, not from a convolution), whose units are the last axis.
+    module : nn.Module
+        The layer the values belong to.
+
+    Returns
+    -------
+    Tensor, shape (samples, units)
+    """
+    last = isinstance(module, (nn.Linear, nn.LayerNorm)) or (
+        values.ndim == 3 and not isinstance(module, (*CONVOLUTIONS, nn.modules.batchnorm._NormBase))
+    )
+    if values.ndim < 2:
+        raise ValueError(f"a layer's values of shape {tuple(values.shape)} have no unit axis")
+    unit_axis = values.ndim - 1 if last else 1
+    positions = [axis for axis in range(1, values.ndim) if axis != unit_axis]
+    return values.sum(dim=positions) if positions else values
+
+
+@dataclass
+class Tap:
+    """What passed through the tapped layers in one forward pass.
+
+    Attributes
+    ----------
+    values : dict of Tensor
+        Detached copies, per layer name; a copy because an in-place activation may follow.
+    edges : dict of GradientEdge
+        Where the gradient (under a composite: the relevance) of each layer arrives, taken at once
+        for the same reason.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    edges: dict[str, GradientEdge] = field(default_factory=dict)
+
+    def record(self, name: str, tensor: Any) -> None:
+        """Keep one layer's tensor."""
+        if name in self.values:
+            raise ValueError(
+                f"layer {name!r} is called more than once in a forward pass, so a score of its "
+                "units would mix the calls; use one module for each call"
+            )
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"layer {name!r} passes on a {type(tensor).__name__}, not one tensor; "
+                "name a layer inside it"
+            )
+        self.values[name] = tensor.detach().clone()
+        if tensor.requires_grad:
+            self.edges[name] = get_gradient_edge(tensor)
+
+
+@contextmanager
+def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
+    """Record what passes through ``layers`` during a forward pass inside this context.
+
+    Enter it before a composite registers its hooks, so that an input is seen as it comes.
+    """
+    tap = Tap()
+    handles = []
+    for name in layers:
+        module = layer_module(model, name)
+        if name.endswith(INPUT_SUFFIX):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, inputs, name=name: tap.record(name, inputs[0])
+                )
+            )
+        else:
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, __, output, name=name: tap.record(name, output)
+                )
+            )
+    try:
+        yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gradients_at(
+    tap: Tap, layers: Sequence[str], outputs: Tensor, grad_outputs: Tensor
+) -> dict[str, Tensor]:
+    """Return the gradient of ``outputs`` at each layer; the backward pass stops at the earliest.
+
+    Raises
+    ------
+    ValueError
+        If a layer took no part in the forward pass, or the output does not depend on it.
+    """
+    for name in layers:
+        if name not in tap.values:
+            raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
+        if name not in tap.edges:
+            raise ValueError(
+                f"layer {name!r} passes no gradient on; is the input an integer, or is the layer "
+                "run under torch.no_grad()?"
+            )
+    gradients = torch.autograd.grad(
+        outputs, [tap.edges[name] for name in layers], grad_outputs=grad_outputs, allow_unused=True
+    )
+    for name, gradient in zip(layers, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(f"layer {name!r} has no influence on the model's output")
+    return dict(zip(layers, gradients, strict=True))
+
+
+def logits_of(output: Any, inputs: Tensor) -> Tensor:
+    """Check that ``output`` is one row of logits a sample."""
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(inputs):
+        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"model: its output is {given} for {len(inputs)} inputs; a classifier gives one row "
+            "of logits a sample, shape (samples, classes)"
+        )
+    if not torch.isfinite(output).all():
+        raise NonFiniteError("model: its logits are NaN or infinite")
+    return output

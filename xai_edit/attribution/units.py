@@ -1,0 +1,341 @@
+"""Scores of units over a data set: one streaming pass, sums in float64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from xai_edit.attribution.layers import resolve_layers
+from xai_edit.attribution.scorers import Scorer
+from xai_edit.data import Batch, Data, batches, model_device
+from xai_edit.errors import NonFiniteError, UnknownLayerError
+from xai_edit.files import write_safetensors
+from xai_edit.guard import preserved, require_finite
+
+Aggregate = Literal["sum", "mean", "abs", "positive"]
+AGGREGATES: tuple[str, ...] = ("sum", "mean", "abs", "positive")
+Target = int | Literal["label", "predicted"]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitScores:
+    """The relevance of every unit of some layers over a data set.
+
+    Attributes
+    ----------
+    sums : dict of Tensor
+        Per layer the sum over samples, float64, shape (units,).
+    samples : int
+        How many samples were summed.
+    aggregate : {"sum", "mean", "abs", "positive"}
+        What was summed: the signed score of a sample, its absolute value or its positive part.
+    counts : dict of Tensor
+        Per layer how often each unit was among the ``k`` highest of a sample, int64, shape
+        (units,); empty where ``k`` was not asked for.
+    k : int or None
+        The k of ``counts``.
+    origin : dict
+        What the scores were made with, as JSON values.
+    """
+
+    sums: dict[str, Tensor]
+    samples: int
+    aggregate: str = "sum"
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    k: int | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names, in the order asked for."""
+        return [*self.sums]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.sums
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __getitem__(self, layer: str) -> Tensor:
+        """Return the scores of a layer, float64, shape (units,)."""
+        if layer not in self.sums:
+            raise UnknownLayerError.of(layer, self.sums, "scored layers")
+        total = self.sums[layer]
+        return total / self.samples if self.aggregate == "mean" else total
+
+    def normalized(self, layer: str) -> Tensor:
+        """Return a layer's scores divided by their L1 norm, for a ranking across layers."""
+        scores = self[layer]
+        return scores / scores.abs().sum().clamp(min=torch.finfo(scores.dtype).tiny)
+
+    def rank(self, layer: str, by: Literal["sum", "count"] = "sum") -> Tensor:
+        """Return all units of a layer, most relevant first, int64, shape (units,).
+
+        ``by="count"`` orders by occurrence among the top k, ties by summed relevance; what is
+        still tied keeps the order of the units.
+        """
+        if by not in ("sum", "count"):
+            raise ValueError(f"by: {by!r} given; it is 'sum' or 'count'")
+        order = torch.argsort(self[layer], descending=True, stable=True)
+        if by == "count":
+            if layer not in self.counts:
+                raise ValueError("by='count' needs occurrence counts; give k to score_units")
+            order = order[torch.argsort(self.counts[layer][order], descending=True, stable=True)]
+        return order
+
+    def top(
+        self,
+        layer: str,
+        *,
+        share: float | None = None,
+        count: int | None = None,
+        by: Literal["sum", "count"] = "sum",
+    ) -> Tensor:
+        """Return the most relevant units, most relevant first.
+
+        Parameters
+        ----------
+        layer : str
+            A scored layer.
+        share : float in (0, 1], optional
+            Share of the layer's units, rounded, at least one.
+        count : int, optional
+            Number of units, instead of a share.
+        by : {"sum", "count"}
+            See `rank`.
+
+        Raises
+        ------
+        ValueError
+            If not exactly one of share and count is given, or it is out of range.
+        """
+        order = self.rank(layer, by)
+        if (share is None) == (count is None):
+            raise ValueError("give either share or count")
+        if share is not None:
+            count = share_of(len(order), share)
+        if not isinstance(count, int) or not 1 <= count <= len(order):
+            raise ValueError(f"count: {count} units asked for, the layer has {len(order)}")
+        return order[:count]
+
+    def merge(self, other: UnitScores) -> UnitScores:
+        """Return the scores over both data sets; two halves of one merge to the whole.
+
+        Raises
+        ------
+        ValueError
+            If the two were not made alike.
+        """
+        mine = (self.layers, self.aggregate, self.k, self.origin)
+        theirs = (other.layers, other.aggregate, other.k, other.origin)
+        if mine != theirs:
+            raise ValueError(f"scores made differently cannot be merged: {mine} and {theirs}")
+        return UnitScores(
+            {name: self.sums[name] + other.sums[name] for name in self.sums},
+            self.samples + other.samples,
+            self.aggregate,
+            {name: self.counts[name] + other.counts[name] for name in self.counts},
+            self.k,
+            self.origin,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, atomically."""
+        tensors = {f"sum:{name}": values for name, values in self.sums.items()}
+        tensors |= {f"count:{name}": values for name, values in self.counts.items()}
+        header = {
+            "layers": self.layers,
+            "samples": self.samples,
+            "aggregate": self.aggregate,
+            "k": self.k,
+            "origin": self.origin,
+        }
+        write_safetensors(path, tensors, {"xai_edit.unit_scores": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> UnitScores:
+        """Read a file that `save` wrote."""
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("xai_edit.unit_scores", "null"))
+            if header is None:
+                raise ValueError(f"{path}: not a file of unit scores")
+            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return cls(
+            {name: read[f"sum:{name}"] for name in header["layers"]},
+            header["samples"],
+            header["aggregate"],
+            {name: read[f"count:{name}"] for name in header["layers"] if f"count:{name}" in read},
+            header["k"],
+            header["origin"],
+        )
+
+    def __str__(self) -> str:
+        rows = [f"{self.aggregate} over {self.samples} samples, {self.origin.get('scorer', '')}"]
+        for name in self:
+            best = self.top(name, count=min(5, len(self.sums[name])))
+            listed = ", ".join(f"{unit}: {self[name][unit]:.4g}" for unit in best.tolist())
+            rows.append(f"{name:<24} {len(self.sums[name]):>6} units   top {listed}")
+        return "\n".join(rows)
+
+
+def share_of(units: int, share: float) -> int:
+    """Return how many of ``units`` a share is: rounded, at least one.
+
+    Raises
+    ------
+    ValueError
+        If the share is outside (0, 1].
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        percent = "; is it in percent?" if isinstance(share, (int, float)) and share > 1 else ""
+        raise ValueError(f"share: {share!r} given; it is a fraction in (0, 1]{percent}")
+    return max(1, round(units * share))
+
+
+def score_units(
+    model: nn.Module,
+    data: Data | None,
+    scorer: Scorer,
+    *,
+    layers: Sequence[str] | str | None = None,
+    target: Target = "label",
+    aggregate: Aggregate = "sum",
+    k: int | None = None,
+) -> UnitScores:
+    """Score every unit of the named layers over a data set, in one pass.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier, logits of shape (samples, classes). Left exactly as it was.
+    data : iterable or Dataset, or None
+        See `xai_edit.data.batches`. None is enough for a scorer that looks only at the weights.
+    scorer : callable
+        `LRP`, `CaptumLayer`, `WeightMagnitude`, `Taylor`, `Activation`, `Random`, or your own; see
+        `Scorer`.
+    layers : sequence of str, optional
+        Module names; ``"fc:input"`` names the inputs of ``fc``. All convolution and linear layers
+        when left out.
+    target : int, "label" or "predicted"
+        The output that is explained: a class, each sample's label or its predicted class.
+    aggregate : {"sum", "mean", "abs", "positive"}
+        What is summed over samples, after the signed sum over positions: the score, its absolute
+        value (what pruning uses) or its positive part; "mean" divides the sum by the samples.
+    k : int, optional
+        Also count, per unit, the samples that have it among their k highest scores (Chang et al.,
+        zero-shot class unlearning, Eq. 8–9).
+
+    Returns
+    -------
+    UnitScores
+
+    Raises
+    ------
+    UnknownLayerError, NonFiniteError, ValueError, TypeError
+        On bad input, before or during the pass; the model is as it was.
+    """
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate: {aggregate!r} given; it is one of {AGGREGATES}")
+    names = resolve_layers(model, layers)
+    require_finite(model)
+    origin: dict[str, Any] = {"scorer": describe(scorer), "target": target}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    samples = 0
+
+    def add(scores: Mapping[str, Tensor], size: int) -> None:
+        for name in names:
+            values = _checked(scores, name, size)
+            if aggregate == "abs":
+                values = values.abs()
+            elif aggregate == "positive":
+                values = values.clamp(min=0)
+            sums[name] = sums.get(name, 0) + values.sum(0)
+            if k is not None:
+                counts[name] = counts.get(name, 0) + _occurrences(values, k, name)
+
+    with preserved(model):
+        if not getattr(scorer, "needs_data", True):
+            add(scorer(model, None, None, names), samples := 1)
+        elif data is None:
+            raise ValueError(f"data: None given, but {origin['scorer']} scores samples")
+        else:
+            for batch in batches(data, model_device(model)):
+                with preserved(model):
+                    targets = targets_of(model, batch, target)
+                    add(scorer(model, batch.inputs, targets, names), len(batch))
+                samples += len(batch)
+    if hasattr(scorer, "canonizers_for"):
+        used = [type(canonizer).__name__ for canonizer in scorer.canonizers_for(model)]
+        origin["canonizers"] = used
+    return UnitScores(sums, samples, aggregate, counts, k, origin)
+
+
+def describe(scorer: Scorer) -> str:
+    """Return a name for a scorer that is the same in every process."""
+    return getattr(scorer, "__qualname__", None) or repr(scorer)
+
+
+def targets_of(model: nn.Module, batch: Batch, target: Target) -> Tensor:
+    """Return the class explained for each sample, int64, shape (samples,).
+
+    Raises
+    ------
+    ValueError
+        If labels are asked for and missing, or a class is not one of the model's.
+    """
+    if target != "predicted" and target != "label" and type(target) is not int:
+        raise ValueError(f"target: {target!r} given; it is a class, 'label' or 'predicted'")
+    with torch.no_grad():
+        logits = model(batch.inputs)
+    if target == "predicted":
+        return torch.argmax(logits, 1)
+    if target == "label":
+        if batch.labels is None:
+            raise ValueError(
+                "target: 'label' given, but the data has no labels; give a class or 'predicted'"
+            )
+        targets = batch.labels
+    else:
+        targets = torch.full((len(batch),), target, device=logits.device)
+    check_classes(targets, logits.shape[1])
+    return targets
+
+
+def check_classes(targets: Tensor, classes: int) -> None:
+    """Raise ValueError if a target is not a class of a model with this many outputs."""
+    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < classes):
+        wrong = [target for target in targets.unique().tolist() if not 0 <= target < classes]
+        raise ValueError(
+            f"target: class {wrong[0]} is out of range; the model has {classes} classes, "
+            f"0 to {classes - 1}"
+        )
+
+
+def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
+    if name not in scores:
+        raise ValueError(f"scorer: gave no scores for layer {name!r}, but for {[*scores]}")
+    values = scores[name].detach().double().cpu()
+    if values.ndim != 2 or len(values) != samples:
+        raise ValueError(
+            f"scorer: layer {name!r} has scores of shape {tuple(values.shape)} for {samples} "
+            "samples; expected (samples, units)"
+        )
+    if not torch.isfinite(values).all():
+        raise NonFiniteError(f"scorer: scores of layer {name!r} are NaN or infinite")
+    return values
+
+
+def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
+    if not isinstance(k, int) or not 1 <= k <= values.shape[1]:
+        raise ValueError(f"k: {k} given; layer {name!r} has {values.shape[1]} units")
+    # Stable, so that units tied within a sample are taken in their order on every machine.
+    top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
+    return torch.bincount(top.flatten(), minlength=values.shape[1])

@@ -1,0 +1,1 @@
+"""What a sceptic would do instead."""

@@ -1,0 +1,54 @@
+"""What a sceptic would do to make a model stop predicting a class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from xai_edit.attribution.units import check_classes
+from xai_edit.data import Data, model_device, peek
+from xai_edit.edits.edit import ModelEdit
+from xai_edit.edits.head import find_head
+
+# Beyond any logit of a trained network, and a number that half precision can hold.
+MASKED = -1e4
+
+
+class LogitMask:
+    """Push a class's logit out of reach by its bias: one number, no relevance, no score.
+
+    It forgets nothing, and it is the baseline that every class removal has to stand beside.
+    """
+
+    def __repr__(self) -> str:
+        return "LogitMask()"
+
+    def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
+        """Plan the mask; the model is only read.
+
+        Parameters
+        ----------
+        model : nn.Module
+            A classifier that ends in a linear layer with a bias.
+        data : iterable or Dataset
+            One batch is read, to find the layer.
+        target : int or sequence of int
+            The class or classes.
+
+        Raises
+        ------
+        ValueError
+            If the last layer has no bias, or a class is out of range.
+        """
+        classes = torch.tensor([target] if isinstance(target, int) else list(target))
+        first, _ = peek(data, model_device(model))
+        head, layer = find_head(model, first.inputs)
+        check_classes(classes, layer.out_features)
+        if layer.bias is None:
+            raise ValueError(f"model: the last layer {head!r} has no bias to mask a class with")
+        values = {f"{head}.bias": (classes, torch.full((len(classes),), MASKED))}
+        return ModelEdit.between(
+            model, values, {"operator": "LogitMask", "target": classes.tolist(), "layer": head}
+        )

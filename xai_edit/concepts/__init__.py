@@ -1,0 +1,1 @@
+"""What: concept subspaces of a layer."""

@@ -1,0 +1,87 @@
+"""Removing subspaces in the forward pass, with an LRP rule for the removal itself."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from zennit.rules import Epsilon
+
+from xai_edit.attribution.layers import layer_module, resolve_layers
+from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.guard import preserved
+
+
+class SubspaceAblation(nn.Module):
+    """The linear map a ↦ a − U Uᵀ(a − μ) over the channels.
+
+    Relevance passes through it by the epsilon rule of this map, R_a = a ⊙ P(R / a′) with
+    P = I − U Uᵀ: conserved but for what the constant U Uᵀμ takes.
+
+    Parameters
+    ----------
+    subspaces : Subspaces
+    indices : sequence of int
+        The subspaces to remove.
+    channel_axis : int
+        1 for convolutions, −1 for linear layers.
+    """
+
+    directions: Tensor
+    mean: Tensor
+
+    def __init__(self, subspaces: Subspaces, indices: Sequence[int], channel_axis: int) -> None:
+        super().__init__()
+        self.channel_axis = channel_axis
+        self.register_buffer("directions", subspaces.directions(indices))
+        self.register_buffer("mean", subspaces.mean)
+        self.lrp_rule = Epsilon()
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Return the activations without the subspaces, same shape."""
+        U = self.directions.to(activations)
+        a = activations.movedim(self.channel_axis, -1)
+        ablated = a - (a - self.mean.to(a)) @ U @ U.T
+        return ablated.movedim(-1, self.channel_axis)
+
+
+@contextmanager
+def ablated(
+    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int]
+) -> Iterator[str]:
+    """Remove subspaces behind a layer for the length of a ``with`` block.
+
+    The layer stands inside a ``Sequential`` meanwhile, so every scorer, Zennit's and Captum's
+    alike, sees an ordinary module. A Zennit name map that names this very layer does not find it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode while inside, and exactly as before afterwards.
+    layer : str
+        A module whose output has channels second, or a linear layer.
+    subspaces : Subspaces
+    indices : sequence of int
+        The subspaces to remove.
+
+    Yields
+    ------
+    str
+        The name under which the layer itself is found while inside.
+
+    Raises
+    ------
+    UnknownLayerError, ValueError
+        If the layer or an index does not exist.
+    """
+    resolve_layers(model, [layer])
+    module = layer_module(model, layer)
+    ablation = SubspaceAblation(subspaces, indices, -1 if isinstance(module, nn.Linear) else 1)
+    parent, _, name = layer.rpartition(".")
+    with preserved(model):
+        model.get_submodule(parent)._modules[name] = nn.Sequential(
+            OrderedDict(layer=module, ablation=ablation)
+        ).eval()
+        yield f"{layer}.layer"

@@ -1,0 +1,106 @@
+"""``Subspaces``: an orthonormal basis of a layer's channels, cut into blocks, one a concept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from xai_edit.files import write_safetensors
+
+# How far UᵀU may be from the identity, in float64.
+ORTHONORMAL = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Subspaces:
+    """Orthogonal concept subspaces of the channels of a layer.
+
+    Attributes
+    ----------
+    basis : Tensor, float64, shape (channels, directions)
+        Orthonormal columns, the blocks in order.
+    sizes : tuple of int
+        Directions of each block; they add up to the columns.
+    mean : Tensor, float64, shape (channels,)
+        The activation that stays when a subspace is ablated.
+    origin : dict
+        How they were found, as JSON values.
+
+    Raises
+    ------
+    ValueError
+        If the columns are not orthonormal or the sizes do not fit.
+    """
+
+    basis: Tensor
+    sizes: tuple[int, ...]
+    mean: Tensor
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        channels, directions = self.basis.shape
+        if sum(self.sizes) != directions or min(self.sizes, default=0) < 1:
+            raise ValueError(f"sizes: {self.sizes} do not cut {directions} directions into blocks")
+        if self.mean.shape != (channels,):
+            raise ValueError(f"mean: shape {tuple(self.mean.shape)}, expected ({channels},)")
+        gram = self.basis.double().T @ self.basis.double()
+        distance = (gram - torch.eye(directions, dtype=torch.double)).abs().max()
+        if not distance <= ORTHONORMAL:
+            raise ValueError(f"basis: columns are not orthonormal (off by {float(distance):.2g})")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def block(self, index: int) -> Tensor:
+        """Return the directions U_k of one subspace, shape (channels, size)."""
+        return self.directions([index])
+
+    def directions(self, indices: Sequence[int]) -> Tensor:
+        """Return the directions of several subspaces side by side.
+
+        Raises
+        ------
+        ValueError
+            If an index is out of range, or none is given.
+        """
+        wrong = [index for index in indices if not 0 <= index < len(self)]
+        if wrong or not len(indices):
+            raise ValueError(
+                f"subspaces: {list(indices)} asked for; there are {len(self)}, numbered from 0"
+            )
+        blocks = self.basis.split(self.sizes, dim=1)
+        return torch.cat([blocks[index] for index in dict.fromkeys(indices)], dim=1)
+
+    def project(self, activations: Tensor) -> list[Tensor]:
+        """Return U_kᵀ(a − mean) for each subspace, shapes (..., size), of (..., channels)."""
+        centred = activations.to(self.basis) - self.mean
+        return list((centred @ self.basis).split(self.sizes, dim=-1))
+
+    def ablate(self, activations: Tensor, indices: Sequence[int]) -> Tensor:
+        """Return a − U Uᵀ(a − mean), the activations without some subspaces, (..., channels)."""
+        U = self.directions(indices)
+        a = activations.to(U)
+        return (a - (a - self.mean) @ U @ U.T).to(activations)
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, atomically."""
+        header = json.dumps({"sizes": self.sizes, "origin": self.origin})
+        tensors = {"basis": self.basis, "mean": self.mean}
+        write_safetensors(path, tensors, {"xai_edit.subspaces": header})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Subspaces:
+        """Read a file that `save` wrote."""
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("xai_edit.subspaces", "null"))
+            if header is None:
+                raise ValueError(f"{path}: not a file of subspaces")
+            basis, mean = file.get_tensor("basis"), file.get_tensor("mean")
+        return cls(basis, tuple(header["sizes"]), mean, header["origin"])

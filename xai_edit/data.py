@@ -1,0 +1,186 @@
+"""Batches from whatever a user has: a loader, a list of batches, a ``Dataset``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from xai_edit.errors import NonFiniteError
+
+Data: TypeAlias = Iterable[Any] | Dataset[Any]
+"""``(input, label)`` or ``(input, label, group)`` batches, bare inputs, or a ``Dataset``."""
+
+Attribute: TypeAlias = Callable[[Tensor], Any] | Tensor | None
+"""A yes/no property of each sample: a function of a batch of inputs, or a vector in data order,
+or None for the third element of each batch."""
+
+DATASET_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the model's device.
+
+    Attributes
+    ----------
+    inputs : Tensor, shape (samples, ...)
+    labels : Tensor or None, int64, shape (samples,)
+    groups : Tensor or None, int64, shape (samples,)
+    """
+
+    inputs: Tensor
+    labels: Tensor | None = None
+    groups: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, keep: Tensor) -> Batch:
+        """Return the samples that ``keep`` (mask or indices, shape (samples,)) names."""
+        return Batch(
+            self.inputs[keep],
+            None if self.labels is None else self.labels[keep],
+            None if self.groups is None else self.groups[keep],
+        )
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer (the CPU when it has none)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def batches(data: Data, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """Yield the batches of ``data`` one by one, checked and moved to ``device``.
+
+    Parameters
+    ----------
+    data : iterable or Dataset
+        Batches ``inputs``, ``(inputs,)``, ``(inputs, labels)`` or ``(inputs, labels, groups)``; a
+        ``Dataset`` is read in its order, 64 samples at a time.
+    device : torch.device or str
+        Where the batches are moved.
+
+    Raises
+    ------
+    TypeError
+        If ``data`` or a batch is of another kind.
+    ValueError
+        If there is no sample at all, or the lengths within a batch differ.
+    NonFiniteError
+        If an input holds a NaN or an infinity.
+    """
+    samples = 0
+    for index, raw in enumerate(_iterable(data)):
+        batch = _batch(raw, index, device)
+        samples += len(batch)
+        if len(batch):
+            yield batch
+    if samples == 0:
+        raise ValueError("data: no samples; the loader is empty, or an iterator already used up")
+
+
+def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
+    """Return the first batch and the whole data, also where it can be read only once."""
+    iterator = iter(_iterable(data))
+    skipped = []
+    for raw in iterator:
+        skipped.append(raw)
+        if len(batch := _batch(raw, len(skipped) - 1, device)):
+            return batch, chain(skipped, iterator)
+    raise ValueError("data: no samples; the loader is empty, or an iterator already used up")
+
+
+def _iterable(data: Data) -> Iterable[Any]:
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=DATASET_BATCH_SIZE)
+    if isinstance(data, Tensor) or (
+        isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
+    ):
+        raise TypeError(
+            f"data: a bare {type(data).__name__} of tensors was given; give an iterable of "
+            "batches, such as [(inputs, labels)] or a DataLoader, or a Dataset"
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"data: {type(data).__name__} is not iterable; give a DataLoader, a list of "
+            "(inputs, labels) batches or a Dataset"
+        )
+    return data
+
+
+def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
+    parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
+    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], Tensor):
+        raise TypeError(
+            f"data: batch {index} is {type(raw).__name__} of "
+            f"{[type(part).__name__ for part in parts]}; expected inputs, (inputs, labels) or "
+            "(inputs, labels, groups), inputs a tensor"
+        )
+    inputs = parts[0].detach().to(device)
+    if inputs.is_floating_point() and not torch.isfinite(inputs).all():
+        raise NonFiniteError(f"data: batch {index} has inputs that are NaN or infinite")
+    vectors = [
+        None if part is None else _vector(part, name, index, len(inputs), device)
+        for name, part in zip(("labels", "groups"), parts[1:], strict=False)
+    ]
+    return Batch(inputs, *vectors)
+
+
+def _vector(part: Any, name: str, index: int, length: int, device: torch.device | str) -> Tensor:
+    vector = torch.as_tensor(part, device=device).detach()
+    if vector.shape != (length,):
+        raise ValueError(
+            f"data: batch {index} has {name} of shape {tuple(vector.shape)} for {length} inputs; "
+            f"expected ({length},)"
+        )
+    if vector.is_floating_point() and not torch.equal(vector, vector.round()):
+        raise ValueError(f"data: batch {index} has {name} that are not whole numbers")
+    return vector.long()
+
+
+def attribute_of(attribute: Attribute, batch: Batch, start: int) -> Tensor:
+    """Return the attribute of each sample of ``batch``.
+
+    Parameters
+    ----------
+    attribute : callable, Tensor or None
+        See `Attribute`.
+    batch : Batch
+        The samples.
+    start : int
+        Position of the batch's first sample in the data, for an attribute given as a vector.
+
+    Returns
+    -------
+    Tensor, int64, shape (samples,)
+
+    Raises
+    ------
+    ValueError
+        If the attribute is missing or does not have one value a sample.
+    """
+    if attribute is None:
+        if batch.groups is None:
+            raise ValueError(
+                "spurious: not given, and the data has no third element; give "
+                "(input, label, attribute) batches, a function of the inputs or a vector"
+            )
+        return batch.groups
+    if callable(attribute):
+        values = torch.as_tensor(attribute(batch.inputs))
+    else:
+        values = torch.as_tensor(attribute)[start : start + len(batch)]
+    if values.shape != (len(batch),):
+        raise ValueError(
+            f"spurious: {tuple(values.shape)} values for {len(batch)} samples; "
+            "give one yes/no value a sample"
+        )
+    return values.to(batch.inputs.device).long()

@@ -1,0 +1,1 @@
+"""Real data with a shortcut planted in it."""

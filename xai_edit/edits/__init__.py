@@ -1,0 +1,1 @@
+"""Action: operators that plan edits of a model, and the edit itself."""

@@ -1,0 +1,331 @@
+"""``ModelEdit``: a sparse, reversible, saved difference of a model's parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from xai_edit._version import __version__
+from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError
+from xai_edit.files import write_safetensors
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """New values for some entries of one parameter.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of the parameter.
+    index : Tensor, int64, shape (entries,)
+        Flat positions in row-major order, ascending.
+    old, new : Tensor, the parameter's dtype, shape (entries,)
+        The values before and after.
+    """
+
+    shape: tuple[int, ...]
+    index: Tensor
+    old: Tensor
+    new: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelEdit:
+    """A difference of parameters that can be reviewed, applied, undone, saved and combined.
+
+    Nothing else in this library changes a user's model.
+
+    Attributes
+    ----------
+    changes : dict of Change
+        Per parameter name, as in ``model.named_parameters()``. Empty when there is nothing to do.
+    origin : dict
+        Where the edit came from, as JSON values: ``operator``, its ``arguments``, what it found.
+    """
+
+    changes: dict[str, Change]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def between(
+        cls,
+        model: nn.Module,
+        values: Mapping[str, tuple[Tensor, Tensor]],
+        origin: Mapping[str, Any],
+    ) -> ModelEdit:
+        """Describe new values for entries of a model's parameters; the model is only read.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model to describe an edit of.
+        values : mapping
+            Parameter name → (flat indices int64, new values), both of shape (entries,). Entries
+            whose value stays the same, bit for bit, are left out.
+        origin : mapping
+            See `ModelEdit`.
+
+        Raises
+        ------
+        NonFiniteError
+            If a new value is NaN or infinite in the parameter's dtype.
+        """
+        parameters = _parameters(model)
+        changes = {}
+        for name, (index, new) in values.items():
+            parameter = parameters[name].detach()
+            index, order = torch.sort(index.to(parameter.device).long())
+            new = new.detach().to(parameter)[order]
+            if not torch.isfinite(new).all():
+                raise NonFiniteError(
+                    f"the edit would set entries of {name!r} to values that {parameter.dtype} "
+                    "cannot hold; choose a smaller rate"
+                )
+            old = torch.take(parameter, index)
+            differs = ~_same_bits(old, new)
+            if differs.any():
+                kept = (tensor[differs].cpu() for tensor in (index, old, new))
+                changes[name] = Change(tuple(parameter.shape), *kept)
+        return cls(changes, {**origin, "versions": _versions()})
+
+    @property
+    def size(self) -> int:
+        """The number of weights changed."""
+        return sum(len(change) for change in self.changes.values())
+
+    def __or__(self, other: ModelEdit) -> ModelEdit:
+        """Combine two edits of the same model.
+
+        Raises
+        ------
+        EditMismatchError
+            If they give one entry different values, or were planned on different models.
+        """
+        changes = dict(self.changes)
+        for name, theirs in other.changes.items():
+            changes[name] = _joined(name, changes[name], theirs) if name in changes else theirs
+        parts = [part for edit in (self, other) for part in edit.origin.get("parts", [edit.origin])]
+        return ModelEdit(changes, {"operator": "combined", "parts": parts})
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Write the new values into ``model`` and return it.
+
+        Raises
+        ------
+        EditMismatchError
+            If a parameter is missing, has another shape or dtype, or does not hold the values the
+            edit was planned on; the model is then as it was.
+        """
+        return self._write(model, undo=False)
+
+    def undo(self, model: nn.Module) -> nn.Module:
+        """Write the old values back, bit for bit, and return the model.
+
+        Raises
+        ------
+        EditMismatchError
+            If the model does not hold the edit's new values; it is then as it was.
+        """
+        return self._write(model, undo=True)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Apply for the length of a ``with`` block, undo after it, also after an exception."""
+        self.apply(model)
+        try:
+            yield model
+        finally:
+            self.undo(model)
+
+    def check(self, model: nn.Module, *, undo: bool = False) -> None:
+        """Raise `EditMismatchError` unless the edit can be applied (or undone) on ``model``."""
+        parameters = _parameters(model)
+        for name, change in self.changes.items():
+            if name not in parameters:
+                raise EditMismatchError(f"the edit changes {name!r}, which the model does not have")
+            parameter = parameters[name].detach()
+            if tuple(parameter.shape) != change.shape:
+                raise EditMismatchError(
+                    f"{name!r} has shape {tuple(parameter.shape)}, the edit was made for "
+                    f"{change.shape}"
+                )
+            if parameter.dtype != change.old.dtype:
+                raise EditMismatchError(
+                    f"{name!r} is {parameter.dtype}, the edit was made for {change.old.dtype}"
+                )
+            expected, other = (change.new, change.old) if undo else (change.old, change.new)
+            found = torch.take(parameter, change.index.to(parameter.device)).cpu()
+            wrong = ~_same_bits(found, expected)
+            if wrong.any():
+                if _same_bits(found, other).all():
+                    state = "does not hold this edit" if undo else "already holds this edit"
+                    raise EditMismatchError(f"the model {state}: see {name!r}")
+                at = int(torch.nonzero(wrong)[0])
+                raise EditMismatchError(
+                    f"{name!r} differs from the model the edit was made for in {int(wrong.sum())} "
+                    f"of {len(change)} entries; the first, {_position(change, at)}, is "
+                    f"{found[at].item():.6g}, expected {expected[at].item():.6g}"
+                )
+
+    def _write(self, model: nn.Module, *, undo: bool) -> nn.Module:
+        self.check(model, undo=undo)
+        parameters = _parameters(model)
+        with torch.no_grad():
+            for name, change in self.changes.items():
+                parameter = parameters[name]
+                values = change.old if undo else change.new
+                # put_ counts entries in row-major order whatever the memory layout is.
+                parameter.put_(change.index.to(parameter.device), values.to(parameter.device))
+        return model
+
+    def summary(self) -> str:
+        """Say in words what the edit changes and where it came from."""
+        lines = [f"{self.origin.get('operator', 'edit')}: changes {self.size} weights"]
+        for name, change in self.changes.items():
+            total = torch.Size(change.shape).numel()
+            lines.append(f"  {name} {list(change.shape)}: {len(change)} of {total}")
+            for at in range(min(len(change), 3)):
+                old, new = change.old[at].item(), change.new[at].item()
+                lines.append(f"    {_position(change, at)}: {old:.6g} → {new:.6g}")
+            if len(change) > 3:
+                lines.append(f"    … and {len(change) - 3} more")
+        for key, value in self.origin.items():
+            if key not in ("operator", "versions"):
+                lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, atomically: no pickle, no code, a checksum over all.
+
+        Raises
+        ------
+        OSError
+            If the folder is missing or cannot be written.
+        """
+        tensors = {}
+        shapes = {}
+        for name, change in self.changes.items():
+            small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max
+            tensors[f"{name}/index"] = change.index.to(torch.int32) if small else change.index
+            tensors[f"{name}/old"] = change.old
+            tensors[f"{name}/new"] = change.new
+            shapes[name] = list(change.shape)
+        header = {"format": FORMAT, "shapes": shapes, "origin": self.origin}
+        text = json.dumps(header, sort_keys=True)
+        checksum = _checksum(tensors, text)
+        write_safetensors(path, tensors, {"xai_edit.edit": text, "checksum": checksum})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelEdit:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        EditFileError
+            If it is not an edit, is cut short, was changed, or is of a newer format.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file") from None
+        except (SafetensorError, OSError, ValueError) as problem:
+            raise EditFileError(
+                f"{path}: cannot be read as an edit; it is cut short, damaged or another kind of "
+                f"file ({problem})"
+            ) from None
+        text = metadata.get("xai_edit.edit")
+        if text is None:
+            raise EditFileError(f"{path}: a safetensors file, but not an edit")
+        if metadata.get("checksum") != _checksum(tensors, text):
+            raise EditFileError(f"{path}: the checksum does not match; the file was changed")
+        header = json.loads(text)
+        if header["format"] > FORMAT:
+            raise EditFileError(
+                f"{path}: format {header['format']} is newer than this xai_edit {__version__} "
+                f"(format {FORMAT}); update xai_edit"
+            )
+        changes = {
+            name: Change(
+                tuple(shape),
+                tensors[f"{name}/index"].long(),
+                tensors[f"{name}/old"],
+                tensors[f"{name}/new"],
+            )
+            for name, shape in header["shapes"].items()
+        }
+        return cls(changes, header["origin"])
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _same_bits(left: Tensor, right: Tensor) -> Tensor:
+    """Compare entry by entry, telling -0.0 from 0.0; shape (entries,)."""
+    size = left.element_size()
+    rows = [tensor.contiguous().view(torch.uint8).view(-1, size) for tensor in (left, right)]
+    return (rows[0] == rows[1]).all(1)
+
+
+def _joined(name: str, mine: Change, theirs: Change) -> Change:
+    if mine.shape != theirs.shape or mine.old.dtype != theirs.old.dtype:
+        raise EditMismatchError(f"the edits were made for different models: see {name!r}")
+    index = torch.cat([mine.index, theirs.index])
+    unique, place = index.unique(return_inverse=True)
+    old, new = (mine.old.new_empty(len(unique)) for _ in range(2))
+    old[place], new[place] = torch.cat([mine.old, theirs.old]), torch.cat([mine.new, theirs.new])
+    for edit in (mine, theirs):
+        at = torch.searchsorted(unique, edit.index)
+        clash = ~(_same_bits(old[at], edit.old) & _same_bits(new[at], edit.new))
+        if clash.any():
+            raise EditMismatchError(
+                f"the edits clash in {int(clash.sum())} entries of {name!r}, first at "
+                f"{_position(edit, int(torch.nonzero(clash)[0]))}; apply one, then plan the other"
+            )
+    return Change(mine.shape, unique, old, new)
+
+
+def _position(change: Change, at: int) -> list[int]:
+    return [int(axis) for axis in torch.unravel_index(change.index[at], change.shape)]
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"xai_edit": __version__, "torch": torch.__version__}
+    for package in ("zennit", "captum"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # pragma: no cover - both are requirements
+            continue
+    return versions

@@ -1,0 +1,299 @@
+"""Fictitious class removal: a spurious feature as a class of its own, removed by one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xai_edit.attribution.edges import edge_scores
+from xai_edit.attribution.units import check_classes
+from xai_edit.data import Attribute, Data
+from xai_edit.edits.edit import ModelEdit
+from xai_edit.edits.exact import best_dose
+from xai_edit.edits.head import HeadFeatures, collect_head_features
+from xai_edit.edits.single_weight import check_rate, editable, head_edit, orthogonal_weight
+
+
+@dataclass(frozen=True, eq=False)
+class RateSweep:
+    """What one edited weight does to the groups at each neutralisation rate (the paper's Fig. 9).
+
+    Attributes
+    ----------
+    row, column : int
+        The class whose row is edited and the feature, chosen by SCA.
+    rates : Tensor, float64, shape (R,)
+        Ascending from 0: a grid over [0, 1] and a logarithmic one about the rate at which the
+        weight crosses zero, where most of the effect is.
+    doses : Tensor, float64, shape (R,)
+        What each rate adds to the weight.
+    accuracy : Tensor, float64, shape (R, G)
+        Of each (class, spurious feature) group that has samples.
+    average : Tensor, float64, shape (R,)
+        Accuracy over all samples.
+    """
+
+    row: int
+    column: int
+    rates: Tensor
+    doses: Tensor
+    accuracy: Tensor
+    average: Tensor
+
+    @property
+    def worst(self) -> Tensor:
+        """Worst-group accuracy, float64, shape (R,)."""
+        return self.accuracy.min(1).values
+
+    @property
+    def best(self) -> int:
+        """Position of the smallest rate with the highest worst-group accuracy."""
+        return int(torch.nonzero(self.worst == self.worst.max())[0])
+
+
+@dataclass(frozen=True)
+class FictitiousClass:
+    """Take away a classifier's reliance on a spurious feature, by one weight an affected class.
+
+    Hakemi et al., *Post-hoc Spurious Correlation Neutralization with Single-Weight Fictitious
+    Class Unlearning*, Algorithm 2: a copy of the last layer learns the spurious feature as a class
+    of its own; the edge that serves it most (SCA, Eq. 6) is edited in the model itself, in the row
+    of the class that the feature goes with.
+
+    What each step needs: the copy, labels and the spurious feature; ``rate="auto"`` and "exact",
+    samples of every group, also those where feature and class do not go together.
+
+    Parameters
+    ----------
+    select : {"sca", "exact"}
+        "sca" is the paper's selection with the edit of Eq. 8. "exact", ours, takes the weight and
+        dose of the row with the highest worst-group accuracy, in closed form, and needs no copy.
+    rate : "auto" or float in [0, 1]
+        Neutralisation rate r of Eq. 8. "auto" takes, row by row, the rate with the highest
+        worst-group accuracy on the validation data.
+    anchor : "auto" or bool
+        See `SingleWeight`.
+    """
+
+    select: Literal["sca", "exact"] = "sca"
+    rate: float | Literal["auto"] = "auto"
+    anchor: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.select not in ("sca", "exact"):
+            raise ValueError(f"select: {self.select!r} given; it is 'sca' or 'exact'")
+        if self.anchor not in (True, False, "auto"):
+            raise ValueError(f"anchor: {self.anchor!r} given; it is True, False or 'auto'")
+        if self.rate != "auto":
+            check_rate(self.rate)
+
+    def plan(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        spurious: Attribute = None,
+        target: int | Sequence[int] | None = None,
+        validation: Data | None = None,
+    ) -> ModelEdit:
+        """Plan the edit; the model is only read.
+
+        Parameters
+        ----------
+        model : nn.Module
+            A classifier that ends in a linear layer.
+        data : iterable or Dataset
+            Labelled batches. One pass.
+        spurious : callable, Tensor or None
+            Which samples have the spurious feature: a function of a batch of inputs (yes/no a
+            sample), a vector in the order of the data, or the third element of the batches.
+        target : int or sequence of int, optional
+            The classes the feature speaks for; those among whose samples it is more frequent than
+            among all, when left out.
+        validation : iterable or Dataset, optional
+            Where worst-group accuracy is measured; ``data`` when left out.
+
+        Returns
+        -------
+        ModelEdit
+            One weight for each affected class; none, with the reason in its origin, where no rate
+            raises the worst group.
+
+        Raises
+        ------
+        ValueError
+            If the model has no final linear layer, labels or feature are missing, no sample or
+            every sample has the feature, or it goes with no class.
+        """
+        head, judged, rows = self._collected(model, data, spurious, target, validation)
+        labels = judged.require_labels()
+        groups = _groups(labels, judged.attribute)
+        logits = judged.logits()
+        edited: list[dict[str, Any]] = []
+        before = float(_group_means(logits.argmax(1) == labels, groups).min())
+        worst = before
+        for row in rows:
+            if self.select == "exact":
+                column, dose, accuracy = best_dose(
+                    judged, row, groups, lambda groups: groups.min(-1).values, logits=logits
+                )
+                found: dict[str, Any] = {}
+                reached = float(accuracy.min())
+            else:
+                sweep = self._sweep(head, judged, row, logits, groups)
+                at = sweep.best if self.rate == "auto" else len(sweep.rates) - 1
+                column, dose = sweep.column, float(sweep.doses[at])
+                found = {"rate": float(sweep.rates[at])}
+                reached = float(sweep.worst[at])
+            if reached <= worst and self.rate == "auto":
+                continue
+            worst = reached
+            logits[:, row] += dose * judged.features[:, column].double()
+            weight = float(head.weight[row, column]) + dose
+            edited.append({"class": row, "column": column, "weight": weight, **found})
+        origin = {
+            "operator": "FictitiousClass",
+            "select": self.select,
+            "samples": len(head.features),
+            "worst_group": {"before": before, "after": worst},
+        }
+        if not edited:
+            origin["reason"] = "no edit of one weight raises the worst group on validation data"
+        return head_edit(model, head, edited, origin, anchor=self.anchor)
+
+    def sweep(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        spurious: Attribute = None,
+        target: int | Sequence[int] | None = None,
+        validation: Data | None = None,
+    ) -> list[RateSweep]:
+        """Return the whole course over rates for each affected class; arguments as in `plan`.
+
+        One feature pass over each data set, no forward pass a rate. Each class is swept with the
+        others unedited, and without an anchor.
+        """
+        head, judged, rows = self._collected(model, data, spurious, target, validation)
+        groups = _groups(judged.require_labels(), judged.attribute)
+        return [self._sweep(head, judged, row, judged.logits(), groups) for row in rows]
+
+    def _collected(
+        self,
+        model: nn.Module,
+        data: Data,
+        spurious: Attribute,
+        target: int | Sequence[int] | None,
+        validation: Data | None,
+    ) -> tuple[HeadFeatures, HeadFeatures, list[int]]:
+        head = collect_head_features(model, data, attribute=spurious, with_attribute=True)
+        labels, attribute = head.require_labels(), _require_both(head.attribute)
+        if target is None:
+            rate = attribute.double().mean()
+            by_class = [attribute[labels == row].double().mean() for row in range(head.classes)]
+            rows = [row for row, share in enumerate(by_class) if share > rate]
+        else:
+            rows = [target] if isinstance(target, int) else list(target)
+            check_classes(torch.tensor(rows), head.classes)
+        if validation is None:
+            return head, head, rows
+        # A vector counts the samples of the planning data, so validation carries its own.
+        own = None if isinstance(spurious, Tensor) else spurious
+        judged = collect_head_features(model, validation, attribute=own, with_attribute=True)
+        return head, judged, rows
+
+    def _sweep(
+        self, head: HeadFeatures, judged: HeadFeatures, row: int, logits: Tensor, groups: Tensor
+    ) -> RateSweep:
+        column = _fictitious_column(head, row)
+        weights = head.weight[row].double()
+        crossing = float(weights[column] ** 2 / (weights @ weights + 1))
+        if self.rate == "auto":
+            logarithmic = crossing * np.logspace(-2, 3, 101)
+            rates = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
+        else:
+            rates = np.array([0.0, self.rate])
+        doses = torch.tensor(
+            [float(orthogonal_weight(weights, column, rate) - weights[column]) for rate in rates]
+        ).double()
+        labels = judged.require_labels()
+        x = judged.features[:, column].double()
+        others = logits.clone()
+        others[:, row] = -torch.inf
+        best_other, other_class = others.max(1)
+        as_row = logits[:, row] + doses[:, None] * x > best_other  # (R, samples)
+        right = torch.where(as_row, labels == row, labels == other_class)
+        return RateSweep(
+            row,
+            column,
+            torch.from_numpy(rates),
+            doses,
+            torch.stack([_group_means(at_rate, groups) for at_rate in right]),
+            right.double().mean(1),
+        )
+
+
+def _fictitious_column(head: HeadFeatures, row: int) -> int:
+    """Return the feature whose edge serves the fictitious class most in the copy M'.
+
+    Its weight must add to the class's output in the model itself as well as in the copy.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import MaxAbsScaler
+
+    labels, attribute = head.require_labels(), _require_both(head.attribute)
+    x = head.features.double()
+    fictitious = torch.where(attribute > 0, head.classes, labels)  # step 2: c̃ is one more class
+    scaler = MaxAbsScaler().fit(x.numpy())
+    fitted = LogisticRegression(max_iter=2000).fit(scaler.transform(x.numpy()), fictitious.numpy())
+    coefficients = fitted.coef_ / scaler.scale_  # step 4: fine-tune only the last layer
+    if len(fitted.classes_) == 2:  # scikit-learn then gives the row of the second class alone
+        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+        intercept = np.concatenate([-fitted.intercept_ / 2, fitted.intercept_ / 2])
+    else:
+        intercept = fitted.intercept_
+    copy, bias = torch.from_numpy(coefficients), torch.from_numpy(intercept)
+    place = torch.searchsorted(torch.from_numpy(fitted.classes_), fictitious)
+    own = int(torch.searchsorted(torch.from_numpy(fitted.classes_), head.classes))
+    edges = edge_scores(x, place, copy, bias, output=own)  # step 5
+    mean = x[attribute > 0].mean(0)
+    score = edges.sca
+    score[~(editable(head.weight[row].double(), mean) & (copy[own] * mean > 0))] = -torch.inf
+    column = int(score.argmax())
+    if not score[column] > 0:
+        raise ValueError(
+            f"class {row}: no weight of its row passes the spurious feature on and is large "
+            "enough to edit"
+        )
+    return column
+
+
+def _require_both(attribute: Tensor | None) -> Tensor:
+    if attribute is None or attribute.min() == attribute.max():
+        raise ValueError(
+            "spurious: samples with and without the feature are needed; "
+            f"{'none was' if attribute is None else 'only one kind was'} given"
+        )
+    if attribute.min() < 0 or attribute.max() > 1:
+        raise ValueError(
+            f"spurious: values {attribute.unique().tolist()[:5]} given; it is yes or no (1 or 0)"
+        )
+    return attribute
+
+
+def _groups(labels: Tensor, attribute: Tensor | None) -> Tensor:
+    """Give numbers to the (class, feature) groups that have samples, int64, shape (samples,)."""
+    numbered: Tensor = (2 * labels + _require_both(attribute)).unique(return_inverse=True)[1]
+    return numbered
+
+
+def _group_means(right: Tensor, groups: Tensor) -> Tensor:
+    """Return the share of right answers in each group, float64, shape (G,)."""
+    sizes = torch.bincount(groups)
+    return torch.bincount(groups, weights=right.double(), minlength=len(sizes)) / sizes

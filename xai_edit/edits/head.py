@@ -1,0 +1,159 @@
+"""The final linear layer, its cached inputs, and the logits of an edited head for free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.attribution.layers import logits_of
+from xai_edit.attribution.units import check_classes
+from xai_edit.data import Attribute, Data, attribute_of, batches, model_device
+from xai_edit.guard import preserved, require_finite
+
+
+@dataclass(frozen=True, eq=False)
+class HeadFeatures:
+    """The inputs of a classifier's last linear layer over a data set, on the CPU.
+
+    Attributes
+    ----------
+    layer : str
+        Name of the layer.
+    weight : Tensor, shape (classes, d)
+    bias : Tensor or None, shape (classes,)
+        Copies of the layer's parameters.
+    features : Tensor, shape (samples, d)
+        The layer's inputs x.
+    labels : Tensor or None, int64, shape (samples,)
+    attribute : Tensor or None, int64, shape (samples,)
+        The spurious feature of each sample, where it was asked for.
+    """
+
+    layer: str
+    weight: Tensor
+    bias: Tensor | None
+    features: Tensor
+    labels: Tensor | None
+    attribute: Tensor | None
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.weight)
+
+    def logits(self) -> Tensor:
+        """Return the logits z = W x + b, float64, shape (samples, classes)."""
+        logits = self.features.double() @ self.weight.double().T
+        return logits if self.bias is None else logits + self.bias.double()
+
+    def require_labels(self) -> Tensor:
+        """Return the labels; ValueError where the data has none or one is out of range."""
+        if self.labels is None:
+            raise ValueError("data: has no labels; give (input, label) batches")
+        check_classes(self.labels, self.classes)
+        return self.labels
+
+
+def collect_head_features(
+    model: nn.Module,
+    data: Data,
+    *,
+    attribute: Attribute = None,
+    with_attribute: bool = False,
+) -> HeadFeatures:
+    """Pass the data through the model once and keep what its last linear layer sees.
+
+    Holds samples × d features in memory, on the CPU.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier that ends in a linear layer. Left exactly as it was.
+    data : iterable or Dataset
+        See `xai_edit.data.batches`.
+    attribute : callable, Tensor or None
+        The spurious feature of each sample, see `xai_edit.data.Attribute`.
+    with_attribute : bool
+        Whether to record the attribute.
+
+    Raises
+    ------
+    ValueError
+        If the model's output is not that of a linear layer, or the data does not fit.
+    """
+    require_finite(model)
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    attributes: list[Tensor] = []
+    layer, samples = "", 0
+    with preserved(model), torch.no_grad():
+        last = _LastLinear(model)
+        for batch in batches(data, model_device(model)):
+            output = logits_of(model(batch.inputs), batch.inputs)
+            layer = last.name_for(output)
+            features.append(last.inputs.detach().cpu())
+            if batch.labels is not None:
+                labels.append(batch.labels.cpu())
+            if with_attribute:
+                attributes.append(attribute_of(attribute, batch, samples).cpu())
+            samples += len(batch)
+    if labels and sum(map(len, labels)) < samples:
+        raise ValueError("data: some batches have labels and some have none")
+    head = _linear(model, layer)
+    return HeadFeatures(
+        layer,
+        head.weight.detach().cpu().clone(),
+        None if head.bias is None else head.bias.detach().cpu().clone(),
+        torch.cat(features),
+        torch.cat(labels) if labels else None,
+        torch.cat(attributes) if attributes else None,
+    )
+
+
+def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
+    """Return the linear layer that gives the model's output, and its name.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    with preserved(model), torch.no_grad():
+        last = _LastLinear(model)
+        name = last.name_for(logits_of(model(inputs), inputs))
+    return name, _linear(model, name)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)  # _LastLinear watches no others
+    return module
+
+
+class _LastLinear:
+    """Remembers the last linear layer that ran. Its hooks end with the guard around it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name = ""
+        self.inputs = self.outputs = torch.empty(0)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(partial(self._record, name))
+
+    def _record(self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.name, self.inputs, self.outputs = name, inputs[0], output
+
+    def name_for(self, output: Tensor) -> str:
+        """Return the layer's name if the model's output is its output, or a softmax of it."""
+        same = (self.outputs, self.outputs.log_softmax(-1), self.outputs.softmax(-1))
+        if not self.name or not any(torch.equal(output, candidate) for candidate in same):
+            ends = f"its last, {self.name!r}, is followed by more" if self.name else "it has none"
+            raise ValueError(
+                "model: a final linear layer is needed, one whose output is the model's output; "
+                + ends
+            )
+        return self.name

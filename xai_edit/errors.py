@@ -1,0 +1,38 @@
+"""The few errors of our own; each is also the built-in error a caller would expect."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnknownLayerError(ValueError, KeyError):
+    """A layer name that the model, or a set of scores, does not have.
+
+    A ``ValueError`` for whoever passes the name as an argument, a ``KeyError`` for whoever looks
+    it up with ``scores[name]``.
+    """
+
+    # KeyError would print the message in quotation marks.
+    __str__ = Exception.__str__
+
+    @classmethod
+    def of(cls, name: str, known: Iterable[str], kind: str) -> UnknownLayerError:
+        """Name the layer, the closest known one and the known ones of this ``kind``."""
+        known = list(known)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        guess = f"; did you mean {close[0]!r}?" if close else ";"
+        listed = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+        return cls(f"layer {name!r} not found{guess} {kind}: {listed or 'none'}")
+
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity where a finite number is needed."""
+
+
+class EditMismatchError(ValueError):
+    """An edit that does not fit the model it is applied to or undone on."""
+
+
+class EditFileError(ValueError):
+    """A file that is not a whole, unchanged edit."""

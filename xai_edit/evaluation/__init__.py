@@ -1,0 +1,1 @@
+"""Proof: figures of a model, never edits."""

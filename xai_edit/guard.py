@@ -1,0 +1,89 @@
+"""The guard: whatever a pass does to a model, the model leaves it as it came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.errors import NonFiniteError
+
+# The registries a module keeps beside its plain attributes; copied one level deep.
+_REGISTRIES = (dict, set, list)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[nn.Module]:
+    """Restore ``model`` exactly on leaving, also after an exception.
+
+    Every module's attributes come back by identity: parameters and buffers (the same objects with
+    the same storage), child modules, hooks, the training flag, attributes that shadow a method
+    (a canonizer's ``forward``); and every parameter's ``requires_grad`` and ``grad``. Zennit 1.0
+    leaves new parameter objects and merged batch-norm weights behind (zennit#237); this is why
+    each pass runs in here.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The user's model. Set to evaluation mode while inside.
+
+    Yields
+    ------
+    nn.Module
+        The same object.
+    """
+    modules = [(module, _attributes(module)) for module in model.modules()]
+    tensors = [
+        (tensor, tensor.data, tensor.requires_grad, tensor.grad)
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
+    buffer_values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        model.eval()
+        yield model
+    finally:
+        for module, attributes in modules:
+            _restore(module, attributes)
+        for tensor, storage, requires_grad, grad in tensors:
+            tensor.data = storage
+            if tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
+        with torch.no_grad():
+            for buffer, value in buffer_values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (value, value.copy() if isinstance(value, _REGISTRIES) else None)
+        for name, value in vars(module).items()
+    }
+
+
+def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    now = vars(module)
+    for name in [name for name in now if name not in attributes]:
+        del now[name]
+    for name, (value, content) in attributes.items():
+        now[name] = value
+        if content is None:
+            continue
+        # The registry object itself stays, since handles of the user's hooks refer to it.
+        value.clear()
+        if isinstance(value, list):
+            value.extend(content)
+        else:
+            value.update(content)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise `NonFiniteError` naming the first parameter or buffer with a NaN or an infinity."""
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in named:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"model: {name!r} holds NaN or infinite values")

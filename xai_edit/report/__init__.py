@@ -1,0 +1,1 @@
+"""Pictures and the page that shows a finished run."""
