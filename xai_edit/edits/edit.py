@@ -102,7 +102,7 @@ class ModelEdit:
             if differs.any():
                 kept = (tensor[differs].cpu() for tensor in (index, old, new))
                 changes[name] = Change(tuple(parameter.shape), *kept)
-        return cls(changes, {**origin, "versions": _versions()})
+        return cls(changes, {**origin, "versions": versions()})
 
     @property
     def size(self) -> int:
@@ -190,8 +190,9 @@ class ModelEdit:
             for name, change in self.changes.items():
                 parameter = parameters[name]
                 values = change.old if undo else change.new
-                # put_ counts entries in row-major order whatever the memory layout is.
-                parameter.put_(change.index.to(parameter.device), values.to(parameter.device))
+                # By row and column: right in any memory layout, and deterministic.
+                index = torch.unravel_index(change.index.to(parameter.device), change.shape)
+                parameter[index] = values.to(parameter.device)
         return model
 
     def summary(self) -> str:
@@ -321,7 +322,8 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
     versions = {"xai_edit": __version__, "torch": torch.__version__}
     for package in ("zennit", "captum"):
         try:

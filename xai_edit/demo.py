@@ -1,0 +1,382 @@
+"""The main job on real data: a classifier with a shortcut, edited in the ways of three papers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xai_edit.attribution.scorers import LRP, Random, WeightMagnitude
+from xai_edit.baselines.robustness import LastLayerRetraining
+from xai_edit.baselines.unlearning import LogitMask
+from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.features import collect_features
+from xai_edit.concepts.pca import PCA
+from xai_edit.concepts.predictiveness import predictiveness
+from xai_edit.datasets.shortcuts import Samples, WatermarkedDigits
+from xai_edit.edits.edit import ModelEdit, versions
+from xai_edit.edits.fictitious import FictitiousClass
+from xai_edit.edits.path import PathPerturbation
+from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
+from xai_edit.edits.single_weight import SingleWeight
+from xai_edit.evaluation.groups import Accuracy, evaluate_groups
+from xai_edit.files import write_atomically, write_safetensors
+from xai_edit.models.small import small_cnn, train
+from xai_edit.report.page import write_report
+
+DIGITS = WatermarkedDigits()
+CHANNELS, HIDDEN, EPOCHS = (16, 32, 32), 128, 25
+FORGET = 3
+SAMPLES_TO_FORGET = 36  # as in the paper
+REFERENCES = 10  # per class, for pruning
+ABLATED_LAYER, COMPONENTS, ABLATED = "relu2", 8, 2
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+QUICK_SHARES = (0.2, 0.4)
+SHOWN_SHARE = 0.4
+PLAIN, CONCEPT_AWARE = "plain LRP", "concept-aware"
+
+
+@dataclass
+class _Run:
+    """What the run works on and what it found so far."""
+
+    out: Path
+    model: nn.Module
+    test: Samples
+    images: Tensor
+    timing: dict[str, float] = field(default_factory=dict)
+    edits: list[bool] = field(default_factory=list)
+    maps: dict[str, tuple[Tensor, list[int]]] = field(default_factory=dict)
+
+    def prove(
+        self, name: str, plan: Callable[[], ModelEdit], *, show: str | None = None
+    ) -> tuple[Accuracy, dict[str, Any]]:
+        """Plan an edit, save and load it, evaluate it applied, undo it and compare every bit."""
+        file = f"edits/{name}.safetensors"
+        start = time.perf_counter()
+        edit = plan()
+        self.timing[file] = time.perf_counter() - start
+        edit.save(self.out / file)
+        loaded = ModelEdit.load(self.out / file)
+        before = {key: value.clone() for key, value in self.model.state_dict().items()}
+        with loaded.applied(self.model):
+            accuracy = evaluate_groups(self.model, self.test.batches)
+            if show is not None:
+                self.explain(show)
+        after = self.model.state_dict()
+        self.edits.append(all(torch.equal(after[key], before[key]) for key in before))
+        return accuracy, {"weights_changed": edit.size, "edit": file}
+
+    def explain(self, name: str) -> None:
+        """Keep the relevance maps of the shown images for the class the model now predicts."""
+        with torch.no_grad():
+            predicted = self.model(self.images).argmax(1)
+        scorer = LRP("epsilon-plus", initial="one")
+        self.maps[name] = (scorer.heatmap(self.model, self.images, predicted), predicted.tolist())
+
+
+def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = False) -> Path:
+    """Run the demo and write its results; the same seed gives the same bits on one machine.
+
+    Parameters
+    ----------
+    out : str or Path
+        Folder for ``results.json``, ``timing.json``, ``maps.safetensors``, ``report.html`` and
+        ``edits/*.safetensors``; made when missing.
+    seed : int
+        Of the split, the places of the watermark, the network and its training.
+    quick : bool
+        Fewer shares of pruning.
+    quiet : bool
+        No progress bar and no table.
+
+    Returns
+    -------
+    Path
+        Of the report.
+    """
+    out = Path(out)
+    (out / "edits").mkdir(parents=True, exist_ok=True)
+    with tqdm(total=5, disable=quiet, desc="training", leave=False) as bar, _deterministic():
+
+        def next_step(name: str) -> None:
+            bar.update()
+            bar.set_description(name)
+
+        training, validation, test = DIGITS.split(seed)
+        torch.manual_seed(seed)
+        model = small_cnn(DIGITS.size, channels=CHANNELS, hidden=HIDDEN)
+        train(model, training.images, training.labels, epochs=EPOCHS, seed=seed)
+        shown = _shown_images(test)
+        state = _Run(out, model, test, test.images[shown])
+        state.explain("before")
+        before = evaluate_groups(model, test.batches)
+        next_step("forgetting a class")
+        forget = _forget(state, before, validation)
+        next_step("neutralising the watermark")
+        neutralize = _neutralize(state, before, validation)
+        next_step("pruning")
+        prune = _prune(state, training, validation, QUICK_SHARES if quick else SHARES)
+        next_step("writing")
+        results = {
+            "run": "demo",
+            "command": f"xai-edit demo --seed {seed}" + (" --quick" if quick else ""),
+            "seed": seed,
+            "versions": versions(),
+            "data": {
+                "source": "scikit-learn load_digits",
+                "train": len(training),
+                "validation": len(validation),
+                "test": len(test),
+                "classes": before.samples.shape[0],
+                "watermarked_class": DIGITS.marked,
+                "watermarked_share": DIGITS.share,
+                "other_share": DIGITS.other_share,
+            },
+            "weights": sum(parameter.numel() for parameter in model.parameters()),
+            "before": {
+                **_figures(before),
+                "worst_group": _group_name(*before.worst_group),
+                "groups": [
+                    {
+                        "class": label,
+                        "watermark": watermark,
+                        "accuracy": accuracy,
+                        "samples": int(before.samples[label, watermark]),
+                    }
+                    for (label, watermark), accuracy in before.groups.items()
+                ],
+            },
+            "forget": forget,
+            "neutralize": neutralize,
+            "prune": prune,
+            "map_columns": [*state.maps],
+            "maps": [
+                {
+                    "label": int(test.labels[row]),
+                    "watermark": int(test.watermark[row]),
+                    "predicted": [predicted[at] for _, predicted in state.maps.values()],
+                }
+                for at, row in enumerate(shown.tolist())
+            ],
+            "checks": {"edits": len(state.edits), "restored": sum(state.edits)},
+        }
+        _write_json(out / "results.json", results)
+        _write_json(out / "timing.json", state.timing)
+        relevance = torch.stack([maps for maps, _ in state.maps.values()], dim=1)
+        pictures = {"images": state.images, "relevance": relevance}
+        write_safetensors(out / "maps.safetensors", pictures, {})
+        page = write_report(out)
+        bar.update()
+    if not quiet:
+        print(_table(results, state.timing))
+        print(f"\n{page}")
+    return page
+
+
+def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
+    # Both test versions of an image count for A_t and A_g; the class is not the watermarked one.
+    clean = validation[validation.watermark == 0]
+    of_class = clean[clean.labels == FORGET][torch.arange(SAMPLES_TO_FORGET)]
+    rows = [
+        {
+            "method": "before",
+            **_forgotten(before),
+            "weights_changed": 0,
+            "edit": None,
+        }
+    ]
+    methods: dict[str, tuple[str, Any, Samples]] = {
+        "path-perturbation": ("NPP: neurons switched off", PathPerturbation(share=0.2), of_class),
+        "single-weight": ("SCA: one weight", SingleWeight(select="sca"), clean),
+        "logit-mask": ("logit mask", LogitMask(), clean),
+    }
+    for name, (method, operator, samples) in methods.items():
+        accuracy, told = state.prove(
+            f"forget-{name}",
+            lambda operator=operator, samples=samples: operator.plan(
+                state.model, samples.batches, target=FORGET
+            ),
+            show=None if name == "logit-mask" else f"forget: {method}",
+        )
+        rows.append({"method": method, **_forgotten(accuracy), **told})
+    return {"class": FORGET, "rows": rows}
+
+
+def _forgotten(accuracy: Accuracy) -> dict[str, float]:
+    clean = Accuracy(accuracy.right[:, :1], accuracy.samples[:, :1])
+    return {"class_accuracy": clean.of(FORGET), "rest_accuracy": clean.rest(FORGET)}
+
+
+def _neutralize(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
+    rows = [{"method": "before", **_figures(before), "weights_changed": 0, "edit": None}]
+    methods: dict[str, tuple[str, Any]] = {
+        "fictitious-sca": ("FCR: SCA, best rate", FictitiousClass(select="sca")),
+        "fictitious-exact": ("FCR: exact selection", FictitiousClass(select="exact")),
+        "last-layer": ("last-layer retraining (DFR)", LastLayerRetraining()),
+    }
+    for name, (method, operator) in methods.items():
+        accuracy, told = state.prove(
+            f"neutralize-{name}",
+            lambda operator=operator: operator.plan(state.model, validation.batches),
+            show=None if name == "fictitious-sca" else method,
+        )
+        rows.append({"method": method, **_figures(accuracy), **told})
+    (sweep,) = FictitiousClass().sweep(state.model, validation.batches, target=DIGITS.marked)
+    return {
+        "rows": rows,
+        "sweep": {
+            "class": sweep.row,
+            "column": sweep.column,
+            "rates": sweep.rates.tolist(),
+            "worst": sweep.worst.tolist(),
+            "average": sweep.average.tolist(),
+            "chosen": float(sweep.rates[sweep.best]),
+        },
+    }
+
+
+def _prune(
+    state: _Run, training: Samples, validation: Samples, shares: Sequence[float]
+) -> dict[str, Any]:
+    model = state.model
+    features = collect_features(model, validation.batches, layer=ABLATED_LAYER)
+    subspaces = PCA(n_subspaces=COMPONENTS).fit(features)
+    precision = predictiveness(subspaces, features)
+    ablate = sorted(range(COMPONENTS), key=lambda index: -precision[index])[:ABLATED]
+    biased = _references(training)
+    with ablated(model, ABLATED_LAYER, subspaces, ablate):
+        alone = evaluate_groups(model, state.test.batches)
+    lrp = LRP("epsilon-plus", initial="one")
+    concept = {"layer": ABLATED_LAYER, "subspaces": subspaces, "ablate": ablate}
+    clean = _references(validation[validation.watermark == 0])
+    methods: dict[str, tuple[Callable[[float], Any], Samples]] = {
+        CONCEPT_AWARE: (lambda share: ConceptAwarePruning(share=share, **concept), biased),
+        PLAIN: (lambda share: RelevancePruning(share=share, scorer=lrp), biased),
+        "plain LRP, references without watermark": (
+            lambda share: RelevancePruning(share=share, scorer=lrp),
+            clean,
+        ),
+        "weight magnitude": (
+            lambda share: RelevancePruning(share=share, scorer=WeightMagnitude()),
+            biased,
+        ),
+        "random": (lambda share: RelevancePruning(share=share, scorer=Random()), biased),
+    }
+    rows = []
+    for method, (operator, samples) in methods.items():
+        for share in shares:
+            name = method.replace(",", "").replace(" ", "-").lower()
+            shown = share == SHOWN_SHARE and method in (PLAIN, CONCEPT_AWARE)
+            accuracy, told = state.prove(
+                f"prune-{name}-{round(100 * share)}",
+                lambda operator=operator, share=share, samples=samples: operator(share).plan(
+                    model, samples.batches
+                ),
+                show=f"{method}, {share:.0%} pruned" if shown else None,
+            )
+            rows.append({"method": method, "share": share, **_figures(accuracy), **told})
+    return {
+        "layer": ABLATED_LAYER,
+        "ablated": ablate,
+        "average_precision": max(precision),
+        "ablation_alone": _figures(alone),
+        "shares": list(shares),
+        "rows": rows,
+    }
+
+
+def _references(samples: Samples) -> Samples:
+    rows = [
+        torch.nonzero(samples.labels == label).flatten()[:REFERENCES]
+        for label in samples.labels.unique()
+    ]
+    return samples[torch.cat(rows)]
+
+
+def _shown_images(test: Samples) -> Tensor:
+    """Return rows of the first test image of some classes, without and with the watermark."""
+    wanted = [(DIGITS.marked, 0), (DIGITS.marked, 1), (FORGET, 0), (FORGET, 1), (1, 0), (1, 1)]
+    rows = [
+        torch.nonzero((test.labels == label) & (test.watermark == watermark))[0]
+        for label, watermark in wanted
+    ]
+    return torch.cat(rows)
+
+
+def _figures(accuracy: Accuracy) -> dict[str, float]:
+    return {
+        "worst": accuracy.worst,
+        "average": accuracy.average,
+        "balanced": accuracy.balanced,
+    }
+
+
+def _group_name(label: int, watermark: int) -> str:
+    return f"digit {label} {'with' if watermark else 'without'} watermark"
+
+
+def _table(results: dict[str, Any], timing: dict[str, float]) -> str:
+    before = results["before"]
+    lines = [
+        f"before any edit: average {before['average']:.3f}, worst group {before['worst']:.3f} "
+        f"({before['worst_group']})",
+        "",
+        f"{'1. forget digit ' + str(results['forget']['class']):<44}"
+        f"{'A_t':>8}{'A_g':>8}{'weights':>9}{'seconds':>9}",
+    ]
+    for row in results["forget"]["rows"]:
+        seconds = f"{timing[row['edit']]:9.2f}" if row["edit"] else ""
+        lines.append(
+            f"  {row['method']:<42}{row['class_accuracy']:8.3f}{row['rest_accuracy']:8.3f}"
+            f"{row['weights_changed']:9d}{seconds}"
+        )
+    header = f"{'worst':>8}{'balanced':>10}{'average':>9}{'weights':>9}"
+    lines += ["", f"{'2. take away the watermark':<44}{header}"]
+    pruned = results["prune"]["rows"]
+    named = [{**row, "method": f"{row['method']}, {row['share']:.0%}"} for row in pruned]
+    for row in [*results["neutralize"]["rows"], None, *named]:
+        if row is None:
+            lines += ["", f"{'3. prune filters':<44}{header}"]
+            continue
+        lines.append(
+            f"  {row['method']:<42}{row['worst']:8.3f}{row['balanced']:10.3f}"
+            f"{row['average']:9.3f}{row['weights_changed']:9d}"
+        )
+    checks = results["checks"]
+    lines += [
+        "",
+        f"{checks['edits']} edits saved, loaded, applied and undone; {checks['restored']} left "
+        "the network as it was, bit for bit",
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms on one thread, the global random state kept.
+
+    The network is so small that a second thread costs more than it gives, and sums do not then
+    depend on the number of cores.
+    """
+    was, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was)
+            torch.set_num_threads(threads)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

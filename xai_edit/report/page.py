@@ -1,0 +1,297 @@
+"""The page that shows a finished run: one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xai_edit.files import write_atomically
+from xai_edit.report.pictures import curves, image_uri, relevance_uri
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #1a7f37; --bad: #c0392b; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child { text-align: left; } tbody tr:hover { background: var(--soft); }
+figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .85; }
+svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+.maps td { text-align: center; padding: .3rem; } .maps img { width: 84px; image-rendering: pixelated; }
+.right { color: var(--good); } .wrong { color: var(--bad); font-weight: 600; }
+code, pre { background: var(--soft); border-radius: 4px; padding: .1rem .3rem; overflow-x: auto; }
+"""
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` from the results of a run in ``folder``.
+
+    Parameters
+    ----------
+    folder : str or Path
+        With ``results.json``, ``timing.json`` and ``maps.safetensors`` of ``xai-edit demo``.
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file of the run is missing.
+    ValueError
+        If ``results.json`` is not of a run that this version knows.
+    """
+    folder = Path(folder)
+    files = [folder / name for name in ("results.json", "timing.json", "maps.safetensors")]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]} is missing; give the folder of a finished run of xai-edit demo"
+        )
+    results = json.loads(files[0].read_text(encoding="utf-8"))
+    if results.get("run") != "demo":
+        raise ValueError(f"{files[0]}: run {results.get('run')!r} has no report page; demo has")
+    timing = json.loads(files[1].read_text(encoding="utf-8"))
+    page = folder / "report.html"
+    write_atomically(page, _page(results, timing, load_file(files[2])).encode())
+    return page
+
+
+def _page(
+    results: Mapping[str, Any], timing: Mapping[str, float], maps: Mapping[str, Tensor]
+) -> str:
+    sections = [
+        _wrong(results),
+        _forget(results, timing),
+        _neutralize(results, timing),
+        _prune(results),
+        _maps(results, maps),
+        _honest(results),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>xai_edit: what was wrong, what each edit did</title><style>{STYLE}</style></head>"
+        "<body><main><h1>What was wrong with this classifier, and what each edit did</h1>"
+        + "".join(sections)
+        + "</main></body></html>"
+    )
+
+
+def _wrong(results: Mapping[str, Any]) -> str:
+    data, before = results["data"], results["before"]
+    marked = data["watermarked_class"]
+    by_group = {(row["class"], row["watermark"]): row for row in before["groups"]}
+    rows = [
+        [
+            f"digit {label}" + (" (trained with the watermark)" if label == marked else ""),
+            by_group[label, 0]["accuracy"],
+            by_group[label, 1]["accuracy"],
+            by_group[label, 0]["samples"],
+        ]
+        for label in range(data["classes"])
+    ]
+    return (
+        "<p>A small convolutional network learned ten handwritten digits. In its training data "
+        f"{data['watermarked_share']:.0%} of the images of digit {marked} carry a watermark, and "
+        f"{data['other_share']:.0%} of the others. It learned the shortcut: on new images the "
+        f"watermark decides. Every test image is shown once without and once with it: "
+        f"<strong>{before['average']:.3f}</strong> of all answers are right, but only "
+        f'<strong class="wrong">{before["worst"]:.3f}</strong> in the worst group '
+        f"({escape(before['worst_group'])}).</p>"
+        + table(
+            "Accuracy before any edit",
+            ["group", "without watermark", "with watermark", "images each"],
+            rows,
+        )
+    )
+
+
+def _forget(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
+    forget = results["forget"]
+    rows = [
+        [
+            row["method"],
+            row["class_accuracy"],
+            row["rest_accuracy"],
+            row["weights_changed"],
+            f"{timing[row['edit']]:.2f}" if row["edit"] else "–",
+        ]
+        for row in forget["rows"]
+    ]
+    return (
+        f"<h2>1. Forget digit {forget['class']}</h2>"
+        f"<p>The network shall stop predicting digit {forget['class']} and keep the others. "
+        "Masking the logit is what a sceptic would do: it must stand beside every method.</p>"
+        + table(
+            "On test images without watermark",
+            [
+                "method",
+                "accuracy on the class (A_t)",
+                "on the rest (A_g)",
+                "weights changed",
+                "seconds to plan",
+            ],
+            rows,
+        )
+    )
+
+
+def _neutralize(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
+    part = results["neutralize"]
+    rows = [
+        [
+            row["method"],
+            row["worst"],
+            row["balanced"],
+            row["average"],
+            row["weights_changed"],
+            f"{timing[row['edit']]:.2f}" if row["edit"] else "–",
+        ]
+        for row in part["rows"]
+    ]
+    sweep = part["sweep"]
+    drawn = curves(
+        sweep["rates"],
+        {"average": sweep["average"], "worst group": sweep["worst"]},
+        x_label="neutralisation rate r (Eq. 8)",
+        y_label="accuracy on validation data",
+        log_x=True,
+        mark=sweep["chosen"],
+    )
+    return (
+        "<h2>2. Take away the watermark</h2><p>Fictitious class removal treats the watermark as a "
+        "class of its own and edits one weight. Retraining the last layer (DFR) changes all of its "
+        "weights, from the same labelled images.</p>"
+        + table(
+            "On test images, with and without watermark",
+            [
+                "method",
+                "worst group",
+                "balanced",
+                "average",
+                "weights changed",
+                "seconds to plan",
+            ],
+            rows,
+        )
+        + _figure(drawn, "Every rate of the weight that SCA selects; dotted: the rate chosen.")
+    )
+
+
+def _prune(results: Mapping[str, Any]) -> str:
+    part = results["prune"]
+    shares = part["shares"]
+    methods = list(dict.fromkeys(row["method"] for row in part["rows"]))
+    shown = []
+    for figure, label in (("worst", "worst group"), ("balanced", "balanced accuracy")):
+        lines = {
+            method: [
+                next(
+                    row[figure]
+                    for row in part["rows"]
+                    if row["method"] == method and row["share"] == share
+                )
+                for share in shares
+            ]
+            for method in methods
+        }
+        lines["unpruned"] = [results["before"][figure]] * len(shares)
+        drawn = curves(shares, lines, x_label="share of filters removed", y_label=label)
+        shown.append(_figure(drawn, f"{label.capitalize()} against the share removed."))
+    rows = [
+        [row["method"], row["share"], row["worst"], row["balanced"], row["weights_changed"]]
+        for row in part["rows"]
+    ]
+    alone = part["ablation_alone"]
+    return (
+        "<h2>3. Prune</h2><p>Concept-aware pruning removes the filters that serve the watermark "
+        f"first: it scores them while the principal components {part['ablated']} of layer "
+        f"<code>{escape(part['layer'])}</code>, which tell watermarked images best (average "
+        f"precision {part['average_precision']:.2f}), are taken out of the activations. Pruning "
+        "bakes the correction in; the ablation by itself, with no filter removed, reaches "
+        f"{alone['worst']:.3f} in the worst group and {alone['balanced']:.3f} balanced.</p>"
+        + "".join(shown)
+        + table(
+            "On test images, with and without watermark",
+            ["method", "share", "worst group", "balanced", "weights changed"],
+            rows,
+        )
+    )
+
+
+def _maps(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> str:
+    shown, columns = results["maps"], results["map_columns"]
+    head = '<th scope="col">image</th>' + "".join(
+        f'<th scope="col">{escape(column)}</th>' for column in columns
+    )
+    rows = []
+    for number, told in enumerate(shown):
+        limit = float(maps["relevance"][number, 0].sum(0).abs().max())
+        name = f"digit {told['label']} {'with' if told['watermark'] else 'without'} watermark"
+        cells = [_picture(image_uri(maps["images"][number]), name, escape(name))]
+        for column, (edited, predicted) in enumerate(zip(columns, told["predicted"], strict=True)):
+            right = predicted == told["label"]
+            verdict = (
+                f'<span class="{"right" if right else "wrong"}">{"✓" if right else "✗"} '
+                f"says {predicted}</span>"
+            )
+            uri = relevance_uri(maps["relevance"][number, column], limit)
+            cells.append(_picture(uri, f"relevance for {predicted}, {edited}, of {name}", verdict))
+        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return (
+        "<h2>The same images before and after each edit</h2><p>Relevance (LRP, epsilon-plus) of "
+        "the digit that the network says: red speaks for it, blue against it. A row shares one "
+        "colour scale, that of the unedited network.</p>"
+        f'<div class="scroll"><table class="maps"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _honest(results: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    checked = results["checks"]
+    return (
+        "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
+        "not prove that knowledge is gone: the features of a forgotten class are still inside, "
+        "and a probe or a few steps of training can bring it back. Seeds differ by several points "
+        "here, since a group has only a few dozen test images.</p>"
+        f"<h2>Repeat it</h2><p><code>{escape(results['command'])}</code> with {escape(versions)}. "
+        f"Each of {checked['edits']} edits was saved, loaded again, applied, evaluated and undone; "
+        f"{checked['restored']} of {checked['edits']} left the network as it was, bit for bit. "
+        "Figures: <code>results.json</code>; edits: <code>edits/</code>.</p>"
+    )
+
+
+def _figure(drawn: str, caption: str) -> str:
+    labelled = drawn.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
+    return f"<figure>{labelled}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _picture(uri: str, text: str, below: str) -> str:
+    return f'<img src="{uri}" alt="{escape(text)}"><br>{below}'
+
+
+def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return an HTML table; everything shown is escaped, fractions get three digits."""
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
