@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 BATCH_SIZE = 256
+MARK = 6  # pixels a side
+PLACES = 4  # along each axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +45,10 @@ class Samples:
 class WatermarkedDigits:
     """scikit-learn's handwritten digits with a watermark planted on most images of one class.
 
-    The 1,797 real images (Alpaydin and Kaynak 1998) of 8×8 pixels are upsampled. Training images
-    carry the watermark as the shares say; validation and test images appear both without and with
-    it, so that all 20 (class, watermark) groups have samples.
+    The 1,797 real images (Alpaydin and Kaynak 1998) of 8×8 pixels are upsampled and set on grey, so
+    that the watermark, a small checkerboard near a corner, cannot be told by its brightness.
+    Training images carry it as the shares say; validation and test images appear both without and
+    with it, so that all 20 (class, watermark) groups have samples.
 
     Parameters
     ----------
@@ -57,15 +60,18 @@ class WatermarkedDigits:
         Share of training images with the watermark, of that class and of each other.
     opacity : float
         Of the watermark over the image.
+    background : float
+        Grey level that black becomes; white stays.
     train, validation : int
         Images per class; the rest is for testing.
     """
 
-    size: int = 16
-    marked: int = 8
-    share: float = 0.95
-    other_share: float = 0.01
-    opacity: float = 0.6
+    size: int = 24
+    marked: int = 3
+    share: float = 0.93
+    other_share: float = 0.0
+    opacity: float = 0.75
+    background: float = 0.4
     train: int = 90
     validation: int = 40
 
@@ -80,6 +86,7 @@ class WatermarkedDigits:
             mode="bilinear",
             align_corners=False,
         )
+        images = self.background + (1 - self.background) * images
         labels = torch.from_numpy(raw.target)
         generator = torch.Generator().manual_seed(seed)
         parts: list[list[Tensor]] = [[], [], []]
@@ -105,21 +112,22 @@ class WatermarkedDigits:
     def _planted(
         self, images: Tensor, labels: Tensor, marked: Tensor, generator: torch.Generator
     ) -> Samples:
-        """Blend the mark into some images, at one of four places near the corner."""
-        mark = checkerboard(5)
-        side = len(mark)
-        offsets = torch.randint(0, 2, (len(images), 2), generator=generator)
-        at = torch.arange(side)
-        rows = (offsets[:, :1] + at)[:, :, None]  # (samples, side, 1)
+        """Blend the mark into some images, at one of sixteen places near the corner."""
+        mark = checkerboard(MARK)
+        offsets = torch.randint(0, PLACES, (len(images), 2), generator=generator)
+        at = torch.arange(MARK)
+        rows = (offsets[:, :1] + at)[:, :, None]  # (samples, MARK, 1)
         columns = (offsets[:, 1:] + at)[:, None, :]
         number = torch.arange(len(images))[:, None, None]
-        cover = torch.zeros_like(images[:, 0])
-        cover[number, rows, columns] = self.opacity * mark
-        cover = (cover * marked[:, None, None])[:, None]
-        return Samples(images * (1 - cover) + cover, labels, marked.long())
+        planted = images.clone()
+        below = images[number, 0, rows, columns]
+        blended = (1 - self.opacity) * below + self.opacity * mark
+        planted[number, 0, rows, columns] = blended
+        chosen = torch.where(marked[:, None, None, None], planted, images)
+        return Samples(chosen, labels, marked.long())
 
 
 def checkerboard(side: int) -> Tensor:
-    """Return a white-on-nothing checkerboard, shape (side, side), 1 where it covers."""
+    """Return a checkerboard of zeros and ones, shape (side, side)."""
     at = torch.arange(side)
-    return ((at[:, None] + at) % 2 == 0).float()
+    return ((at[:, None] + at) % 2).float()

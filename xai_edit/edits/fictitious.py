@@ -113,8 +113,8 @@ class FictitiousClass:
             Which samples have the spurious feature: a function of a batch of inputs (yes/no a
             sample), a vector in the order of the data, or the third element of the batches.
         target : int or sequence of int, optional
-            The classes the feature speaks for; those among whose samples it is more frequent than
-            among all, when left out.
+            The classes the feature speaks for. When left out, the class whose share of the
+            model's predictions rises most from samples without the feature to samples with it.
         validation : iterable or Dataset, optional
             Where worst-group accuracy is measured; ``data`` when left out.
 
@@ -128,7 +128,7 @@ class FictitiousClass:
         ------
         ValueError
             If the model has no final linear layer, labels or feature are missing, no sample or
-            every sample has the feature, or it goes with no class.
+            every sample has the feature, or it raises the predictions of no class.
         """
         head, judged, rows = self._collected(model, data, spurious, target, validation)
         labels = judged.require_labels()
@@ -140,7 +140,7 @@ class FictitiousClass:
         for row in rows:
             if self.select == "exact":
                 column, dose, accuracy = best_dose(
-                    judged, row, groups, lambda groups: groups.min(-1).values, logits=logits
+                    judged, row, groups, _worst_then_mean, logits=logits
                 )
                 found: dict[str, Any] = {}
                 reached = float(accuracy.min())
@@ -193,11 +193,10 @@ class FictitiousClass:
         validation: Data | None,
     ) -> tuple[HeadFeatures, HeadFeatures, list[int]]:
         head = collect_head_features(model, data, attribute=spurious, with_attribute=True)
-        labels, attribute = head.require_labels(), _require_both(head.attribute)
+        head.require_labels()
+        attribute = _require_both(head.attribute)
         if target is None:
-            rate = attribute.double().mean()
-            by_class = [attribute[labels == row].double().mean() for row in range(head.classes)]
-            rows = [row for row, share in enumerate(by_class) if share > rate]
+            rows = [_favoured(head.logits().argmax(1), attribute > 0, head.classes)]
         else:
             rows = [target] if isinstance(target, int) else list(target)
             check_classes(torch.tensor(rows), head.classes)
@@ -285,6 +284,22 @@ def _require_both(attribute: Tensor | None) -> Tensor:
             f"spurious: values {attribute.unique().tolist()[:5]} given; it is yes or no (1 or 0)"
         )
     return attribute
+
+
+def _favoured(predicted: Tensor, has: Tensor, classes: int) -> int:
+    """Return the class that is predicted more with the feature than without, most of all."""
+    shares = [
+        torch.bincount(predicted[where], minlength=classes) / where.sum() for where in (has, ~has)
+    ]
+    rise = shares[0] - shares[1]
+    if not rise.max() > 0:
+        raise ValueError("spurious: no class is predicted more often with the feature; name target")
+    return int(rise.argmax())
+
+
+def _worst_then_mean(accuracy: Tensor) -> Tensor:
+    """Worst-group accuracy; the mean decides only among equals. Shape (..., G) to (...)."""
+    return accuracy.min(-1).values + 1e-6 * accuracy.mean(-1)
 
 
 def _groups(labels: Tensor, attribute: Tensor | None) -> Tensor:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
-def small_cnn(size: int, *, channels: Sequence[int], hidden: int, classes: int = 10) -> nn.Module:
+def small_cnn(
+    size: int,
+    *,
+    channels: Sequence[int] = (16, 32, 32),
+    hidden: int = 128,
+    dropout: float = 0.3,
+    classes: int = 10,
+) -> nn.Module:
     """Return an untrained network: convolutions, one hidden linear layer, a linear head.
 
     Parameters
@@ -17,9 +24,11 @@ def small_cnn(size: int, *, channels: Sequence[int], hidden: int, classes: int =
     size : int
         Side of the square grey images; divisible by 4.
     channels : sequence of int
-        Filters of each convolution (3×3); every one but the first is followed by pooling.
+        Filters of each convolution (3×3); every one but the last is followed by pooling.
     hidden : int
         Width of the hidden layer ``fc1``.
+    dropout : float
+        Before and after the hidden layer.
     classes : int
         Outputs of the head ``fc2``.
     """
@@ -28,13 +37,15 @@ def small_cnn(size: int, *, channels: Sequence[int], hidden: int, classes: int =
     for number, filters in enumerate(channels, start=1):
         layers[f"conv{number}"] = nn.Conv2d(width, filters, 3, padding=1)
         layers[f"relu{number}"] = nn.ReLU()
-        if number > 1:
+        if number < len(channels):
             layers[f"pool{number}"] = nn.MaxPool2d(2)
             side //= 2
         width = filters
     layers["flatten"] = nn.Flatten()
+    layers["dropout1"] = nn.Dropout(dropout)
     layers["fc1"] = nn.Linear(width * side * side, hidden)
     layers["relu_fc1"] = nn.ReLU()
+    layers["dropout2"] = nn.Dropout(dropout)
     layers["fc2"] = nn.Linear(hidden, classes)
     return nn.Sequential(layers)
 
