@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xai_edit.files import write_atomically
-from xai_edit.report.pictures import curves, image_uri, relevance_uri
+from xai_edit.report.pictures import curves, image_uri, overview, relevance_uri
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #1a7f37; --bad: #c0392b; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; } tbody tr:hover { background: var(--soft); }
-figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .85; }
-svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-.maps td { text-align: center; padding: .3rem; } .maps img { width: 84px; image-rendering: pixelated; }
-.right { color: var(--good); } .wrong { color: var(--bad); font-weight: 600; }
-code, pre { background: var(--soft); border-radius: 4px; padding: .1rem .3rem; overflow-x: auto; }
-"""
+STYLE = files("xai_edit.report").joinpath("style.css").read_text(encoding="utf-8")
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` from the results of a run in ``folder``.
+    """Write ``report.html`` and ``overview.png`` from the results of a run in ``folder``.
 
     Parameters
     ----------
@@ -51,18 +39,27 @@ def write_report(folder: str | Path) -> Path:
         If ``results.json`` is not of a run that this version knows.
     """
     folder = Path(folder)
-    files = [folder / name for name in ("results.json", "timing.json", "maps.safetensors")]
-    missing = [str(file) for file in files if not file.is_file()]
+    needed = [folder / name for name in ("results.json", "timing.json", "maps.safetensors")]
+    missing = [str(file) for file in needed if not file.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{missing[0]} is missing; give the folder of a finished run of xai-edit demo"
         )
-    results = json.loads(files[0].read_text(encoding="utf-8"))
+    results = json.loads(needed[0].read_text(encoding="utf-8"))
     if results.get("run") != "demo":
-        raise ValueError(f"{files[0]}: run {results.get('run')!r} has no report page; demo has")
-    timing = json.loads(files[1].read_text(encoding="utf-8"))
+        raise ValueError(f"{needed[0]}: run {results.get('run')!r} has no report page; demo has")
+    timing = json.loads(needed[1].read_text(encoding="utf-8"))
+    maps = load_file(needed[2])
     page = folder / "report.html"
-    write_atomically(page, _page(results, timing, load_file(files[2])).encode())
+    write_atomically(page, _page(results, timing, maps).encode())
+    at = [results["map_columns"].index(column) for column in results["overview"]]
+    drawn = overview(
+        maps["images"][:2],
+        maps["relevance"][:2, at],
+        [[told["predicted"][column] for column in at] for told in results["maps"][:2]],
+        results["overview"],
+    )
+    write_atomically(folder / "overview.png", drawn)
     return page
 
 
@@ -70,11 +67,12 @@ def _page(
     results: Mapping[str, Any], timing: Mapping[str, float], maps: Mapping[str, Tensor]
 ) -> str:
     sections = [
-        _wrong(results),
+        _wrong(results, maps),
         _forget(results, timing),
         _neutralize(results, timing),
         _prune(results),
-        _maps(results, maps),
+        "<h2>The same images before and after each edit</h2>"
+        + _maps(results, maps, images=slice(None), columns=slice(None)),
         _honest(results),
     ]
     return (
@@ -87,7 +85,7 @@ def _page(
     )
 
 
-def _wrong(results: Mapping[str, Any]) -> str:
+def _wrong(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> str:
     data, before = results["data"], results["before"]
     marked = data["watermarked_class"]
     by_group = {(row["class"], row["watermark"]): row for row in before["groups"]}
@@ -104,10 +102,11 @@ def _wrong(results: Mapping[str, Any]) -> str:
         "<p>A small convolutional network learned ten handwritten digits. In its training data "
         f"{data['watermarked_share']:.0%} of the images of digit {marked} carry a watermark, and "
         f"{data['other_share']:.0%} of the others. It learned the shortcut: on new images the "
-        f"watermark decides. Every test image is shown once without and once with it: "
-        f"<strong>{before['average']:.3f}</strong> of all answers are right, but only "
+        f"watermark speaks for {marked}. Of all answers on test images, each shown once without "
+        f"and once with it, <strong>{before['average']:.3f}</strong> are right, but only "
         f'<strong class="wrong">{before["worst"]:.3f}</strong> in the worst group '
         f"({escape(before['worst_group'])}).</p>"
+        + _maps(results, maps, images=slice(0, 4), columns=slice(0, 1))
         + table(
             "Accuracy before any edit",
             ["group", "without watermark", "with watermark", "images each"],
@@ -152,6 +151,7 @@ def _neutralize(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
         [
             row["method"],
             row["worst"],
+            row["worst_of_four"],
             row["balanced"],
             row["average"],
             row["weights_changed"],
@@ -171,12 +171,16 @@ def _neutralize(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
     return (
         "<h2>2. Take away the watermark</h2><p>Fictitious class removal treats the watermark as a "
         "class of its own and edits one weight. Retraining the last layer (DFR) changes all of its "
-        "weights, from the same labelled images.</p>"
+        "weights, from the same labelled images. The worst group is that of 20, digit and "
+        "watermark; the worst of four joins all digits but the watermarked one. There one edited "
+        "weight gains nothing: what the other digits gain, the watermarked one, shown without its "
+        "mark, pays for.</p>"
         + table(
             "On test images, with and without watermark",
             [
                 "method",
                 "worst group",
+                "worst of four",
                 "balanced",
                 "average",
                 "weights changed",
@@ -192,26 +196,31 @@ def _prune(results: Mapping[str, Any]) -> str:
     part = results["prune"]
     shares = part["shares"]
     methods = list(dict.fromkeys(row["method"] for row in part["rows"]))
+    rows = {(row["method"], row["share"]): row for row in part["rows"]}
     shown = []
-    for figure, label in (("worst", "worst group"), ("balanced", "balanced accuracy")):
-        lines = {
-            method: [
-                next(
-                    row[figure]
-                    for row in part["rows"]
-                    if row["method"] == method and row["share"] == share
-                )
-                for share in shares
-            ]
-            for method in methods
+    for figure, label in (
+        ("worst", "worst group"),
+        ("balanced", "balanced accuracy"),
+        ("worst_of_four", "worst of four coarse groups"),
+    ):
+        by_method = {
+            method: [rows[method, share][figure] for share in shares] for method in methods
         }
-        lines["unpruned"] = [results["before"][figure]] * len(shares)
-        drawn = curves(shares, lines, x_label="share of filters removed", y_label=label)
-        shown.append(_figure(drawn, f"{label.capitalize()} against the share removed."))
-    rows = [
-        [row["method"], row["share"], row["worst"], row["balanced"], row["weights_changed"]]
-        for row in part["rows"]
-    ]
+        kept = [results["before"][figure], part["ablation_alone"][figure]]
+        if figure != "worst_of_four":
+            lines = {**by_method, "unpruned": [kept[0]] * len(shares)}
+            drawn = curves(shares, lines, x_label="share of filters removed", y_label=label)
+            shown.append(_figure(drawn, f"{label.capitalize()} against the share removed."))
+        shown.append(
+            table(
+                f"{label.capitalize()} on test images, by share of filters removed",
+                ["method", "none", *(f"{share:.0%}" for share in shares)],
+                [
+                    ["ablation alone", kept[1], *["–"] * len(shares)],
+                    *([method, kept[0], *values] for method, values in by_method.items()),
+                ],
+            )
+        )
     alone = part["ablation_alone"]
     return (
         "<h2>3. Prune</h2><p>Concept-aware pruning removes the filters that serve the watermark "
@@ -221,37 +230,36 @@ def _prune(results: Mapping[str, Any]) -> str:
         "bakes the correction in; the ablation by itself, with no filter removed, reaches "
         f"{alone['worst']:.3f} in the worst group and {alone['balanced']:.3f} balanced.</p>"
         + "".join(shown)
-        + table(
-            "On test images, with and without watermark",
-            ["method", "share", "worst group", "balanced", "weights changed"],
-            rows,
-        )
     )
 
 
-def _maps(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> str:
-    shown, columns = results["maps"], results["map_columns"]
+def _maps(
+    results: Mapping[str, Any], maps: Mapping[str, Tensor], *, images: slice, columns: slice
+) -> str:
+    names = results["map_columns"][columns]
     head = '<th scope="col">image</th>' + "".join(
-        f'<th scope="col">{escape(column)}</th>' for column in columns
+        f'<th scope="col">{escape(name)}</th>' for name in names
     )
     rows = []
-    for number, told in enumerate(shown):
+    for number, told in list(enumerate(results["maps"]))[images]:
         limit = float(maps["relevance"][number, 0].sum(0).abs().max())
-        name = f"digit {told['label']} {'with' if told['watermark'] else 'without'} watermark"
-        cells = [_picture(image_uri(maps["images"][number]), name, escape(name))]
-        for column, (edited, predicted) in enumerate(zip(columns, told["predicted"], strict=True)):
+        image = f"digit {told['label']} {'with' if told['watermark'] else 'without'} watermark"
+        cells = [_picture(image_uri(maps["images"][number]), image, escape(image))]
+        relevance = maps["relevance"][number, columns]
+        for name, predicted, values in zip(
+            names, told["predicted"][columns], relevance, strict=True
+        ):
             right = predicted == told["label"]
             verdict = (
                 f'<span class="{"right" if right else "wrong"}">{"✓" if right else "✗"} '
                 f"says {predicted}</span>"
             )
-            uri = relevance_uri(maps["relevance"][number, column], limit)
-            cells.append(_picture(uri, f"relevance for {predicted}, {edited}, of {name}", verdict))
+            text = f"relevance for {predicted}, {name}, of {image}"
+            cells.append(_picture(relevance_uri(values, limit), text, verdict))
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return (
-        "<h2>The same images before and after each edit</h2><p>Relevance (LRP, epsilon-plus) of "
-        "the digit that the network says: red speaks for it, blue against it. A row shares one "
-        "colour scale, that of the unedited network.</p>"
+        "<p>Relevance (LRP, epsilon-plus) of the digit that the network says: red speaks for it, "
+        "blue against it. A row shares one colour scale, that of the unedited network.</p>"
         f'<div class="scroll"><table class="maps"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

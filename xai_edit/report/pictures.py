@@ -42,7 +42,7 @@ def curves(
     from matplotlib.figure import Figure
 
     with rc_context({"svg.hashsalt": "xai_edit", "svg.fonttype": "path", "font.size": 11}):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
         for (name, values), marker in zip(lines.items(), "os^Dvph*", strict=False):
             few = len(x) <= 20
@@ -53,11 +53,51 @@ def curves(
             axes.axvline(mark, linestyle=":", color="0.4")
         axes.set(xlabel=x_label, ylabel=y_label, ylim=(-0.02, 1.02))
         axes.grid(alpha=0.3)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
     drawn = target.getvalue()
     return drawn[drawn.index("<svg") :]
+
+
+def overview(
+    images: Tensor, relevance: Tensor, predicted: Sequence[Sequence[int]], columns: Sequence[str]
+) -> bytes:
+    """Draw images and their relevance maps before and after edits as one picture.
+
+    Parameters
+    ----------
+    images : Tensor, shape (images, 1, height, width)
+    relevance : Tensor, shape (images, columns, 1, height, width)
+        Each row is scaled by its first map.
+    predicted : sequence of sequence of int
+        What the network says, per image and column.
+    columns : sequence of str
+        Titles.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.7 * (len(columns) + 1), 1.75 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), len(columns) + 1, squeeze=False)
+    for row, (axes, image) in enumerate(zip(grid, images, strict=True)):
+        axes[0].imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+        limit = max(float(relevance[row, 0].sum(0).abs().max()), 1e-12)
+        for column, ax in enumerate(axes[1:]):
+            values = relevance[row, column].sum(0).numpy()
+            ax.imshow(values, cmap="bwr", vmin=-limit, vmax=limit)
+            ax.set_xlabel(f"says {predicted[row][column]}")
+    for ax, title in zip(grid[0], ["image", *columns], strict=True):
+        ax.set_title(title, fontsize=10)
+    for ax in grid.flat:
+        ax.set(xticks=[], yticks=[])
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=90)
+    return target.getvalue()
 
 
 def image_uri(image: Tensor) -> str:
@@ -93,6 +133,6 @@ def _png(pixels: Any, cmap: str, limits: tuple[float, float]) -> str:
         vmin=limits[0],
         vmax=limits[1],
         format="png",
-        metadata={"Software": None},
+        pil_kwargs={"optimize": True},
     )
     return "data:image/png;base64," + base64.b64encode(target.getvalue()).decode()

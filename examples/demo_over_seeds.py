@@ -1,0 +1,73 @@
+# %% [markdown]
+# # The demo over several seeds
+#
+# A group of the demo has about 50 test images, so one seed says little. This runs `xai-edit demo`
+# for several seeds and writes the mean and the standard deviation of each figure.
+#
+#     python examples/demo_over_seeds.py --seeds 10 --out docs/results/demo-seeds.json
+
+# %%
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from xai_edit.demo import run
+
+parser = argparse.ArgumentParser(description="The figures of xai-edit demo over several seeds.")
+parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to N-1")
+parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+parser.add_argument("--quick", action="store_true", help="one seed, one share of pruning")
+arguments = parser.parse_args()
+seeds = range(1 if arguments.quick else arguments.seeds)
+
+# %%
+FIGURES = ("class_accuracy", "rest_accuracy", "worst", "worst_of_four", "balanced", "average")
+
+
+def figures(results: dict) -> dict[str, dict[str, float]]:
+    """Flatten the results of one run: method → its figures."""
+    before, prune = results["before"], results["prune"]
+    rows = {"unedited": before, "prune: ablation alone": prune["ablation_alone"]}
+    for part in ("forget", "neutralize", "prune"):
+        for row in results[part]["rows"]:
+            share = f", {row['share']:.0%}" if "share" in row else ""
+            rows[f"{part}: {row['method']}{share}"] = row
+    return {
+        name: {figure: row[figure] for figure in FIGURES if figure in row}
+        for name, row in rows.items()
+    }
+
+
+runs = []
+for seed in seeds:
+    with tempfile.TemporaryDirectory() as folder:
+        run(folder, seed=seed, quick=arguments.quick, quiet=True)
+        results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
+    runs.append(figures(results))
+    print(f"seed {seed} done")
+
+# %%
+table = {
+    name: {figure: [one[name][figure] for one in runs] for figure in runs[0][name]}
+    for name in runs[0]
+}
+for name, row in table.items():
+    shown = []
+    for figure, values in row.items():
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        shown.append(f"{figure} {statistics.mean(values):.3f}{spread}")
+    print(f"{name:<56}", "   ".join(shown))
+
+if arguments.out:
+    command = f"python examples/demo_over_seeds.py --seeds {len(seeds)}"
+    content = {
+        "command": command + (" --quick" if arguments.quick else ""),
+        "versions": results["versions"],
+        "data": results["data"],
+        "seeds": list(seeds),
+        "figures": table,
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    arguments.out.write_text(text + "\n", encoding="utf-8")
