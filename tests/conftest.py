@@ -117,8 +117,11 @@ def norm(_norm: nn.Module) -> nn.Module:
 def batches(digits: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """200 digits in uneven labelled batches."""
     images, labels = digits
-    return [(images[:64], labels[:64]), (images[64:150], labels[64:150]),
-            (images[150:200], labels[150:200])]
+    return [
+        (images[:64], labels[:64]),
+        (images[64:150], labels[64:150]),
+        (images[150:200], labels[150:200]),
+    ]
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:

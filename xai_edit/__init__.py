@@ -25,6 +25,7 @@ from xai_edit.baselines.robustness import LastLayerRetraining
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.features import Features, collect_features
+from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.pca import PCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
@@ -69,6 +70,7 @@ __all__ = [
     "collect_features",
     "edge_scores",
     "evaluate_groups",
+    "fold_ablation",
     "predictiveness",
     "score_units",
 ]

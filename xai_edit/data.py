@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -101,12 +101,11 @@ def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
 def _iterable(data: Data) -> Iterable[Any]:
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=DATASET_BATCH_SIZE)
-    if isinstance(data, Tensor) or (
-        isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
-    ):
+    if isinstance(data, Tensor) or _is_one_batch(data):
+        given = "a tensor" if isinstance(data, Tensor) else f"one {type(data).__name__} of tensors"
         raise TypeError(
-            f"data: a bare {type(data).__name__} of tensors was given; give an iterable of "
-            "batches, such as [(inputs, labels)] or a DataLoader, or a Dataset"
+            f"data: {given} was given; give an iterable of batches, such as [(inputs, labels)] or "
+            "a DataLoader, or a Dataset"
         )
     if not isinstance(data, Iterable):
         raise TypeError(
@@ -114,6 +113,14 @@ def _iterable(data: Data) -> Iterable[Any]:
             "(inputs, labels) batches or a Dataset"
         )
     return data
+
+
+def _is_one_batch(data: Any) -> bool:
+    """Tell whether someone passed ``(inputs, labels)`` itself, which would read as two batches."""
+    if not isinstance(data, (tuple, list)) or not all(isinstance(part, Tensor) for part in data):
+        return False
+    labels = len(data) > 1 and data[1].ndim == 1 and not data[1].is_floating_point()
+    return isinstance(data, tuple) or (labels and data[0].shape[:1] == data[1].shape)
 
 
 def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
@@ -124,6 +131,8 @@ def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
             f"{[type(part).__name__ for part in parts]}; expected inputs, (inputs, labels) or "
             "(inputs, labels, groups), inputs a tensor"
         )
+    if parts[0].ndim == 0:
+        raise ValueError(f"data: batch {index} has a single number for inputs; expected a batch")
     inputs = parts[0].detach().to(device)
     if inputs.is_floating_point() and not torch.isfinite(inputs).all():
         raise NonFiniteError(f"data: batch {index} has inputs that are NaN or infinite")
@@ -135,7 +144,12 @@ def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
 
 
 def _vector(part: Any, name: str, index: int, length: int, device: torch.device | str) -> Tensor:
-    vector = torch.as_tensor(part, device=device).detach()
+    try:
+        vector = torch.as_tensor(part, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise TypeError(
+            f"data: batch {index} has {name} that are not numbers ({problem}); number the classes"
+        ) from None
     if vector.shape != (length,):
         raise ValueError(
             f"data: batch {index} has {name} of shape {tuple(vector.shape)} for {length} inputs; "
@@ -144,6 +158,26 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
     if vector.is_floating_point() and not torch.equal(vector, vector.round()):
         raise ValueError(f"data: batch {index} has {name} that are not whole numbers")
     return vector.long()
+
+
+def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
+    """Join what the batches gave, on the CPU; None where none gave any.
+
+    Raises
+    ------
+    ValueError
+        If some batches have it and some do not.
+    """
+    given = [part.cpu() for part in parts if part is not None]
+    if given and len(given) < len(parts):
+        raise ValueError(f"data: some batches have {name} and some have none")
+    return torch.cat(given) if given else None
+
+
+def check_length(attribute: Attribute, samples: int) -> None:
+    """Raise ValueError if an attribute given as a vector is not as long as the data."""
+    if attribute is not None and not callable(attribute) and len(attribute) != samples:
+        raise ValueError(f"spurious: {len(attribute)} values for {samples} samples")
 
 
 def attribute_of(attribute: Attribute, batch: Batch, start: int) -> Tensor:

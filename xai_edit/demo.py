@@ -40,11 +40,12 @@ FORGET = 1
 FORGET_SHARE = 0.25
 SAMPLES_TO_FORGET = 36  # as in the paper
 REFERENCES = 10  # per class, for pruning
-ABLATED_LAYER, COMPONENTS, ABLATED = "relu1", 16, 4
+ABLATED_LAYER, COMPONENTS, ABLATED = "pool1", 16, 4
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 QUICK_SHARES = (0.3,)
 SHOWN_SHARE = 0.3
-PLAIN, CONCEPT_AWARE, EXACT = "plain LRP", "concept-aware", "FCR: exact selection"
+PLAIN, EXACT = "plain LRP", "FCR: exact selection"
+CONCEPT_AWARE, KEPT = "concept-aware", "concept-aware, ablation kept"
 
 
 @dataclass
@@ -162,7 +163,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
             "neutralize": neutralize,
             "prune": prune,
             "map_columns": [*state.maps],
-            "overview": ["before", EXACT, f"{CONCEPT_AWARE}, {SHOWN_SHARE:.0%} pruned"],
+            "overview": ["before", EXACT, f"{KEPT}, {SHOWN_SHARE:.0%} pruned"],
             "maps": [
                 {
                     "label": int(test.labels[row]),
@@ -177,7 +178,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         _write_json(out / "timing.json", state.timing)
         relevance = torch.stack([maps for maps, _ in state.maps.values()], dim=1)
         pictures = {"images": state.images, "relevance": relevance}
-        write_safetensors(out / "maps.safetensors", pictures, {})
+        write_safetensors(out / "maps.safetensors", pictures, "xai_edit.maps", "")
         page = write_report(out)
         bar.update()
     if not quiet:
@@ -254,7 +255,7 @@ def _prune(
     state: _Run, training: Samples, validation: Samples, shares: Sequence[float]
 ) -> dict[str, Any]:
     model = state.model
-    features = collect_features(model, validation.batches, layer=ABLATED_LAYER)
+    features = collect_features(model, validation.batches, layer=ABLATED_LAYER, positions=None)
     subspaces = PCA(n_subspaces=COMPONENTS).fit(features)
     precision = predictiveness(subspaces, features)
     ablate = sorted(range(COMPONENTS), key=lambda index: -precision[index])[:ABLATED]
@@ -263,11 +264,15 @@ def _prune(
         alone = evaluate_groups(model, state.test.batches)
     lrp = LRP("epsilon-plus", initial="one")
     clean = _references(validation[validation.watermark == 0])
+
+    def concept_aware(share: float, *, keep_ablation: bool = False) -> ConceptAwarePruning:
+        return ConceptAwarePruning(
+            ABLATED_LAYER, subspaces, ablate, share, lrp, keep_ablation=keep_ablation
+        )
+
     methods: dict[str, tuple[Callable[[float], Any], Samples]] = {
-        CONCEPT_AWARE: (
-            lambda share: ConceptAwarePruning(ABLATED_LAYER, subspaces, ablate, share, lrp),
-            biased,
-        ),
+        KEPT: (partial(concept_aware, keep_ablation=True), biased),
+        CONCEPT_AWARE: (concept_aware, biased),
         PLAIN: (lambda share: RelevancePruning(share=share, scorer=lrp), biased),
         "plain LRP, references without watermark": (
             lambda share: RelevancePruning(share=share, scorer=lrp),
@@ -283,7 +288,7 @@ def _prune(
     for method, (operator, samples) in methods.items():
         for share in shares:
             name = method.replace(",", "").replace(" ", "-").lower()
-            shown = share == SHOWN_SHARE and method in (PLAIN, CONCEPT_AWARE)
+            shown = share == SHOWN_SHARE and method in (PLAIN, KEPT)
             accuracy, told = state.prove(
                 f"prune-{name}-{round(100 * share)}",
                 partial(operator(share).plan, model, samples.batches),

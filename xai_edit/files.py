@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -36,8 +37,37 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: str | Path, tensors: Mapping[str, Tensor], kind: str, header: str
 ) -> None:
-    """Write tensors and their metadata to a safetensors file, atomically."""
+    """Write tensors and a header text to a safetensors file, atomically.
+
+    The metadata has one entry, ``kind``: safetensors writes several in random order, and equal
+    content shall give equal bytes.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(contiguous, metadata=dict(metadata)))
+    write_atomically(path, save(contiguous, metadata={kind: header}))
+
+
+def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], str]:
+    """Read what `write_safetensors` wrote: the tensors and the header text.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a whole file of this kind.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(kind)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise ValueError(
+            f"{path}: cannot be read; it is cut short, damaged or another kind of file ({problem})"
+        ) from None
+    if header is None:
+        raise ValueError(f"{path}: a safetensors file, but not of {kind}")
+    return tensors, header

@@ -16,7 +16,7 @@ _REGISTRIES = (dict, set, list)
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[nn.Module]:
+def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]:
     """Restore ``model`` exactly on leaving, also after an exception.
 
     Every module's attributes come back by identity: parameters and buffers (the same objects with
@@ -28,7 +28,10 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     Parameters
     ----------
     model : nn.Module
-        The user's model. Set to evaluation mode while inside.
+        The user's model. Set to evaluation mode, without gradients, while inside.
+    weights : bool
+        Also undo what is written into a parameter in place, at the price of a copy of them all:
+        for code that is not ours.
 
     Yields
     ------
@@ -40,9 +43,12 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         (tensor, tensor.data, tensor.requires_grad, tensor.grad)
         for tensor in (*model.parameters(), *model.buffers())
     ]
-    buffer_values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    kept = (*model.parameters(), *model.buffers()) if weights else tuple(model.buffers())
+    values = [(tensor, tensor.detach().clone()) for tensor in kept]
     try:
         model.eval()
+        for tensor, *_ in tensors:
+            tensor.grad = None  # a backward pass would add to the user's own
         yield model
     finally:
         for module, attributes in modules:
@@ -53,9 +59,9 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
                 tensor.requires_grad_(requires_grad)
             tensor.grad = grad
         with torch.no_grad():
-            for buffer, value in buffer_values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xai_edit.attribution.units import check_classes
+
 # A feature that one class alone uses has H(A) = 0 and would win whatever its size.
 ACTIVATION_ENTROPY_FLOOR = 1e-3
 
@@ -80,6 +82,7 @@ def edge_scores(
         If fewer than two classes have samples: their entropies would all be zero; or if the
         output's own class has none.
     """
+    check_classes(labels, len(weight))
     present = labels.unique()
     if output not in present.tolist():
         raise ValueError(f"target: class {output} is absent from the data; its score needs samples")

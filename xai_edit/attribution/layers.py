@@ -45,9 +45,11 @@ def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list
     else:
         names = [layers] if isinstance(layers, str) else list(layers)
     if not names:
-        raise ValueError("layers: none given, and the model has no convolution or linear layer")
+        given = "the model has none" if layers is None else "an empty list was given"
+        raise ValueError(f"layers: no convolution or linear layer to score; {given}")
     for name in names:
-        if not name or name.removesuffix(INPUT_SUFFIX) not in modules:
+        module = name.removesuffix(INPUT_SUFFIX)
+        if not module or module not in modules:
             raise UnknownLayerError.of(name, weighted, "convolution and linear layers")
     if len(set(names)) < len(names):
         raise ValueError(f"layers: {names} names a layer twice")
@@ -99,6 +101,12 @@ class Tap:
 
     values: dict[str, Tensor] = field(default_factory=dict)
     edges: dict[str, GradientEdge] = field(default_factory=dict)
+
+    def require(self, layers: Sequence[str]) -> None:
+        """Raise ValueError naming the first layer that took no part in the forward pass."""
+        for name in layers:
+            if name not in self.values:
+                raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
 
     def record(self, name: str, tensor: Any) -> None:
         """Keep one layer's tensor."""
@@ -156,13 +164,12 @@ def gradients_at(
     ValueError
         If a layer took no part in the forward pass, or the output does not depend on it.
     """
+    tap.require(layers)
     for name in layers:
-        if name not in tap.values:
-            raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
         if name not in tap.edges:
             raise ValueError(
-                f"layer {name!r} passes no gradient on; is the input an integer, or is the layer "
-                "run under torch.no_grad()?"
+                f"layer {name!r} passes no gradient on; is it run under torch.no_grad() or "
+                "torch.inference_mode(), or is nothing before it differentiable?"
             )
     gradients = torch.autograd.grad(
         outputs, [tap.edges[name] for name in layers], grad_outputs=grad_outputs, allow_unused=True

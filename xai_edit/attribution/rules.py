@@ -85,9 +85,15 @@ def choose_canonizers(model: nn.Module) -> list[Canonizer]:
     Residual blocks of torchvision need their sum as a module of its own: without it a resnet18
     hands out 2⁸ times the logit. Batch norms are merged into the layer before them.
     """
-    modules = list(model.modules())
-    if any(isinstance(module, (ResNetBasicBlock, ResNetBottleneck)) for module in modules):
+    if has_residual_blocks(model):
         return [ResNetCanonizer()]
-    if any(isinstance(module, BatchNorm) for module in modules):
+    if any(isinstance(module, BatchNorm) for module in model.modules()):
         return [SequentialMergeBatchNorm()]
     return []
+
+
+def has_residual_blocks(model: nn.Module) -> bool:
+    """Tell whether the model has torchvision's residual blocks."""
+    return any(
+        isinstance(module, (ResNetBasicBlock, ResNetBottleneck)) for module in model.modules()
+    )

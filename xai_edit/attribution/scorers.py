@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,14 +87,15 @@ class LRP:
         if initial not in ("logit", "one"):
             raise ValueError(f"initial: {initial!r} given; it is 'logit' or 'one'")
         if isinstance(composite, str):
-            self.name = composite
+            listed = "".join(f", {name}={value!r}" for name, value in parameters.items())
+            self.name = f"{composite!r}{listed}"
             self.composite = rules.preset(composite, **parameters)
         elif isinstance(composite, Composite):
             if parameters:
                 raise TypeError(
                     f"{[*parameters]} go with a preset name; set them on the composite itself"
                 )
-            self.name = type(composite).__name__
+            self.name = f"{type(composite).__name__}(…)"
             self.composite = composite
         else:
             raise TypeError(
@@ -104,7 +106,7 @@ class LRP:
         self.canonizers = canonizers
 
     def __repr__(self) -> str:
-        return f"LRP({self.name!r}, initial={self.initial!r})"
+        return f"LRP({self.name}, initial={self.initial!r})"
 
     def canonizers_for(self, model: nn.Module) -> list[Canonizer]:
         """Return the canonizers that will be applied beside those of the composite itself."""
@@ -127,13 +129,22 @@ class LRP:
     ) -> dict[str, Tensor]:
         """Return the relevance in full, per layer in the shape of the layer's output."""
         with self._prepared(model, layers) as tap:
-            logits = logits_of(model(inputs.detach().clone().requires_grad_()), inputs)
+            try:
+                output = model(_differentiable(inputs))
+            except AttributeError as problem:
+                if "register_hook" not in str(problem):
+                    raise
+                raise ValueError(
+                    f"no relevance reaches {', '.join(map(repr, layers))}: a part of the model "
+                    "runs under torch.no_grad()"
+                ) from None
+            logits = logits_of(output, inputs)
             return gradients_at(tap, layers, logits, self._seed(logits, targets))
 
     def heatmap(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the relevance of each input value, in the shape of ``inputs``."""
         with self._prepared(model, ()):
-            pixels = inputs.detach().clone().requires_grad_()
+            pixels = _differentiable(inputs)
             logits = logits_of(model(pixels), inputs)
             (relevance,) = torch.autograd.grad(logits, pixels, self._seed(logits, targets))
         return relevance
@@ -154,8 +165,11 @@ class LRP:
             for canonizer in self.canonizers_for(model):
                 for instance in canonizer.apply(model):
                     stack.callback(instance.remove)
-            for module in model.modules():
-                if (rule := getattr(module, "lrp_rule", None)) is not None:
+            context: dict[str, Any] = {}
+            for name, module in model.named_modules():
+                rule = getattr(module, "lrp_rule", None)
+                covered = self.composite.module_map(context, name, module) is not None
+                if rule is not None and not covered:
                     stack.callback(rule.copy().register(module).remove)
             stack.enter_context(self.composite.context(model))
             stack.enter_context(torch.enable_grad())
@@ -179,7 +193,10 @@ class CaptumLayer:
         If the method is not a layer attribution or does not take an argument given.
     """
 
-    def __init__(self, method: type[Any], **arguments: Any) -> None:
+    # Captum's, or given by score_units.
+    _ours = ("self", "forward_func", "layer", "inputs", "target", "attribute_to_layer_input")
+
+    def __init__(self, method: type[Any], /, **arguments: Any) -> None:
         from captum.attr import LayerAttribution
 
         if not (isinstance(method, type) and issubclass(method, LayerAttribution)):
@@ -192,10 +209,14 @@ class CaptumLayer:
         self._attribute = inspect.signature(method.attribute).parameters
         self.constructor = {name: arguments[name] for name in arguments if name in constructor}
         self.arguments = {name: arguments[name] for name in arguments if name not in constructor}
-        unknown = [name for name in self.arguments if name not in self._attribute]
+        known = [name for name in (*constructor, *self._attribute) if name not in self._ours]
+        known = [name for name in known if name != "return_convergence_delta"]
+        unknown = [name for name in arguments if name not in known]
         if unknown:
-            known = [*constructor, *self._attribute]
-            raise TypeError(f"{method.__name__} takes no argument {unknown}; it takes {known}")
+            raise TypeError(
+                f"{method.__name__} takes no argument {unknown} here; it takes {known}, and "
+                "score_units gives it the model, the layers, the inputs and the target"
+            )
 
     def __repr__(self) -> str:
         given = {**self.constructor, **self.arguments}
@@ -206,6 +227,10 @@ class CaptumLayer:
         self, model: nn.Module, inputs: Tensor, targets: Tensor, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the attribution of each unit, shape (samples, units) per layer."""
+        self._refuse_lrp(model, layers)
+        with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
+            model(inputs)
+        tap.require(layers)
         scores = {}
         for name in layers:
             module = layer_module(model, name)
@@ -220,12 +245,34 @@ class CaptumLayer:
                 if name.endswith(INPUT_SUFFIX):
                     arguments["attribute_to_layer_input"] = True
                 values = self.method(model, module, **self.constructor).attribute(
-                    inputs.detach().clone().requires_grad_(), **arguments
+                    _differentiable(inputs), **arguments
                 )
             if isinstance(values, tuple):
                 (values,) = values
+            if values.shape != tap.values[name].shape:
+                raise ValueError(
+                    f"{self!r} gives values of shape {tuple(values.shape)} for layer {name!r}, "
+                    f"whose own have {tuple(tap.values[name].shape)}; it does not tell the layer's "
+                    "units apart (for LayerGradCam, give attr_dim_summation=False)"
+                )
             scores[name] = sum_positions(values.detach(), module)
         return scores
+
+    def _refuse_lrp(self, model: nn.Module, layers: Sequence[str]) -> None:
+        """Refuse what Captum's LRP gets wrong in silence or fails on without a reason."""
+        if self.method.__name__ not in ("LayerLRP", "LRP"):
+            return
+        for name in layers:
+            if not any(True for _ in layer_module(model, name).parameters()):
+                raise ValueError(
+                    f"Captum's LayerLRP cannot explain layer {name!r}, which has no weights; name "
+                    "the layer before it, or use xai_edit.LRP"
+                )
+        if rules.has_residual_blocks(model):
+            raise ValueError(
+                "Captum's LayerLRP counts relevance twice at every sum of a residual network; use "
+                "xai_edit.LRP, which canonizes these"
+            )
 
 
 class Taylor:
@@ -243,7 +290,7 @@ class Taylor:
     ) -> dict[str, Tensor]:
         """Return activation × loss gradient of each unit, shape (samples, units) per layer."""
         with preserved(model), torch.enable_grad(), tapped(model, layers) as tap:
-            logits = logits_of(model(inputs.detach().clone().requires_grad_()), inputs)
+            logits = logits_of(model(_differentiable(inputs)), inputs)
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
             gradients = gradients_at(tap, layers, loss, torch.ones_like(loss))
         return {
@@ -268,10 +315,9 @@ class Activation:
         """Return the mean activation of each unit, shape (samples, units) per layer."""
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
             model(inputs)
+        tap.require(layers)
         scores = {}
         for name in layers:
-            if name not in tap.values:
-                raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
             values = tap.values[name].clamp(min=0)
             summed = sum_positions(values, layer_module(model, name))
             scores[name] = summed * (summed.numel() / values.numel())
@@ -339,4 +385,29 @@ def unit_weights(model: nn.Module, name: str) -> Tensor:
     transposed = isinstance(
         module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     ) != name.endswith(INPUT_SUFFIX)
-    return weight.transpose(0, 1) if transposed else weight
+    if not transposed:
+        return weight
+    # Each group has its own block of the second axis.
+    groups = getattr(module, "groups", 1)
+    by_group: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    return by_group.flatten(0, 1)
+
+
+def _differentiable(inputs: Tensor) -> Tensor:
+    """Return a copy that gradients reach; token numbers stay as they are."""
+    copy = inputs.detach().clone()
+    return copy.requires_grad_() if copy.is_floating_point() else copy
+
+
+def describe(scorer: Scorer) -> str:
+    """Return a name for a scorer that is the same in every process."""
+    if isinstance(scorer, functools.partial):
+        return f"partial {describe(scorer.func)}"
+    if hasattr(scorer, "__qualname__"):
+        return str(scorer.__qualname__)
+    plain = type(scorer).__repr__ is object.__repr__
+    return type(scorer).__qualname__ if plain else repr(scorer)
+
+
+BUILT_IN = (LRP, CaptumLayer, Taylor, Activation, WeightMagnitude, Random)
+"""Scorers that never write into a model's parameters."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import resolve_layers
-from xai_edit.attribution.scorers import Scorer
+from xai_edit.attribution.layers import logits_of, resolve_layers
+from xai_edit.attribution.scorers import BUILT_IN, LRP, Scorer, describe
 from xai_edit.data import Batch, Data, batches, model_device
 from xai_edit.errors import NonFiniteError, UnknownLayerError
-from xai_edit.files import write_safetensors
+from xai_edit.files import read_safetensors, write_safetensors
 from xai_edit.guard import preserved, require_finite
 
 Aggregate = Literal["sum", "mean", "abs", "positive"]
@@ -121,7 +121,7 @@ class UnitScores:
             raise ValueError("give either share or count")
         if share is not None:
             count = share_of(len(order), share)
-        if not isinstance(count, int) or not 1 <= count <= len(order):
+        if type(count) is not int or not 1 <= count <= len(order):
             raise ValueError(f"count: {count} units asked for, the layer has {len(order)}")
         return order[:count]
 
@@ -157,16 +157,13 @@ class UnitScores:
             "k": self.k,
             "origin": self.origin,
         }
-        write_safetensors(path, tensors, {"xai_edit.unit_scores": json.dumps(header)})
+        write_safetensors(path, tensors, "xai_edit.unit_scores", json.dumps(header))
 
     @classmethod
     def load(cls, path: str | Path) -> UnitScores:
         """Read a file that `save` wrote."""
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("xai_edit.unit_scores", "null"))
-            if header is None:
-                raise ValueError(f"{path}: not a file of unit scores")
-            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        read, text = read_safetensors(path, "xai_edit.unit_scores")
+        header = json.loads(text)
         return cls(
             {name: read[f"sum:{name}"] for name in header["layers"]},
             header["samples"],
@@ -241,6 +238,7 @@ def score_units(
     UnknownLayerError, NonFiniteError, ValueError, TypeError
         On bad input, before or during the pass; the model is as it was.
     """
+    target = checked_target(target)
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate: {aggregate!r} given; it is one of {AGGREGATES}")
     names = resolve_layers(model, layers)
@@ -261,7 +259,7 @@ def score_units(
             if k is not None:
                 counts[name] = counts.get(name, 0) + _occurrences(values, k, name)
 
-    with preserved(model):
+    with preserved(model, weights=not isinstance(scorer, BUILT_IN)):
         if not getattr(scorer, "needs_data", True):
             add(scorer(model, None, None, names), samples := 1)
         elif data is None:
@@ -272,15 +270,10 @@ def score_units(
                     targets = targets_of(model, batch, target)
                     add(scorer(model, batch.inputs, targets, names), len(batch))
                 samples += len(batch)
-    if hasattr(scorer, "canonizers_for"):
-        used = [type(canonizer).__name__ for canonizer in scorer.canonizers_for(model)]
-        origin["canonizers"] = used
+    if isinstance(scorer, LRP):
+        used = [*scorer.composite.canonizers, *scorer.canonizers_for(model)]
+        origin["canonizers"] = [type(canonizer).__name__ for canonizer in used]
     return UnitScores(sums, samples, aggregate, counts, k, origin)
-
-
-def describe(scorer: Scorer) -> str:
-    """Return a name for a scorer that is the same in every process."""
-    return getattr(scorer, "__qualname__", None) or repr(scorer)
 
 
 def targets_of(model: nn.Module, batch: Batch, target: Target) -> Tensor:
@@ -291,10 +284,8 @@ def targets_of(model: nn.Module, batch: Batch, target: Target) -> Tensor:
     ValueError
         If labels are asked for and missing, or a class is not one of the model's.
     """
-    if target != "predicted" and target != "label" and type(target) is not int:
-        raise ValueError(f"target: {target!r} given; it is a class, 'label' or 'predicted'")
     with torch.no_grad():
-        logits = model(batch.inputs)
+        logits = logits_of(model(batch.inputs), batch.inputs)
     if target == "predicted":
         return torch.argmax(logits, 1)
     if target == "label":
@@ -307,6 +298,43 @@ def targets_of(model: nn.Module, batch: Batch, target: Target) -> Tensor:
         targets = torch.full((len(batch),), target, device=logits.device)
     check_classes(targets, logits.shape[1])
     return targets
+
+
+def checked_target(target: Any) -> Target:
+    """Return a target as a plain int or one of the two words, or raise ValueError."""
+    if isinstance(target, str) and target in ("label", "predicted"):
+        return target  # type: ignore[return-value]
+    try:
+        return _whole(target)
+    except TypeError:
+        raise ValueError(
+            f"target: {target!r} given; it is a class number, 'label' or 'predicted'"
+        ) from None
+
+
+def _whole(number: Any) -> int:
+    if isinstance(number, bool):
+        raise TypeError
+    return operator.index(number)
+
+
+def class_list(target: int | Sequence[int], classes: int) -> list[int]:
+    """Return one class or several different ones as a list, checked against a model's classes.
+
+    Raises
+    ------
+    ValueError
+        If none is given, one is named twice, is not a number or is out of range.
+    """
+    given = target if isinstance(target, Iterable) else [target]
+    try:
+        listed = [_whole(one) for one in given]
+    except TypeError:
+        raise ValueError(f"target: {target!r} given; it is a class number or several") from None
+    if not listed or len(set(listed)) < len(listed):
+        raise ValueError(f"target: {target!r} given; give one class or several different ones")
+    check_classes(torch.tensor(listed), classes)
+    return listed
 
 
 def check_classes(targets: Tensor, classes: int) -> None:
@@ -334,7 +362,7 @@ def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
 
 
 def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
-    if not isinstance(k, int) or not 1 <= k <= values.shape[1]:
+    if type(k) is not int or not 1 <= k <= values.shape[1]:
         raise ValueError(f"k: {k} given; layer {name!r} has {values.shape[1]} units")
     # Stable, so that units tied within a sample are taken in their order on every machine.
     top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]

@@ -90,8 +90,8 @@ class LastLayerRetraining:
             weights.append(fitted.coef_ / scaler.scale_)
             biases.append(fitted.intercept_ - weights[-1] @ scaler.mean_)
         new = {
-            f"{head.layer}.weight": torch.from_numpy(np.mean(weights, axis=0)).flatten(),
-            f"{head.layer}.bias": torch.from_numpy(np.mean(biases, axis=0)),
+            head.parameter("weight"): torch.from_numpy(np.mean(weights, axis=0)).flatten(),
+            head.parameter("bias"): torch.from_numpy(np.mean(biases, axis=0)),
         }
         values = {name: (torch.arange(len(value)), value) for name, value in new.items()}
         origin = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from xai_edit.attribution.units import check_classes
+from xai_edit.attribution.units import class_list
 from xai_edit.data import Data, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import find_head
@@ -42,13 +42,13 @@ class LogitMask:
         ValueError
             If the last layer has no bias, or a class is out of range.
         """
-        classes = torch.tensor([target] if isinstance(target, int) else list(target))
         first, _ = peek(data, model_device(model))
         head, layer = find_head(model, first.inputs)
-        check_classes(classes, layer.out_features)
+        classes = torch.tensor(class_list(target, layer.out_features))
         if layer.bias is None:
             raise ValueError(f"model: the last layer {head!r} has no bias to mask a class with")
-        values = {f"{head}.bias": (classes, torch.full((len(classes),), MASKED))}
+        name = f"{head}.bias".removeprefix(".")
+        values = {name: (classes, torch.full((len(classes),), MASKED))}
         return ModelEdit.between(
             model, values, {"operator": "LogitMask", "target": classes.tolist(), "layer": head}
         )

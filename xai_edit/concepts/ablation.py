@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from zennit.rules import Epsilon
 
-from xai_edit.attribution.layers import layer_module, resolve_layers
+from xai_edit.attribution.layers import INPUT_SUFFIX, layer_module, resolve_layers
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.guard import preserved
 
@@ -43,8 +43,11 @@ class SubspaceAblation(nn.Module):
         """Return the activations without the subspaces, same shape."""
         U = self.directions.to(activations)
         a = activations.movedim(self.channel_axis, -1)
+        if a.shape[-1] != len(U):
+            raise ValueError(f"subspaces: of {len(U)} channels, but the layer has {a.shape[-1]}")
         ablated = a - (a - self.mean.to(a)) @ U @ U.T
-        return ablated.movedim(-1, self.channel_axis)
+        # Not a view, so that an in-place activation may follow.
+        return ablated.movedim(-1, self.channel_axis).clone()
 
 
 @contextmanager
@@ -77,6 +80,8 @@ def ablated(
         If the layer or an index does not exist.
     """
     resolve_layers(model, [layer])
+    if layer.endswith(INPUT_SUFFIX):
+        raise ValueError(f"layer: {layer!r} given; name the layer whose outputs are ablated")
     module = layer_module(model, layer)
     ablation = SubspaceAblation(subspaces, indices, -1 if isinstance(module, nn.Linear) else 1)
     parent, _, name = layer.rpartition(".")

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import layer_module, resolve_layers, tapped
-from xai_edit.data import Attribute, Data, attribute_of, batches, model_device
+from xai_edit.data import (
+    Attribute,
+    Data,
+    attribute_of,
+    batches,
+    check_length,
+    model_device,
+    together,
+)
 from xai_edit.errors import NonFiniteError
 from xai_edit.guard import preserved, require_finite
 
@@ -97,6 +105,8 @@ def collect_features(
     seed : int
         Of the drawn positions.
     """
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise ValueError(f"positions: {positions!r} given; it is a positive number or None")
     resolve_layers(model, [layer])
     require_finite(model)
     module = layer_module(model, layer)
@@ -104,15 +114,14 @@ def collect_features(
     generator = torch.Generator().manual_seed(seed)
     vectors: list[Tensor] = []
     numbers: list[Tensor] = []
-    labels: list[Tensor] = []
-    attributes: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    attributes: list[Tensor | None] = []
     samples = 0
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             with tapped(model, [layer]) as tap:
                 model(batch.inputs)
-            if layer not in tap.values:
-                raise ValueError(f"layer {layer!r} takes no part in the model's forward pass")
+            tap.require([layer])
             values = tap.values[layer].cpu()
             if not channels_last:
                 values = values.movedim(1, -1)
@@ -124,14 +133,14 @@ def collect_features(
             numbers.append(
                 torch.arange(samples, samples + len(batch)).repeat_interleave(values.shape[1])
             )
-            if batch.labels is not None:
-                labels.append(batch.labels.cpu())
-            if spurious is not None or batch.groups is not None:
-                attributes.append(attribute_of(spurious, batch, samples).cpu())
+            labels.append(batch.labels)
+            given = spurious is not None or batch.groups is not None
+            attributes.append(attribute_of(spurious, batch, samples) if given else None)
             samples += len(batch)
+    check_length(spurious, samples)
     return Features(
         torch.cat(vectors),
         sample=torch.cat(numbers),
-        labels=torch.cat(labels) if labels else None,
-        attribute=torch.cat(attributes) if attributes else None,
+        labels=together(labels, "labels"),
+        attribute=together(attributes, "groups"),
     )

@@ -39,10 +39,14 @@ def predictiveness(
     from sklearn.metrics import average_precision_score
 
     spurious = features.attribute if spurious is None else torch.as_tensor(spurious)
-    if spurious is None or len(spurious) != features.samples or len(spurious.unique()) != 2:
+    if (
+        spurious is None
+        or len(spurious) != features.samples
+        or spurious.long().unique().tolist() != [0, 1]
+    ):
         raise ValueError(
-            f"spurious: one yes or no for each of {features.samples} samples, and some of each, "
-            "is needed"
+            f"spurious: one yes (1) or no (0) for each of {features.samples} samples is needed, "
+            "and some of each"
         )
     projected = subspaces.project(features.activations)
     if features.contexts is None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from xai_edit.files import write_safetensors
+from xai_edit.files import read_safetensors, write_safetensors
 
 # How far UᵀU may be from the identity, in float64.
 ORTHONORMAL = 1e-6
@@ -93,14 +92,11 @@ class Subspaces:
         """Write to a safetensors file, atomically."""
         header = json.dumps({"sizes": self.sizes, "origin": self.origin})
         tensors = {"basis": self.basis, "mean": self.mean}
-        write_safetensors(path, tensors, {"xai_edit.subspaces": header})
+        write_safetensors(path, tensors, "xai_edit.subspaces", header)
 
     @classmethod
     def load(cls, path: str | Path) -> Subspaces:
         """Read a file that `save` wrote."""
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("xai_edit.subspaces", "null"))
-            if header is None:
-                raise ValueError(f"{path}: not a file of subspaces")
-            basis, mean = file.get_tensor("basis"), file.get_tensor("mean")
-        return cls(basis, tuple(header["sizes"]), mean, header["origin"])
+        tensors, text = read_safetensors(path, "xai_edit.subspaces")
+        header = json.loads(text)
+        return cls(tensors["basis"], tuple(header["sizes"]), tensors["mean"], header["origin"])

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from xai_edit._version import __version__
 from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError
-from xai_edit.files import write_safetensors
+from xai_edit.files import read_safetensors, write_safetensors
 
 FORMAT = 1
+KIND = "xai_edit.edit"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +85,17 @@ class ModelEdit:
         ------
         NonFiniteError
             If a new value is NaN or infinite in the parameter's dtype.
+        ValueError
+            If a name is not a parameter of the model.
         """
         parameters = _parameters(model)
         changes = {}
         for name, (index, new) in values.items():
+            if name not in parameters:
+                raise ValueError(
+                    f"model: {name!r} is not a plain parameter; a parametrization or a pruning "
+                    "hook computes it. Make that permanent first"
+                )
             parameter = parameters[name].detach()
             index, order = torch.sort(index.to(parameter.device).long())
             new = new.detach().to(parameter)[order]
@@ -156,10 +163,14 @@ class ModelEdit:
     def check(self, model: nn.Module, *, undo: bool = False) -> None:
         """Raise `EditMismatchError` unless the edit can be applied (or undone) on ``model``."""
         parameters = _parameters(model)
+        named: dict[int, str] = {}
         for name, change in self.changes.items():
             if name not in parameters:
                 raise EditMismatchError(f"the edit changes {name!r}, which the model does not have")
             parameter = parameters[name].detach()
+            twin = named.setdefault(id(parameters[name]), name)  # tied: one under two names
+            if twin != name:
+                _joined(name, self.changes[twin], change)
             if tuple(parameter.shape) != change.shape:
                 raise EditMismatchError(
                     f"{name!r} has shape {tuple(parameter.shape)}, the edit was made for "
@@ -231,9 +242,8 @@ class ModelEdit:
             tensors[f"{name}/new"] = change.new
             shapes[name] = list(change.shape)
         header = {"format": FORMAT, "shapes": shapes, "origin": self.origin}
-        text = json.dumps(header, sort_keys=True)
-        checksum = _checksum(tensors, text)
-        write_safetensors(path, tensors, {"xai_edit.edit": text, "checksum": checksum})
+        text = json.dumps(header)
+        write_safetensors(path, tensors, KIND, f"{_checksum(tensors, text)}\n{text}")
 
     @classmethod
     def load(cls, path: str | Path) -> ModelEdit:
@@ -247,20 +257,11 @@ class ModelEdit:
             If it is not an edit, is cut short, was changed, or is of a newer format.
         """
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file") from None
-        except (SafetensorError, OSError, ValueError) as problem:
-            raise EditFileError(
-                f"{path}: cannot be read as an edit; it is cut short, damaged or another kind of "
-                f"file ({problem})"
-            ) from None
-        text = metadata.get("xai_edit.edit")
-        if text is None:
-            raise EditFileError(f"{path}: a safetensors file, but not an edit")
-        if metadata.get("checksum") != _checksum(tensors, text):
+            tensors, content = read_safetensors(path, KIND)
+        except ValueError as problem:
+            raise EditFileError(str(problem)) from None
+        checksum, _, text = content.partition("\n")
+        if checksum != _checksum(tensors, text):
             raise EditFileError(f"{path}: the checksum does not match; the file was changed")
         header = json.loads(text)
         if header["format"] > FORMAT:

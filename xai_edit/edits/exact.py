@@ -44,10 +44,9 @@ def accuracy_by_dose(
         The accuracy of each group with weight w_row,j + δ.
     """
     samples, d = features.shape
-    others = logits.clone()
-    others[:, row] = -torch.inf
-    best_other, other_class = others.max(1)
+    best_other, other_class = strongest_other(logits, row)
     margin = logits[:, row] - best_other
+    as_it_is = wins(logits[:, row], best_other, row, other_class).double()
     right_if_row = (labels == row).double()
     right_if_other = (labels == other_class).double()
     member = torch.nn.functional.one_hot(groups).double()  # (samples, G)
@@ -57,7 +56,7 @@ def accuracy_by_dose(
         x = features[:, start : start + width]
         flips = torch.where(x != 0, -margin[:, None] / x, torch.inf)
         # At δ = −∞: positive features are not predicted c, negative ones are, zeros stay.
-        at_first = torch.where(x > 0, 0.0, torch.where(x < 0, 1.0, (margin > 0).double()[:, None]))
+        at_first = torch.where(x > 0, 0.0, torch.where(x < 0, 1.0, as_it_is[:, None]))
         right = at_first * right_if_row[:, None] + (1 - at_first) * right_if_other[:, None]
         gain = x.sign() * (right_if_row - right_if_other)[:, None]  # when passing the flip upward
         flips, order = flips.sort(0)
@@ -67,6 +66,19 @@ def accuracy_by_dose(
         first = torch.einsum("sj,sg->jg", right, member)
         counts = torch.cat([first[None], first + gained.cumsum(0)])
         yield start, _between(flips), counts / sizes
+
+
+def strongest_other(logits: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    """Return the highest logit of any other class and that class, each of shape (samples,)."""
+    others = logits.clone()
+    others[:, row] = -torch.inf
+    best, rival = others.max(1)
+    return best, rival
+
+
+def wins(logit: Tensor, best_other: Tensor, row: int, rival: Tensor) -> Tensor:
+    """Tell where ``row`` is predicted; of equal logits argmax takes the lower class."""
+    return (logit > best_other) | ((logit == best_other) & (row < rival))
 
 
 def _between(flips: Tensor) -> Tensor:
@@ -134,7 +146,8 @@ def best_dose(
             column = at % doses.shape[1]
             best = (*found, start + column, accuracy.flatten(0, 1)[at])
             dose = float(doses.flatten()[at])
-    assert best is not None  # a head has at least one feature
+    if best is None or best[0] == -torch.inf:
+        raise ValueError(f"class {row}: every feature is zero in every sample; no weight matters")
     return best[2], dose, best[3]
 
 

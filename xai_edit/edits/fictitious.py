@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.edges import edge_scores
-from xai_edit.attribution.units import check_classes
+from xai_edit.attribution.units import class_list
 from xai_edit.data import Attribute, Data
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.exact import best_dose
+from xai_edit.edits.exact import best_dose, strongest_other, wins
 from xai_edit.edits.head import HeadFeatures, collect_head_features
-from xai_edit.edits.single_weight import check_rate, editable, head_edit, orthogonal_weight
+from xai_edit.edits.single_weight import (
+    anchor_point,
+    check_anchor,
+    check_rate,
+    editable,
+    head_edit,
+    orthogonal_weight,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +39,8 @@ class RateSweep:
         weight crosses zero, where most of the effect is.
     doses : Tensor, float64, shape (R,)
         What each rate adds to the weight.
+    anchor : float
+        Value of the feature at which the edit leaves the output alone; 0 for a plain edit.
     accuracy : Tensor, float64, shape (R, G)
         Of each (class, spurious feature) group that has samples.
     average : Tensor, float64, shape (R,)
@@ -42,6 +51,7 @@ class RateSweep:
     column: int
     rates: Tensor
     doses: Tensor
+    anchor: float
     accuracy: Tensor
     average: Tensor
 
@@ -87,8 +97,7 @@ class FictitiousClass:
     def __post_init__(self) -> None:
         if self.select not in ("sca", "exact"):
             raise ValueError(f"select: {self.select!r} given; it is 'sca' or 'exact'")
-        if self.anchor not in (True, False, "auto"):
-            raise ValueError(f"anchor: {self.anchor!r} given; it is True, False or 'auto'")
+        check_anchor(self.anchor, self.select)
         if self.rate != "auto":
             check_rate(self.rate)
 
@@ -143,17 +152,17 @@ class FictitiousClass:
                     judged, row, groups, _worst_then_mean, logits=logits
                 )
                 found: dict[str, Any] = {}
-                reached = float(accuracy.min())
+                fixed, reached = 0.0, float(accuracy.min())
             else:
                 sweep = self._sweep(head, judged, row, logits, groups)
                 at = sweep.best if self.rate == "auto" else len(sweep.rates) - 1
-                column, dose = sweep.column, float(sweep.doses[at])
+                column, dose, fixed = sweep.column, float(sweep.doses[at]), sweep.anchor
                 found = {"rate": float(sweep.rates[at])}
                 reached = float(sweep.worst[at])
-            if reached <= worst and self.rate == "auto":
+            if reached <= worst and (self.select == "exact" or self.rate == "auto"):
                 continue
             worst = reached
-            logits[:, row] += dose * judged.features[:, column].double()
+            logits[:, row] += dose * (judged.features[:, column].double() - fixed)
             weight = float(head.weight[row, column]) + dose
             edited.append({"class": row, "column": column, "weight": weight, **found})
         origin = {
@@ -164,7 +173,8 @@ class FictitiousClass:
         }
         if not edited:
             origin["reason"] = "no edit of one weight raises the worst group on validation data"
-        return head_edit(model, head, edited, origin, anchor=self.anchor)
+        anchor = self.anchor if self.select == "sca" else False
+        return head_edit(model, head, edited, origin, anchor=anchor)
 
     def sweep(
         self,
@@ -178,7 +188,7 @@ class FictitiousClass:
         """Return the whole course over rates for each affected class; arguments as in `plan`.
 
         One feature pass over each data set, no forward pass a rate. Each class is swept with the
-        others unedited, and without an anchor.
+        others unedited.
         """
         head, judged, rows = self._collected(model, data, spurious, target, validation)
         groups = _groups(judged.require_labels(), judged.attribute)
@@ -192,14 +202,15 @@ class FictitiousClass:
         target: int | Sequence[int] | None,
         validation: Data | None,
     ) -> tuple[HeadFeatures, HeadFeatures, list[int]]:
+        if spurious is not None and not callable(spurious):
+            spurious = torch.as_tensor(spurious)
         head = collect_head_features(model, data, attribute=spurious, with_attribute=True)
         head.require_labels()
         attribute = _require_both(head.attribute)
         if target is None:
             rows = [_favoured(head.logits().argmax(1), attribute > 0, head.classes)]
         else:
-            rows = [target] if isinstance(target, int) else list(target)
-            check_classes(torch.tensor(rows), head.classes)
+            rows = class_list(target, head.classes)
         if validation is None:
             return head, head, rows
         # A vector counts the samples of the planning data, so validation carries its own.
@@ -219,20 +230,21 @@ class FictitiousClass:
         else:
             rates = np.array([0.0, self.rate])
         doses = torch.tensor(
-            [float(orthogonal_weight(weights, column, rate) - weights[column]) for rate in rates]
-        ).double()
+            [float(orthogonal_weight(weights, column, rate) - weights[column]) for rate in rates],
+            dtype=torch.double,
+        )
         labels = judged.require_labels()
-        x = judged.features[:, column].double()
-        others = logits.clone()
-        others[:, row] = -torch.inf
-        best_other, other_class = others.max(1)
-        as_row = logits[:, row] + doses[:, None] * x > best_other  # (R, samples)
-        right = torch.where(as_row, labels == row, labels == other_class)
+        fixed = anchor_point(head, column, self.anchor, raised=bool(doses[-1] > 0)) or 0.0
+        x = judged.features[:, column].double() - fixed
+        best_other, rival = strongest_other(logits, row)
+        as_row = wins(logits[:, row] + doses[:, None] * x, best_other, row, rival)  # (R, samples)
+        right = torch.where(as_row, labels == row, labels == rival)
         return RateSweep(
             row,
             column,
             torch.from_numpy(rates),
             doses,
+            fixed,
             torch.stack([_group_means(at_rate, groups) for at_rate in right]),
             right.double().mean(1),
         )
@@ -299,7 +311,7 @@ def _favoured(predicted: Tensor, has: Tensor, classes: int) -> int:
 
 def _worst_then_mean(accuracy: Tensor) -> Tensor:
     """Worst-group accuracy; the mean decides only among equals. Shape (..., G) to (...)."""
-    return accuracy.min(-1).values + 1e-6 * accuracy.mean(-1)
+    return accuracy.min(-1).values + 1e-9 * accuracy.mean(-1)
 
 
 def _groups(labels: Tensor, attribute: Tensor | None) -> Tensor:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.layers import logits_of
 from xai_edit.attribution.units import check_classes
-from xai_edit.data import Attribute, Data, attribute_of, batches, model_device
+from xai_edit.data import (
+    Attribute,
+    Data,
+    attribute_of,
+    batches,
+    check_length,
+    model_device,
+    together,
+)
 from xai_edit.guard import preserved, require_finite
 
 
@@ -44,6 +52,10 @@ class HeadFeatures:
     def classes(self) -> int:
         """The number of classes."""
         return len(self.weight)
+
+    def parameter(self, kind: str) -> str:
+        """Return the name of the layer's ``weight`` or ``bias`` among the model's parameters."""
+        return f"{self.layer}.{kind}".removeprefix(".")  # the model itself may be the layer
 
     def logits(self) -> Tensor:
         """Return the logits z = W x + b, float64, shape (samples, classes)."""
@@ -87,30 +99,27 @@ def collect_head_features(
     """
     require_finite(model)
     features: list[Tensor] = []
-    labels: list[Tensor] = []
-    attributes: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    attributes: list[Tensor | None] = []
     layer, samples = "", 0
     with preserved(model), torch.no_grad():
         last = _LastLinear(model)
         for batch in batches(data, model_device(model)):
             output = logits_of(model(batch.inputs), batch.inputs)
             layer = last.name_for(output)
-            features.append(last.inputs.detach().cpu())
-            if batch.labels is not None:
-                labels.append(batch.labels.cpu())
-            if with_attribute:
-                attributes.append(attribute_of(attribute, batch, samples).cpu())
+            features.append(last.inputs.cpu())
+            labels.append(batch.labels)
+            attributes.append(attribute_of(attribute, batch, samples) if with_attribute else None)
             samples += len(batch)
-    if labels and sum(map(len, labels)) < samples:
-        raise ValueError("data: some batches have labels and some have none")
+    check_length(attribute, samples)
     head = _linear(model, layer)
     return HeadFeatures(
         layer,
         head.weight.detach().cpu().clone(),
         None if head.bias is None else head.bias.detach().cpu().clone(),
         torch.cat(features),
-        torch.cat(labels) if labels else None,
-        torch.cat(attributes) if attributes else None,
+        together(labels, "labels"),
+        together(attributes, "groups"),
     )
 
 
@@ -138,20 +147,26 @@ class _LastLinear:
     """Remembers the last linear layer that ran. Its hooks end with the guard around it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.name = ""
+        self.name: str | None = None
         self.inputs = self.outputs = torch.empty(0)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(partial(self._record, name))
 
     def _record(self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self.name, self.inputs, self.outputs = name, inputs[0], output
+        # Copies, since an in-place operation may follow.
+        self.name = name
+        self.inputs, self.outputs = inputs[0].detach().clone(), output.detach().clone()
 
     def name_for(self, output: Tensor) -> str:
         """Return the layer's name if the model's output is its output, or a softmax of it."""
         same = (self.outputs, self.outputs.log_softmax(-1), self.outputs.softmax(-1))
-        if not self.name or not any(torch.equal(output, candidate) for candidate in same):
-            ends = f"its last, {self.name!r}, is followed by more" if self.name else "it has none"
+        if self.name is None or not any(torch.equal(output, candidate) for candidate in same):
+            ends = (
+                "it has none"
+                if self.name is None
+                else f"its last, {self.name!r}, is followed by more"
+            )
             raise ValueError(
                 "model: a final linear layer is needed, one whose output is the model's output; "
                 + ends

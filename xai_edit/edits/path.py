@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers, tapped
-from xai_edit.attribution.scorers import LRP, Scorer
-from xai_edit.attribution.units import check_classes, describe, score_units, share_of
+from xai_edit.attribution.scorers import LRP, Scorer, describe
+from xai_edit.attribution.units import class_list, score_units, share_of
 from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import find_head
-from xai_edit.edits.silence import silencing_entries
+from xai_edit.edits.silence import following_batch_norms, silencing_entries
 from xai_edit.guard import preserved
 
 
@@ -86,13 +86,11 @@ class PathPerturbation:
             If the layer, the class or k is out of range, the data has no sample of the class, or
             ``scope="class_row"`` is asked for a layer that does not feed the output directly.
         """
-        if type(target) is not int:
-            raise ValueError(f"target: {target!r} given; it is the number of a class")
         if self.layer is not None:
             resolve_layers(model, [self.layer])
         first, data = peek(data, model_device(model))
         head, linear = find_head(model, first.inputs)
-        check_classes(torch.tensor([target]), linear.out_features)
+        (target,) = class_list([target], linear.out_features)
         feeding = _feeding_layer(model, head, linear.in_features, first.inputs)
         layer = self.layer or feeding
         if self.scope == "class_row" and layer not in (feeding, head + INPUT_SUFFIX):
@@ -110,7 +108,8 @@ class PathPerturbation:
         )
         neurons = scores.top(layer, share=self.share, by=self.rank)
         if self.scope == "neuron":
-            entries = silencing_entries(model, layer, neurons)
+            norm = following_batch_norms(model, first.inputs, [layer]).get(layer)
+            entries = silencing_entries(model, layer, neurons, norm)
         else:
             entries = {f"{head}.weight": target * linear.in_features + neurons}
         origin: dict[str, Any] = {

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import CONVOLUTIONS, resolve_layers
-from xai_edit.attribution.scorers import LRP, Scorer
-from xai_edit.attribution.units import Target, UnitScores, describe, score_units, share_of
+from xai_edit.attribution.scorers import LRP, Scorer, describe
+from xai_edit.attribution.units import Target, UnitScores, score_units, share_of
 from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import Data, model_device, peek
 from xai_edit.edits.edit import ModelEdit
@@ -102,6 +104,9 @@ class ConceptAwarePruning:
         The subspaces of the spurious concept.
     share, scorer, layers, ranking
         As for `RelevancePruning`.
+    keep_ablation : bool
+        Whether the edit also ablates the subspaces for good, folded into the weights of the layer
+        that reads them (`fold_ablation`); otherwise they are ablated only for scoring.
     """
 
     layer: str
@@ -111,16 +116,26 @@ class ConceptAwarePruning:
     scorer: Scorer = field(default_factory=_pruning_scorer)
     layers: Sequence[str] | None = None
     ranking: Ranking = "global"
+    keep_ablation: bool = False
 
     def __post_init__(self) -> None:
         _check(self.share, self.ranking)
         self.subspaces.directions(self.ablate)
 
     def plan(self, model: nn.Module, data: Data, *, target: Target = "label") -> ModelEdit:
-        """Plan the pruning; see `RelevancePruning.plan`. The ablation is not part of the edit."""
+        """Plan the pruning; see `RelevancePruning.plan`.
+
+        Raises
+        ------
+        ValueError
+            Also if the ablation is to be kept and cannot be folded; see `fold_ablation`.
+        """
         resolve_layers(model, [self.layer])
         first, data = peek(data, model_device(model))
         layers = prunable(model, self.layers, first.inputs)
+        folded = {}
+        if self.keep_ablation:
+            folded = fold_ablation(model, self.layer, self.subspaces, self.ablate, first.inputs)
         with ablated(model, self.layer, self.subspaces, self.ablate) as inner:
             inside = [inner if name == self.layer else name for name in layers]
             found = score_units(
@@ -134,9 +149,10 @@ class ConceptAwarePruning:
             "samples": scores.samples,
             "layer": self.layer,
             "ablated": list(self.ablate),
+            "keep_ablation": self.keep_ablation,
             "subspaces": self.subspaces.origin,
         }
-        return prune_lowest(model, scores, self.share, self.ranking, first.inputs, origin)
+        return prune_lowest(model, scores, self.share, self.ranking, first.inputs, origin, folded)
 
 
 def prunable(model: nn.Module, layers: Sequence[str] | None, inputs: Tensor) -> list[str]:
@@ -162,14 +178,24 @@ def prune_lowest(
     ranking: Ranking,
     inputs: Tensor,
     origin: dict[str, Any],
+    folded: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> ModelEdit:
-    """Plan to switch off the lowest share of the scored units, each layer's best one kept."""
+    """Plan to switch off the lowest share of the scored units, each layer's best one kept.
+
+    ``folded`` are new values of whole parameters, in which units are then switched off too.
+    """
     pruned = (_lowest_global if ranking == "global" else _lowest_local)(scores, share)
     norms = following_batch_norms(model, inputs, scores.layers)
-    values = {}
+    values = {
+        name: (torch.arange(new.numel()), new.detach().cpu().flatten().clone())
+        for name, new in folded.items()
+    }
     for layer, units in pruned.items():
         for name, at in silencing_entries(model, layer, units, norms.get(layer)).items():
-            values[name] = (at, torch.zeros(len(at)))
+            if name in values:
+                values[name][1][at] = 0
+            else:
+                values[name] = (at, torch.zeros(len(at)))
     told = {layer: units.tolist() for layer, units in pruned.items()}
     width = sum(len(scores[layer]) for layer in scores)
     removed = sum(map(len, told.values()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.edges import edge_scores
-from xai_edit.attribution.units import check_classes
+from xai_edit.attribution.units import class_list
 from xai_edit.data import Data
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.exact import removal_dose
@@ -78,7 +78,8 @@ class SingleWeight:
     anchor : "auto" or bool
         Also correct the output's bias so that the edit leaves the feature's extreme value alone.
         "auto" does it where the feature takes negative values (tanh, GELU, layer norm), for which
-        the plain edit raises the class on other samples.
+        the plain edit raises the class on other samples. For ``select="sca"``; "exact" counts what
+        its dose does to every sample.
     tolerance : float
         For ``select="exact"``: accuracy on the other classes, as a fraction, that may be lost on
         the planning data.
@@ -92,9 +93,10 @@ class SingleWeight:
     def __post_init__(self) -> None:
         if self.select not in ("sca", "exact"):
             raise ValueError(f"select: {self.select!r} given; it is 'sca' or 'exact'")
-        if self.anchor not in (True, False, "auto"):
-            raise ValueError(f"anchor: {self.anchor!r} given; it is True, False or 'auto'")
+        check_anchor(self.anchor, self.select)
         check_rate(self.rate)
+        if not 0 <= self.tolerance <= 1:
+            raise ValueError(f"tolerance: {self.tolerance!r} given; it is a fraction in [0, 1]")
 
     def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
         """Plan the removal of one class or several; the model is only read.
@@ -120,13 +122,8 @@ class SingleWeight:
             If the model has no final linear layer, a class is out of range or absent, or no weight
             of its row can be edited.
         """
-        targets = [target] if isinstance(target, int) else list(target)
-        if not targets or len(set(targets)) < len(targets):
-            raise ValueError(f"target: {target!r} given; give one class or several different ones")
         head = collect_head_features(model, data)
-        head.require_labels()
-        check_classes(torch.tensor(targets), head.classes)
-        rows = [self._row(head, row) for row in targets]
+        rows = [self._row(head, row) for row in class_list(target, head.classes)]
         return head_edit(
             model,
             head,
@@ -136,7 +133,7 @@ class SingleWeight:
                 "select": self.select,
                 "samples": len(head.features),
             },
-            anchor=self.anchor,
+            anchor=self.anchor if self.select == "sca" else False,
         )
 
     def _row(self, head: HeadFeatures, row: int) -> dict[str, Any]:
@@ -160,6 +157,24 @@ class SingleWeight:
             "rate": self.rate,
             "sca": float(score[column]),
         }
+
+
+def check_anchor(anchor: object, select: str) -> None:
+    """Raise ValueError unless ``anchor`` is one of its values and goes with the selection."""
+    if anchor not in (True, False, "auto"):
+        raise ValueError(f"anchor: {anchor!r} given; it is True, False or 'auto'")
+    if anchor is True and select == "exact":
+        raise ValueError("anchor: True goes with select='sca'; 'exact' scores the plain edit")
+
+
+def anchor_point(
+    head: HeadFeatures, column: int, anchor: bool | Literal["auto"], *, raised: bool
+) -> float | None:
+    """Return the value of a feature at which an anchored edit leaves the output alone."""
+    x = head.features[:, column].double()
+    if not (bool(x.min() < 0) if anchor == "auto" else anchor):
+        return None
+    return float(torch.quantile(x, 1 - ANCHOR_QUANTILE if raised else ANCHOR_QUANTILE))
 
 
 def head_edit(
@@ -193,20 +208,18 @@ def head_edit(
         old = float(head.weight[at, column])
         index.append(at * d + column)
         new.append(value)
-        x = head.features[:, column].double()
-        anchored = bool(x.min() < 0) if anchor == "auto" else anchor
-        if anchored:
+        fixed = anchor_point(head, column, anchor, raised=value > old)
+        if fixed is not None:
             if head.bias is None:
                 raise ValueError(
                     f"anchor: layer {head.layer!r} has no bias to correct; give anchor=False"
                 )
-            raised = value > old
-            fixed = torch.quantile(x, 1 - ANCHOR_QUANTILE if raised else ANCHOR_QUANTILE)
             bias_index.append(at)
-            bias_new.append(float(head.bias[at]) - (value - old) * float(fixed))
-        told.append({**row, "weight": value, "old": old, "anchored": anchored})
-    values = {f"{head.layer}.weight": (torch.tensor(index), torch.tensor(new, dtype=torch.double))}
+            bias_new.append(float(head.bias[at]) - (value - old) * fixed)
+        told.append({**row, "weight": value, "old": old, "anchored": fixed is not None})
+    weight = (torch.tensor(index), torch.tensor(new, dtype=torch.double))
+    values = {head.parameter("weight"): weight}
     if bias_index:
         bias = (torch.tensor(bias_index), torch.tensor(bias_new, dtype=torch.double))
-        values[f"{head.layer}.bias"] = bias
+        values[head.parameter("bias")] = bias
     return ModelEdit.between(model, values, {**origin, "layer": head.layer, "rows": told})

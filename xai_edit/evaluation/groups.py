@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.layers import logits_of
 from xai_edit.attribution.units import check_classes
-from xai_edit.data import Attribute, Data, attribute_of, batches, model_device
+from xai_edit.data import (
+    Attribute,
+    Data,
+    attribute_of,
+    batches,
+    check_length,
+    model_device,
+)
 from xai_edit.guard import preserved
 
 
@@ -30,7 +37,7 @@ class Accuracy:
     def groups(self) -> dict[tuple[int, int], float]:
         """Accuracy of each (class, attribute) group that has samples."""
         return {
-            (row, column): float(self.right[row, column] / self.samples[row, column])
+            (row, column): int(self.right[row, column]) / int(self.samples[row, column])
             for row, column in self.samples.nonzero().tolist()
         }
 
@@ -52,14 +59,14 @@ class Accuracy:
     @property
     def average(self) -> float:
         """Accuracy over all samples: every sample counts alike."""
-        return float(self.right.sum() / self.samples.sum())
+        return int(self.right.sum()) / int(self.samples.sum())
 
     def of(self, *classes: int) -> float:
         """Accuracy over the samples of some classes (A_t of class unlearning)."""
         at = list(classes)
         if not at or not self.samples[at].sum():
             raise ValueError(f"classes: no samples of {at}")
-        return float(self.right[at].sum() / self.samples[at].sum())
+        return int(self.right[at].sum()) / int(self.samples[at].sum())
 
     def rest(self, *classes: int) -> float:
         """Accuracy over the samples of all other classes (A_g of class unlearning)."""
@@ -90,6 +97,7 @@ def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -
         If labels are missing, or a class or an attribute is out of range.
     """
     counts = torch.zeros(2, 0, 0, dtype=torch.long)  # right and all, by class and attribute
+    has_groups: set[bool] = set()
     start = 0
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
@@ -97,10 +105,13 @@ def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -
             if batch.labels is None:
                 raise ValueError("data: has no labels; give (input, label) batches")
             check_classes(batch.labels, logits.shape[1])
-            if groups is None and batch.groups is None:
-                attribute = torch.zeros_like(batch.labels)
-            else:
+            has_groups.add(groups is not None or batch.groups is not None)
+            if len(has_groups) > 1:
+                raise ValueError("data: some batches have groups and some have none")
+            if True in has_groups:
                 attribute = attribute_of(groups, batch, start)
+            else:
+                attribute = torch.zeros_like(batch.labels)
             if attribute.min() < 0:
                 raise ValueError(f"groups: {int(attribute.min())} given; they are numbered from 0")
             start += len(batch)
@@ -115,4 +126,5 @@ def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -
                 torch.stack([right, torch.ones_like(right)]).long().cpu(),
                 accumulate=True,
             )
+    check_length(groups, start)
     return Accuracy(counts[0], counts[1])

@@ -13,7 +13,7 @@ def small_cnn(
     size: int,
     *,
     channels: Sequence[int] = (16, 32, 32),
-    hidden: int = 128,
+    hidden: int = 256,
     dropout: float = 0.3,
     classes: int = 10,
 ) -> nn.Module:
@@ -22,9 +22,10 @@ def small_cnn(
     Parameters
     ----------
     size : int
-        Side of the square grey images; divisible by 4.
+        Side of the square grey images.
     channels : sequence of int
-        Filters of each convolution (3×3); every one but the last is followed by pooling.
+        Filters of each convolution (3×3, only the first one padded); every one but the last is
+        followed by pooling.
     hidden : int
         Width of the hidden layer ``fc1``.
     dropout : float
@@ -35,7 +36,9 @@ def small_cnn(
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     width, side = 1, size
     for number, filters in enumerate(channels, start=1):
-        layers[f"conv{number}"] = nn.Conv2d(width, filters, 3, padding=1)
+        padding = 1 if number == 1 else 0
+        layers[f"conv{number}"] = nn.Conv2d(width, filters, 3, padding=padding)
+        side += 2 * padding - 2
         layers[f"relu{number}"] = nn.ReLU()
         if number < len(channels):
             layers[f"pool{number}"] = nn.MaxPool2d(2)

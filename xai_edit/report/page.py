@@ -54,9 +54,9 @@ def write_report(folder: str | Path) -> Path:
     write_atomically(page, _page(results, timing, maps).encode())
     at = [results["map_columns"].index(column) for column in results["overview"]]
     drawn = overview(
-        maps["images"][:2],
-        maps["relevance"][:2, at],
-        [[told["predicted"][column] for column in at] for told in results["maps"][:2]],
+        maps["images"][:4],
+        maps["relevance"][:4, at],
+        [[told["predicted"][column] for column in at] for told in results["maps"][:4]],
         results["overview"],
     )
     write_atomically(folder / "overview.png", drawn)
@@ -226,9 +226,10 @@ def _prune(results: Mapping[str, Any]) -> str:
         "<h2>3. Prune</h2><p>Concept-aware pruning removes the filters that serve the watermark "
         f"first: it scores them while the principal components {part['ablated']} of layer "
         f"<code>{escape(part['layer'])}</code>, which tell watermarked images best (average "
-        f"precision {part['average_precision']:.2f}), are taken out of the activations. Pruning "
-        "bakes the correction in; the ablation by itself, with no filter removed, reaches "
-        f"{alone['worst']:.3f} in the worst group and {alone['balanced']:.3f} balanced.</p>"
+        f"precision {part['average_precision']:.2f}), are taken out of the activations. Kept, "
+        "the ablation is folded into the weights of the next layer. By itself, with no filter "
+        f"removed, it reaches {alone['worst']:.3f} in the worst group and "
+        f"{alone['balanced']:.3f} balanced: pruning does not create the correction.</p>"
         + "".join(shown)
     )
 

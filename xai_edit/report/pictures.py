@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ def overview(
             ax.imshow(values, cmap="bwr", vmin=-limit, vmax=limit)
             ax.set_xlabel(f"says {predicted[row][column]}")
     for ax, title in zip(grid[0], ["image", *columns], strict=True):
-        ax.set_title(title, fontsize=10)
+        ax.set_title(textwrap.fill(title, 16), fontsize=10)
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
     target = io.BytesIO()

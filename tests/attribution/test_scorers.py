@@ -1,0 +1,811 @@
+"""Every scorer against an independent source, and what every scorer promises."""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import version
+
+import captum.attr as ca
+import pytest
+import torch
+from captum.attr._utils.lrp_rules import EpsilonRule
+from torch import nn
+from zennit import composites as zc
+from zennit import rules as zr
+from zennit.canonizers import SequentialMergeBatchNorm
+from zennit.core import Composite
+
+from xai_edit import (
+    LRP,
+    Activation,
+    CaptumLayer,
+    NonFiniteError,
+    Random,
+    Taylor,
+    WeightMagnitude,
+    score_units,
+)
+
+# Zennit before 1.0 keeps the eps of a merged batch norm, so the logit is a little another one.
+SLACK_OF_MERGED_NORMS = 0.0 if int(version("zennit").split(".")[0]) >= 1 else 1e-4
+PLAIN_LAYERS = ["conv1", "conv2", "fc1", "head"]
+NORM_LAYERS = ["body.0", "body.3", "fc"]
+LAYERS = {
+    "plain": [name + suffix for name in PLAIN_LAYERS for suffix in ("", ":input")],
+    "norm": [name + suffix for name in NORM_LAYERS for suffix in ("", ":input")],
+}
+
+
+def input_times_gradient(model, inputs, targets, layers):
+    """A user's own scorer, a plain function: input × gradient at the image, per pixel."""
+    pixels = inputs.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        model(pixels)[range(len(inputs)), targets].sum().backward()
+    return {name: (pixels * pixels.grad).flatten(1).detach() for name in layers}
+
+
+SCORERS = {
+    "LRP epsilon": lambda: LRP("epsilon"),
+    "LRP epsilon, one": lambda: LRP("epsilon", initial="one"),
+    "LRP gamma+epsilon": lambda: LRP("gamma+epsilon"),
+    "LRP alpha1beta0": lambda: LRP("alpha1beta0"),
+    "LRP alpha2beta1": lambda: LRP("alpha2beta1"),
+    "LRP epsilon-plus": lambda: LRP("epsilon-plus"),
+    "LRP epsilon-gamma-box": lambda: LRP("epsilon-gamma-box", low=0.0, high=1.0),
+    "LRP user's composite": lambda: LRP(
+        zc.EpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()])
+    ),
+    "LRP by names": lambda: LRP(
+        zc.NameMapComposite([(["fc", "fc1", "head"], zr.Epsilon()), (["conv1"], zr.ZPlus())])
+    ),
+    "LayerConductance": lambda: CaptumLayer(ca.LayerConductance, n_steps=4),
+    "LayerIntegratedGradients": lambda: CaptumLayer(ca.LayerIntegratedGradients, n_steps=4),
+    "LayerGradientXActivation": lambda: CaptumLayer(ca.LayerGradientXActivation),
+    "LayerActivation": lambda: CaptumLayer(ca.LayerActivation),
+    "LayerDeepLift": lambda: CaptumLayer(ca.LayerDeepLift),
+    "InternalInfluence": lambda: CaptumLayer(ca.InternalInfluence, n_steps=4),
+    "Taylor": Taylor,
+    "Activation": Activation,
+    "WeightMagnitude": WeightMagnitude,
+    "Random": lambda: Random(seed=1),
+    "user's function": lambda: input_times_gradient,
+}
+WEIGHTS_ONLY = {"WeightMagnitude", "Random"}
+
+
+@pytest.fixture(params=LAYERS)
+def network(request):
+    """A model and its layers' names, outputs and inputs."""
+    return request.getfixturevalue(request.param), LAYERS[request.param]
+
+
+@pytest.fixture
+def batches(digits):
+    """24 digits in two uneven batches."""
+    images, labels = digits
+    return [(images[:10], labels[:10]), (images[10:24], labels[10:24])]
+
+
+@pytest.fixture
+def pairs(digits):
+    return digits[0][:24].double(), digits[1][:24]
+
+
+def plain_copy(model):
+    """A copy without in-place activations, for oracles that hold on to tensors."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return twin
+
+
+def over_positions(values):
+    values = values[0] if isinstance(values, tuple) else values
+    return values.detach().flatten(2).sum(2) if values.ndim > 2 else values.detach()
+
+
+def relative_error(got, expected):
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def captum_lrp(model, inputs, targets, name, *, epsilon=None):
+    twin = plain_copy(model)
+    if epsilon is not None:  # Captum takes the rules off again after each pass
+        for module in twin.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.rule = EpsilonRule(epsilon=epsilon)
+    layer = twin.get_submodule(name.removesuffix(":input"))
+    values = ca.LayerLRP(twin, layer).attribute(
+        inputs, target=targets, attribute_to_layer_input=name.endswith(":input")
+    )
+    return over_positions(values)
+
+
+# LRP beside Captum
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-3, 0.1])
+@pytest.mark.parametrize("name", LAYERS["plain"])
+def test_lrp_epsilon_equals_captums_lrp(plain, pairs, name, epsilon, dtype):
+    model, (inputs, labels) = plain.to(dtype), pairs
+    inputs = inputs.to(dtype)
+    got = LRP("epsilon", epsilon=epsilon)(model, inputs, labels, [name])[name]
+    expected = captum_lrp(model, inputs, labels, name, epsilon=epsilon)
+    # In double what is left is Captum's pooling and ReLU, which always keep its 1e-9.
+    assert relative_error(got, expected) < (1e-5 if dtype is torch.float32 else 1e-7)
+
+
+@pytest.mark.parametrize("name", LAYERS["plain"])
+def test_lrp_by_default_is_within_1e_4_of_captums_whose_epsilon_is_a_thousandth(plain, pairs, name):
+    inputs, labels = pairs
+    got = LRP("epsilon")(plain.double(), inputs, labels, [name])[name]
+    assert relative_error(got, captum_lrp(plain, inputs, labels, name)) < 1e-4
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-3])
+def test_a_heatmap_equals_captums_lrp_of_the_input(plain, pairs, epsilon):
+    inputs, labels = pairs
+    got = LRP("epsilon", epsilon=epsilon).heatmap(plain.double(), inputs, labels)
+    twin = plain_copy(plain)
+    for module in twin.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.rule = EpsilonRule(epsilon=epsilon)
+    expected = ca.LRP(twin).attribute(inputs, target=labels).detach()
+    assert got.shape == inputs.shape
+    assert relative_error(got, expected) < 1e-7
+
+
+@pytest.mark.parametrize("name", LAYERS["plain"])
+def test_lrp_of_vanishing_epsilon_is_gradient_times_activation_without_biases(plain, pairs, name):
+    inputs, labels = pairs
+    for parameter_name, parameter in plain.double().named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.data.zero_()
+    got = LRP("epsilon", epsilon=1e-14)(plain, inputs, labels, [name])[name]
+    twin = plain_copy(plain)
+    layer = twin.get_submodule(name.removesuffix(":input"))
+    expected = ca.LayerGradientXActivation(twin, layer).attribute(
+        inputs, target=labels, attribute_to_layer_input=name.endswith(":input")
+    )
+    assert relative_error(got, over_positions(expected)) < 1e-9
+
+
+@pytest.mark.parametrize("preset", ["epsilon", "alpha2beta1", "epsilon-plus"])
+def test_relevance_starts_at_the_logit_or_at_one(network, pairs, preset):
+    (model, layers), (inputs, labels) = network, pairs
+    logits = model.double()(inputs)[range(len(inputs)), labels].detach()
+    of_logit = LRP(preset)(model, inputs, labels, layers)
+    of_one = LRP(preset, initial="one")(model, inputs, labels, layers)
+    last = next(name for name in reversed(layers) if not name.endswith(":input"))
+    one_hot = nn.functional.one_hot(labels, 10).double()
+    assert torch.equal(of_one[last], one_hot)
+    rtol = 1e-12 + (SLACK_OF_MERGED_NORMS if "fc" in layers else 0)
+    torch.testing.assert_close(of_logit[last], one_hot * logits[:, None], rtol=rtol, atol=0)
+    for name in layers:
+        torch.testing.assert_close(
+            of_logit[name], of_one[name] * of_logit[last].sum(1, True), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_relevance_comes_in_the_shape_of_the_layers_values(plain, pairs):
+    inputs, labels = pairs
+    layers = ["conv1", "conv1:input", "pool1", "fc1:input", "head"]
+    full = LRP("epsilon").relevance(plain.double(), inputs, labels, layers)
+    shapes = [tuple(full[name].shape[1:]) for name in layers]
+    assert shapes == [(4, 8, 8), (1, 8, 8), (4, 4, 4), (24,), (10,)]
+    summed = LRP("epsilon")(plain, inputs, labels, layers)
+    for name in layers:
+        torch.testing.assert_close(summed[name], over_positions(full[name]), rtol=1e-12, atol=0)
+    heatmap = LRP("epsilon").heatmap(plain, inputs, labels)
+    torch.testing.assert_close(heatmap, full["conv1:input"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["conv1", "relu1", "conv2", "fc1", "relu3", "head"])
+def test_a_users_composite_gives_what_zennit_gives(plain, pairs, name):
+    inputs, labels = pairs
+    composite = zc.EpsilonGammaBox(low=0.0, high=1.0, gamma=0.4)
+    twin = plain_copy(plain.double())
+    kept = []
+    twin.get_submodule(name).register_forward_hook(lambda _, __, output: kept.append(output))
+    with composite.context(twin) as canonical:
+        logits = canonical(inputs.clone().requires_grad_())
+        seed = nn.functional.one_hot(labels, 10) * logits.detach()
+        (expected,) = torch.autograd.grad(logits, kept[0], seed)
+    got = LRP(composite).relevance(plain, inputs, labels, [name])[name]
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+# Captum's layer attributions
+
+METHODS = {
+    "LayerConductance": {"n_steps": 4},
+    "LayerIntegratedGradients": {"n_steps": 4},
+    "LayerGradientXActivation": {},
+    "LayerActivation": {},
+    "LayerDeepLift": {},
+    "InternalInfluence": {"n_steps": 4},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_captum_method_is_its_own_result_summed_over_positions(network, pairs, method):
+    (model, layers), (inputs, labels) = network, pairs
+    made = getattr(ca, method)
+    arguments = METHODS[method]
+    got = CaptumLayer(made, **arguments)(model.double(), inputs, labels, layers)
+    for name in layers:
+        twin = plain_copy(model)
+        call = {} if method == "LayerActivation" else {"target": labels}
+        expected = made(twin, twin.get_submodule(name.removesuffix(":input"))).attribute(
+            inputs, **call, **arguments, attribute_to_layer_input=name.endswith(":input")
+        )
+        torch.testing.assert_close(got[name], over_positions(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_constructor_and_call_arguments_go_where_they_belong(plain, pairs):
+    inputs, labels = pairs
+    scorer = CaptumLayer(ca.LayerGradientXActivation, multiply_by_inputs=False)
+    got = scorer(plain.double(), inputs, labels, ["fc1"])["fc1"]
+    twin = plain_copy(plain)
+    expected = ca.LayerGradientXActivation(twin, twin.fc1, multiply_by_inputs=False).attribute(
+        inputs, target=labels
+    )
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-12, atol=0)
+    other = CaptumLayer(ca.LayerGradientXActivation)(plain, inputs, labels, ["fc1"])["fc1"]
+    assert relative_error(got, other) > 0.1
+
+
+def test_baselines_reach_captum(plain, pairs):
+    inputs, labels = pairs
+    baseline = torch.full((1, 1, 8, 8), 0.5, dtype=torch.float64)
+    scorer = CaptumLayer(ca.LayerConductance, n_steps=4, baselines=baseline)
+    got = scorer(plain.double(), inputs, labels, ["fc1"])["fc1"]
+    twin = plain_copy(plain)
+    expected = ca.LayerConductance(twin, twin.fc1).attribute(
+        inputs, target=labels, n_steps=4, baselines=baseline
+    )
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_integration_method_of_captum_can_be_chosen(plain, pairs):
+    inputs, labels = pairs
+    scorer = CaptumLayer(ca.LayerConductance, n_steps=4, method="riemann_trapezoid")
+    got = scorer(plain.double(), inputs, labels, ["fc1"])["fc1"]
+    twin = plain_copy(plain)
+    expected = ca.LayerConductance(twin, twin.fc1).attribute(
+        inputs, target=labels, n_steps=4, method="riemann_trapezoid"
+    )
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("argument", ["steps", "n_step", "epsilon"])
+def test_an_argument_captum_does_not_take_is_named(argument):
+    with pytest.raises(TypeError, match=rf"LayerConductance takes no argument \['{argument}'\]"):
+        CaptumLayer(ca.LayerConductance, **{argument: 3})
+
+
+@pytest.mark.parametrize(
+    "method", [ca.IntegratedGradients, ca.NeuronConductance, nn.Linear, len, "LayerConductance", 3]
+)
+def test_what_is_no_layer_attribution_is_a_type_error(method):
+    with pytest.raises(TypeError, match=r"is not a layer attribution class of captum\.attr"):
+        CaptumLayer(method)
+
+
+def test_an_instance_of_a_captum_method_is_a_type_error(plain):
+    with pytest.raises(TypeError, match="is not a layer attribution class"):
+        CaptumLayer(ca.LayerConductance(plain, plain.fc1))
+
+
+@pytest.mark.parametrize("argument", ["target", "inputs", "layer", "forward_func"])
+def test_an_argument_that_the_pass_fills_in_is_refused_when_made(argument):
+    with pytest.raises(TypeError, match=argument):
+        CaptumLayer(ca.LayerConductance, **{argument: 3})
+
+
+def test_captums_lrp_at_a_relu_is_one_clear_error(plain, batches):
+    with pytest.raises(ValueError, match="relu1"):
+        score_units(plain, batches, CaptumLayer(ca.LayerLRP), layers="relu1")
+
+
+def test_captums_lrp_of_a_residual_network_is_refused_in_favour_of_zennits():
+    from torchvision.models import resnet18
+
+    data = [(torch.zeros(1, 3, 32, 32), torch.tensor([0]))]
+    with pytest.raises(ValueError, match=r"use xai_edit\.LRP"):
+        score_units(resnet18(), data, CaptumLayer(ca.LayerLRP), layers="fc")
+
+
+# The usual comparisons, against autograd and closed forms
+
+
+def values_and_gradients(model, inputs, name, loss):
+    """A layer's tensor and the gradient there, by an additive probe instead of a hook on it."""
+    twin = plain_copy(model)
+    layer = twin.get_submodule(name.removesuffix(":input"))
+    kept = {}
+
+    def probe(tensor):
+        kept["value"] = tensor.detach()
+        kept["probe"] = torch.zeros_like(tensor, requires_grad=True)
+        return tensor + kept["probe"]
+
+    if name.endswith(":input"):
+        layer.register_forward_pre_hook(lambda _, args: (probe(args[0]),))
+    else:
+        layer.register_forward_hook(lambda _, __, output: probe(output))
+    loss(twin(inputs)).backward()
+    return kept["value"], kept["probe"].grad
+
+
+def test_taylor_is_activation_times_loss_gradient(network, pairs):
+    (model, layers), (inputs, labels) = network, pairs
+    got = Taylor()(model.double(), inputs, labels, layers)
+    for name in layers:
+        expected = torch.stack(
+            [
+                over_positions(value * gradient)[0]
+                for value, gradient in (
+                    values_and_gradients(
+                        model,
+                        inputs[i : i + 1],
+                        name,
+                        lambda logits, i=i: nn.functional.cross_entropy(logits, labels[i : i + 1]),
+                    )
+                    for i in range(len(inputs))
+                )
+            ]
+        )
+        torch.testing.assert_close(got[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_taylor_predicts_the_change_of_loss_when_a_unit_is_damped(plain, pairs):
+    inputs, labels = pairs
+    got = Taylor()(plain.double(), inputs, labels, ["conv2"])["conv2"].sum(0)
+    step = 1e-6
+    for unit in range(6):
+        losses = []
+        for factor in (1 + step, 1 - step):
+            twin = plain_copy(plain)
+            with torch.no_grad():
+                twin.conv2.weight[unit] *= factor
+                twin.conv2.bias[unit] *= factor
+                loss = nn.functional.cross_entropy(twin(inputs), labels, reduction="sum")
+            losses.append(loss)
+        torch.testing.assert_close(
+            got[unit], (losses[0] - losses[1]) / (2 * step), rtol=1e-4, atol=1e-7
+        )
+
+
+def test_activation_is_the_mean_rectified_value(network, pairs):
+    (model, layers), (inputs, labels) = network, pairs
+    got = Activation()(model.double(), inputs, labels, layers)
+    for name in layers:
+        value, _ = values_and_gradients(model, inputs, name, torch.sum)
+        value = value.flatten(2) if value.ndim > 2 else value[:, :, None]
+        expected = [[sum(max(0.0, v) for v in u) / len(u) for u in s] for s in value.tolist()]
+        torch.testing.assert_close(
+            got[name], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12
+        )
+
+
+WEIGHTED = {
+    "linear": (nn.Linear(4, 6), 6, 4),
+    "conv1d": (nn.Conv1d(4, 6, 3), 6, 4),
+    "conv2d": (nn.Conv2d(4, 6, 3), 6, 4),
+    "grouped conv2d": (nn.Conv2d(4, 6, 3, groups=2), 6, 4),
+    "depthwise conv2d": (nn.Conv2d(4, 4, 3, groups=4), 4, 4),
+    "transposed conv2d": (nn.ConvTranspose2d(4, 6, 3), 6, 4),
+    "grouped transposed conv2d": (nn.ConvTranspose2d(4, 6, 3, groups=2), 6, 4),
+}
+
+
+def dense_weight(layer, inputs):
+    """|W| summed over the kernel, (outputs, inputs): the layer's answer to one lit channel."""
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.weight.abs_()
+        twin.bias.zero_()
+        if isinstance(layer, nn.Linear):
+            return twin.weight
+        axes = layer.weight.ndim - 2
+        columns = []
+        for channel in range(inputs):
+            x = torch.zeros(1, inputs, *[5] * axes)
+            x[0, channel].view(-1)[5**axes // 2] = 1  # the middle, seen once by each kernel entry
+            columns.append(twin(x).flatten(2).sum(2)[0])
+        return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_weight_magnitude_is_the_l1_norm_of_a_units_weights(kind):
+    layer, outputs, inputs = WEIGHTED[kind]
+    model = nn.Sequential(layer)
+    scores = score_units(model, None, WeightMagnitude(), layers=["0", "0:input"])
+    dense = dense_weight(layer, inputs).double()
+    assert dense.shape == (outputs, inputs)
+    torch.testing.assert_close(scores["0"], dense.sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores["0:input"], dense.sum(0), rtol=1e-6, atol=0)
+    assert scores.samples == 1
+
+
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_random_gives_every_unit_a_number(kind):
+    layer, outputs, inputs = WEIGHTED[kind]
+    scores = score_units(nn.Sequential(layer), None, Random(), layers=["0", "0:input"])
+    assert [len(scores["0"]), len(scores["0:input"])] == [outputs, inputs]
+
+
+def test_random_depends_on_the_seed_and_the_layers_name_alone(plain, norm, batches):
+    first = score_units(plain, None, Random(seed=3))
+    plain.requires_grad_(False).head.weight.zero_()
+    torch.manual_seed(99)
+    torch.rand(7)
+    again = score_units(plain, batches, Random(seed=3), layers=["head", "conv2", "fc1", "conv1"])
+    other = score_units(plain, None, Random(seed=4))
+    for name in first:
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
+        assert ((first[name] >= 0) & (first[name] < 1)).all()
+    assert not torch.equal(first["fc1"][:10], first["head"])
+
+
+def test_random_leaves_the_global_generator_alone(plain):
+    state = torch.random.get_rng_state()
+    score_units(plain, None, Random(seed=3))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("scorer", [WeightMagnitude(), Random()])
+def test_a_layer_without_weights_of_its_units_is_an_error(norm, scorer):
+    for name in ("body.1", "body.2"):
+        with pytest.raises(
+            ValueError, match=rf"layer '{name}' \(\w+\) has no weights of its units"
+        ):
+            score_units(norm, None, scorer, layers=name)
+
+
+# What every scorer promises
+
+
+def layers_of(network, kind):
+    model, layers = network
+    return model, layers if kind != "user's function" else layers[:1]
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_scores_do_not_depend_on_the_batches(network, pairs, kind):
+    model, layers = layers_of(network, kind)
+    inputs, labels = pairs[0][:8], pairs[1][:8]
+    whole = score_units(model.double(), [(inputs, labels)], SCORERS[kind](), layers=layers)
+    for size in (1, 5):
+        parts = [(inputs[i : i + size], labels[i : i + size]) for i in range(0, 8, size)]
+        cut = score_units(model, parts, SCORERS[kind](), layers=layers)
+        assert cut.samples == whole.samples == (1 if kind in WEIGHTS_ONLY else 8)
+        for name in layers:
+            torch.testing.assert_close(cut[name], whole[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_the_same_scorer_gives_the_same_bits_again_and_touches_nothing(
+    network, batches, kind, unchanged
+):
+    model, layers = layers_of(network, kind)
+    logits = model(batches[0][0]).detach()
+    check = unchanged(model)
+    scorer = SCORERS[kind]()
+    first = score_units(model, batches, scorer, layers=layers)
+    check()
+    second = score_units(model, batches, scorer, layers=layers)
+    third = score_units(model, batches, SCORERS[kind](), layers=layers)
+    check()
+    for name in layers:
+        assert torch.equal(first[name], second[name])
+        assert torch.equal(first[name], third[name])
+        assert first[name].dtype == torch.float64
+        assert first[name].abs().sum() > 0
+    assert torch.equal(model(batches[0][0]), logits)
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_a_model_in_training_with_frozen_parts_scores_alike_and_keeps_its_flags(
+    network, batches, kind, unchanged
+):
+    model, layers = layers_of(network, kind)
+    expected = score_units(model, batches[:1], SCORERS[kind](), layers=layers)
+    model.train()
+    next(model.children()).eval()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    check = unchanged(model)
+    got = score_units(model, batches[:1], SCORERS[kind](), layers=layers)
+    check()
+    for name in layers:
+        assert torch.equal(got[name], expected[name])
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_a_wholly_frozen_model_scores_alike_without_gradients_switched_on(network, batches, kind):
+    model, layers = layers_of(network, kind)
+    expected = score_units(model, batches[:1], SCORERS[kind](), layers=layers)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        got = score_units(model, batches[:1], SCORERS[kind](), layers=layers)
+    for name in layers:
+        assert torch.equal(got[name], expected[name])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", sorted({*SCORERS} - WEIGHTS_ONLY))
+def test_data_that_fails_half_way_leaves_the_model_as_it_was(network, batches, kind, unchanged):
+    model, layers = layers_of(network, kind)
+
+    def failing():
+        yield batches[0]
+        raise OSError("disk gone")
+
+    model.train()
+    check = unchanged(model)
+    with pytest.raises(OSError, match="disk gone"):
+        score_units(model, failing(), SCORERS[kind](), layers=layers)
+    check()
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_the_users_hooks_run_and_can_be_removed_afterwards(plain, batches, kind, unchanged):
+    seen = []
+    handles = [
+        plain.fc1.register_forward_hook(lambda *_: seen.append("forward")),
+        plain.fc1.register_forward_pre_hook(lambda *_: seen.append("pre")),
+        plain.head.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    check = unchanged(plain)
+    layers = layers_of((plain, ["fc1", "head"]), kind)[1]
+    score_units(plain, batches[:1], SCORERS[kind](), layers=layers)
+    check()
+    assert kind in WEIGHTS_ONLY or {"forward", "pre"} <= set(seen)
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    plain(batches[0][0]).sum().backward()
+    assert not seen
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_gradients_the_user_has_accumulated_keep_their_values(plain, batches, kind):
+    plain(batches[1][0]).sum().backward()
+    before = [parameter.grad.clone() for parameter in plain.parameters()]
+    layers = layers_of((plain, ["conv1", "head"]), kind)[1]
+    score_units(plain, batches[:1], SCORERS[kind](), layers=layers)
+    for parameter, grad in zip(plain.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(*_):
+    raise Stop
+
+
+def composite_that_stops_at(target, canonizers=()):
+    def mapping(ctx, name, module):
+        if name == target:
+            raise Stop
+        return zr.Epsilon() if isinstance(module, (nn.Linear, nn.Conv2d)) else None
+
+    return Composite(module_map=mapping, canonizers=list(canonizers))
+
+
+def rule_that_stops():
+    return zc.LayerMapComposite([(nn.Conv2d, zr.BasicHook(reducer=stopping))])
+
+
+def function_that_stops(model, inputs, targets, layers):
+    model.train()
+    model.register_forward_hook(stopping)
+    model(inputs)
+
+
+@pytest.mark.parametrize("own_canonizer", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda canonizers: LRP(composite_that_stops_at("body.3", canonizers)),
+        lambda canonizers: LRP(composite_that_stops_at("fc", canonizers)),
+        lambda canonizers: LRP(rule_that_stops()),
+        lambda canonizers: function_that_stops,
+    ],
+    ids=["registering, early", "registering, late", "in the backward pass", "user's function"],
+)
+def test_a_scorer_that_raises_leaves_the_model_as_it_was(
+    norm, batches, unchanged, make, own_canonizer
+):
+    norm.train()
+    check = unchanged(norm)
+    scorer = make([SequentialMergeBatchNorm()] if own_canonizer else ())
+    for _ in range(2):
+        with pytest.raises(Stop):
+            score_units(norm, batches, scorer)
+        check()
+
+
+def test_a_composite_that_failed_once_works_on_the_next_model(plain, batches):
+    failing = {"now": True}
+
+    def mapping(ctx, name, module):
+        if name == "head" and failing["now"]:
+            raise Stop
+        return zr.Epsilon() if isinstance(module, (nn.Linear, nn.Conv2d)) else None
+
+    scorer = LRP(Composite(module_map=mapping))
+    with pytest.raises(Stop):
+        score_units(plain, batches, scorer)
+    failing["now"] = False
+    got = score_units(plain, batches, scorer)
+    expected = score_units(plain, batches, LRP(Composite(module_map=mapping)))
+    for name in got:
+        assert torch.equal(got[name], expected[name])
+
+
+def test_one_scorer_serves_two_models_in_turn(plain, norm, batches):
+    scorer = LRP("epsilon-plus")
+    first = score_units(plain, batches, scorer)
+    score_units(norm, batches, scorer)
+    again = score_units(plain, batches, scorer)
+    for name in first:
+        assert torch.equal(first[name], again[name])
+
+
+def test_asking_for_more_layers_changes_no_score(network, pairs):
+    (model, layers), (inputs, labels) = network, pairs
+    for scorer in (LRP("epsilon"), LRP("alpha2beta1"), Taylor(), Activation()):
+        together = scorer(model.double(), inputs, labels, layers)
+        for name in layers:
+            alone = scorer(model, inputs, labels, [name])[name]
+            torch.testing.assert_close(alone, together[name], rtol=1e-12, atol=1e-14)
+
+
+# Networks that a score would be wrong for
+
+
+class Odd(nn.Module):
+    """Two calls of one layer, a layer without influence, a layer never called, a recurrent one."""
+
+    frozen = False
+
+    def __init__(self):
+        super().__init__()
+        self.twice = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.partly_frozen = nn.Linear(4, 4)
+        self.ignored = nn.Linear(4, 4)
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        self.ignored(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            offset = self.partly_frozen(x)
+        states, _ = self.recurrent(x[:, None])
+        return self.head(self.twice(torch.relu(self.twice(x))) + offset + states[:, 0])
+
+
+GRADIENT_SCORERS = {
+    "LRP": lambda: LRP("epsilon"),
+    "Taylor": Taylor,
+    "LayerGradientXActivation": lambda: CaptumLayer(ca.LayerGradientXActivation),
+    "LayerConductance": lambda: CaptumLayer(ca.LayerConductance, n_steps=4),
+}
+DATA_SCORERS = {
+    **GRADIENT_SCORERS,
+    "Activation": Activation,
+    "LayerActivation": lambda: CaptumLayer(ca.LayerActivation),
+}
+
+
+@pytest.fixture
+def odd():
+    torch.manual_seed(0)
+    return Odd().eval(), [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))]
+
+
+@pytest.mark.parametrize("kind", DATA_SCORERS)
+@pytest.mark.parametrize("suffix", ["", ":input"])
+def test_a_layer_called_twice_is_an_error(odd, kind, suffix, unchanged):
+    model, data = odd
+    check = unchanged(model)
+    with pytest.raises(ValueError, match=f"'twice{suffix}' is called more than once in a forward"):
+        score_units(model, data, DATA_SCORERS[kind](), layers="twice" + suffix)
+    check()
+
+
+@pytest.mark.parametrize("kind", DATA_SCORERS)
+def test_a_layer_that_is_never_called_is_an_error(odd, kind, unchanged):
+    model, data = odd
+    check = unchanged(model)
+    with pytest.raises(ValueError, match="'unused' takes no part in the model's forward pass"):
+        score_units(model, data, DATA_SCORERS[kind](), layers=["head", "unused"])
+    check()
+
+
+@pytest.mark.parametrize("kind", ["LRP", "Taylor"])
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("ignored", "layer 'ignored' has no influence on the model's output"),
+        ("recurrent", "layer 'recurrent' passes on a tuple, not one tensor"),
+    ],
+)
+def test_a_layer_without_a_gradient_of_its_own_is_an_error(odd, kind, layer, message):
+    model, data = odd
+    with pytest.raises(ValueError, match=message):
+        score_units(model, data, DATA_SCORERS[kind](), layers=layer)
+
+
+@pytest.mark.parametrize("kind", ["LRP", "Taylor"])
+def test_a_layer_run_without_gradients_is_an_error(odd, kind):
+    model, data = odd
+    model.frozen = True
+    with pytest.raises(ValueError, match=r"'partly_frozen'.*torch\.no_grad\(\)"):
+        score_units(model, data, DATA_SCORERS[kind](), layers="partly_frozen")
+
+
+class Returns(nn.Module):
+    """A linear layer whose output is handed on in some other form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.form = form
+
+    def forward(self, x):
+        return self.form(self.fc(x))
+
+
+FORMS = {
+    "one axis": (lambda z: z[:, 0], r"\(5,\)"),
+    "three axes": (lambda z: z[:, :, None], r"\(5, 3, 1\)"),
+    "too few rows": (lambda z: z[:2], r"\(2, 3\)"),
+    "a tuple": (lambda z: (z, z), "tuple"),
+    "a dict": (lambda z: {"logits": z}, "dict"),
+}
+
+
+@pytest.mark.parametrize("kind", DATA_SCORERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_output_that_is_not_one_row_of_logits_a_sample_is_an_error(odd, form, kind):
+    handed, shown = FORMS[form]
+    with pytest.raises(ValueError, match=f"model: its output is {shown} .*one row of logits a sam"):
+        score_units(Returns(handed), odd[1], DATA_SCORERS[kind](), layers="fc")
+
+
+@pytest.mark.parametrize("target", ["label", "predicted", 1])
+@pytest.mark.parametrize("form", FORMS)
+def test_for_every_target_an_output_that_is_no_logits_is_an_error(odd, form, target):
+    handed, shown = FORMS[form]
+    with pytest.raises(ValueError, match=f"model: its output is {shown} .*one row of logits a sam"):
+        score_units(Returns(handed), odd[1], LRP(), layers="fc", target=target)
+
+
+@pytest.mark.parametrize("kind", DATA_SCORERS)
+def test_logits_that_are_not_finite_are_an_error(odd, kind):
+    model = Returns(lambda z: z / 0)
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        score_units(model, odd[1], DATA_SCORERS[kind](), layers="fc")
+
+
+def test_models_of_whole_number_inputs_are_scored_behind_their_embedding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 3)).double()
+    words, labels = torch.randint(0, 7, (5, 2)), torch.tensor([0, 1, 2, 0, 1])
+    scores = score_units(model, [(words, labels)], LRP("epsilon", epsilon=1e-14), layers="2:input")
+    hidden = model[:2](words)
+    expected = sum(
+        x * model[2].weight[c]  # the logit is spread over its summands, and back
+        for x, c in zip(hidden, labels, strict=True)
+    )
+    torch.testing.assert_close(scores["2:input"], expected.detach(), rtol=1e-9, atol=1e-12)

@@ -1,0 +1,557 @@
+"""Scores over a data set against brute force, and one clear error for each bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from xai_edit import (
+    LRP,
+    Activation,
+    NonFiniteError,
+    Random,
+    Taylor,
+    UnitScores,
+    UnknownLayerError,
+    WeightMagnitude,
+    score_units,
+)
+
+
+def echo(model, inputs, targets, layers):
+    """A scorer whose answer is known: the inputs are the scores, the target is added to unit 0."""
+    scores = inputs.flatten(1).clone()
+    scores[:, 0] += targets
+    return {name: scores * (position + 1) for position, name in enumerate(layers)}
+
+
+class Table(nn.Module):
+    """A classifier of 6 features into 4 classes, two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+@pytest.fixture
+def table():
+    torch.manual_seed(0)
+    return Table().double().eval()
+
+
+def integers(samples=23, seed=0):
+    """Scores in −3 … 3, so that sums are exact and ties are many."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (samples, 6), generator=generator).double()
+    return x, torch.randint(0, 4, (samples,), generator=generator)
+
+
+def cut(x, y, size):
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
+
+
+REDUCE = {
+    "sum": lambda column: sum(column),
+    "mean": lambda column: sum(column) / len(column),
+    "abs": lambda column: sum(abs(value) for value in column),
+    "positive": lambda column: sum(max(value, 0.0) for value in column),
+}
+
+
+@pytest.mark.parametrize("aggregate", REDUCE)
+@pytest.mark.parametrize("size", [1, 5, 23])
+def test_each_aggregate_is_its_sum_written_out(table, aggregate, size):
+    x, y = integers()
+    scores = score_units(table, cut(x, y, size), echo, aggregate=aggregate)
+    rows = x.tolist()
+    for row, label in zip(rows, y.tolist(), strict=True):
+        row[0] += label
+    expected = [REDUCE[aggregate]([row[unit] for row in rows]) for unit in range(6)]
+    assert scores["first"].tolist() == expected
+    assert scores["second"].tolist() == pytest.approx([2 * value for value in expected], rel=1e-15)
+    assert scores.samples == 23
+    assert scores.aggregate == aggregate
+
+
+@pytest.mark.parametrize("aggregate", REDUCE)
+def test_relevance_is_aggregated_after_the_sum_over_positions(plain, digits, aggregate):
+    images, labels = digits[0][:30].double(), digits[1][:30]
+    scorer = LRP("epsilon")
+    scores = score_units(plain.double(), cut(images, labels, 7), scorer, aggregate=aggregate)
+    full = scorer.relevance(plain, images, labels, scores.layers)
+    for name in scores:
+        values = full[name].flatten(2).sum(2) if full[name].ndim > 2 else full[name]
+        columns = values.T.tolist()
+        expected = torch.tensor([REDUCE[aggregate](column) for column in columns]).double()
+        torch.testing.assert_close(scores[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("size", [1, 5, 23])
+@pytest.mark.parametrize("aggregate", ["sum", "abs", "positive"])
+def test_occurrence_counts_equal_a_count_by_hand(table, k, size, aggregate):
+    x, y = integers(seed=k)
+    scores = score_units(table, cut(x, y, size), echo, layers="first", k=k, aggregate=aggregate)
+    counts = [0] * 6
+    for row, label in zip(x.tolist(), y.tolist(), strict=True):
+        row[0] += label
+        if aggregate == "abs":
+            row = [abs(value) for value in row]
+        elif aggregate == "positive":
+            row = [max(value, 0.0) for value in row]
+        for unit in sorted(range(6), key=lambda unit: (-row[unit], unit))[:k]:
+            counts[unit] += 1
+    assert scores.counts["first"].tolist() == counts
+    assert scores.counts["first"].dtype == torch.int64
+    assert sum(counts) == 23 * k
+    assert scores.k == k
+
+
+def test_no_counts_unless_asked_for(table):
+    scores = score_units(table, [integers()], echo)
+    assert scores.counts == {}
+    assert scores.k is None
+
+
+@pytest.mark.parametrize("scorer", [LRP("epsilon"), Taylor()])
+def test_targets_are_a_class_the_labels_or_the_predictions(plain, batches, scorer):
+    relabelled = {
+        "label": batches,
+        "predicted": [(x, plain(x).argmax(1)) for x, _ in batches],
+        3: [(x, torch.full((len(x),), 3)) for x, _ in batches],
+    }
+    found = []
+    for target, data in relabelled.items():
+        got = score_units(plain, batches, scorer, target=target)
+        expected = score_units(plain, data, scorer, target="label")
+        for name in got:
+            assert torch.equal(got[name], expected[name])
+        found.append(got["fc1"])
+        assert got.origin["target"] == target
+    assert not torch.equal(found[0], found[2])
+
+
+def test_a_users_function_gets_the_targets_as_classes(table):
+    x, y = integers()
+    seen = []
+
+    def scorer(model, inputs, targets, layers):
+        assert not model.training
+        assert targets.dtype == torch.int64
+        seen.extend(targets.tolist())
+        return dict.fromkeys(layers, inputs)
+
+    score_units(table.train(), cut(x, y, 5), scorer)
+    assert seen == y.tolist()
+    seen.clear()
+    score_units(table, cut(x, y, 5), scorer, target="predicted")
+    assert seen == table(x).argmax(1).tolist()
+    seen.clear()
+    score_units(table, [x], scorer, target=2)
+    assert seen == [2] * 23
+
+
+def test_labels_may_be_missing_where_the_target_is_given(plain, batches):
+    bare = [inputs for inputs, _ in batches]
+    for target in (0, "predicted"):
+        got = score_units(plain, bare, LRP(), target=target)
+        expected = score_units(plain, batches, LRP(), target=target)
+        assert torch.equal(got["fc1"], expected["fc1"])
+
+
+def test_a_data_set_is_scored_like_its_batches(plain, digits):
+    images, labels = digits[0][:100], digits[1][:100]
+    got = score_units(plain, TensorDataset(images, labels), LRP())
+    expected = score_units(plain, cut(images, labels, 64), LRP())
+    for name in got:
+        assert torch.equal(got[name], expected[name])
+
+
+def test_by_default_all_convolutions_and_linear_layers_are_scored(plain, norm, batches):
+    assert score_units(plain, batches, LRP()).layers == ["conv1", "conv2", "fc1", "head"]
+    assert score_units(norm, batches, LRP()).layers == ["body.0", "body.3", "fc"]
+
+
+def test_layers_keep_the_order_asked_for(plain, batches):
+    layers = ["head", "pool1", "fc1:input", "conv1"]
+    scores = score_units(plain, batches, LRP(), layers=layers)
+    assert scores.layers == [*scores] == layers
+    assert [len(scores[name]) for name in scores] == [10, 4, 24, 4]
+    assert "pool1" in scores
+    assert "conv2" not in scores
+
+
+@pytest.mark.parametrize("scorer", [WeightMagnitude(), Random(seed=2)])
+def test_scorers_of_weights_need_no_data(plain, batches, scorer):
+    without = score_units(plain, None, scorer)
+    beside = score_units(plain, batches, scorer)
+    for name in without:
+        assert torch.equal(without[name], beside[name])
+    assert without.samples == 1
+
+
+@pytest.mark.parametrize("scorer", [LRP(), Taylor(), Activation(), echo])
+def test_scorers_of_samples_say_that_they_need_data(plain, scorer):
+    with pytest.raises(ValueError, match=r"data: None given, but .* scores samples"):
+        score_units(plain, None, scorer)
+
+
+# Merging, saving
+
+
+@pytest.mark.parametrize("aggregate", REDUCE)
+def test_two_halves_merge_to_the_whole_to_the_bit(table, aggregate):
+    x, y = integers()
+    whole, first, second = (
+        score_units(table, cut(x[part], y[part], 4), echo, aggregate=aggregate, k=2)
+        for part in (slice(None), slice(9), slice(9, None))
+    )
+    merged = first.merge(second)
+    assert merged.samples == whole.samples == 23
+    for name in whole:
+        assert torch.equal(merged[name], whole[name])
+        assert torch.equal(merged.counts[name], whole.counts[name])
+    assert (merged.aggregate, merged.k, merged.origin) == (aggregate, 2, whole.origin)
+
+
+def test_halves_of_real_relevance_merge_to_the_whole(norm, digits):
+    images, labels = digits[0][:60].double(), digits[1][:60]
+    whole, first, second = (
+        score_units(norm.double(), cut(images[part], labels[part], 10), LRP("epsilon-plus"), k=3)
+        for part in (slice(None), slice(25), slice(25, None))
+    )
+    merged = first.merge(second)
+    for name in whole:
+        torch.testing.assert_close(merged[name], whole[name], rtol=1e-11, atol=1e-12)
+        assert torch.equal(merged.counts[name], whole.counts[name])
+
+
+def test_merging_changes_neither_part(table):
+    first, second = (score_units(table, [integers(seed=seed)], echo, k=1) for seed in range(2))
+    before = [part[name].clone() for part in (first, second) for name in part]
+    first.merge(second)
+    after = [part[name] for part in (first, second) for name in part]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"aggregate": "abs"},
+        {"k": 2},
+        {"layers": ["conv1"]},
+        {"layers": ["fc1", "conv1"]},
+        {"target": 3},
+        {"scorer": Taylor()},
+        {"scorer": LRP("epsilon-plus")},
+        {"scorer": LRP("epsilon", initial="one")},
+        {"scorer": LRP("epsilon", epsilon=0.5)},
+        {"scorer": LRP("epsilon", canonizers=())},
+    ],
+    ids=lambda other: "-".join(f"{key}={value}" for key, value in other.items()),
+)
+def test_scores_made_differently_do_not_merge(norm, batches, other):
+    call = {"scorer": LRP("epsilon"), "layers": ["body.0", "fc"]}
+    layers = {"conv1": "body.0", "fc1": "fc"}
+    changed = call | other
+    changed["layers"] = [layers.get(name, name) for name in changed["layers"]]
+    first = score_units(norm, batches, **call)
+    second = score_units(norm, batches, **changed)
+    with pytest.raises(ValueError, match="scores made differently cannot be merged"):
+        first.merge(second)
+
+
+class Mine:
+    """A user's scorer that says nothing about itself."""
+
+    def __call__(self, model, inputs, targets, layers):
+        return dict.fromkeys(layers, inputs)
+
+
+def test_a_scorers_name_is_the_same_in_every_process(table):
+    first, second = (score_units(table, [integers()], Mine()) for _ in range(2))
+    assert first.origin == second.origin
+    assert "Mine" in first.origin["scorer"]
+    assert "0x" not in first.origin["scorer"]
+    assert first.merge(second).samples == 46
+    assert score_units(table, [integers()], echo).origin["scorer"] == "echo"
+    lrp = score_units(table, [integers()], LRP("gamma+epsilon", initial="one"))
+    assert "gamma+epsilon" in lrp.origin["scorer"]
+    assert "one" in lrp.origin["scorer"]
+
+
+@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize("target", [3, "label"])
+def test_saved_scores_come_back_whole(norm, batches, tmp_path, k, target):
+    path = tmp_path / "scores.safetensors"
+    scores = score_units(norm, batches, LRP(), aggregate="mean", k=k, target=target)
+    scores.save(path)
+    loaded = UnitScores.load(path)
+    assert loaded.layers == scores.layers
+    for name in scores:
+        assert torch.equal(loaded[name], scores[name])
+        assert loaded[name].dtype == torch.float64
+    assert {name: counts.tolist() for name, counts in loaded.counts.items()} == {
+        name: counts.tolist() for name, counts in scores.counts.items()
+    }
+    for field in ("samples", "aggregate", "k", "origin"):
+        assert getattr(loaded, field) == getattr(scores, field)
+    assert str(loaded) == str(scores)
+    assert loaded.merge(scores).samples == 2 * scores.samples
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scores.safetensors"]
+
+
+def test_origin_is_plain_json(norm, batches):
+    origin = score_units(norm, batches, LRP()).origin
+    assert json.loads(json.dumps(origin)) == origin
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"sum:fc": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"other\.safetensors: a safetensors file, but not of"):
+        UnitScores.load(path)
+
+
+def test_saving_into_no_folder_raises_and_an_old_file_stays_whole(table, tmp_path, monkeypatch):
+    scores = score_units(table, [integers()], echo)
+    with pytest.raises(OSError, match="missing"):
+        scores.save(tmp_path / "missing" / "scores.safetensors")
+    path = tmp_path / "scores.safetensors"
+    scores.save(path)
+    content = path.read_bytes()
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        score_units(table, [integers(seed=1)], echo).save(path)
+    assert path.read_bytes() == content
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scores.safetensors"]
+
+
+# Ranking
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_break_ties_by_relevance_then_by_unit_order(seed):
+    generator = torch.Generator().manual_seed(seed)
+    relevance = torch.randint(-2, 3, (40,), generator=generator).double()
+    counts = torch.randint(0, 4, (40,), generator=generator)
+    scores = UnitScores({"fc": relevance}, 9, counts={"fc": counts}, k=3)
+    r, c = relevance.tolist(), counts.tolist()
+    by_sum = sorted(range(40), key=lambda unit: (-r[unit], unit))
+    by_count = sorted(range(40), key=lambda unit: (-c[unit], -r[unit], unit))
+    assert scores.rank("fc").tolist() == by_sum
+    assert scores.rank("fc", by="count").tolist() == by_count
+    assert scores.top("fc", count=7).tolist() == by_sum[:7]
+    assert scores.top("fc", count=7, by="count").tolist() == by_count[:7]
+
+
+def test_a_tie_in_counts_is_broken_by_differences_that_single_precision_does_not_see():
+    relevance = torch.tensor([1.0, 1.0 + 1e-12, 1.0 - 1e-12, 1e12], dtype=torch.float64)
+    scores = UnitScores({"fc": relevance}, 1, counts={"fc": torch.tensor([50, 50, 50, 1])}, k=1)
+    assert scores.rank("fc", by="count").tolist() == [1, 0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("share", "units"),
+    [(0.2, 2), (0.25, 2), (0.26, 3), (0.34, 3), (1, 10), (1.0, 10), (0.01, 1), (0.05, 1)],
+)
+def test_a_share_is_rounded_and_at_least_one_unit(share, units):
+    scores = UnitScores({"fc": torch.arange(10.0).double()}, 1)
+    assert scores.top("fc", share=share).tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0][:units]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({}, "give either share or count"),
+        ({"share": 0.5, "count": 1}, "give either share or count"),
+        ({"share": 20}, "share: 20 given; it is a fraction in (0, 1]; is it in percent?"),
+        ({"share": 0}, "share: 0 given; it is a fraction in (0, 1]"),
+        ({"share": -0.1}, "share: -0.1 given"),
+        ({"share": float("nan")}, "share: nan given"),
+        ({"share": "0.2"}, "share: '0.2' given"),
+        ({"share": True}, "share: True given"),
+        ({"count": 0}, "count: 0 units asked for, the layer has 10"),
+        ({"count": 11}, "count: 11 units asked for, the layer has 10"),
+        ({"count": 1.5}, "count: 1.5 units asked for"),
+        ({"count": 1, "by": "relevance"}, "by: 'relevance' given; it is 'sum' or 'count'"),
+        ({"count": 1, "by": "count"}, "by='count' needs occurrence counts; give k to score_units"),
+    ],
+)
+def test_a_choice_of_units_that_cannot_be_is_an_error(call, message):
+    scores = UnitScores({"fc": torch.arange(10.0).double()}, 1)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scores.top("fc", **call)
+
+
+def test_normalized_scores_have_the_norm_one_and_silent_layers_stay_zero():
+    scores = UnitScores({"a": torch.tensor([3.0, -1.0]).double(), "b": torch.zeros(2).double()}, 1)
+    assert scores.normalized("a").tolist() == [0.75, -0.25]
+    assert scores.normalized("b").tolist() == [0, 0]
+
+
+def test_printed_scores_name_the_layers_and_their_best_units(table):
+    text = str(score_units(table, [integers()], echo))
+    first, *rows = text.splitlines()
+    assert first == "sum over 23 samples, echo"
+    assert [row.split()[0] for row in rows] == ["first", "second"]
+    best = score_units(table, [integers()], echo).top("first", count=5).tolist()
+    assert re.findall(r"(\d+): ", rows[0]) == [str(unit) for unit in best]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("layer", "guess"), [("conv3", "conv"), ("hed", "head"), ("fc1:inputs", "fc1"), ("fcc1", "fc1")]
+)
+def test_an_unknown_layer_gets_the_nearest_name(plain, batches, layer, guess):
+    message = rf"layer '{layer}' not found; did you mean '{guess}\w*'\?.*: conv1, conv2, fc1, head"
+    with pytest.raises(UnknownLayerError, match=message):
+        score_units(plain, batches, LRP(), layers=[layer])
+
+
+@pytest.mark.parametrize("layer", ["", "zzzzzz"])
+def test_an_unknown_layer_like_no_other_gets_the_list(plain, batches, layer):
+    with pytest.raises(UnknownLayerError, match="not found; convolution and linear layers: conv1,"):
+        score_units(plain, batches, LRP(), layers=["conv1", layer])
+
+
+def test_a_layer_that_was_not_scored_is_an_unknown_one(plain, batches):
+    scores = score_units(plain, batches, LRP(), layers=["fc1", "head"])
+    for look_up in (scores.__getitem__, scores.rank, scores.normalized):
+        with pytest.raises(UnknownLayerError, match="layer 'fc2' not found; did you mean 'fc1'"):
+            look_up("fc2")
+    with pytest.raises(KeyError):
+        scores["fc2"]
+    with pytest.raises(ValueError, match=r"^layer 'fc2' not found"):
+        scores["fc2"]
+
+
+def test_a_layer_named_twice_is_an_error(plain, batches):
+    with pytest.raises(ValueError, match="names a layer twice"):
+        score_units(plain, batches, LRP(), layers=["fc1", "fc1"])
+
+
+def test_a_model_without_layers_to_score_is_an_error(batches):
+    with pytest.raises(
+        ValueError, match="no convolution or linear layer to score; the model has none"
+    ):
+        score_units(nn.Flatten(), batches, LRP())
+
+
+def nan_in(tensor):
+    spoiled = tensor.clone()
+    spoiled.view(-1)[3] = float("nan")
+    return spoiled
+
+
+X, Y = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+BAD_CALLS = {
+    "class too high": (
+        [(X, Y)],
+        {"target": 10},
+        ValueError,
+        "target: class 10 is out of range; the",
+    ),
+    "class negative": ([(X, Y)], {"target": -1}, ValueError, "target: class -1 is out of range"),
+    "label too high": ([(X, Y + 6)], {}, ValueError, "class 10 is out of range; .* 0 to 9"),
+    "label negative": ([(X, Y - 1)], {}, ValueError, "class -1 is out of range"),
+    "target a word": ([(X, Y)], {"target": "labels"}, ValueError, "'labels' given; it is a class"),
+    "target a bool": ([(X, Y)], {"target": True}, ValueError, "target: True given"),
+    "target a fraction": ([(X, Y)], {"target": 1.0}, ValueError, r"target: 1\.0 given"),
+    "labels missing": ([X], {}, ValueError, "'label' given, but the data has no labels"),
+    "labels of wrong shape": ([(X, Y[:4])], {}, ValueError, r"labels of shape \(4,\) for 5 inputs"),
+    "one-hot labels": ([(X, torch.eye(5))], {}, ValueError, r"labels of shape \(5, 5\) for 5"),
+    "empty loader": ([], {}, ValueError, "data: no samples; the loader is empty"),
+    "used-up generator": (iter(()), {}, ValueError, "an iterator already used up"),
+    "NaN input": ([(X, Y), (nan_in(X), Y)], {}, NonFiniteError, "batch 1 has inputs that are NaN"),
+    "bare tensor": (X, {}, TypeError, "a tensor was given"),
+    "tuple of tensors": ((X, Y), {}, TypeError, "one tuple of tensors was given"),
+    "no iterable": (3, {}, TypeError, "int is not iterable"),
+    "unknown aggregate": (
+        [(X, Y)],
+        {"aggregate": "max"},
+        ValueError,
+        "aggregate: 'max' given; it is one of .*'sum', 'mean', 'abs', 'positive'",
+    ),
+    "k zero": ([(X, Y)], {"k": 0}, ValueError, "k: 0 given; layer 'conv1' has 4 units"),
+    "k too high": ([(X, Y)], {"k": 5}, ValueError, "k: 5 given; layer 'conv1' has 4 units"),
+    "k a fraction": ([(X, Y)], {"k": 0.5}, ValueError, r"k: 0\.5 given"),
+}
+
+
+@pytest.mark.parametrize("scorer", [LRP(), Activation()])
+@pytest.mark.parametrize("kind", BAD_CALLS)
+def test_bad_input_is_one_clear_error_and_the_model_stays(plain, unchanged, kind, scorer):
+    data, call, error, message = BAD_CALLS[kind]
+    plain.train()
+    check = unchanged(plain)
+    with pytest.raises(error, match=message) as problem:
+        score_units(plain, data, scorer, **call)
+    assert "\n" not in str(problem.value)
+    check()
+
+
+@pytest.mark.parametrize("name", ["conv2.weight", "head.bias"])
+@pytest.mark.parametrize("scorer", [LRP(), WeightMagnitude(), Random()])
+def test_a_weight_that_is_nan_is_named(plain, batches, unchanged, name, scorer):
+    with torch.no_grad():
+        plain.get_parameter(name).view(-1)[1] = float("nan")
+    with pytest.raises(NonFiniteError, match=f"model: '{name}' holds NaN or infinite values"):
+        score_units(plain, batches, scorer)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (lambda m, x, y, layers: {"other": x}, "gave no scores for layer 'first', but for"),
+        (lambda m, x, y, layers: dict.fromkeys(layers, x.sum(0)), r"shape \(6,\) for 23 samples"),
+        (lambda m, x, y, layers: dict.fromkeys(layers, x[:2]), r"shape \(2, 6\) for 23 samples"),
+        (lambda m, x, y, layers: dict.fromkeys(layers, x[..., None]), r"shape \(23, 6, 1\) for"),
+        (lambda m, x, y, layers: dict.fromkeys(layers, nan_in(x)), "'first' are NaN or infinite"),
+    ],
+)
+def test_a_users_scorer_that_answers_wrongly_is_told_so(table, scorer, message):
+    with pytest.raises(ValueError, match=f"scorer: .*{message}"):
+        score_units(table, [integers()], scorer)
+
+
+def test_a_users_scorer_may_change_the_model_it_is_given(norm, batches, unchanged):
+    def rough(model, inputs, targets, layers):
+        model.train()(inputs)
+        model.fc.weight.data = torch.zeros_like(model.fc.weight)
+        model.body[0] = nn.Identity()
+        del model.pool
+        model.requires_grad_(False)
+        model.register_forward_hook(print)
+        return {name: inputs.flatten(1) for name in layers}
+
+    check = unchanged(norm)
+    score_units(norm, batches, rough, layers="fc")
+    check()
+
+
+def test_a_users_scorer_may_write_into_the_weights(norm, batches, unchanged):
+    def rough(model, inputs, targets, layers):
+        with torch.no_grad():
+            model.fc.weight.mul_(2)
+        return {name: inputs.flatten(1) for name in layers}
+
+    check = unchanged(norm)
+    score_units(norm, batches, rough, layers="fc")
+    check()

@@ -1,0 +1,229 @@
+"""Ablation in the forward pass: the projection itself, its relevance, the model afterwards."""
+
+import captum.attr
+import pytest
+import torch
+from torch import nn
+from zennit.composites import NameMapComposite
+from zennit.rules import Epsilon
+
+from xai_edit import (
+    LRP,
+    PCA,
+    Activation,
+    CaptumLayer,
+    Subspaces,
+    UnknownLayerError,
+    ablated,
+    collect_features,
+    score_units,
+)
+
+LAYERS = ["conv1", "conv2", "fc1"]
+
+
+def output(model, layer, inputs):
+    """What the next module is given."""
+    seen = []
+    handle = model.get_submodule(layer).register_forward_hook(
+        lambda _, __, out: seen.append(out.detach().clone())
+    )
+    with torch.no_grad():
+        model(inputs)
+    handle.remove()
+    return seen[0]
+
+
+def found(model, data, layer, n=3):
+    return PCA(n).fit(collect_features(model, data, layer=layer))
+
+
+def channels_last(values):
+    return values.movedim(1, -1) if values.ndim == 4 else values
+
+
+@pytest.mark.parametrize("indices", [[0], [2, 0], [0, 1, 2]])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_layer_passes_its_output_on_without_the_subspaces(plain, batches, layer, indices):
+    model, data = plain.double(), [(x.double(), y) for x, y in batches]
+    subspaces = found(model, data, layer)
+    inputs = data[0][0]
+    before = output(model, layer, inputs)
+    expected = subspaces.ablate(channels_last(before), indices)
+    with ablated(model, layer, subspaces, indices) as inner:
+        assert torch.equal(output(model, inner, inputs), before)
+        after = output(model, layer, inputs)
+    assert torch.allclose(channels_last(after), expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_ablated_model_is_the_one_with_the_projection_in_its_weights(plain, batches, layer):
+    model, data = plain.double(), [(x.double(), y) for x, y in batches]
+    subspaces = found(model, data, layer)
+    inputs = data[0][0]
+    with ablated(model, layer, subspaces, [0, 2]):
+        logits = model(inputs)
+    U = subspaces.directions([0, 2])
+    module = model.get_submodule(layer)
+    with torch.no_grad():
+        weight = module.weight.flatten(1)
+        module.weight.copy_((weight - U @ (U.T @ weight)).view_as(module.weight))
+        module.bias.copy_(module.bias - U @ (U.T @ (module.bias - subspaces.mean)))
+    assert torch.allclose(logits, model(inputs), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_relevance_passes_through_the_projection_by_the_epsilon_rule(plain, batches, layer):
+    model, (x, y) = plain.double(), batches[0]
+    x = x.double()
+    subspaces = found(model, [(x, y)], layer)
+    scorer = LRP("epsilon")
+    with ablated(model, layer, subspaces, [0]) as inner:
+        outer = layer + ".ablation"
+        relevance = scorer.relevance(model, x, y, [inner, outer])
+        a, after = (channels_last(output(model, name, x)) for name in (inner, outer))
+    U = subspaces.directions([0])
+    R, R_after = (channels_last(relevance[name]) for name in (inner, outer))
+    ratio = R_after / (after + torch.where(after >= 0, 1e-6, -1e-6))
+    expected = a * (ratio - ratio @ U @ U.T)
+    assert torch.allclose(R, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_relevance_is_conserved_where_nothing_constant_takes_any(plain, batches, layer):
+    model, (x, y) = plain.double(), batches[0]
+    x = x.double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    basis = found(model, [(x, y)], layer)
+    subspaces = Subspaces(basis.basis, basis.sizes, torch.zeros_like(basis.mean))
+    with ablated(model, layer, subspaces, [0, 1]) as inner:
+        names = [inner, layer + ".ablation", "head"]
+        relevance = LRP("epsilon", epsilon=1e-12).relevance(model, x, y, names)
+        after = output(model, layer, x)
+    sums = [relevance[name].flatten(1).sum(1) for name in names]
+    # The rule's own stabiliser takes 1e-6 of each quotient, and nothing else goes.
+    taken = 1e-6 * (relevance[names[1]] / after).abs().nan_to_num().flatten(1).sum(1)
+    assert ((sums[0] - sums[1]).abs() <= taken + 1e-9).all()
+    assert torch.allclose(sums[1], sums[2], rtol=1e-6, atol=1e-8)
+    assert sums[0].abs().max() > 0.1
+    assert taken.max() < 1e-2
+
+
+def test_a_name_map_reaches_the_layer_by_its_inner_name(plain, batches):
+    subspaces = found(plain, batches, "conv2")
+    x, y = batches[0]
+    with ablated(plain, "conv2", subspaces, [0]) as inner:
+        names = ["conv1", inner, "fc1", "head"]
+        mapped = LRP(NameMapComposite([(names, Epsilon(epsilon=1e-6))]), canonizers=())
+        by_name = score_units(plain, [(x, y)], mapped, layers=[inner, "conv1"])
+        by_kind = score_units(plain, [(x, y)], LRP("epsilon"), layers=[inner, "conv1"])
+    for name in (inner, "conv1"):
+        assert torch.allclose(by_name[name], by_kind[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_inner_name_is_the_layer_itself(plain, norm, batches):
+    for model, layer in ((plain, "conv2"), (norm, "body.3")):
+        module = model.get_submodule(layer)
+        with ablated(model, layer, found(model, batches, layer), [0]) as inner:
+            assert inner == layer + ".layer"
+            assert model.get_submodule(inner) is module
+        assert model.get_submodule(layer) is module
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_model_is_exactly_restored(plain, batches, layer, unchanged):
+    subspaces = found(plain, batches, layer)
+    plain.train()
+    check = unchanged(plain)
+    children = [name for name, _ in plain.named_modules()]
+    with ablated(plain, layer, subspaces, [0]):
+        assert not plain.training
+    check()
+    assert [name for name, _ in plain.named_modules()] == children
+    with pytest.raises(RuntimeError, match="mine"), ablated(plain, layer, subspaces, [0]):
+        raise RuntimeError("mine")
+    check()
+    with ablated(plain, layer, subspaces, [0]) as inner:
+        score_units(plain, batches, LRP("epsilon-plus"), layers=[inner, "conv1"])
+    check()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_captum_works_through_the_ablation(plain, batches, layer):
+    subspaces = found(plain, batches, layer)
+    x, y = batches[0]
+    with ablated(plain, layer, subspaces, [0]) as inner:
+        scores = CaptumLayer(captum.attr.LayerGradientXActivation)(plain, x, y, [inner])[inner]
+        # by hand: gradient of the logit with respect to the layer's own output
+        a = output(plain, inner, x).requires_grad_()
+        own = plain.get_submodule(inner)
+        handle = own.register_forward_hook(lambda *_: a)
+        plain(x).gather(1, y[:, None]).sum().backward()
+        handle.remove()
+    product = (a * a.grad).detach()
+    expected = product if product.ndim == 2 else product.sum((2, 3))
+    assert torch.allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_layers_may_be_ablated_at_once(plain, batches):
+    first, second = found(plain, batches, "conv1"), found(plain, batches, "conv2")
+    x = batches[0][0]
+    with ablated(plain, "conv1", first, [0]):
+        only_first = output(plain, "conv2", x)
+        with ablated(plain, "conv2", second, [1]):
+            both = output(plain, "conv2", x)
+        assert torch.equal(output(plain, "conv2", x), only_first)
+    expected = second.ablate(only_first.movedim(1, -1), [1]).movedim(-1, 1)
+    assert torch.allclose(both, expected, rtol=0, atol=1e-5)
+
+
+def test_half_precision_stays_half_precision(plain, batches):
+    subspaces = found(plain, batches, "fc1")
+    model = nn.Sequential(plain.fc1).to(torch.bfloat16)
+    with ablated(model, "0", subspaces, [0]):
+        out = model(torch.ones(2, 24, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+
+
+def test_errors_come_before_anything_changes(plain, batches, unchanged):
+    subspaces = found(plain, batches, "conv1")
+    check = unchanged(plain)
+    with pytest.raises(UnknownLayerError, match="conv1"), ablated(plain, "conv", subspaces, [0]):
+        pass
+    with pytest.raises(ValueError, match="there are 3"), ablated(plain, "conv1", subspaces, [3]):
+        pass
+    check()
+
+
+def test_a_layers_input_is_refused_or_really_ablated(plain, batches):
+    subspaces = PCA(2).fit(collect_features(plain, batches, layer="fc1:input"))
+    x = batches[0][0]
+    before = plain(x)
+    try:
+        with ablated(plain, "fc1:input", subspaces, [0]):
+            after = plain(x)
+    except ValueError:
+        return
+    assert not torch.equal(after, before)
+
+
+def test_subspaces_of_another_width_are_refused(plain, batches):
+    subspaces = found(plain, batches, "conv1")
+    with pytest.raises(ValueError, match=r"6.*4|4.*6"), ablated(plain, "conv2", subspaces, [0]):
+        plain(batches[0][0])
+
+
+def test_scores_inside_are_those_of_the_ablated_network(plain, batches):
+    subspaces = found(plain, batches, "conv1")
+    plainly = score_units(plain, batches, Activation(), layers="conv2")["conv2"]
+    with ablated(plain, "conv1", subspaces, [0]):
+        inside = score_units(plain, batches, Activation(), layers="conv2")["conv2"]
+        brute = sum(
+            output(plain, "conv2", x).clamp(min=0).double().mean((2, 3)).sum(0) for x, _ in batches
+        )
+    assert torch.allclose(inside, brute, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(inside, plainly, rtol=1e-2, atol=1e-2)

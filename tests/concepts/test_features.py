@@ -1,0 +1,189 @@
+"""Features of a layer: the right vectors, from the right samples."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xai_edit import Features, NonFiniteError, UnknownLayerError, collect_features
+
+
+def layer_output(model, layer, inputs):
+    seen = []
+    handle = model.get_submodule(layer).register_forward_hook(
+        lambda _, __, out: seen.append(out.detach().clone())
+    )
+    model(inputs)
+    handle.remove()
+    return seen[0]
+
+
+def rows_of(vectors):
+    return sorted(map(tuple, vectors.tolist()))
+
+
+@pytest.mark.parametrize(("layer", "width"), [("conv1", 4), ("conv2", 6), ("relu1", 4)])
+def test_all_positions_are_kept_without_a_number(plain, batches, layer, width):
+    features = collect_features(plain, batches, layer=layer, positions=None)
+    at = 0
+    for x, _ in batches:
+        out = layer_output(plain, layer, x)
+        for sample in out:
+            own = features.activations[features.sample == at]
+            brute = [
+                sample[:, i, j].tolist() for i in range(out.shape[2]) for j in range(out.shape[3])
+            ]
+            assert own.tolist() == brute
+            at += 1
+    assert features.samples == at == 200
+    assert features.activations.shape[1] == width
+    assert torch.equal(features.labels, torch.cat([y for _, y in batches]))
+    assert features.attribute is None
+    assert features.contexts is None
+
+
+def test_a_linear_layer_gives_one_vector_a_sample(plain, batches):
+    features = collect_features(plain, batches, layer="fc1")
+    expected = torch.cat([layer_output(plain, "fc1", x) for x, _ in batches])
+    assert torch.equal(features.activations, expected)
+    assert features.sample.tolist() == list(range(200))
+
+
+@pytest.mark.parametrize("positions", [1, 5, 15])
+def test_drawn_positions_are_different_ones_of_the_sample(plain, batches, positions):
+    x, y = batches[0]
+    out = layer_output(plain, "conv2", x)
+    features = collect_features(plain, [(x, y)], layer="conv2", positions=positions)
+    assert len(features.activations) == positions * len(x)
+    assert features.sample.tolist() == [s for s in range(len(x)) for _ in range(positions)]
+    drawn = set()
+    for s in range(len(x)):
+        everything = [tuple(v.tolist()) for v in out[s].flatten(1).T]
+        own = [tuple(v.tolist()) for v in features.activations[features.sample == s]]
+        for vector in {*own}:
+            assert own.count(vector) <= everything.count(vector)
+        drawn |= {everything.index(vector) for vector in own}
+    assert len(drawn) > positions
+
+
+def test_more_positions_than_there_are_means_all(plain, batches):
+    all_of = collect_features(plain, batches, layer="conv2", positions=None)
+    for positions in (16, 100):
+        features = collect_features(plain, batches, layer="conv2", positions=positions)
+        assert torch.equal(features.activations, all_of.activations)
+
+
+@pytest.mark.parametrize("positions", [0, -1])
+def test_a_number_of_positions_that_is_not_positive_is_refused(plain, batches, positions):
+    with pytest.raises(ValueError, match="positions"):
+        collect_features(plain, batches, layer="conv2", positions=positions)
+
+
+def test_the_seed_alone_decides_the_positions(plain, batches):
+    def drawn(seed):
+        return collect_features(plain, batches, layer="conv2", positions=3, seed=seed).activations
+
+    first = drawn(0)
+    torch.manual_seed(123)
+    assert torch.equal(drawn(0), first)
+    assert not torch.equal(drawn(1), first)
+
+
+def test_drawing_does_not_touch_the_global_generator(plain, batches):
+    state = torch.get_rng_state()
+    collect_features(plain, batches, layer="conv2", positions=3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("how", ["function", "vector", "third element"])
+def test_the_attribute_is_kept_in_data_order(plain, batches, how):
+    expected = torch.cat([x[:, 0, 4, 4] > 0.5 for x, _ in batches]).long()
+    data, spurious = batches, None
+    if how == "function":
+
+        def spurious(x):
+            return x[:, 0, 4, 4] > 0.5
+
+    elif how == "vector":
+        spurious = expected
+    else:
+        data = [(x, y, (x[:, 0, 4, 4] > 0.5).long()) for x, y in batches]
+    features = collect_features(plain, data, layer="conv1", spurious=spurious)
+    assert torch.equal(features.attribute, expected)
+
+
+def test_labels_or_attribute_in_some_batches_only_are_refused(plain, batches):
+    with pytest.raises(ValueError, match="label"):
+        collect_features(plain, [batches[0], batches[1][0]], layer="fc1")
+    x, y = batches[0]
+    with pytest.raises(ValueError, match=r"spurious|third|group"):
+        collect_features(plain, [(x, y, y % 2), (x, y)], layer="fc1")
+
+
+def test_the_model_is_as_before(plain, batches, unchanged):
+    plain.train()
+    check = unchanged(plain)
+    features = collect_features(plain, batches, layer="conv2")
+    check()
+    plain.eval()
+    again = collect_features(plain, batches, layer="conv2")
+    assert torch.equal(features.activations, again.activations)
+
+
+def test_errors_name_what_is_wrong(plain, batches):
+    with pytest.raises(UnknownLayerError, match="did you mean 'conv1'"):
+        collect_features(plain, batches, layer="conv11")
+    with pytest.raises(ValueError, match="no samples"):
+        collect_features(plain, [], layer="conv1")
+    x, y = batches[0]
+    with pytest.raises(NonFiniteError, match="batch 1"):
+        collect_features(plain, [(x, y), (x / 0, y)], layer="conv1")
+    plain.unused = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'unused' takes no part"):
+        collect_features(plain, batches, layer="unused")
+    with torch.no_grad():
+        plain.conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"conv1\.weight"):
+        collect_features(plain, batches, layer="conv1")
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_per_sample_sums_the_vectors_of_each_sample(sample, seed):
+    values = torch.randn(len(sample), generator=torch.Generator().manual_seed(seed))
+    features = Features(torch.zeros(len(sample), 2), sample=torch.tensor(sample))
+    assert features.samples == max(sample) + 1
+    summed = features.per_sample(values)
+    for s in range(features.samples):
+        own = [float(v) for v, at in zip(values, sample, strict=True) if at == s]
+        assert float(summed[s]) == pytest.approx(sum(own), abs=1e-12)
+    assert summed.dtype == torch.float64
+
+
+def test_without_sample_numbers_each_vector_is_a_sample():
+    features = Features(torch.zeros(3, 2))
+    assert features.samples == 3
+    assert features.per_sample(torch.tensor([1.0, 2.0, 3.0])).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"activations": torch.zeros(3)}, "activations"),
+        ({"activations": torch.zeros(3, 2, 2)}, "activations"),
+        ({"activations": torch.zeros(3, 2), "contexts": torch.zeros(3, 3)}, "contexts"),
+        ({"activations": torch.zeros(3, 2), "sample": torch.zeros(2).long()}, "sample"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        Features(**arguments)
+
+
+@pytest.mark.parametrize("name", ["activations", "contexts"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(name, value):
+    tensors = {"activations": torch.zeros(2, 2), "contexts": torch.zeros(2, 2)}
+    tensors[name][0, 0] = value
+    with pytest.raises(NonFiniteError, match=name):
+        Features(**tensors)

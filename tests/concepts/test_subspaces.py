@@ -1,0 +1,178 @@
+"""Subspaces: an orthonormal basis in blocks, and the projections it promises."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from xai_edit import Subspaces
+
+property_test = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def problems(draw):
+    """Random subspaces with a random mean, and activations."""
+    channels = draw(st.integers(1, 8))
+    sizes = draw(
+        st.lists(st.integers(1, 3), min_size=1, max_size=4).filter(
+            lambda sizes: sum(sizes) <= channels
+        )
+        if channels > 1
+        else st.just([1])
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    basis, _ = np.linalg.qr(rng.normal(size=(channels, channels)))
+    mean = rng.normal(size=channels) * draw(st.sampled_from([0.0, 1.0, 100.0]))
+    shape = draw(st.sampled_from([(5,), (2, 3), ()]))
+    activations = torch.from_numpy(np.asarray(rng.normal(size=(*shape, channels))))
+    subspaces = Subspaces(
+        torch.from_numpy(basis[:, : sum(sizes)].copy()), tuple(sizes), torch.from_numpy(mean)
+    )
+    indices = draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1, max_size=6))
+    return subspaces, activations, indices
+
+
+def close(left, right):
+    return torch.allclose(left, right, rtol=1e-10, atol=1e-10)
+
+
+@given(problems())
+@property_test
+def test_blocks_are_orthonormal_and_in_order(problem):
+    subspaces, _, _ = problem
+    blocks = [subspaces.block(k) for k in range(len(subspaces))]
+    assert [block.shape[1] for block in blocks] == list(subspaces.sizes)
+    assert torch.equal(torch.cat(blocks, 1), subspaces.basis)
+    for k, left in enumerate(blocks):
+        for j, right in enumerate(blocks):
+            expected = torch.eye(left.shape[1]).double() if j == k else torch.zeros(1).double()
+            assert close(left.T @ right, expected.expand(left.shape[1], right.shape[1]))
+
+
+@given(problems())
+@property_test
+def test_projection_is_the_coordinate_along_each_direction(problem):
+    subspaces, a, _ = problem
+    parts = subspaces.project(a)
+    basis, mean = subspaces.basis.numpy(), subspaces.mean.numpy()
+    at = 0
+    for part, size in zip(parts, subspaces.sizes, strict=True):
+        assert part.shape == (*a.shape[:-1], size)
+        for direction in range(size):
+            expected = ((a.numpy() - mean) * basis[:, at]).sum(-1)
+            assert np.allclose(part[..., direction].numpy(), expected, rtol=1e-10, atol=1e-10)
+            at += 1
+
+
+@given(problems())
+@property_test
+def test_ablating_takes_the_block_away_and_nothing_else(problem):
+    subspaces, a, indices = problem
+    ablated = subspaces.ablate(a, indices)
+    assert ablated.shape == a.shape
+    before, after = subspaces.project(a), subspaces.project(ablated)
+    for k in range(len(subspaces)):
+        assert close(after[k], torch.zeros_like(after[k]) if k in indices else before[k])
+    outside = torch.eye(len(subspaces.mean)).double() - subspaces.basis @ subspaces.basis.T
+    assert close(ablated @ outside, a @ outside)
+
+
+@given(problems())
+@property_test
+def test_ablating_twice_is_ablating_once(problem):
+    subspaces, a, indices = problem
+    once = subspaces.ablate(a, indices)
+    assert close(subspaces.ablate(once, indices), once)
+    one_by_one = a
+    for index in indices:
+        one_by_one = subspaces.ablate(one_by_one, [index])
+    assert close(one_by_one, once)
+
+
+@given(problems())
+@property_test
+def test_all_blocks_together_reconstruct_within_their_span(problem):
+    subspaces, a, _ = problem
+    parts = subspaces.project(a)
+    back = subspaces.mean + sum(part @ subspaces.block(k).T for k, part in enumerate(parts))
+    inside = subspaces.basis @ subspaces.basis.T
+    assert close((a - back) @ inside, torch.zeros_like(a))
+    gone = subspaces.ablate(a, range(len(subspaces)))
+    assert close(a - gone, back - subspaces.mean)
+    if sum(subspaces.sizes) == len(subspaces.mean):
+        assert close(back, a)
+        assert close(gone, subspaces.mean.expand_as(a))
+
+
+@given(problems())
+@property_test
+def test_a_loaded_file_is_what_was_saved(tmp_path, problem):
+    subspaces, _, _ = problem
+    saved = Subspaces(subspaces.basis, subspaces.sizes, subspaces.mean, {"finder": "ü", "n": 3})
+    saved.save(tmp_path / "s.safetensors")
+    loaded = Subspaces.load(tmp_path / "s.safetensors")
+    assert torch.equal(loaded.basis, saved.basis)
+    assert torch.equal(loaded.mean, saved.mean)
+    assert (loaded.sizes, loaded.origin) == (saved.sizes, saved.origin)
+    assert isinstance(loaded.sizes, tuple)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_ablation_keeps_the_dtype_of_the_activations(dtype):
+    subspaces = Subspaces(torch.eye(3).double()[:, :1], (1,), torch.zeros(3).double())
+    ablated = subspaces.ablate(torch.ones(2, 3, dtype=dtype), [0])
+    assert ablated.dtype == dtype
+    assert ablated.tolist() == [[0, 1, 1], [0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "basis",
+    [
+        [[1.0, 1.0], [0.0, 1.0]],
+        [[2.0, 0.0], [0.0, 1.0]],
+        [[1.0, 0.0], [1e-5, 1.0]],
+        [[0.0, 0.0], [0.0, 1.0]],
+        [[float("nan"), 0.0], [0.0, 1.0]],
+    ],
+)
+def test_columns_that_are_not_orthonormal_are_refused(basis):
+    with pytest.raises(ValueError, match="not orthonormal"):
+        Subspaces(torch.tensor(basis).double(), (1, 1), torch.zeros(2).double())
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (1, 2), (2, 0), (3, -1), (1, 1, 1)])
+def test_sizes_that_do_not_cut_the_basis_are_refused(sizes):
+    with pytest.raises(ValueError, match="sizes"):
+        Subspaces(torch.eye(2).double(), sizes, torch.zeros(2).double())
+
+
+def test_a_mean_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="mean"):
+        Subspaces(torch.eye(2).double(), (2,), torch.zeros(3).double())
+
+
+@pytest.mark.parametrize("indices", [[2], [-1], [0, 5], []])
+def test_indices_out_of_range_or_none_are_refused(indices):
+    subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
+    with pytest.raises(ValueError, match="there are 2"):
+        subspaces.ablate(torch.zeros(1, 2), indices)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "text", "empty"])
+def test_another_kind_of_file_is_refused(tmp_path, kind):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other"
+    if kind == "safetensors":
+        save_file({"basis": torch.eye(2)}, path)
+    else:
+        path.write_text("{}" if kind == "text" else "")
+    with pytest.raises(ValueError, match="other"):
+        Subspaces.load(path)

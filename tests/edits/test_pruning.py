@@ -1,0 +1,256 @@
+"""Pruning on masks: which units go, and that they are really off."""
+
+import pytest
+import torch
+from torch import nn
+
+from xai_edit import (
+    LRP,
+    PCA,
+    Activation,
+    ConceptAwarePruning,
+    PathPerturbation,
+    Random,
+    RelevancePruning,
+    Taylor,
+    UnknownLayerError,
+    WeightMagnitude,
+    collect_features,
+    score_units,
+)
+
+SCORERS = [LRP("epsilon-plus", initial="one"), Taylor(), Activation(), WeightMagnitude(), Random(1)]
+
+
+def output(model, layer, inputs):
+    seen = []
+    handle = model.get_submodule(layer).register_forward_hook(
+        lambda _, __, out: seen.append(out.detach().clone())
+    )
+    model(inputs)
+    handle.remove()
+    return seen[0]
+
+
+def off(edit):
+    return {name: units for name, units in edit.origin["units"].items() if units}
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_pruned_channels_give_zero_and_the_first_layers_others_are_as_before(
+    plain, digits, batches, share
+):
+    with torch.no_grad():
+        plain.conv1.bias.add_(0.3)
+        plain.conv2.bias.add_(0.3)
+    before = output(plain, "conv1", digits[0])
+    edit = RelevancePruning(share).plan(plain, batches)
+    with edit.applied(plain):
+        for layer, units in off(edit).items():
+            assert (output(plain, layer, digits[0])[:, units] == 0).all()
+        after = output(plain, "conv1", digits[0])
+    kept = [unit for unit in range(4) if unit not in edit.origin["units"]["conv1"]]
+    assert torch.equal(after[:, kept], before[:, kept])
+    assert edit.origin["removed"] == f"{round(share * 10) if share < 0.9 else 8} of 10 units"
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_pruned_channels_give_zero_behind_batch_norm(norm, digits, batches, share):
+    edit = RelevancePruning(share).plan(norm, batches)
+    assert off(edit)
+    with edit.applied(norm):
+        for layer, following in (("body.0", "body.1"), ("body.3", "body.4")):
+            units = edit.origin["units"][layer]
+            assert (output(norm, following, digits[0])[:, units] == 0).all()
+
+
+@pytest.mark.parametrize("scorer", SCORERS, ids=repr)
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 0.8, 1.0])
+def test_global_ranking_takes_the_lowest_of_all_layers_but_each_layers_best(
+    plain, batches, scorer, share
+):
+    layers = ["conv1", "conv2", "fc1"]
+    scores = score_units(plain, batches, scorer, layers=layers, aggregate="abs")
+    candidates = []
+    for layer in layers:
+        values = scores[layer].tolist()
+        total, best = sum(values), values.index(max(values))
+        candidates += [(v / total, layer, unit) for unit, v in enumerate(values) if unit != best]
+    candidates.sort(key=lambda entry: entry[0])
+    expected = {layer: [] for layer in layers}
+    for _, layer, unit in candidates[: min(round(22 * share), 19)]:
+        expected[layer].append(unit)
+    edit = RelevancePruning(share, scorer, layers=layers).plan(plain, batches)
+    assert edit.origin["units"] == {layer: sorted(units) for layer, units in expected.items()}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 1.0])
+def test_local_ranking_takes_the_share_of_each_layer(plain, batches, share):
+    layers = ["conv1", "conv2", "fc1"]
+    scores = score_units(plain, batches, Taylor(), layers=layers, aggregate="abs")
+    edit = RelevancePruning(share, Taylor(), layers=layers, ranking="local").plan(plain, batches)
+    for layer in layers:
+        values = scores[layer].tolist()
+        count = min(max(1, round(share * len(values))), len(values) - 1)
+        removed = edit.origin["units"][layer]
+        assert len({*removed}) == count
+        assert sorted(values[unit] for unit in removed) == sorted(values)[:count]
+
+
+def test_the_default_score_is_the_absolute_relevance_of_each_sample(plain, batches):
+    layers = ["conv1", "conv2"]
+    total = dict.fromkeys(layers, 0)
+    scorer = LRP("epsilon-plus", initial="one")
+    for x, y in batches:
+        for layer, relevance in scorer(plain, x, y, layers).items():
+            total[layer] = total[layer] + relevance.double().abs().sum(0)
+    ranked = sorted(
+        (float(total[layer][unit] / total[layer].sum()), layer, unit)
+        for layer in layers
+        for unit in range(len(total[layer]))
+        if unit != int(total[layer].argmax())
+    )
+    edit = RelevancePruning(0.4).plan(plain, batches)
+    gone = {(layer, unit) for layer, units in off(edit).items() for unit in units}
+    assert gone == {(layer, unit) for _, layer, unit in ranked[:4]}
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+@pytest.mark.parametrize("scorer", SCORERS, ids=repr)
+def test_share_one_keeps_the_best_unit_of_each_layer(plain, batches, scorer, ranking):
+    layers = ["conv1", "conv2", "fc1"]
+    scores = score_units(plain, batches, scorer, layers=layers, aggregate="abs")
+    edit = RelevancePruning(1, scorer, layers=layers, ranking=ranking).plan(plain, batches)
+    for layer in layers:
+        (kept,) = {*range(len(scores[layer]))} - {*edit.origin["units"][layer]}
+        assert kept == int(scores[layer].argmax())
+
+
+def test_layers_left_out_are_the_convolutions_or_the_hidden_linear_ones(plain, batches):
+    assert [*RelevancePruning(0.5).plan(plain, batches).origin["units"]] == ["conv1", "conv2"]
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 10)
+    )
+    assert [*RelevancePruning(0.5).plan(dense, batches).origin["units"]] == ["1", "3"]
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(ValueError, match="no hidden linear layer"):
+        RelevancePruning(0.5).plan(linear, batches)
+
+
+def test_one_target_class_and_mixed_labels_rank_differently(plain, batches):
+    by_label = RelevancePruning(0.5).plan(plain, batches)
+    unlabelled = [x for x, _ in batches]
+    for target in (3, "predicted"):
+        edit = RelevancePruning(0.5).plan(plain, unlabelled, target=target)
+        assert edit.origin["removed"] == by_label.origin["removed"]
+    with pytest.raises(ValueError, match="no labels"):
+        RelevancePruning(0.5).plan(plain, unlabelled)
+
+
+def random_resnet():
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=10)
+
+
+def random_vgg():
+    from torchvision.models import vgg11_bn
+
+    model = vgg11_bn(init_weights=False)
+    model.avgpool, model.classifier = nn.Identity(), nn.Linear(512, 10)  # small, for 32 pixels
+    return model
+
+
+@pytest.mark.parametrize(
+    "scorer", [LRP("epsilon-plus", initial="one"), WeightMagnitude()], ids=repr
+)
+@pytest.mark.parametrize("network", [random_resnet, random_vgg])
+def test_torchvision_networks_are_pruned_behind_their_batch_norms(network, scorer, unchanged):
+    torch.manual_seed(0)
+    model = network().eval()
+    with torch.no_grad():  # as after training
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.normal_(0, 0.1)
+    inputs = torch.randn(4, 3, 32, 32)
+    check = unchanged(model)
+    edit = RelevancePruning(0.3, scorer).plan(model, [(inputs, torch.arange(4))])
+    check()
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [*edit.origin["units"]] == convolutions
+    following = dict(zip(convolutions, norms, strict=True))  # in both they alternate
+    total = sum(model.get_submodule(name).out_channels for name in convolutions)
+    assert sum(map(len, edit.origin["units"].values())) == round(0.3 * total)
+    with edit.applied(model):
+        for layer in off(edit):
+            assert (
+                output(model, following[layer], inputs)[:, edit.origin["units"][layer]] == 0
+            ).all()
+    check()
+
+
+def test_a_batch_norm_that_does_not_follow_directly_is_left_alone(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)
+    ).eval()
+    edit = RelevancePruning(0.5).plan(model, batches)
+    assert {*edit.changes} == {"0.weight", "0.bias"}
+
+
+@pytest.fixture
+def subspaces(plain, batches):
+    return PCA(2).fit(collect_features(plain, batches, layer="conv1"))
+
+
+def test_concept_aware_pruning_scores_the_ablated_network(plain, batches, subspaces, unchanged):
+    check = unchanged(plain)
+    edit = ConceptAwarePruning("conv1", subspaces, [0], 0.5, scorer=Activation()).plan(
+        plain, batches
+    )
+    check()
+    # Brute force: the same network, the projection inside conv1's weights and bias.
+    P = torch.eye(4).double() - subspaces.block(0) @ subspaces.block(0).T
+    shift = subspaces.block(0) @ subspaces.block(0).T @ subspaces.mean
+    scores = score_units(plain, batches, Activation(), layers=["conv1"], aggregate="abs")
+    with torch.no_grad():
+        weight = plain.conv1.weight.flatten(1).double()
+        plain.conv1.weight.copy_((P @ weight).view(4, 1, 3, 3))
+        plain.conv1.bias.copy_(P @ plain.conv1.bias.double() + shift)
+    folded = score_units(plain, batches, Activation(), layers=["conv2"], aggregate="abs")
+    ranked = sorted(
+        (float(values[unit] / values.sum()), layer, unit)
+        for layer, values in (("conv1", scores["conv1"]), ("conv2", folded["conv2"]))
+        for unit in range(len(values))
+        if unit != int(values.argmax())
+    )
+    gone = {(layer, unit) for layer, units in off(edit).items() for unit in units}
+    assert gone == {(layer, unit) for _, layer, unit in ranked[:5]}
+    assert edit.origin["ablated"] == [0]
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01, 50, float("nan"), True, None])
+def test_a_share_outside_zero_to_one_is_refused(share, subspaces):
+    with pytest.raises(ValueError, match=r"share.*\(0, 1\]"):
+        RelevancePruning(share)
+    with pytest.raises(ValueError, match=r"share.*\(0, 1\]"):
+        ConceptAwarePruning("conv1", subspaces, [0], share)
+
+
+def test_unknown_choices_are_refused(plain, batches, subspaces):
+    with pytest.raises(ValueError, match="ranking"):
+        RelevancePruning(0.5, ranking="all")
+    with pytest.raises(ValueError, match="subspaces"):
+        ConceptAwarePruning("conv1", subspaces, [2], 0.5)
+    with pytest.raises(UnknownLayerError, match="conv1"):
+        RelevancePruning(0.5, layers=["conv"]).plan(plain, batches)
+    with pytest.raises(UnknownLayerError, match="conv1"):
+        ConceptAwarePruning("conv", subspaces, [0], 0.5).plan(plain, batches)
+
+
+def test_the_share_of_path_perturbation_and_pruning_round_alike(plain, batches):
+    pruned = RelevancePruning(0.2, layers=["fc1"]).plan(plain, batches)
+    switched = PathPerturbation("fc1", share=0.2).plan(plain, batches, target=3)
+    assert len(pruned.origin["units"]["fc1"]) == len(switched.origin["neurons"])

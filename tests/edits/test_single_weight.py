@@ -1,0 +1,306 @@
+"""Class removal by one weight: Eq. 7 and 8, the guards, real digits, signed features."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from xai_edit import NonFiniteError, SingleWeight, evaluate_groups
+from xai_edit.edits.head import collect_head_features
+from xai_edit.edits.single_weight import editable, orthogonal_weight
+
+property_test = settings(max_examples=60, deadline=None, derandomize=True)
+numbers = st.floats(-10, 10).filter(lambda w: abs(w) > 1e-3)
+rows = st.lists(numbers, min_size=2, max_size=8)
+
+
+def head_net(activation, digits, seed=0, dtype=torch.double, bias=True):
+    """A small network of digits whose head sees ``activation``."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), activation, nn.Linear(16, 10, bias=bias)
+    ).double()
+    images, labels = digits[0].double(), digits[1]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.requires_grad_(False).eval().to(dtype), [(images.to(dtype), labels)]
+
+
+@pytest.fixture(scope="module")
+def tanh(digits):
+    return head_net(nn.Tanh(), digits)
+
+
+def same_edit(left, right):
+    assert left.changes.keys() == right.changes.keys()
+    for name, change in left.changes.items():
+        other = right.changes[name]
+        for mine, theirs in (
+            (change.index, other.index),
+            (change.old, other.old),
+            (change.new, other.new),
+        ):
+            assert torch.equal(mine, theirs)
+
+
+@given(rows, st.data())
+@property_test
+def test_eq_7_makes_the_normals_orthogonal(row, data):
+    w = torch.tensor(row, dtype=torch.double)
+    column = data.draw(st.integers(0, len(w) - 1))
+    after = w.clone()
+    after[column] = orthogonal_weight(w, column)
+    one = torch.ones(1, dtype=torch.double)
+    product = torch.cat([w, -one]) @ torch.cat([after, -one])
+    scale = torch.cat([w, one]).norm() * torch.cat([after, one]).norm()
+    assert abs(float(product / scale)) < 1e-12
+
+
+@given(rows, st.floats(0, 1), st.data())
+@property_test
+def test_eq_8_is_the_convex_combination_of_before_and_eq_7(row, rate, data):
+    w = torch.tensor(row, dtype=torch.double)
+    j = data.draw(st.integers(0, len(w) - 1))
+    orthogonal = -(w @ w - w[j] ** 2 + 1) / w[j]  # Eq. 7 as printed
+    convex = (1 - rate) * w[j] + rate * orthogonal
+    assert torch.isclose(orthogonal_weight(w, j, rate), convex, rtol=1e-10, atol=1e-12)
+
+
+@given(rows, st.data())
+@property_test
+def test_the_weight_crosses_zero_at_the_rate_stated(row, data):
+    w = torch.tensor(row, dtype=torch.double)
+    j = data.draw(st.integers(0, len(w) - 1))
+    crossing = float(w[j] ** 2 / (w @ w + 1))
+    assert abs(float(orthogonal_weight(w, j, crossing))) < 1e-12 * float(w[j].abs() + 1)
+
+
+def test_only_weights_that_add_to_the_class_and_are_not_tiny_may_be_edited():
+    row = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, 0.0019, 0.0021, 0.0])
+    mean = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 1.0, 1.0, 1.0])
+    assert editable(row, mean).tolist() == [True, False, False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.25, 0.001])
+@pytest.mark.parametrize("target", [0, 3, 9])
+def test_the_edit_is_one_weight_of_the_row_turned_by_eq_8(plain, batches, target, rate):
+    edit = SingleWeight(rate=rate).plan(plain, batches, target=target)
+    assert [*edit.changes] == ["head.weight"]
+    change = edit.changes["head.weight"]
+    row, column = divmod(int(change.index), 12)
+    assert row == target
+    w = plain.head.weight[target].detach().double()
+    assert change.old.item() == w[column].item()
+    expected = w[column] - rate * (w @ w + 1) / w[column]
+    assert change.new.item() == expected.float().item()
+    mean = (
+        collect_head_features(plain, batches)
+        .features[torch.cat([y for _, y in batches]) == target]
+        .mean(0)
+    )
+    assert w[column] * mean[column] > 0
+    told = edit.origin["rows"][0]
+    assert (told["class"], told["column"], told["anchored"]) == (target, column, False)
+
+
+def test_the_edge_is_the_one_of_highest_sca_by_per_sample_autograd(plain, batches):
+    target = 3
+    model, data = plain.double(), [(x.double(), y) for x, y in batches]
+    x = collect_head_features(model, data).features
+    labels = torch.cat([y for _, y in data])
+    gradient, activation = torch.zeros(10, 12).double(), torch.zeros(10, 12).double()
+    weight, bias = model.head.weight, model.head.bias
+    for feature, label in zip(x, labels, strict=True):
+        loss = nn.functional.cross_entropy((weight @ feature + bias)[None], label[None])
+        gradient[label] += torch.autograd.grad(loss, weight)[0][target].abs()
+        activation[label] += feature.abs()
+
+    def entropy(a):
+        p = a / a.sum(0)
+        return -(p * p.clamp(min=1e-300).log()).sum(0)
+
+    alive = activation.sum(0) > 0
+    ca = torch.where(alive, entropy(gradient) / entropy(activation).clamp(min=1e-3), 0.0)
+    sca = ca * gradient[target] * activation[target]
+    w = weight[target].detach()
+    allowed = (w * x[labels == target].mean(0) > 0) & (w.abs() >= 1e-3 * w.abs().max())
+    best = max((c for c in range(12) if allowed[c]), key=lambda c: float(sca[c]))
+    edit = SingleWeight().plan(model, data, target=target)
+    assert edit.origin["rows"][0]["column"] == best
+    assert edit.origin["rows"][0]["sca"] == pytest.approx(float(sca[best]), rel=1e-9)
+
+
+def test_rate_zero_changes_nothing(plain, batches):
+    edit = SingleWeight(rate=0).plan(plain, batches, target=3)
+    assert edit.size == 0
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+def test_several_classes_at_once_equal_one_after_another(plain, batches, select):
+    operator = SingleWeight(select)
+    at_once = operator.plan(plain, batches, target=[7, 1, 4])
+    parts = [operator.plan(plain, batches, target=target) for target in (7, 1, 4)]
+    same_edit(at_once, parts[0] | parts[1] | parts[2])
+    assert [row["class"] for row in at_once.origin["rows"]] == [7, 1, 4]
+    alone = operator.plan(plain, batches, target=7)
+    with alone.applied(plain):
+        parts[1].check(plain)
+        same_edit(parts[1], operator.plan(plain, batches, target=1))
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+@pytest.mark.parametrize("target", range(10))
+def test_a_class_of_real_digits_goes_and_the_rest_stay(plain, digits, select, target):
+    images, labels = digits
+    plan, held_out = [(images[:900], labels[:900])], [(images[900:], labels[900:])]
+    before = evaluate_groups(plain, held_out)
+    edit = SingleWeight(select).plan(plain, plan, target=target)
+    assert edit.size == 1
+    with edit.applied(plain):
+        after = evaluate_groups(plain, held_out)
+    assert before.of(target) >= 0.65
+    assert after.of(target) <= {"sca": 0.0, "exact": 0.06}[select]
+    assert after.rest(target) >= before.rest(target)
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+def test_several_classes_of_real_digits_go_and_the_rest_stay(plain, digits, select):
+    data = [digits]
+    before = evaluate_groups(plain, data)
+    edit = SingleWeight(select).plan(plain, data, target=[0, 3, 6, 8])
+    with edit.applied(plain):
+        after = evaluate_groups(plain, data)
+    assert edit.size == 4
+    assert all(after.of(target) <= 0.05 for target in (0, 3, 6, 8))
+    assert after.rest(0, 3, 6, 8) >= before.rest(0, 3, 6, 8)
+
+
+def test_auto_anchors_only_where_the_feature_is_negative_somewhere(plain, batches, tanh):
+    assert [*SingleWeight().plan(plain, batches, target=3).changes] == ["head.weight"]
+    model, data = tanh
+    edit = SingleWeight().plan(model, data, target=3)
+    assert {*edit.changes} == {"3.weight", "3.bias"}
+    assert edit.origin["rows"][0]["anchored"] is True
+    plainly = SingleWeight(anchor=False).plan(model, data, target=3)
+    assert [*plainly.changes] == ["3.weight"]
+
+
+@pytest.mark.parametrize("target", range(10))
+def test_the_anchor_takes_the_edit_back_at_the_features_extreme_value(tanh, target):
+    model, data = tanh
+    edit = SingleWeight(anchor=True).plan(model, data, target=target)
+    weight, bias = edit.changes["3.weight"], edit.changes["3.bias"]
+    assert (edit.size, bias.index.tolist()) == (2, [target])
+    x = collect_head_features(model, data).features[:, int(weight.index) % 16]
+    change = weight.new - weight.old
+    fixed = torch.quantile(x, 0.999 if change > 0 else 0.001)
+    assert torch.allclose(bias.new, bias.old - change * fixed, rtol=1e-12, atol=0)
+
+
+def test_the_anchor_saves_the_other_classes_where_features_are_signed(tanh):
+    model, data = tanh
+    lost = {True: 0.0, False: 0.0}
+    for anchor in lost:
+        for target in range(10):
+            before = evaluate_groups(model, data)
+            with SingleWeight(anchor=anchor).plan(model, data, target=target).applied(model):
+                after = evaluate_groups(model, data)
+            lost[anchor] += (before.rest(target) - after.rest(target)) / 10
+            if anchor:
+                assert after.of(target) <= 0.05
+    assert lost[True] <= 0.01
+    assert lost[False] >= 0.1
+
+
+def test_an_anchor_needs_a_bias(digits):
+    model, data = head_net(nn.Tanh(), digits, bias=False)
+    with pytest.raises(ValueError, match="no bias"):
+        SingleWeight().plan(model, data, target=3)
+    assert SingleWeight(anchor=False).plan(model, data, target=3).size == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_edited_in_its_own_dtype(digits, dtype):
+    model, data = head_net(nn.ReLU(), digits, dtype=dtype)
+    edit = SingleWeight(anchor=False).plan(model, data, target=3)
+    assert edit.changes["3.weight"].new.dtype == dtype
+    with edit.applied(model):
+        assert evaluate_groups(model, data).of(3) <= 0.05
+
+
+def test_a_value_that_half_precision_cannot_hold_is_a_clear_error():
+    model = nn.Sequential(nn.Linear(2, 2)).half()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[200.0, 0.0], [0.5, 250.0]]))
+        model[0].bias.zero_()
+    data = [(torch.tensor([[0.01, 0.0], [1.0, 0.0]]).half(), torch.tensor([0, 1]))]
+    with pytest.raises(NonFiniteError, match=r"'0.weight'.*float16.*smaller rate"):
+        SingleWeight().plan(model, data, target=1)
+    assert SingleWeight(rate=0.01).plan(model, data, target=1).size == 1
+
+
+def test_a_model_without_a_final_linear_layer_is_refused(batches):
+    model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
+    with pytest.raises(ValueError, match="final linear layer"):
+        SingleWeight().plan(model, batches, target=3)
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+@pytest.mark.parametrize("target", [-1, 10, [3, 10]])
+def test_a_class_out_of_range_is_refused(plain, batches, target, select):
+    with pytest.raises(ValueError, match="out of range; the model has 10 classes"):
+        SingleWeight(select).plan(plain, batches, target=target)
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+def test_a_class_without_samples_is_refused(plain, batches, select):
+    data = [(x[y != 3], y[y != 3]) for x, y in batches]
+    with pytest.raises(ValueError, match="class 3"):
+        SingleWeight(select).plan(plain, data, target=3)
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+def test_a_class_alone_is_refused(plain, batches, select):
+    data = [(x[y == 3], y[y == 3]) for x, y in batches]
+    with pytest.raises(ValueError, match="class 3"):
+        SingleWeight(select).plan(plain, data, target=3)
+
+
+@pytest.mark.parametrize("target", [[], [3, 3]])
+def test_no_class_or_a_class_twice_is_refused(plain, batches, target):
+    with pytest.raises(ValueError, match="target"):
+        SingleWeight().plan(plain, batches, target=target)
+
+
+def test_a_row_without_an_editable_weight_is_refused(plain, batches):
+    with torch.no_grad():
+        plain.head.weight[3] = -plain.head.weight[3].abs()
+    with pytest.raises(ValueError, match="class 3: no weight"):
+        SingleWeight().plan(plain, batches, target=3)
+
+
+def test_missing_labels_are_refused(plain, batches):
+    with pytest.raises(ValueError, match="labels"):
+        SingleWeight().plan(plain, [x for x, _ in batches], target=3)
+
+
+@pytest.mark.parametrize("rate", [50, 1.5, 100.0])
+def test_a_rate_above_one_is_asked_whether_it_is_in_percent(rate):
+    with pytest.raises(ValueError, match=r"percent\?"):
+        SingleWeight(rate=rate)
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), "1", True, None])
+def test_a_rate_that_is_no_fraction_is_refused(rate):
+    with pytest.raises(ValueError, match=r"rate.*\[0, 1\]"):
+        SingleWeight(rate=rate)
+
+
+@pytest.mark.parametrize(("name", "value"), [("select", "best"), ("anchor", "yes")])
+def test_unknown_choices_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        SingleWeight(**{name: value})

@@ -1,0 +1,189 @@
+"""Accuracy by class and group against counting by hand."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from xai_edit import NonFiniteError, evaluate_groups
+
+
+def attribute_of(images):
+    return (images[:, 0].mean((1, 2)) * 10).long() % 3
+
+
+def brute(model, data, with_attribute):
+    """Right answers and samples, one sample at a time."""
+    counts = {}
+    for batch in data:
+        for sample in range(len(batch[0])):
+            x, label = batch[0][sample : sample + 1], int(batch[1][sample])
+            group = int(attribute_of(x)) if with_attribute else 0
+            right = int(model(x).argmax()) == label
+            hit, total = counts.get((label, group), (0, 0))
+            counts[label, group] = (hit + right, total + 1)
+    return dict(sorted(counts.items()))
+
+
+@pytest.fixture
+def model(plain):
+    """Not perfect, so that right and wrong both occur in most groups."""
+    with torch.no_grad():
+        plain.head.bias[:5] -= 3
+    return plain.double()
+
+
+@pytest.fixture
+def data(batches):
+    return [(x.double(), y) for x, y in batches]
+
+
+@pytest.mark.parametrize("how", ["none", "function", "vector", "third element", "bool"])
+def test_counts_are_those_of_one_sample_at_a_time(model, data, how):
+    groups, given = None, data
+    if how == "function":
+        groups = attribute_of
+    elif how == "vector":
+        groups = torch.cat([attribute_of(x) for x, _ in data])
+    elif how == "third element":
+        given = [(x, y, attribute_of(x)) for x, y in data]
+    elif how == "bool":
+
+        def groups(x):
+            return attribute_of(x) == 1
+
+    accuracy = evaluate_groups(model, given, groups=groups)
+    expected = brute(model, data, how != "none")
+    if how == "bool":
+        merged = {}
+        for (label, group), (hit, total) in expected.items():
+            old = merged.get((label, int(group == 1)), (0, 0))
+            merged[label, int(group == 1)] = (old[0] + hit, old[1] + total)
+        expected = dict(sorted(merged.items()))
+    assert accuracy.right.dtype == accuracy.samples.dtype == torch.int64
+    assert accuracy.samples.shape[0] == 10
+    for (label, group), (hit, total) in expected.items():
+        assert accuracy.right[label, group] == hit
+        assert accuracy.samples[label, group] == total
+    assert int(accuracy.samples.sum()) == 200 == sum(total for _, total in expected.values())
+    assert [*accuracy.groups] == [*expected]
+
+
+@pytest.mark.parametrize("with_attribute", [True, False])
+def test_every_figure_is_the_fraction_that_its_name_says(model, data, with_attribute):
+    accuracy = evaluate_groups(model, data, groups=attribute_of if with_attribute else None)
+    counts = brute(model, data, with_attribute)
+    shares = {group: Fraction(*pair) for group, pair in counts.items()}
+
+    def over(labels):
+        own = [pair for (label, _), pair in counts.items() if label in labels]
+        return Fraction(sum(hit for hit, _ in own), sum(total for _, total in own))
+
+    figures = {
+        "worst": (accuracy.worst, min(shares.values())),
+        "balanced": (accuracy.balanced, sum(shares.values()) / len(shares)),
+        "average": (accuracy.average, over(range(10))),
+        "of": (accuracy.of(3), over([3])),
+        "of two": (accuracy.of(3, 7), over([3, 7])),
+        "rest": (accuracy.rest(3), over({*range(10)} - {3})),
+        "rest of two": (accuracy.rest(3, 7), over({*range(10)} - {3, 7})),
+    }
+    assert accuracy.groups == {group: float(share) for group, share in shares.items()}
+    for name, (figure, fraction) in figures.items():
+        assert figure == pytest.approx(float(fraction), rel=1e-12), name
+    assert shares[accuracy.worst_group] == min(shares.values())
+    assert 0 < accuracy.worst < accuracy.average < 1 or accuracy.worst == 0
+
+
+def test_the_first_of_equally_bad_groups_is_the_worst_one(model, data):
+    with torch.no_grad():
+        model.head.bias[[2, 6]] = -1e6
+    accuracy = evaluate_groups(model, data)
+    assert accuracy.worst == 0
+    assert accuracy.worst_group == (2, 0)
+
+
+def test_groups_that_appear_later_are_counted(model, data):
+    (x, y), *_ = data
+    late = [(x, y, torch.zeros(64).long()), (x, y, torch.full((64,), 4))]
+    accuracy = evaluate_groups(model, late)
+    assert accuracy.samples.shape == (10, 5)
+    assert accuracy.samples[:, 0].tolist() == accuracy.samples[:, 4].tolist()
+    assert accuracy.right[:, 0].tolist() == accuracy.right[:, 4].tolist()
+    assert accuracy.samples[:, 1:4].sum() == 0
+
+
+def test_batches_do_not_matter(model, data):
+    whole = [tuple(torch.cat(part) for part in zip(*data, strict=True))]
+    one, many = (evaluate_groups(model, d, groups=attribute_of) for d in (whole, data))
+    assert torch.equal(one.right, many.right)
+    assert torch.equal(one.samples, many.samples)
+
+
+def test_a_dataset_is_read_in_its_order(model, data):
+    x, y = (torch.cat(part) for part in zip(*data, strict=True))
+    from_set = evaluate_groups(model, torch.utils.data.TensorDataset(x, y), groups=attribute_of(x))
+    assert torch.equal(from_set.right, evaluate_groups(model, data, groups=attribute_of).right)
+
+
+@pytest.mark.parametrize("label", [-1, 10, 255])
+def test_a_label_out_of_range_is_refused(model, data, label):
+    x, y = data[0]
+    with pytest.raises(ValueError, match=f"class {label} is out of range"):
+        evaluate_groups(model, [(x, torch.cat([y[:-1], torch.tensor([label])]))])
+
+
+def test_an_attribute_below_zero_is_refused(model, data):
+    with pytest.raises(ValueError, match=r"groups: -1.*numbered from 0"):
+        evaluate_groups(model, data, groups=lambda x: attribute_of(x) - 1)
+
+
+@pytest.mark.parametrize("length", [10, 199, 201])
+def test_a_vector_of_another_length_is_refused(model, data, length):
+    with pytest.raises(ValueError, match="values"):
+        evaluate_groups(model, data, groups=torch.zeros(length).long())
+
+
+def test_a_third_element_in_some_batches_only_is_refused(model, data):
+    x, y = data[0]
+    with pytest.raises(ValueError, match=r"third|group|spurious"):
+        evaluate_groups(model, [(x, y, y % 2), (x, y)])
+
+
+def test_missing_labels_or_samples_are_refused(model, data):
+    with pytest.raises(ValueError, match="labels"):
+        evaluate_groups(model, [x for x, _ in data])
+    with pytest.raises(ValueError, match="no samples"):
+        evaluate_groups(model, [])
+
+
+@pytest.mark.parametrize("classes", [[], [9]])
+def test_a_figure_over_no_samples_is_refused(model, data, classes):
+    accuracy = evaluate_groups(model, [(x[y != 9], y[y != 9]) for x, y in data])
+    with pytest.raises(ValueError, match="no samples"):
+        accuracy.of(*classes)
+
+
+def test_values_that_are_not_finite_are_refused(model, data):
+    x, y = data[0]
+    with pytest.raises(NonFiniteError, match="batch 0"):
+        evaluate_groups(model, [(x / 0, y)])
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="logits"):
+        evaluate_groups(model, data)
+
+
+def test_the_model_is_as_before_and_judged_in_evaluation_mode(norm, batches, unchanged):
+    expected = evaluate_groups(norm, batches)
+    norm.train()
+    check = unchanged(norm)
+    accuracy = evaluate_groups(norm, batches)
+    check()
+    assert torch.equal(accuracy.right, expected.right)
+
+
+def test_an_output_that_is_not_logits_is_refused(batches):
+    with pytest.raises(ValueError, match="classifier"):
+        evaluate_groups(nn.Flatten(0), batches)

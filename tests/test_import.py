@@ -1,0 +1,86 @@
+"""What ``import xai_edit`` promises, each time in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xai_edit
+
+ROOT = Path(xai_edit.__file__).resolve().parents[1]
+
+
+def python(code, *first):
+    paths = [*map(str, first), str(ROOT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "RuntimeError: operator torchvision::nms does not exist",
+        ),
+        ("raise ImportError('libcudart.so.13')", "ImportError: libcudart.so.13"),
+        ("raise OSError('undefined symbol: x')", "OSError: undefined symbol: x"),
+        ("import os; os.no_such", "AttributeError: module 'os' has no attribute 'no_such'"),
+    ],
+)
+def test_a_torchvision_that_does_not_match_torch_gives_one_sentence_with_the_remedy(
+    tmp_path, body, reason
+):
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(body + "\n")
+    result = python("import xai_edit", tmp_path)
+    assert result.returncode == 1
+    *_, last = result.stderr.strip().splitlines()
+    assert last.startswith("ImportError: ")
+    assert "torchvision that matches the installed torch" in last
+    assert reason in last
+    assert "pip install --upgrade --force-reinstall torch torchvision" in last
+    assert result.stderr.count("Traceback") == 1
+
+
+def test_a_missing_torchvision_gives_the_same_sentence():
+    code = "import sys; sys.modules['torchvision'] = None; import xai_edit"
+    result = python(code)
+    assert result.returncode == 1
+    *_, last = result.stderr.strip().splitlines()
+    assert last.startswith("ImportError: xai_edit needs a torchvision that matches")
+    assert result.stderr.count("Traceback") == 1
+
+
+def test_import_needs_no_optional_part_warns_of_nothing_and_keeps_every_public_name():
+    code = """
+import sys, warnings
+for name in ("torch_pruning", "matplotlib.pyplot"):
+    sys.modules[name] = None
+before = __import__("random").getstate()
+warnings.simplefilter("error", UserWarning)
+import torch
+state = torch.random.get_rng_state(), torch.is_grad_enabled(), torch.get_num_threads()
+import xai_edit
+assert torch.equal(state[0], torch.random.get_rng_state())
+assert state[1:] == (torch.is_grad_enabled(), torch.get_num_threads())
+missing = [name for name in xai_edit.__all__ if not hasattr(xai_edit, name)]
+assert not missing, missing
+assert len(set(xai_edit.__all__)) == len(xai_edit.__all__)
+print(xai_edit.__version__)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == xai_edit.__version__
