@@ -57,7 +57,7 @@ def fold_ablation(
     weight = reader.weight.detach().to(U)
     W = weight.movedim(1, -1)
     folded = (W - W @ U @ U.T).movedim(-1, 1)
-    constant = (W @ (U @ (U.T @ subspaces.mean))).flatten(1).sum(1)
+    constant = (W @ (U @ (U.T @ subspaces.mean))).reshape(len(W), -1).sum(1)
     values = {
         f"{name}.weight": folded.to(reader.weight),
         f"{name}.bias": (reader.bias.detach().to(U) + constant).to(reader.bias),

@@ -68,9 +68,9 @@ class WatermarkedDigits:
 
     size: int = 24
     marked: int = 3
-    share: float = 0.93
+    share: float = 0.97
     other_share: float = 0.0
-    opacity: float = 0.75
+    opacity: float = 0.82
     background: float = 0.4
     train: int = 90
     validation: int = 40

@@ -1,0 +1,46 @@
+"""The README's Python is run as it stands, on real images, with random weights."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+
+
+def test_there_is_a_block_of_about_ten_lines():
+    first = [line for line in blocks()[0].splitlines() if line.strip()]
+    assert len(first) <= 16
+
+
+def test_the_readme_runs(tmp_path, monkeypatch, digits, capsys):
+    images, labels = digits
+    for label in range(5):
+        folder = tmp_path / "photos" / f"class{label}"
+        folder.mkdir(parents=True)
+        for at, image in enumerate(images[labels == label][:4]):
+            torchvision.utils.save_image(image.expand(3, -1, -1), folder / f"{at}.png")
+    torch.manual_seed(0)
+    weights = torchvision.models.resnet18().state_dict()  # no network here: random weights
+    monkeypatch.setattr(
+        torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: weights
+    )
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    for block in blocks():
+        exec(compile(block, str(README), "exec"), scope)
+    assert (tmp_path / "forget-3.safetensors").is_file()
+    assert "PathPerturbation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_the_commands_named_first_exist(target):
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    assert f"make {target}" in README.read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, re.M)
