@@ -131,8 +131,9 @@ class LRP:
         with self._prepared(model, layers) as tap:
             try:
                 output = model(_differentiable(inputs))
-            except AttributeError as problem:
-                if "register_hook" not in str(problem):
+            except (AttributeError, RuntimeError) as problem:
+                # Zennit 0.5 and 1.0 each in their way: there is no graph to hang a hook on.
+                if not any(part in str(problem) for part in ("register_hook", "Backward hook")):
                     raise
                 raise ValueError(
                     f"no relevance reaches {', '.join(map(repr, layers))}: a part of the model "
