@@ -10,16 +10,10 @@ except (ImportError, RuntimeError, OSError, AttributeError) as _problem:
     ) from None
 
 from xai_edit._version import __version__
+from xai_edit.attribution.captum_layer import CaptumLayer
+from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.edges import EdgeScores, edge_scores
-from xai_edit.attribution.scorers import (
-    LRP,
-    Activation,
-    CaptumLayer,
-    Random,
-    Scorer,
-    Taylor,
-    WeightMagnitude,
-)
+from xai_edit.attribution.scorers import LRP, Scorer
 from xai_edit.attribution.units import UnitScores, score_units
 from xai_edit.baselines.robustness import LastLayerRetraining
 from xai_edit.baselines.unlearning import LogitMask

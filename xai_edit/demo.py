@@ -16,7 +16,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xai_edit.attribution.scorers import LRP, Random, WeightMagnitude
+from xai_edit.attribution.criteria import Random, WeightMagnitude
+from xai_edit.attribution.scorers import LRP
 from xai_edit.baselines.robustness import LastLayerRetraining
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.concepts.ablation import ablated
@@ -33,6 +34,7 @@ from xai_edit.evaluation.groups import Accuracy, evaluate_groups
 from xai_edit.files import write_atomically, write_safetensors
 from xai_edit.models.small import small_cnn, train
 from xai_edit.report.page import write_report
+from xai_edit.report.terminal import demo_table
 
 DIGITS = WatermarkedDigits()
 EPOCHS = 20
@@ -182,7 +184,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         page = write_report(out)
         bar.update()
     if not quiet:
-        print(_table(results, state.timing))
+        print(demo_table(results, state.timing))
         print(f"\n{page}")
     return page
 
@@ -348,42 +350,6 @@ def _figures(accuracy: Accuracy) -> dict[str, float]:
 
 def _group_name(label: int, watermark: int) -> str:
     return f"digit {label} {'with' if watermark else 'without'} watermark"
-
-
-def _table(results: dict[str, Any], timing: dict[str, float]) -> str:
-    before = results["before"]
-    lines = [
-        f"before any edit: average {before['average']:.3f}, worst group {before['worst']:.3f} "
-        f"({before['worst_group']})",
-        "",
-        f"{'1. forget digit ' + str(results['forget']['class']):<44}"
-        f"{'A_t':>8}{'A_g':>8}{'weights':>9}{'seconds':>9}",
-    ]
-    for row in results["forget"]["rows"]:
-        seconds = f"{timing[row['edit']]:9.2f}" if row["edit"] else ""
-        lines.append(
-            f"  {row['method']:<42}{row['class_accuracy']:8.3f}{row['rest_accuracy']:8.3f}"
-            f"{row['weights_changed']:9d}{seconds}"
-        )
-    header = f"{'worst':>8}{'balanced':>10}{'average':>9}{'weights':>9}"
-    lines += ["", f"{'2. take away the watermark':<44}{header}"]
-    pruned = results["prune"]["rows"]
-    named = [{**row, "method": f"{row['method']}, {row['share']:.0%}"} for row in pruned]
-    for row in [*results["neutralize"]["rows"], None, *named]:
-        if row is None:
-            lines += ["", f"{'3. prune filters':<44}{header}"]
-            continue
-        lines.append(
-            f"  {row['method']:<42}{row['worst']:8.3f}{row['balanced']:10.3f}"
-            f"{row['average']:9.3f}{row['weights_changed']:9d}"
-        )
-    checks = results["checks"]
-    lines += [
-        "",
-        f"{checks['edits']} edits saved, loaded, applied and undone; {checks['restored']} left "
-        "the network as it was, bit for bit",
-    ]
-    return "\n".join(lines)
 
 
 @contextmanager

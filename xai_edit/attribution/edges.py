@@ -25,8 +25,8 @@ class EdgeScores:
     output : int
         The output whose edges are scored, a row of the weight matrix.
     activations : Tensor, float64, shape (K, d)
-        Eq. 3 per class: the sum of ``|x_j|``, the edge's source activation. The absolute value, since
-        the entropy of signed sums is not defined.
+        Eq. 3 per class: the sum of ``|x_j|``, the edge's source activation. The absolute value,
+        since the entropy of signed sums is not defined.
     gradients : Tensor, float64, shape (K, d)
         Eq. 4 per class: the sum of ``|∂ cross-entropy / ∂w_j|``.
     """

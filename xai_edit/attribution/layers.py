@@ -191,3 +191,9 @@ def logits_of(output: Any, inputs: Tensor) -> Tensor:
     if not torch.isfinite(output).all():
         raise NonFiniteError("model: its logits are NaN or infinite")
     return output
+
+
+def differentiable(inputs: Tensor) -> Tensor:
+    """Return a copy that gradients reach; token numbers stay as they are."""
+    copy = inputs.detach().clone()
+    return copy.requires_grad_() if copy.is_floating_point() else copy

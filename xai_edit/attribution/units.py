@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.captum_layer import CaptumLayer
+from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.layers import logits_of, resolve_layers
-from xai_edit.attribution.scorers import BUILT_IN, LRP, Scorer, describe
+from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.data import Batch, Data, batches, model_device
 from xai_edit.errors import NonFiniteError, UnknownLayerError
 from xai_edit.files import read_safetensors, write_safetensors
@@ -21,6 +23,8 @@ from xai_edit.guard import preserved, require_finite
 
 Aggregate = Literal["sum", "mean", "abs", "positive"]
 AGGREGATES: tuple[str, ...] = ("sum", "mean", "abs", "positive")
+# Scorers that never write into a model's parameters.
+BUILT_IN = (LRP, CaptumLayer, Taylor, Activation, WeightMagnitude, Random)
 Target = int | Literal["label", "predicted"]
 
 
