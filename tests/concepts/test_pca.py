@@ -59,11 +59,20 @@ def test_fitting_twice_gives_the_same_bits_and_keeps_the_first_result():
 
 @pytest.mark.parametrize(("n", "vectors"), [(7, 300), (3, 3), (1, 1)])
 def test_more_subspaces_than_the_data_determines_are_refused(n, vectors):
-    with pytest.raises(ValueError, match="at most"):
+    with pytest.raises(ValueError, match=r"vary in|two or more"):
         PCA(n).fit(Features(planted()[:vectors]))
 
 
-@pytest.mark.parametrize("n", [0, -1, 1.5, "2", None])
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", True])
 def test_a_number_of_subspaces_that_is_not_positive_and_whole_is_refused(n):
     with pytest.raises(ValueError, match="n_subspaces"):
         PCA(n)
+
+
+def test_directions_without_variance_are_not_components():
+    activations = planted()
+    dead = torch.cat([activations, torch.zeros(len(activations), 3)], dim=1)
+    found, expected = (PCA(None).fit(Features(part)) for part in (dead, activations))
+    assert len(found) == len(expected) == activations.shape[1]
+    with pytest.raises(ValueError, match=f"vary in {activations.shape[1]} directions"):
+        PCA(activations.shape[1] + 1).fit(Features(dead))
