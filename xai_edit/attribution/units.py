@@ -354,7 +354,7 @@ def check_classes(targets: Tensor, classes: int) -> None:
 def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
     if name not in scores:
         raise ValueError(f"scorer: gave no scores for layer {name!r}, but for {[*scores]}")
-    values = scores[name].detach().double().cpu()
+    values = scores[name].detach().cpu().double()
     if values.ndim != 2 or len(values) != samples:
         raise ValueError(
             f"scorer: layer {name!r} has scores of shape {tuple(values.shape)} for {samples} "
