@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from safetensors.torch import load_file
@@ -89,6 +90,14 @@ def _wrong(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> str:
     data, before = results["data"], results["before"]
     marked = data["watermarked_class"]
     by_group = {(row["class"], row["watermark"]): row for row in before["groups"]}
+    others = [
+        fmean(
+            row["accuracy"]
+            for (label, mark), row in by_group.items()
+            if label != marked and mark == at
+        )
+        for at in (0, 1)
+    ]
     rows = [
         [
             f"digit {label}" + (" (trained with the watermark)" if label == marked else ""),
@@ -101,11 +110,12 @@ def _wrong(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> str:
     return (
         "<p>A small convolutional network learned ten handwritten digits. In its training data "
         f"{data['watermarked_share']:.0%} of the images of digit {marked} carry a watermark, and "
-        f"{data['other_share']:.0%} of the others. It learned the shortcut: on new images the "
-        f"watermark speaks for {marked}. Of all answers on test images, each shown once without "
-        f"and once with it, <strong>{before['average']:.3f}</strong> are right, but only "
-        f'<strong class="wrong">{before["worst"]:.3f}</strong> in the worst group '
-        f"({escape(before['worst_group'])}).</p>"
+        f"{data['other_share']:.0%} of the others. On new images of the other nine digits "
+        f"<strong>{others[0]:.3f}</strong> of its answers are right without the watermark and "
+        f'<strong class="wrong">{others[1]:.3f}</strong> with it; in the worst group, '
+        f'{escape(before["worst_group"])}, <strong class="wrong">{before["worst"]:.3f}</strong>; '
+        f"over all test images, each shown once without and once with it, {before['average']:.3f}."
+        "</p>"
         + _maps(results, maps, images=slice(0, 4), columns=slice(0, 1))
         + table(
             "Accuracy before any edit",
@@ -172,9 +182,8 @@ def _neutralize(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
         "<h2>2. Take away the watermark</h2><p>Fictitious class removal treats the watermark as a "
         "class of its own and edits one weight. Retraining the last layer (DFR) changes all of its "
         "weights, from the same labelled images. The worst group is that of 20, digit and "
-        "watermark; the worst of four joins all digits but the watermarked one. There one edited "
-        "weight gains nothing: what the other digits gain, the watermarked one, shown without its "
-        "mark, pays for.</p>"
+        "watermark; the worst of four joins all digits but the watermarked one. What helps the "
+        "others with the mark may cost the watermarked digit shown without it.</p>"
         + table(
             "On test images, with and without watermark",
             [
