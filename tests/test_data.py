@@ -215,7 +215,7 @@ def test_an_attribute_is_a_function_a_vector_or_the_third_element(attribute, sta
     ("attribute", "message"),
     [
         (None, "not given, and the data has no third element"),
-        (torch.arange(10), "(5,) values for 6 samples; give one yes/no value a sample"),
+        (torch.arange(10), "(5,) values for 6 samples; give one value a sample"),
         (lambda inputs: inputs, "(6, 2) values for 6 samples"),
     ],
 )

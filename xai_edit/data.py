@@ -119,7 +119,7 @@ def _is_one_batch(data: Any) -> bool:
     """Tell whether someone passed ``(inputs, labels)`` itself, which would read as two batches."""
     if not isinstance(data, (tuple, list)) or not all(isinstance(part, Tensor) for part in data):
         return False
-    labels = len(data) > 1 and data[1].ndim == 1 and not data[1].is_floating_point()
+    labels = len(data) == 2 and data[1].ndim == 1
     return isinstance(data, tuple) or (labels and data[0].shape[:1] == data[1].shape)
 
 
@@ -174,13 +174,13 @@ def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
     return torch.cat(given) if given else None
 
 
-def check_length(attribute: Attribute, samples: int) -> None:
+def check_length(attribute: Attribute, samples: int, name: str = "spurious") -> None:
     """Raise ValueError if an attribute given as a vector is not as long as the data."""
     if attribute is not None and not callable(attribute) and len(attribute) != samples:
-        raise ValueError(f"spurious: {len(attribute)} values for {samples} samples")
+        raise ValueError(f"{name}: {len(attribute)} values for {samples} samples")
 
 
-def attribute_of(attribute: Attribute, batch: Batch, start: int) -> Tensor:
+def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str = "spurious") -> Tensor:
     """Return the attribute of each sample of ``batch``.
 
     Parameters
@@ -191,6 +191,8 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int) -> Tensor:
         The samples.
     start : int
         Position of the batch's first sample in the data, for an attribute given as a vector.
+    name : str
+        Of the argument, for error messages.
 
     Returns
     -------
@@ -204,7 +206,7 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int) -> Tensor:
     if attribute is None:
         if batch.groups is None:
             raise ValueError(
-                "spurious: not given, and the data has no third element; give "
+                f"{name}: not given, and the data has no third element; give "
                 "(input, label, attribute) batches, a function of the inputs or a vector"
             )
         return batch.groups
@@ -214,7 +216,11 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int) -> Tensor:
         values = torch.as_tensor(attribute)[start : start + len(batch)]
     if values.shape != (len(batch),):
         raise ValueError(
-            f"spurious: {tuple(values.shape)} values for {len(batch)} samples; "
-            "give one yes/no value a sample"
+            f"{name}: {tuple(values.shape)} values for {len(batch)} samples; "
+            "give one value a sample"
+        )
+    if values.is_floating_point() and not torch.equal(values, values.round()):
+        raise ValueError(
+            f"{name}: values that are not whole numbers; give yes or no, such as probability > 0.5"
         )
     return values.to(batch.inputs.device).long()

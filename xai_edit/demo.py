@@ -109,6 +109,8 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
     Path
         Of the report.
     """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: {seed} given; it is a whole number from 0")
     out = Path(out)
     (out / "edits").mkdir(parents=True, exist_ok=True)
     with tqdm(total=5, disable=quiet, desc="training", leave=False) as bar, _deterministic():

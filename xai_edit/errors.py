@@ -20,7 +20,7 @@ class UnknownLayerError(ValueError, KeyError):
     def of(cls, name: str, known: Iterable[str], kind: str) -> UnknownLayerError:
         """Name the layer, the closest known one and the known ones of this ``kind``."""
         known = list(known)
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        close = difflib.get_close_matches(name.partition(":")[0], known, n=1, cutoff=0.5)
         guess = f"; did you mean {close[0]!r}?" if close else ";"
         listed = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
         return cls(f"layer {name!r} not found{guess} {kind}: {listed or 'none'}")

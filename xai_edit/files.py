@@ -21,6 +21,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         If the folder is missing or cannot be written; ``path`` is then as it was.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {str(path.parent)!r} does not exist")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -8,10 +8,11 @@ from importlib.metadata import version
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from zennit import composites as zc
 from zennit import rules as zr
-from zennit.canonizers import SequentialMergeBatchNorm
+from zennit.canonizers import NamedMergeBatchNorm, SequentialMergeBatchNorm
 from zennit.torchvision import ResNetCanonizer
 
 from xai_edit import LRP, score_units
@@ -357,10 +358,52 @@ def test_relevance_is_conserved_without_biases(request, digits, kind, preset_nam
 
 
 def test_canonizers_are_chosen_by_the_modules_present(plain, norm, residual):
-    assert choose_canonizers(plain) == []
-    assert [type(one) for one in choose_canonizers(norm)] == [SequentialMergeBatchNorm]
-    assert [type(one) for one in choose_canonizers(residual)] == [ResNetCanonizer]
-    assert [type(one) for one in choose_canonizers(nn.Sequential(residual))] == [ResNetCanonizer]
+    x = torch.rand(2, 1, 8, 8)
+    colour = torch.rand(2, 3, 32, 32)
+    wrapped = nn.Sequential(residual)
+    assert choose_canonizers(plain, x) == []
+    assert [type(one) for one in choose_canonizers(norm, x)] == [NamedMergeBatchNorm]
+    assert [type(one) for one in choose_canonizers(residual, colour)] == [ResNetCanonizer]
+    assert [type(one) for one in choose_canonizers(wrapped, colour)] == [ResNetCanonizer]
+
+
+class OddOrder(nn.Module):
+    """Batch norms defined away from the convolutions they follow, one of them behind a ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv3, self.bn3 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 10)
+        for norm in (self.bn1, self.bn2, self.bn3):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 2)
+
+    def forward(self, x):
+        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        return self.fc(self.bn3(self.conv3(x).relu()).mean((2, 3)))
+
+
+def test_batch_norms_are_merged_along_the_data_and_the_network_stays_the_same():
+    model = OddOrder().eval()
+    x = torch.rand(8, 1, 8, 8)
+    (canonizer,) = choose_canonizers(model, x)
+    assert canonizer.name_map == [(["conv1"], "bn1"), (["conv2"], "bn2")]
+    scores = score_units(model, [x], LRP("epsilon"), layers="fc", target=3)
+    logits = model(x)[:, 3].double()
+    torch.testing.assert_close(scores["fc"][3], logits.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dense_network_whose_norms_come_before_their_convolutions_is_scored():
+    torch.manual_seed(0)
+    model = torchvision.models.densenet121(num_classes=5).eval()
+    x = torch.rand(2, 3, 32, 32)
+    scores = score_units(model, [x], LRP("epsilon"), layers="classifier", target=1)
+    expected = model(x)[:, 1].double().sum()
+    torch.testing.assert_close(scores["classifier"][1], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_merged_batch_norm_gives_the_scores_of_the_network_folded_by_hand(norm, digits):
@@ -387,10 +430,10 @@ def test_a_merged_batch_norm_gives_the_scores_of_the_network_folded_by_hand(norm
 @pytest.mark.parametrize(
     ("scorer", "named"),
     [
-        (LRP("epsilon"), ["SequentialMergeBatchNorm"]),
+        (LRP("epsilon"), ["NamedMergeBatchNorm"]),
         (LRP("epsilon", canonizers=()), []),
         (LRP("epsilon", canonizers=[SequentialMergeBatchNorm()]), ["SequentialMergeBatchNorm"]),
-        (LRP(zc.EpsilonPlus()), ["SequentialMergeBatchNorm"]),
+        (LRP(zc.EpsilonPlus()), ["NamedMergeBatchNorm"]),
         (
             LRP(zc.EpsilonPlus(canonizers=[SequentialMergeBatchNorm()])),
             ["SequentialMergeBatchNorm"],

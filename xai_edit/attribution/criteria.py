@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.layers import (
     INPUT_SUFFIX,
+    TRANSPOSED,
     differentiable,
     gradients_at,
     layer_module,
@@ -128,9 +129,7 @@ def unit_weights(model: nn.Module, name: str) -> Tensor:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         raise ValueError(f"layer {name!r} ({type(module).__name__}) has no weights of its units")
-    transposed = isinstance(
-        module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    ) != name.endswith(INPUT_SUFFIX)
+    transposed = isinstance(module, TRANSPOSED) != name.endswith(INPUT_SUFFIX)
     if not transposed:
         return weight
     # Each group has its own block of the second axis.

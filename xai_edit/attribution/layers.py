@@ -12,18 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from xai_edit.errors import NonFiniteError, UnknownLayerError
+from xai_edit.guard import preserved
 
 INPUT_SUFFIX = ":input"
 """``"fc:input"`` names the inputs of layer ``fc``, where ``"fc"`` names its outputs."""
 
-CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list[str]:
@@ -49,7 +44,7 @@ def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list
         raise ValueError(f"layers: no convolution or linear layer to score; {given}")
     for name in names:
         module = name.removesuffix(INPUT_SUFFIX)
-        if not module or module not in modules:
+        if module not in modules or (module == "" and "" not in weighted):
             raise UnknownLayerError.of(name, weighted, "convolution and linear layers")
     if len(set(names)) < len(names):
         raise ValueError(f"layers: {names} names a layer twice")
@@ -197,3 +192,53 @@ def differentiable(inputs: Tensor) -> Tensor:
     """Return a copy that gradients reach; token numbers stay as they are."""
     copy = inputs.detach().clone()
     return copy.requires_grad_() if copy.is_floating_point() else copy
+
+
+def predict(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the logits of a batch, or say that the model does not take such inputs."""
+    try:
+        output = model(inputs)
+    except RuntimeError as problem:
+        raise ValueError(
+            f"data: the model does not take inputs of shape {tuple(inputs.shape)}, "
+            f"{inputs.dtype}: {problem}"
+        ) from problem
+    return logits_of(output, inputs)
+
+
+def last_weighted(model: nn.Module, inputs: Tensor) -> str | None:
+    """Return the name of the linear or convolution layer that runs last, and so is the output."""
+    ran: list[str] = []
+    with preserved(model), torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+                module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        predict(model, inputs)
+    return ran[-1] if ran else None
+
+
+def following_batch_norms(
+    model: nn.Module, inputs: Tensor, layers: Sequence[str]
+) -> dict[str, str]:
+    """Return, for the layers whose output goes straight into an affine batch norm, its name."""
+    made: dict[int, str] = {}
+    kept: list[Tensor] = []  # an id is only good while its tensor lives
+    found: dict[str, str] = {}
+    with preserved(model), torch.no_grad():
+        for name, module in model.named_modules():
+            if name in layers:
+
+                def made_by(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
+                    made[id(output)] = name
+                    kept.append(output)
+
+                module.register_forward_hook(made_by)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+
+                def read_by(_: nn.Module, read: tuple[Tensor, ...], name: str = name) -> None:
+                    if id(read[0]) in made:
+                        found[made[id(read[0])]] = name
+
+                module.register_forward_pre_hook(read_by)
+        model(inputs)
+    return found

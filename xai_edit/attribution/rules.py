@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from zennit import composites as zc
 from zennit import rules as zr
-from zennit.canonizers import Canonizer, SequentialMergeBatchNorm
+from zennit.canonizers import Canonizer, NamedMergeBatchNorm
 from zennit.core import Composite
 from zennit.torchvision import ResNetBasicBlock, ResNetBottleneck, ResNetCanonizer
 from zennit.types import BatchNorm, Convolution
+
+from xai_edit.attribution.layers import CONVOLUTIONS, following_batch_norms
 
 
 def epsilon(*, epsilon: float = 1e-6) -> Composite:
@@ -79,17 +81,25 @@ def preset(name: str, **parameters: Any) -> Composite:
     return PRESETS[name](**parameters)
 
 
-def choose_canonizers(model: nn.Module) -> list[Canonizer]:
-    """Return the Zennit canonizers that LRP needs on ``model``, judged by its modules.
+def choose_canonizers(model: nn.Module, inputs: Tensor) -> list[Canonizer]:
+    """Return the Zennit canonizers that LRP needs on ``model``.
 
     Residual blocks of torchvision need their sum as a module of its own: without it a resnet18
-    hands out 2⁸ times the logit. Batch norms are merged into the layer before them.
+    hands out 2⁸ times the logit. Batch norms are merged into the layer whose output they read,
+    found by one forward pass of a sample: in a model's own order of modules the neighbour before a
+    batch norm may be another layer, and the merge would explain another network.
     """
     if has_residual_blocks(model):
         return [ResNetCanonizer()]
-    if any(isinstance(module, BatchNorm) for module in model.modules()):
-        return [SequentialMergeBatchNorm()]
-    return []
+    if not any(isinstance(module, BatchNorm) for module in model.modules()):
+        return []
+    weighted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    ]
+    norms = following_batch_norms(model, inputs[:1], weighted)
+    return [NamedMergeBatchNorm([([name], norm) for name, norm in norms.items()])] if norms else []
 
 
 def has_residual_blocks(model: nn.Module) -> bool:

@@ -72,6 +72,10 @@ class LRP:
     -----
     Bach et al. 2015 (PLoS ONE 10(7)). A module that carries a Zennit hook as its attribute
     ``lrp_rule`` is given that rule where the composite has none for it.
+
+    Canonized are batch norms that follow a layer directly and torchvision's residual blocks. In
+    other networks that add branches, each sum doubles the relevance: bring a canonizer for them.
+    The stabiliser is Zennit's, 1e-6; that of Captum's ``EpsilonRule`` is 1e-9.
     """
 
     def __init__(
@@ -106,11 +110,11 @@ class LRP:
     def __repr__(self) -> str:
         return f"LRP({self.name}, initial={self.initial!r})"
 
-    def canonizers_for(self, model: nn.Module) -> list[Canonizer]:
+    def canonizers_for(self, model: nn.Module, inputs: Tensor) -> list[Canonizer]:
         """Return the canonizers that will be applied beside those of the composite itself."""
         if self.canonizers != "auto":
             return list(self.canonizers)
-        return [] if self.composite.canonizers else rules.choose_canonizers(model)
+        return [] if self.composite.canonizers else rules.choose_canonizers(model, inputs)
 
     def __call__(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, layers: Sequence[str]
@@ -126,7 +130,7 @@ class LRP:
         self, model: nn.Module, inputs: Tensor, targets: Tensor, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the relevance in full, per layer in the shape of the layer's output."""
-        with self._prepared(model, layers) as tap:
+        with self._prepared(model, inputs, layers) as tap:
             try:
                 output = model(differentiable(inputs))
             except (AttributeError, RuntimeError) as problem:
@@ -142,7 +146,7 @@ class LRP:
 
     def heatmap(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the relevance of each input value, in the shape of ``inputs``."""
-        with self._prepared(model, ()):
+        with self._prepared(model, inputs, ()):
             pixels = differentiable(inputs)
             logits = logits_of(model(pixels), inputs)
             (relevance,) = torch.autograd.grad(logits, pixels, self._seed(logits, targets))
@@ -155,13 +159,14 @@ class LRP:
         return seed
 
     @contextmanager
-    def _prepared(self, model: nn.Module, layers: Sequence[str]) -> Iterator[Any]:
+    def _prepared(self, model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> Iterator[Any]:
         # Entered anew for each batch: a composite's handle list grows while it stays registered.
         with ExitStack() as stack:
             stack.enter_context(preserved(model))
+            canonizers = self.canonizers_for(model, inputs)
             tap = stack.enter_context(tapped(model, layers))
             # On the stack before the composite, so that the hooks go first and the merge after.
-            for canonizer in self.canonizers_for(model):
+            for canonizer in canonizers:
                 for instance in canonizer.apply(model):
                     stack.callback(instance.remove)
             context: dict[str, Any] = {}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.captum_layer import CaptumLayer
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
-from xai_edit.attribution.layers import logits_of, resolve_layers
+from xai_edit.attribution.layers import predict, resolve_layers
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.data import Batch, Data, batches, model_device
 from xai_edit.errors import NonFiniteError, UnknownLayerError
@@ -194,10 +195,11 @@ def share_of(units: int, share: float) -> int:
     ValueError
         If the share is outside (0, 1].
     """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        percent = "; is it in percent?" if isinstance(share, (int, float)) and share > 1 else ""
+    number = float(share) if isinstance(share, SupportsFloat) else math.nan
+    if isinstance(share, bool) or not 0 < number <= 1:
+        percent = "; is it in percent?" if number > 1 else ""
         raise ValueError(f"share: {share!r} given; it is a fraction in (0, 1]{percent}")
-    return max(1, round(units * share))
+    return max(1, round(units * number))
 
 
 def score_units(
@@ -243,6 +245,11 @@ def score_units(
         On bad input, before or during the pass; the model is as it was.
     """
     target = checked_target(target)
+    if not callable(scorer) or isinstance(scorer, type):
+        raise TypeError(
+            f"scorer: {scorer!r} given; wrap a composite as xai_edit.LRP(EpsilonPlus()), a Captum "
+            "method as xai_edit.CaptumLayer(LayerConductance), or give a function"
+        )
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate: {aggregate!r} given; it is one of {AGGREGATES}")
     names = resolve_layers(model, layers)
@@ -270,13 +277,14 @@ def score_units(
             raise ValueError(f"data: None given, but {origin['scorer']} scores samples")
         else:
             for batch in batches(data, model_device(model)):
+                if isinstance(scorer, LRP) and not samples:
+                    used = scorer.canonizers_for(model, batch.inputs)
+                    used = [*scorer.composite.canonizers, *used]
+                    origin["canonizers"] = [type(canonizer).__name__ for canonizer in used]
                 with preserved(model):
                     targets = targets_of(model, batch, target)
                     add(scorer(model, batch.inputs, targets, names), len(batch))
                 samples += len(batch)
-    if isinstance(scorer, LRP):
-        used = [*scorer.composite.canonizers, *scorer.canonizers_for(model)]
-        origin["canonizers"] = [type(canonizer).__name__ for canonizer in used]
     return UnitScores(sums, samples, aggregate, counts, k, origin)
 
 
@@ -289,7 +297,7 @@ def targets_of(model: nn.Module, batch: Batch, target: Target) -> Tensor:
         If labels are asked for and missing, or a class is not one of the model's.
     """
     with torch.no_grad():
-        logits = logits_of(model(batch.inputs), batch.inputs)
+        logits = predict(model, batch.inputs)
     if target == "predicted":
         return torch.argmax(logits, 1)
     if target == "label":
@@ -330,9 +338,9 @@ def class_list(target: int | Sequence[int], classes: int) -> list[int]:
     ValueError
         If none is given, one is named twice, is not a number or is out of range.
     """
-    given = target if isinstance(target, Iterable) else [target]
+    single = not isinstance(target, Iterable) or getattr(target, "ndim", 1) == 0
     try:
-        listed = [_whole(one) for one in given]
+        listed = [_whole(one) for one in ([target] if single else target)]  # type: ignore
     except TypeError:
         raise ValueError(f"target: {target!r} given; it is a class number or several") from None
     if not listed or len(set(listed)) < len(listed):
@@ -341,12 +349,12 @@ def class_list(target: int | Sequence[int], classes: int) -> list[int]:
     return listed
 
 
-def check_classes(targets: Tensor, classes: int) -> None:
-    """Raise ValueError if a target is not a class of a model with this many outputs."""
+def check_classes(targets: Tensor, classes: int, name: str = "target") -> None:
+    """Raise ValueError if one of ``targets`` is not a class of a model with this many outputs."""
     if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < classes):
         wrong = [target for target in targets.unique().tolist() if not 0 <= target < classes]
         raise ValueError(
-            f"target: class {wrong[0]} is out of range; the model has {classes} classes, "
+            f"{name}: class {wrong[0]} is out of range; the model has {classes} classes, "
             f"0 to {classes - 1}"
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import CONVOLUTIONS, layer_module
+from xai_edit.attribution.layers import CONVOLUTIONS, TRANSPOSED, layer_module
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.guard import preserved
@@ -92,8 +92,7 @@ def _reader(model: nn.Module, layer: str, inputs: Tensor) -> tuple[str, nn.Linea
 
                 module.register_forward_pre_hook(read)
         model(inputs)
-    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    if len(readers) != 1 or isinstance(model.get_submodule(readers[0]), transposed):
+    if len(readers) != 1 or isinstance(model.get_submodule(readers[0]), TRANSPOSED):
         raise ValueError(
             f"layer {layer!r}: its output goes to {readers or 'no linear or convolution layer'} "
             "directly; to keep the ablation, one such layer has to read it as it is"

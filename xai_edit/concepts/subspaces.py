@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,13 +70,20 @@ class Subspaces:
         ValueError
             If an index is out of range, or none is given.
         """
-        wrong = [index for index in indices if not 0 <= index < len(self)]
-        if wrong or not len(indices):
-            raise ValueError(
-                f"subspaces: {list(indices)} asked for; there are {len(self)}, numbered from 0"
-            )
         blocks = self.basis.split(self.sizes, dim=1)
-        return torch.cat([blocks[index] for index in dict.fromkeys(indices)], dim=1)
+        return torch.cat([blocks[index] for index in self.checked(indices)], dim=1)
+
+    def checked(self, indices: Sequence[int]) -> tuple[int, ...]:
+        """Return indices of subspaces as plain numbers, each once; raises as `directions`."""
+        try:
+            plain = tuple(dict.fromkeys(operator.index(index) for index in indices))
+        except TypeError:
+            raise ValueError(f"subspaces: {indices!r} given; give a list of numbers") from None
+        if not plain or min(plain) < 0 or max(plain) >= len(self):
+            raise ValueError(
+                f"subspaces: {list(plain)} asked for; there are {len(self)}, numbered from 0"
+            )
+        return plain
 
     def project(self, activations: Tensor) -> list[Tensor]:
         """Return U_kᵀ(a − mean) for each subspace, shapes (..., size), of (..., channels)."""

@@ -109,7 +109,12 @@ class ModelEdit:
             if differs.any():
                 kept = (tensor[differs].cpu() for tensor in (index, old, new))
                 changes[name] = Change(tuple(parameter.shape), *kept)
-        return cls(changes, {**origin, "versions": versions()})
+        told = {**origin, "versions": versions()}
+        try:
+            json.dumps(told)
+        except TypeError as problem:
+            raise TypeError(f"origin: {problem}; give plain numbers, words and lists") from None
+        return cls(changes, told)
 
     @property
     def size(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.edges import edge_scores
 from xai_edit.attribution.units import class_list
-from xai_edit.data import Attribute, Data
+from xai_edit.data import Attribute, Data, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.exact import best_dose, strongest_other, wins
 from xai_edit.edits.head import HeadFeatures, collect_head_features
@@ -98,6 +98,8 @@ class FictitiousClass:
         if self.select not in ("sca", "exact"):
             raise ValueError(f"select: {self.select!r} given; it is 'sca' or 'exact'")
         check_anchor(self.anchor, self.select)
+        if self.select == "exact" and self.rate != "auto":
+            raise ValueError("rate: goes with select='sca'; 'exact' finds its own dose")
         if self.rate != "auto":
             check_rate(self.rate)
 
@@ -215,6 +217,13 @@ class FictitiousClass:
             return head, head, rows
         # A vector counts the samples of the planning data, so validation carries its own.
         own = None if isinstance(spurious, Tensor) else spurious
+        if isinstance(spurious, Tensor):
+            first, validation = peek(validation)
+            if first.groups is None:
+                raise ValueError(
+                    "validation: needs the feature as its third element, since the vector given as "
+                    "spurious counts the samples of data"
+                )
         judged = collect_head_features(model, validation, attribute=own, with_attribute=True)
         return head, judged, rows
 

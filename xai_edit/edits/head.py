@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import logits_of
+from xai_edit.attribution.layers import predict
 from xai_edit.attribution.units import check_classes
 from xai_edit.data import (
     Attribute,
@@ -66,7 +66,7 @@ class HeadFeatures:
         """Return the labels; ValueError where the data has none or one is out of range."""
         if self.labels is None:
             raise ValueError("data: has no labels; give (input, label) batches")
-        check_classes(self.labels, self.classes)
+        check_classes(self.labels, self.classes, "labels")
         return self.labels
 
 
@@ -105,7 +105,7 @@ def collect_head_features(
     with preserved(model), torch.no_grad():
         last = _LastLinear(model)
         for batch in batches(data, model_device(model)):
-            output = logits_of(model(batch.inputs), batch.inputs)
+            output = predict(model, batch.inputs)
             layer = last.name_for(output)
             features.append(last.inputs.cpu())
             labels.append(batch.labels)
@@ -131,9 +131,10 @@ def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
     ValueError
         If there is none.
     """
+    require_finite(model)
     with preserved(model), torch.no_grad():
         last = _LastLinear(model)
-        name = last.name_for(logits_of(model(inputs), inputs))
+        name = last.name_for(predict(model, inputs))
     return name, _linear(model, name)
 
 

@@ -9,13 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers, tapped
+from xai_edit.attribution.layers import (
+    INPUT_SUFFIX,
+    following_batch_norms,
+    resolve_layers,
+    tapped,
+)
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.units import class_list, score_units, share_of
 from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import find_head
-from xai_edit.edits.silence import following_batch_norms, silencing_entries
+from xai_edit.edits.silence import silencing_entries
 from xai_edit.guard import preserved
 
 
@@ -93,6 +98,10 @@ class PathPerturbation:
         (target,) = class_list([target], linear.out_features)
         feeding = _feeding_layer(model, head, linear.in_features, first.inputs)
         layer = self.layer or feeding
+        if layer == head:
+            raise ValueError(
+                f"layer: {head!r} is the output; name {head + INPUT_SUFFIX!r} or a hidden layer"
+            )
         if self.scope == "class_row" and layer not in (feeding, head + INPUT_SUFFIX):
             raise ValueError(
                 f"scope: 'class_row' needs neurons that feed the output, those of {feeding!r}; "
@@ -106,6 +115,8 @@ class PathPerturbation:
             target=target,
             k=self.k,
         )
+        if not scores[layer].any():
+            raise ValueError(f"layer: no relevance reaches the neurons of {layer!r}")
         neurons = scores.top(layer, share=self.share, by=self.rank)
         if self.scope == "neuron":
             norm = following_batch_norms(model, first.inputs, [layer]).get(layer)

@@ -10,7 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import CONVOLUTIONS, resolve_layers
+from xai_edit.attribution.layers import (
+    CONVOLUTIONS,
+    following_batch_norms,
+    last_weighted,
+    resolve_layers,
+)
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.units import Target, UnitScores, score_units, share_of
 from xai_edit.concepts.ablation import ablated
@@ -18,8 +23,7 @@ from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import Data, model_device, peek
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.head import find_head
-from xai_edit.edits.silence import following_batch_norms, silencing_entries
+from xai_edit.edits.silence import silencing_entries
 
 Ranking = Literal["global", "local"]
 
@@ -120,7 +124,7 @@ class ConceptAwarePruning:
 
     def __post_init__(self) -> None:
         _check(self.share, self.ranking)
-        self.subspaces.directions(self.ablate)
+        object.__setattr__(self, "ablate", self.subspaces.checked(self.ablate))
 
     def plan(self, model: nn.Module, data: Data, *, target: Target = "label") -> ModelEdit:
         """Plan the pruning; see `RelevancePruning.plan`.
@@ -156,19 +160,18 @@ class ConceptAwarePruning:
 
 
 def prunable(model: nn.Module, layers: Sequence[str] | None, inputs: Tensor) -> list[str]:
-    """Return the layers to prune: those named, all convolutions, or all hidden linear layers."""
+    """Return the layers to prune: those named, all convolutions or all linear; not the last."""
+    last = last_weighted(model, inputs)
     if layers is not None:
-        return resolve_layers(model, layers)
-    modules = dict(model.named_modules())
+        if last in (named := resolve_layers(model, layers)):
+            raise ValueError(f"layers: {last!r} gives the output; its units are the classes")
+        return named
+    modules = {name: module for name, module in model.named_modules() if name != last}
     convolutions = [name for name, module in modules.items() if isinstance(module, CONVOLUTIONS)]
-    if convolutions:
-        return convolutions
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    head, _ = find_head(model, inputs)
-    hidden = [name for name in linear if name != head]
-    if not hidden:
+    if not convolutions and not linear:
         raise ValueError("layers: the model has no convolution and no hidden linear layer to prune")
-    return hidden
+    return convolutions or linear
 
 
 def prune_lowest(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import CONVOLUTIONS, INPUT_SUFFIX, layer_module
-from xai_edit.guard import preserved
+from xai_edit.attribution.layers import CONVOLUTIONS, INPUT_SUFFIX, TRANSPOSED, layer_module
 
 
 def silencing_entries(
@@ -44,7 +41,7 @@ def silencing_entries(
             f"layer {layer!r} is a {type(module).__name__}; units of linear and convolution "
             "layers can be switched off"
         )
-    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    transposed = isinstance(module, TRANSPOSED)
     reads = layer.endswith(INPUT_SUFFIX)
     if getattr(module, "groups", 1) > 1 and transposed != reads:
         raise ValueError(f"layer {layer!r} is grouped; its units cannot be switched off one by one")
@@ -56,30 +53,3 @@ def silencing_entries(
     if batch_norm is not None:
         entries |= {f"{batch_norm}.weight": units, f"{batch_norm}.bias": units}
     return entries
-
-
-def following_batch_norms(
-    model: nn.Module, inputs: Tensor, layers: Sequence[str]
-) -> dict[str, str]:
-    """Return, for the layers whose output goes straight into an affine batch norm, its name."""
-    made: dict[int, str] = {}
-    kept: list[Tensor] = []  # an id is only good while its tensor lives
-    found: dict[str, str] = {}
-    with preserved(model), torch.no_grad():
-        for name, module in model.named_modules():
-            if name in layers:
-
-                def made_by(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                    made[id(output)] = name
-                    kept.append(output)
-
-                module.register_forward_hook(made_by)
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-
-                def read_by(_: nn.Module, read: tuple[Tensor, ...], name: str = name) -> None:
-                    if id(read[0]) in made:
-                        found[made[id(read[0])]] = name
-
-                module.register_forward_pre_hook(read_by)
-        model(inputs)
-    return found

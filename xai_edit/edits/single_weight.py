@@ -94,6 +94,8 @@ class SingleWeight:
         if self.select not in ("sca", "exact"):
             raise ValueError(f"select: {self.select!r} given; it is 'sca' or 'exact'")
         check_anchor(self.anchor, self.select)
+        if self.select == "exact" and self.rate != 1.0:
+            raise ValueError("rate: goes with select='sca'; 'exact' finds its own dose")
         check_rate(self.rate)
         if not 0 <= self.tolerance <= 1:
             raise ValueError(f"tolerance: {self.tolerance!r} given; it is a fraction in [0, 1]")

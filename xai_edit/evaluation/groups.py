@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import logits_of
+from xai_edit.attribution.layers import predict
 from xai_edit.attribution.units import check_classes
 from xai_edit.data import (
     Attribute,
@@ -64,7 +64,8 @@ class Accuracy:
     def of(self, *classes: int) -> float:
         """Accuracy over the samples of some classes (A_t of class unlearning)."""
         at = list(classes)
-        if not at or not self.samples[at].sum():
+        known = range(len(self.samples))
+        if not at or any(row not in known for row in at) or not self.samples[at].sum():
             raise ValueError(f"classes: no samples of {at}")
         return int(self.right[at].sum()) / int(self.samples[at].sum())
 
@@ -101,15 +102,15 @@ def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -
     start = 0
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
-            logits = logits_of(model(batch.inputs), batch.inputs)
+            logits = predict(model, batch.inputs)
             if batch.labels is None:
                 raise ValueError("data: has no labels; give (input, label) batches")
-            check_classes(batch.labels, logits.shape[1])
+            check_classes(batch.labels, logits.shape[1], "labels")
             has_groups.add(groups is not None or batch.groups is not None)
             if len(has_groups) > 1:
                 raise ValueError("data: some batches have groups and some have none")
             if True in has_groups:
-                attribute = attribute_of(groups, batch, start)
+                attribute = attribute_of(groups, batch, start, "groups")
             else:
                 attribute = torch.zeros_like(batch.labels)
             if attribute.min() < 0:
@@ -126,5 +127,5 @@ def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -
                 torch.stack([right, torch.ones_like(right)]).long().cpu(),
                 accumulate=True,
             )
-    check_length(groups, start)
+    check_length(groups, start, "groups")
     return Accuracy(counts[0], counts[1])

@@ -46,7 +46,10 @@ def write_report(folder: str | Path) -> Path:
         raise FileNotFoundError(
             f"{missing[0]} is missing; give the folder of a finished run of xai-edit demo"
         )
-    results = json.loads(needed[0].read_text(encoding="utf-8"))
+    try:
+        results = json.loads(needed[0].read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{needed[0]}: damaged ({problem})") from None
     if results.get("run") != "demo":
         raise ValueError(f"{needed[0]}: run {results.get('run')!r} has no report page; demo has")
     timing = json.loads(needed[1].read_text(encoding="utf-8"))
