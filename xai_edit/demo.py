@@ -192,7 +192,6 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
 
 
 def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
-    # Both test versions of an image count for A_t and A_g; the class is not the watermarked one.
     clean = validation[validation.watermark == 0]
     of_class = clean[clean.labels == FORGET][torch.arange(SAMPLES_TO_FORGET)]
     rows = [

@@ -397,6 +397,16 @@ def test_batch_norms_are_merged_along_the_data_and_the_network_stays_the_same():
     torch.testing.assert_close(scores["fc"][3], logits.sum(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_batch_norm_without_running_statistics_is_not_merged():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(144, 3)).eval()
+    x = torch.rand(4, 1, 8, 8)
+    assert choose_canonizers(model, x) == []
+    scores = score_units(model, [x], LRP("epsilon"), layers="3", target=1)
+    torch.testing.assert_close(scores["3"][1], model(x)[:, 1].double().sum(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_dense_network_whose_norms_come_before_their_convolutions_is_scored():
     torch.manual_seed(0)
     model = torchvision.models.densenet121(num_classes=5).eval()

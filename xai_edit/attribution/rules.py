@@ -98,8 +98,13 @@ def choose_canonizers(model: nn.Module, inputs: Tensor) -> list[Canonizer]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, *CONVOLUTIONS))
     ]
-    norms = following_batch_norms(model, inputs[:1], weighted)
-    return [NamedMergeBatchNorm([([name], norm) for name, norm in norms.items()])] if norms else []
+    # Without running statistics there is nothing fixed that could be merged.
+    pairs = [
+        ([name], norm)
+        for name, norm in following_batch_norms(model, inputs[:1], weighted).items()
+        if model.get_submodule(norm).running_mean is not None
+    ]
+    return [NamedMergeBatchNorm(pairs)] if pairs else []
 
 
 def has_residual_blocks(model: nn.Module) -> bool:

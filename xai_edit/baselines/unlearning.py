@@ -43,7 +43,7 @@ class LogitMask:
             If the last layer has no bias, or a class is out of range.
         """
         first, _ = peek(data, model_device(model))
-        head, layer = find_head(model, first.inputs)
+        head, layer = find_head(model, first.inputs[:1])
         classes = torch.tensor(class_list(target, layer.out_features))
         if layer.bias is None:
             raise ValueError(f"model: the last layer {head!r} has no bias to mask a class with")

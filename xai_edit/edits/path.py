@@ -94,9 +94,10 @@ class PathPerturbation:
         if self.layer is not None:
             resolve_layers(model, [self.layer])
         first, data = peek(data, model_device(model))
-        head, linear = find_head(model, first.inputs)
+        sample = first.inputs[:1]  # enough to see which layer reads which
+        head, linear = find_head(model, sample)
         (target,) = class_list([target], linear.out_features)
-        feeding = _feeding_layer(model, head, linear.in_features, first.inputs)
+        feeding = _feeding_layer(model, head, linear.in_features, sample)
         layer = self.layer or feeding
         if layer == head:
             raise ValueError(
@@ -119,7 +120,7 @@ class PathPerturbation:
             raise ValueError(f"layer: no relevance reaches the neurons of {layer!r}")
         neurons = scores.top(layer, share=self.share, by=self.rank)
         if self.scope == "neuron":
-            norm = following_batch_norms(model, first.inputs, [layer]).get(layer)
+            norm = following_batch_norms(model, sample, [layer]).get(layer)
             entries = silencing_entries(model, layer, neurons, norm)
         else:
             entries = {f"{head}.weight": target * linear.in_features + neurons}

@@ -80,7 +80,7 @@ class RelevancePruning:
             norm that follows. Its origin lists the units of each layer.
         """
         first, data = peek(data, model_device(model))
-        layers = prunable(model, self.layers, first.inputs)
+        layers = prunable(model, self.layers, first.inputs[:1])
         scores = score_units(
             model, data, self.scorer, layers=layers, target=target, aggregate="abs"
         )
@@ -136,7 +136,7 @@ class ConceptAwarePruning:
         """
         resolve_layers(model, [self.layer])
         first, data = peek(data, model_device(model))
-        layers = prunable(model, self.layers, first.inputs)
+        layers = prunable(model, self.layers, first.inputs[:1])
         folded = {}
         if self.keep_ablation:
             folded = fold_ablation(model, self.layer, self.subspaces, self.ablate, first.inputs)
@@ -188,7 +188,7 @@ def prune_lowest(
     ``folded`` are new values of whole parameters, in which units are then switched off too.
     """
     pruned = (_lowest_global if ranking == "global" else _lowest_local)(scores, share)
-    norms = following_batch_norms(model, inputs, scores.layers)
+    norms = following_batch_norms(model, inputs[:1], scores.layers)
     values = {
         name: (torch.arange(new.numel()), new.detach().cpu().flatten().clone())
         for name, new in folded.items()

@@ -135,8 +135,7 @@ def _forget(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
             row["method"],
             row["class_accuracy"],
             row["rest_accuracy"],
-            row["weights_changed"],
-            f"{timing[row['edit']]:.2f}" if row["edit"] else "–",
+            *_cost(row, timing),
         ]
         for row in forget["rows"]
     ]
@@ -167,8 +166,7 @@ def _neutralize(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
             row["worst_of_four"],
             row["balanced"],
             row["average"],
-            row["weights_changed"],
-            f"{timing[row['edit']]:.2f}" if row["edit"] else "–",
+            *_cost(row, timing),
         ]
         for row in part["rows"]
     ]
@@ -235,8 +233,8 @@ def _prune(results: Mapping[str, Any]) -> str:
         )
     alone = part["ablation_alone"]
     return (
-        "<h2>3. Prune</h2><p>Concept-aware pruning removes the filters that serve the watermark "
-        f"first: it scores them while the principal components {part['ablated']} of layer "
+        "<h2>3. Prune</h2><p>Concept-aware pruning means to remove first the filters that serve "
+        f"the watermark: it scores all while the principal components {part['ablated']} of layer "
         f"<code>{escape(part['layer'])}</code>, which tell watermarked images best (average "
         f"precision {part['average_precision']:.2f}), are taken out of the activations. Kept, "
         "the ablation is folded into the weights of the next layer. By itself, with no filter "
@@ -291,6 +289,11 @@ def _honest(results: Mapping[str, Any]) -> str:
         f"{checked['restored']} of {checked['edits']} left the network as it was, bit for bit. "
         "Figures: <code>results.json</code>; edits: <code>edits/</code>.</p>"
     )
+
+
+def _cost(row: Mapping[str, Any], timing: Mapping[str, float]) -> list[Any]:
+    """Return the weights changed and the seconds that planning took, as table cells."""
+    return [row["weights_changed"], f"{timing[row['edit']]:.2f}" if row["edit"] else "–"]
 
 
 def _figure(drawn: str, caption: str) -> str:
