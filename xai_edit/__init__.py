@@ -36,9 +36,10 @@ from xai_edit.concepts.pca import PCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.edits.edit import Change, ModelEdit
-from xai_edit.edits.fictitious import FictitiousClass, RateSweep
+from xai_edit.edits.fictitious import FictitiousClass
 from xai_edit.edits.path import PathPerturbation
 from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
+from xai_edit.edits.rate_sweep import RateSweep
 from xai_edit.edits.share_sweep import ShareSweep
 from xai_edit.edits.single_weight import SingleWeight
 from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError

@@ -10,7 +10,7 @@ from torch import nn
 
 from xai_edit import SingleWeight, evaluate_groups
 from xai_edit.edits import exact
-from xai_edit.edits.exact import accuracy_by_dose, best_dose, removal_dose
+from xai_edit.edits.exact import accuracy_by_dose, best_dose, removal_doses
 from xai_edit.edits.head import HeadFeatures
 
 property_test = settings(max_examples=40, deadline=None, derandomize=True)
@@ -149,7 +149,8 @@ def test_the_removal_dose_is_the_brute_force_optimum(problem, tolerance):
         for dose in brute_doses(head, row, j)
     ]
     brute = min(removed for retained, removed in outcomes if retained >= floor)
-    column, dose, found = removal_dose(head, row, tolerance=tolerance)
+    doses, found = removal_doses(head, row, tolerance=tolerance)
+    ((column, dose),) = doses.items()
     assert found["removed"] == brute
     assert found["retained"] >= floor
     assert edited_accuracy(head, row, column, dose, own).tolist() == [
@@ -211,7 +212,7 @@ def test_only_dead_features_are_a_clear_error():
 def test_removal_needs_the_class_and_others(labels):
     head = HeadFeatures("h", torch.eye(2), None, torch.rand(3, 2), torch.tensor(labels), None)
     with pytest.raises(ValueError, match="class 0"):
-        removal_dose(head, 0, tolerance=0.0)
+        removal_doses(head, 0, tolerance=0.0)
 
 
 def test_the_planned_edit_keeps_its_promise_on_the_planning_data(plain, batches):

@@ -61,7 +61,7 @@ def test_indices_from_numpy_and_torch_reach_the_file(tmp_path, batches, plain):
 
 @pytest.mark.parametrize("operator", [xe.SingleWeight, xe.FictitiousClass])
 def test_exact_selection_takes_no_rate(operator):
-    with pytest.raises(ValueError, match="rate: goes with select='sca'"):
+    with pytest.raises(ValueError, match="rate: goes with the other selections"):
         operator("exact", rate=0.5)
 
 

@@ -131,7 +131,7 @@ def test_the_edge_is_the_one_of_highest_sca_by_per_sample_autograd(plain, batche
     best = max((c for c in range(12) if allowed[c]), key=lambda c: float(sca[c]))
     edit = SingleWeight().plan(model, data, target=target)
     assert edit.origin["rows"][0]["column"] == best
-    assert edit.origin["rows"][0]["sca"] == pytest.approx(float(sca[best]), rel=1e-9)
+    assert edit.origin["rows"][0]["score"] == pytest.approx(float(sca[best]), rel=1e-9)
 
 
 def test_rate_zero_changes_nothing(plain, batches):

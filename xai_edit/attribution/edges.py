@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +44,14 @@ class EdgeScores:
         return torch.where(self.activations.sum(0) > 0, association, 0.0)  # dead features
 
     @property
+    def gradient_activation(self) -> Tensor:
+        """G · A of the output's own class, SCA without its entropies (Fig. 8), float64, (d,)."""
+        return self.gradients[self.output] * self.activations[self.output]
+
+    @property
     def sca(self) -> Tensor:
         """Specific class association Γ_SCA of the output's own class (Eq. 6), float64, (d,)."""
-        return self.ca * self.gradients[self.output] * self.activations[self.output]  # Eq. 6
+        return self.ca * self.gradient_activation  # Eq. 6
 
 
 def edge_scores(
@@ -58,8 +64,8 @@ def edge_scores(
 ) -> EdgeScores:
     """Accumulate Eq. 3 and Eq. 4 for one output of a last layer z = W x + b.
 
-    The gradient of a sample's cross-entropy for edge (i, j) is (p_i − y_i)·x_j, so the sum over a
-    class is a matrix product and no backward pass is needed.
+    The gradient of a sample's cross-entropy for edge (i, j) is (p_i − y_i)·x_j, so no backward pass
+    is needed: the sums over classes are those of scaled features.
 
     Parameters
     ----------
@@ -82,26 +88,47 @@ def edge_scores(
         If fewer than two classes have samples: their entropies would all be zero; or if the
         output's own class has none.
     """
+    (scores,) = edge_scores_of(features, labels, weight, bias, [output])
+    return scores
+
+
+def edge_scores_of(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[int],
+) -> Iterator[EdgeScores]:
+    """Give the scores of several outputs one by one, what they share computed once.
+
+    The table of all outputs, K·K·d numbers, is never held. Arguments and errors as for
+    `edge_scores`.
+    """
     check_classes(labels, len(weight))
-    present = labels.unique()
-    if output not in present.tolist():
-        raise ValueError(f"target: class {output} is absent from the data; its score needs samples")
-    if len(present) < 2:
-        raise ValueError(
-            f"data: only class {output} has samples; SCA compares classes and needs two or more"
-        )
+    present = labels.unique().tolist()
+    for output in outputs:
+        if output not in present:
+            raise ValueError(
+                f"target: class {output} is absent from the data; its score needs samples"
+            )
+        if len(present) < 2:
+            raise ValueError(
+                f"data: only class {output} has samples; SCA compares classes and needs two or more"
+            )
     x = features.double()
     logits = x @ weight.double().T + (0.0 if bias is None else bias.double())
     probabilities = logits.softmax(1)
-    # |p − y|: for the own class 1 − p is the sum of the others, or it would cancel.
-    residual = probabilities[:, output].clone()
-    own = labels == output
-    others = torch.arange(len(weight), device=labels.device) != output
-    residual[own] = probabilities[own][:, others].sum(1)
-    member = torch.nn.functional.one_hot(labels, len(weight)).double()  # (samples, K)
-    activations = member.T @ x.abs()  # Eq. 3
-    gradients = (member * residual[:, None]).T @ x.abs()  # Eq. 4
-    return EdgeScores(output, activations, gradients)
+    size = x.abs()
+    nothing = torch.zeros(len(weight), x.shape[1], dtype=x.dtype, device=x.device)
+    activations = nothing.index_add(0, labels, size)  # Eq. 3
+    for output in outputs:
+        # |p − y|: for the own class 1 − p is the sum of the others, or it would cancel.
+        residual = probabilities[:, output].clone()
+        own = labels == output
+        others = torch.arange(len(weight), device=labels.device) != output
+        residual[own] = probabilities[own][:, others].sum(1)
+        gradients = nothing.index_add(0, labels, residual[:, None] * size)  # Eq. 4
+        yield EdgeScores(output, activations, gradients)
 
 
 def _entropy(accumulated: Tensor) -> Tensor:

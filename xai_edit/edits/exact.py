@@ -151,23 +151,45 @@ def best_dose(
     return best[2], dose, best[3]
 
 
-def removal_dose(
-    head: HeadFeatures, row: int, *, tolerance: float
-) -> tuple[int, float, dict[str, Any]]:
-    """Return the weight and dose that remove a class, the other classes' accuracy kept.
+def removal(floor: float) -> Callable[[Tensor], Tensor]:
+    """Return the objective of a removal: accuracy on group 1 down, that on group 0 above a floor.
+
+    It takes group accuracies, shape (..., 2), to one number each; above 0 only where the floor is
+    kept.
+    """
+
+    def objective(accuracy: Tensor) -> Tensor:
+        kept, removed = accuracy[..., 0], accuracy[..., 1]
+        return torch.where(kept >= floor, 1 - removed, -removed)
+
+    return objective
+
+
+def removal_doses(
+    head: HeadFeatures, row: int, *, tolerance: float, n_weights: int = 1
+) -> tuple[dict[int, float], dict[str, Any]]:
+    """Return the weights of a row and their doses that remove a class, the others' accuracy kept.
 
     The objective: accuracy on the class down, subject to accuracy on all other samples no more
-    than ``tolerance`` below what it was, both on the planning data.
+    than ``tolerance`` below what it was, both on the planning data. Weights are added one after
+    another, each the best beside those before it, as long as that helps.
     """
     labels = head.require_labels()
     own = (labels == row).long()  # group 1 is the class
     if not 0 < int(own.sum()) < len(own):
         raise ValueError(f"target: class {row} needs samples of its own and of other classes")
-    before = (head.logits().argmax(1) == labels).double()
-    floor = float(before[own == 0].mean()) - tolerance
-
-    def removed(accuracy: Tensor) -> Tensor:
-        return torch.where(accuracy[..., 0] >= floor, 1 - accuracy[..., 1], -accuracy[..., 1])
-
-    column, dose, accuracy = best_dose(head, row, own, removed)
-    return column, dose, {"retained": float(accuracy[0]), "removed": float(accuracy[1])}
+    logits = head.logits()
+    before = (logits.argmax(1) == labels).double()
+    objective = removal(float(before[own == 0].mean()) - tolerance)
+    doses: dict[int, float] = {}
+    told: dict[str, Any] = {}
+    reached = -torch.inf
+    for _ in range(n_weights):
+        column, dose, accuracy = best_dose(head, row, own, objective, logits=logits)
+        if float(objective(accuracy)) <= reached:
+            break
+        reached = float(objective(accuracy))
+        doses[column] = doses.get(column, 0.0) + dose
+        logits[:, row] += dose * head.features[:, column].double()
+        told = {"retained": float(accuracy[0]), "removed": float(accuracy[1])}
+    return doses, told

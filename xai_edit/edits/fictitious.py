@@ -2,68 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.edges import edge_scores
 from xai_edit.attribution.targets import class_list
+from xai_edit.concepts.presence import concept_strength, split_point
+from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import Attribute, Data, peek
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.exact import best_dose, strongest_other, wins
-from xai_edit.edits.head import HeadFeatures, collect_head_features
+from xai_edit.edits.exact import best_dose, removal, strongest_other, wins
+from xai_edit.edits.fictitious_copy import fictitious_column
+from xai_edit.edits.head import HeadFeatures, head_features
+from xai_edit.edits.rate_sweep import RateSweep
+from xai_edit.edits.selection import Selection, check_selection
 from xai_edit.edits.single_weight import (
     anchor_point,
     check_anchor,
     check_rate,
-    editable,
     head_edit,
     orthogonal_weight,
 )
 
-
-@dataclass(frozen=True, eq=False)
-class RateSweep:
-    """What one edited weight does to the groups at each neutralisation rate (the paper's Fig. 9).
-
-    Attributes
-    ----------
-    row, column : int
-        The class whose row is edited and the feature, chosen by SCA.
-    rates : Tensor, float64, shape (R,)
-        Ascending from 0: a grid over [0, 1] and a logarithmic one about the rate at which the
-        weight crosses zero, where most of the effect is.
-    doses : Tensor, float64, shape (R,)
-        What each rate adds to the weight.
-    anchor : float
-        Value of the feature at which the edit leaves the output alone; 0 for a plain edit.
-    accuracy : Tensor, float64, shape (R, G)
-        Of each (class, spurious feature) group that has samples.
-    average : Tensor, float64, shape (R,)
-        Accuracy over all samples.
-    """
-
-    row: int
-    column: int
-    rates: Tensor
-    doses: Tensor
-    anchor: float
-    accuracy: Tensor
-    average: Tensor
-
-    @property
-    def worst(self) -> Tensor:
-        """Worst-group accuracy, float64, shape (R,)."""
-        return self.accuracy.min(1).values
-
-    @property
-    def best(self) -> int:
-        """Position of the smallest rate with the highest worst-group accuracy."""
-        return int(torch.nonzero(self.worst == self.worst.max())[0])
+# Rows are gone through again, each chosen anew beside the others, while that helps.
+ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -80,37 +46,64 @@ class FictitiousClass:
 
     Parameters
     ----------
-    select : {"sca", "exact"}
-        "sca" is the paper's selection with the edit of Eq. 8. "exact", ours, takes the weight and
-        dose of the row with the highest worst-group accuracy, in closed form, and needs no copy.
-    rate : "auto" or float in [0, 1]
+    select : str
+        "sca" is the paper's selection with the edit of Eq. 8; others as for `SingleWeight`.
+        "exact", ours, takes the weight and dose of the row with the highest objective, in closed
+        form, and needs no copy.
+    rate : "auto", "least-gap", float in [0, 1] or mapping of class to float
         Neutralisation rate r of Eq. 8. "auto" takes, row by row, the rate with the highest
-        worst-group accuracy on the validation data.
+        objective on the validation data. "least-gap" takes the one with the least gap between
+        average and worst-group accuracy there, as the paper does; a collapsed model has no gap
+        either. Not with "exact", which finds its own dose.
+    aim : {"worst-group", "removal"}
+        The objective: worst-group accuracy; or accuracy on the samples with the feature down,
+        subject to accuracy on those without it no more than ``tolerance`` below what it was (a
+        sub-class to be removed).
+    tolerance : float
+        For ``aim="removal"``, as a fraction.
+    classifier : scikit-learn classifier, optional
+        The last layer of the copy; logistic regression when left out.
     anchor : "auto" or bool
         See `SingleWeight`.
+    seed : int
+        For ``select="random"``.
     """
 
-    select: Literal["sca", "exact"] = "sca"
-    rate: float | Literal["auto"] = "auto"
+    select: Selection = "sca"
+    rate: float | Mapping[int, float] | Literal["auto", "least-gap"] = "auto"
+    aim: Literal["worst-group", "removal"] = "worst-group"
+    tolerance: float = 0.005
+    classifier: Any = None
     anchor: bool | Literal["auto"] = "auto"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.select not in ("sca", "exact"):
-            raise ValueError(f"select: {self.select!r} given; it is 'sca' or 'exact'")
+        check_selection(self.select)
         check_anchor(self.anchor, self.select)
         if self.select == "exact" and self.rate != "auto":
-            raise ValueError("rate: goes with select='sca'; 'exact' finds its own dose")
-        if self.rate != "auto":
-            check_rate(self.rate)
+            raise ValueError("rate: goes with the other selections; 'exact' finds its own dose")
+        if isinstance(self.rate, str):
+            if self.rate not in ("auto", "least-gap"):
+                raise ValueError(
+                    f"rate: {self.rate!r} given; it is 'auto', 'least-gap' or a fraction in [0, 1]"
+                )
+        else:
+            for rate in self.rate.values() if isinstance(self.rate, Mapping) else [self.rate]:
+                check_rate(rate)
+        if self.aim not in ("worst-group", "removal"):
+            raise ValueError(f"aim: {self.aim!r} given; it is 'worst-group' or 'removal'")
+        if not 0 <= self.tolerance <= 1:
+            raise ValueError(f"tolerance: {self.tolerance!r} given; it is a fraction in [0, 1]")
 
     def plan(
         self,
         model: nn.Module,
-        data: Data,
+        data: Data | HeadFeatures,
         *,
-        spurious: Attribute = None,
+        spurious: Attribute | Subspaces = None,
+        fictitious: int | Sequence[int] | None = None,
         target: int | Sequence[int] | None = None,
-        validation: Data | None = None,
+        validation: Data | HeadFeatures | None = None,
     ) -> ModelEdit:
         """Plan the edit; the model is only read.
 
@@ -118,22 +111,27 @@ class FictitiousClass:
         ----------
         model : nn.Module
             A classifier that ends in a linear layer.
-        data : iterable or Dataset
-            Labelled batches. One pass.
-        spurious : callable, Tensor or None
-            Which samples have the spurious feature: a function of a batch of inputs (yes/no a
-            sample), a vector in the order of the data, or the third element of the batches.
+        data : iterable, Dataset or HeadFeatures
+            Labelled batches, or what `xai_edit.edits.head.collect_head_features` gave. One pass.
+        spurious : callable, Tensor, Subspaces or None
+            The spurious feature of each sample: a function of a batch of inputs (a value a
+            sample), a vector in the order of the data, a concept subspace of the last layer's
+            inputs (its stronger half by two means), or the third element of the batches.
+        fictitious : int or sequence of int, optional
+            The value that is the fictitious class, or one for each target; 1 where the feature is
+            yes or no.
         target : int or sequence of int, optional
             The classes the feature speaks for. When left out, the class whose share of the
             model's predictions rises most from samples without the feature to samples with it.
-        validation : iterable or Dataset, optional
-            Where worst-group accuracy is measured; ``data`` when left out.
+        validation : iterable, Dataset or HeadFeatures, optional
+            Where the objective is measured; ``data`` when left out.
 
         Returns
         -------
         ModelEdit
             One weight for each affected class; none, with the reason in its origin, where no rate
-            raises the worst group.
+            raises the objective. The origin tells the worst group and the average before and
+            after, both on the validation data.
 
         Raises
         ------
@@ -141,166 +139,305 @@ class FictitiousClass:
             If the model has no final linear layer, labels or feature are missing, no sample or
             every sample has the feature, or it raises the predictions of no class.
         """
-        head, judged, rows = self._collected(model, data, spurious, target, validation)
-        labels = judged.require_labels()
-        groups = _groups(labels, judged.attribute)
-        logits = judged.logits()
-        edited: list[dict[str, Any]] = []
-        before = float(_group_means(logits.argmax(1) == labels, groups).min())
-        worst = before
-        for row in rows:
-            if self.select == "exact":
-                column, dose, accuracy = best_dose(
-                    judged, row, groups, _worst_then_mean, logits=logits
-                )
-                found: dict[str, Any] = {}
-                fixed, reached = 0.0, float(accuracy.min())
-            else:
-                sweep = self._sweep(head, judged, row, logits, groups)
-                at = sweep.best if self.rate == "auto" else len(sweep.rates) - 1
-                column, dose, fixed = sweep.column, float(sweep.doses[at]), sweep.anchor
-                found = {"rate": float(sweep.rates[at])}
-                reached = float(sweep.worst[at])
-            if reached <= worst and (self.select == "exact" or self.rate == "auto"):
-                continue
-            worst = reached
-            logits[:, row] += dose * (judged.features[:, column].double() - fixed)
-            weight = float(head.weight[row, column]) + dose
-            edited.append({"class": row, "column": column, "weight": weight, **found})
+        task = self._task(model, data, spurious, fictitious, target, validation)
+        before = task.judge({})
+        searching = self.select == "exact" or self.rate == "auto"
+        chosen: dict[int, _Weight] = {}
+        if searching and len(task.values) > 1 and self.aim == "worst-group":
+            task.balanced = True  # a second start: worst groups alone end in poor optima
+            balanced = self._chosen(task, {}, ROUNDS)
+            task.balanced = False
+            starts = [self._chosen(task, start, ROUNDS) for start in ({}, balanced)]
+            chosen = max(starts, key=lambda start: task.judge(start)["objective"])
+        else:
+            chosen = self._chosen(task, {}, ROUNDS if searching else 1)
+        after = task.judge(chosen)
+        if (
+            searching
+            and self.aim == "worst-group"
+            and after["worst_group"] <= before["worst_group"]
+        ):
+            chosen, after = {}, before
+        told = ["worst_group", "average", *(["removed", "retained"] * (self.aim == "removal"))]
         origin = {
             "operator": "FictitiousClass",
             "select": self.select,
-            "samples": len(head.features),
-            "worst_group": {"before": before, "after": worst},
+            "rate": dict(self.rate) if isinstance(self.rate, Mapping) else self.rate,
+            "aim": self.aim,
+            "samples": len(task.head.features),
+            **{name: {"before": before[name], "after": after[name]} for name in told},
         }
-        if not edited:
-            origin["reason"] = "no edit of one weight raises the worst group on validation data"
-        anchor = self.anchor if self.select == "sca" else False
-        return head_edit(model, head, edited, origin, anchor=anchor)
+        if not chosen:
+            origin["reason"] = (
+                "no edit of one weight raises the worst group on validation data"
+                if self.aim == "worst-group"
+                else "no edit of one weight lowers the accuracy on the feature's samples on "
+                "validation data and keeps that on the others"
+            )
+        rows = [
+            {
+                "class": row,
+                "column": weight.column,
+                "weight": float(task.head.weight[row, weight.column]) + weight.dose,
+                **({} if weight.rate is None else {"rate": weight.rate}),
+            }
+            for row, weight in chosen.items()
+        ]
+        anchor = False if self.select == "exact" else self.anchor
+        return head_edit(model, task.head, rows, origin, anchor=anchor)
 
     def sweep(
         self,
         model: nn.Module,
-        data: Data,
+        data: Data | HeadFeatures,
         *,
-        spurious: Attribute = None,
+        spurious: Attribute | Subspaces = None,
+        fictitious: int | Sequence[int] | None = None,
         target: int | Sequence[int] | None = None,
-        validation: Data | None = None,
+        validation: Data | HeadFeatures | None = None,
     ) -> list[RateSweep]:
         """Return the whole course over rates for each affected class; arguments as in `plan`.
 
         One feature pass over each data set, no forward pass a rate. Each class is swept with the
-        others unedited.
+        others unedited. Not for ``select="exact"``, which goes by dose.
         """
-        head, judged, rows = self._collected(model, data, spurious, target, validation)
-        groups = _groups(judged.require_labels(), judged.attribute)
-        return [self._sweep(head, judged, row, judged.logits(), groups) for row in rows]
+        if self.select == "exact":
+            raise ValueError("select: 'exact' finds its own dose; a sweep needs another selection")
+        task = self._task(model, data, spurious, fictitious, target, validation)
+        return [self._sweep(task, row, task.logits({})) for row in task.values]
 
-    def _collected(
+    def _task(
         self,
         model: nn.Module,
-        data: Data,
-        spurious: Attribute,
+        data: Data | HeadFeatures,
+        spurious: Attribute | Subspaces,
+        fictitious: int | Sequence[int] | None,
         target: int | Sequence[int] | None,
-        validation: Data | None,
-    ) -> tuple[HeadFeatures, HeadFeatures, list[int]]:
-        if spurious is not None and not callable(spurious):
-            spurious = torch.as_tensor(spurious)
-        head = collect_head_features(model, data, attribute=spurious, with_attribute=True)
+        validation: Data | HeadFeatures | None,
+    ) -> _Task:
+        if isinstance(spurious, Subspaces):
+            head = head_features(model, data)
+            point = split_point(concept_strength(spurious, head.features))
+
+            def told(features: HeadFeatures) -> Tensor:
+                return (concept_strength(spurious, features.features) > point).long()
+
+            attribute = _checked(told(head))
+            judged = head if validation is None else head_features(model, validation)
+            judged_attribute = _checked(told(judged))
+        else:
+            head, judged = _collected(model, data, spurious, validation)
+            attribute, judged_attribute = _checked(head.attribute), _checked(judged.attribute)
         head.require_labels()
-        attribute = _require_both(head.attribute)
+        kinds = attribute.unique().tolist()
+        if fictitious is None:
+            if max(kinds) > 1 or len(kinds) > 2:
+                raise ValueError(
+                    f"spurious: values {kinds[:5]} given; it is yes or no (1 or 0), or name the "
+                    "value to act on by fictitious="
+                )
+            fictitious = 1
+        wanted = [fictitious] if isinstance(fictitious, int) else [*fictitious]
+        for value in wanted:
+            if value not in kinds:
+                raise ValueError(f"fictitious: {value} given; the values are {kinds[:10]}")
         if target is None:
-            rows = [_favoured(head.logits().argmax(1), attribute > 0, head.classes)]
+            predicted = head.logits().argmax(1)
+            rows = [_favoured(predicted, attribute == value, head.classes) for value in wanted]
         else:
             rows = class_list(target, head.classes)
-        if validation is None:
-            return head, head, rows
-        # A vector counts the samples of the planning data, so validation carries its own.
-        own = None if isinstance(spurious, Tensor) else spurious
-        if isinstance(spurious, Tensor):
-            first, validation = peek(validation)
-            if first.groups is None:
-                raise ValueError(
-                    "validation: needs the feature as its third element, since the vector given as "
-                    "spurious counts the samples of data"
-                )
-        judged = collect_head_features(model, validation, attribute=own, with_attribute=True)
-        return head, judged, rows
+        if len(wanted) == 1:
+            wanted *= len(rows)
+        if len(rows) != len(wanted) or len({*rows}) < len(rows):
+            raise ValueError(
+                f"fictitious: values {wanted} for classes {rows}; give one for each target"
+            )
+        if isinstance(self.rate, Mapping) and not {*rows} <= {*self.rate}:
+            raise ValueError(f"rate: of classes {[*self.rate]} given; classes {rows} are edited")
+        has = (judged_attribute[:, None] == torch.tensor(wanted)).any(1)
+        labels = judged.require_labels()
+        floor = None
+        if self.aim == "removal":
+            if has.all() or not has.any():
+                raise ValueError("validation: needs samples with and without the feature")
+            before = (judged.logits().argmax(1) == labels).double()
+            floor = float(before[~has].mean()) - self.tolerance
+        cells = (int(judged_attribute.max()) + 1) * labels + judged_attribute
+        groups = cells.unique(return_inverse=True)[1]
+        values = dict(zip(rows, wanted, strict=True))
+        return _Task(head, attribute, judged, groups, has.long(), values, floor)
 
-    def _sweep(
-        self, head: HeadFeatures, judged: HeadFeatures, row: int, logits: Tensor, groups: Tensor
-    ) -> RateSweep:
-        column = _fictitious_column(head, row)
-        weights = head.weight[row].double()
-        crossing = float(weights[column] ** 2 / (weights @ weights + 1))
+    def _chosen(self, task: _Task, start: Mapping[int, _Weight], rounds: int) -> dict[int, _Weight]:
+        """Choose the weight of each row beside the others, again while the objective rises."""
+        chosen = dict(start)
+        reached = task.judge(chosen)["objective"]
+        for _ in range(rounds):
+            helped = False
+            for row in task.values:
+                others = {at: weight for at, weight in chosen.items() if at != row}
+                found = self._weight(task, row, task.logits(others))
+                score = task.judge(others | {row: found})["objective"]
+                if rounds > 1 and score <= reached:
+                    continue
+                chosen[row], reached, helped = found, score, True
+            if not helped:
+                break
+        return chosen
+
+    def _weight(self, task: _Task, row: int, logits: Tensor) -> _Weight:
+        if self.select == "exact":
+            groups, objective = task.exact
+            column, dose, _ = best_dose(task.judged, row, groups, objective, logits=logits)
+            return _Weight(column, dose)
+        sweep = self._sweep(task, row, logits)
         if self.rate == "auto":
+            at = sweep.best
+        else:
+            at = sweep.least_gap if self.rate == "least-gap" else len(sweep.rates) - 1
+        return _Weight(sweep.column, float(sweep.doses[at]), sweep.anchor, float(sweep.rates[at]))
+
+    def _sweep(self, task: _Task, row: int, logits: Tensor) -> RateSweep:
+        assert self.select != "exact"
+        column = task.columns.get(row)
+        if column is None:
+            column = task.columns[row] = fictitious_column(
+                task.head,
+                task.attribute,
+                task.values[row],
+                row,
+                select=self.select,
+                classifier=self.classifier,
+                seed=self.seed,
+            )
+        weights = task.head.weight[row].double()
+        crossing = float(weights[column] ** 2 / (weights @ weights + 1))
+        if isinstance(self.rate, str):
             logarithmic = crossing * np.logspace(-2, 3, 101)
             rates = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
         else:
-            rates = np.array([0.0, self.rate])
+            rate = self.rate[row] if isinstance(self.rate, Mapping) else self.rate
+            rates = np.array([0.0, rate])
         doses = torch.tensor(
             [float(orthogonal_weight(weights, column, rate) - weights[column]) for rate in rates],
             dtype=torch.double,
         )
-        labels = judged.require_labels()
-        fixed = anchor_point(head, column, self.anchor, raised=bool(doses[-1] > 0)) or 0.0
-        x = judged.features[:, column].double() - fixed
+        fixed = anchor_point(task.head, column, self.anchor, raised=bool(doses[-1] > 0)) or 0.0
+        x = task.judged.features[:, column].double() - fixed
+        labels = task.judged.require_labels()
         best_other, rival = strongest_other(logits, row)
         as_row = wins(logits[:, row] + doses[:, None] * x, best_other, row, rival)  # (R, samples)
         right = torch.where(as_row, labels == row, labels == rival)
+        accuracy = torch.stack([_group_means(at_rate, task.groups) for at_rate in right])
+        parted = torch.stack([_group_means(at_rate, task.has) for at_rate in right])
+        judged = task.of_groups(accuracy)
+        objective = judged if task.floor is None else removal(task.floor)(parted)
         return RateSweep(
             row,
             column,
             torch.from_numpy(rates),
             doses,
             fixed,
-            torch.stack([_group_means(at_rate, groups) for at_rate in right]),
+            accuracy,
             right.double().mean(1),
+            parted[:, -1],
+            parted[:, 0],
+            objective,
         )
 
 
-def _fictitious_column(head: HeadFeatures, row: int) -> int:
-    """Return the feature whose edge serves the fictitious class most in the copy M'.
+@dataclass(frozen=True)
+class _Weight:
+    """A weight of a row, what is added to it, and where the edit is anchored."""
 
-    Its weight must add to the class's output in the model itself as well as in the copy.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import MaxAbsScaler
-
-    labels, attribute = head.require_labels(), _require_both(head.attribute)
-    x = head.features.double()
-    fictitious = torch.where(attribute > 0, head.classes, labels)  # step 2: c̃ is one more class
-    scaler = MaxAbsScaler().fit(x.numpy())
-    fitted = LogisticRegression(max_iter=2000).fit(scaler.transform(x.numpy()), fictitious.numpy())
-    coefficients = fitted.coef_ / scaler.scale_  # step 4: fine-tune only the last layer
-    if len(fitted.classes_) == 2:  # scikit-learn then gives the row of the second class alone
-        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
-        intercept = np.concatenate([-fitted.intercept_ / 2, fitted.intercept_ / 2])
-    else:
-        intercept = fitted.intercept_
-    copy, bias = torch.from_numpy(coefficients), torch.from_numpy(intercept)
-    place = torch.searchsorted(torch.from_numpy(fitted.classes_), fictitious)
-    own = int(torch.searchsorted(torch.from_numpy(fitted.classes_), head.classes))
-    edges = edge_scores(x, place, copy, bias, output=own)  # step 5
-    mean = x[attribute > 0].mean(0)
-    score = edges.sca
-    score[~(editable(head.weight[row].double(), mean) & (copy[own] * mean > 0))] = -torch.inf
-    column = int(score.argmax())
-    if not score[column] > 0:
-        raise ValueError(
-            f"class {row}: no weight of its row passes the spurious feature on and is large "
-            "enough to edit"
-        )
-    return column
+    column: int
+    dose: float
+    anchor: float = 0.0
+    rate: float | None = None
 
 
-def _require_both(attribute: Tensor | None) -> Tensor:
+@dataclass(eq=False)
+class _Task:
+    """The features to plan on and to judge by, and what is to be edited."""
+
+    head: HeadFeatures
+    attribute: Tensor
+    judged: HeadFeatures
+    groups: Tensor  # of the judged samples: (class, attribute), numbered from 0
+    has: Tensor  # of the judged samples: 1 with the feature
+    values: dict[int, int]  # the fictitious class of each row
+    floor: float | None  # accuracy to keep without the feature, of a removal
+    columns: dict[int, int] = field(default_factory=dict)  # found so far, by row
+    balanced: bool = False  # whether the mean over groups is the objective, for a start
+
+    def __post_init__(self) -> None:
+        self.before = self.judged.logits()
+        self.labels = self.judged.require_labels()
+
+    @property
+    def exact(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The groups and the objective that `best_dose` works with."""
+        if self.floor is None:
+            one = len(self.values) == 1
+            return self.groups, _worst_then_mean if one else self.of_groups
+        return self.has, removal(self.floor)
+
+    def of_groups(self, accuracy: Tensor) -> Tensor:
+        """Return the objective of group accuracies, (..., G) to (...)."""
+        if self.balanced:
+            return accuracy.mean(-1)
+        return accuracy.min(-1).values if len(self.values) == 1 else _worst_first(accuracy)
+
+    def logits(self, chosen: Mapping[int, _Weight]) -> Tensor:
+        """Return the judged samples' logits with some weights edited."""
+        logits = self.before.clone()
+        for row, weight in chosen.items():
+            x = self.judged.features[:, weight.column].double()
+            logits[:, row] += weight.dose * (x - weight.anchor)
+        return logits
+
+    def judge(self, chosen: Mapping[int, _Weight]) -> dict[str, float]:
+        """Return the figures with some weights edited; "objective" is what is to rise."""
+        right = self.logits(chosen).argmax(1) == self.labels
+        accuracy = _group_means(right, self.groups)
+        worst, average = float(accuracy.min()), float(right.double().mean())
+        objective = float(self.of_groups(accuracy))
+        told = {"worst_group": worst, "average": average, "objective": objective}
+        if self.floor is not None:
+            parted = _group_means(right, self.has)
+            told |= {"retained": float(parted[0]), "removed": float(parted[1])}
+            told["objective"] = float(removal(self.floor)(parted))
+        return told
+
+
+def _collected(
+    model: nn.Module, data: Data | HeadFeatures, spurious: Attribute, validation: Any
+) -> tuple[HeadFeatures, HeadFeatures]:
+    if spurious is not None and not callable(spurious):
+        spurious = torch.as_tensor(spurious)
+    head = head_features(model, data, attribute=spurious, with_attribute=True)
+    if validation is None:
+        return head, head
+    if isinstance(validation, HeadFeatures):
+        return head, head_features(model, validation)
+    # A vector counts the samples of the planning data, so validation carries its own.
+    own = None if isinstance(spurious, Tensor) else spurious
+    if isinstance(spurious, Tensor):
+        first, validation = peek(validation)
+        if first.groups is None:
+            raise ValueError(
+                "validation: needs the feature as its third element, since the vector given as "
+                "spurious counts the samples of data"
+            )
+    return head, head_features(model, validation, attribute=own, with_attribute=True)
+
+
+def _checked(attribute: Tensor | None) -> Tensor:
     if attribute is None or attribute.min() == attribute.max():
         raise ValueError(
             "spurious: samples with and without the feature are needed; "
             f"{'none was' if attribute is None else 'only one kind was'} given"
         )
-    if attribute.min() < 0 or attribute.max() > 1:
+    if attribute.min() < 0:
         raise ValueError(
             f"spurious: values {attribute.unique().tolist()[:5]} given; it is yes or no (1 or 0)"
         )
@@ -323,10 +460,14 @@ def _worst_then_mean(accuracy: Tensor) -> Tensor:
     return accuracy.min(-1).values + 1e-9 * accuracy.mean(-1)
 
 
-def _groups(labels: Tensor, attribute: Tensor | None) -> Tensor:
-    """Give numbers to the (class, feature) groups that have samples, int64, shape (samples,)."""
-    numbered: Tensor = (2 * labels + _require_both(attribute)).unique(return_inverse=True)[1]
-    return numbered
+def _worst_first(accuracy: Tensor) -> Tensor:
+    """Worst-group accuracy; among equals the next worst decides, and the next. (..., G) to (...).
+
+    For several rows: one of them alone does not raise the worst group where another keeps one
+    just as low.
+    """
+    lowest = accuracy.sort(-1).values[..., :4]
+    return lowest @ 1e-4 ** torch.arange(lowest.shape[-1], dtype=lowest.dtype)
 
 
 def _group_means(right: Tensor, groups: Tensor) -> Tensor:

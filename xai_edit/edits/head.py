@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -121,6 +121,48 @@ def collect_head_features(
         together(labels, "labels"),
         together(attributes, "groups"),
     )
+
+
+def head_features(
+    model: nn.Module,
+    data: Data | HeadFeatures,
+    *,
+    attribute: Attribute = None,
+    with_attribute: bool = False,
+) -> HeadFeatures:
+    """Return ``data`` where it is features of this model, else collect them.
+
+    Arguments as for `collect_head_features`.
+
+    Raises
+    ------
+    ValueError
+        If the features are those of another last layer, or lack the attribute.
+    """
+    if not isinstance(data, HeadFeatures):
+        return collect_head_features(
+            model, data, attribute=attribute, with_attribute=with_attribute
+        )
+    parameters = dict(model.named_parameters())
+    for kind, kept in (("weight", data.weight), ("bias", data.bias)):
+        own = parameters.get(data.parameter(kind))
+        same = kept is own is None or (
+            kept is not None and own is not None and torch.equal(kept, own.detach().cpu())
+        )
+        if not same:
+            raise ValueError(
+                f"data: its features were collected for another {data.parameter(kind)!r} than the "
+                "model's; collect them anew"
+            )
+    if attribute is None or not with_attribute:
+        return data
+    if callable(attribute):
+        raise ValueError(
+            "spurious: a function of the inputs was given with features, which keep no inputs; "
+            "give it to collect_head_features"
+        )
+    check_length(attribute, len(data.features))
+    return replace(data, attribute=attribute.cpu().long())
 
 
 def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:

@@ -10,12 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.edges import edge_scores
 from xai_edit.attribution.targets import class_list
 from xai_edit.data import Data
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.exact import removal_dose
-from xai_edit.edits.head import HeadFeatures, collect_head_features
+from xai_edit.edits.exact import removal_doses
+from xai_edit.edits.head import HeadFeatures, head_features
+from xai_edit.edits.selection import (
+    Selection,
+    check_selection,
+    most_significant,
+    selection_scores,
+)
 
 # Eq. 7 divides by the weight, so a weight that is nearly zero would be sent far away.
 SMALLEST_WEIGHT = 1e-3
@@ -66,66 +71,97 @@ class SingleWeight:
     Hakemi et al., *Post-hoc Spurious Correlation Neutralization with Single-Weight Fictitious
     Class Unlearning*, Algorithm 1.
 
+    The new weight is some ten times the largest of its layer, which quantisation with one scale a
+    tensor pays for; ``times_largest`` in the edit's origin tells how many.
+
     Parameters
     ----------
-    select : {"sca", "exact"}
-        "sca" takes the edge with the highest SCA score (Eq. 6) and turns it by Eq. 7 or 8.
-        "exact", ours, scores every weight of the row at every dose in closed form and takes the
-        one that removes most of the class while the accuracy on the other classes falls by at most
-        ``tolerance``; the dose is then its own and ``rate`` plays no part.
+    select : str
+        "sca" takes the edge with the highest SCA score (Eq. 6) and turns it by Eq. 7 or 8; "ca",
+        "gradient-activation", "relevance", "weight" and "random" choose by other scores, see
+        `xai_edit.edits.selection.selection_scores`. "exact", ours, scores every weight of the row
+        at every dose in closed form and takes the one that removes most of the class while the
+        accuracy on the other classes falls by at most ``tolerance``.
     rate : float in [0, 1]
-        Neutralisation rate r of Eq. 8; 1 is Eq. 7.
+        Neutralisation rate r of Eq. 8; 1 is Eq. 7. Not with "exact", which finds its own dose.
+    dose : float, optional
+        What is added to the weight, instead of a rate.
+    n_weights : int
+        Weights edited for each class: those of highest score, each turned as if alone (the paper's
+        Fig. 6). "exact" adds one after another, as long as it helps.
     anchor : "auto" or bool
         Also correct the output's bias so that the edit leaves the feature's extreme value alone.
         "auto" does it where the feature takes negative values (tanh, GELU, layer norm), for which
-        the plain edit raises the class on other samples. For ``select="sca"``; "exact" counts what
-        its dose does to every sample.
+        the plain edit raises the class on other samples. Not with "exact", which counts what its
+        dose does to every sample.
     tolerance : float
-        For ``select="exact"``: accuracy on the other classes, as a fraction, that may be lost on
-        the planning data.
+        For "exact": accuracy on the other classes, as a fraction, that may be lost on the planning
+        data.
+    seed : int
+        For "random".
     """
 
-    select: Literal["sca", "exact"] = "sca"
+    select: Selection = "sca"
     rate: float = 1.0
+    dose: float | None = None
+    n_weights: int = 1
     anchor: bool | Literal["auto"] = "auto"
     tolerance: float = 0.005
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.select not in ("sca", "exact"):
-            raise ValueError(f"select: {self.select!r} given; it is 'sca' or 'exact'")
+        check_selection(self.select)
         check_anchor(self.anchor, self.select)
-        if self.select == "exact" and self.rate != 1.0:
-            raise ValueError("rate: goes with select='sca'; 'exact' finds its own dose")
         check_rate(self.rate)
+        if self.select == "exact" and (self.rate != 1.0 or self.dose is not None):
+            name = "rate" if self.dose is None else "dose"
+            raise ValueError(f"{name}: goes with the other selections; 'exact' finds its own dose")
+        if self.dose is not None:
+            number = isinstance(self.dose, (int, float)) and not isinstance(self.dose, bool)
+            if not number or not math.isfinite(self.dose) or self.dose == 0:
+                raise ValueError(f"dose: {self.dose!r} given; it is a number other than 0")
+            if self.rate != 1.0:
+                raise ValueError("dose: given with a rate; give one of them")
+        if isinstance(self.n_weights, bool) or not isinstance(self.n_weights, int):
+            raise ValueError(f"n_weights: {self.n_weights!r} given; it is a whole number")
+        if self.n_weights < 1:
+            raise ValueError(f"n_weights: {self.n_weights} given; it is at least 1")
         if not 0 <= self.tolerance <= 1:
             raise ValueError(f"tolerance: {self.tolerance!r} given; it is a fraction in [0, 1]")
 
-    def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
+    def plan(
+        self, model: nn.Module, data: Data | HeadFeatures, *, target: int | Sequence[int]
+    ) -> ModelEdit:
         """Plan the removal of one class or several; the model is only read.
 
         Parameters
         ----------
         model : nn.Module
             A classifier that ends in a linear layer.
-        data : iterable or Dataset
-            ``(input, label)`` batches with samples of the class and of others. One pass.
+        data : iterable, Dataset or HeadFeatures
+            ``(input, label)`` batches with samples of the class and of others. One pass; none with
+            what `xai_edit.edits.head.collect_head_features` gave.
         target : int or sequence of int
-            The class or classes to remove: one weight each, planned on the unedited model.
+            The class or classes to remove, planned on the unedited model.
 
         Returns
         -------
         ModelEdit
-            Its origin lists per class the column, the old and new weight, and whether the bias
-            was anchored.
+            Its origin lists per weight the class, the column, the old and new value, and whether
+            the bias was anchored.
 
         Raises
         ------
         ValueError
-            If the model has no final linear layer, a class is out of range or absent, or no weight
-            of its row can be edited.
+            If the model has no final linear layer, a class is out of range or absent, or too few
+            weights of its row can be edited.
         """
-        head = collect_head_features(model, data)
-        rows = [self._row(head, row) for row in class_list(target, head.classes)]
+        head = head_features(model, data)
+        targets = class_list(target, head.classes)
+        if self.select == "exact":
+            rows = [row for target in targets for row in self._exact(head, target)]
+        else:
+            rows = self._scored(head, targets)
         return head_edit(
             model,
             head,
@@ -135,30 +171,43 @@ class SingleWeight:
                 "select": self.select,
                 "samples": len(head.features),
             },
-            anchor=self.anchor if self.select == "sca" else False,
+            anchor=False if self.select == "exact" else self.anchor,
         )
 
-    def _row(self, head: HeadFeatures, row: int) -> dict[str, Any]:
+    def _scored(self, head: HeadFeatures, targets: Sequence[int]) -> list[dict[str, Any]]:
         labels = head.require_labels()
-        weights = head.weight[row]
-        if self.select == "exact":
-            column, dose, found = removal_dose(head, row, tolerance=self.tolerance)
-            return {"class": row, "column": column, "weight": weights[column] + dose, **found}
-        edges = edge_scores(head.features, labels, head.weight, head.bias, output=row)
-        score = edges.sca
-        score[~editable(weights, head.features[labels == row].mean(0))] = -math.inf
-        column = int(score.argmax())
-        if not score[column] > 0:
-            raise ValueError(
-                f"class {row}: no weight of its row both adds to it and is large enough to edit"
-            )
-        return {
-            "class": row,
-            "column": column,
-            "weight": orthogonal_weight(weights, column, self.rate),
-            "rate": self.rate,
-            "sca": float(score[column]),
-        }
+        assert self.select != "exact"
+        scores = selection_scores(
+            self.select, head.features, labels, head.weight, head.bias, targets, seed=self.seed
+        )
+        rows = []
+        for target, score in zip(targets, scores, strict=True):
+            weights = head.weight[target]
+            allowed = editable(weights, head.features[labels == target].mean(0))
+            for column in most_significant(score, allowed, self.n_weights, target):
+                how: dict[str, Any]
+                if self.dose is None:
+                    turned = orthogonal_weight(weights, column, self.rate)
+                    how = {"weight": turned, "rate": self.rate}
+                else:
+                    how = {"weight": float(weights[column]) + self.dose}
+                row = {"class": target, "column": column, **how, "score": float(score[column])}
+                rows.append(row)
+        return rows
+
+    def _exact(self, head: HeadFeatures, target: int) -> list[dict[str, Any]]:
+        doses, found = removal_doses(
+            head, target, tolerance=self.tolerance, n_weights=self.n_weights
+        )
+        return [
+            {
+                "class": target,
+                "column": column,
+                "weight": float(head.weight[target, column]) + dose,
+                **found,
+            }
+            for column, dose in doses.items()
+        ]
 
 
 def check_anchor(anchor: object, select: str) -> None:
@@ -166,7 +215,7 @@ def check_anchor(anchor: object, select: str) -> None:
     if anchor not in (True, False, "auto"):
         raise ValueError(f"anchor: {anchor!r} given; it is True, False or 'auto'")
     if anchor is True and select == "exact":
-        raise ValueError("anchor: True goes with select='sca'; 'exact' scores the plain edit")
+        raise ValueError("anchor: True goes with the other selections; 'exact' scores plain edits")
 
 
 def anchor_point(
@@ -204,7 +253,9 @@ def head_edit(
         See `SingleWeight`.
     """
     d = head.weight.shape[1]
-    index, new, bias_index, bias_new, told = [], [], [], [], []
+    largest = float(head.weight.abs().max())
+    index, new, told = [], [], []
+    biases: dict[int, float] = {}
     for row in rows:
         at, column, value = row["class"], row["column"], float(row["weight"])
         old = float(head.weight[at, column])
@@ -216,12 +267,12 @@ def head_edit(
                 raise ValueError(
                     f"anchor: layer {head.layer!r} has no bias to correct; give anchor=False"
                 )
-            bias_index.append(at)
-            bias_new.append(float(head.bias[at]) - (value - old) * fixed)
-        told.append({**row, "weight": value, "old": old, "anchored": fixed is not None})
+            biases[at] = biases.get(at, float(head.bias[at])) - (value - old) * fixed
+        more = {"old": old, "anchored": fixed is not None, "times_largest": abs(value) / largest}
+        told.append({**row, "weight": value, **more})
     weight = (torch.tensor(index), torch.tensor(new, dtype=torch.double))
     values = {head.parameter("weight"): weight}
-    if bias_index:
-        bias = (torch.tensor(bias_index), torch.tensor(bias_new, dtype=torch.double))
-        values[head.parameter("bias")] = bias
+    if biases:
+        bias = torch.tensor([*biases.values()], dtype=torch.double)
+        values[head.parameter("bias")] = (torch.tensor([*biases]), bias)
     return ModelEdit.between(model, values, {**origin, "layer": head.layer, "rows": told})

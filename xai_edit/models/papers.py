@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections import OrderedDict
 
-from xai_edit.models.small import small_cnn
+from torch import Tensor, nn
 
 
 def all_cnn(
@@ -50,12 +50,36 @@ def all_cnn(
     return body
 
 
-def conv_2net(*, size: int = 32, channels: int = 3, classes: int = 10) -> nn.Module:
-    """Return an untrained Conv-2Net: two convolutions with pooling, a hidden layer ``fc1``, a head.
+def conv_2net(*, size: int = 32, channels: int = 3, classes: int = 10) -> nn.Sequential:
+    """Return an untrained Conv-2Net: two convolutions with pooling, a hidden layer, a head.
 
-    The network of the fictitious class removal paper for CIFAR-10, which gives no sizes.
+    The network of the fictitious class removal paper for CIFAR-10, which gives no sizes. The hidden
+    layer is ``fc1``, the head ``fc2``.
+
+    Parameters
+    ----------
+    size : int
+        Side of the square images.
+    channels, classes : int
+        Of the images, and outputs.
     """
-    return small_cnn(size, colours=channels, channels=(32, 64), hidden=256, classes=classes)
+    side = size // 4  # after two poolings
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 32, 3, padding=1),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(32, 64, 3, padding=1),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            dropout1=nn.Dropout(0.5),
+            fc1=nn.Linear(64 * side * side, 256),
+            relu_fc1=nn.ReLU(),
+            dropout2=nn.Dropout(0.5),
+            fc2=nn.Linear(256, classes),
+        )
+    )
 
 
 class ResNet20(nn.Module):

@@ -1,0 +1,92 @@
+"""Which edge of a row of the last layer to edit: the scores to choose by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from xai_edit.attribution.edges import edge_scores_of
+
+Scored = Literal["sca", "ca", "gradient-activation", "relevance", "weight", "random"]
+Selection = Literal[Scored, "exact"]
+
+
+def check_selection(select: object) -> None:
+    """Raise ValueError unless ``select`` names a selection."""
+    names = (*get_args(Scored), "exact")
+    if select not in names:
+        raise ValueError(f"select: {select!r} given; it is one of {', '.join(map(repr, names))}")
+
+
+def selection_scores(
+    select: Scored,
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[int],
+    *,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Give the score of every edge into each of some outputs, float64, shape (d,).
+
+    Parameters
+    ----------
+    select : str
+        "sca" (Eq. 6), "ca" (Eq. 5), "gradient-activation" (their comparison in Fig. 8),
+        "relevance" (the edge's relevance for the output, w_j·x_j summed over its class: LRP of the
+        last layer), "weight" (its size) or "random".
+    features, labels, weight, bias
+        See `xai_edit.edge_scores`.
+    outputs : sequence of int
+        Rows of ``weight``.
+    seed : int
+        For "random".
+
+    Raises
+    ------
+    ValueError
+        If an output's class has no samples, or it alone has.
+    """
+    if select in ("sca", "ca", "gradient-activation"):
+        for edges in edge_scores_of(features, labels, weight, bias, outputs):
+            score: Tensor = getattr(edges, select.replace("-", "_"))
+            yield score.clone()
+        return
+    for output in outputs:
+        own = labels == output
+        if not own.any():
+            raise ValueError(
+                f"target: class {output} is absent from the data; its score needs samples"
+            )
+        row = weight[output].double()
+        if select == "relevance":
+            yield row * features[own].double().sum(0)
+        elif select == "weight":
+            yield row.abs()
+        else:
+            generator = torch.Generator().manual_seed(1000 * seed + output)
+            yield 1 - torch.rand(len(row), generator=generator, dtype=torch.double)  # never 0
+
+
+def most_significant(score: Tensor, allowed: Tensor, count: int, row: int) -> list[int]:
+    """Return the edges of highest score among those that may be edited, best first.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than ``count``.
+    """
+    score = torch.where(allowed & (score > 0), score, -torch.inf)
+    found = int((score > 0).sum())
+    if found < count:
+        number = "no weight" if not found else f"only {found} of {count} weights"
+        verb = "adds" if found < 2 else "add"
+        raise ValueError(
+            f"class {row}: {number} of its row both {verb} to it and "
+            f"{'is' if found < 2 else 'are'} large enough to edit"
+        )
+    return score.argsort(descending=True, stable=True)[:count].tolist()
