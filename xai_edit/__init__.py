@@ -37,6 +37,7 @@ from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.edits.edit import Change, ModelEdit
 from xai_edit.edits.fictitious import FictitiousClass
+from xai_edit.edits.head import HeadFeatures, collect_head_features
 from xai_edit.edits.path import PathPerturbation
 from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
 from xai_edit.edits.rate_sweep import RateSweep
@@ -45,7 +46,9 @@ from xai_edit.edits.single_weight import SingleWeight
 from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError
 from xai_edit.evaluation.comparison import Comparison, compare_scorers
 from xai_edit.evaluation.deletion import DeletionCurve, deletion_curve
-from xai_edit.evaluation.groups import Accuracy, evaluate_groups
+from xai_edit.evaluation.demographics import Demographics
+from xai_edit.evaluation.group_figures import Accuracy, GroupIntervals
+from xai_edit.evaluation.groups import evaluate_groups, evaluate_head
 from xai_edit.evaluation.unlearning import evaluate_unlearning
 from xai_edit.evaluation.unlearning_figures import Unlearning
 from xai_edit.report.before_after import BeforeAfter, before_after_maps
@@ -64,6 +67,7 @@ __all__ = [
     "ConceptAwarePruning",
     "Cost",
     "DeletionCurve",
+    "Demographics",
     "DirectionRemoval",
     "EdgeRelevance",
     "EdgeScores",
@@ -72,6 +76,8 @@ __all__ = [
     "Features",
     "FictitiousClass",
     "FunctionalCanonizer",
+    "GroupIntervals",
+    "HeadFeatures",
     "LastLayerRetraining",
     "LogitMask",
     "ModelCheck",
@@ -102,11 +108,13 @@ __all__ = [
     "boundary_shrink",
     "check_model",
     "collect_features",
+    "collect_head_features",
     "compare_scorers",
     "deletion_curve",
     "edge_relevance",
     "edge_scores",
     "evaluate_groups",
+    "evaluate_head",
     "evaluate_unlearning",
     "fit_patterns",
     "fold_ablation",

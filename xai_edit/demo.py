@@ -30,7 +30,8 @@ from xai_edit.edits.fictitious import FictitiousClass
 from xai_edit.edits.path import PathPerturbation
 from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
 from xai_edit.edits.single_weight import SingleWeight
-from xai_edit.evaluation.groups import Accuracy, evaluate_groups
+from xai_edit.evaluation.group_figures import Accuracy
+from xai_edit.evaluation.groups import evaluate_groups
 from xai_edit.files import write_atomically, write_safetensors
 from xai_edit.models.small import small_cnn, train
 from xai_edit.report.page import write_report

@@ -20,6 +20,7 @@ from xai_edit.data import (
     model_device,
     together,
 )
+from xai_edit.edits.edit import ModelEdit
 from xai_edit.guard import preserved, require_finite
 
 
@@ -61,6 +62,31 @@ class HeadFeatures:
         """Return the logits z = W x + b, float64, shape (samples, classes)."""
         logits = self.features.double() @ self.weight.double().T
         return logits if self.bias is None else logits + self.bias.double()
+
+    def edited(self, edit: ModelEdit) -> HeadFeatures:
+        """Return the same features before the edited layer.
+
+        Raises
+        ------
+        ValueError
+            If the edit changes another layer, whose features would be others.
+        EditMismatchError
+            If it was planned on other values.
+        """
+        kinds = {self.parameter(kind): kind for kind in ("weight", "bias")}
+        for name in edit.changes.keys() - kinds.keys():
+            raise ValueError(
+                f"edit: changes {name!r}; these are cached inputs of the layer {self.layer!r}, and "
+                "only edits of its weight and bias can be told from them"
+            )
+        layer = nn.Module()
+        for kind, value in (("weight", self.weight), ("bias", self.bias)):
+            own = None if value is None else nn.Parameter(value.clone(), requires_grad=False)
+            layer.register_parameter(kind, own)
+        ModelEdit({kinds[name]: change for name, change in edit.changes.items()}).apply(layer)
+        values = dict(layer.named_parameters())
+        bias = None if self.bias is None else values["bias"].data
+        return replace(self, weight=values["weight"].data, bias=bias)
 
     def require_labels(self) -> Tensor:
         """Return the labels; ValueError where the data has none or one is out of range."""

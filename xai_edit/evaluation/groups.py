@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -17,64 +15,19 @@ from xai_edit.data import (
     check_length,
     model_device,
 )
+from xai_edit.edits.head import HeadFeatures
+from xai_edit.errors import NonFiniteError
+from xai_edit.evaluation.group_figures import Accuracy, check_train_samples
 from xai_edit.guard import preserved
 
 
-@dataclass(frozen=True, eq=False)
-class Accuracy:
-    """Right answers and samples of each (class, attribute) group. Higher is better.
-
-    Attributes
-    ----------
-    right, samples : Tensor, int64, shape (classes, attributes)
-        Attributes run from 0; there is one column where none was given.
-    """
-
-    right: Tensor
-    samples: Tensor
-
-    @property
-    def groups(self) -> dict[tuple[int, int], float]:
-        """Accuracy of each (class, attribute) group that has samples."""
-        return {
-            (row, column): int(self.right[row, column]) / int(self.samples[row, column])
-            for row, column in self.samples.nonzero().tolist()
-        }
-
-    @property
-    def worst(self) -> float:
-        """Worst-group accuracy: the lowest of all groups that have samples."""
-        return min(self.groups.values())
-
-    @property
-    def worst_group(self) -> tuple[int, int]:
-        """The (class, attribute) group of lowest accuracy, the first of equals."""
-        return min(self.groups, key=lambda group: self.groups[group])
-
-    @property
-    def balanced(self) -> float:
-        """Mean of the group accuracies: every group counts alike."""
-        return sum(self.groups.values()) / len(self.groups)
-
-    @property
-    def average(self) -> float:
-        """Accuracy over all samples: every sample counts alike."""
-        return int(self.right.sum()) / int(self.samples.sum())
-
-    def of(self, *classes: int) -> float:
-        """Accuracy over the samples of some classes (A_t of class unlearning)."""
-        at = list(classes)
-        known = range(len(self.samples))
-        if not at or any(row not in known for row in at) or not self.samples[at].sum():
-            raise ValueError(f"classes: no samples of {at}")
-        return int(self.right[at].sum()) / int(self.samples[at].sum())
-
-    def rest(self, *classes: int) -> float:
-        """Accuracy over the samples of all other classes (A_g of class unlearning)."""
-        return self.of(*[row for row in range(len(self.samples)) if row not in classes])
-
-
-def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -> Accuracy:
+def evaluate_groups(
+    model: nn.Module,
+    data: Data,
+    *,
+    groups: Attribute = None,
+    train_samples: Tensor | None = None,
+) -> Accuracy:
     """Count right answers by class and attribute, in one pass.
 
     Parameters
@@ -87,6 +40,8 @@ def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -
         The attribute of each sample, a whole number from 0 (such as: has the watermark): a
         function of a batch of inputs, a vector in data order, or the third element of the batches.
         Without any of them the groups are the classes.
+    train_samples : Tensor, int64, shape (classes, attributes), optional
+        Samples of each group in the training data, for the train-weighted average.
 
     Returns
     -------
@@ -95,9 +50,14 @@ def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -
     Raises
     ------
     ValueError
-        If labels are missing, or a class or an attribute is out of range.
+        If labels are missing, a class or an attribute is out of range, or ``train_samples`` does
+        not fit the data.
+    NonFiniteError
+        If an input or a logit is NaN or infinite.
     """
-    counts = torch.zeros(2, 0, 0, dtype=torch.long)  # right and all, by class and attribute
+    if train_samples is not None:
+        check_train_samples(train_samples)
+    counts = torch.zeros(3, 0, 0, dtype=torch.long)
     has_groups: set[bool] = set()
     start = 0
     with preserved(model), torch.no_grad():
@@ -109,23 +69,70 @@ def evaluate_groups(model: nn.Module, data: Data, *, groups: Attribute = None) -
             has_groups.add(groups is not None or batch.groups is not None)
             if len(has_groups) > 1:
                 raise ValueError("data: some batches have groups and some have none")
-            if True in has_groups:
-                attribute = attribute_of(groups, batch, start, "groups")
-            else:
-                attribute = torch.zeros_like(batch.labels)
-            if attribute.min() < 0:
-                raise ValueError(f"groups: {int(attribute.min())} given; they are numbered from 0")
+            attribute = attribute_of(groups, batch, start, "groups") if True in has_groups else None
             start += len(batch)
-            known = counts.shape[2]
-            more = max(known, int(attribute.max()) + 1) - known
-            counts = torch.nn.functional.pad(
-                counts, (0, more, 0, logits.shape[1] - counts.shape[1])
-            )
-            right = logits.argmax(1) == batch.labels
-            counts.index_put_(
-                (torch.arange(2)[:, None], batch.labels.cpu(), attribute.cpu()),
-                torch.stack([right, torch.ones_like(right)]).long().cpu(),
-                accumulate=True,
-            )
+            counts = _sum(counts, _count(logits, batch.labels, attribute))
     check_length(groups, start, "groups")
-    return Accuracy(counts[0], counts[1])
+    right, samples, predicted = counts
+    return Accuracy(right, samples, predicted, train_samples)
+
+
+def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) -> Accuracy:
+    """Count as `evaluate_groups` does from the cached inputs of the last layer, in no pass at all.
+
+    ``evaluate_head(head.edited(edit))`` is the accuracy of the network with an edit of its last
+    layer. Logits are computed in float64, so that two which the network holds for equal may be
+    told apart.
+
+    Parameters
+    ----------
+    head : HeadFeatures
+        With labels; the attribute gives the groups, which are the classes without it.
+    train_samples : Tensor, optional
+        See `evaluate_groups`.
+
+    Returns
+    -------
+    Accuracy
+
+    Raises
+    ------
+    ValueError
+        See `evaluate_groups`.
+    """
+    labels, logits = head.require_labels(), head.logits()
+    if not torch.isfinite(logits).all():
+        raise NonFiniteError("head: its logits are NaN or infinite")
+    right, samples, predicted = _count(logits, labels, head.attribute)
+    return Accuracy(right, samples, predicted, train_samples)
+
+
+def _count(logits: Tensor, labels: Tensor, attribute: Tensor | None) -> Tensor:
+    """Count by class and attribute, int64, shape (3, classes, attributes).
+
+    Right answers, samples, and samples that are taken for the class.
+    """
+    classes, predicted, labels = logits.shape[1], logits.argmax(1).cpu(), labels.cpu()
+    attribute = torch.zeros_like(labels) if attribute is None else attribute.cpu()
+    if attribute.min() < 0:
+        raise ValueError(f"groups: {int(attribute.min())} given; they are numbered from 0")
+    attributes = int(attribute.max()) + 1
+    own, said = labels * attributes + attribute, predicted * attributes + attribute
+    counted = [
+        torch.bincount(cells, minlength=classes * attributes)
+        for cells in (own[predicted == labels], own, said)
+    ]
+    return torch.stack(counted).view(3, classes, attributes)
+
+
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    """Add counts of which one may know more attributes, or nothing yet, than the other."""
+    attributes = max(first.shape[2], second.shape[2])
+    classes = second.shape[1]
+    padded = [
+        torch.nn.functional.pad(
+            counts, (0, attributes - counts.shape[2], 0, classes - counts.shape[1])
+        )
+        for counts in (first, second)
+    ]
+    return padded[0] + padded[1]

@@ -1,0 +1,62 @@
+"""Bootstrap intervals of shares counted in groups, drawn group by group."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Interval: TypeAlias = tuple[float, float]
+"""The lower and the upper end."""
+
+CONFIDENCE, RESAMPLES, SEED = 0.95, 2000, 0
+
+
+def check_bootstrap(confidence: float, resamples: int, seed: int) -> None:
+    """Raise ValueError unless an interval can be had with these."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: {confidence!r} given; it is a fraction between 0 and 1")
+    for name, number, least in (("resamples", resamples, 1), ("seed", seed, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"{name}: {number!r} given; it is a whole number from {least}")
+
+
+def resampled_shares(
+    hits: Tensor, samples: Tensor, *, resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """Return the share of hits in each group, in each of many resamples.
+
+    The bootstrap within groups (Efron & Tibshirani 1993, *An Introduction to the Bootstrap*,
+    ch. 8: one sample a group). Drawing n samples with replacement from n of which k are hits gives
+    a binomial number of hits, so that no sample is ever touched.
+
+    Parameters
+    ----------
+    hits, samples : Tensor, int64, shape (G,)
+        Every group has samples.
+    resamples : int
+    seed : int
+
+    Returns
+    -------
+    ndarray, float64, shape (resamples, G)
+    """
+    total = samples.numpy()
+    random = np.random.default_rng(seed)
+    drawn = random.binomial(total, hits.numpy() / total, size=(resamples, len(total)))
+    return np.asarray(drawn / total, dtype=np.float64)
+
+
+def percentile_interval(draws: NDArray[np.float64], confidence: float) -> Any:
+    """Return the percentile interval of draws of shape (resamples,), or (resamples, G).
+
+    Returns
+    -------
+    tuple of float, or list of them, one a column
+    """
+    ends = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    if ends.ndim == 1:
+        return float(ends[0]), float(ends[1])
+    return [(float(low), float(high)) for low, high in ends.T]
