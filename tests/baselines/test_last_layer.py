@@ -1,0 +1,163 @@
+"""The tuned last-layer retraining against scikit-learn pipelines written out here."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from xai_edit import LastLayerRetraining
+
+GRID = [1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01]
+RENAMED = LogisticRegression().get_params()["penalty"] == "deprecated"
+L1 = {"l1_ratio": 1.0} if RENAMED else {"penalty": "l1"}
+
+
+def biased(classes=2, values=2, samples=300, d=5, seed=0):
+    """Features that tell the class weakly and the attribute strongly; groups of unequal size."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(classes, size=samples)
+    a = np.where(rng.random(samples) < 0.7, y % values, rng.integers(values, size=samples))
+    x = rng.normal(size=(samples, d)) * np.arange(1, d + 1) + rng.normal(size=d)
+    x[:, 0] += 1.5 * y
+    x[:, 1] += 4 * a
+    return x, y, a
+
+
+def batches(x, y, a):
+    return [tuple(map(torch.from_numpy, (x, y, a)))]
+
+
+def linear(x, classes):
+    return nn.Linear(x.shape[1], classes).double()
+
+
+def balanced(y, a, rng):
+    members = [
+        np.flatnonzero((y == label) & (a == value))
+        for label in np.unique(y)
+        for value in np.unique(a)
+    ]
+    smallest = min(map(len, members))
+    return np.concatenate([rng.choice(own, smallest, replace=False) for own in members])
+
+
+def pipeline(x, y, rows, C, seed):
+    """A one-against-rest lasso on features standardised over all samples."""
+    lasso = LogisticRegression(C=C, solver="liblinear", max_iter=1000, random_state=seed, **L1)
+    scaler = StandardScaler().fit(x)
+    fitted = OneVsRestClassifier(lasso).fit(scaler.transform(x[rows]), y[rows])
+    return make_pipeline(scaler, fitted)
+
+
+def outputs(model, edit, x):
+    with edit.applied(model):
+        return model(torch.from_numpy(x)).detach().numpy()
+
+
+@pytest.mark.parametrize(("classes", "values"), [(3, 2), (4, 3)])
+def test_one_repeat_predicts_what_the_pipeline_of_the_chosen_strength_does(classes, values):
+    x, y, a = biased(classes, values)
+    model = linear(x, classes)
+    edit = LastLayerRetraining(repeats=1, C="auto", seed=3).plan(model, batches(x, y, a))
+    rows = balanced(y, a, np.random.default_rng(3))
+    assert edit.origin["per_group"] == len(rows) / (classes * values)
+    expected = pipeline(x, y, rows, edit.origin["C"], seed=3)
+    logits = outputs(model, edit, x)
+    assert np.allclose(logits, expected.decision_function(x), rtol=1e-9, atol=1e-9)
+    assert np.array_equal(logits.argmax(1), expected.predict(x))
+
+
+@pytest.mark.parametrize("C", ["auto", 1.0])
+def test_two_classes_share_the_one_row_of_scikit_learn(C):
+    x, y, a = biased()
+    model = linear(x, 2)
+    edit = LastLayerRetraining(repeats=1, C=C).plan(model, batches(x, y, a))
+    rows = balanced(y, a, np.random.default_rng(0))
+    if C == "auto":
+        expected = pipeline(x, y, rows, edit.origin["C"], seed=0)
+    else:
+        fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        expected = fitted.fit(x[rows], y[rows])
+    logits = outputs(model, edit, x)
+    margin = expected.decision_function(x)
+    assert np.allclose(logits[:, 1] - logits[:, 0], margin, rtol=1e-9, atol=1e-9)
+    assert np.array_equal(logits.argmax(1), expected.predict(x))
+    assert np.allclose(
+        np.exp(logits) / np.exp(logits).sum(1, keepdims=True), expected.predict_proba(x)
+    )
+
+
+def test_several_repeats_average_the_pipelines():
+    x, y, a = biased(classes=3)
+    model = linear(x, 3)
+    edit = LastLayerRetraining(repeats=4, C="auto").plan(model, batches(x, y, a))
+    rng, C = np.random.default_rng(0), edit.origin["C"]
+    expected = [
+        pipeline(x, y, balanced(y, a, rng), C, seed=0).decision_function(x) for _ in range(4)
+    ]
+    assert np.allclose(outputs(model, edit, x), np.mean(expected, axis=0), rtol=1e-9, atol=1e-9)
+
+
+def test_the_strength_is_the_best_on_the_half_that_was_not_fitted():
+    x, y, a = biased(samples=400, d=30)
+    edit = LastLayerRetraining(repeats=2, C="auto", seed=1).plan(linear(x, 2), batches(x, y, a))
+    rng, fit, held = np.random.default_rng(1), [], []
+    for label in (0, 1):
+        for value in (0, 1):
+            rows = rng.permutation(np.flatnonzero((y == label) & (a == value)))
+            fit.extend(rows[: (len(rows) + 1) // 2])
+            held.extend(rows[(len(rows) + 1) // 2 :])
+    fit, held = np.array(fit), np.array(held)
+    assert sorted([*fit, *held]) == list(range(len(y)))
+    worst = {}
+    for C in GRID:
+        rng = np.random.default_rng(1)
+        margins = [
+            pipeline(x[fit], y[fit], balanced(y[fit], a[fit], rng), C, seed=1).decision_function(
+                x[held]
+            )
+            for _ in range(2)
+        ]
+        right = (np.mean(margins, axis=0) > 0) == y[held]
+        worst[C] = min(
+            right[(y[held] == label) & (a[held] == value)].mean()
+            for label in (0, 1)
+            for value in (0, 1)
+        )
+    assert len(set(worst.values())) > 2
+    assert edit.origin["tuned"] == {str(C): pytest.approx(value) for C, value in worst.items()}
+    assert edit.origin["C"] == max(GRID, key=lambda C: worst[C])
+    assert edit.origin["C"] != GRID[0]  # tuning did choose
+
+
+def test_the_worst_group_gains_over_plain_training_on_the_same_samples():
+    x, y, a = biased(samples=2000)
+    model = linear(x, 2)
+    edit = LastLayerRetraining(C="auto").plan(model, batches(x, y, a))
+    plain = LogisticRegression(max_iter=2000).fit(x, y).predict(x) == y
+    robust = outputs(model, edit, x).argmax(1) == y
+    groups = [(y == label) & (a == value) for label in (0, 1) for value in (0, 1)]
+    assert min(robust[g].mean() for g in groups) > min(plain[g].mean() for g in groups) + 0.2
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"repeats": 0}, {"C": 0.0}, {"C": float("nan")}, {"C": "tuned"}]
+)
+def test_arguments_out_of_range_are_refused(arguments):
+    name = next(iter(arguments))
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        LastLayerRetraining(**arguments)
+
+
+def test_a_group_of_one_sample_cannot_be_tuned_on():
+    x, y, a = biased()
+    keep = ~((y == 1) & (a == 0))
+    keep[np.flatnonzero(~keep)[0]] = True
+    data = batches(x[keep], y[keep], a[keep])
+    with pytest.raises(ValueError, match=r"one sample of \(class, feature\) \(1, 0\)"):
+        LastLayerRetraining(C="auto").plan(linear(x, 2), data)
+    LastLayerRetraining().plan(linear(x, 2), data)
