@@ -38,6 +38,7 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.edits.edit import Change, ModelEdit
 from xai_edit.edits.fictitious import FictitiousClass
 from xai_edit.edits.head import HeadFeatures, collect_head_features
+from xai_edit.edits.leace import LEACE
 from xai_edit.edits.path import PathPerturbation
 from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
 from xai_edit.edits.rate_sweep import RateSweep
@@ -55,6 +56,7 @@ from xai_edit.report.before_after import BeforeAfter, before_after_maps
 from xai_edit.resources import Cost, measured
 
 __all__ = [
+    "LEACE",
     "LRP",
     "PCA",
     "Accuracy",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xai_edit import (
+    LEACE,
     ConceptAwarePruning,
     FictitiousClass,
     LastLayerRetraining,
@@ -31,6 +32,8 @@ OPERATORS = {
     "concept pruning": lambda m, d: ConceptAwarePruning("conv1", SUBSPACES, [0], 0.3).plan(m, d),
     "mask": lambda m, d: LogitMask().plan(m, d, target=3),
     "last layer": lambda m, d: LastLayerRetraining(repeats=2).plan(m, d),
+    "last layer tuned": lambda m, d: LastLayerRetraining(repeats=1, C="auto").plan(m, d),
+    "leace": lambda m, d: LEACE().plan(m, d),
 }
 SUBSPACES = Subspaces(torch.eye(4).double()[:, :2], (1, 1), torch.zeros(4).double())
 every_operator = pytest.mark.parametrize("plan", OPERATORS.values(), ids=[*OPERATORS])
