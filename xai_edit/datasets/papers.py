@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,17 @@ class ImageSet:
     batch_size : int
     seed : int or None
         Of the order, another one in each pass; None for the order as it is.
+    attribute : Tensor or None, int64, shape (samples,)
+        A property of each image, numbered from 0, such as its background. Batches are then
+        ``(input, label, attribute)``, else ``(input, label)``.
+    planted : callable or None
+        Puts a shortcut into the images of a batch as they are read: see `Shortcut`.
+
+    Raises
+    ------
+    ValueError
+        If the attribute is no vector of whole numbers from 0, one an image, or is missing where
+        something is planted.
     """
 
     source: Tensor | Sequence[str]
@@ -41,6 +52,15 @@ class ImageSet:
     side: int
     batch_size: int = 256
     seed: int | None = None
+    attribute: Tensor | None = None
+    planted: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.attribute is not None:
+            attribute = check_numbered(self.attribute, len(self), "attribute")
+            object.__setattr__(self, "attribute", attribute)
+        elif self.planted is not None:
+            raise ValueError("planted: given without an attribute that says what in which image")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,41 +69,71 @@ class ImageSet:
         """Return the images that a mask or indices, shape (samples,), name."""
         rows = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         if isinstance(self.source, Tensor):
-            return replace(self, source=self.source[rows], labels=self.labels[rows])
-        files = [self.source[row] for row in rows.tolist()]
-        return replace(self, source=files, labels=self.labels[rows])
+            source: Tensor | Sequence[str] = self.source[rows]
+        else:
+            source = [self.source[row] for row in rows.tolist()]
+        attribute = None if self.attribute is None else self.attribute[rows]
+        return replace(self, source=source, labels=self.labels[rows], attribute=attribute)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order = torch.arange(len(self))
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed)
             object.__setattr__(self, "seed", self.seed + 1)
             order = torch.randperm(len(self), generator=generator)
         for rows in order.split(self.batch_size):
-            yield self._inputs(rows), self.labels[rows]
+            group = () if self.attribute is None else (self.attribute[rows],)
+            yield self._inputs(rows), self.labels[rows], *group
 
     def shuffled(self, seed: int, batch_size: int) -> ImageSet:
         """Return the set in a random order that changes from pass to pass."""
         return replace(self, seed=seed, batch_size=batch_size)
 
     def first(self, count: int, start: int = 0) -> ImageSet:
-        """Return ``count`` images of each class, those after its first ``start``."""
-        seen: dict[int, int] = {}
-        rows = []
-        for row, label in enumerate(self.labels.tolist()):
-            at = seen[label] = seen.get(label, -1) + 1
-            if start <= at < start + count:
-                rows.append(row)
-        return self[torch.tensor(rows, dtype=torch.long)]
+        """Return ``count`` images of each class, those after its first ``start``.
 
-    def _inputs(self, rows: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        Where the images have an attribute, of each (class, attribute) group.
+        """
+        keys = [self.labels] if self.attribute is None else [self.labels, self.attribute]
+        _, group = torch.stack(keys).unique(dim=1, return_inverse=True)
+        order = group.argsort(stable=True)
+        sizes = group.bincount()
+        at = torch.arange(len(self)) - (sizes.cumsum(0) - sizes)[group[order]]  # in its group
+        return self[order[(start <= at) & (at < start + count)].sort().values]
+
+    def regrouped(self, classes: Callable[[Tensor], Tensor]) -> ImageSet:
+        """Return the images with new labels that a function makes of their own.
+
+        The own labels become the attribute: ``lambda digit: digit % 2`` makes classes of even and
+        odd digits whose groups are the ten digits.
+
+        Parameters
+        ----------
+        classes : callable
+            Of the labels, int64, shape (samples,).
+
+        Raises
+        ------
+        ValueError
+            If it does not give whole numbers from 0 in this shape.
+        """
+        labels = check_numbered(classes(self.labels), len(self), "classes")
+        return replace(self, labels=labels, attribute=self.labels)
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """Return images as they were read, uint8, shape (rows, channels, side, side)."""
         if isinstance(self.source, Tensor):
             pixels = self.source[rows]
             if pixels.shape[-1] != self.side:
                 pixels = transform.resize(pixels, [self.side, self.side], antialias=True)
-        else:
-            pixels = torch.stack([_opened(self.source[row], self.side) for row in rows.tolist()])
+            return pixels
+        return torch.stack([_opened(self.source[row], self.side) for row in rows.tolist()])
+
+    def _inputs(self, rows: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = self.pixels(rows)
+        if self.planted is not None and self.attribute is not None:
+            pixels = self.planted(pixels, self.attribute[rows])
         return (pixels.float() / 255 - mean) / std
 
 
@@ -91,6 +141,17 @@ def _opened(file: str, side: int) -> Tensor:
     image = transform.to_image(datasets.folder.pil_loader(file))
     square: Tensor = transform.center_crop(transform.resize(image, [side], antialias=True), [side])
     return square
+
+
+def check_numbered(values: Tensor, samples: int, name: str) -> Tensor:
+    """Return values as int64; raise ValueError if they are not one number from 0 a sample."""
+    shape = tuple(values.shape)
+    if shape != (samples,) or values.is_floating_point() or (samples and values.min() < 0):
+        raise ValueError(
+            f"{name}: values of shape {shape} and {values.dtype} for {samples} images; give a "
+            "whole number from 0 for each"
+        )
+    return values.long()
 
 
 def mnist(folder: str | Path, split: str) -> ImageSet:

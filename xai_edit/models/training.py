@@ -28,7 +28,7 @@ def fit(
     model : nn.Module
         Changed in place and returned in evaluation mode.
     batches : iterable
-        ``(inputs, labels)``, read once an epoch.
+        ``(inputs, labels)``, with or without groups, read once an epoch.
     epochs : int
     steps : int
         At most so many batches an epoch, which sets the length of the schedule.
@@ -45,7 +45,7 @@ def fit(
     )
     model.train()
     for _ in range(epochs):
-        for inputs, labels in batches:
+        for inputs, labels, *_ in batches:
             with nullcontext() if recording is None else recording(model, labels):
                 logits = model(inputs.to(device))
                 loss = nn.functional.cross_entropy(logits, labels.to(device))
