@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ from xai_edit.cli_options import parser
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
 
     from xai_edit.attribution.scorers import LRP, Scorer
     from xai_edit.data import Data
     from xai_edit.evaluation.comparison import Comparison
-    from xai_edit.loading import Preprocessing
+    from xai_edit.loading import Images, Preprocessing
 
 SEED = 0  # of weights and inputs that are not given
 
@@ -144,11 +145,7 @@ def _score(given: argparse.Namespace) -> int:
 def _unlearn(given: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from torch.utils.data import DataLoader
-
-    from xai_edit.edits.edit import versions
     from xai_edit.edits.path import PathPerturbation
-    from xai_edit.loading import Images
     from xai_edit.report.terminal import unlearning_table
     from xai_edit.unlearn import classes_named, run, split
 
@@ -157,24 +154,14 @@ def _unlearn(given: argparse.Namespace) -> int:
     operator = PathPerturbation(given.layers, **how)
     (given.out / "edits").mkdir(parents=True, exist_ok=True)  # fails now, not after the long part
 
-    def images(spec: str, part: str | None = None) -> Images:
-        found: Any = _data(given, spec, "reading", part).loader.dataset
-        return found  # type: ignore[no-any-return]
-
-    def read(found: Images, doing: str) -> _Batches:
-        return _Batches(DataLoader(found, batch_size=given.batch_size), doing, given.quiet)
-
-    whole = images(given.data)
+    whole, read = _images(given, given.data), partial(_read, given)
     parts = split(whole, classes_named(given.forget, whole.classes), given.samples)
-    train = None if given.train_data is None else images(given.train_data, "train")
+    train = None if given.train_data is None else _images(given, given.train_data, "train")
     model = _model(given)
     scorer = _scorer(given.composite, given, model, read(parts.own, "fitting patterns"))
     about = {
-        "command": given.line,
-        "versions": versions(),
-        "model": {"name": given.model, "weights": given.weights, "classes": given.outputs},
+        **_about(given),
         "data": {"name": given.data, "found": str(whole), "train": given.train_data},
-        "preprocessing": asdict(_preprocessing(given)),
     }
     where: dict[str, Any] = {"train": train, "out": given.out, "read": read}
     operator = replace(operator, scorer=scorer)
@@ -182,6 +169,59 @@ def _unlearn(given: argparse.Namespace) -> int:
     print(_json(results) if given.json else unlearning_table(results, timing))
     _note(given, f"written: {given.out / 'report.html'}")
     return 0
+
+
+def _neutralize(given: argparse.Namespace) -> int:
+    from xai_edit.edits.fictitious import FictitiousClass
+    from xai_edit.neutralize import run, split
+    from xai_edit.report.terminal import neutralizing_table
+    from xai_edit.spurious import read_spurious
+    from xai_edit.unlearn import classes_named
+
+    operator = FictitiousClass(select=given.select, rate=given.rate)
+    (given.out / "edits").mkdir(parents=True, exist_ok=True)  # fails now, not after the long part
+    whole = _images(given, given.data)
+    folder = Path(given.data) if Path(given.data).is_dir() else Path(given.data).parent
+    spurious = read_spurious(given.spurious, whole, folder)
+    target = None if given.target is None else classes_named(given.target, whole.classes)
+    parts = split(whole, spurious)
+    about = {
+        **_about(given),
+        "data": {"name": given.data, "found": str(whole)},
+        "spurious": {
+            "name": given.spurious,
+            "with": sum(spurious),
+            "without": len(spurious) - sum(spurious),
+        },
+    }
+    where: dict[str, Any] = {"out": given.out, "read": partial(_read, given)}
+    results, timing = run(_model(given), operator, parts, target=target, **where, about=about)
+    print(_json(results) if given.json else neutralizing_table(results, timing))
+    _note(given, f"written: {given.out / 'report.html'}")
+    return 0
+
+
+def _images(given: argparse.Namespace, spec: str, part: str | None = None) -> Images:
+    found: Any = _data(given, spec, "reading", part).loader.dataset
+    return found  # type: ignore[no-any-return]
+
+
+def _read(given: argparse.Namespace, found: Dataset[Any], doing: str) -> _Batches:
+    from torch.utils.data import DataLoader
+
+    return _Batches(DataLoader(found, batch_size=given.batch_size), doing, given.quiet)
+
+
+def _about(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what made the files of a run."""
+    from xai_edit.edits.edit import versions
+
+    return {
+        "command": given.line,
+        "versions": versions(),
+        "model": {"name": given.model, "weights": given.weights, "classes": given.outputs},
+        "preprocessing": asdict(_preprocessing(given)),
+    }
 
 
 DRAWN = 4  # images with their relevance maps
@@ -351,6 +391,7 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "check": _check,
     "score": _score,
     "unlearn": _unlearn,
+    "neutralize": _neutralize,
     "reproduce": _reproduce,
     "report": _report,
 }

@@ -106,6 +106,29 @@ def parser() -> argparse.ArgumentParser:
     train = "labelled training data, for a probe and relearning; of torchvision's the split train"
     add("--train-data", metavar="DATA", help=train)
 
+    neutralize = commands.add_parser(
+        "neutralize",
+        help="make a model lean less on a spurious feature, and measure every group",
+        description="Edits one weight of the last layer for each class that a spurious feature "
+        "speaks for (fictitious class removal), planned from a part of the images and measured on "
+        "another, group by group, beside last-layer retraining. Writes edits/*.safetensors, "
+        "results.json, timing.json and report.html. The model's own file is not changed.",
+        epilog="example: xai-edit neutralize --model torchvision:resnet18 --weights DEFAULT --data "
+        "photos/ --spurious watermarked.csv --out no-watermark",
+    )
+    add = neutralize.add_argument
+    marked = "CSV file of path,1 (has the feature) and path,0, or a folder of the images with it"
+    add("--spurious", required=True, metavar="FOLDER_OR_CSV", help=marked)
+    add("--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing")
+    select = "sca, the paper's, or exact: the weight and dose best for the worst group"
+    add("--select", default="sca", metavar="HOW", help=select + DEFAULT)
+    rate = "in [0, 1]; auto: the best for the worst group; least-gap: the paper's"
+    add("--rate", type=_rate, default="auto", metavar="R", help=rate + DEFAULT)
+    favoured = "the classes the feature speaks for, by number or by the name of their folder; "
+    found = "default: the one predicted most with the feature"
+    add("--target", type=_names, metavar="A,B", help=favoured + found)
+    _add_model_and_data(neutralize, needs_data=True, layers=None, kinds=LABELLED)
+
     reproduce = commands.add_parser(
         "reproduce",
         help="run a table of a paper anew, with the paper's figures beside it",
@@ -149,7 +172,7 @@ def _add_model_and_data(
     *,
     needs_data: bool,
     outputs: str = "--classes",
-    layers: str = "default: all convolution and linear layers",
+    layers: str | None = "default: all convolution and linear layers",
     kinds: str = "folder of images or of " + LABELLED,
 ) -> None:
     add = parser.add_argument
@@ -157,7 +180,8 @@ def _add_model_and_data(
     add("--weights", metavar="FILE", help="safetensors or checkpoint; torchvision's own: DEFAULT")
     usual = "outputs, if not the model's usual number"
     add(outputs, dest="outputs", type=_whole, metavar="N", help=usual)
-    add("--layers", type=_names, metavar="A,B", help=layers)
+    if layers is not None:
+        add("--layers", type=_names, metavar="A,B", help=layers)
     add("--device", default="cpu", help="such as cuda" + DEFAULT)
     add("--json", action="store_true", help="print JSON instead of text")
     add("--quiet", action="store_true", help="no progress bar and no notes")
@@ -187,6 +211,13 @@ def _share(text: str) -> float | str:
         return text if text == "auto" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
+def _rate(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # one of the operator's words
 
 
 def _whole(text: str) -> int:

@@ -309,10 +309,21 @@ def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]
     return found, {label: name for name, label in labels.items()}
 
 
-def _table(file: Path) -> list[tuple[str, int | None]]:
-    with _telling(f"data: {file} cannot be read as a CSV file"):
+def csv_rows(file: Path, name: str) -> list[tuple[int, list[str]]]:
+    """Return the number and the cells of each line of a CSV file that has any.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be read; the message begins with the ``name`` of the argument.
+    """
+    with _telling(f"{name}: {file} cannot be read as a CSV file"):
         text = file.read_text(encoding="utf-8-sig").splitlines()
-        rows = [(line, row) for line, row in enumerate(csv.reader(text), start=1) if row]
+        return [(line, row) for line, row in enumerate(csv.reader(text), start=1) if row]
+
+
+def _table(file: Path) -> list[tuple[str, int | None]]:
+    rows = csv_rows(file, "data")
     if rows and rows[0][1][0].lower() == "path":
         del rows[0]
     samples = []

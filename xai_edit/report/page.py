@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xai_edit.files import write_atomically
 from xai_edit.report.html import captioned, document, table
+from xai_edit.report.neutralizing import neutralizing_page
 from xai_edit.report.pictures import curves, image_uri, overview, relevance_uri
 from xai_edit.report.unlearning import unlearning_page
 
@@ -24,8 +25,9 @@ def write_report(folder: str | Path) -> Path:
     Parameters
     ----------
     folder : str or Path
-        With ``results.json`` and ``timing.json`` of ``xai-edit demo`` or ``unlearn``, and
-        ``maps.safetensors`` or, if maps could be drawn, ``maps.png``.
+        With ``results.json`` and ``timing.json`` of ``xai-edit demo``, ``unlearn`` or
+        ``neutralize``, and of the first ``maps.safetensors``, of the second, if maps could be
+        drawn, ``maps.png``.
 
     Returns
     -------
@@ -41,11 +43,11 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     results = _json(folder / "results.json")
-    pages = {"demo": _demo, "unlearn": _unlearn}
+    pages = {"demo": _demo, "unlearn": _unlearn, "neutralize": _neutralized}
     if results.get("run") not in pages:
         raise ValueError(
             f"{folder / 'results.json'}: run {results.get('run')!r} has no report page; "
-            f"{' and '.join(pages)} have"
+            f"{', '.join(pages)} have"
         )
     page = folder / "report.html"
     try:
@@ -79,10 +81,15 @@ def _unlearn(folder: Path, results: Mapping[str, Any]) -> str:
     return unlearning_page(results, timing, drawn.read_bytes())
 
 
+def _neutralized(folder: Path, results: Mapping[str, Any]) -> str:
+    return neutralizing_page(results, _json(folder / "timing.json"))
+
+
 def _require(file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is missing; give the folder of a finished run of xai-edit demo or unlearn"
+            f"{file} is missing; give the folder of a finished run of xai-edit demo, unlearn or "
+            "neutralize"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xai_edit.report.neutralizing import SMALL, group_name, planned_weights, shown_rows
 from xai_edit.report.unlearning import ONLY_ANSWERS, PROBED, class_name, left_over, planned
 
 WIDTH = 50  # of the first column
@@ -76,6 +77,46 @@ def unlearning_table(results: Mapping[str, Any], timing: Mapping[str, Any]) -> s
         lines += told
     lines += ["", *_by_class(results), ""]
     return "\n".join([*lines, ONLY_ANSWERS if results["evaluation"] is None else PROBED])
+
+
+def neutralizing_table(results: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
+    """Return the tables of ``xai-edit neutralize``; arguments as in its JSON files."""
+    cut, rows = results["split"], shown_rows(results)
+    lines = [
+        *planned_weights(results),
+        f"planned from {cut['planning']} images and judged on {cut['validation']} others; figures "
+        f"from {cut['held_out']} others",
+        "",
+        _row(
+            "on held-out images",
+            ["worst", "interval", "average", "balanced", "weights", "seconds"],
+            13,
+        ),
+    ]
+    for row in results["rows"]:
+        if row["withheld"] is not None:
+            lines.append(f"  {row['method']}: none ({row['withheld']})")
+            continue
+        figures, seconds = row["figures"], timing["plan"].get(row["method"])
+        cells = [
+            figures["worst"]["accuracy"],
+            "{:.3f}–{:.3f}".format(*figures["worst"]["interval"]),
+            figures["average"]["accuracy"],
+            figures["balanced"]["accuracy"],
+            row["weights_changed"],
+            "" if seconds is None else f"{seconds:.2f}",
+        ]
+        lines.append(_row(f"  {row['method']}", cells, 13))
+    groups = [*zip(*(row["figures"]["groups"] for row in rows), strict=True)]
+    lowest = sorted(groups, key=lambda same: same[0]["accuracy"])[:LINES]
+    shown = [same for same in groups if same in lowest]
+    some = f" ({len(shown)} of {len(groups)}, the lowest)" if len(shown) < len(groups) else ""
+    heads = [row["method"].split(" (")[0] for row in rows]
+    lines += ["", _row(f"accuracy by group{some}", ["images", *heads], 21)]
+    for same in shown:
+        cells = [same[0]["samples"], *(group["accuracy"] for group in same)]
+        lines.append(_row(f"  {group_name(results, same[0])}", cells, 21))
+    return "\n".join([*lines, "", SMALL])
 
 
 def _by_class(results: Mapping[str, Any]) -> list[str]:
