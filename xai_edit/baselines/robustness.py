@@ -12,7 +12,7 @@ from torch import nn
 
 from xai_edit.data import Attribute, Data
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.head import collect_head_features
+from xai_edit.edits.head import HeadFeatures, head_features
 
 Array: TypeAlias = NDArray[Any]
 
@@ -59,14 +59,16 @@ class LastLayerRetraining:
         if not isinstance(self.C, str) and not 0 < self.C < float("inf"):
             raise ValueError(f"C: {self.C} given; it is a positive number or 'auto'")
 
-    def plan(self, model: nn.Module, data: Data, *, spurious: Attribute = None) -> ModelEdit:
+    def plan(
+        self, model: nn.Module, data: Data | HeadFeatures, *, spurious: Attribute = None
+    ) -> ModelEdit:
         """Plan the new head; the model is only read.
 
         Parameters
         ----------
         model : nn.Module
             A classifier that ends in a linear layer.
-        data : iterable or Dataset
+        data : iterable, Dataset or HeadFeatures
             Labelled batches with samples of every group, held out from training.
         spurious : callable, Tensor or None
             See `xai_edit.data.Attribute`; it may have more than two values.
@@ -83,7 +85,7 @@ class LastLayerRetraining:
             If a class has no samples, the last layer has no bias, or a group has only one sample
             where the strength is tuned.
         """
-        head = collect_head_features(model, data, attribute=spurious, with_attribute=True)
+        head = head_features(model, data, attribute=spurious, with_attribute=True)
         labels = head.require_labels()
         if len(labels.unique()) < head.classes or head.classes < 2:
             raise ValueError(

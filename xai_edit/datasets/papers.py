@@ -32,6 +32,8 @@ class ImageSet:
     batch_size : int
     seed : int or None
         Of the order, another one in each pass; None for the order as it is.
+    flip : bool
+        Whether every other image, by chance, is mirrored; with a seed.
     attribute : Tensor or None, int64, shape (samples,)
         A property of each image, numbered from 0, such as its background. Batches are then
         ``(input, label, attribute)``, else ``(input, label)``.
@@ -52,10 +54,13 @@ class ImageSet:
     side: int
     batch_size: int = 256
     seed: int | None = None
+    flip: bool = False
     attribute: Tensor | None = None
     planted: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if self.flip and self.seed is None:
+            raise ValueError("flip: needs a seed")
         if self.attribute is not None:
             attribute = check_numbered(self.attribute, len(self), "attribute")
             object.__setattr__(self, "attribute", attribute)
@@ -77,17 +82,22 @@ class ImageSet:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order = torch.arange(len(self))
+        generator = torch.Generator()
         if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed)
+            generator.manual_seed(self.seed)
             object.__setattr__(self, "seed", self.seed + 1)
             order = torch.randperm(len(self), generator=generator)
         for rows in order.split(self.batch_size):
+            inputs = self._inputs(rows)
+            if self.flip:
+                mirrored = torch.rand(len(rows), generator=generator) < 0.5
+                inputs = torch.where(mirrored[:, None, None, None], inputs.flip(3), inputs)
             group = () if self.attribute is None else (self.attribute[rows],)
-            yield self._inputs(rows), self.labels[rows], *group
+            yield inputs, self.labels[rows], *group
 
-    def shuffled(self, seed: int, batch_size: int) -> ImageSet:
-        """Return the set in a random order that changes from pass to pass."""
-        return replace(self, seed=seed, batch_size=batch_size)
+    def shuffled(self, seed: int, batch_size: int, *, flip: bool = False) -> ImageSet:
+        """Return the set in a random order that changes from pass to pass, mirrored or not."""
+        return replace(self, seed=seed, batch_size=batch_size, flip=flip)
 
     def first(self, count: int, start: int = 0) -> ImageSet:
         """Return ``count`` images of each class, those after its first ``start``.

@@ -195,15 +195,27 @@ class FictitiousClass:
         fictitious: int | Sequence[int] | None = None,
         target: int | Sequence[int] | None = None,
         validation: Data | HeadFeatures | None = None,
+        rates: Sequence[float] | None = None,
     ) -> list[RateSweep]:
-        """Return the whole course over rates for each affected class; arguments as in `plan`.
+        """Return the whole course over rates for each affected class.
 
         One feature pass over each data set, no forward pass a rate. Each class is swept with the
         others unedited. Not for ``select="exact"``, which goes by dose.
+
+        Parameters
+        ----------
+        model, data, spurious, fictitious, target, validation
+            As for `plan`.
+        rates : sequence of float in [0, 1], optional
+            To measure at. When left out, a grid over [0, 1] and a logarithmic one about the rate
+            at which the weight crosses zero.
         """
+        for rate in rates or ():
+            check_rate(rate)
         if self.select == "exact":
             raise ValueError("select: 'exact' finds its own dose; a sweep needs another selection")
         task = self._task(model, data, spurious, fictitious, target, validation)
+        task.rates = rates
         return [self._sweep(task, row, task.logits({})) for row in task.values]
 
     def _task(
@@ -311,7 +323,9 @@ class FictitiousClass:
             )
         weights = task.head.weight[row].double()
         crossing = float(weights[column] ** 2 / (weights @ weights + 1))
-        if isinstance(self.rate, str):
+        if task.rates is not None:
+            rates = np.unique(task.rates)
+        elif isinstance(self.rate, str):
             logarithmic = crossing * np.logspace(-2, 3, 101)
             rates = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
         else:
@@ -367,6 +381,7 @@ class _Task:
     values: dict[int, int]  # the fictitious class of each row
     floor: float | None  # accuracy to keep without the feature, of a removal
     columns: dict[int, int] = field(default_factory=dict)  # found so far, by row
+    rates: Sequence[float] | None = None  # to sweep, where they are given
     balanced: bool = False  # whether the mean over groups is the objective, for a start
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xai_edit.data import Attribute, Data
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.head import collect_head_features
+from xai_edit.edits.head import HeadFeatures, head_features
 
 # Singular values below this share of the attribute's own scale are rounding.
 ROUNDING = 1e-9
@@ -44,14 +44,16 @@ class LEACE:
     and so leaves an attribute that 20 of 20,000 samples have just as it was.
     """
 
-    def plan(self, model: nn.Module, data: Data, *, spurious: Attribute = None) -> ModelEdit:
+    def plan(
+        self, model: nn.Module, data: Data | HeadFeatures, *, spurious: Attribute = None
+    ) -> ModelEdit:
         """Plan the erasure from one pass over the data; the model is only read.
 
         Parameters
         ----------
         model : nn.Module
             A classifier that ends in a linear layer with a bias.
-        data : iterable or Dataset
+        data : iterable, Dataset or HeadFeatures
             Batches; labels are not needed.
         spurious : callable, Tensor or None
             What is erased, see `xai_edit.data.Attribute`; it may have more than two values.
@@ -70,7 +72,7 @@ class LEACE:
         """
         from sklearn.covariance import ledoit_wolf
 
-        head = collect_head_features(model, data, attribute=spurious, with_attribute=True)
+        head = head_features(model, data, attribute=spurious, with_attribute=True)
         if head.bias is None:
             raise ValueError(f"model: the last layer {head.layer!r} has no bias")
         assert head.attribute is not None  # asked for above

@@ -18,8 +18,8 @@ class RateSweep:
     row, column : int
         The class whose row is edited and the feature, chosen by the operator's score.
     rates : Tensor, float64, shape (R,)
-        Ascending from 0: a grid over [0, 1] and a logarithmic one about the rate at which the
-        weight crosses zero, where most of the effect is.
+        Ascending. When none are given: from 0, a grid over [0, 1] and a logarithmic one about the
+        rate at which the weight crosses zero, where most of the effect is.
     doses : Tensor, float64, shape (R,)
         What each rate adds to the weight.
     anchor : float

@@ -19,6 +19,7 @@ def fit(
     epochs: int,
     steps: int,
     learning_rate: float = 5e-3,
+    weight_decay: float = 1e-4,
     recording: Recording | None = None,
 ) -> nn.Module:
     """Train with AdamW and a one-cycle schedule.
@@ -34,12 +35,14 @@ def fit(
         At most so many batches an epoch, which sets the length of the schedule.
     learning_rate : float
         The highest of the schedule.
+    weight_decay : float
+        As in AdamW.
     recording : callable, optional
         ``recording(model, labels)`` gives a context for each step, such as
         `xai_edit.AmnesiacLog.recording`.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=epochs * steps
     )

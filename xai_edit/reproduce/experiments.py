@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torchvision
 from safetensors.torch import load_file
@@ -39,8 +40,14 @@ class Experiment:
     side: int
     epochs: int
     rules: tuple[str, ...] = RULES
+    training: dict[str, float] = field(default_factory=dict)  # arguments of `fit`
+    flip: bool = False  # images are mirrored by chance in training
 
 
+COLOURED: dict[str, Any] = {
+    "training": {"learning_rate": 3e-3, "weight_decay": 1e-2},
+    "flip": True,
+}
 EXPERIMENTS = {
     "npp-mnist": Experiment(
         mnist, "all-cnn", 0.2, (0.04, 0.08, 0.12, 0.16, 0.2, 0.24), (50, 100), tuple(range(10)),
@@ -48,13 +55,14 @@ EXPERIMENTS = {
     ),
     "npp-cifar10": Experiment(
         cifar10, "resnet50", 0.25, (0.1, 0.15, 0.2, 0.25, 0.3), (150, 200), tuple(range(10)),
-        224, 10,
+        224, 10, **COLOURED,
     ),
     "npp-cifar100": Experiment(
-        cifar100, "resnet50", 0.1, (0.075, 0.1, 0.125), (150, 200), (0,), 224, 10
+        cifar100, "resnet50", 0.1, (0.075, 0.1, 0.125), (150, 200), (0,), 224, 10, **COLOURED
     ),
     "npp-imagenet": Experiment(
-        imagenet, "vgg16", 0.1, (0.02, 0.04, 0.08, 0.1, 0.12), (100, 150, 200), (0,), 224, 10
+        imagenet, "vgg16", 0.1, (0.02, 0.04, 0.08, 0.1, 0.12), (100, 150, 200), (0,), 224, 10,
+        **COLOURED,
     ),
 }  # fmt: skip
 

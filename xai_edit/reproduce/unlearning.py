@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +26,11 @@ from xai_edit.baselines.recorder import AmnesiacLog
 from xai_edit.baselines.training import Unlearned
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.datasets.papers import ImageSet
-from xai_edit.edits.edit import ModelEdit, versions
+from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import HeadFeatures, collect_head_features
 from xai_edit.edits.path import PathPerturbation
 from xai_edit.edits.single_weight import SingleWeight
 from xai_edit.evaluation.membership import forgetting_rates
-from xai_edit.files import write_atomically
 from xai_edit.guard import preserved
 from xai_edit.models.training import fit
 from xai_edit.reproduce.experiments import (
@@ -45,6 +43,7 @@ from xai_edit.reproduce.experiments import (
     load_weights,
 )
 from xai_edit.reproduce.published import METHODS
+from xai_edit.reproduce.runs import opened, written
 from xai_edit.resources import Cost, measured
 
 ANALYSED, VALIDATED = 36, 64  # samples a class: to plan on (as in the paper), and for share="auto"
@@ -78,8 +77,6 @@ def reproduce(name: str, options: Options) -> dict[str, Any]:
     for method in options.methods or ():
         if method not in NAMES:
             raise ValueError(f"methods: {method!r} given; they are {', '.join(NAMES)}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "results.json"
     network = options.network or experiment.network
     setting = {
         "run": name,
@@ -89,10 +86,7 @@ def reproduce(name: str, options: Options) -> dict[str, Any]:
         "limit": options.limit,
         "images": {"train": len(train), "test": len(test), "side": side},
     }
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if any(results.get(key, value) != value for key, value in setting.items()):
-        raise ValueError(f"out: {path} is of a run with other settings; give another folder")
-    results |= setting | {"command": options.command, "versions": versions()}
+    results, path = opened(options, setting)
     results.setdefault("rows", [])
     results.setdefault("sweeps", [])
     results["paper"] = METHODS[name.removeprefix("npp-")]
@@ -109,10 +103,10 @@ def reproduce(name: str, options: Options) -> dict[str, Any]:
             results.setdefault("base", {})[str(seed)] = table.told
         results["sweeps"] += table.sweeps(target)
         results["rows"] += table.rows(target)
-        write_atomically(path, json.dumps(results, indent=1).encode())
+        written(results, path)
     shutil.rmtree(options.out / LOG, ignore_errors=True)
     results["table"] = summary(results["rows"])
-    write_atomically(path, json.dumps(results, indent=1).encode())
+    written(results, path)
     return results
 
 
@@ -206,7 +200,11 @@ class _Table:
 
     def _fit(self, model: nn.Module, batches: Any, **more: Any) -> nn.Module:
         steps = -(-len(self.train) // BATCH)
+        more |= self.experiment.training
         return fit(model, batches, epochs=self.epochs, steps=steps, **more)
+
+    def _batches(self) -> ImageSet:
+        return self.train.shuffled(1000 * self.seed, BATCH, flip=self.experiment.flip)
 
     def _trained(self) -> nn.Module:
         model = self._built()
@@ -214,7 +212,7 @@ class _Table:
             return load_weights(model, self.network, self.options)
         shutil.rmtree(self.log, ignore_errors=True)
         recording = AmnesiacLog(self.log).recording if self._wanted("amnesiac") else None
-        batches = self.train.shuffled(1000 * self.seed, BATCH)
+        batches = self._batches()
         return self._fit(model, batches, recording=recording)
 
     def _wanted(self, method: str) -> bool:
@@ -255,7 +253,7 @@ class _Table:
         repair: dict[str, Any] = {"repair": self.tuning, "epochs": 2, "learning_rate": 0.05}
         repair |= tune
         yield "amnesiac", partial(amnesiac, self.model, self.log, **repair)
-        batches = self.train.shuffled(1000 * self.seed, BATCH)
+        batches = self._batches()
         again = partial(retrain, self._built, batches, batch_size=BATCH, train=self._fit)
         yield "retrain", partial(again, **tune)
 
