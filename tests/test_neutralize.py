@@ -305,8 +305,8 @@ def test_an_edit_that_fails_on_the_held_out_images_is_called_so(here, capsys):
     assert main(shlex.split(f"{line} --quiet")) == 0
     before, after = (row["figures"]["worst"]["accuracy"] for row in read("worse")["rows"][:2])
     assert after <= before
-    assert "do not apply this edit" in capsys.readouterr().out
-    assert "do not apply this edit" in Path("worse/report.html").read_text(encoding="utf-8")
+    assert "nothing speaks for this edit" in capsys.readouterr().out
+    assert "nothing speaks for this edit" in Path("worse/report.html").read_text(encoding="utf-8")
 
 
 def test_a_comparison_that_cannot_be_had_says_why(here, capsys, monkeypatch):

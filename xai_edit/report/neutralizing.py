@@ -9,7 +9,7 @@ from typing import Any
 from xai_edit.report.html import document, table
 from xai_edit.report.unlearning import class_name
 
-NO_GAIN = "On the held-out images the worst group does not gain by it: do not apply this edit."
+NO_GAIN = "On the held-out images the worst group does not gain: nothing speaks for this edit."
 SMALL = (
     "The interval of a group is as wide as its images are few, and that of the worst group reaches "
     "low where several are nearly as bad."

@@ -90,7 +90,7 @@ def neutralizing_table(results: Mapping[str, Any], timing: Mapping[str, Any]) ->
         _row(
             "on held-out images",
             ["worst", "interval", "average", "balanced", "weights", "seconds"],
-            13,
+            12,
         ),
     ]
     for row in results["rows"]:
@@ -106,16 +106,16 @@ def neutralizing_table(results: Mapping[str, Any], timing: Mapping[str, Any]) ->
             row["weights_changed"],
             "" if seconds is None else f"{seconds:.2f}",
         ]
-        lines.append(_row(f"  {row['method']}", cells, 13))
+        lines.append(_row(f"  {row['method']}", cells, 12))
     groups = [*zip(*(row["figures"]["groups"] for row in rows), strict=True)]
     lowest = sorted(groups, key=lambda same: same[0]["accuracy"])[:LINES]
     shown = [same for same in groups if same in lowest]
     some = f" ({len(shown)} of {len(groups)}, the lowest)" if len(shown) < len(groups) else ""
     heads = [row["method"].split(" (")[0] for row in rows]
-    lines += ["", _row(f"accuracy by group{some}", ["images", *heads], 21)]
+    lines += ["", _row(f"accuracy by group{some}", ["images", *heads], 23)]
     for same in shown:
         cells = [same[0]["samples"], *(group["accuracy"] for group in same)]
-        lines.append(_row(f"  {group_name(results, same[0])}", cells, 21))
+        lines.append(_row(f"  {group_name(results, same[0])}", cells, 23))
     return "\n".join([*lines, "", SMALL])
 
 
