@@ -125,8 +125,11 @@ class ImageSet:
         Raises
         ------
         ValueError
-            If it does not give whole numbers from 0 in this shape.
+            If it does not give whole numbers from 0 in this shape, or the attribute is of a
+            shortcut, which a new one would change.
         """
+        if self.planted is not None:
+            raise ValueError("classes: the images have a shortcut; regroup them, then plant it")
         labels = check_numbered(classes(self.labels), len(self), "classes")
         return replace(self, labels=labels, attribute=self.labels)
 

@@ -1,0 +1,234 @@
+"""Data sets whose images have a spurious attribute: the published folders, and digit parity.
+
+Batches are ``(input, label, attribute)``. The files of a split are looked for when it is read, and
+each is opened when its batch is.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torchvision.datasets.folder import is_image_file
+
+from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, ImageSet, mnist
+
+SPLITS = {"train": 0, "val": 1, "test": 2}  # as the metadata number them
+WATERBIRDS = "waterbird_complete95_forest2water2"
+METASHIFT = ("metashifts/MetaDatasetCatDog", "Domain-Generalization-Cat-Dog")
+# Attribute of each folder: 0 indoors, 1 outdoors. Others beside them are of other experiments.
+METASHIFT_FOLDERS = {
+    "train": {"cat(sofa)": 0, "cat(bed)": 0, "dog(bench)": 1, "dog(bike)": 1},
+    "test": {"cat(shelf)": 0, "dog(shelf)": 0},
+}
+METASHIFT_TEST = 0.85  # share of the images on shelves; the others are for validation
+
+
+def waterbirds(folder: str | Path, split: str, side: int = 224) -> ImageSet:
+    """Read Waterbirds (Sagawa et al. 2020): land birds (0) and water birds (1).
+
+    The attribute is the background, land (0) or water (1). It agrees with the label in 95 % of the
+    training images.
+
+    Parameters
+    ----------
+    folder : str or Path
+        With the published ``waterbird_complete95_forest2water2``: images and ``metadata.csv``.
+    split : {"train", "val", "test"}
+    side : int
+        Size of the inputs.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the metadata or an image is missing.
+    ValueError
+        If there is no such split, or a row of the metadata is wrong.
+    """
+    number = _split_number(split)
+    table = Path(folder, WATERBIRDS, "metadata.csv")
+    _require(table, f"https://nlp.stanford.edu/data/dro/{WATERBIRDS}.tar.gz has it")
+    files, labels, places = [], [], []
+    for where, row in _rows(table, ("img_filename", "y", "split", "place")):
+        label, place = (_index(row, name, ("0", "1"), where) for name in ("y", "place"))
+        if _index(row, "split", ("0", "1", "2"), where) == number:
+            files.append(table.parent / row["img_filename"])
+            labels.append(label)
+            places.append(place)
+    return _images(files, labels, places, side, split, table)
+
+
+def celeba(folder: str | Path, split: str, side: int = 224) -> ImageSet:
+    """Read CelebA (Liu et al. 2015) as hair colour: not blond (0) or blond (1).
+
+    The attribute is the published label "Male", no (0) or yes (1).
+
+    Parameters
+    ----------
+    folder : str or Path
+        With ``celeba`` as torchvision keeps it (``list_attr_celeba.txt``,
+        ``list_eval_partition.txt`` and the images in ``img_align_celeba``) or as Kaggle does: both
+        lists as CSV files, and one folder ``img_align_celeba`` in another.
+    split : {"train", "val", "test"}
+    side : int
+        Size of the inputs, squares from the middle of the images.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a list or an image is missing.
+    ValueError
+        If there is no such split, a row is wrong, or the lists are not of the same images.
+    """
+    number = _split_number(split)
+    place = Path(folder, "celeba")
+    kind = ".csv" if (place / "list_attr_celeba.csv").is_file() else ".txt"
+    attributes, partition = place / f"list_attr_celeba{kind}", place / f"list_eval_partition{kind}"
+    for needed in (attributes, partition):
+        _require(
+            needed,
+            f"torchvision.datasets.CelebA({str(folder)!r}, download=True) gets it as .txt, "
+            "Kaggle's jessicali9530/celeba-dataset has it as .csv",
+        )
+    header = None if kind == ".csv" else ("image_id", "partition")
+    numbers = {
+        row["image_id"]: _index(row, "partition", ("0", "1", "2"), where)
+        for where, row in _rows(partition, ("image_id", "partition"), header)
+    }
+    images = place / "img_align_celeba"
+    images = images / images.name if (images / images.name).is_dir() else images
+    files, labels, males, listed = [], [], [], set()
+    for where, row in _rows(attributes, ("image_id", "Blond_Hair", "Male")):
+        blond, male = (_index(row, name, ("-1", "1"), where) for name in ("Blond_Hair", "Male"))
+        name = row["image_id"]
+        listed.add(name)
+        if numbers.get(name) == number:
+            files.append(images / name)
+            labels.append(blond)
+            males.append(male)
+    if differing := listed ^ numbers.keys():
+        raise ValueError(
+            f"data-root: {attributes} and {partition} are not of the same images "
+            f"({len(differing)} are in one only, such as {min(differing)}); get both anew"
+        )
+    return _images(files, labels, males, side, split, partition)
+
+
+def metashift(folder: str | Path, split: str, side: int = 224) -> ImageSet:
+    """Read the cats (0) and dogs (1) of MetaShift (Liang and Zou 2022).
+
+    The attribute is the background, indoors (0) or outdoors (1). Training images are of cats on
+    sofas and beds and of dogs with benches and bikes, so that it is the label; all others are of
+    cats and dogs on shelves. Of these 15 % are for validation, the share of Wu et al. (2023), who
+    drew them in the order of their disk; here they are drawn in alphabetical order.
+
+    Parameters
+    ----------
+    folder : str or Path
+        With ``metashifts/MetaDatasetCatDog``, which Wu et al. publish, or
+        ``Domain-Generalization-Cat-Dog``, which the script of Liang and Zou writes: in both,
+        folders such as ``train/cat/cat(sofa)``.
+    split : {"train", "val", "test"}
+    side : int
+        Size of the inputs.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a folder is missing.
+    ValueError
+        If there is no such split, or no image of it.
+    """
+    _split_number(split)
+    found = [place for name in METASHIFT if (place := Path(folder, name)).is_dir()]
+    place = found[0] if found else Path(folder, METASHIFT[0])
+    part = "train" if split == "train" else "test"
+    files, labels, backgrounds = [], [], []
+    for name, outdoors in METASHIFT_FOLDERS[part].items():
+        animal = name.partition("(")[0]
+        images = place / part / animal / name
+        _require(images, "https://github.com/Wuyxin/DISC says where to get it")
+        mine = sorted(file for file in images.iterdir() if is_image_file(file.name))
+        files += mine
+        labels += [("cat", "dog").index(animal)] * len(mine)
+        backgrounds += [outdoors] * len(mine)
+    read = _images(files, labels, backgrounds, side, split, place)
+    if split == "train":
+        return read
+    order = torch.randperm(len(read), generator=torch.Generator().manual_seed(0))
+    tested = int(METASHIFT_TEST * len(read))
+    return read[(order[:tested] if split == "test" else order[tested:]).sort().values]
+
+
+def parity_mnist(folder: str | Path, split: str) -> ImageSet:
+    """Read MNIST as even (0) and odd (1) digits (Mahinpei et al. 2021).
+
+    The attribute is the digit; see `mnist` for the arguments.
+    """
+    return mnist(folder, split).regrouped(lambda digit: digit % 2)
+
+
+def _split_number(split: str) -> int:
+    if split not in SPLITS:
+        raise ValueError(f"split: {split!r} given; it is train, val or test")
+    return SPLITS[split]
+
+
+def _require(path: Path, remedy: str) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"data-root: {path} is missing; {remedy}")
+
+
+def _rows(
+    file: Path, columns: Sequence[str], header: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield where each row stands and its values by column, of a CSV file or of words in lines."""
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        split = csv.reader(opened) if file.suffix == ".csv" else map(str.split, opened)
+        lines = ((f"data-root: {file}, line {line}", row) for line, row in enumerate(split, 1))
+        if header is None:
+            header = next(lines, ("", []))[1]
+            if file.suffix != ".csv":  # the text of CelebA: a count, then names but for the first
+                header = ["image_id", *next(lines, ("", []))[1]]
+        if absent := [name for name in columns if name not in header]:
+            raise ValueError(f"data-root: {file} has no column {', '.join(absent)}")
+        for where, row in lines:
+            if row and len(row) != len(header):
+                raise ValueError(f"{where}: {len(row)} values for {len(header)} columns")
+            if row:
+                yield where, dict(zip(header, row, strict=True))
+
+
+def _index(row: dict[str, str], name: str, known: Sequence[str], where: str) -> int:
+    if row[name] not in known:
+        raise ValueError(f"{where}: {name} is {row[name]!r}; it is one of {', '.join(known)}")
+    return known.index(row[name])
+
+
+def _images(
+    files: Sequence[Path],
+    labels: Sequence[int],
+    attribute: Sequence[int],
+    side: int,
+    split: str,
+    origin: Path,
+) -> ImageSet:
+    if not files:
+        raise ValueError(f"data-root: {origin} has no images for the split {split}")
+    absent = [file for file in files if not file.is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"data-root: {absent[0]} is missing, and {len(absent) - 1} more of the {len(files)} "
+            f"images that {origin} names; unpack the images there"
+        )
+    return ImageSet(
+        [str(file) for file in files],
+        torch.tensor(labels),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        side,
+        batch_size=32,
+        attribute=torch.tensor(attribute),
+    )

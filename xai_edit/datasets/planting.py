@@ -1,0 +1,283 @@
+"""A shortcut planted in any set of images: a mark or a colour that goes with the label.
+
+`Shortcut` says what is planted and how strongly it goes with which label. The images themselves are
+changed batch by batch, as they are read, so that a set is never held a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transform
+
+from xai_edit.datasets.papers import ImageSet, check_numbered
+
+
+class Planted(Protocol):
+    """What can be planted: `Mark`, `Colours`, or a class of a user's own."""
+
+    @property
+    def values(self) -> int:
+        """Number of values of the attribute."""
+
+    def __call__(self, pixels: Tensor, attribute: Tensor) -> Tensor:
+        """Return images that show the attribute.
+
+        Parameters
+        ----------
+        pixels : Tensor, uint8, shape (samples, channels, height, width)
+            Not to be changed.
+        attribute : Tensor, int64, shape (samples,)
+            From 0 to ``values`` − 1.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A picture that is blended into images: the attribute is 1 where it is, else 0.
+
+    Parameters
+    ----------
+    picture : str, Path or Tensor
+        A file, or uint8, shape (4, height, width): red, green, blue and opacity. Grey images get
+        its brightness.
+    size : (int, int), optional
+        Height and width in pixels that it is resized to; as it is, when left out.
+    place : (int, int)
+        Row and column of its upper left corner in the image.
+    opacity : float
+        In (0, 1], times the picture's own.
+
+    Raises
+    ------
+    ValueError
+        If the file is no picture, or a number is out of range; when images are planted, if it
+        does not fit into them.
+    FileNotFoundError
+        If there is no such file.
+    """
+
+    picture: str | Path | Tensor
+    size: tuple[int, int] | None = None
+    place: tuple[int, int] = (0, 0)
+    opacity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.opacity <= 1:
+            raise ValueError(f"opacity: {self.opacity} given; it is above 0 and at most 1")
+        if min(self.place) < 0:
+            raise ValueError(f"place: {self.place} given; row and column are from 0")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size: {self.size} given; height and width are from 1")
+        _ = self._layers  # a file that is no picture is told now
+
+    @property
+    def values(self) -> int:
+        """Two: without and with the mark."""
+        return 2
+
+    @cached_property
+    def _layers(self) -> tuple[Tensor, Tensor]:
+        """Colour times opacity, shape (3, height, width), in 0…255, and opacity, in 0…1."""
+        picture = self.picture if isinstance(self.picture, Tensor) else _opened(Path(self.picture))
+        if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) != 4:
+            raise ValueError(
+                f"picture: {picture.dtype} of shape {tuple(picture.shape)} given; it is uint8 of "
+                "shape (4, height, width): red, green, blue, opacity"
+            )
+        opacity = self.opacity * picture[3:].float() / 255
+        # Multiplied before it is resized: what is transparent has no colour to lend.
+        layers = torch.cat([picture[:3] * opacity, opacity])
+        if self.size is not None:
+            layers = transform.resize(layers, list(self.size), antialias=True)
+        return layers[:3], layers[3:]
+
+    def __call__(self, pixels: Tensor, attribute: Tensor) -> Tensor:
+        """Return the images with the mark where the attribute is 1; see `Planted`."""
+        colour, opacity = self._layers
+        if pixels.shape[1] == 1:
+            colour = transform.rgb_to_grayscale(colour)
+        (top, left), (height, width) = self.place, colour.shape[1:]
+        if top + height > pixels.shape[2] or left + width > pixels.shape[3]:
+            raise ValueError(
+                f"place: a mark of {height}×{width} at {self.place} leaves images of "
+                f"{pixels.shape[2]}×{pixels.shape[3]}; give another place or size"
+            )
+        planted = pixels.clone()
+        window = planted[:, :, top : top + height, left : left + width]
+        blended = ((1 - opacity) * window + colour).round().clamp(0, 255).byte()
+        window.copy_(torch.where(attribute[:, None, None, None] == 1, blended, window))
+        return planted
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Colours of grey images: the attribute is the number of the colour.
+
+    Parameters
+    ----------
+    colours : sequence of (int, int, int)
+        Red, green and blue, in 0…255, that white becomes; black stays.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two, or one is no colour; when images are planted, if they are not
+        grey.
+    """
+
+    colours: Sequence[tuple[int, int, int]]
+
+    def __post_init__(self) -> None:
+        known = [
+            len(each) == 3 and all(0 <= value <= 255 for value in each) for each in self.colours
+        ]
+        if len(known) < 2 or not all(known):
+            raise ValueError(
+                f"colours: {self.colours} given; give two or more of (red, green, blue), in 0…255"
+            )
+
+    @property
+    def values(self) -> int:
+        """The number of colours."""
+        return len(self.colours)
+
+    def __call__(self, pixels: Tensor, attribute: Tensor) -> Tensor:
+        """Return the images in colour, with three channels; see `Planted`."""
+        if pixels.shape[1] != 1:
+            raise ValueError(f"images: {pixels.shape[1]} channels; only grey ones get a colour")
+        colour = torch.tensor(self.colours)[attribute][:, :, None, None]
+        return (pixels * (colour / 255)).round().byte()
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """What is planted in images, with which label it goes, and how strongly.
+
+    Parameters
+    ----------
+    planted : Planted
+        `Mark` or `Colours`: what each value of the attribute looks like.
+    strength : float
+        ρ in [0, 1]: the share of the training images of each class whose attribute agrees with
+        their label; 1 divided by the number of values is no correlation.
+    goes_with : callable, optional
+        The agreeing attribute of labels, both int64, shape (samples,), such as
+        ``lambda label: label == 3`` for a mark on class 3 alone. The label itself when left out.
+
+    Raises
+    ------
+    ValueError
+        If the strength is out of range.
+
+    Examples
+    --------
+    Digits below 5 are red and others green, but for every twentieth:
+
+    >>> colours = Colours([(255, 0, 0), (0, 255, 0)])
+    >>> digits = mnist(folder, "train").regrouped(lambda digit: digit >= 5)
+    >>> train = Shortcut(colours, strength=0.95).train(digits, seed=0)
+    """
+
+    planted: Planted
+    strength: float
+    goes_with: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ValueError(
+                f"strength: {self.strength} given; it is a share of the images, from 0 to 1"
+            )
+
+    def train(self, images: ImageSet, seed: int) -> ImageSet:
+        """Return the images with the shortcut, which goes with the label.
+
+        In each class ``strength`` of the images, rounded to whole ones, have the agreeing
+        attribute, and the others have each other attribute equally often.
+
+        Parameters
+        ----------
+        images : ImageSet
+            Without a shortcut; an attribute of its own gives way to the shortcut's.
+        seed : int
+            Draws which images agree.
+
+        Raises
+        ------
+        ValueError
+            If the shortcut does not fit the images, or their labels have no attribute.
+        """
+        agreeing = self._agreeing(images)
+        generator = torch.Generator().manual_seed(seed)
+        attribute = agreeing.clone()
+        for rows in _classes(images, generator):
+            others = rows[round(self.strength * len(rows)) :]
+            step = 1 + torch.arange(len(others)) % (self.planted.values - 1)
+            attribute[others] = (agreeing[others] + step) % self.planted.values
+        return self._with(images, attribute)
+
+    def balanced(self, images: ImageSet, seed: int) -> ImageSet:
+        """Return each image once with every attribute, so that all groups are of one size.
+
+        Parameters
+        ----------
+        images : ImageSet
+            Without a shortcut.
+        seed : int
+            Draws which images stay of a class that has more of them than the smallest.
+
+        Raises
+        ------
+        ValueError
+            If the shortcut does not fit the images, or their labels have no attribute.
+        """
+        self._agreeing(images)
+        classes = _classes(images, torch.Generator().manual_seed(seed))
+        least = min(len(rows) for rows in classes)
+        rows = torch.cat([rows[:least] for rows in classes]).sort().values
+        attribute = torch.arange(self.planted.values).repeat(len(rows))
+        return self._with(images[rows.repeat_interleave(self.planted.values)], attribute)
+
+    def _agreeing(self, images: ImageSet) -> Tensor:
+        """Return the attribute that agrees with each label, all of it checked."""
+        if not len(images):
+            raise ValueError("images: none given")
+        if images.planted is not None:
+            raise ValueError("images: have a shortcut already; give them as they were read")
+        given = images.labels if self.goes_with is None else self.goes_with(images.labels)
+        agreeing = check_numbered(given, len(images), "goes_with")
+        if (most := int(agreeing.max())) >= self.planted.values:
+            raise ValueError(
+                f"goes_with: attribute {most} for a label, and what is planted has "
+                f"{self.planted.values}, numbered from 0; give goes_with, or regroup the labels"
+            )
+        return agreeing
+
+    def _with(self, images: ImageSet, attribute: Tensor) -> ImageSet:
+        one = self.planted(images.pixels(torch.tensor([0])), attribute[:1])  # refused now or never
+        again = one.shape[1] // len(images.mean)  # the same numbers for each channel of a colour
+        mean, std = images.mean * again, images.std * again
+        return replace(images, attribute=attribute, planted=self.planted, mean=mean, std=std)
+
+
+def _classes(images: ImageSet, generator: torch.Generator) -> list[Tensor]:
+    """Return the rows of each class in a random order."""
+    classes = [(images.labels == label).nonzero()[:, 0] for label in images.labels.unique()]
+    return [rows[torch.randperm(len(rows), generator=generator)] for rows in classes]
+
+
+def _opened(file: Path) -> Tensor:
+    if not file.is_file():
+        raise FileNotFoundError(f"picture: {file}: no such file")
+    try:
+        with Image.open(file) as picture:
+            return transform.pil_to_tensor(picture.convert("RGBA"))  # type: ignore[no-any-return]
+    except (UnidentifiedImageError, OSError) as problem:
+        raise ValueError(f"picture: {file} cannot be read as a picture ({problem})") from None
