@@ -35,6 +35,7 @@ from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.pca import PCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.datasets.planting import Colours, Mark, Shortcut
 from xai_edit.edits.edit import Change, ModelEdit
 from xai_edit.edits.fictitious import FictitiousClass
 from xai_edit.edits.head import HeadFeatures, collect_head_features
@@ -65,6 +66,7 @@ __all__ = [
     "BeforeAfter",
     "CaptumLayer",
     "Change",
+    "Colours",
     "Comparison",
     "ConceptAwarePruning",
     "Cost",
@@ -82,6 +84,7 @@ __all__ = [
     "HeadFeatures",
     "LastLayerRetraining",
     "LogitMask",
+    "Mark",
     "ModelCheck",
     "ModelEdit",
     "NonFiniteError",
@@ -93,6 +96,7 @@ __all__ = [
     "Scorer",
     "SelectiveSynapticDampening",
     "ShareSweep",
+    "Shortcut",
     "SingleWeight",
     "Subspaces",
     "Taylor",

@@ -7,15 +7,19 @@ each is opened when its batch is.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.datasets.folder import is_image_file
 
 from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, ImageSet, mnist
 
-SPLITS = {"train": 0, "val": 1, "test": 2}  # as the metadata number them
+SPLITS = ("train", "val", "test")
+# What the files may say, in the order of the numbers it becomes.
+SPLIT, YES, SIGN = ("0", "1", "2"), ("0", "1"), ("-1", "1")
 WATERBIRDS = "waterbird_complete95_forest2water2"
 METASHIFT = ("metashifts/MetaDatasetCatDog", "Domain-Generalization-Cat-Dog")
 # Attribute of each folder: 0 indoors, 1 outdoors. Others beside them are of other experiments.
@@ -50,11 +54,11 @@ def waterbirds(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     number = _split_number(split)
     table = Path(folder, WATERBIRDS, "metadata.csv")
     _require(table, f"https://nlp.stanford.edu/data/dro/{WATERBIRDS}.tar.gz has it")
+    columns = {"img_filename": None, "y": YES, "split": SPLIT, "place": YES}
     files, labels, places = [], [], []
-    for where, row in _rows(table, ("img_filename", "y", "split", "place")):
-        label, place = (_index(row, name, ("0", "1"), where) for name in ("y", "place"))
-        if _index(row, "split", ("0", "1", "2"), where) == number:
-            files.append(table.parent / row["img_filename"])
+    for name, label, of_split, place in _rows(table, columns):
+        if of_split == number:
+            files.append(f"{table.parent}/{name}")
             labels.append(label)
             places.append(place)
     return _images(files, labels, places, side, split, table)
@@ -86,26 +90,23 @@ def celeba(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     place = Path(folder, "celeba")
     kind = ".csv" if (place / "list_attr_celeba.csv").is_file() else ".txt"
     attributes, partition = place / f"list_attr_celeba{kind}", place / f"list_eval_partition{kind}"
-    for needed in (attributes, partition):
+    images = place / "img_align_celeba"
+    for needed in (attributes, partition, images):
         _require(
             needed,
-            f"torchvision.datasets.CelebA({str(folder)!r}, download=True) gets it as .txt, "
-            "Kaggle's jessicali9530/celeba-dataset has it as .csv",
+            f"torchvision.datasets.CelebA({str(folder)!r}, download=True) gets it, and Kaggle's "
+            "jessicali9530/celeba-dataset has it, with .csv for .txt",
         )
     header = None if kind == ".csv" else ("image_id", "partition")
-    numbers = {
-        row["image_id"]: _index(row, "partition", ("0", "1", "2"), where)
-        for where, row in _rows(partition, ("image_id", "partition"), header)
-    }
-    images = place / "img_align_celeba"
+    numbers = dict(_rows(partition, {"image_id": None, "partition": SPLIT}, header))
     images = images / images.name if (images / images.name).is_dir() else images
     files, labels, males, listed = [], [], [], set()
-    for where, row in _rows(attributes, ("image_id", "Blond_Hair", "Male")):
-        blond, male = (_index(row, name, ("-1", "1"), where) for name in ("Blond_Hair", "Male"))
-        name = row["image_id"]
+    for name, blond, male in _rows(
+        attributes, {"image_id": None, "Blond_Hair": SIGN, "Male": SIGN}
+    ):
         listed.add(name)
         if numbers.get(name) == number:
-            files.append(images / name)
+            files.append(f"{images}/{name}")
             labels.append(blond)
             males.append(male)
     if differing := listed ^ numbers.keys():
@@ -150,7 +151,7 @@ def metashift(folder: str | Path, split: str, side: int = 224) -> ImageSet:
         animal = name.partition("(")[0]
         images = place / part / animal / name
         _require(images, "https://github.com/Wuyxin/DISC says where to get it")
-        mine = sorted(file for file in images.iterdir() if is_image_file(file.name))
+        mine = sorted(str(file) for file in images.iterdir() if is_image_file(file.name))
         files += mine
         labels += [("cat", "dog").index(animal)] * len(mine)
         backgrounds += [outdoors] * len(mine)
@@ -173,7 +174,7 @@ def parity_mnist(folder: str | Path, split: str) -> ImageSet:
 def _split_number(split: str) -> int:
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} given; it is train, val or test")
-    return SPLITS[split]
+    return SPLITS.index(split)
 
 
 def _require(path: Path, remedy: str) -> None:
@@ -182,33 +183,43 @@ def _require(path: Path, remedy: str) -> None:
 
 
 def _rows(
-    file: Path, columns: Sequence[str], header: Sequence[str] | None = None
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield where each row stands and its values by column, of a CSV file or of words in lines."""
+    file: Path,
+    columns: Mapping[str, Sequence[str] | None],
+    header: Sequence[str] | None = None,
+) -> Iterator[list[Any]]:
+    """Yield the values of some columns of each row, of a CSV file or of words in lines.
+
+    What a column may say becomes its number there; where that is None, the value stays text.
+    """
     with file.open(encoding="utf-8-sig", newline="") as opened:
-        split = csv.reader(opened) if file.suffix == ".csv" else map(str.split, opened)
-        lines = ((f"data-root: {file}, line {line}", row) for line, row in enumerate(split, 1))
+        lines = enumerate(
+            csv.reader(opened) if file.suffix == ".csv" else map(str.split, opened), 1
+        )
         if header is None:
-            header = next(lines, ("", []))[1]
+            header = next(lines, (0, []))[1]
             if file.suffix != ".csv":  # the text of CelebA: a count, then names but for the first
-                header = ["image_id", *next(lines, ("", []))[1]]
+                header = ["image_id", *next(lines, (0, []))[1]]
         if absent := [name for name in columns if name not in header]:
             raise ValueError(f"data-root: {file} has no column {', '.join(absent)}")
-        for where, row in lines:
-            if row and len(row) != len(header):
-                raise ValueError(f"{where}: {len(row)} values for {len(header)} columns")
-            if row:
-                yield where, dict(zip(header, row, strict=True))
-
-
-def _index(row: dict[str, str], name: str, known: Sequence[str], where: str) -> int:
-    if row[name] not in known:
-        raise ValueError(f"{where}: {name} is {row[name]!r}; it is one of {', '.join(known)}")
-    return known.index(row[name])
+        wanted = [(name, header.index(name), known) for name, known in columns.items()]
+        for line, row in lines:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"data-root: {file}, line {line}: {len(row)} values for {len(header)} columns"
+                )
+            for name, at, known in wanted:
+                if known is not None and row[at] not in known:
+                    raise ValueError(
+                        f"data-root: {file}, line {line}: {name} is {row[at]!r}; it is one of "
+                        f"{', '.join(known)}"
+                    )
+            yield [row[at] if known is None else known.index(row[at]) for _, at, known in wanted]
 
 
 def _images(
-    files: Sequence[Path],
+    files: Sequence[str],
     labels: Sequence[int],
     attribute: Sequence[int],
     side: int,
@@ -217,14 +228,14 @@ def _images(
 ) -> ImageSet:
     if not files:
         raise ValueError(f"data-root: {origin} has no images for the split {split}")
-    absent = [file for file in files if not file.is_file()]
+    absent = [file for file in files if not os.path.isfile(file)]
     if absent:
         raise FileNotFoundError(
             f"data-root: {absent[0]} is missing, and {len(absent) - 1} more of the {len(files)} "
             f"images that {origin} names; unpack the images there"
         )
     return ImageSet(
-        [str(file) for file in files],
+        files,
         torch.tensor(labels),
         IMAGENET_MEAN,
         IMAGENET_STD,

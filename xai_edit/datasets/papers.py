@@ -104,8 +104,10 @@ class ImageSet:
 
         Where the images have an attribute, of each (class, attribute) group.
         """
-        keys = [self.labels] if self.attribute is None else [self.labels, self.attribute]
-        _, group = torch.stack(keys).unique(dim=1, return_inverse=True)
+        group = self.labels.unique(return_inverse=True)[1]
+        if self.attribute is not None:
+            among = self.attribute.unique(return_inverse=True)[1]
+            group = (group * len(self) + among).unique(return_inverse=True)[1]
         order = group.argsort(stable=True)
         sizes = group.bincount()
         at = torch.arange(len(self)) - (sizes.cumsum(0) - sizes)[group[order]]  # in its group
