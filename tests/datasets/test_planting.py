@@ -147,7 +147,10 @@ def test_colours_multiply_and_leave_black():
     assert not pixels[0, :, 0].any()
 
 
-def test_planting_holds_no_second_set_and_changes_no_image():
+def test_planting_holds_no_second_set_and_changes_no_image(half_red):
+    pixels = torch.full((2, 3, 6, 6), 90, dtype=torch.uint8)
+    assert (Mark(half_red)(pixels, torch.tensor([1, 1])) != 90).any()
+    assert (pixels == 90).all()
     images = image_set([0, 1] * 20)
     before = images.source.clone()
     train = Shortcut(RED_GREEN, 0.9).train(images, seed=0)
@@ -175,6 +178,7 @@ def test_what_does_not_fit_is_refused_before_any_work(half_red, tmp_path):
     grey, colour = image_set([0, 1, 2]), image_set([0, 1], channels=3)
     refused = {
         "strength: 95 given; it is a share": lambda: Shortcut(RED_GREEN, 95),
+        "planted: 'logo.png' given; give Mark": lambda: Shortcut("logo.png", 0.9),
         "strength: nan given": lambda: Shortcut(RED_GREEN, float("nan")),
         "goes_with: attribute 2 for a label": lambda: Shortcut(RED_GREEN, 0.9).train(grey, 0),
         "images: 3 channels; only grey": lambda: Shortcut(RED_GREEN, 0.9).train(colour, 0),

@@ -175,7 +175,7 @@ class Shortcut:
     Raises
     ------
     ValueError
-        If the strength is out of range.
+        If nothing of two or more values is planted, or the strength is out of range.
 
     Examples
     --------
@@ -191,6 +191,11 @@ class Shortcut:
     goes_with: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if not callable(self.planted) or getattr(self.planted, "values", 0) < 2:
+            raise ValueError(
+                f"planted: {self.planted!r} given; give Mark(…), Colours(…), or a callable with "
+                "two or more `values`"
+            )
         if not 0 <= self.strength <= 1:
             raise ValueError(
                 f"strength: {self.strength} given; it is a share of the images, from 0 to 1"
@@ -200,7 +205,7 @@ class Shortcut:
         """Return the images with the shortcut, which goes with the label.
 
         In each class ``strength`` of the images, rounded to whole ones, have the agreeing
-        attribute, and the others have each other attribute equally often.
+        attribute, and the others have each other attribute equally often, but for one image.
 
         Parameters
         ----------
