@@ -25,9 +25,11 @@ from xai_edit.baselines.boundary import boundary_expanding, boundary_shrink
 from xai_edit.baselines.dampening import SelectiveSynapticDampening
 from xai_edit.baselines.directions import DirectionRemoval
 from xai_edit.baselines.finetuning import negative_gradient, random_labels, retrain
+from xai_edit.baselines.groups import erm, group_dro, jtt
+from xai_edit.baselines.masktune import masktune
 from xai_edit.baselines.recorder import AmnesiacLog
 from xai_edit.baselines.robustness import LastLayerRetraining
-from xai_edit.baselines.training import Unlearned
+from xai_edit.baselines.training import Trained, Unlearned
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.features import Features, collect_features
@@ -100,6 +102,7 @@ __all__ = [
     "SingleWeight",
     "Subspaces",
     "Taylor",
+    "Trained",
     "UnitScores",
     "UnknownLayerError",
     "Unlearned",
@@ -119,11 +122,15 @@ __all__ = [
     "deletion_curve",
     "edge_relevance",
     "edge_scores",
+    "erm",
     "evaluate_groups",
     "evaluate_head",
     "evaluate_unlearning",
     "fit_patterns",
     "fold_ablation",
+    "group_dro",
+    "jtt",
+    "masktune",
     "measured",
     "negative_gradient",
     "predictiveness",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xai_edit.attribution.layers import run
 from xai_edit.data import Batch, model_device
@@ -22,13 +22,13 @@ MOMENTUM = 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class Unlearned:
-    """A changed copy of a model; the model itself is as it was.
+class Trained:
+    """What training gave.
 
     Attributes
     ----------
     model : nn.Module
-        On the device and in the mode of the model it was made from.
+        The network; after a training from scratch in evaluation mode.
     method : str
         Name of the function that made it.
     cost : Cost
@@ -43,9 +43,18 @@ class Unlearned:
     origin: dict[str, Any]
 
 
+class Unlearned(Trained):
+    """A changed copy of a model, which is itself as it was; on its device and in its mode."""
+
+
+def told(method: str, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the origin of a network: the method's name, what it says, the versions."""
+    return {"operator": method, **origin, "versions": versions()}
+
+
 def unlearned(model: nn.Module, method: str, cost: Cost, origin: Mapping[str, Any]) -> Unlearned:
     """Return the result, with the method's name and the versions in its origin."""
-    return Unlearned(model, method, cost, {"operator": method, **origin, "versions": versions()})
+    return Unlearned(model, method, cost, told(method, origin))
 
 
 @contextmanager
@@ -58,6 +67,12 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of a labelled batch."""
+    assert batch.labels is not None  # checked where the samples are gathered
+    return nn.functional.cross_entropy(logits, batch.labels.to(logits.device))
+
+
 def fine_tuned(
     model: nn.Module,
     epoch_batches: Callable[[int], Iterable[Batch]],
@@ -67,8 +82,11 @@ def fine_tuned(
     seed: int,
     ascend: bool = False,
     statistics: bool = False,
+    weight_decay: float = 0.0,
+    loss: Callable[[Tensor, Batch], Tensor] = cross_entropy,
+    after_epoch: Callable[[nn.Module], object] | None = None,
 ) -> tuple[nn.Module, int]:
-    """Train a copy of a model by cross-entropy; the model is only read.
+    """Train a copy of a model, by cross-entropy if nothing else is said; the model is only read.
 
     Stochastic gradient descent with momentum 0.9 on all parameters, also those that are frozen in
     the model. Dropout is active. Batch norms (any norm with running statistics) are in evaluation
@@ -92,6 +110,12 @@ def fine_tuned(
     statistics : bool
         Batch norms are in training mode and follow the batches, as they did when the model was
         trained; except in a batch of one sample, which has no statistics.
+    weight_decay : float
+        L2 penalty, as in `torch.optim.SGD`.
+    loss : callable
+        Gives the number to descend from a batch's logits and the batch.
+    after_epoch : callable, optional
+        Called with the copy after each epoch; it leaves the copy as it is.
 
     Returns
     -------
@@ -118,22 +142,27 @@ def fine_tuned(
     trained.train()
     norms = [m for m in trained.modules() if getattr(m, "running_mean", None) is not None]
     optimizer = torch.optim.SGD(
-        trained.parameters(), lr=learning_rate, momentum=MOMENTUM, maximize=ascend
+        trained.parameters(),
+        lr=learning_rate,
+        momentum=MOMENTUM,
+        weight_decay=weight_decay,
+        maximize=ascend,
     )
     with seeded(seed, device), torch.inference_mode(False), torch.enable_grad():
         for epoch in range(epochs):
             for batch in epoch_batches(epoch):
-                assert batch.labels is not None  # checked where the samples are gathered
                 for norm in norms:
                     norm.train(statistics and len(batch) > 1)
                 logits = run(trained, batch.inputs.to(device))
-                loss = nn.functional.cross_entropy(logits, batch.labels.to(device))
-                if not torch.isfinite(loss):
+                value = loss(logits, batch)
+                if not torch.isfinite(value):
                     raise _diverged(steps, learning_rate)
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 optimizer.step()
                 steps += 1
+            if after_epoch is not None:
+                after_epoch(trained)
     if steps == 0:
         raise ValueError("data: no samples to train on; are all of the classes to forget?")
     optimizer.zero_grad(set_to_none=True)
