@@ -15,7 +15,7 @@ from PIL import Image
 import xai_edit as xe
 from xai_edit.cli import main
 from xai_edit.loading import load_data, load_model, preprocessing_of
-from xai_edit.neutralize import split
+from xai_edit.neutralize import run, split
 from xai_edit.spurious import read_spurious
 
 NET = """
@@ -155,6 +155,18 @@ def test_the_edits_are_those_of_the_library(done, here):
         assert saved.origin == edit.origin
         for parameter, change in edit.changes.items():
             assert torch.equal(saved.changes[parameter].new, change.new)
+
+
+def test_the_model_is_left_as_it_was(here, tmp_path, unchanged):
+    images = images_of("test")
+    parts = split(images, read_spurious("marks.csv", images, "test"))
+    model = load_model("neutralize_net:build", weights="w.pt").train()
+    check = unchanged(model)
+    (tmp_path / "edits").mkdir()
+    how = {"target": None, "out": tmp_path, "read": lambda found, _: found}
+    about = {"command": "", "versions": {}, "spurious": {"with": 0, "without": 0}}
+    run(model, xe.FictitiousClass(), parts, **how, about=about)
+    check()
 
 
 def test_parts_share_no_image_lose_none_and_have_every_group(home):

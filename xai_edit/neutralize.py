@@ -1,4 +1,4 @@
-"""Take a user's model its reliance on a spurious feature, and measure it group by group."""
+"""Make a user's model lean less on a spurious feature, and measure every group."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,20 +43,14 @@ def resampled_shares(
     -------
     ndarray, float64, shape (resamples, G)
     """
-    total = samples.numpy()
+    total = samples.numpy()[:, None]
     random = np.random.default_rng(seed)
-    drawn = random.binomial(total, hits.numpy() / total, size=(resamples, len(total)))
-    return np.asarray(drawn / total, dtype=np.float64)
+    # One group after the other, since NumPy prepares each anew where the chance changes.
+    drawn = random.binomial(total, hits.numpy()[:, None] / total, size=(len(total), resamples))
+    return np.asarray((drawn / total).T, dtype=np.float64)
 
 
-def percentile_interval(draws: NDArray[np.float64], confidence: float) -> Any:
-    """Return the percentile interval of draws of shape (resamples,), or (resamples, G).
-
-    Returns
-    -------
-    tuple of float, or list of them, one a column
-    """
-    ends = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    if ends.ndim == 1:
-        return float(ends[0]), float(ends[1])
-    return [(float(low), float(high)) for low, high in ends.T]
+def percentile_interval(draws: NDArray[np.float64], confidence: float) -> Interval:
+    """Return the percentile interval of a figure's draws, shape (resamples,)."""
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -48,8 +48,8 @@ class Rate:
 class Demographics:
     """Differences between groups of people, 0 to 1. Lower is better; 0 is alike for all.
 
-    Each is the highest rate less the lowest, so with intervals of `Accuracy.intervals`' kind,
-    that of a difference is never below 0.
+    Each is the highest rate less the lowest. Intervals are made as in `Accuracy.intervals`, with
+    highest and lowest looked for in each resample, so that they never reach below 0.
 
     Attributes
     ----------

@@ -98,8 +98,9 @@ class Accuracy:
     @property
     def groups(self) -> dict[Group, float]:
         """Accuracy of each (class, attribute) group that has samples."""
+        right, samples = self.right.tolist(), self.samples.tolist()
         return {
-            (row, column): int(self.right[row, column]) / int(self.samples[row, column])
+            (row, column): right[row][column] / samples[row][column]
             for row, column in self.samples.nonzero().tolist()
         }
 
@@ -111,7 +112,8 @@ class Accuracy:
     @property
     def worst_group(self) -> Group:
         """The (class, attribute) group of lowest accuracy, the first of equals."""
-        return min(self.groups, key=lambda group: self.groups[group])
+        groups = self.groups
+        return min(groups, key=lambda group: groups[group])
 
     @property
     def average(self) -> float:
@@ -182,8 +184,8 @@ class Accuracy:
 
         Samples are drawn anew within each group, since the sizes of the groups are a choice of
         whoever made the data. The worst group is looked for in each resample, so that its interval
-        is that of a minimum and reaches low where several groups are nearly as bad. A group
-        without a wrong answer has an interval of no width, as small as it may be: see its samples.
+        is that of a minimum and reaches low where several groups are nearly as bad. The interval of
+        a group with no wrong answer has no width, however few its samples are.
 
         Parameters
         ----------
@@ -201,7 +203,10 @@ class Accuracy:
             confidence,
             resamples,
             seed,
-            dict(zip(self.groups, percentile_interval(draws, confidence), strict=True)),
+            {
+                group: percentile_interval(drawn, confidence)
+                for group, drawn in zip(self.groups, draws.T, strict=True)
+            },
             percentile_interval(worst, confidence),
             {name: percentile_interval(drawn, confidence) for name, drawn in averages.items()},
             {
@@ -222,7 +227,7 @@ class Accuracy:
         ------
         ValueError
             If it is no class, there is one attribute only, an attribute has no samples of the
-            class, or it was not counted what is ``predicted``.
+            class, or ``predicted`` is None.
         """
         if self.predicted is None:
             raise ValueError("predicted: not counted; evaluate_groups counts it")
@@ -316,7 +321,7 @@ class Accuracy:
         """Return a copy of the training counts with no fewer columns than ``samples``."""
         assert self.train_samples is not None  # asked before
         missing = max(0, self.samples.shape[1] - self.train_samples.shape[1])
-        return torch.nn.functional.pad(self.train_samples.long(), (0, missing))
+        return torch.nn.functional.pad(self.train_samples.long().cpu(), (0, missing))
 
 
 def check_train_samples(counts: Tensor, classes: int | None = None) -> None:
