@@ -122,7 +122,8 @@ def test_the_run_writes_its_files_and_figures(done):
     assert row["class"] == MARKED  # found, not told
     assert results["edit"]["reason"] is None
     validation = results["edit"]["validation"]
-    assert validation["after"] > validation["before"]
+    assert validation["worst_group"]["after"] > validation["worst_group"]["before"]
+    assert [*validation] == ["worst_group", "average"]
     assert [*read(done, "timing.json")["plan"]] == names[1:]
 
 
@@ -177,7 +178,7 @@ def test_parts_share_no_image_lose_none_and_have_every_group(home):
     rows = [row for part in cut for row in part.images.rows]
     assert sorted(rows) == list(range(360))
     known = [*parts.planning.images.rows, *parts.validation.images.rows]
-    assert parts.known.images.rows == sorted(known)
+    assert parts.known.images.rows == known
     groups = np.array(images.labels) * 2 + np.array(spurious)
     for part, share in zip(cut, (0.25, 0.25, 0.5), strict=True):
         for group in range(8):
@@ -222,6 +223,20 @@ def test_json_alone_is_printed(here, capsys):
     assert results["edit"]["rate"] == 0.001
     assert [row["class"] for row in results["edit"]["rows"]] == [MARKED]
     assert results["spurious"]["with"] + results["spurious"]["without"] == 360
+
+
+@pytest.mark.parametrize("how", ["--rate least-gap", "--select gradient-activation"])
+def test_words_of_the_operator_are_passed_on(here, how):
+    assert main(shlex.split(f"{LINE} {how} --target c --out words --quiet")) == 0
+    assert how.split()[1] in (read("words")["edit"]["rate"], read("words")["edit"]["select"])
+    operator = {"select": read("words")["edit"]["select"], "rate": read("words")["edit"]["rate"]}
+    images = images_of("test")
+    parts = split(images, read_spurious("marks.csv", images, "test"))
+    model = load_model("neutralize_net:build", weights="w.pt")
+    edit = xe.FictitiousClass(**operator).plan(
+        model, parts.planning, target=MARKED, validation=parts.validation
+    )
+    assert read("words")["edit"]["rows"] == edit.origin["rows"]
 
 
 def test_a_folder_of_the_images_with_the_feature_serves_as_well(here, done):
@@ -293,6 +308,7 @@ def test_where_no_edit_helps_it_says_so_and_why(here, capsys, monkeypatch):
                 "reason": "nothing <helps>",
                 "rows": [],
                 "worst_group": {"before": 0.5, "after": 0.5},
+                "average": {"before": 0.5, "after": 0.5},
             },
         )
 

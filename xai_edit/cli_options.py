@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     marked = "CSV file of path,1 (has the feature) and path,0, or a folder of the images with it"
     add("--spurious", required=True, metavar="FOLDER_OR_CSV", help=marked)
     add("--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing")
-    select = "sca, the paper's, or exact: the weight and dose best for the worst group"
+    select = "sca, the paper's; exact: the weight and dose best for the worst group; …"
     add("--select", default="sca", metavar="HOW", help=select + DEFAULT)
     rate = "in [0, 1]; auto: the best for the worst group; least-gap: the paper's"
     add("--rate", type=_rate, default="auto", metavar="R", help=rate + DEFAULT)

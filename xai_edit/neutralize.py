@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from xai_edit.attribution.targets import check_classes
@@ -27,7 +28,6 @@ from xai_edit.report.page import write_report
 from xai_edit.resources import Cost, measured
 
 BEFORE, RETRAINED = "before", "last-layer retraining (DFR)"
-METHODS = {"sca": "one weight (SCA)", "exact": "one weight (exact)"}
 EDIT, HEAD = "edits/neutralize.safetensors", "edits/last-layer.safetensors"
 SEED = 0  # of the parts
 FEWEST = 3  # images of a group: one for each part
@@ -68,7 +68,7 @@ class Parts:
     held_out : Marked
         The other half, for the figures.
     known : Marked
-        Planning and validation together, all that a baseline may see.
+        Planning and then validation, all that a baseline may see.
     labels : list of int
         Of all images.
     """
@@ -120,7 +120,7 @@ def split(images: Images, spurious: Sequence[int], *, seed: int = SEED) -> Parts
         whole.only(sorted(planning)),
         whole.only(sorted(validation)),
         whole.only(sorted(held_out)),
-        whole.only(sorted(planning + validation)),
+        whole.only(sorted(planning) + sorted(validation)),
         labels,
     )
 
@@ -163,29 +163,29 @@ def run(
         On bad input; see `FictitiousClass.plan`.
     """
     _check_fit(model, parts, read)
-    method = METHODS[operator.select]
+    method = f"one weight ({'SCA' if operator.select == 'sca' else operator.select})"
+    overlap = Overlap(None)
     costs: dict[str, Cost] = {}
+    with measured() as reading:
+        known = _head(model, read(parts.known, "planning"), overlap.know)
+    planning, validation = _cut(known, len(parts.planning))
     edits = {BEFORE: ModelEdit({})}
     withheld: dict[str, str] = {}
     with measured() as costs[method]:
-        edit = operator.plan(
-            model,
-            read(parts.planning, "planning"),
-            target=target,
-            validation=read(parts.validation, "finding the dose"),
-        )
+        edit = operator.plan(model, planning, target=target, validation=validation)
     if edit.size:
         edits[method] = edit
     else:
         withheld[method] = edit.origin.get("reason", "the edit found changes no weight")
     try:
         with measured() as costs[RETRAINED]:
-            known = read(parts.known, "retraining the last layer")
             edits[RETRAINED] = LastLayerRetraining().plan(model, known)
     except ValueError as problem:
         withheld[RETRAINED] = str(problem)
         del costs[RETRAINED]
-    head = _held_out(model, parts, read)
+    compare = partial(overlap.add, split="the held-out part")
+    head = _head(model, read(parts.held_out, "measuring"), compare)
+    overlap.refuse()
     rows = []
     for name, file in ((BEFORE, None), (method, EDIT), (RETRAINED, HEAD)):
         had = edits.get(name)
@@ -217,12 +217,15 @@ def run(
             "rate": operator.rate,
             "layer": head.layer,
             "rows": origin["rows"],
-            "validation": origin["worst_group"],
+            "validation": {figure: origin[figure] for figure in ("worst_group", "average")},
             "reason": withheld.get(method),
         },
         "rows": rows,
     }
-    timing = {"plan": {name: cost.seconds for name, cost in costs.items()}}
+    timing = {
+        "features": reading.seconds,
+        "plan": {name: cost.seconds for name, cost in costs.items()},
+    }
     for written, content in (("timing.json", timing), ("results.json", results)):
         text = json.dumps(content, indent=2, ensure_ascii=False)
         write_atomically(out / written, f"{text}\n".encode())
@@ -237,15 +240,22 @@ def _check_fit(model: nn.Module, parts: Parts, read: Reader) -> None:
     check_classes(torch.tensor(parts.labels), layer.out_features, "labels")
 
 
-def _held_out(model: nn.Module, parts: Parts, read: Reader) -> HeadFeatures:
-    """Return the last layer's inputs over the held-out images, none of which may be known."""
-    overlap = Overlap(read(parts.known, "looking for repeated images"))
+def _head(model: nn.Module, data: Data, watch: Callable[[Tensor], None]) -> HeadFeatures:
+    """Return the last layer's inputs; ``watch`` is shown the images on the way."""
 
     def watched() -> Iterator[Any]:
-        for batch in batches(read(parts.held_out, "measuring")):
-            overlap.add(batch.inputs, "the held-out part")
+        for batch in batches(data):
+            watch(batch.inputs)
             yield batch.inputs, batch.labels, batch.groups
 
-    head = collect_head_features(model, watched(), with_attribute=True)
-    overlap.refuse()
-    return head
+    return collect_head_features(model, watched(), with_attribute=True)
+
+
+def _cut(head: HeadFeatures, at: int) -> list[HeadFeatures]:
+    """Return the features of the first samples, and of all others."""
+    labels, attribute = head.require_labels(), head.attribute
+    assert attribute is not None  # asked for
+    return [
+        replace(head, features=head.features[part], labels=labels[part], attribute=attribute[part])
+        for part in (slice(at), slice(at, None))
+    ]

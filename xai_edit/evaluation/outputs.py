@@ -226,10 +226,15 @@ class Overlap:
     """
 
     def __init__(self, analysis: Data | None) -> None:
-        with naming("analysis"):
-            found = () if analysis is None else batches(analysis)
-            self._analysis = {digest for batch in found for digest in _digests(batch.inputs)}
+        self._analysis: set[bytes] = set()
         self._found: dict[str, set[bytes]] = {}
+        with naming("analysis"):
+            for batch in () if analysis is None else batches(analysis):
+                self.know(batch.inputs)
+
+    def know(self, inputs: Tensor) -> None:
+        """Take in one batch that an edit was planned from."""
+        self._analysis.update(_digests(inputs))
 
     def add(self, inputs: Tensor, split: str) -> None:
         """Compare one batch of a split."""

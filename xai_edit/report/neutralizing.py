@@ -50,16 +50,20 @@ def shown_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _what(results: Mapping[str, Any]) -> str:
-    cut, validation = results["split"], results["edit"]["validation"]
+    cut, marked, layer = results["split"], results["spurious"], results["edit"]["layer"]
+    validation = results["edit"]["validation"]
     told = "".join(f"<li>{escape(line)}</li>" for line in planned_weights(results))
+    worst, average = (
+        f"from {found['before']:.3f} to {found['after']:.3f}"
+        for found in (validation["worst_group"], validation["average"])
+    )
     return (
         "<p>The network shall lean less on a feature that goes with a class without being part of "
-        f"it. Of {results['spurious']['with'] + results['spurious']['without']} images "
-        f"{results['spurious']['with']} have it. Fictitious class removal takes the feature for a "
-        f"class of its own and edits one weight of <code>{escape(results['edit']['layer'])}</code> "
-        f"for each class that it speaks for, planned from {cut['planning']} images and judged on "
-        f"{cut['validation']} others, where the accuracy of the worst group went from "
-        f"{validation['before']:.3f} to {validation['after']:.3f}.</p><ul>{told}</ul>"
+        f"it. Of {marked['with'] + marked['without']} images {marked['with']} have it. Fictitious "
+        "class removal takes the feature for a class of its own and edits one weight of "
+        f"<code>{escape(layer)}</code> for each class that it speaks for, planned from "
+        f"{cut['planning']} images and judged on {cut['validation']} others, where the accuracy of "
+        f"the worst group went {worst} and that over all images {average}.</p><ul>{told}</ul>"
         f"<p>All figures are from {cut['held_out']} images that no edit has seen.</p>"
     )
 
