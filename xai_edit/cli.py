@@ -353,16 +353,16 @@ def _note(given: argparse.Namespace, text: str) -> None:
 
 
 def _reproduce(given: argparse.Namespace) -> int:
-    from xai_edit.reproduce.experiments import EXPERIMENTS, Options
+    from xai_edit.reproduce.catalogue import CATALOGUE
+    from xai_edit.reproduce.experiments import Options
     from xai_edit.reproduce.tables import text
-    from xai_edit.reproduce.unlearning import reproduce
 
     if given.list:
-        for name, experiment in EXPERIMENTS.items():
-            print(f"{name:<14} {experiment.network}, {experiment.read.__name__}")
+        for name, entry in CATALOGUE.items():
+            print(f"{name:<14} {entry.told}")
         return 0
-    if given.name not in EXPERIMENTS:
-        raise ValueError(f"name: {given.name!r} given; it is one of {', '.join(EXPERIMENTS)}")
+    if given.name not in CATALOGUE:
+        raise ValueError(f"name: {given.name!r} given; it is one of {', '.join(CATALOGUE)}")
     root = given.data_root or os.environ.get("XAI_EDIT_DATA")
     if root is None:
         raise ValueError("data-root: none given, and XAI_EDIT_DATA is not set")
@@ -379,9 +379,10 @@ def _reproduce(given: argparse.Namespace) -> int:
         quiet=given.quiet,
         command=given.line,
     )
-    results = reproduce(given.name, options)
+    entry = CATALOGUE[given.name]
+    results = entry.run(options)
     if not given.quiet:
-        print(text(results))
+        print(text(entry.tables(results)))
     _note(given, f"written: {options.out / 'results.json'}")
     return 0
 

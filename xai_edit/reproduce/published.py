@@ -131,3 +131,29 @@ SWEEPS = {
     for data, by_k in _SWEEPS.items()
 }
 """Tables VII to X: k → rule → (A_g, A_t) at no neuron off and at each share."""
+
+# Figures of Hakemi et al., *Post-hoc spurious correlation neutralization*, Table 1:
+# worst-group accuracy and gap to the average, in percent, from their own and other papers.
+WORST_GROUPS = {
+    "waterbirds": {
+        "unedited (ERM)": (75.3, 24.4),
+        "group DRO": (91.4, 2.1),
+        "JTT": (86.7, 6.6),
+        "DFR": (92.9, 1.3),
+        "FCR: SCA, least gap": (93.2, 1.9),
+    },
+    "celeba": {
+        "unedited (ERM)": (48.8, 47.1),
+        "group DRO": (88.9, 4.0),
+        "JTT": (88.0, 6.9),
+        "DFR": (88.3, 3.0),
+        "FCR: SCA, least gap": (84.9, 5.4),
+    },
+    "metashift": {
+        "unedited (ERM)": (62.1, 10.8),
+        "group DRO": (66.0, 7.6),
+        "JTT": (64.6, 9.8),
+        "DFR": (72.8, 4.7),
+        "FCR: SCA, least gap": (78.3, 0.1),
+    },
+}

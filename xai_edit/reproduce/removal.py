@@ -123,7 +123,8 @@ def remove_digits(name: str, options: Options) -> dict[str, Any]:
                 (sweep,) = operator.sweep(
                     model, planning, validation=held, rates=RATES.tolist(), **where
                 )
-                row = {"digit": digit, "select": operator.select, "column": sweep.column}
+                row: dict[str, Any] = {"digit": digit, "select": operator.select}
+                row["column"] = sweep.column
                 told = {"removed": sweep.removed.tolist(), "retained": sweep.retained.tolist()}
                 curves.append(row | told)
             for operator in (SCA, EXACT):  # the rate or dose is chosen on planning images
@@ -132,8 +133,8 @@ def remove_digits(name: str, options: Options) -> dict[str, Any]:
                 right, samples = after.right.sum(0), after.samples.sum(0)
                 own = torch.arange(10) == digit
                 removed, retained = (right[at].sum() / samples[at].sum() for at in (own, ~own))
-                told = {"removed": float(removed), "retained": float(retained)}
-                chosen.append({"digit": digit, "select": operator.select, **told})
+                row = {"digit": digit, "select": operator.select}
+                chosen.append(row | {"removed": float(removed), "retained": float(retained)})
         accuracy = evaluate_head(held).average
         return {"before": accuracy, "rates": RATES.tolist(), "curves": curves, "chosen": chosen}
 

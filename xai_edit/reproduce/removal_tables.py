@@ -32,12 +32,9 @@ def classes_tables(results: Results) -> dict[str, Table]:
     for target in dict.fromkeys(row["class"] for _, row in rows):
         cells = [_mean(run["before"][target] for run in runs)]
         for n in counts:
-            mine = [
-                r
-                for _, r in rows
-                if (r["select"], r["n_weights"], r["class"]) == ("sca", n, target)
-            ]
-            cells.append(_mean(r["accuracy"][target] for r in mine if "accuracy" in r))
+            wanted = ("sca", n, target)
+            same = [r for _, r in rows if (r["select"], r["n_weights"], r["class"]) == wanted]
+            cells.append(_mean(r["accuracy"][target] for r in same if "accuracy" in r))
         by_class.append([str(target), *cells])
     return {"one class removed": by_selection, "class by class (Fig. 6)": by_class}
 

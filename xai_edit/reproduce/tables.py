@@ -55,10 +55,9 @@ def sweep_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     return tables
 
 
-def text(results: Mapping[str, Any]) -> str:
-    """Return all tables of a run for a terminal."""
-    parts = {"methods": methods_table(results), **sweep_tables(results)}
-    return "\n\n".join(f"{title}\n{_aligned(table)}" for title, table in parts.items())
+def text(tables: Mapping[str, Table]) -> str:
+    """Return the tables of a run for a terminal."""
+    return "\n\n".join(f"{title}\n{_aligned(table)}" for title, table in tables.items())
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
