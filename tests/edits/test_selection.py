@@ -378,3 +378,41 @@ def test_exact_has_no_sweep():
     head = both_ways()
     with pytest.raises(ValueError, match="'exact' finds its own dose"):
         FictitiousClass("exact").sweep(model_of(head), head, target=1)
+
+
+@pytest.mark.parametrize("select", ["sca", "relevance"])
+def test_the_feature_no_longer_raises_the_probability(select):
+    head = both_ways()
+    edit = FictitiousClass(select, aim="indifference").plan(model_of(head), head, target=1)
+    assert edit.size == 1
+
+    def raised(weight):
+        probability = (head.features @ weight.T).softmax(1)[:, 1]
+        return float((probability[head.attribute == 1]).mean()) - float(
+            probability[head.attribute == 0].mean()
+        )
+
+    weight = head.weight.clone()
+    assert edit.origin["raised"]["before"] == pytest.approx(raised(weight))
+    assert raised(weight) >= 0.2
+    (row,) = edit.origin["rows"]
+    weight[1, row["column"]] = row["weight"]
+    assert edit.origin["raised"]["after"] == pytest.approx(raised(weight))
+    assert raised(weight) <= 0
+    (sweep,) = FictitiousClass(select, aim="indifference").sweep(model_of(head), head, target=1)
+    smaller = sweep.rates < row["rate"]  # the smallest rate that does it is taken
+    assert (sweep.raised[smaller] > 0).all()
+
+
+def test_nothing_is_planned_where_the_feature_raises_nothing():
+    head = both_ways()
+    head.weight[1, 1], head.weight[0, 0] = 0.01, 0.0  # there is an edge to find
+    head.weight[0, 1] = 0.5
+    edit = FictitiousClass(aim="indifference").plan(model_of(head), head, target=1)
+    assert edit.size == 0
+    assert "no edit of one weight lowers what the feature adds" in edit.origin["reason"]
+
+
+def test_indifference_is_not_for_exact():
+    with pytest.raises(ValueError, match="aim: 'indifference' goes with the other selections"):
+        FictitiousClass("exact", aim="indifference")

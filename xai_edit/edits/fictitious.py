@@ -30,6 +30,11 @@ from xai_edit.edits.single_weight import (
 
 # Rows are gone through again, each chosen anew beside the others, while that helps.
 ROUNDS = 10
+REASONS = {
+    "worst-group": "raises the worst group",
+    "removal": "lowers the accuracy on the samples with the feature and keeps that on the others",
+    "indifference": "lowers what the feature adds to the class's probability",
+}
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,12 @@ class FictitiousClass:
         objective on the validation data. "least-gap" takes the one with the least gap between
         average and worst-group accuracy there, as the paper does; a collapsed model has no gap
         either. Not with "exact", which finds its own dose.
-    aim : {"worst-group", "removal"}
-        The objective: worst-group accuracy; or accuracy on the samples with the feature down,
-        subject to accuracy on those without it no more than ``tolerance`` below what it was (a
-        sub-class to be removed).
+    aim : {"worst-group", "removal", "indifference"}
+        The objective. "worst-group": its accuracy. "removal", of a sub-class: accuracy on the
+        samples with the feature down, subject to accuracy on those without it no more than
+        ``tolerance`` below what it was. "indifference", where the same samples are given with and
+        without the feature: it no longer raises the mean probability of the class. Not with
+        "exact", since that is no count of samples.
     tolerance : float
         For ``aim="removal"``, as a fraction.
     classifier : scikit-learn classifier, optional
@@ -71,7 +78,7 @@ class FictitiousClass:
 
     select: Selection = "sca"
     rate: float | Mapping[int, float] | Literal["auto", "least-gap"] = "auto"
-    aim: Literal["worst-group", "removal"] = "worst-group"
+    aim: Literal["worst-group", "removal", "indifference"] = "worst-group"
     tolerance: float = 0.005
     classifier: Any = None
     anchor: bool | Literal["auto"] = "auto"
@@ -90,8 +97,10 @@ class FictitiousClass:
         else:
             for rate in self.rate.values() if isinstance(self.rate, Mapping) else [self.rate]:
                 check_rate(rate)
-        if self.aim not in ("worst-group", "removal"):
-            raise ValueError(f"aim: {self.aim!r} given; it is 'worst-group' or 'removal'")
+        if self.aim not in REASONS:
+            raise ValueError(f"aim: {self.aim!r} given; it is one of {', '.join(REASONS)}")
+        if (self.select, self.aim) == ("exact", "indifference"):
+            raise ValueError("aim: 'indifference' goes with the other selections, not with 'exact'")
         if not 0 <= self.tolerance <= 1:
             raise ValueError(f"tolerance: {self.tolerance!r} given; it is a fraction in [0, 1]")
 
@@ -152,28 +161,20 @@ class FictitiousClass:
         else:
             chosen = self._chosen(task, {}, ROUNDS if searching else 1)
         after = task.judge(chosen)
-        if (
-            searching
-            and self.aim == "worst-group"
-            and after["worst_group"] <= before["worst_group"]
-        ):
+        helped = self.aim != "worst-group" or after["worst_group"] > before["worst_group"]
+        if searching and not helped:
             chosen, after = {}, before
-        told = ["worst_group", "average", *(["removed", "retained"] * (self.aim == "removal"))]
         origin = {
             "operator": "FictitiousClass",
             "select": self.select,
             "rate": dict(self.rate) if isinstance(self.rate, Mapping) else self.rate,
             "aim": self.aim,
             "samples": len(task.head.features),
-            **{name: {"before": before[name], "after": after[name]} for name in told},
+            **{name: {"before": before[name], "after": after[name]} for name in after},
         }
+        del origin["objective"]
         if not chosen:
-            origin["reason"] = (
-                "no edit of one weight raises the worst group on validation data"
-                if self.aim == "worst-group"
-                else "no edit of one weight lowers the accuracy on the feature's samples on "
-                "validation data and keeps that on the others"
-            )
+            origin["reason"] = f"no edit of one weight {REASONS[self.aim]} on validation data"
         rows = [
             {
                 "class": row,
@@ -269,15 +270,16 @@ class FictitiousClass:
         has = (judged_attribute[:, None] == torch.tensor(wanted)).any(1)
         labels = judged.require_labels()
         floor = None
+        if self.aim != "worst-group" and (has.all() or not has.any()):
+            raise ValueError("validation: needs samples with and without the feature")
         if self.aim == "removal":
-            if has.all() or not has.any():
-                raise ValueError("validation: needs samples with and without the feature")
             before = (judged.logits().argmax(1) == labels).double()
             floor = float(before[~has].mean()) - self.tolerance
         cells = (int(judged_attribute.max()) + 1) * labels + judged_attribute
         groups = cells.unique(return_inverse=True)[1]
         values = dict(zip(rows, wanted, strict=True))
-        return _Task(head, attribute, judged, groups, has.long(), values, floor)
+        indifferent = self.aim == "indifference"
+        return _Task(head, attribute, judged, groups, has.long(), values, floor, indifferent)
 
     def _chosen(self, task: _Task, start: Mapping[int, _Weight], rounds: int) -> dict[int, _Weight]:
         """Choose the weight of each row beside the others, again while the objective rises."""
@@ -343,8 +345,16 @@ class FictitiousClass:
         right = torch.where(as_row, labels == row, labels == rival)
         accuracy = torch.stack([_group_means(at_rate, task.groups) for at_rate in right])
         parted = torch.stack([_group_means(at_rate, task.has) for at_rate in right])
-        judged = task.of_groups(accuracy)
-        objective = judged if task.floor is None else removal(task.floor)(parted)
+        rest = logits.clone()
+        rest[:, row] = -torch.inf
+        probability = (logits[:, row] + doses[:, None] * x - rest.logsumexp(1)).sigmoid()
+        with_it = task.has == 1
+        raised = probability[:, with_it].mean(1) - probability[:, ~with_it].mean(1)
+        objective = task.of_groups(accuracy)
+        if task.floor is not None:
+            objective = removal(task.floor)(parted)
+        if task.indifferent:
+            objective = -raised.clamp(min=0)
         return RateSweep(
             row,
             column,
@@ -355,6 +365,7 @@ class FictitiousClass:
             right.double().mean(1),
             parted[:, -1],
             parted[:, 0],
+            raised,
             objective,
         )
 
@@ -380,6 +391,7 @@ class _Task:
     has: Tensor  # of the judged samples: 1 with the feature
     values: dict[int, int]  # the fictitious class of each row
     floor: float | None  # accuracy to keep without the feature, of a removal
+    indifferent: bool
     columns: dict[int, int] = field(default_factory=dict)  # found so far, by row
     rates: Sequence[float] | None = None  # to sweep, where they are given
     balanced: bool = False  # whether the mean over groups is the objective, for a start
@@ -412,7 +424,8 @@ class _Task:
 
     def judge(self, chosen: Mapping[int, _Weight]) -> dict[str, float]:
         """Return the figures with some weights edited; "objective" is what is to rise."""
-        right = self.logits(chosen).argmax(1) == self.labels
+        logits = self.logits(chosen)
+        right = logits.argmax(1) == self.labels
         accuracy = _group_means(right, self.groups)
         worst, average = float(accuracy.min()), float(right.double().mean())
         objective = float(self.of_groups(accuracy))
@@ -421,6 +434,10 @@ class _Task:
             parted = _group_means(right, self.has)
             told |= {"retained": float(parted[0]), "removed": float(parted[1])}
             told["objective"] = float(removal(self.floor)(parted))
+        if self.indifferent:
+            probability, with_it = logits.softmax(1)[:, [*self.values]], self.has == 1
+            raised = probability[with_it].mean(0) - probability[~with_it].mean(0)
+            told |= {"raised": float(raised.max()), "objective": -float(raised.clamp(min=0).sum())}
         return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,9 @@ def _fitted(x: Tensor, place: Tensor, classifier: Any) -> tuple[Tensor, Tensor]:
 
     scaler = MaxAbsScaler().fit(x.numpy())
     chosen = LogisticRegression(max_iter=2000) if classifier is None else clone(classifier)
-    fitted = chosen.fit(scaler.transform(x.numpy()), place.numpy())
+    with warnings.catch_warnings():  # many classes of one sample are no regression here
+        warnings.filterwarnings("ignore", "The number of unique classes")
+        fitted = chosen.fit(scaler.transform(x.numpy()), place.numpy())
     for name in ("coef_", "intercept_"):
         if not hasattr(fitted, name):
             raise ValueError(

@@ -30,6 +30,8 @@ class RateSweep:
         Accuracy over all samples.
     removed, retained : Tensor, float64, shape (R,)
         Accuracy over the samples with the feature and over those without (Fig. 8).
+    raised : Tensor, float64, shape (R,)
+        Mean probability of the class with the feature less that without.
     objective : Tensor, float64, shape (R,)
         What ``rate="auto"`` makes as large as it can.
     """
@@ -43,6 +45,7 @@ class RateSweep:
     average: Tensor
     removed: Tensor
     retained: Tensor
+    raised: Tensor
     objective: Tensor
 
     @property

@@ -80,10 +80,13 @@ def digits_tables(results: Results) -> dict[str, Table]:
         at = int((retained - removed).argmax())
         label = f"{name}, one rate for all ({rates[at]:.3g})"
         chosen.append([label, *_gap(removed[at], retained[at])])
-    for select, name in {"sca": "SCA, each its own rate", "exact": "exact"}.items():
-        mine = [row for run in runs for row in run["chosen"] if row["select"] == select]
-        removed, retained = (np.mean([row[key] for row in mine]) for key in ("removed", "retained"))
-        chosen.append([name, *_gap(float(removed), float(retained))])
+    for key in dict.fromkeys((r["select"], r["tolerance"]) for run in runs for r in run["chosen"]):
+        mine = [r for run in runs for r in run["chosen"] if (r["select"], r["tolerance"]) == key]
+        removed, retained = (
+            np.mean([row[name] for row in mine]) for name in ("removed", "retained")
+        )
+        name = {"sca": "SCA, each its own rate", "exact": "exact"}[key[0]]
+        chosen.append([f"{name}, tolerance {key[1]:g}", *_gap(float(removed), float(retained))])
     return {"digits removed": chosen, "by rate (Fig. 8)": shown}
 
 
