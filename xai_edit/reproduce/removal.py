@@ -125,7 +125,7 @@ def remove_digits(name: str, options: Options) -> dict[str, Any]:
                 row["column"] = sweep.column
                 told = {"removed": sweep.removed.tolist(), "retained": sweep.retained.tolist()}
                 curves.append(row | told)
-            for select, tolerance in product(("sca", "exact"), TOLERANCES):
+            for select, tolerance in product(SELECTIONS[::6], TOLERANCES):  # SCA and exact
                 operator = FictitiousClass(select, aim="removal", tolerance=tolerance)
                 edit = operator.plan(model, planning, **where)  # the rate or dose chosen here
                 after = evaluate_head(held.edited(edit))
