@@ -266,6 +266,14 @@ def test_one_sample_is_enough(plain, digits):
 # several layers and classes
 
 
+class ByLayer:
+    """Another order of the neurons in each layer."""
+
+    def __call__(self, model, inputs, targets, layers):
+        rising = torch.arange(1.0, 13).expand(len(inputs), -1)
+        return {layer: rising if layer == "fc1" else rising.flip(1) for layer in layers}
+
+
 def test_several_layers_each_lose_their_share(plain, digits, batches):
     layers = ["conv2", "fc1"]
     edit = PathPerturbation(layers, share=0.25).plan(plain, batches, target=TARGET)
@@ -275,6 +283,22 @@ def test_several_layers_each_lose_their_share(plain, digits, batches):
     assert changed(edit) == changed(alone[0] | alone[1])
     assert edit.origin["layer"] == layers
     assert edit.origin["neurons"] == [one.origin["neurons"] for one in alone]
+
+
+@pytest.mark.parametrize(
+    ("layers", "scope"), [(["fc1", "fc1:input"], "neuron"), (["fc1", "head:input"], "class_row")]
+)
+def test_layers_that_share_weights_lose_the_neurons_of_both(plain, batches, layers, scope):
+    operator = PathPerturbation(layers, share=0.4, scope=scope)
+    if scope == "class_row":
+        operator = dataclasses.replace(operator, scorer=ByLayer())
+    edit = operator.plan(plain, batches, target=TARGET)
+    alone = [
+        dataclasses.replace(operator, layer=layer).plan(plain, batches, target=TARGET)
+        for layer in layers
+    ]
+    assert alone[0].origin["neurons"] != alone[1].origin["neurons"]
+    assert changed(edit) == changed(alone[0] | alone[1])
 
 
 def test_several_classes_are_forgotten_at_once(plain, digits, batches):

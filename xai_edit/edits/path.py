@@ -262,12 +262,15 @@ class PathPerturbation:
             for layer, count in counts.items():
                 neurons = ranked[layer][:count]
                 if self.scope == "class_row":
-                    entries[f"{head}.weight".removeprefix(".")] = (
-                        target * linear.in_features + neurons
-                    )
+                    row = target * linear.in_features
+                    more = {f"{head}.weight".removeprefix("."): row + neurons}
                 else:
                     norm = None if self.noise else norms.get(layer)
-                    entries |= silencing_entries(model, layer, neurons, norm)
+                    more = silencing_entries(model, layer, neurons, norm)
+                for name, at in more.items():  # a layer's outputs and inputs share its weights
+                    entries[name] = (
+                        torch.cat([entries[name], at]).unique() if name in entries else at
+                    )
             return ModelEdit.between(model, self._values(model, entries), {})
 
         alone = len(layers) == 1 and layers[0] in (feeding, head + INPUT_SUFFIX)
