@@ -1,7 +1,9 @@
 """Neuronal path perturbation: which neurons, and that they are really off."""
 
 import dataclasses
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from xai_edit import (
     LRP,
     Activation,
+    ModelEdit,
     PathPerturbation,
     UnknownLayerError,
     evaluate_groups,
@@ -478,3 +481,14 @@ def test_cached_features_spare_the_pass(plain, digits, batches):
     assert (found.forgotten, found.rest) == (expected.forgotten, expected.rest)
     with pytest.raises(ValueError, match="cached inputs of 'head'"):
         PathPerturbation("conv2").sweep(plain, batches, validation=cached, **settings)
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor, Fraction])
+def test_numbers_of_other_libraries_are_saved_with_the_edit(plain, batches, tmp_path, kind):
+    operator = PathPerturbation(share=kind(0.25), noise="gaussian", scale=kind(0.5))
+    edit = operator.plan(plain, batches, target=TARGET)
+    edit.save(tmp_path / "edit.safetensors")
+    assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
+    assert (edit.origin["share"], edit.origin["scale"]) == (0.25, 0.5)
+    operator = PathPerturbation(share="auto", bound=kind(0.5))
+    operator.plan(plain, batches, target=TARGET).save(tmp_path / "auto.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,11 @@ class PathPerturbation:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("share", "bound", "scale"):
+            # Numbers of NumPy and PyTorch would not go into the JSON of a saved edit.
+            number = getattr(self, name)
+            if isinstance(number, SupportsFloat) and not isinstance(number, bool):
+                object.__setattr__(self, name, float(number))
         if self.share != "auto":
             share_of(1, self.share)
         elif self.noise is not None:
