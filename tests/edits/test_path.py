@@ -450,12 +450,16 @@ def test_auto_takes_the_smallest_number_of_neurons_that_reaches_the_bound(
     assert (edit.origin["share"], edit.origin["bound"]) == (off / 12, bound)
 
 
-def test_auto_goes_by_hundredths_where_neurons_do_not_feed_the_output(plain, digits, batches):
+def test_auto_tries_shares_where_neurons_do_not_feed_the_output(plain, digits, batches):
     own = [(x[y == TARGET], y[y == TARGET]) for x, y in batches]
     edit = PathPerturbation("conv2", share="auto").plan(plain, own, target=TARGET)
     with edit.applied(plain):
         assert evaluate_groups(plain, own).of(TARGET) <= 0.05
     assert 1 <= len(edit.origin["neurons"]) < 6
+    # Of six neurons one is a sixth, and there are no more than six shares to try.
+    assert edit.origin["share"] == len(edit.origin["neurons"]) / 6
+    found = PathPerturbation("conv2").sweep(plain, own, target=TARGET, validation=own)
+    assert found.neurons == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_bound_that_cannot_be_reached_is_refused(plain, batches):

@@ -20,7 +20,7 @@ from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import HeadFeatures, collect_head_features
 from xai_edit.guard import preserved
 
-STEPS = 100  # shares that are tried one by one where nothing can be cached
+STEPS = 100  # the most shares that are tried where nothing can be cached
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +119,8 @@ def sweep(
         Cached features spare the pass.
     target : int
     shares : sequence of float in (0, 1], optional
-        When left out, each number of neurons is tried where that takes no pass over the data, and
-        else each hundredth.
+        When left out, each number of neurons is tried where that takes no pass over the data or
+        there are no more than a hundred, and else each hundredth.
     bound : float, optional
         Where to stop.
 
@@ -137,7 +137,8 @@ def sweep(
         )
     measure = cached or _from_passes(model, path, cast("Data", data), target)
     if shares is None:
-        steps = sum(map(len, path.layers.values())) if cached else STEPS
+        width = sum(map(len, path.layers.values()))
+        steps = width if cached else min(STEPS, width)
         shares = [step / steps for step in range(1, steps + 1)]
     points: list[tuple[float, int, float, float | None]] = []
     for share in (0.0, *sorted(shares)):
