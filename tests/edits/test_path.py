@@ -496,3 +496,21 @@ def test_numbers_of_other_libraries_are_saved_with_the_edit(plain, batches, tmp_
     assert (edit.origin["share"], edit.origin["scale"]) == (0.25, 0.5)
     operator = PathPerturbation(share="auto", bound=kind(0.5))
     operator.plan(plain, batches, target=TARGET).save(tmp_path / "auto.safetensors")
+
+
+def test_cached_features_of_another_network_are_refused(plain, norm, batches):
+    cached = collect_head_features(plain, batches)
+    with torch.no_grad():
+        plain.head.weight[0, 0] += 1
+    for model in (plain, norm):
+        with pytest.raises(ValueError, match="'head' with other weights than the model's"):
+            PathPerturbation().sweep(model, batches, target=TARGET, validation=cached)
+
+
+@pytest.mark.parametrize("layer", ["fc1", "conv2"])
+def test_labels_to_measure_on_that_are_no_class_are_refused(plain, batches, layer):
+    ignored = [(x, y.where(y == TARGET, -100)) for x, y in batches]
+    beyond = [(x, y + 1) for x, y in batches]
+    for data, wrong in ((ignored, -100), (beyond, 10)):
+        with pytest.raises(ValueError, match=f"labels: class {wrong} is out of range"):
+            PathPerturbation(layer).sweep(plain, batches, target=TARGET, validation=data)

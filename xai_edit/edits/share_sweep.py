@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import INPUT_SUFFIX, predict
+from xai_edit.attribution.targets import check_classes
 from xai_edit.data import Data, batches, model_device, require_several_passes
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import HeadFeatures, collect_head_features
@@ -127,7 +128,8 @@ def sweep(
     Raises
     ------
     ValueError
-        If the data has no sample of the class, or all is off and the bound is not reached.
+        If the data has no sample of the class or a label that is no class, the cached features are
+        of another last layer, or all is off and the bound is not reached.
     """
     cached = _from_features(model, path, data, target) if path.feeding else None
     if cached is None and isinstance(data, HeadFeatures):
@@ -170,8 +172,7 @@ def _from_passes(model: nn.Module, path: Path, data: Data, target: int) -> Measu
         edit = path.edit(counts) if any(counts.values()) else ModelEdit({})
         with _applied(model, edit), torch.no_grad():
             for batch in batches(data, model_device(model)):
-                predicted = predict(model, batch.inputs).argmax(1)
-                more = _counted(predicted, batch.labels, target)
+                more = _counted(predict(model, batch.inputs), batch.labels, target)
                 right, samples = right + more[0], samples + more[1]
         return right, samples
 
@@ -186,6 +187,12 @@ def _from_features(
     None if the neurons do not reach the last layer one by one, which is tried.
     """
     head = data if isinstance(data, HeadFeatures) else collect_head_features(model, data)
+    weight = dict(model.named_parameters(remove_duplicate=False)).get(head.parameter("weight"))
+    if weight is None or not torch.equal(weight.cpu(), head.weight):
+        raise ValueError(
+            f"validation: cached inputs of {head.layer!r} with other weights than the model's were "
+            "given; give the data itself, or collect them from this model"
+        )
     ((name, order),) = path.layers.items()
     W = head.weight.double()
     rows = slice(None) if path.row is None else slice(path.row, path.row + 1)
@@ -211,7 +218,7 @@ def _from_features(
         nonlocal done
         z[:, rows] -= taken(head.features, order[done : counts[name]])
         done = counts[name]
-        return _counted(z.argmax(1), head.labels, target)
+        return _counted(z, head.labels, target)
 
     return measure
 
@@ -233,9 +240,11 @@ def _applied(model: nn.Module, edit: ModelEdit) -> Iterator[None]:
         yield
 
 
-def _counted(predicted: Tensor, labels: Tensor | None, target: int) -> tuple[Tensor, Tensor]:
+def _counted(logits: Tensor, labels: Tensor | None, target: int) -> tuple[Tensor, Tensor]:
     """Return right answers and samples, of the class and of the others."""
+    predicted = logits.argmax(1)
     labels = torch.full_like(predicted, target) if labels is None else labels
+    check_classes(labels, logits.shape[1], "labels")
     own, right = labels == target, predicted == labels
     counts = torch.stack([(right & own).sum(), (right & ~own).sum(), own.sum(), (~own).sum()])
     return (*counts.cpu().double().split(2),)
