@@ -223,7 +223,10 @@ def test_class_row_of_neurons_that_do_not_feed_the_output_is_refused(plain, batc
         PathPerturbation(layer, scope="class_row").plan(plain, batches, target=TARGET)
 
 
-@pytest.mark.parametrize("target", [-1, 10, 3.0, True, None, "3", [], [3, 3]])
+MASK = torch.tensor([True, False])
+
+
+@pytest.mark.parametrize("target", [-1, 10, 3.0, True, None, "3", [], [3, 3], MASK, MASK[0]])
 def test_a_class_that_does_not_exist_is_refused(plain, batches, target):
     with pytest.raises(ValueError, match="target"):
         PathPerturbation().plan(plain, batches, target=target)

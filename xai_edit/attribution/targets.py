@@ -142,8 +142,8 @@ def _described(value: Any) -> str:
 
 
 def _whole(number: Any) -> int:
-    if isinstance(number, bool):
-        raise TypeError
+    if isinstance(number, bool) or getattr(number, "dtype", None) is torch.bool:
+        raise TypeError  # a mask of classes would be read as the classes 0 and 1
     return operator.index(number)
 
 
