@@ -118,6 +118,8 @@ def test_a_run_goes_on_where_it_was_cut_short(as_mnist, tmp_path, small, monkeyp
         for figure in ("class", "method", "forgotten_test", "rest_test", "forgotten_train"):
             assert mine[figure] == theirs[figure]
     assert again["sweeps"] == whole["sweeps"]
+    assert {*whole["base"]["0"]["attack"]} == {"0", "2"}
+    assert again["base"]["0"]["attack"] == whole["base"]["0"]["attack"]
     with pytest.raises(ValueError, match="other settings"):
         reproduce("npp-mnist", options(as_mnist, tmp_path / "b", limit=7, classes=(0,), **chosen))
 

@@ -100,7 +100,9 @@ def reproduce(name: str, options: Options) -> dict[str, Any]:
     for seed, target in tqdm(todo, desc=name, unit="class", disable=options.quiet):
         if table is None or table.seed != seed:
             table = _Table(experiment, options, network, train, test, count, seed)
-            results.setdefault("base", {})[str(seed)] = table.told
+            base = results.setdefault("base", {})
+            table.told["attack"] = dict(base.get(str(seed), {}).get("attack", {}))
+            base[str(seed)] = table.told
         results["sweeps"] += table.sweeps(target)
         results["rows"] += table.rows(target)
         written(results, path)
@@ -352,7 +354,7 @@ class _Table:
             "labels": self.held.labels[chosen],
         }
         attack, rates = forgetting_rates(trained, unseen, forget=[target], seed=self.seed)
-        self.told.setdefault("attack", {})[str(target)] = attack.accuracy
+        self.told["attack"][str(target)] = attack.accuracy
         return rates
 
 
