@@ -122,6 +122,9 @@ def test_a_run_goes_on_where_it_was_cut_short(as_mnist, tmp_path, small, monkeyp
     assert again["base"]["0"]["attack"] == whole["base"]["0"]["attack"]
     with pytest.raises(ValueError, match="other settings"):
         reproduce("npp-mnist", options(as_mnist, tmp_path / "b", limit=7, classes=(0,), **chosen))
+    chosen["methods"] = ("retrain",)  # whose rows a finished class would not get
+    with pytest.raises(ValueError, match="other settings"):
+        reproduce("npp-mnist", options(as_mnist, tmp_path / "b", classes=(0,), **chosen))
 
 
 def test_cifar100_runs_on_torchvisions_layout(tmp_path, digits, monkeypatch):
@@ -193,6 +196,10 @@ def test_the_summary_is_mean_and_deviation_over_classes_and_seeds():
         ({"classes": (3,)}, "classes: 3 given; the data has classes 0 to 2"),
         ({"methods": ("masking",), "classes": (0,)}, "methods: 'masking' given; they are path"),
         ({"network": "resnet21", "classes": (0,)}, "network: 'resnet21' given"),
+        (
+            {"methods": ("amnesiac",), "weights": "w", "classes": (0,)},
+            "'amnesiac' needs the training",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused(as_mnist, tmp_path, more, match):

@@ -22,9 +22,9 @@ NAMES = (
     *("path perturbation (class row)", "path noise (Gaussian)", "path noise (Laplacian)"),
     *("one weight (SCA)", "logit mask", "synaptic dampening", "direction removal (DAMP)"),
     *("random labels", "negative gradient", "boundary shrink", "boundary expanding"),
-    *("amnesiac", "retrain"),
+    *(TRAINED := ("amnesiac", "retrain")),
 )
-"""The methods of the tables; the last two only where the network is trained here."""
+"""The methods of the tables; those of ``TRAINED`` only where the network is trained here."""
 
 
 @dataclass(frozen=True)

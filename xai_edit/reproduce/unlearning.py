@@ -37,6 +37,7 @@ from xai_edit.reproduce.experiments import (
     EXPERIMENTS,
     NAMES,
     PATTERNS,
+    TRAINED,
     Experiment,
     Options,
     build,
@@ -77,6 +78,8 @@ def reproduce(name: str, options: Options) -> dict[str, Any]:
     for method in options.methods or ():
         if method not in NAMES:
             raise ValueError(f"methods: {method!r} given; they are {', '.join(NAMES)}")
+        if method in TRAINED and options.weights is not None:
+            raise ValueError(f"methods: {method!r} needs the training, which weights leave out")
     network = options.network or experiment.network
     setting = {
         "run": name,
@@ -84,6 +87,7 @@ def reproduce(name: str, options: Options) -> dict[str, Any]:
         "weights": options.weights,
         "epochs": experiment.epochs if options.epochs is None else options.epochs,
         "limit": options.limit,
+        "methods": None if options.methods is None else [*options.methods],
         "images": {"train": len(train), "test": len(test), "side": side},
     }
     results, path = opened(options, setting)
