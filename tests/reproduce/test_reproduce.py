@@ -194,6 +194,9 @@ def test_the_summary_is_mean_and_deviation_over_classes_and_seeds():
     ("more", "match"),
     [
         ({"classes": (3,)}, "classes: 3 given; the data has classes 0 to 2"),
+        ({"classes": (0, 1, 0)}, "classes: .* name each once"),
+        ({"classes": (0,), "seeds": (1, 1)}, "seeds: .* name each once"),
+        ({"classes": (0,), "limit": 2}, "classes: 0 has 2 test images; 3 are needed"),
         ({"methods": ("masking",), "classes": (0,)}, "methods: 'masking' given; they are path"),
         ({"network": "resnet21", "classes": (0,)}, "network: 'resnet21' given"),
         (

@@ -48,6 +48,7 @@ from xai_edit.reproduce.runs import opened, written
 from xai_edit.resources import Cost, measured
 
 ANALYSED, VALIDATED = 36, 64  # samples a class: to plan on (as in the paper), and for share="auto"
+LEAST = 3  # test images of a class, one for each of these and one for the figures
 KEPT = 200  # training samples a class that A_t, A_g and F_r on the training split are measured on
 TUNED = 600  # training samples a class for methods that fine-tune
 BATCH = 128
@@ -72,9 +73,18 @@ def reproduce(name: str, options: Options) -> dict[str, Any]:
         train, test = train.first(options.limit), test.first(options.limit)
     classes = experiment.classes if options.classes is None else options.classes
     count = int(train.labels.max()) + 1
+    held = test.labels.bincount(minlength=count)
     for target in classes:
         if not 0 <= target < count:
             raise ValueError(f"classes: {target} given; the data has classes 0 to {count - 1}")
+        if held[target] < LEAST:
+            raise ValueError(
+                f"classes: {target} has {int(held[target])} test images; {LEAST} are needed: to "
+                "plan on, for share='auto' and for the figures"
+            )
+    for option, listed in (("classes", classes), ("seeds", options.seeds)):
+        if len({*listed}) < len(listed):
+            raise ValueError(f"{option}: {listed} given; name each once, or it would count twice")
     for method in options.methods or ():
         if method not in NAMES:
             raise ValueError(f"methods: {method!r} given; they are {', '.join(NAMES)}")
