@@ -123,3 +123,16 @@ def test_an_order_is_random_changes_and_comes_again(tmp_path, data_folder):
     one, two = orders(0)
     assert one != two
     assert sorted(one) == sorted(few.labels.tolist())
+
+
+@pytest.mark.parametrize("wrong", ["cut short or damaged", "not one label for each train image"])
+def test_mnist_of_which_a_part_is_missing_is_refused(tmp_path, random, wrong):
+    images = random.integers(256, size=(7, 28, 28), dtype=np.uint8)
+    labels = np.arange(5 if wrong.startswith("not") else 7, dtype=np.uint8)
+    (tmp_path / "mnist").mkdir()
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        packed = gzip.compress(as_idx(array))
+        end = len(packed) // 2 if wrong.startswith("cut") and array is images else None
+        (tmp_path / "mnist" / f"train-{kind}-ubyte.gz").write_bytes(packed[:end])
+    with pytest.raises(ValueError, match=wrong):
+        mnist(tmp_path, "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,6 +183,8 @@ def mnist(folder: str | Path, split: str) -> ImageSet:
     ------
     FileNotFoundError
         If neither is there.
+    ValueError
+        If a file is damaged, or images and labels differ in number.
     """
     prefix = {"train": "train", "test": "t10k"}[split]
     files = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
@@ -194,8 +197,13 @@ def mnist(folder: str | Path, split: str) -> ImageSet:
                 f"data-root: {folder} has neither mnist/{file}.gz nor torchvision's MNIST/raw/"
                 f"{file}; torchvision.datasets.MNIST({str(folder)!r}, download=True) gets it"
             )
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        found.append(np.frombuffer(raw, np.uint8, offset=header))
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            found.append(np.frombuffer(raw, np.uint8, offset=header))
+        except (EOFError, OSError, ValueError, zlib.error) as problem:
+            raise ValueError(f"data-root: {path} is cut short or damaged ({problem})") from None
+    if len(found[0]) != 28 * 28 * len(found[1]):
+        raise ValueError(f"data-root: {folder} has not one label for each {split} image of MNIST")
     images = torch.tensor(found[0]).reshape(-1, 1, 28, 28)
     return ImageSet(images, torch.tensor(found[1]).long(), (0.1307,), (0.3081,), 28)
 
