@@ -291,15 +291,21 @@ def _preprocessing(given: argparse.Namespace) -> Preprocessing:
     return preprocessing_of(given.model, given.weights, shape=given.input_size, **asked)
 
 
+def _require_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"device: {name!r} cannot be used: {problem}") from None
+
+
 def _model(given: argparse.Namespace) -> nn.Module:
     import torch
 
     from xai_edit.loading import load_model
 
-    try:
-        torch.empty(1, device=given.device)
-    except (RuntimeError, AssertionError) as problem:
-        raise ValueError(f"device: {given.device!r} cannot be used: {problem}") from None
+    _require_device(given.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = load_model(given.model, weights=given.weights, classes=given.outputs)
@@ -353,6 +359,8 @@ def _note(given: argparse.Namespace, text: str) -> None:
 
 
 def _reproduce(given: argparse.Namespace) -> int:
+    import torch
+
     from xai_edit.reproduce.catalogue import CATALOGUE
     from xai_edit.reproduce.experiments import Options
     from xai_edit.reproduce.tables import text
@@ -366,6 +374,8 @@ def _reproduce(given: argparse.Namespace) -> int:
     root = given.data_root or os.environ.get("XAI_EDIT_DATA")
     if root is None:
         raise ValueError("data-root: none given, and XAI_EDIT_DATA is not set")
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _require_device(device)
     chosen = {
         name: getattr(given, name)
         for name in ("network", "weights", "epochs", "limit", "side", "classes", "seeds")
@@ -375,7 +385,7 @@ def _reproduce(given: argparse.Namespace) -> int:
         given.out or Path(given.name),
         **chosen,
         methods=None if given.methods is None else tuple(given.methods),
-        device=given.device,
+        device=device,
         quiet=given.quiet,
         command=given.line,
     )

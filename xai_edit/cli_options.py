@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     add("--classes", type=_numbered, metavar="A,B", help="to forget; default: the table's")
     add("--seeds", type=_numbered, default=(0,), metavar="A,B", help="default: 0")
     add("--methods", type=_names, metavar="A,B", help="default: all")
-    add("--device", default="cpu", help="such as cuda" + DEFAULT)
+    add("--device", help="such as cuda; default: cuda if there is one, else cpu")
     add("--quiet", action="store_true", help="no progress bar and no tables")
 
     report = commands.add_parser(

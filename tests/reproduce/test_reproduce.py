@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import pickle
+import shlex
 import statistics
 import struct
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torchvision
 
+from xai_edit.cli import main
 from xai_edit.reproduce import unlearning
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.experiments import EXPERIMENTS, NAMES, Options
@@ -217,3 +219,20 @@ def test_published_sweeps_have_a_figure_for_each_share(data):
         assert k in EXPERIMENTS[f"npp-{data}"].ks
         for cells in rules.values():
             assert len(cells) in (len(shares), len(shares) + 1)  # 24 % only with k = 100
+
+
+LINE = (
+    "reproduce npp-mnist --network conv-2net --epochs 1 --classes 1 --methods 'logit mask' --quiet"
+)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_is_used_if_there_is_one(as_mnist, tmp_path, monkeypatch, there):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr("xai_edit.cli._require_device", seen.append)
+    monkeypatch.setattr(unlearning, "reproduce", lambda _, given: seen.append(given.device))
+    line = f"{LINE} --out {shlex.quote(str(tmp_path))} --data-root {shlex.quote(str(as_mnist))}"
+    assert main(shlex.split(line)) == 0
+    assert main(shlex.split(f"{line} --device meta")) == 0
+    assert seen == ["cuda" if there else "cpu"] * 2 + ["meta"] * 2
