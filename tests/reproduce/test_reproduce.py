@@ -226,6 +226,36 @@ LINE = (
 )
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--network resnet20", "the model does not take inputs of shape (1, 1, 28, 28)"),
+        ("--network vit_b_16", "the model does not take inputs of shape (1, 1, 28, 28)"),
+        ("--network all-cnn:half", "network: 'all-cnn:half' given; all-cnn:0.25 has a quarter"),
+        ("--network all-cnn:inf", "network: 'all-cnn:inf' given"),
+        ("--network all-cnn:-1", "network: 'all-cnn:-1' given"),
+        ("--device nowhere", "device: 'nowhere' cannot be used"),
+        ("--weights junk", "weights: junk do not fit conv-2net"),
+        ("--out list", "results.json is not of a run"),
+        ("--out cut", "results.json is damaged"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(
+    as_mnist, tmp_path, monkeypatch, capsys, more, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk").write_bytes(b"no tensors")
+    for folder, content in (("list", "[]"), ("cut", '{"run": "npp-')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.json").write_text(content)
+    line = f"{LINE} --out out --data-root {shlex.quote(str(as_mnist))} {more}"
+    assert main(shlex.split(line)) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith("xai-edit: ")
+    assert told.count("\n") == 1
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_gpu_is_used_if_there_is_one(as_mnist, tmp_path, monkeypatch, there):
     seen = []

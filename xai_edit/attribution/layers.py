@@ -210,7 +210,7 @@ def run(model: nn.Module, inputs: Tensor) -> Any:
     """Return the model's output, or say that the model does not take such inputs."""
     try:
         return model(inputs.clone())  # a model may overwrite its input, but not the user's data
-    except RuntimeError as problem:
+    except (RuntimeError, AssertionError) as problem:  # torchvision's ViT asserts the size
         raise ValueError(
             f"data: the model does not take inputs of shape {tuple(inputs.shape)}, "
             f"{inputs.dtype}: {problem}"

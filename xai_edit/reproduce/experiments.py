@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -96,7 +98,15 @@ def build(network: str, channels: int, classes: int, side: int) -> nn.Module:
     """
     name, _, width = network.partition(":")
     if name == "all-cnn":
-        return all_cnn(channels=channels, classes=classes, width=float(width or 1))
+        try:
+            share = float(width or 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < math.inf:
+            raise ValueError(
+                f"network: {network!r} given; all-cnn:0.25 has a quarter of the filters"
+            )
+        return all_cnn(channels=channels, classes=classes, width=share)
     if name == "conv-2net":
         return conv_2net(size=side, channels=channels, classes=classes)
     if name == "resnet20":
@@ -116,15 +126,15 @@ def load_weights(model: nn.Module, network: str, options: Options) -> nn.Module:
     Raises
     ------
     ValueError
-        If they do not fit.
+        If they do not fit, or the file is no whole safetensors file.
     """
     assert options.weights is not None
-    if options.weights == "DEFAULT":
-        state = torchvision.models.get_model_weights(network).DEFAULT.get_state_dict()
-    else:
-        state = load_file(options.weights)
     try:
+        if options.weights == "DEFAULT":
+            state = torchvision.models.get_model_weights(network).DEFAULT.get_state_dict()
+        else:
+            state = load_file(options.weights)
         model.load_state_dict(state)
-    except RuntimeError as problem:
+    except (RuntimeError, SafetensorError) as problem:
         raise ValueError(f"weights: {options.weights} do not fit {network}: {problem}") from None
     return model.eval()

@@ -20,14 +20,27 @@ def opened(options: Options, setting: Mapping[str, Any]) -> tuple[dict[str, Any]
     Raises
     ------
     ValueError
-        If the folder holds a run with other settings.
+        If the folder holds a run with other settings, or what is no run.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = _begun(path)
     if any(results.get(key, value) != value for key, value in setting.items()):
         raise ValueError(f"out: {path} is of a run with other settings; give another folder")
     return results | {**setting, "command": options.command, "versions": versions()}, path
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """Return what an earlier run left, nothing if there was none."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"out: {path} is damaged ({problem}); give another folder") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"out: {path} is not of a run; give another folder")
+    return found
 
 
 def written(results: Mapping[str, Any], path: Path) -> None:

@@ -214,6 +214,14 @@ class _Table:
         channels = len(self.train.mean)
         return build(self.network, channels, self.count, self.train.side).to(self.device)
 
+    def _fitting(self) -> nn.Module:
+        """Return an untrained network that takes the images, or raise ValueError."""
+        model = self._built()
+        (inputs, _) = next(iter(self.kept))
+        with preserved(model), torch.no_grad():
+            predict(model, inputs[:1].to(self.device))
+        return model
+
     def _fit(self, model: nn.Module, batches: Any, **more: Any) -> nn.Module:
         steps = -(-len(self.train) // BATCH)
         more |= self.experiment.training
@@ -223,7 +231,7 @@ class _Table:
         return self.train.shuffled(1000 * self.seed, BATCH, flip=self.experiment.flip)
 
     def _trained(self) -> nn.Module:
-        model = self._built()
+        model = self._fitting()
         if self.options.weights is not None:
             return load_weights(model, self.network, self.options)
         shutil.rmtree(self.log, ignore_errors=True)
