@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -91,6 +92,12 @@ def test_imagenet_opens_a_folder_a_class(tmp_path, random):
     assert len(next(iter(found[found.labels == 1]))[0]) == 1
     with pytest.raises(FileNotFoundError, match="train is missing"):
         imagenet(tmp_path, "train")
+    shutil.copytree(tmp_path / "val", tmp_path / "train")
+    assert imagenet(tmp_path, "train", side=32).labels.tolist() == [0, 0, 1]
+    shutil.rmtree(tmp_path / "val" / "n01")  # n02 would be class 0 there and 1 in train
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match="has 'n01' in one of train and val alone"):
+            imagenet(tmp_path, split)
 
 
 def test_what_is_missing_is_named_with_what_would_get_it(tmp_path):

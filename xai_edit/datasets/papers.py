@@ -261,10 +261,20 @@ def imagenet(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     ------
     FileNotFoundError
         If there is no such folder.
+    ValueError
+        If the other split is there and has other classes: a number would not mean the same in both.
     """
-    place = Path(folder, {"train": "train", "test": "val"}[split])
+    places = {"train": Path(folder, "train"), "test": Path(folder, "val")}
+    place = places[split]
     if not place.is_dir():
         raise FileNotFoundError(f"data-root: {place} is missing; it has a folder of images a class")
+    there = [place for place in places.values() if place.is_dir()]
+    first, *more = ({*datasets.folder.find_classes(place)[0]} for place in there)
+    if more and first != more[0]:
+        raise ValueError(
+            f"data-root: {folder} has {min(first ^ more[0])!r} in one of train and val alone; both "
+            "need the same folders, or their numbers would differ"
+        )
     source = datasets.ImageFolder(place)
     files, labels = zip(*source.samples, strict=True)
     return ImageSet(files, torch.tensor(labels), IMAGENET_MEAN, IMAGENET_STD, side, batch_size=32)
