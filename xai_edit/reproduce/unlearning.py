@@ -52,7 +52,7 @@ LEAST = 3  # test images of a class, one for each of these and one for the figur
 KEPT = 200  # training samples a class that A_t, A_g and F_r on the training split are measured on
 TUNED = 600  # training samples a class for methods that fine-tune
 BATCH = 128
-LOG = "amnesiac-log"
+LOG = ".amnesiac-log-of-the-table"  # removed with all in it, so no name that a user might take
 
 
 def reproduce(name: str, options: Options) -> dict[str, Any]:
