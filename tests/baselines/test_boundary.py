@@ -161,6 +161,11 @@ def test_bad_classes_and_bad_data_are_refused(plain, digits, method, unchanged):
 def test_a_step_that_is_not_positive_or_along_no_gradient_is_refused(plain, digits):
     with pytest.raises(ValueError, match="epsilon"):
         boundary_shrink(plain, [digits], forget=3, epsilon=0.0)
+    with pytest.raises(ValueError, match="the lower end comes first"):
+        boundary_shrink(plain, [digits], forget=3, clip=(1.0, 0.0))
+    for method in METHODS:
+        with pytest.raises(ValueError, match="batch_size: 0 given"):
+            method(plain, [digits], forget=3, batch_size=0)
     words = nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.Linear(8, 3))
     data = [(torch.randint(20, (30, 2)), torch.arange(30) % 3)]
     with pytest.raises(TypeError, match="floating"):

@@ -116,12 +116,16 @@ def nearest_classes(
     Raises
     ------
     ValueError
-        If ``epsilon`` is not positive.
+        If ``epsilon`` or ``batch_size`` is not positive, or the ends of ``clip`` are not in order.
     TypeError
         If the inputs are not floating.
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon: {epsilon} given; the step is positive")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} given; it is at least 1")
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip: {clip} given; the lower end comes first, as in (0, 1)")
     if not samples.inputs.is_floating_point():
         raise TypeError(
             f"data: inputs are {samples.inputs.dtype}; the nearest class is found by a step along "
