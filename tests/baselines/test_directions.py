@@ -197,6 +197,8 @@ def test_what_it_cannot_use_is_refused(wide, digits, unchanged):
         operator.plan(wide, [images], target=3)
     with pytest.raises(ValueError, match="not found"):
         DirectionRemoval(layers=["fc"]).plan(wide, [digits], target=3)
+    with pytest.raises(ValueError, match="leave ':input' out"):
+        DirectionRemoval(layers=["7:input"]).plan(wide, [digits], target=3)
     with pytest.raises(ValueError, match="is a ReLU"):
         DirectionRemoval(layers=["1"]).plan(wide, [digits], target=3)
     check()

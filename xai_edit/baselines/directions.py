@@ -203,6 +203,10 @@ def _in_order(model: nn.Module, inputs: Tensor, layers: Sequence[str] | None) ->
             raise ValueError("model: no linear or convolution layer follows the first one to edit")
         return chosen
     for name in (chosen := resolve_layers(model, layers)):
+        if name.endswith(INPUT_SUFFIX):
+            raise ValueError(
+                f"layer {name!r}: it is blind to what it reads; leave {INPUT_SUFFIX!r} out"
+            )
         if not _fits(module := layer_module(model, name)):
             raise ValueError(
                 f"layer {name!r} is a {type(module).__name__} of {getattr(module, 'groups', 1)} "
