@@ -142,3 +142,13 @@ def test_a_model_that_cannot_be_differentiated_by_sample_is_named_as_such(unchan
     with pytest.raises(ValueError, match="sample by sample"):
         SelectiveSynapticDampening(alpha=1.1).plan(model, data, target=1)
     check()
+
+
+def test_the_edit_is_the_same_where_gradients_are_off(plain, digits):
+    operator = SelectiveSynapticDampening(alpha=4)
+    edit = operator.plan(plain, [digits], target=8)
+    with torch.inference_mode():
+        other = operator.plan(plain, [digits], target=8)
+    assert edit.size > 0
+    for name, change in edit.changes.items():
+        assert torch.equal(change.new, other.changes[name].new)

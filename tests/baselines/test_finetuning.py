@@ -9,6 +9,7 @@ from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from xai_edit.baselines.boundary import boundary_expanding, boundary_shrink
 from xai_edit.baselines.finetuning import negative_gradient, random_labels, retrain
 from xai_edit.errors import NonFiniteError
 
@@ -224,11 +225,12 @@ def test_a_seed_gives_the_same_bits_and_the_random_state_comes_back(digits, meth
     assert not same_bits(one, method(model, data, forget=2, seed=2).model)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_it_trains_in_half_precision_and_under_no_grad(digits, method):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", [*METHODS, boundary_shrink, boundary_expanding])
+def test_it_trains_in_half_precision_and_where_gradients_are_off(digits, method, mode):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to(torch.bfloat16)
     data = [(digits[0].to(torch.bfloat16), digits[1])]
-    with torch.no_grad():
+    with mode():
         made = method(model, data, forget=2, learning_rate=0.1).model
     assert made[1].weight.dtype == torch.bfloat16
     assert not torch.equal(made[1].weight, model[1].weight)

@@ -62,7 +62,7 @@ def amnesiac(
         If a weight, or the loss of the repair, is not finite.
     """
     log = log if isinstance(log, AmnesiacLog) else AmnesiacLog(log)
-    with measured() as cost:
+    with measured() as cost, torch.inference_mode(False):
         header, steps = log.read()
         classes = listed(forget, sys.maxsize)  # the log says which there are
         require_same(header["model"], layout_of(model), log.folder)

@@ -58,7 +58,7 @@ def boundary_shrink(
     NonFiniteError
         If the loss or a weight is no longer finite.
     """
-    with measured() as cost, seeded(seed):
+    with measured() as cost, seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, forget)
         nearest = nearest_classes(model, chosen, epsilon=epsilon, clip=clip, batch_size=batch_size)
         made, steps = fine_tuned(
@@ -132,7 +132,7 @@ def nearest_classes(
             "the gradient, which needs floating inputs"
         )
     device, labels = model_device(model), []
-    with preserved(model), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model), torch.enable_grad():
         for inputs, given in zip(
             samples.inputs.split(batch_size), samples.labels.split(batch_size), strict=True
         ):
@@ -185,7 +185,7 @@ def boundary_expanding(
     NonFiniteError
         If the loss or a weight is no longer finite.
     """
-    with measured() as cost, seeded(seed):
+    with measured() as cost, seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, forget)
         name, _ = find_head(model, chosen.inputs[:1].to(model_device(model)))
         wide = copy.deepcopy(model)

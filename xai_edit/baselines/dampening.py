@@ -92,9 +92,10 @@ class SelectiveSynapticDampening:
             If a gradient is not finite.
         """
         classes, outputs, data = forgotten(model, data, target)
-        found = importance(
-            model, data, classes=classes, outputs=outputs, chunk_size=self.chunk_size
-        )
+        with torch.inference_mode(False):
+            found = importance(
+                model, data, classes=classes, outputs=outputs, chunk_size=self.chunk_size
+            )
         share = found.samples / found.forget_samples
         if self.alpha >= share:
             raise ValueError(
@@ -174,7 +175,7 @@ def importance(
         return nn.functional.cross_entropy(logits, label[None])
 
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
-    with preserved(model), torch.inference_mode(False):
+    with preserved(model):
         for batch in labelled(data, outputs, device):
             seen.append(batch.labels.cpu())
             for x, labels in zip(

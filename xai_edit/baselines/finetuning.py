@@ -61,7 +61,7 @@ def retrain(
     NonFiniteError
         If the trained weights are not finite.
     """
-    with measured() as cost, seeded(seed):
+    with measured() as cost, seeded(seed), torch.inference_mode(False):
         require_readable_again(data)
         model = build()
         classes, outputs, _ = forgotten(model, data, forget)
@@ -114,7 +114,7 @@ def random_labels(
     NonFiniteError
         If the loss or a weight is no longer finite.
     """
-    with measured() as cost, seeded(seed):
+    with measured() as cost, seeded(seed), torch.inference_mode(False):
         require_readable_again(data)
         chosen = class_samples(model, data, forget)
         if chosen.others == 0:
@@ -191,7 +191,7 @@ def negative_gradient(
     NonFiniteError
         If the loss or a weight is no longer finite.
     """
-    with measured() as cost, seeded(seed):
+    with measured() as cost, seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, forget)
         made, steps = fine_tuned(
             model,

@@ -148,7 +148,7 @@ def fine_tuned(
         weight_decay=weight_decay,
         maximize=ascend,
     )
-    with seeded(seed, device), torch.inference_mode(False), torch.enable_grad():
+    with seeded(seed, device), torch.enable_grad():
         for epoch in range(epochs):
             for batch in epoch_batches(epoch):
                 for norm in norms:
