@@ -337,6 +337,21 @@ def test_the_same_seed_gives_the_same_bits(memorised):
     assert other.after.test == first.after.test
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_relearns_where_gradients_are_off(network, splits, mask, mode):
+    account = evaluate_unlearning(network, mask, **splits, forget=FORGET, relearn=(0, 2))
+    with mode():
+        other = evaluate_unlearning(network, mask, **splits, forget=FORGET, relearn=(0, 2))
+    assert other == account
+
+
+def test_a_seed_of_numpy_is_written_as_json(network, splits, mask):
+    seeded = evaluate_unlearning(
+        network, mask, **splits, forget=FORGET, relearn=(), seed=np.int64(3)
+    )
+    assert seeded.to_dict()["seed"] == 3
+
+
 def test_batches_and_data_sets_do_not_matter(network, splits, mask):
     whole = {name: [tuple(joined(data))] for name, data in splits.items()}
     sets = {name: TensorDataset(*joined(data)) for name, data in splits.items()}
@@ -467,6 +482,8 @@ BAD = {
     "steps in parts": ({"relearn": (0, 1.5)}, ValueError, "relearn: .*whole"),
     "other outputs": ({"retrained": small_cnn(8, channels=(4,), classes=9)}, ValueError, "differ"),
     "no edit": ({"edit": "mask"}, TypeError, "edit: str given"),
+    "no network": ({"retrained": "model.pt"}, TypeError, "retrained: str given"),
+    "a seed in parts": ({"seed": 0.5}, TypeError, "integer"),
 }
 
 

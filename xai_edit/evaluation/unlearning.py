@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -97,14 +99,17 @@ def evaluate_unlearning(
     TypeError
         If an argument is of another kind, among it data that can be read only once.
     """
-    steps = checked_steps(relearn)
+    steps, seed = checked_steps(relearn), operator.index(seed)
     _refuse_single_use(train, "train")
     _refuse_single_use(test, "test")
-    networks = {"before": model, "after": _edited(model, edit)}
-    if retrained is not None:
-        networks["retrained"] = retrained
+    if not isinstance(retrained, (nn.Module, NoneType)):
+        raise TypeError(f"retrained: {type(retrained).__name__} given; give the retrained network")
     parts: dict[str, Cost] = {}
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # whose tensors cannot be trained on
+        networks = {"before": model, "after": _edited(model, edit)}
+        if retrained is not None:
+            networks["retrained"] = retrained
         for network in networks.values():
             stack.enter_context(preserved(network))
         stack.enter_context(torch.no_grad())
