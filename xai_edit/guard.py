@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -86,6 +87,17 @@ def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
             value.extend(content)
         else:
             value.update(content)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, or say in a ValueError that the model cannot be copied."""
+    try:
+        return deepcopy(model)
+    except (RuntimeError, TypeError) as problem:
+        raise ValueError(
+            f"model: it cannot be copied ({problem}), and this works on a copy; take off what "
+            "computes its weights, such as weight_norm"
+        ) from problem
 
 
 def require_finite(model: nn.Module) -> None:

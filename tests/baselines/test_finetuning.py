@@ -236,6 +236,20 @@ def test_it_trains_in_half_precision_and_where_gradients_are_off(digits, method,
     assert not torch.equal(made[1].weight, model[1].weight)
 
 
+@pytest.mark.parametrize("method", [*METHODS, boundary_shrink, boundary_expanding])
+def test_whole_numbers_among_the_parameters_stay_and_what_cannot_be_copied_is_told(digits, method):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.register_parameter("steps", nn.Parameter(torch.tensor(7), requires_grad=False))
+    made = method(model, [digits], forget=2, learning_rate=0.1).model
+    assert int(made.steps) == 7
+    assert not torch.equal(made[1].weight, model[1].weight)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[1])
+    model(digits[0][:2])  # its weight is now computed, no leaf
+    with pytest.raises(ValueError, match="model: it cannot be copied"):
+        method(model, [digits], forget=2)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loss_that_explodes_is_one_clear_error(plain, batches, method, unchanged):
     check = unchanged(plain)

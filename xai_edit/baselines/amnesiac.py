@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from xai_edit.baselines.recorder import AmnesiacLog, layout_of, require_same, we
 from xai_edit.baselines.samples import Remaining, forgotten, listed, require_readable_again
 from xai_edit.baselines.training import Unlearned, fine_tuned, unlearned
 from xai_edit.data import Batch, Data, model_device
-from xai_edit.guard import require_finite
+from xai_edit.guard import copied, require_finite
 from xai_edit.resources import measured
 
 
@@ -69,7 +68,7 @@ def amnesiac(
         steps = _up_to(model, steps, log.folder)
         undone = _steps_of(classes, header, steps)
         require_finite(model)
-        made = copy.deepcopy(model)
+        made = copied(model)
         parameters = dict(made.named_parameters())
         with torch.no_grad():
             for step in reversed(undone):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from xai_edit.baselines.samples import ClassSamples, class_samples
 from xai_edit.baselines.training import Unlearned, as_before, fine_tuned, seeded, unlearned
 from xai_edit.data import Data, model_device
 from xai_edit.edits.head import find_head
-from xai_edit.guard import preserved
+from xai_edit.guard import copied, preserved
 from xai_edit.resources import measured
 
 
@@ -188,7 +187,7 @@ def boundary_expanding(
     with measured() as cost, seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, forget)
         name, _ = find_head(model, chosen.inputs[:1].to(model_device(model)))
-        wide = copy.deepcopy(model)
+        wide = copied(model)
         _widen(_linear(wide, name), seed)
         shadow = torch.full((len(chosen),), chosen.outputs)
         made, steps = fine_tuned(

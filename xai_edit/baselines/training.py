@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from xai_edit.attribution.layers import run
 from xai_edit.data import Batch, model_device
 from xai_edit.edits.edit import versions
 from xai_edit.errors import NonFiniteError
-from xai_edit.guard import require_finite
+from xai_edit.guard import copied, require_finite
 from xai_edit.resources import Cost
 
 MOMENTUM = 0.9
@@ -137,8 +136,9 @@ def fine_tuned(
             "epoch and a positive rate"
         )
     require_finite(model)
-    trained, device, steps = copy.deepcopy(model), model_device(model), 0
-    trained.requires_grad_(True)
+    trained, device, steps = copied(model), model_device(model), 0
+    for parameter in trained.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     trained.train()
     norms = [m for m in trained.modules() if getattr(m, "running_mean", None) is not None]
     optimizer = torch.optim.SGD(

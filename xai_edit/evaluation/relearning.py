@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -20,6 +19,7 @@ from xai_edit.evaluation.outputs import (
     naming,
     read,
 )
+from xai_edit.guard import copied
 
 STEPS = (0, 1, 2, 5, 10, 20)
 OWN, REST = 8, 24
@@ -145,17 +145,6 @@ def relearning_curves(
         )
         for name, found in points.items()
     }
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy, or say that the model cannot be copied."""
-    try:
-        return deepcopy(model)
-    except (RuntimeError, TypeError) as problem:
-        raise ValueError(
-            f"model: it cannot be copied ({problem}), and the evaluation works on a copy; take off "
-            "what computes its weights, such as weight_norm"
-        ) from problem
 
 
 def _open(copy: nn.Module, head: str | None, forget: Sequence[int]) -> None:

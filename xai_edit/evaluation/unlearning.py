@@ -21,12 +21,11 @@ from xai_edit.evaluation.relearning import (
     STEPS,
     Relearning,
     checked_steps,
-    copied,
     lessons_kept,
     relearning_curves,
 )
 from xai_edit.evaluation.unlearning_figures import Divergence, NetworkFigures, Unlearning
-from xai_edit.guard import preserved
+from xai_edit.guard import copied, preserved
 from xai_edit.resources import Cost, measured
 
 KEPT = 5000
