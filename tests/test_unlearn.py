@@ -333,6 +333,8 @@ def test_a_share_that_is_no_number_is_a_usage_error(here, capsys):
 
 def test_classes_go_by_number_or_name():
     assert classes_named(["1", "cat"], {0: "cat", 1: "dog"}) == [1, 0]
+    with pytest.raises(ValueError, match="'crane' is the name of 134, 517; give a number"):
+        classes_named(["crane"], {134: "crane", 207: "dog", 517: "crane"})  # as in ImageNet
     with pytest.raises(ValueError, match="names such as cat, dog"):
         classes_named(["cow"], {0: "cat", 1: "dog"})
     with pytest.raises(ValueError, match="different ones"):

@@ -75,11 +75,14 @@ def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
     Raises
     ------
     ValueError
-        If a name is unknown, or a class is named twice or none is.
+        If a name is unknown or of several classes, or a class is named twice or none is.
     """
     numbers = {name: number for number, name in known.items()}
     found = []
     for word in words:
+        meant = [number for number, name in known.items() if name == word]
+        if len(meant) > 1 and not word.isdecimal():
+            raise ValueError(f"classes: {word!r} is the name of {_listed(meant)}; give a number")
         if not word.isdecimal() and word not in numbers:
             raise ValueError(
                 f"classes: {word!r} given; give numbers"
