@@ -82,7 +82,8 @@ def left_over(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]], l
 
 
 def _what(results: Mapping[str, Any]) -> str:
-    cut, edit = results["split"], results["edit"]
+    edit = results["edit"]
+    cut = {part: escape(str(samples)) for part, samples in results["split"].items()}
     share = ""
     if edit["bound"] is not None:
         share = (
