@@ -13,6 +13,7 @@ from PIL import Image
 import xai_edit as xe
 from xai_edit.cli import main
 from xai_edit.loading import load_data, load_model, preprocessing_of
+from xai_edit.report.terminal import unlearning_table
 from xai_edit.unlearn import classes_named, split
 
 NET = """
@@ -98,6 +99,10 @@ def test_the_run_writes_its_files_and_figures(done):
         assert row["classes"][3] <= 0.1
         assert row["weights_changed"] > 0
     assert [*results["evaluation"]] == names[1:]
+    told = unlearning_table(results, read(done, "timing.json"))
+    assert "held-out samples; F_r: training samples\nstill there of the class" in told
+    assert "\nheld-out accuracy by class" in told
+    assert "on held-out samples; F_r on training samples" in (done / "report.html").read_text()
     assert "cost" not in results["evaluation"]["logit mask"]
     mask = results["evaluation"]["logit mask"]
     assert mask["after"]["probe_test"] == mask["before"]["probe_test"]  # it forgets nothing

@@ -186,8 +186,11 @@ def test_the_summary_is_mean_and_deviation_over_classes_and_seeds():
             for own in (0.5, 0.25)
         ],
     }
-    assert methods_table(results)[1][1] == "0.300 ± 0.265"
-    (table,) = sweep_tables(results).values()
+    head, row = methods_table(results)
+    assert row[1] == "0.300 ± 0.265"
+    assert head[1:5] == ["A_t, test", "A_g, test", "A_t, train", "F_r, train"]
+    ((title, table),) = sweep_tables(results).items()
+    assert title.startswith("A_g / A_t, test, ranked by")
     assert table[1] == ["epsilon", "0.900 / 1.000", "0.800 / 0.375"]
     assert table[2][:3] == ["epsilon, the paper", "0.98 / 0.99", "0.98 / 0.99"]
     assert markdown(table).splitlines()[1].startswith("|---|")

@@ -72,7 +72,8 @@ def unlearning_table(results: Mapping[str, Any], timing: Mapping[str, Any]) -> s
         lines.append(_row(f"  {row['method']}", cells))
     if results["evaluation"] is not None:
         (_, *columns), rows, told = left_over(results)
-        lines += ["", _row("still there of the class", columns)]
+        lines += ["", "held-out samples; F_r: training samples"]
+        lines.append(_row("still there of the class", columns))
         lines += [_row(f"  {name}", cells) for name, *cells in rows]
         lines += told
     lines += ["", *_by_class(results), ""]
@@ -129,7 +130,7 @@ def _by_class(results: Mapping[str, Any]) -> list[str]:
         return target not in results["forget"], -abs(after[target] - before[target])
 
     shown = sorted(sorted(known, key=change)[:LINES])
-    text = "accuracy by class"
+    text = "held-out accuracy by class"
     if len(shown) < len(known):
         text += f" ({len(shown)} of {len(known)}, the most changed)"
     heads = [row["method"].split(" (")[0] for row in results["rows"] if row["classes"] is not None]

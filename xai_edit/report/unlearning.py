@@ -144,7 +144,7 @@ def _left(results: Mapping[str, Any]) -> str:
         "fitted on training samples: its recall of the class. Relearning trains the network on a "
         "few training samples: its accuracy on the class after each step. F_r is the share of "
         "the class's training samples that a membership attack calls unseen.</p>"
-        + table("Forgotten classes", columns, rows)
+        + table("Forgotten classes, on held-out samples; F_r on training samples", columns, rows)
         + _notes(told)
     )
 

@@ -9,12 +9,13 @@ from typing import Any
 from xai_edit.reproduce.published import METHODS, SWEEPS
 
 Table = list[list[str]]  # the first row is the head
+PAPER = "the paper: A_t, A_g, F_r, s"
 
 
 def methods_table(results: Mapping[str, Any]) -> Table:
     """Return Tables III to VI: mean ± standard deviation over classes and seeds, by method."""
     paper = METHODS[results["run"].removeprefix("npp-")]
-    rows = [["method", "A_t", "A_g", "A_t, train", "F_r", "s", "GB", "the paper: A_t, A_g, F_r, s"]]
+    rows = [["method", "A_t, test", "A_g, test", "A_t, train", "F_r, train", "s", "GB", PAPER]]
     for method, told in results["table"].items():
         published = paper.get(method)
         a_t, a_g, f_r, _, seconds = published or (None,) * 5
@@ -51,7 +52,7 @@ def sweep_tables(results: Mapping[str, Any]) -> dict[str, Table]:
                 told = [f"{rest:.2f} / {own:.3g}" for rest, own in published]
                 rows.append([f"{rule}, the paper", *told, *[""] * (len(shares) - len(told))])
         name = "summed relevance" if k is None else f"occurrence among the {k} highest"
-        tables[f"ranked by {name}"] = rows
+        tables[f"A_g / A_t, test, ranked by {name}"] = rows
     return tables
 
 
