@@ -262,3 +262,16 @@ def test_repair_refuses_data_it_cannot_use(model, steps, tmp_path):
         amnesiac(model, tmp_path, forget=3, repair=[(steps[0][0], torch.full((8,), 3))])
     with pytest.raises(ValueError, match="no labels"):
         amnesiac(model, tmp_path, forget=3, repair=[steps[0][0]])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.eye(4)[:2], torch.tensor([True, False]), torch.tensor([0.5, 1]), [torch.nan, 1.0]],
+)
+def test_labels_that_are_no_class_numbers_are_refused_before_the_step(model, tmp_path, labels):
+    before = state(model)
+    log = AmnesiacLog(tmp_path)
+    with pytest.raises(ValueError, match="one class number a sample"), log.recording(model, labels):
+        model[0].weight.data.zero_()
+    for name, value in state(model).items():
+        assert torch.equal(value, before[name])

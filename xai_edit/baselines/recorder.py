@@ -66,8 +66,9 @@ class AmnesiacLog:
         Raises
         ------
         ValueError
-            If the folder holds the log of another model or run, or of other ``classes``, or if
-            the model's weights changed since the last recorded step.
+            If the labels are not one class number a sample, the folder holds the log of another
+            model or run, or of other ``classes``, or the model's weights changed since the last
+            recorded step.
         OSError
             If the folder cannot be written.
         """
@@ -77,7 +78,7 @@ class AmnesiacLog:
                 f"{self.folder}: its last step left other weights than the model has now; record "
                 "every step of one run, and another run in another folder"
             )
-        held = sorted(set(torch.as_tensor(labels).flatten().tolist()))
+        held = _classes(labels)
         logged = self.classes is None or bool(set(held) & set(self.classes))
         before = {n: p.detach().clone() for n, p in model.named_parameters()} if logged else {}
         yield
@@ -159,6 +160,17 @@ class AmnesiacLog:
         if json.loads(header)["step"] != step:
             raise ValueError(f"{path}: holds step {json.loads(header)['step']}; it was renamed")
         return tensors
+
+
+def _classes(labels: Tensor | Sequence[int]) -> list[int]:
+    """Return the classes in a batch; one-hot rows would pass for the classes 0 and 1."""
+    found = torch.as_tensor(labels)
+    if found.ndim != 1 or found.dtype == torch.bool or (found != found.long()).any():
+        raise ValueError(
+            f"labels: {found.dtype} of shape {tuple(found.shape)} given; give one class number a "
+            "sample"
+        )
+    return sorted({*found.long().tolist()})
 
 
 def layout_of(model: nn.Module) -> dict[str, list[Any]]:
