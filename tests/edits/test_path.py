@@ -352,6 +352,13 @@ def test_noise_goes_where_zeros_would_and_has_the_scale_asked_for(plain, batches
     assert changed(operator.plan(plain, batches, target=TARGET)) == changed(edit)
 
 
+def test_noise_leaves_the_batch_norm_behind_the_neurons_alone(norm, batches):
+    edit = PathPerturbation("body.0", share=0.5, noise="gaussian").plan(
+        norm, batches, target=TARGET
+    )
+    assert {*edit.changes} == {"body.0.weight"}
+
+
 def test_laplacian_noise_is_laplacian():
     from scipy import stats
 

@@ -275,6 +275,19 @@ def test_the_attack_is_that_of_scikit_learn_on_samples_it_was_not_fitted_on():
         assert rates[name] == pytest.approx(1 - answers.mean(), abs=0.02)
 
 
+def test_luck_with_few_samples_is_not_taken_for_an_attack():
+    given = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(40) % 2
+        sides = [torch.rand(40, 2, generator=generator).softmax(1) for _ in range(2)]
+        trained, unseen = ({"labels": labels, "before": side} for side in sides)
+        attack, rates = forgetting_rates(trained, unseen, forget=[1], seed=0)
+        given += attack.withheld is None
+        assert bool(rates) == (attack.withheld is None)
+    assert given <= 5  # more than two standard errors above chance: one draw in forty
+
+
 def test_the_attack_sees_the_label_first_and_the_rest_descending():
     rows = attack_rows(torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]]), torch.tensor([1, 0]))
     assert rows == pytest.approx(np.array([[0.2, 0.7, 0.1], [0.5, 0.3, 0.2]]))
@@ -410,6 +423,9 @@ def test_outputs_that_are_probabilities_already_are_taken_as_they_are():
     logits = torch.randn(20, 4, dtype=torch.float64)
     for output in (logits, logits.log_softmax(1), logits.softmax(1)):
         assert torch.allclose(log_probabilities(output), logits.log_softmax(1))
+    sure = torch.tensor([[1 - 1e-12, 1e-12, 0.0]], dtype=torch.float64)
+    assert log_probabilities(sure)[0, 1].item() == pytest.approx(math.log(1e-12))
+    assert log_probabilities(sure).exp()[0, 2] < 1e-300
 
 
 def test_relearning_is_training_by_hand_from_the_mean_row(network, splits, mask):
@@ -434,6 +450,62 @@ def test_relearning_is_training_by_hand_from_the_mean_row(network, splits, mask)
     for mine, theirs in zip(by_hand.parameters(), opened.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-7)
     assert account.after.relearning_test.steps == (0, 1)
+
+
+def test_the_relearning_curve_is_that_of_training_by_hand(digits):
+    images, labels = 40 * digits[0], digits[1]  # large inputs, for long gradients
+    own, steps, forget = 160, (0, 1, 2, 5), [3, 7]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    train(model, images[:900], labels[:900], epochs=3, seed=0)
+    x, y = images[900:], labels[900:]
+    edit = xe.LogitMask().plan(model, [(x, y)], target=forget)
+    data = {"train": cut(images[:900], labels[:900]), "test": cut(x, y)}
+    found = evaluate_unlearning(model, edit, **data, forget=forget, relearn=steps, seed=1)
+
+    # Twenty batches' worth: of each class the samples that draw the lowest numbers.
+    keys, rows = np.random.default_rng(1).random(900), []
+    for target in range(10):
+        mine = np.flatnonzero(labels[:900].numpy() == target)
+        most = own // 2 if target in forget else 20 * 24 // 8
+        rows += mine[np.argsort(keys[mine])][:most].tolist()
+    lessons, answers = images[rows], labels[rows]
+    generator, queues = torch.Generator().manual_seed(1), {True: [], False: []}
+    known = torch.isin(answers, torch.tensor(forget))
+
+    def drawn(side, count):
+        while len(queues[side]) < count:
+            places = (known == side).nonzero()[:, 0]
+            queues[side] += places[torch.randperm(len(places), generator=generator)].tolist()
+        taken, queues[side] = queues[side][:count], queues[side][count:]
+        return taken
+
+    network, kept = edit.apply(copy.deepcopy(model)), [c for c in range(10) if c not in forget]
+    curve, lengths = [], []
+    for step in range(6):
+        if step == 1:
+            with torch.no_grad():
+                for parameter in network[3].parameters():
+                    parameter[forget] = parameter[kept].mean(0)
+            speed = [torch.zeros_like(p) for p in network.parameters()]
+        if step:
+            batch = [*drawn(True, 8), *drawn(False, 24)]
+            loss = nn.functional.cross_entropy(network(lessons[batch]), answers[batch])
+            gradients = torch.autograd.grad(loss, [*network.parameters()])
+            lengths.append(float(sum(g.square().sum() for g in gradients).sqrt()))
+            with torch.no_grad():
+                for at, (p, g) in enumerate(zip(network.parameters(), gradients, strict=True)):
+                    speed[at] = 0.9 * speed[at] + g * min(1.0, 5 / lengths[-1])
+                    p -= 0.01 * speed[at]
+        if step in steps:
+            right, mine = network(x).argmax(1) == y, torch.isin(y, torch.tensor(forget))
+            curve.append((float(right[mine].float().mean()), float(right[~mine].float().mean())))
+    assert max(lengths) > 5
+    after = found.after.relearning_test
+    assert after.steps == steps
+    assert after.forgotten == pytest.approx([one for one, _ in curve], abs=0.003)
+    assert after.rest == pytest.approx([other for _, other in curve], abs=0.003)
+    assert after.forgotten[0] == 0 < after.forgotten[-1]
 
 
 def test_the_text_names_splits_and_promises_nothing(network, splits, mask):
