@@ -17,7 +17,7 @@ import torchvision
 
 from xai_edit.cli import main
 from xai_edit.reproduce import unlearning
-from xai_edit.reproduce.catalogue import CATALOGUE
+from xai_edit.reproduce.catalogue import CATALOGUE, Entry
 from xai_edit.reproduce.experiments import EXPERIMENTS, NAMES, Options
 from xai_edit.reproduce.published import METHODS, SWEEPS
 from xai_edit.reproduce.tables import markdown, methods_table, sweep_tables, text
@@ -265,7 +265,8 @@ def test_a_gpu_is_used_if_there_is_one(as_mnist, tmp_path, monkeypatch, there):
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr("xai_edit.cli._require_device", seen.append)
-    monkeypatch.setattr(unlearning, "reproduce", lambda _, given: seen.append(given.device))
+    entry = Entry("", lambda given: seen.append(given.device), lambda _: {})
+    monkeypatch.setitem(CATALOGUE, "npp-mnist", entry)
     line = f"{LINE} --out {shlex.quote(str(tmp_path))} --data-root {shlex.quote(str(as_mnist))}"
     assert main(shlex.split(line)) == 0
     assert main(shlex.split(f"{line} --device meta")) == 0

@@ -1,0 +1,162 @@
+"""The figures of fictitious class removal in small, on digits and on folders as published."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xai_edit.cli import main
+from xai_edit.datasets.papers import ImageSet
+from xai_edit.reproduce import groups, removal
+from xai_edit.reproduce.catalogue import CATALOGUE
+from xai_edit.reproduce.experiments import Options
+from xai_edit.reproduce.tables import text
+
+
+def as_idx(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture(scope="module")
+def as_mnist(tmp_path_factory, digits):
+    root = tmp_path_factory.mktemp("data")
+    (root / "mnist").mkdir()
+    images, labels = digits
+    large = torch.nn.functional.interpolate(images, size=28, mode="bilinear")
+    pixels, numbers = (large[:, 0] * 255).byte().numpy(), labels.byte().numpy()
+    for prefix, part in (("train", slice(0, 1100)), ("t10k", slice(1100, None))):
+        for kind, array in (("images-idx3", pixels[part]), ("labels-idx1", numbers[part])):
+            file = root / "mnist" / f"{prefix}-{kind}-ubyte.gz"
+            file.write_bytes(gzip.compress(as_idx(array)))
+    return root
+
+
+@pytest.fixture
+def coloured(monkeypatch, digits):
+    """Digits in place of CIFAR-10: three channels of 32 × 32."""
+    images, labels = digits
+    large = torch.nn.functional.interpolate(images, size=32, mode="bilinear")
+    pixels = (large * 255).byte().expand(-1, 3, -1, -1).contiguous()
+
+    def read(_, split):
+        part = slice(0, 1100) if split == "train" else slice(1100, None)
+        return ImageSet(pixels[part], labels[part], (0.5,) * 3, (0.5,) * 3, 32)
+
+    monkeypatch.setattr(removal, "cifar10", read)
+
+
+def options(root, out, **more):
+    return Options(root, out, **{"quiet": True, "epochs": 6, **more})
+
+
+def run(name, given):
+    entry = CATALOGUE[name]
+    results = entry.run(given)
+    assert json.loads((given.out / "results.json").read_text()) == json.loads(json.dumps(results))
+    return results, text(entry.tables(results))
+
+
+def test_one_class_is_removed_by_each_selection(coloured, tmp_path):
+    results, told = run("fcr-cifar10", options(tmp_path, tmp_path, classes=(3, 8)))
+    (seed,) = results["seeds"].values()
+    methods = {(row["select"], row["n_weights"]) for row in seed["rows"]}
+    assert methods == {("sca", 2), ("sca", 3)} | {(name, 1) for name in removal.SELECTIONS}
+    by = {(r["select"], r["n_weights"], r["class"]): r["accuracy"] for r in seed["rows"]}
+    for target in (3, 8):
+        assert by["sca", 1, target][target] <= 0.1 < seed["before"][target]
+        assert by["exact", 1, target][target] <= 0.1
+    assert "class by class (Fig. 6)" in told
+
+
+def test_several_classes_are_removed(coloured, tmp_path, monkeypatch):
+    monkeypatch.setattr(removal, "DRAWS", 2)
+    results, told = run("fcr-multi", options(tmp_path, tmp_path))
+    (seed,) = results["seeds"].values()
+    assert {row["count"] for row in seed["rows"]} == {2, 4, 6, 8}
+    for row in seed["rows"]:
+        assert len(row["classes"]) == row["count"]
+        assert row["retained"] >= row["retained_before"] - 0.02
+    assert np.mean([row["removed"] for row in seed["rows"]]) <= 0.15
+    assert "several classes removed" in told
+
+
+def test_digits_are_removed_from_odd_and_even(as_mnist, tmp_path):
+    given = options(as_mnist, tmp_path, classes=(0, 7))
+    results, told = run("fcr-parity", given)
+    (seed,) = results["seeds"].values()
+    assert seed["before"] >= 0.85
+    for row in seed["curves"]:
+        assert row["removed"][0] > 0.6  # rate 0 is the network as it was
+        assert len(row["removed"]) == len(seed["rates"]) == len(removal.RATES)
+    gaps = {}
+    for row in seed["chosen"]:
+        gap = row["retained"] - row["removed"]
+        gaps.setdefault((row["select"], row["tolerance"]), []).append(gap)
+    assert np.mean(gaps["exact", 0.1]) >= 0.3
+    assert "digits removed" in told
+    before = (tmp_path / "results.json").read_bytes()
+    CATALOGUE["fcr-parity"].run(given)  # nothing is left to do
+    assert json.loads(before)["seeds"] == results["seeds"]
+
+
+def test_coloured_digits_lean_less_on_their_colour(as_mnist, tmp_path, monkeypatch):
+    monkeypatch.setattr(groups, "STRENGTHS", (0.95,))
+    results, told = run("fcr-colored", options(as_mnist, tmp_path, epochs=4))
+    rows = {row["method"]: row for row in results["seeds"]["0"]["0.95"]["rows"]}
+    before = rows["unedited (ERM)"]["worst"]
+    assert before <= 0.5
+    for method in ("FCR: exact", "DFR", "group DRO"):
+        assert rows[method]["worst"] >= before + 0.1
+    for row in rows.values():
+        accuracy = np.array(row["right"]) / np.array(row["samples"])
+        assert row["worst"] == pytest.approx(accuracy.min())
+        assert row["balanced"] == pytest.approx(accuracy.mean())
+    assert "coloured digits, ρ = 0.95" in told
+
+
+@pytest.fixture
+def as_waterbirds(tmp_path, digits):
+    """Real digits as birds: 0 and 1 on black or on white, in the published layout."""
+    folder = tmp_path / "data" / "waterbird_complete95_forest2water2"
+    folder.mkdir(parents=True)
+    images, labels = digits
+    rows = []
+    for split, start, count in ((0, 0, 60), (1, 60, 24), (2, 84, 24)):
+        for label in (0, 1):
+            for at, row in enumerate((labels == label).nonzero()[start : start + count, 0]):
+                place = label if split == 0 and at % 12 else at % 2
+                pixels = (images[row, 0] * 200).byte().numpy() + 55 * place
+                name = f"{split}-{label}-{at}.png"
+                Image.fromarray(pixels).convert("RGB").resize((32, 32)).save(folder / name)
+                rows.append([len(rows), name, label, split, place, "x"])
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["img_id", "img_filename", "y", "split", "place", "place_filename"])
+        writer.writerows(rows)
+    return tmp_path / "data"
+
+
+def test_waterbirds_in_the_published_layout(as_waterbirds, tmp_path, capsys):
+    out = tmp_path / "out"
+    line = f"reproduce fcr-waterbirds --data-root {as_waterbirds} --out {out} --network conv-2net"
+    assert main([*line.split(), "--side", "32", "--epochs", "2", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "0.932, 0.019" in told  # the paper's, beside ours
+    results = json.loads((out / "results.json").read_text())
+    rows = results["seeds"]["0"]["rows"]
+    assert {row["method"] for row in rows} >= {"unedited (ERM)", "DFR", "group DRO", "JTT", "LEACE"}
+    assert all(np.sum(row["samples"]) == 48 for row in rows if "samples" in row)
+
+
+def test_a_data_set_that_is_not_there_is_one_line(tmp_path, capsys):
+    line = f"reproduce fcr-celeba --data-root {tmp_path} --out {tmp_path / 'out'} --device cpu"
+    assert main(line.split()) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert "list_attr_celeba" in told
