@@ -1,7 +1,11 @@
 import json
 from pathlib import Path
+from statistics import mean
+
+from matplotlib.figure import Figure
 
 from xai_edit import __version__
+from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.tables import markdown, methods_table, sweep_tables
 
 project = "xai_edit"
@@ -37,7 +41,79 @@ def write_tables(_app):
         write(f"{path.stem}-methods", markdown(methods_table(results)))
         tables = sweep_tables(results).items()
         write(f"{path.stem}-shares", "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables))
-    write("scoring", markdown(speed_table(json.loads((HERE / "results/scoring.json").read_text()))))
+    for path in sorted((HERE / "results").glob("fcr-*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        tables = CATALOGUE[results["run"]].tables(results).items()
+        write(path.stem, "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables))
+        if results["run"] in FIGURES and not path.stem.endswith("-small"):
+            axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
+            FIGURES[results["run"]](results, axes)
+            axes.set_ylabel("accuracy")
+            axes.legend()
+            axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
+    write("watermark", markdown(watermark_table(read("watermark"))))
+    write("scoring", markdown(speed_table(read("scoring"))))
+    write("selection", markdown(speed_table(read("selection"))))
+
+
+def read(name):
+    """Return a committed result."""
+    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def watermark_table(results):
+    """Return p(carton) and accuracy, without and with the watermark, before and after."""
+    rows = [["", "before", "after"]]
+    for name in ("without", "with"):
+        for key, title in (("p_carton", "p(carton)"), ("top_1", "top-1 accuracy")):
+            cells = [f"{results[when][name][key]:.4f}" for when in ("before", "after")]
+            rows.append([f"photographs {name} the watermark: {title}", *cells])
+    for name, told in results["tiles"].items():
+        cells = [f"{told[when]['p_carton']:.4f}" for when in ("before", "after")]
+        rows.append([f"small images, {name} ({told['images']}): p(carton)", *cells])
+    return rows
+
+
+def several_classes(results, axes):
+    """Draw Fig. 7: accuracy by the number of classes removed."""
+    rows = [row for run in results["seeds"].values() for row in run["rows"]]
+    counts = sorted({row["count"] for row in rows})
+    for select, style in (("sca", "-"), ("exact", "--")):
+        for key in ("removed", "retained"):
+            of = [
+                [r[key] for r in rows if (r["count"], r["select"]) == (n, select)] for n in counts
+            ]
+            axes.plot(counts, [mean(values) for values in of], style, label=f"{key}, {select}")
+    axes.set_xlabel("classes removed")
+
+
+def digits_by_rate(results, axes):
+    """Draw Fig. 8: accuracy on removed and retained digits by rate, means over digits and seeds."""
+    runs = [*results["seeds"].values()]
+    for select, style in (("sca", "-"), ("gradient-activation", "--")):
+        curves = [c for run in runs for c in run["curves"] if c["select"] == select]
+        for key in ("removed", "retained"):
+            values = [mean(at) for at in zip(*(curve[key] for curve in curves), strict=True)]
+            axes.plot(runs[0]["rates"], values, style, label=f"{key}, {select}")
+    axes.set_xscale("symlog", linthresh=1e-4)
+    axes.set_xlabel("neutralisation rate r")
+
+
+def groups_by_rate(results, axes):
+    """Draw Fig. 9 for the first seed: worst group and average by rate."""
+    for strength, run in next(iter(results["seeds"].values())).items():
+        (sweep,) = run["sweeps"]
+        for key, style in (("worst", "-"), ("average", "--")):
+            axes.plot(sweep["rates"], sweep[key], style, label=f"{key}, ρ = {strength}")
+    axes.set_xscale("symlog", linthresh=1e-5)
+    axes.set_xlabel("neutralisation rate r")
+
+
+FIGURES = {
+    "fcr-multi": several_classes,
+    "fcr-parity": digits_by_rate,
+    "fcr-colored": groups_by_rate,
+}
 
 
 def speed_table(results):

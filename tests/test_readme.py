@@ -1,5 +1,6 @@
 """The README's Python is run as it stands, on real images, with random weights."""
 
+import json
 import re
 from pathlib import Path
 
@@ -45,3 +46,13 @@ def test_the_commands_named_first_exist(target):
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     assert f"make {target}" in README.read_text(encoding="utf-8")
     assert re.search(rf"^{target}:", makefile, re.M)
+
+
+def test_the_figures_of_the_watermark_are_those_of_the_committed_run():
+    found = json.loads((README.parent / "docs" / "results" / "watermark.json").read_text())
+    text = README.read_text(encoding="utf-8")
+    for key, title, digits in (("p_carton", "p(carton)", 4), ("top_1", "top-1 accuracy", 3)):
+        for name in ("without", "with"):
+            cells = (f"{found[when][name][key]:.{digits}f}" for when in ("before", "after"))
+            assert f"| {title}, {name} the watermark | {' | '.join(cells)} |" in text
+    assert f"| {found['photographs']['held_out']} photographs" in text

@@ -132,9 +132,10 @@ def parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser(
         "reproduce",
         help="run a table of a paper anew, with the paper's figures beside it",
-        description="Trains the network, forgets one class at a time by every method of the paper "
-        "and measures what is left; then sweeps rule × share × k. Nothing is downloaded. A run cut "
-        "short goes on where it stopped. Writes results.json to the folder of --out.",
+        description="npp-* train the network, forget one class at a time by every method of the "
+        "paper, measure what is left, and sweep rule × share × k. fcr-* remove classes, or what a "
+        "spurious feature adds, by one weight, beside other methods. Nothing is downloaded. "
+        "A run cut short goes on where it stopped. Writes results.json to the folder of --out.",
         epilog="example: xai-edit reproduce npp-mnist --data-root data --network all-cnn:0.25 "
         "--epochs 2 --classes 1 --out npp-mnist",
     )

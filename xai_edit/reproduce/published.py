@@ -140,20 +140,20 @@ WORST_GROUPS = {
         "group DRO": (91.4, 2.1),
         "JTT": (86.7, 6.6),
         "DFR": (92.9, 1.3),
-        "FCR: SCA, least gap": (93.2, 1.9),
+        "FCR: SCA (least gap)": (93.2, 1.9),
     },
     "celeba": {
         "unedited (ERM)": (48.8, 47.1),
         "group DRO": (88.9, 4.0),
         "JTT": (88.0, 6.9),
         "DFR": (88.3, 3.0),
-        "FCR: SCA, least gap": (84.9, 5.4),
+        "FCR: SCA (least gap)": (84.9, 5.4),
     },
     "metashift": {
         "unedited (ERM)": (62.1, 10.8),
         "group DRO": (66.0, 7.6),
         "JTT": (64.6, 9.8),
         "DFR": (72.8, 4.7),
-        "FCR: SCA, least gap": (78.3, 0.1),
+        "FCR: SCA (least gap)": (78.3, 0.1),
     },
 }
