@@ -275,3 +275,15 @@ def test_labels_that_are_no_class_numbers_are_refused_before_the_step(model, tmp
         model[0].weight.data.zero_()
     for name, value in state(model).items():
         assert torch.equal(value, before[name])
+
+
+def test_repair_moves_batch_norm_statistics_and_undoing_does_not(digits, tmp_path):
+    images, labels = digits
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    log, optimizer = AmnesiacLog(tmp_path), torch.optim.SGD(model.parameters(), lr=0.1)
+    with log.recording(model, labels[:50]):
+        step(model, optimizer, images[:50], labels[:50])
+    undone = amnesiac(model, log, forget=3).model
+    repaired = amnesiac(model, log, forget=3, repair=[digits]).model
+    assert torch.equal(undone[2].running_mean, model[2].running_mean)
+    assert not torch.equal(repaired[2].running_mean, model[2].running_mean)

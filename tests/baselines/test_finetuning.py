@@ -212,6 +212,18 @@ def test_only_training_on_all_classes_moves_batch_norm_statistics(norm, digits):
     assert not torch.equal(together.body[1].running_mean, before)
 
 
+def test_a_batch_of_one_sample_has_no_statistics_and_is_trained_on_all_the_same(digits):
+    images, labels = digits
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)
+    ).eval()
+    other = int((labels != 2).nonzero()[0])
+    data = [(images[labels == 2], labels[labels == 2]), (images[[other]], labels[[other]])]
+    made = random_labels(model, data, forget=2)
+    assert made.origin["steps"] == 2
+    assert int(made.model[2].num_batches_tracked) == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_seed_gives_the_same_bits_and_the_random_state_comes_back(digits, method):
     torch.manual_seed(0)

@@ -15,7 +15,9 @@ import pytest
 import torch
 import torchvision
 
+from xai_edit import LogitMask, PathPerturbation
 from xai_edit.cli import main
+from xai_edit.datasets.papers import mnist
 from xai_edit.reproduce import unlearning
 from xai_edit.reproduce.catalogue import CATALOGUE, Entry
 from xai_edit.reproduce.experiments import EXPERIMENTS, NAMES, Options
@@ -92,6 +94,31 @@ def test_every_method_and_rule_of_the_tables_is_run(as_mnist, tmp_path, small):
     told = text(CATALOGUE["npp-mnist"].tables(results))
     assert "0.00, 0.97, 1.00, 71.4" in told  # the paper's retraining
     assert "ranked by summed relevance" in told
+
+
+def test_figures_are_of_the_edited_network_on_images_that_nothing_was_planned_on(
+    as_mnist, tmp_path, small
+):
+    sets = [mnist(as_mnist, split) for split in ("train", "test")]
+    given = options(as_mnist, tmp_path, methods=())
+    table = unlearning._Table(EXPERIMENTS["npp-mnist"], given, "conv-2net", *sets, CLASSES, 0)
+
+    def pictures(images):
+        return {picture.numpy().tobytes() for inputs, _ in images for picture in inputs}
+
+    held, kept = pictures(table.held), pictures(table.kept)
+    assert held <= pictures(sets[1])
+    assert kept <= pictures(sets[0])
+    assert not held & pictures(table.analysis)
+    assert len(held) + len(pictures(table.analysis)) < len(pictures(sets[1]))
+    deep = PathPerturbation("conv1").plan(table.model, table.analysis, target=1)
+    head = PathPerturbation().plan(table.model, table.analysis, target=1)
+    for edit in (deep, head, LogitMask().plan(table.model, table.analysis, target=1)):
+        found = table._of_edit(edit)
+        with edit.applied(table.model), torch.no_grad():
+            for data, logits in ((table.held, found.test), (table.kept, found.train)):
+                expected = torch.cat([table.model(inputs) for inputs, _ in data]).double()
+                assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_run_goes_on_where_it_was_cut_short(as_mnist, tmp_path, small, monkeypatch):
