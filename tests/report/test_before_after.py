@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import pytest
@@ -102,6 +103,18 @@ def test_picture_grows_with_images_and_rules_and_is_the_same_again(plain, images
     small, large = drawn(fewer.png(images[:2])), drawn(picture)
     assert small.width < large.width
     assert small.height < large.height
+
+
+def test_the_maps_of_a_pair_share_a_scale_that_has_no_unit(plain, images, edit):
+    maps = xe.before_after_maps(plain, edit, images[:2], scorers=["epsilon"])
+
+    def times(before, after):
+        scaled = {"before": before * maps.before["epsilon"], "after": after * maps.after["epsilon"]}
+        told = {side: {"epsilon": values} for side, values in scaled.items()}
+        return dataclasses.replace(maps, **told).png()
+
+    assert times(8, 8) == maps.png()
+    assert times(1, 0.25) != maps.png() != times(0.25, 1)
 
 
 def test_picture_of_an_empty_edit_shows_each_map_twice(plain, images):

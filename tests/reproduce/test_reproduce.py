@@ -18,6 +18,7 @@ import torchvision
 from xai_edit import LogitMask, PathPerturbation
 from xai_edit.cli import main
 from xai_edit.datasets.papers import mnist
+from xai_edit.edits.head import collect_head_features
 from xai_edit.reproduce import unlearning
 from xai_edit.reproduce.catalogue import CATALOGUE, Entry
 from xai_edit.reproduce.experiments import EXPERIMENTS, NAMES, Options
@@ -111,6 +112,9 @@ def test_figures_are_of_the_edited_network_on_images_that_nothing_was_planned_on
     assert kept <= pictures(sets[0])
     assert not held & pictures(table.analysis)
     assert len(held) + len(pictures(table.analysis)) < len(pictures(sets[1]))
+    planned = collect_head_features(table.model, table.analysis).features
+    for part in ("validation", "test"):
+        assert torch.cdist(table.features[part].features, planned).min() > 1e-3
     deep = PathPerturbation("conv1").plan(table.model, table.analysis, target=1)
     head = PathPerturbation().plan(table.model, table.analysis, target=1)
     for edit in (deep, head, LogitMask().plan(table.model, table.analysis, target=1)):
