@@ -120,7 +120,10 @@ def speed_table(results):
     """Return the ratios, a row each, a column a network."""
     ratios = results["ratios"]
     keys = dict.fromkeys(key for told in ratios.values() for key in told)
-    rows = [[key, *(f"{told[key]:.2f}" for told in ratios.values())] for key in keys]
+    rows = [
+        [key, *(f"{told[key]:.3g}" if key in told else "" for told in ratios.values())]
+        for key in keys
+    ]
     return [["ratio", *ratios], *rows]
 
 
