@@ -277,6 +277,8 @@ def test_each_class_has_its_own_fictitious_class(select):
     head = both_ways()
     operator = FictitiousClass(select)
     both = operator.plan(model_of(head), head, fictitious=[0, 1], target=[0, 1])
+    found = operator.plan(model_of(head), head, target=[0, 1])  # by what each is predicted for
+    assert found.origin == both.origin
     one = operator.plan(model_of(head), head, fictitious=1, target=1)
     assert both.origin["worst_group"]["after"] == worst(head, both)
     assert one.origin["worst_group"]["after"] == worst(head, one)
@@ -416,3 +418,36 @@ def test_nothing_is_planned_where_the_feature_raises_nothing():
 def test_indifference_is_not_for_exact():
     with pytest.raises(ValueError, match="aim: 'indifference' goes with the other selections"):
         FictitiousClass("exact", aim="indifference")
+
+
+def test_validation_of_one_kind_tells_the_worst_group():
+    head = both_ways()
+    kept = head.attribute == 0
+    judged = HeadFeatures(
+        "fc", head.weight, head.bias, head.features[kept], head.labels[kept], head.attribute[kept]
+    )
+    (sweep,) = FictitiousClass().sweep(model_of(head), head, target=1, validation=judged)
+    assert sweep.removed is sweep.raised is None
+    assert sweep.retained.shape == sweep.rates.shape
+    edit = FictitiousClass().plan(model_of(head), head, target=0, fictitious=0, validation=judged)
+    assert edit.size == 1
+    for aim in ("removal", "indifference"):
+        with pytest.raises(ValueError, match="validation: needs samples with and without"):
+            FictitiousClass(aim=aim).plan(
+                model_of(head), head, target=0, fictitious=0, validation=judged
+            )
+
+
+def test_each_row_is_measured_by_its_own_fictitious_class():
+    head = both_ways()
+    sweeps = FictitiousClass().sweep(model_of(head), head, fictitious=[0, 1], target=[0, 1])
+    before = (head.features @ head.weight.T).argmax(1) == head.labels
+    for sweep, kind in zip(sweeps, (0, 1), strict=True):
+        for values, which in ((sweep.removed, kind), (sweep.retained, 1 - kind)):
+            expected = before[head.attribute == which].double().mean()
+            assert float(values[0]) == pytest.approx(float(expected))
+    edit = FictitiousClass(aim="indifference").plan(
+        model_of(head), head, fictitious=[0, 1], target=[0, 1]
+    )
+    assert edit.size == 1  # of two classes the one falls as the other rises
+    assert edit.origin["raised"]["after"] <= 1e-12 < edit.origin["raised"]["before"]

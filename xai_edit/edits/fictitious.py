@@ -127,8 +127,9 @@ class FictitiousClass:
             sample), a vector in the order of the data, a concept subspace of the last layer's
             inputs (its stronger half by two means), or the third element of the batches.
         fictitious : int or sequence of int, optional
-            The value that is the fictitious class, or one for each target; 1 where the feature is
-            yes or no.
+            The value that is the fictitious class, or one for each target. When left out, of a
+            feature that is yes or no, 1; of several targets the value with which each is predicted
+            more often.
         target : int or sequence of int, optional
             The classes the feature speaks for. When left out, the class whose share of the
             model's predictions rises most from samples without the feature to samples with it.
@@ -237,28 +238,29 @@ class FictitiousClass:
 
             attribute = _checked(told(head))
             judged = head if validation is None else head_features(model, validation)
-            judged_attribute = _checked(told(judged))
+            judged_attribute = _checked(told(judged), both=False)
         else:
             head, judged = _collected(model, data, spurious, validation)
-            attribute, judged_attribute = _checked(head.attribute), _checked(judged.attribute)
+            attribute = _checked(head.attribute)
+            judged_attribute = _checked(judged.attribute, both=False)
         head.require_labels()
         kinds = attribute.unique().tolist()
+        predicted = head.logits().argmax(1)
+        rows = None if target is None else class_list(target, head.classes)
         if fictitious is None:
             if max(kinds) > 1 or len(kinds) > 2:
                 raise ValueError(
                     f"spurious: values {kinds[:5]} given; it is yes or no (1 or 0), or name the "
                     "value to act on by fictitious="
                 )
-            fictitious = 1
+            several = rows is not None and len(rows) > 1
+            fictitious = _speaking(predicted, attribute, rows) if rows and several else 1
         wanted = [fictitious] if isinstance(fictitious, int) else [*fictitious]
         for value in wanted:
             if value not in kinds:
                 raise ValueError(f"fictitious: {value} given; the values are {kinds[:10]}")
-        if target is None:
-            predicted = head.logits().argmax(1)
+        if rows is None:
             rows = [_favoured(predicted, attribute == value, head.classes) for value in wanted]
-        else:
-            rows = class_list(target, head.classes)
         if len(wanted) == 1:
             wanted *= len(rows)
         if len(rows) != len(wanted) or len({*rows}) < len(rows):
@@ -270,7 +272,8 @@ class FictitiousClass:
         has = (judged_attribute[:, None] == torch.tensor(wanted)).any(1)
         labels = judged.require_labels()
         floor = None
-        if self.aim != "worst-group" and (has.all() or not has.any()):
+        one_kind = len(judged_attribute.unique()) < 2
+        if one_kind if self.aim == "indifference" else self.aim == "removal" and has.all():
             raise ValueError("validation: needs samples with and without the feature")
         if self.aim == "removal":
             before = (judged.logits().argmax(1) == labels).double()
@@ -279,7 +282,10 @@ class FictitiousClass:
         groups = cells.unique(return_inverse=True)[1]
         values = dict(zip(rows, wanted, strict=True))
         indifferent = self.aim == "indifference"
-        return _Task(head, attribute, judged, groups, has.long(), values, floor, indifferent)
+        return _Task(
+            *(head, attribute, judged, judged_attribute, groups, has.long()),
+            *(values, floor, indifferent),
+        )
 
     def _chosen(self, task: _Task, start: Mapping[int, _Weight], rounds: int) -> dict[int, _Weight]:
         """Choose the weight of each row beside the others, again while the objective rises."""
@@ -344,16 +350,22 @@ class FictitiousClass:
         as_row = wins(logits[:, row] + doses[:, None] * x, best_other, row, rival)  # (R, samples)
         right = torch.where(as_row, labels == row, labels == rival)
         accuracy = torch.stack([_group_means(at_rate, task.groups) for at_rate in right])
-        parted = torch.stack([_group_means(at_rate, task.has) for at_rate in right])
+        with_it = task.judged_attribute == task.values[row]
+        removed, retained = (
+            right[:, samples].double().mean(1) if samples.any() else None
+            for samples in (with_it, ~with_it)
+        )
         rest = logits.clone()
         rest[:, row] = -torch.inf
         probability = (logits[:, row] + doses[:, None] * x - rest.logsumexp(1)).sigmoid()
-        with_it = task.has == 1
-        raised = probability[:, with_it].mean(1) - probability[:, ~with_it].mean(1)
+        raised = None
+        if removed is not None and retained is not None:
+            raised = probability[:, with_it].mean(1) - probability[:, ~with_it].mean(1)
         objective = task.of_groups(accuracy)
         if task.floor is not None:
+            parted = torch.stack([_group_means(at_rate, task.has) for at_rate in right])
             objective = removal(task.floor)(parted)
-        if task.indifferent:
+        if task.indifferent and raised is not None:
             objective = -raised.clamp(min=0)
         return RateSweep(
             row,
@@ -363,8 +375,8 @@ class FictitiousClass:
             fixed,
             accuracy,
             right.double().mean(1),
-            parted[:, -1],
-            parted[:, 0],
+            removed,
+            retained,
             raised,
             objective,
         )
@@ -387,6 +399,7 @@ class _Task:
     head: HeadFeatures
     attribute: Tensor
     judged: HeadFeatures
+    judged_attribute: Tensor
     groups: Tensor  # of the judged samples: (class, attribute), numbered from 0
     has: Tensor  # of the judged samples: 1 with the feature
     values: dict[int, int]  # the fictitious class of each row
@@ -435,9 +448,11 @@ class _Task:
             told |= {"retained": float(parted[0]), "removed": float(parted[1])}
             told["objective"] = float(removal(self.floor)(parted))
         if self.indifferent:
-            probability, with_it = logits.softmax(1)[:, [*self.values]], self.has == 1
-            raised = probability[with_it].mean(0) - probability[~with_it].mean(0)
-            told |= {"raised": float(raised.max()), "objective": -float(raised.clamp(min=0).sum())}
+            raised = []
+            for row, value in self.values.items():
+                probability, with_it = logits.softmax(1)[:, row], self.judged_attribute == value
+                raised.append(float(probability[with_it].mean() - probability[~with_it].mean()))
+            told |= {"raised": max(raised), "objective": -sum(max(one, 0.0) for one in raised)}
         return told
 
 
@@ -463,8 +478,8 @@ def _collected(
     return head, head_features(model, validation, attribute=own, with_attribute=True)
 
 
-def _checked(attribute: Tensor | None) -> Tensor:
-    if attribute is None or attribute.min() == attribute.max():
+def _checked(attribute: Tensor | None, *, both: bool = True) -> Tensor:
+    if attribute is None or (both and attribute.min() == attribute.max()):
         raise ValueError(
             "spurious: samples with and without the feature are needed; "
             f"{'none was' if attribute is None else 'only one kind was'} given"
@@ -485,6 +500,15 @@ def _favoured(predicted: Tensor, has: Tensor, classes: int) -> int:
     if not rise.max() > 0:
         raise ValueError("spurious: no class is predicted more often with the feature; name target")
     return int(rise.argmax())
+
+
+def _speaking(predicted: Tensor, attribute: Tensor, rows: Sequence[int]) -> list[int]:
+    """Return for each class the kind of sample, 0 or 1, that it is predicted for more often."""
+    kinds = attribute.unique().tolist()
+    shares = [
+        [float((predicted[attribute == k] == row).double().mean()) for k in kinds] for row in rows
+    ]
+    return [kinds[0] if own[0] > own[1] else kinds[1] for own in shares]
 
 
 def _worst_then_mean(accuracy: Tensor) -> Tensor:

@@ -28,10 +28,11 @@ class RateSweep:
         Of each (class, spurious feature) group that has samples.
     average : Tensor, float64, shape (R,)
         Accuracy over all samples.
-    removed, retained : Tensor, float64, shape (R,)
-        Accuracy over the samples with the feature and over those without (Fig. 8).
-    raised : Tensor, float64, shape (R,)
-        Mean probability of the class with the feature less that without.
+    removed, retained : Tensor or None, float64, shape (R,)
+        Accuracy over the samples of the fictitious class and over the others (Fig. 8); None where
+        the validation data has none.
+    raised : Tensor or None, float64, shape (R,)
+        Mean probability of the row's class over the former less that over the latter.
     objective : Tensor, float64, shape (R,)
         What ``rate="auto"`` makes as large as it can.
     """
@@ -43,9 +44,9 @@ class RateSweep:
     anchor: float
     accuracy: Tensor
     average: Tensor
-    removed: Tensor
-    retained: Tensor
-    raised: Tensor
+    removed: Tensor | None
+    retained: Tensor | None
+    raised: Tensor | None
     objective: Tensor
 
     @property

@@ -123,6 +123,8 @@ def remove_digits(name: str, options: Options) -> dict[str, Any]:
                 )
                 row: dict[str, Any] = {"digit": digit, "select": operator.select}
                 row["column"] = sweep.column
+                assert sweep.removed is not None
+                assert sweep.retained is not None
                 told = {"removed": sweep.removed.tolist(), "retained": sweep.retained.tolist()}
                 curves.append(row | told)
             for select, tolerance in product(SELECTIONS[::6], TOLERANCES):  # SCA and exact
