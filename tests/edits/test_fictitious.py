@@ -317,3 +317,31 @@ def test_the_edited_weight_adds_to_the_class_where_the_feature_is(shortcut):
 def test_unknown_choices_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
         FictitiousClass(**{name: value})
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+@pytest.mark.parametrize("value", [0, 1])
+def test_validation_may_be_all_with_or_all_without_the_feature(shortcut, select, value):
+    model, planning, test = shortcut
+    keep = test[2] == value
+    judge = batched(*(part[keep] for part in test))
+    edit = FictitiousClass(select).plan(model, batched(*planning), target=MARKED, validation=judge)
+    with edit.applied(model):
+        after = evaluate_groups(model, judge).worst
+    assert edit.origin["worst_group"]["after"] == pytest.approx(after, abs=1e-6)
+    with pytest.raises(ValueError, match="validation: needs samples with and without"):
+        FictitiousClass(select, aim="removal").plan(
+            model, batched(*planning), target=MARKED, validation=judge
+        )
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_sweep_has_no_figure_for_samples_that_are_not_there(shortcut, value):
+    model, planning, test = shortcut
+    keep = test[2] == value
+    judge = batched(*(part[keep] for part in test))
+    (sweep,) = FictitiousClass().sweep(model, batched(*planning), target=MARKED, validation=judge)
+    there, missing = (sweep.removed, sweep.retained)[:: 1 if value else -1]
+    assert torch.equal(there, sweep.average)
+    assert missing.isnan().all()
+    assert sweep.raised.isnan().all()

@@ -134,7 +134,8 @@ class FictitiousClass:
             The classes the feature speaks for. When left out, the class whose share of the
             model's predictions rises most from samples without the feature to samples with it.
         validation : iterable, Dataset or HeadFeatures, optional
-            Where the objective is measured; ``data`` when left out.
+            Where the objective is measured; ``data`` when left out. For ``aim="worst-group"`` its
+            samples may all be with the feature, or all without.
 
         Returns
         -------
@@ -238,11 +239,11 @@ class FictitiousClass:
 
             attribute = _checked(told(head))
             judged = head if validation is None else head_features(model, validation)
-            judged_attribute = _checked(told(judged), both=False)
+            judged_attribute = told(judged)
         else:
             head, judged = _collected(model, data, spurious, validation)
             attribute = _checked(head.attribute)
-            judged_attribute = _checked(judged.attribute, both=False)
+            judged_attribute = _checked(judged.attribute, "validation", fewest=1)
         head.require_labels()
         kinds = attribute.unique().tolist()
         predicted = head.logits().argmax(1)
@@ -478,15 +479,15 @@ def _collected(
     return head, head_features(model, validation, attribute=own, with_attribute=True)
 
 
-def _checked(attribute: Tensor | None, *, both: bool = True) -> Tensor:
-    if attribute is None or (both and attribute.min() == attribute.max()):
+def _checked(attribute: Tensor | None, name: str = "spurious", *, fewest: int = 2) -> Tensor:
+    if attribute is None or len(attribute.unique()) < fewest:
         raise ValueError(
-            "spurious: samples with and without the feature are needed; "
+            f"{name}: samples with and without the feature are needed; "
             f"{'none was' if attribute is None else 'only one kind was'} given"
         )
     if attribute.min() < 0:
         raise ValueError(
-            f"spurious: values {attribute.unique().tolist()[:5]} given; it is yes or no (1 or 0)"
+            f"{name}: values {attribute.unique().tolist()[:5]} given; it is yes or no (1 or 0)"
         )
     return attribute
 
@@ -526,7 +527,7 @@ def _worst_first(accuracy: Tensor) -> Tensor:
     return lowest @ 1e-4 ** torch.arange(lowest.shape[-1], dtype=lowest.dtype)
 
 
-def _group_means(right: Tensor, groups: Tensor) -> Tensor:
-    """Return the share of right answers in each group, float64, shape (G,)."""
-    sizes = torch.bincount(groups)
+def _group_means(right: Tensor, groups: Tensor, count: int = 0) -> Tensor:
+    """Return the share of right answers in each group, float64, (G,); NaN in an empty one."""
+    sizes = torch.bincount(groups, minlength=count)
     return torch.bincount(groups, weights=right.double(), minlength=len(sizes)) / sizes
