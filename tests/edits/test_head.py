@@ -1,11 +1,13 @@
 """The last linear layer: found by what it gives, its inputs kept once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from xai_edit import NonFiniteError
-from xai_edit.edits.head import collect_head_features, find_head
+from xai_edit.edits.head import collect_head_features, find_head, head_features
 
 
 class Ends(nn.Module):
@@ -181,3 +183,32 @@ def test_a_buffer_that_the_loader_uses_again_does_not_reach_the_features():
 
     head = collect_head_features(model, loader())
     assert head.features[:, 0].tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [torch.tensor([0.3, 1.0, 0.7]), torch.tensor([0.0, torch.nan, 1.0]), torch.ones(3, 1)],
+    ids=["fractions", "nan", "column"],
+)
+def test_a_vector_with_features_is_checked_as_with_batches(inputs, vector):
+    model = nn.Linear(6, 3)
+    head = collect_head_features(model, [inputs[:3]])
+    with pytest.raises(ValueError, match="spurious"):
+        head_features(model, head, attribute=vector, with_attribute=True)
+
+
+def test_features_without_the_attribute_are_refused_where_it_is_needed(inputs):
+    model = nn.Linear(6, 3)
+    head = collect_head_features(model, [inputs])
+    with pytest.raises(ValueError, match="spurious: not given, and the features were collected"):
+        head_features(model, head, with_attribute=True)
+    assert head_features(model, head) is head
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(inputs, value):
+    model = nn.Linear(6, 3)
+    head = collect_head_features(model, [inputs])
+    spoilt = replace(head, features=head.features.index_fill(0, torch.tensor(2), value))
+    with pytest.raises(NonFiniteError, match="validation: has features that are NaN"):
+        head_features(model, spoilt, name="validation")

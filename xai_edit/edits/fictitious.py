@@ -238,7 +238,9 @@ class FictitiousClass:
                 return (concept_strength(spurious, features.features) > point).long()
 
             attribute = _checked(told(head))
-            judged = head if validation is None else head_features(model, validation)
+            judged = (
+                head if validation is None else head_features(model, validation, name="validation")
+            )
             judged_attribute = told(judged)
         else:
             head, judged = _collected(model, data, spurious, validation)
@@ -466,7 +468,7 @@ def _collected(
     if validation is None:
         return head, head
     if isinstance(validation, HeadFeatures):
-        return head, head_features(model, validation)
+        return head, head_features(model, validation, name="validation")
     # A vector counts the samples of the planning data, so validation carries its own.
     own = None if isinstance(spurious, Tensor) else spurious
     if isinstance(spurious, Tensor):

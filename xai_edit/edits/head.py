@@ -13,6 +13,7 @@ from xai_edit.attribution.layers import predict
 from xai_edit.attribution.targets import check_classes
 from xai_edit.data import (
     Attribute,
+    Batch,
     Data,
     attribute_of,
     batches,
@@ -21,6 +22,7 @@ from xai_edit.data import (
     together,
 )
 from xai_edit.edits.edit import ModelEdit
+from xai_edit.errors import NonFiniteError
 from xai_edit.guard import preserved, require_finite
 
 
@@ -155,15 +157,19 @@ def head_features(
     *,
     attribute: Attribute = None,
     with_attribute: bool = False,
+    name: str = "data",
 ) -> HeadFeatures:
     """Return ``data`` where it is features of this model, else collect them.
 
-    Arguments as for `collect_head_features`.
+    Arguments as for `collect_head_features`; ``name`` is that of ``data`` in error messages.
 
     Raises
     ------
     ValueError
-        If the features are those of another last layer, or lack the attribute.
+        If the features are those of another last layer, or the attribute is missing or does not
+        have one whole number a sample.
+    NonFiniteError
+        If a feature is NaN or infinite.
     """
     if not isinstance(data, HeadFeatures):
         return collect_head_features(
@@ -177,10 +183,19 @@ def head_features(
         )
         if not same:
             raise ValueError(
-                f"data: its features were collected for another {data.parameter(kind)!r} than the "
+                f"{name}: its features were collected for another {data.parameter(kind)!r} than the "
                 "model's; collect them anew"
             )
-    if attribute is None or not with_attribute:
+    if not torch.isfinite(data.features).all():
+        raise NonFiniteError(f"{name}: has features that are NaN or infinite; collect them anew")
+    if not with_attribute:
+        return data
+    if attribute is None:
+        if data.attribute is None:
+            raise ValueError(
+                "spurious: not given, and the features were collected without it; give a vector, "
+                "or collect them with with_attribute=True"
+            )
         return data
     if callable(attribute):
         raise ValueError(
@@ -188,7 +203,7 @@ def head_features(
             "give it to collect_head_features"
         )
     check_length(attribute, len(data.features))
-    return replace(data, attribute=attribute.cpu().long())
+    return replace(data, attribute=attribute_of(attribute, Batch(data.features), 0))
 
 
 def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
