@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -345,3 +346,51 @@ def test_a_sweep_has_no_figure_for_samples_that_are_not_there(shortcut, value):
     assert torch.equal(there, sweep.average)
     assert missing.isnan().all()
     assert sweep.raised.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"rate": np.float32(0.5)}, {"rate": 0.5}),
+        ({"rate": torch.tensor(0.5)}, {"rate": 0.5}),
+        ({"rate": {np.int64(0): np.float32(0.5)}}, {"rate": {0: 0.5}}),
+    ],
+    ids=["numpy", "torch", "mapping"],
+)
+def test_numbers_of_numpy_and_torch_are_plain_ones_in_the_saved_edit(
+    shortcut, tmp_path, given, plain
+):
+    model, planning, _ = shortcut
+    head = collect_head_features(model, batched(*planning), with_attribute=True)
+    edit = FictitiousClass(**given).plan(
+        model, head, target=np.int64(MARKED), fictitious=torch.tensor(1)
+    )
+    edit.save(tmp_path / "edit.safetensors")
+    assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
+    same = FictitiousClass(**plain).plan(model, head, target=MARKED, fictitious=np.int64(1))
+    assert changed(edit) == changed(same)
+    assert edit.origin == same.origin
+
+
+@pytest.mark.parametrize("fictitious", [1.0, "1", []])
+def test_a_fictitious_class_that_is_no_number_is_refused(shortcut, fictitious):
+    model, planning, _ = shortcut
+    with pytest.raises(ValueError, match=r"fictitious: .* given"):
+        FictitiousClass().plan(model, batched(*planning), fictitious=fictitious)
+
+
+def test_rates_to_sweep_may_be_an_array(shortcut):
+    model, planning, _ = shortcut
+    head = collect_head_features(model, batched(*planning), with_attribute=True)
+    (sweep,) = FictitiousClass().sweep(model, head, target=MARKED, rates=np.array([0.25, 0.5]))
+    (same,) = FictitiousClass().sweep(model, head, target=MARKED, rates=[0.25, 0.5])
+    assert torch.equal(sweep.doses, same.doses)
+    assert sweep.rates.tolist() == [0.25, 0.5]
+    with pytest.raises(ValueError, match="rates: none given"):
+        FictitiousClass().sweep(model, head, target=MARKED, rates=[])
+
+
+@pytest.mark.parametrize("tolerance", [None, "0.1", True, 2])
+def test_a_tolerance_that_is_no_fraction_is_refused(tolerance):
+    with pytest.raises(ValueError, match=r"tolerance: .* given"):
+        FictitiousClass(tolerance=tolerance)

@@ -1,12 +1,13 @@
 """Class removal by one weight: Eq. 7 and 8, the guards, real digits, signed features."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from xai_edit import NonFiniteError, SingleWeight, evaluate_groups
+from xai_edit import ModelEdit, NonFiniteError, SingleWeight, evaluate_groups
 from xai_edit.edits.head import collect_head_features
 from xai_edit.edits.single_weight import editable, orthogonal_weight
 
@@ -303,4 +304,30 @@ def test_a_rate_that_is_no_fraction_is_refused(rate):
 @pytest.mark.parametrize(("name", "value"), [("select", "best"), ("anchor", "yes")])
 def test_unknown_choices_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
+        SingleWeight(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("odd", "ordinary"),
+    [
+        ({"rate": np.float32(0.5)}, {"rate": 0.5}),
+        ({"rate": np.int64(1)}, {"rate": 1.0}),
+        ({"dose": torch.tensor(-5)}, {"dose": -5.0}),
+        ({"n_weights": np.int64(2)}, {"n_weights": 2}),
+        ({"select": "random", "seed": np.int64(3)}, {"select": "random", "seed": 3}),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_taken_and_saved(plain, batches, tmp_path, odd, ordinary):
+    edit = SingleWeight(**odd).plan(plain, batches, target=np.int64(3))
+    same_edit(edit, SingleWeight(**ordinary).plan(plain, batches, target=3))
+    edit.save(tmp_path / "edit.safetensors")
+    assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tolerance", None), ("tolerance", "a"), ("seed", 2.0), ("n_weights", True), ("dose", "3")],
+)
+def test_an_argument_that_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: .* given"):
         SingleWeight(**{name: value})

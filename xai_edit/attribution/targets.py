@@ -28,7 +28,7 @@ def checked_target(target: Any) -> Target:
     if callable(target) and not isinstance(target, type):
         return target  # type: ignore[no-any-return]
     try:
-        return _whole(target)
+        return whole(target)
     except TypeError:
         raise ValueError(
             f"target: {target!r} given; it is a class number, 'label', 'predicted' or a function "
@@ -141,10 +141,26 @@ def _described(value: Any) -> str:
     return type(value).__name__
 
 
-def _whole(number: Any) -> int:
+def whole(number: Any) -> int:
+    """Return a whole number of Python, NumPy or torch as an int; TypeError if it is no such."""
     if isinstance(number, bool) or getattr(number, "dtype", None) is torch.bool:
         raise TypeError  # a mask of classes would be read as the classes 0 and 1
     return operator.index(number)
+
+
+def whole_list(given: int | Sequence[int], name: str) -> list[int]:
+    """Return one class number or several as a list of int.
+
+    Raises
+    ------
+    ValueError
+        If one is no whole number.
+    """
+    single = not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
+    try:
+        return [whole(one) for one in ([given] if single else given)]  # type: ignore
+    except TypeError:
+        raise ValueError(f"{name}: {given!r} given; it is a class number or several") from None
 
 
 def class_list(target: int | Sequence[int], classes: int) -> list[int]:
@@ -155,11 +171,7 @@ def class_list(target: int | Sequence[int], classes: int) -> list[int]:
     ValueError
         If none is given, one is named twice, is not a number or is out of range.
     """
-    single = not isinstance(target, Iterable) or getattr(target, "ndim", 1) == 0
-    try:
-        listed = [_whole(one) for one in ([target] if single else target)]  # type: ignore
-    except TypeError:
-        raise ValueError(f"target: {target!r} given; it is a class number or several") from None
+    listed = whole_list(target, "target")
     if not listed or len(set(listed)) < len(listed):
         raise ValueError(f"target: {target!r} given; give one class or several different ones")
     check_classes(torch.tensor(listed), classes)

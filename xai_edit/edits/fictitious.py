@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.targets import class_list
+from xai_edit.attribution.targets import class_list, whole_list
 from xai_edit.concepts.presence import concept_strength, split_point
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import Attribute, Data, peek
@@ -24,6 +24,8 @@ from xai_edit.edits.single_weight import (
     anchor_point,
     check_anchor,
     check_rate,
+    check_tolerance,
+    check_whole,
     head_edit,
     orthogonal_weight,
 )
@@ -94,15 +96,17 @@ class FictitiousClass:
                 raise ValueError(
                     f"rate: {self.rate!r} given; it is 'auto', 'least-gap' or a fraction in [0, 1]"
                 )
+        elif isinstance(self.rate, Mapping):
+            rates = {row: check_rate(rate) for row, rate in self.rate.items()}
+            object.__setattr__(self, "rate", rates)
         else:
-            for rate in self.rate.values() if isinstance(self.rate, Mapping) else [self.rate]:
-                check_rate(rate)
+            object.__setattr__(self, "rate", check_rate(self.rate))
         if self.aim not in REASONS:
             raise ValueError(f"aim: {self.aim!r} given; it is one of {', '.join(REASONS)}")
         if (self.select, self.aim) == ("exact", "indifference"):
             raise ValueError("aim: 'indifference' goes with the other selections, not with 'exact'")
-        if not 0 <= self.tolerance <= 1:
-            raise ValueError(f"tolerance: {self.tolerance!r} given; it is a fraction in [0, 1]")
+        object.__setattr__(self, "tolerance", check_tolerance(self.tolerance))
+        object.__setattr__(self, "seed", check_whole(self.seed, "seed"))
 
     def plan(
         self,
@@ -169,7 +173,11 @@ class FictitiousClass:
         origin = {
             "operator": "FictitiousClass",
             "select": self.select,
-            "rate": dict(self.rate) if isinstance(self.rate, Mapping) else self.rate,
+            "rate": (
+                {str(row): self.rate[row] for row in task.values}  # as JSON has it
+                if isinstance(self.rate, Mapping)
+                else self.rate
+            ),
             "aim": self.aim,
             "samples": len(task.head.features),
             **{name: {"before": before[name], "after": after[name]} for name in after},
@@ -213,8 +221,10 @@ class FictitiousClass:
             To measure at. When left out, a grid over [0, 1] and a logarithmic one about the rate
             at which the weight crosses zero.
         """
-        for rate in rates or ():
-            check_rate(rate)
+        if rates is not None:
+            rates = [check_rate(rate) for rate in rates]
+            if not rates:
+                raise ValueError("rates: none given; give one or more, or leave it out for a grid")
         if self.select == "exact":
             raise ValueError("select: 'exact' finds its own dose; a sweep needs another selection")
         task = self._task(model, data, spurious, fictitious, target, validation)
@@ -258,7 +268,11 @@ class FictitiousClass:
                 )
             several = rows is not None and len(rows) > 1
             fictitious = _speaking(predicted, attribute, rows) if rows and several else 1
-        wanted = [fictitious] if isinstance(fictitious, int) else [*fictitious]
+        wanted = whole_list(
+            int(fictitious) if isinstance(fictitious, bool) else fictitious, "fictitious"
+        )
+        if not wanted:
+            raise ValueError(f"fictitious: {fictitious!r} given; give one value, or one per target")
         for value in wanted:
             if value not in kinds:
                 raise ValueError(f"fictitious: {value} given; the values are {kinds[:10]}")

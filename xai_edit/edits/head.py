@@ -183,8 +183,8 @@ def head_features(
         )
         if not same:
             raise ValueError(
-                f"{name}: its features were collected for another {data.parameter(kind)!r} than the "
-                "model's; collect them anew"
+                f"{name}: its features were collected for another {data.parameter(kind)!r} than "
+                "the model's; collect them anew"
             )
     if not torch.isfinite(data.features).all():
         raise NonFiniteError(f"{name}: has features that are NaN or infinite; collect them anew")

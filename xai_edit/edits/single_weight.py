@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.targets import class_list
+from xai_edit.attribution.targets import class_list, whole
 from xai_edit.data import Data
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.exact import removal_doses
@@ -47,12 +48,37 @@ def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float = 1.0) -> T
     return w[column] - rate * (w @ w + 1) / w[column]  # Eq. 8; Eq. 7 at r = 1
 
 
+def plain_number(given: Any) -> float:
+    """Return a number of Python, NumPy or torch as a float; NaN for anything else."""
+    if isinstance(given, Tensor) and given.ndim == 0 and given.dtype is not torch.bool:
+        given = given.item()
+    if isinstance(given, bool) or not isinstance(given, Real):
+        return math.nan
+    return float(given)
+
+
 def check_rate(rate: Any) -> float:
     """Return a rate in [0, 1], or raise ValueError, asking whether a larger one is in percent."""
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-        percent = "; is it in percent?" if isinstance(rate, (int, float)) and rate > 1 else ""
+    number = plain_number(rate)
+    if not 0 <= number <= 1:
+        percent = "; is it in percent?" if number > 1 else ""
         raise ValueError(f"rate: {rate!r} given; it is a fraction in [0, 1]{percent}")
-    return float(rate)
+    return number
+
+
+def check_tolerance(tolerance: Any) -> float:
+    """Return a tolerance in [0, 1], or raise ValueError."""
+    if not 0 <= plain_number(tolerance) <= 1:
+        raise ValueError(f"tolerance: {tolerance!r} given; it is a fraction in [0, 1]")
+    return plain_number(tolerance)
+
+
+def check_whole(number: Any, name: str) -> int:
+    """Return a whole number as an int, or raise ValueError."""
+    try:
+        return whole(number)
+    except TypeError:
+        raise ValueError(f"{name}: {number!r} given; it is a whole number") from None
 
 
 def editable(row: Tensor, mean_feature: Tensor) -> Tensor:
@@ -112,22 +138,23 @@ class SingleWeight:
     def __post_init__(self) -> None:
         check_selection(self.select)
         check_anchor(self.anchor, self.select)
-        check_rate(self.rate)
+        # Numbers of NumPy and torch become plain ones: the edit's origin is JSON.
+        object.__setattr__(self, "rate", check_rate(self.rate))
+        object.__setattr__(self, "n_weights", check_whole(self.n_weights, "n_weights"))
+        object.__setattr__(self, "seed", check_whole(self.seed, "seed"))
+        object.__setattr__(self, "tolerance", check_tolerance(self.tolerance))
         if self.select == "exact" and (self.rate != 1.0 or self.dose is not None):
             name = "rate" if self.dose is None else "dose"
             raise ValueError(f"{name}: goes with the other selections; 'exact' finds its own dose")
         if self.dose is not None:
-            number = isinstance(self.dose, (int, float)) and not isinstance(self.dose, bool)
-            if not number or not math.isfinite(self.dose) or self.dose == 0:
-                raise ValueError(f"dose: {self.dose!r} given; it is a number other than 0")
+            dose = plain_number(self.dose)
+            if not math.isfinite(dose) or dose == 0:
+                raise ValueError(f"dose: {self.dose!r} given; it is a finite number other than 0")
+            object.__setattr__(self, "dose", dose)
             if self.rate != 1.0:
                 raise ValueError("dose: given with a rate; give one of them")
-        if isinstance(self.n_weights, bool) or not isinstance(self.n_weights, int):
-            raise ValueError(f"n_weights: {self.n_weights!r} given; it is a whole number")
         if self.n_weights < 1:
             raise ValueError(f"n_weights: {self.n_weights} given; it is at least 1")
-        if not 0 <= self.tolerance <= 1:
-            raise ValueError(f"tolerance: {self.tolerance!r} given; it is a fraction in [0, 1]")
 
     def plan(
         self, model: nn.Module, data: Data | HeadFeatures, *, target: int | Sequence[int]
