@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from xai_edit import LastLayerRetraining
+from xai_edit import LastLayerRetraining, ModelEdit
 
 GRID = [1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01]
 RENAMED = LogisticRegression().get_params()["penalty"] == "deprecated"
@@ -161,3 +161,32 @@ def test_a_group_of_one_sample_cannot_be_tuned_on():
     with pytest.raises(ValueError, match=r"one sample of \(class, feature\) \(1, 0\)"):
         LastLayerRetraining(C="auto").plan(linear(x, 2), data)
     LastLayerRetraining().plan(linear(x, 2), data)
+
+
+def test_numbers_of_numpy_and_torch_are_plain_ones_in_the_saved_edit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 5, generator=generator)
+    labels, has = torch.arange(40) % 2, torch.arange(40) // 2 % 2
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+    plans = [
+        LastLayerRetraining(repeats=repeats, C=C, seed=seed).plan(model, [(inputs, labels, has)])
+        for repeats, C, seed in (
+            (2, 0.5, 1),
+            (np.int64(2), np.float32(0.5), np.int64(1)),
+            (torch.tensor(2), torch.tensor(0.5), torch.tensor(1)),
+        )
+    ]
+    plans[2].save(tmp_path / "edit.safetensors")
+    loaded = ModelEdit.load(tmp_path / "edit.safetensors")
+    for edit in (*plans, loaded):
+        assert edit.origin == plans[0].origin
+        assert torch.equal(edit.changes["weight"].new, plans[0].changes["weight"].new)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("repeats", 2.5), ("repeats", "2"), ("C", None), ("C", True), ("seed", 1.5)]
+)
+def test_an_argument_that_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: .* given"):
+        LastLayerRetraining(**{name: value})

@@ -13,6 +13,7 @@ from torch import nn
 from xai_edit.data import Attribute, Data
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import HeadFeatures, head_features
+from xai_edit.edits.single_weight import check_whole, plain_number
 
 Array: TypeAlias = NDArray[Any]
 
@@ -53,12 +54,16 @@ class LastLayerRetraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # Numbers of NumPy and torch become plain ones: the edit's origin is JSON.
+        object.__setattr__(self, "repeats", check_whole(self.repeats, "repeats"))
+        object.__setattr__(self, "seed", check_whole(self.seed, "seed"))
         if self.repeats < 1:
             raise ValueError(f"repeats: {self.repeats} given; it is at least 1")
-        if isinstance(self.C, str) and self.C != "auto":
-            raise ValueError(f"C: {self.C!r} given; it is a positive number or 'auto'")
-        if not isinstance(self.C, str) and not 0 < self.C < float("inf"):
-            raise ValueError(f"C: {self.C} given; it is a positive number or 'auto'")
+        if not isinstance(self.C, str) or self.C != "auto":
+            number = plain_number(self.C)
+            if not 0 < number < float("inf"):
+                raise ValueError(f"C: {self.C!r} given; it is a positive number or 'auto'")
+            object.__setattr__(self, "C", number)
 
     def plan(
         self, model: nn.Module, data: Data | HeadFeatures, *, spurious: Attribute = None
