@@ -394,3 +394,12 @@ def test_rates_to_sweep_may_be_an_array(shortcut):
 def test_a_tolerance_that_is_no_fraction_is_refused(tolerance):
     with pytest.raises(ValueError, match=r"tolerance: .* given"):
         FictitiousClass(tolerance=tolerance)
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+def test_a_model_of_one_output_is_refused(shortcut, select):
+    _, planning, _ = shortcut
+    images, labels, has = planning
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double()
+    with pytest.raises(ValueError, match="model: layer '1' has one output"):
+        FictitiousClass(select).plan(model, [(images, torch.zeros_like(labels), has)], target=0)

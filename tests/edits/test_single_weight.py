@@ -331,3 +331,13 @@ def test_numbers_of_numpy_and_torch_are_taken_and_saved(plain, batches, tmp_path
 def test_an_argument_that_is_no_number_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"{name}: .* given"):
         SingleWeight(**{name: value})
+
+
+def test_a_head_of_zeros_has_no_largest_weight_to_compare_with(batches):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(model[1].weight)
+    edit = SingleWeight("exact").plan(model, batches, target=3)
+    (row,) = edit.origin["rows"]
+    assert row["old"] == 0
+    assert row["weight"] != 0
+    assert row["times_largest"] is None

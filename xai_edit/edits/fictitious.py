@@ -257,6 +257,11 @@ class FictitiousClass:
             attribute = _checked(head.attribute)
             judged_attribute = _checked(judged.attribute, "validation", fewest=1)
         head.require_labels()
+        if head.classes < 2:
+            raise ValueError(
+                f"model: layer {head.layer!r} has one output; a classifier with one for each "
+                "class, two or more, is needed"
+            )
         kinds = attribute.unique().tolist()
         predicted = head.logits().argmax(1)
         rows = None if target is None else class_list(target, head.classes)

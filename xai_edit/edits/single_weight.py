@@ -295,7 +295,8 @@ def head_edit(
                     f"anchor: layer {head.layer!r} has no bias to correct; give anchor=False"
                 )
             biases[at] = biases.get(at, float(head.bias[at])) - (value - old) * fixed
-        more = {"old": old, "anchored": fixed is not None, "times_largest": abs(value) / largest}
+        times = abs(value) / largest if largest else None  # a head of zeros has no largest
+        more = {"old": old, "anchored": fixed is not None, "times_largest": times}
         told.append({**row, "weight": value, **more})
     weight = (torch.tensor(index), torch.tensor(new, dtype=torch.double))
     values = {head.parameter("weight"): weight}
