@@ -79,14 +79,18 @@ class Gather:
                 "have no relevance; name the embedding's output"
             )
 
-        def reduce(relevance: Tensor) -> Tensor:
-            return self.reduce(relevance, module)
-
+        value, reduce = self.prepared(value, module)
         shape = reduce(value.detach()[:0]).shape[1:]
         leaf = value.new_zeros(()).expand(len(value), *shape).requires_grad_()
         self.leaves[name] = leaf
         behind: Tensor = _Gathered.apply(value, leaf, reduce)
         return behind
+
+    def prepared(
+        self, value: Tensor, module: nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the value that goes on through the network, and what reduces its relevance."""
+        return value, lambda relevance: self.reduce(relevance, module)
 
     def attach(self, model: nn.Module, layers: Sequence[str], *, inputs: bool) -> None:
         """Put hooks on the layers whose inputs, or on those whose outputs, are asked for.

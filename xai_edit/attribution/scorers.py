@@ -187,7 +187,20 @@ class LRP:
         canonizers : list of str
             The canonizers in use.
         """
-        gather = Gather(reduce)
+        with self.gathering(model, sample, layers, Gather(reduce), found=found) as prepared:
+            yield prepared
+
+    @contextmanager
+    def gathering(
+        self,
+        model: nn.Module,
+        sample: Tensor,
+        layers: Sequence[str],
+        gather: Gather,
+        *,
+        found: Trace | None = None,
+    ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
+        """Prepare a model as `session` does, for what a `Gather` of one's own gathers."""
         with self._registered(model, sample, gather, layers, found) as ready:
 
             def score(inputs: Tensor, targets: Targets) -> dict[str, Tensor]:

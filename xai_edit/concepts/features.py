@@ -1,15 +1,24 @@
-"""Activations of a layer at sampled positions, for finding subspaces."""
+"""Activations of a layer and their contexts at sampled positions, for finding subspaces."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import layer_module, resolve_layers, tapped
+from xai_edit.attribution.canonizers import same_logits
+from xai_edit.attribution.contexts import ContextGather, Take
+from xai_edit.attribution.layers import layer_module, resolve_layers, run, tapped, unit_axis
+from xai_edit.attribution.scorers import LRP
+from xai_edit.attribution.targets import Target, checked_target, targets_of
 from xai_edit.data import (
     Attribute,
+    Batch,
     Data,
     attribute_of,
     batches,
@@ -83,6 +92,8 @@ def collect_features(
     data: Data,
     *,
     layer: str,
+    scorer: LRP | None = None,
+    target: Target = "label",
     positions: int | None = 20,
     spurious: Attribute = None,
     seed: int = 0,
@@ -97,6 +108,11 @@ def collect_features(
         See `xai_edit.data.batches`.
     layer : str
         A layer with channels second (convolutions) or features last (linear layers).
+    scorer : LRP, optional
+        Also keep the contexts of the activations under its composite. They are exact also where
+        an activation is zero; see `xai_edit.attribution.contexts.ContextGather`.
+    target : int, "label", "predicted" or callable
+        The output that the contexts explain; see `xai_edit.attribution.targets.Target`.
     positions : int or None
         Positions drawn per sample without replacement; all of them when None or fewer.
     spurious : callable, Tensor or None
@@ -104,34 +120,45 @@ def collect_features(
         when left out.
     seed : int
         Of the drawn positions.
+
+    Raises
+    ------
+    TypeError
+        If the scorer is not an `LRP`.
+    UnknownLayerError, NonFiniteError, ValueError
+        On bad input. Also if the composite hands relevance on otherwise than in proportion to
+        activations, or a batch norm is merged into the layer: its values are then not the model's.
     """
     if positions is not None and (type(positions) is not int or positions < 1):
         raise ValueError(f"positions: {positions!r} given; it is a positive number or None")
+    if scorer is not None and not isinstance(scorer, LRP):
+        raise TypeError(f"scorer: {scorer!r} given; contexts need a rule, so an xai_edit.LRP")
+    target = checked_target(target)
     resolve_layers(model, [layer])
     require_finite(model)
-    module = layer_module(model, layer)
-    channels_last = isinstance(module, nn.Linear)
-    generator = torch.Generator().manual_seed(seed)
-    vectors: list[Tensor] = []
+    draw = functools.partial(
+        _drawn, positions=positions, generator=torch.Generator().manual_seed(seed)
+    )
+    activations: list[Tensor] = []
+    contexts: list[Tensor] = []
     numbers: list[Tensor] = []
     labels: list[Tensor | None] = []
     attributes: list[Tensor | None] = []
     samples = 0
-    with preserved(model), torch.no_grad():
+    with preserved(model), ExitStack() as session:
+        vectors_of = None
         for batch in batches(data, model_device(model)):
-            with tapped(model, [layer]) as tap:
-                model(batch.inputs)
-            tap.require([layer])
-            values = tap.values[layer].cpu()
-            if not channels_last:
-                values = values.movedim(1, -1)
-            values = values.reshape(len(batch), -1, values.shape[-1])  # (samples, positions, d)
-            if positions is not None and positions < values.shape[1]:
-                drawn = torch.rand(values.shape[:2], generator=generator).argsort(1)[:, :positions]
-                values = values.gather(1, drawn[..., None].expand(-1, -1, values.shape[-1]))
-            vectors.append(values.flatten(0, 1))
+            if vectors_of is None:
+                vectors_of = session.enter_context(
+                    _activations(model, layer, draw)
+                    if scorer is None
+                    else _contexts(model, batch.inputs, layer, draw, scorer, target)
+                )
+            own, *of_context = vectors_of(batch)  # each (samples, positions, channels)
+            activations.append(own.flatten(0, 1).cpu())
+            contexts += (context.flatten(0, 1).cpu() for context in of_context)
             numbers.append(
-                torch.arange(samples, samples + len(batch)).repeat_interleave(values.shape[1])
+                torch.arange(samples, samples + len(batch)).repeat_interleave(own.shape[1])
             )
             labels.append(batch.labels)
             given = spurious is not None or batch.groups is not None
@@ -139,8 +166,76 @@ def collect_features(
             samples += len(batch)
     check_length(spurious, samples)
     return Features(
-        torch.cat(vectors),
+        torch.cat(activations),
+        torch.cat(contexts) if contexts else None,
         sample=torch.cat(numbers),
         labels=together(labels, "labels"),
         attribute=together(attributes, "groups"),
     )
+
+
+def _drawn(
+    values: Tensor, module: nn.Module, *, positions: int | None, generator: torch.Generator
+) -> Take:
+    """Draw positions of each sample; return what takes them, (samples, positions, channels)."""
+    axis = unit_axis(values, module)
+    channels = values.shape[axis]
+    count = math.prod(values.shape[1:]) // channels
+    drawn = None
+    if positions is not None and positions < count:
+        order = torch.rand(len(values), count, generator=generator).argsort(1)
+        drawn = order[:, :positions, None].expand(-1, -1, channels).to(values.device)
+
+    def take(tensor: Tensor) -> Tensor:
+        vectors = tensor.movedim(axis, -1).reshape(len(tensor), count, channels)
+        return vectors if drawn is None else vectors.gather(1, drawn[: len(tensor)])
+
+    return take
+
+
+@contextmanager
+def _activations(
+    model: nn.Module, layer: str, draw: Callable[[Tensor, nn.Module], Take]
+) -> Iterator[Callable[[Batch], tuple[Tensor, ...]]]:
+    """Yield a function that gives the activations of one batch."""
+
+    def vectors_of(batch: Batch) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            values = _values(model, layer, batch.inputs)
+        return (draw(values, layer_module(model, layer))(values),)
+
+    yield vectors_of
+
+
+@contextmanager
+def _contexts(
+    model: nn.Module,
+    sample: Tensor,
+    layer: str,
+    draw: Callable[[Tensor, nn.Module], Take],
+    scorer: LRP,
+    target: Target,
+) -> Iterator[Callable[[Batch], tuple[Tensor, ...]]]:
+    """Yield a function that gives the activations and contexts of one batch."""
+    with torch.no_grad():
+        plain = _values(model, layer, sample[:1])
+    gather = ContextGather(draw)
+    with scorer.gathering(model, sample, [layer], gather) as (score, canonizers):
+
+        def vectors_of(batch: Batch) -> tuple[Tensor, ...]:
+            pairs = score(batch.inputs, targets_of(batch, target))[layer]
+            if gather.first is not None and not same_logits(plain, gather.first):
+                raise ValueError(
+                    f"layer: {layer!r} given, whose values are others under {canonizers}; a batch "
+                    "norm is merged into it, so name that norm or a layer behind it"
+                )
+            return pairs.unbind(1)
+
+        yield vectors_of
+
+
+def _values(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
+    with tapped(model, [layer]) as tap:
+        run(model, inputs)
+    tap.require([layer])
+    return tap.values[layer]
