@@ -213,5 +213,5 @@ def test_errors_name_what_is_wrong(plain, batches):
         collect_features(plain, batches, layer="relu1", scorer=LRP(), target="lable")
     plain.extra = nn.Linear(64, 2)
     plain.forward = lambda x: (plain.extra(x.flatten(1)), type(plain).forward(plain, x))[1]
-    with pytest.raises(ValueError, match="no relevance reaches .extra."):
+    with pytest.raises(ValueError, match="no relevance reaches 'extra'"):
         collect_features(plain, batches, layer="extra", scorer=LRP())
