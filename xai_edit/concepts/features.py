@@ -80,6 +80,42 @@ class Features:
         """The number of samples."""
         return len(self.activations) if self.sample is None else int(self.sample.max()) + 1
 
+    def require_contexts(self) -> Tensor:
+        """Return the contexts.
+
+        Raises
+        ------
+        ValueError
+            If there are none.
+        """
+        if self.contexts is None:
+            raise ValueError(
+                "features: they have no contexts; collect them with scorer=xai_edit.LRP(…), or "
+                "give your own as Features(activations=a, contexts=c)"
+            )
+        return self.contexts
+
+    def require_spurious(self, spurious: Tensor | None = None) -> Tensor:
+        """Return which samples have the spurious feature, bool, shape (samples,).
+
+        Parameters
+        ----------
+        spurious : Tensor, optional
+            Yes or no a sample; the features' own attribute when left out.
+
+        Raises
+        ------
+        ValueError
+            If it is missing, or the same in every sample.
+        """
+        given = self.attribute if spurious is None else torch.as_tensor(spurious)
+        if given is None or len(given) != self.samples or given.long().unique().tolist() != [0, 1]:
+            raise ValueError(
+                f"spurious: one yes (1) or no (0) for each of {self.samples} samples is needed, "
+                "and some of each"
+            )
+        return given > 0
+
     def per_sample(self, values: Tensor) -> Tensor:
         """Sum a value a vector over the vectors of each sample, float64, shape (samples,)."""
         if self.sample is None:

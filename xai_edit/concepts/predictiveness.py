@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from xai_edit.concepts.features import Features
@@ -38,29 +37,11 @@ def predictiveness(
     """
     from sklearn.metrics import average_precision_score
 
-    spurious = features.attribute if spurious is None else torch.as_tensor(spurious)
-    if (
-        spurious is None
-        or len(spurious) != features.samples
-        or spurious.long().unique().tolist() != [0, 1]
-    ):
-        raise ValueError(
-            f"spurious: one yes (1) or no (0) for each of {features.samples} samples is needed, "
-            "and some of each"
-        )
-    projected = subspaces.project(features.activations)
+    has = features.require_spurious(spurious).long().numpy()
     if features.contexts is None:
-        energies = [part.square().sum(1) for part in projected]
+        energies = [part.square().sum(1) for part in subspaces.project(features.activations)]
         scores = [features.per_sample(energy) for energy in energies]
     else:
-        contexts = (features.contexts.to(subspaces.basis) @ subspaces.basis).split(
-            subspaces.sizes, dim=1
-        )
-        activations = (features.activations.to(subspaces.basis) @ subspaces.basis).split(
-            subspaces.sizes, dim=1
-        )
-        scores = [
-            features.per_sample((a * c).sum(1)) for a, c in zip(activations, contexts, strict=True)
-        ]
-    has = (spurious > 0).long().numpy()
+        parts, _ = subspaces.split(features.activations, features.contexts)
+        scores = [features.per_sample(part) for part in parts.unbind(1)]
     return [float(average_precision_score(has, score.numpy())) for score in scores]

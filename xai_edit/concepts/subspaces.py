@@ -96,6 +96,24 @@ class Subspaces:
         a = activations.to(U)
         return (a - (a - self.mean) @ U @ U.T).to(activations)
 
+    def split(self, activations: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the relevance of activations by subspace, R_k = (U_kᵀa)·(U_kᵀc).
+
+        Parameters
+        ----------
+        activations, contexts : Tensor, shape (..., channels)
+
+        Returns
+        -------
+        parts : Tensor, float64, shape (..., subspaces)
+        residue : Tensor, float64, shape (...)
+            What no subspace holds; with the parts it adds up to a·c. Zero where the basis is whole.
+        """
+        a, c = activations.to(self.basis), contexts.to(self.basis)
+        products = ((a @ self.basis) * (c @ self.basis)).split(self.sizes, dim=-1)
+        parts = torch.stack([product.sum(-1) for product in products], dim=-1)
+        return parts, (a * c).sum(-1) - parts.sum(-1)
+
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically."""
         header = json.dumps({"sizes": self.sizes, "origin": self.origin})

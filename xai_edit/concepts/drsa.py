@@ -1,0 +1,292 @@
+"""Disentangled relevant subspaces: each holds the relevance of samples of its own."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xai_edit.concepts.features import Features
+from xai_edit.concepts.subspaces import Subspaces
+
+SCREENING = 20  # steps after which only the best start goes on
+PATIENCE = 10  # steps over which a gain is looked at
+REVIVALS = 10  # a start
+
+
+def disentanglement(parts: Tensor) -> Tensor:
+    """Return the objective J = M^½ over subspaces of M² over vectors of max(0, R_kn).
+
+    M^p is the power mean (mean x^p)^{1/p}: high if each subspace has much relevance in some
+    vectors, and all subspaces have some (Chormai et al. 2024).
+
+    Parameters
+    ----------
+    parts : Tensor, shape (vectors, subspaces)
+        Relevance by subspace; see `Subspaces.split`.
+    """
+    return _strengths(parts).sqrt().mean().square()
+
+
+def _strengths(parts: Tensor) -> Tensor:
+    return parts.double().clamp(min=0).square().mean(0).sqrt()
+
+
+class DRSA:
+    """Disentangled relevant subspace analysis (Chormai et al. 2024).
+
+    Maximises `disentanglement` over orthonormal bases U. A step follows the conjugate gradient on
+    the manifold of such bases and returns to it by U ← V(VᵀV)^{-½}, the orthonormal matrix nearest
+    to V. Its length adapts: a step that does not raise the objective is halved, the next after one
+    that does is longer. Of several random starts the one that is best after a few steps goes on.
+
+    Parameters
+    ----------
+    n_subspaces : int
+    size : int, optional
+        Directions of each subspace; channels // n_subspaces when left out.
+    n_init : int
+        Random starts.
+    max_iter : int
+        Steps of the start that goes on.
+    tol : float
+        Stop when ten steps raise the objective by less than this share.
+    seed : int
+        Of the starts.
+
+    Attributes
+    ----------
+    components_ : Tensor, float64, shape (n_subspaces · size, channels)
+        As in scikit-learn, the subspaces in order.
+    relevance_ : Tensor, float64, shape (n_subspaces,)
+        Mean relevance of each subspace, in falling order.
+    objective_ : float
+        For activations and contexts that are each divided by their root mean square · channels^¼.
+
+    Notes
+    -----
+    The ``origin`` of the subspaces has the objective's course, what each start had reached when the
+    best was chosen, and how often a subspace without positive relevance, which has no gradient,
+    was mixed with the strongest to begin anew.
+    """
+
+    def __init__(
+        self,
+        n_subspaces: int = 4,
+        *,
+        size: int | None = None,
+        n_init: int = 3,
+        max_iter: int = 200,
+        tol: float = 1e-4,
+        seed: int = 0,
+    ) -> None:
+        counts = {"n_subspaces": n_subspaces, "n_init": n_init, "max_iter": max_iter}
+        if size is not None:
+            counts["size"] = size
+        for name, count in counts.items():
+            if type(count) is not int or count < 1:
+                raise ValueError(f"{name}: {count!r} given; it is a positive number")
+        if not 0 <= tol < 1:
+            raise ValueError(f"tol: {tol!r} given; it is a share, such as 1e-4")
+        self.n_subspaces = n_subspaces
+        self.size = size
+        self.n_init = n_init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.seed = seed
+
+    def fit(self, features: Features) -> Subspaces:
+        """Find the subspaces.
+
+        Raises
+        ------
+        ValueError
+            If the features have no contexts or no positive relevance, there are more directions
+            than channels or vectors.
+        """
+        contexts = features.require_contexts()
+        vectors, channels = features.activations.shape
+        size = channels // self.n_subspaces if self.size is None else self.size
+        directions = self.n_subspaces * size
+        if not 1 <= directions <= channels:
+            raise ValueError(
+                f"n_subspaces: {self.n_subspaces} of {max(size, 1)} directions asked for; the "
+                f"features have {channels} channels"
+            )
+        if vectors < directions:
+            raise ValueError(
+                f"features: {vectors} vectors given; to find {directions} directions takes as "
+                "many, and better ten times as many"
+            )
+        problem = _Problem(_scaled(features.activations), _scaled(contexts), self.n_subspaces)
+        generator = torch.Generator().manual_seed(self.seed)
+        starts = [
+            _Climb(problem, problem.at(_random_basis(channels, directions, generator)), generator)
+            for _ in range(self.n_init)
+        ]
+        for start in starts:
+            start.go_on(min(SCREENING, self.max_iter), self.tol)
+        screened = [start.course[-1] for start in starts]
+        best = max(starts, key=lambda start: start.course[-1])
+        best.go_on(self.max_iter - SCREENING, self.tol)
+        if best.point.objective == 0:
+            raise ValueError("features: no positive relevance in any subspace; nothing to find")
+        if dead := int((best.point.strengths == 0).sum()):
+            warnings.warn(
+                f"{dead} of {self.n_subspaces} subspaces have no positive relevance; look for "
+                "fewer, or collect more samples",
+                stacklevel=2,
+            )
+        self.objective_ = best.point.objective
+        origin = {
+            "finder": "DRSA",
+            "vectors": vectors,
+            "seed": self.seed,
+            "course": best.course,
+            "screened": screened,
+            "revived": best.revived,
+            "dead": dead,
+        }
+        return self._ordered(features, contexts, best.point.basis.cpu(), size, origin)
+
+    def _ordered(
+        self,
+        features: Features,
+        contexts: Tensor,
+        basis: Tensor,
+        size: int,
+        origin: dict[str, object],
+    ) -> Subspaces:
+        """Return the subspaces by falling mean relevance."""
+        sizes = (size,) * self.n_subspaces
+        mean = features.activations.double().mean(0).cpu()
+        found = Subspaces(basis, sizes, mean, origin)
+        relevance = found.split(features.activations, contexts)[0].mean(0)
+        order = relevance.argsort(descending=True, stable=True)
+        self.relevance_ = relevance[order]
+        ordered = torch.cat([found.block(int(k)) for k in order], dim=1)
+        self.components_ = ordered.T.contiguous()
+        return Subspaces(ordered, sizes, mean, origin)
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """The objective at one basis, with what its gradient needs."""
+
+    basis: Tensor  # float64
+    a: Tensor  # Uᵀa of each vector, (vectors, directions)
+    c: Tensor
+    parts: Tensor  # (vectors, subspaces), not below 0
+    strengths: Tensor  # M² of each subspace, float64
+    objective: float
+
+
+class _Problem:
+    """The objective on some features, for any basis."""
+
+    def __init__(self, a: Tensor, c: Tensor, n_subspaces: int) -> None:
+        self.a, self.c, self.n_subspaces = a, c, n_subspaces
+
+    def at(self, basis: Tensor) -> _Point:
+        U = basis.to(self.a)
+        a, c = self.a @ U, self.c @ U
+        parts = (a * c).unflatten(1, (self.n_subspaces, -1)).sum(2).clamp(min=0)
+        return _Point(basis, a, c, parts, _strengths(parts), float(disentanglement(parts)))
+
+    def gradient(self, point: _Point) -> Tensor:
+        """Return ∂J/∂U_k = Σ_n ∂J/∂R_kn (a_n c_nᵀ + c_n a_nᵀ) U_k, in the tangent space at U."""
+        m = point.strengths
+        # ∂J/∂R_kn = √J / (K √m_k) · R_kn / (N m_k); none for a subspace without relevance.
+        scale = math.sqrt(point.objective) / (self.n_subspaces * len(self.a) * m**1.5)
+        weights = torch.where(m > 0, scale, 0).to(point.parts) * point.parts
+        weights = weights.repeat_interleave(point.a.shape[1] // self.n_subspaces, dim=1)
+        G = self.a.T @ (weights * point.c) + self.c.T @ (weights * point.a)
+        return _tangent(point.basis, G.double())
+
+
+class _Climb:
+    """One start on its way up."""
+
+    def __init__(self, problem: _Problem, point: _Point, generator: torch.Generator) -> None:
+        self.problem, self.generator = problem, generator
+        self.revived = 0
+        self.point = self._alive(point)
+        self.course = [self.point.objective]
+        self.gradient = problem.gradient(self.point)
+        self.direction = self.gradient
+        # So far that directions turn by half a right angle or so; it adapts.
+        self.rate = math.sqrt(point.basis.shape[1]) / max(float(self.gradient.norm()), 1e-300)
+
+    def go_on(self, steps: int, tol: float) -> None:
+        """Take some steps, or fewer if they no longer raise the objective."""
+        for _ in range(steps):
+            before = self.course[-1 - PATIENCE] if len(self.course) > PATIENCE else 0
+            if self.course[-1] <= before * (1 + tol) or not self._step():
+                return
+
+    def _step(self) -> bool:
+        rate, trial = self.rate, None
+        smallest = self.rate * 1e-6
+        while trial is None:
+            reached = self.problem.at(_polar(self.point.basis + rate * self.direction))
+            if reached.objective > self.point.objective:
+                trial = reached
+            else:
+                self.direction = self.gradient
+                rate /= 2
+                if rate < smallest:
+                    return False
+        self.rate = 1.2 * rate
+        revived = self.revived
+        self.point = self._alive(trial)
+        self.course.append(self.point.objective)
+        before, self.gradient = self.gradient, self.problem.gradient(self.point)
+        if self.revived > revived:
+            self.direction = self.gradient
+            return True
+        # Polak and Ribière, with what belongs to the old basis carried to the new one.
+        carried = _tangent(self.point.basis, before)
+        share = (self.gradient * (self.gradient - carried)).sum() / before.square().sum()
+        turned = self.gradient + max(0.0, float(share)) * _tangent(self.point.basis, self.direction)
+        uphill = float((turned * self.gradient).sum()) > 0
+        self.direction = turned if uphill else self.gradient
+        return True
+
+    def _alive(self, point: _Point) -> _Point:
+        """Mix each subspace without relevance with the strongest, by a random rotation of both."""
+        while (point.strengths == 0).any() and point.objective > 0 and self.revived < REVIVALS:
+            self.revived += 1
+            pair = torch.stack([point.strengths.argmin(), point.strengths.argmax()])
+            blocks = point.basis.unflatten(1, (self.problem.n_subspaces, -1)).clone()
+            both = blocks[:, pair].flatten(1)
+            turn = _random_basis(both.shape[1], both.shape[1], self.generator).to(both)
+            blocks[:, pair] = (both @ turn).unflatten(1, (2, -1))
+            point = self.problem.at(blocks.flatten(1))
+        return point
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """Divide by the root mean square and channels^¼, in no less than single precision."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    scale = float(values.double().square().mean().sqrt()) * values.shape[1] ** 0.25
+    return values / scale if scale else values
+
+
+def _tangent(U: Tensor, G: Tensor) -> Tensor:
+    """Return the part of G along which U stays orthonormal."""
+    inner = U.T @ G
+    return G - U @ (inner + inner.T) / 2
+
+
+def _polar(V: Tensor) -> Tensor:
+    """Return V(VᵀV)^{-½}."""
+    left, _, right = torch.linalg.svd(V, full_matrices=False)
+    return left @ right
+
+
+def _random_basis(channels: int, directions: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q[:, :directions].contiguous()
