@@ -32,9 +32,12 @@ from xai_edit.baselines.robustness import LastLayerRetraining
 from xai_edit.baselines.training import Trained, Unlearned
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.cav import CAV
+from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.features import Features, collect_features
 from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.pca import PCA
+from xai_edit.concepts.prca import PRCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.datasets.planting import Colours, Mark, Shortcut
@@ -59,9 +62,12 @@ from xai_edit.report.before_after import BeforeAfter, before_after_maps
 from xai_edit.resources import Cost, measured
 
 __all__ = [
+    "CAV",
+    "DRSA",
     "LEACE",
     "LRP",
     "PCA",
+    "PRCA",
     "Accuracy",
     "Activation",
     "AmnesiacLog",

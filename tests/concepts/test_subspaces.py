@@ -111,6 +111,34 @@ def test_all_blocks_together_reconstruct_within_their_span(problem):
         assert close(gone, subspaces.mean.expand_as(a))
 
 
+@given(problems(), st.integers(0, 2**31))
+@property_test
+def test_relevance_is_split_by_projections_and_a_residue(problem, seed):
+    subspaces, a, _ = problem
+    c = torch.randn(a.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    parts, residue = subspaces.split(a, c)
+    assert parts.shape == (*a.shape[:-1], len(subspaces))
+    for k in range(len(subspaces)):
+        projection = subspaces.block(k) @ subspaces.block(k).T
+        assert close(parts[..., k], (a * (c @ projection)).sum(-1))
+    outside = torch.eye(len(subspaces.mean)).double() - subspaces.basis @ subspaces.basis.T
+    assert close(residue, (a * (c @ outside)).sum(-1))
+    assert close(parts.sum(-1) + residue, (a * c).sum(-1))
+
+
+@given(problems(), st.integers(0, 2**31))
+@property_test
+def test_what_a_block_spans_counts_and_not_its_directions(problem, seed):
+    subspaces, a, indices = problem
+    rng = np.random.default_rng(seed)
+    turns = [np.linalg.qr(rng.normal(size=(size, size)))[0] for size in subspaces.sizes]
+    turned = [subspaces.block(k) @ torch.from_numpy(turn) for k, turn in enumerate(turns)]
+    same = Subspaces(torch.cat(turned, 1), subspaces.sizes, subspaces.mean)
+    c = torch.from_numpy(rng.normal(size=tuple(a.shape)))
+    assert close(same.ablate(a, indices), subspaces.ablate(a, indices))
+    assert close(same.split(a, c)[0], subspaces.split(a, c)[0])
+
+
 @given(problems())
 @property_test
 def test_a_loaded_file_is_what_was_saved(tmp_path, problem):

@@ -1,4 +1,4 @@
-"""Concept activation vectors: the direction that tells samples with a feature from those without."""
+"""Concept activation vectors: the direction that tells samples with a feature from others."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from xai_edit.concepts.subspaces import Subspaces
 SCREENING = 20  # steps after which only the best start goes on
 PATIENCE = 10  # steps over which a gain is looked at
 REVIVALS = 10  # a start
+HALVINGS = 12  # of a step that does not raise the objective
+ROUNDING = 1e-7  # of the objective, in single precision
 
 
 def disentanglement(parts: Tensor) -> Tensor:
@@ -123,17 +125,19 @@ class DRSA:
             )
         problem = _Problem(_scaled(features.activations), _scaled(contexts), self.n_subspaces)
         generator = torch.Generator().manual_seed(self.seed)
-        starts = [
-            _Climb(problem, problem.at(_random_basis(channels, directions, generator)), generator)
-            for _ in range(self.n_init)
-        ]
+        device = features.activations.device
+        bases = [_random_basis(channels, directions, generator) for _ in range(self.n_init)]
+        starts = [_Climb(problem, problem.at(basis.to(device)), generator) for basis in bases]
         for start in starts:
             start.go_on(min(SCREENING, self.max_iter), self.tol)
         screened = [start.course[-1] for start in starts]
         best = max(starts, key=lambda start: start.course[-1])
         best.go_on(self.max_iter - SCREENING, self.tol)
         if best.point.objective == 0:
-            raise ValueError("features: no positive relevance in any subspace; nothing to find")
+            raise ValueError(
+                f"features: no positive relevance in any subspace of {self.n_init} random starts; "
+                "take contexts of a class that the samples show, or smaller subspaces"
+            )
         if dead := int((best.point.strengths == 0).sum()):
             warnings.warn(
                 f"{dead} of {self.n_subspaces} subspaces have no positive relevance; look for "
@@ -278,15 +282,18 @@ def _scaled(values: Tensor) -> Tensor:
 def _tangent(U: Tensor, G: Tensor) -> Tensor:
     """Return the part of G along which U stays orthonormal."""
     inner = U.T @ G
-    return G - U @ (inner + inner.T) / 2
+    tangent: Tensor = G - U @ (inner + inner.T) / 2
+    return tangent
 
 
 def _polar(V: Tensor) -> Tensor:
     """Return V(VᵀV)^{-½}."""
     left, _, right = torch.linalg.svd(V, full_matrices=False)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
 
 
 def _random_basis(channels: int, directions: int, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q[:, :directions].contiguous()
+    basis: Tensor = torch.linalg.qr(drawn).Q[:, :directions].contiguous()
+    return basis

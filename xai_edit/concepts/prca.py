@@ -47,6 +47,8 @@ class PRCA:
         c = features.require_contexts().double().cpu()
         a = features.activations.double().cpu()
         vectors, channels = a.shape
+        if not vectors:
+            raise ValueError("features: no vectors given")
         cross = a.T @ c / vectors
         eigenvalues, eigenvectors = map(torch.from_numpy, eigh((cross + cross.T).numpy()))
         rounding = channels * torch.finfo(cross.dtype).eps * eigenvalues.abs().max()

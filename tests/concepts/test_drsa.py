@@ -1,0 +1,240 @@
+"""DRSA: planted subspaces, its gradient and objective, and a plain reference."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import polar
+from scipy.optimize import linear_sum_assignment
+
+from xai_edit import DRSA, LRP, Features, Subspaces, collect_features
+from xai_edit.concepts import drsa
+
+
+def planted(channels, K, vectors, noise=0.1, seed=1234):
+    """Vectors that are relevant in one block each of a random basis, and that basis.
+
+    The seed is none that DRSA has in these tests, or a start might be the planted basis itself.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.double)
+
+    basis = torch.linalg.qr(normal(channels, channels)).Q
+    block = torch.randint(K, (vectors,), generator=generator)
+    own = torch.nn.functional.one_hot(block, K).repeat_interleave(channels // K, 1)
+    shared = normal(vectors, channels) * own
+    a = shared + noise * normal(vectors, channels)
+    c = shared + (0.3 * own + noise) * normal(vectors, channels)
+    return Features((a @ basis.T).float(), (c @ basis.T).float()), basis
+
+
+def overlap(found, basis, K):
+    """The least share of a planted block that lies in the found block matched with it."""
+    size = found.shape[1] // K
+    shares = (found.T @ basis).square().unflatten(0, (K, size)).unflatten(2, (K, size))
+    shares = shares.sum((1, 3)) / size
+    rows, columns = linear_sum_assignment(-shares.numpy())
+    return float(shares[rows, columns].min())
+
+
+def plain_objective(U, a, c, K):
+    """The objective as the paper has it, for autograd."""
+    P, Q = (a @ U).unflatten(1, (K, -1)), (c @ U).unflatten(1, (K, -1))
+    R = (P * Q).sum(2).relu()
+    return R.square().mean(0).sqrt().sqrt().mean() ** 2
+
+
+def scaled(x):
+    return x.double() / (x.double().square().mean().sqrt() * x.shape[1] ** 0.25)
+
+
+def unrelated(vectors=300, channels=8, seed=0):
+    """No planted subspaces: contexts agree with activations in part, both off the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(vectors, channels, generator=generator, dtype=torch.double).relu()
+    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.double)
+    return Features(a, (a @ mixing).relu() + 0.5 * a - 0.3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "vectors", "n_init"), [(64, 1000, 3), (128, 1500, 3), (512, 1200, 1)]
+)
+def test_planted_subspaces_are_found(channels, vectors, n_init):
+    features, basis = planted(channels, 4, vectors)
+    subspaces = DRSA(4, n_init=n_init).fit(features)
+    assert overlap(subspaces.basis, basis, 4) >= 0.95
+    assert subspaces.sizes == (channels // 4,) * 4
+
+
+def test_planted_subspaces_are_not_found_by_chance():
+    features, basis = planted(64, 4, 1000)
+    start = drsa._random_basis(64, 64, torch.Generator().manual_seed(0))
+    assert overlap(start, basis, 4) < 0.5
+    alone = Features(features.activations, features.contexts.flip(0))
+    assert overlap(DRSA(4, max_iter=20).fit(alone).basis, basis, 4) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([[4.0, 9.0], [4.0, 9.0]], 2.5**2),
+        ([[4.0, -9.0], [4.0, -9.0]], 1.0),
+        ([[3.0, 0.0], [-1.0, 2.0]], ((4.5**0.5) ** 0.5 / 2 + (2**0.5) ** 0.5 / 2) ** 2),
+        ([[-1.0, 0.0]], 0.0),
+    ],
+)
+def test_the_objective_is_the_power_means_by_hand(parts, expected):
+    assert float(drsa.disentanglement(torch.tensor(parts))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("K", "size"), [(1, 8), (2, 4), (4, 2), (3, 2), (8, 1)])
+def test_the_gradient_is_autograds(K, size):
+    features = unrelated()
+    a, c = features.activations, features.contexts
+    problem = drsa._Problem(a, c, K)
+    U = drsa._random_basis(8, K * size, torch.Generator().manual_seed(1)).requires_grad_()
+    point = problem.at(U.detach())
+    objective = plain_objective(U, a, c, K)
+    (G,) = torch.autograd.grad(objective, U)
+    assert point.objective == pytest.approx(float(objective), rel=1e-12)
+    U = U.detach()
+    tangent = G - U @ (U.T @ G + G.T @ U) / 2
+    assert torch.allclose(problem.gradient(point), tangent, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("K", "size"), [(2, 4), (3, 2), (4, 2)])
+def test_it_climbs_as_high_as_the_plain_procedure(K, size, seed):
+    """Full gradients by autograd, fixed step, SciPy's polar decomposition, three starts."""
+    features = unrelated(seed=seed)
+    a, c = scaled(features.activations), scaled(features.contexts)
+    best = 0.0
+    for start in range(3):
+        rng = np.random.default_rng(start)
+        U = torch.from_numpy(np.linalg.qr(rng.normal(size=(8, 8)))[0][:, : K * size].copy())
+        for _ in range(300):
+            U.requires_grad_()
+            (G,) = torch.autograd.grad(plain_objective(U, a, c, K), U)
+            U = torch.from_numpy(polar((U + G).detach().numpy())[0])
+        best = max(best, float(plain_objective(U, a, c, K)))
+    found = DRSA(K, size=size, seed=seed, n_init=5)
+    found.fit(features)
+    assert found.objective_ >= 0.99 * best
+
+
+def test_the_course_rises_to_the_objective_of_the_result():
+    features = unrelated()
+    finder = DRSA(2)
+    subspaces = finder.fit(features)
+    course = subspaces.origin["course"]
+    assert course == sorted(course)
+    assert course[-1] == finder.objective_ > 1.05 * course[0]
+    a, c = scaled(features.activations), scaled(features.contexts)
+    again = plain_objective(subspaces.basis, a, c, 2)
+    assert float(again) == pytest.approx(finder.objective_, rel=1e-6)
+    assert float(drsa.disentanglement(subspaces.split(a, c)[0])) == pytest.approx(float(again))
+    assert len(subspaces.origin["screened"]) == 3
+    assert max(subspaces.origin["screened"]) <= course[-1]
+
+
+def test_subspaces_stand_in_order_of_their_relevance():
+    features = unrelated()
+    finder = DRSA(4)
+    subspaces = finder.fit(features)
+    parts, residue = subspaces.split(features.activations, features.contexts)
+    assert torch.allclose(parts.mean(0), finder.relevance_)
+    assert finder.relevance_.tolist() == sorted(finder.relevance_.tolist(), reverse=True)
+    assert residue.abs().max() < 1e-9  # four times two are all eight channels
+    assert torch.equal(subspaces.basis, finder.components_.T)
+    assert torch.allclose(subspaces.mean, features.activations.mean(0))
+
+
+def test_the_seed_alone_decides(plain, batches):
+    scorer = LRP("epsilon-plus", initial="one")
+    features = collect_features(plain, batches, layer="relu2", scorer=scorer, positions=5)
+    first = DRSA(3, seed=4, max_iter=30).fit(features)
+    torch.manual_seed(9)
+    again = DRSA(3, seed=4, max_iter=30).fit(features)
+    assert torch.equal(first.basis, again.basis)
+    assert first.origin == again.origin
+    assert not torch.equal(first.basis, DRSA(3, seed=5, max_iter=30).fit(features).basis)
+    assert first.sizes == (2, 2, 2)
+
+
+def test_scaling_the_features_changes_nothing():
+    features = unrelated()
+    other = Features(1e-4 * features.activations, 1e3 * features.contexts)
+    first, second = (DRSA(2, max_iter=10).fit(one) for one in (features, other))
+    assert torch.allclose(first.basis, second.basis, atol=1e-6)
+
+
+def test_directions_that_are_left_over_are_left_out():
+    subspaces = DRSA(3, max_iter=5).fit(unrelated())
+    assert subspaces.basis.shape == (8, 6)
+    assert DRSA(3, size=1, max_iter=5).fit(unrelated()).basis.shape == (8, 3)
+
+
+def test_a_subspace_without_relevance_begins_anew():
+    """Of two blocks at the start one holds all relevance; the other has no gradient."""
+    features, basis = planted(8, 2, 400, noise=0.0)
+    a, c = features.activations.double(), features.contexts.double()
+    a, c = a @ basis, c @ basis  # the blocks are the axes now
+    c[:, 4:] = -a[:, 4:]
+    problem = drsa._Problem(a, c, 2)
+    start = problem.at(torch.eye(8).double())
+    assert start.strengths[0] > 0 == start.strengths[1]
+    climb = drsa._Climb(problem, start, torch.Generator().manual_seed(0))
+    assert climb.revived >= 1
+    assert climb.point.strengths.min() > 0
+    U = climb.point.basis
+    assert torch.allclose(U.T @ U, torch.eye(8).double(), atol=1e-10)
+    climb.go_on(50, 1e-4)
+    assert climb.point.strengths.min() > 0
+    assert climb.point.objective > start.objective
+
+
+def test_subspaces_that_stay_without_relevance_are_told():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(60, 6, generator=generator) + 0.1
+    c = a * torch.tensor([1.0, -5, -5, -5, -5, -5])
+    with pytest.warns(UserWarning, match=r"of 3 subspaces have no positive relevance"):
+        subspaces = DRSA(3).fit(Features(a, c))
+    assert subspaces.origin["dead"] > 0
+    assert subspaces.origin["revived"] == drsa.REVIVALS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DRSA(2).fit(unrelated()).origin["dead"] == 0
+
+
+def test_the_result_is_saved_with_its_origin(tmp_path):
+    subspaces = DRSA(2, max_iter=5).fit(unrelated())
+    subspaces.save(tmp_path / "s.safetensors")
+    loaded = Subspaces.load(tmp_path / "s.safetensors")
+    assert torch.equal(loaded.basis, subspaces.basis)
+    assert loaded.origin == subspaces.origin
+
+
+def test_bad_input_is_refused():
+    features = unrelated()
+    a = features.activations
+    with pytest.raises(ValueError, match="features: they have no contexts"):
+        DRSA(2).fit(Features(a))
+    with pytest.raises(ValueError, match=r"n_subspaces: 9 of 1 directions asked for; .* 8"):
+        DRSA(9).fit(features)
+    with pytest.raises(ValueError, match="3 of 3 directions asked for"):
+        DRSA(3, size=3).fit(features)
+    with pytest.raises(ValueError, match="7 vectors given; to find 8 directions"):
+        DRSA(2).fit(Features(a[:7], features.contexts[:7]))
+    for contexts in (-a, 0 * a):
+        with pytest.raises(ValueError, match="no positive relevance in any subspace"):
+            DRSA(1).fit(Features(a, contexts))
+    for name in ("n_subspaces", "size", "n_init", "max_iter"):
+        for value in (0, -1, 1.5, True):
+            with pytest.raises(ValueError, match=name):
+                DRSA(**{name: value})
+    for tol in (-1e-4, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="tol"):
+            DRSA(tol=tol)
