@@ -40,10 +40,10 @@ def _strengths(parts: Tensor) -> Tensor:
 class DRSA:
     """Disentangled relevant subspace analysis (Chormai et al. 2024).
 
-    Maximises `disentanglement` over orthonormal bases U. A step follows the conjugate gradient on
-    the manifold of such bases and returns to it by U ← V(VᵀV)^{-½}, the orthonormal matrix nearest
-    to V. Its length adapts: a step that does not raise the objective is halved, the next after one
-    that does is longer. Of several random starts the one that is best after a few steps goes on.
+    Maximises `disentanglement` over orthonormal bases U by steps U ← V(VᵀV)^{-½}, the orthonormal
+    matrix nearest to V = U + rate · (∇J + what the last steps have in common with it). The rate
+    adapts: it is halved where a step does not raise the objective, and grows where one does. Of
+    several random starts the one that is best after a few steps goes on.
 
     Parameters
     ----------
@@ -201,14 +201,14 @@ class _Problem:
         return _Point(basis, a, c, parts, _strengths(parts), float(disentanglement(parts)))
 
     def gradient(self, point: _Point) -> Tensor:
-        """Return ∂J/∂U_k = Σ_n ∂J/∂R_kn (a_n c_nᵀ + c_n a_nᵀ) U_k, in the tangent space at U."""
+        """Return ∂J/∂U_k = Σ_n ∂J/∂R_kn (a_n c_nᵀ + c_n a_nᵀ) U_k, float64."""
         m = point.strengths
         # ∂J/∂R_kn = √J / (K √m_k) · R_kn / (N m_k); none for a subspace without relevance.
         scale = math.sqrt(point.objective) / (self.n_subspaces * len(self.a) * m**1.5)
         weights = torch.where(m > 0, scale, 0).to(point.parts) * point.parts
         weights = weights.repeat_interleave(point.a.shape[1] // self.n_subspaces, dim=1)
         G = self.a.T @ (weights * point.c) + self.c.T @ (weights * point.a)
-        return _tangent(point.basis, G.double())
+        return G.double()
 
 
 class _Climb:
@@ -219,10 +219,10 @@ class _Climb:
         self.revived = 0
         self.point = self._alive(point)
         self.course = [self.point.objective]
-        self.gradient = problem.gradient(self.point)
-        self.direction = self.gradient
+        self._look()
+        self.direction = self.tangent
         # So far that directions turn by half a right angle or so; it adapts.
-        self.rate = math.sqrt(point.basis.shape[1]) / max(float(self.gradient.norm()), 1e-300)
+        self.rate = math.sqrt(point.basis.shape[1]) / max(float(self.tangent.norm()), 1e-300)
 
     def go_on(self, steps: int, tol: float) -> None:
         """Take some steps, or fewer if they no longer raise the objective."""
@@ -232,32 +232,44 @@ class _Climb:
                 return
 
     def _step(self) -> bool:
-        rate, trial = self.rate, None
-        smallest = self.rate * 1e-6
-        while trial is None:
-            reached = self.problem.at(_polar(self.point.basis + rate * self.direction))
-            if reached.objective > self.point.objective:
-                trial = reached
-            else:
-                self.direction = self.gradient
-                rate /= 2
-                if rate < smallest:
-                    return False
-        self.rate = 1.2 * rate
+        """Take one step; tell whether any length raised the objective."""
+        enough = self.point.objective * (1 + ROUNDING)
+        for _ in range(HALVINGS):
+            V = self.point.basis + self.rate * (self.direction + self.normal)
+            reached = self.problem.at(_polar(V))
+            if reached.objective > enough:
+                break
+            self.direction = self.tangent
+            self.rate /= 2
+        else:
+            return False
+        self.rate *= 1.2
         revived = self.revived
-        self.point = self._alive(trial)
+        self.point = self._alive(reached)
         self.course.append(self.point.objective)
-        before, self.gradient = self.gradient, self.problem.gradient(self.point)
-        if self.revived > revived:
-            self.direction = self.gradient
-            return True
-        # Polak and Ribière, with what belongs to the old basis carried to the new one.
-        carried = _tangent(self.point.basis, before)
-        share = (self.gradient * (self.gradient - carried)).sum() / before.square().sum()
-        turned = self.gradient + max(0.0, float(share)) * _tangent(self.point.basis, self.direction)
-        uphill = float((turned * self.gradient).sum()) > 0
-        self.direction = turned if uphill else self.gradient
+        before = self.tangent
+        self._look()
+        conjugate = self._conjugate(before)
+        uphill = self.revived == revived and float((conjugate * self.tangent).sum()) > 0
+        self.direction = conjugate if uphill else self.tangent
         return True
+
+    def _look(self) -> None:
+        """Set the parts of the gradient along which the basis stays orthonormal and does not.
+
+        The second does not change the objective at first, but damps turns away from directions that
+        hold much relevance: on planted subspaces it halves the number of steps.
+        """
+        gradient = self.problem.gradient(self.point)
+        self.tangent = _tangent(self.point.basis, gradient)
+        self.normal = gradient - self.tangent
+
+    def _conjugate(self, before: Tensor) -> Tensor:
+        """Return Polak and Ribière's direction, what is of the old basis carried to the new."""
+        U = self.point.basis
+        change = self.tangent - _tangent(U, before)
+        share = float((self.tangent * change).sum() / before.square().sum())
+        return self.tangent + max(0.0, share) * _tangent(U, self.direction)
 
     def _alive(self, point: _Point) -> _Point:
         """Mix each subspace without relevance with the strongest, by a random rotation of both."""
