@@ -113,7 +113,7 @@ def test_bad_input_is_refused():
     plain = Features(features.activations)
     with pytest.raises(ValueError, match="spurious: one yes"):
         CAV().fit(plain)
-    for spurious in (torch.ones(200), torch.arange(200), torch.tensor([0, 1])):
+    for spurious in (torch.ones(200), torch.arange(200), torch.tensor([0, 1]), torch.rand(200)):
         with pytest.raises(ValueError, match="spurious: one yes"):
             CAV().fit(plain, spurious)
     for kind in ("pattern", "logistic", "svm"):

@@ -19,6 +19,7 @@ INPUT_SUFFIX = ":input"
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list[str]:
@@ -62,7 +63,8 @@ def sum_positions(values: Tensor, module: nn.Module) -> Tensor:
     Parameters
     ----------
     values : Tensor, shape (samples, channels, ...) or (samples, ..., features)
-        See `unit_axis`.
+        Channels come second, except for linear layers, layer norms and token sequences (three
+        axes, not from a convolution), whose units are the last axis.
     module : nn.Module
         The layer the values belong to.
 
@@ -70,23 +72,14 @@ def sum_positions(values: Tensor, module: nn.Module) -> Tensor:
     -------
     Tensor, shape (samples, units)
     """
-    axis = unit_axis(values, module)
-    positions = [other for other in range(1, values.ndim) if other != axis]
-    return values.sum(dim=positions) if positions else values
-
-
-def unit_axis(values: Tensor, module: nn.Module) -> int:
-    """Return the axis of a layer's values that counts its units.
-
-    Channels come second, except for linear layers, layer norms and token sequences (three axes,
-    not from a convolution), whose units are the last axis.
-    """
-    last = isinstance(module, (nn.Linear, nn.LayerNorm)) or (
+    last = isinstance(module, CHANNELS_LAST) or (
         values.ndim == 3 and not isinstance(module, (*CONVOLUTIONS, nn.modules.batchnorm._NormBase))
     )
     if values.ndim < 2:
         raise ValueError(f"a layer's values of shape {tuple(values.shape)} have no unit axis")
-    return values.ndim - 1 if last else 1
+    unit_axis = values.ndim - 1 if last else 1
+    positions = [axis for axis in range(1, values.ndim) if axis != unit_axis]
+    return values.sum(dim=positions) if positions else values
 
 
 @dataclass

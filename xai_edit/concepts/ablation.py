@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from zennit.rules import Epsilon
 
-from xai_edit.attribution.layers import INPUT_SUFFIX, layer_module, resolve_layers
+from xai_edit.attribution.layers import (
+    CHANNELS_LAST,
+    INPUT_SUFFIX,
+    layer_module,
+    resolve_layers,
+)
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.guard import preserved
 
@@ -26,7 +31,7 @@ class SubspaceAblation(nn.Module):
     indices : sequence of int
         The subspaces to remove.
     channel_axis : int
-        1 for convolutions, −1 for linear layers.
+        1 for convolutions, −1 for linear layers and layer norms.
     """
 
     directions: Tensor
@@ -64,7 +69,7 @@ def ablated(
     model : nn.Module
         In evaluation mode while inside, and exactly as before afterwards.
     layer : str
-        A module whose output has channels second, or a linear layer.
+        A module whose output has channels second, or a linear layer or layer norm.
     subspaces : Subspaces
     indices : sequence of int
         The subspaces to remove.
@@ -83,7 +88,7 @@ def ablated(
     if layer.endswith(INPUT_SUFFIX):
         raise ValueError(f"layer: {layer!r} given; name the layer whose outputs are ablated")
     module = layer_module(model, layer)
-    ablation = SubspaceAblation(subspaces, indices, -1 if isinstance(module, nn.Linear) else 1)
+    ablation = SubspaceAblation(subspaces, indices, -1 if isinstance(module, CHANNELS_LAST) else 1)
     parent, _, name = layer.rpartition(".")
     with preserved(model):
         model.get_submodule(parent)._modules[name] = nn.Sequential(

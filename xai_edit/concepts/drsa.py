@@ -106,7 +106,7 @@ class DRSA:
         Raises
         ------
         ValueError
-            If the features have no contexts or no positive relevance, there are more directions
+            If the features have no contexts or no positive relevance, or there are more directions
             than channels or vectors.
         """
         contexts = features.require_contexts()
@@ -123,11 +123,11 @@ class DRSA:
                 f"features: {vectors} vectors given; to find {directions} directions takes as "
                 "many, and better ten times as many"
             )
-        problem = _Problem(_scaled(features.activations), _scaled(contexts), self.n_subspaces)
+        a = _scaled(features.activations)
+        problem = _Problem(a, _scaled(contexts).to(a), self.n_subspaces)
         generator = torch.Generator().manual_seed(self.seed)
-        device = features.activations.device
         bases = [_random_basis(channels, directions, generator) for _ in range(self.n_init)]
-        starts = [_Climb(problem, problem.at(basis.to(device)), generator) for basis in bases]
+        starts = [_Climb(problem, problem.at(basis.to(a.device)), generator) for basis in bases]
         for start in starts:
             start.go_on(min(SCREENING, self.max_iter), self.tol)
         screened = [start.course[-1] for start in starts]

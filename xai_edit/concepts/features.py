@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.canonizers import same_logits
 from xai_edit.attribution.contexts import ContextGather, Take
-from xai_edit.attribution.layers import layer_module, resolve_layers, run, tapped, unit_axis
+from xai_edit.attribution.layers import CHANNELS_LAST, layer_module, resolve_layers, run, tapped
 from xai_edit.attribution.scorers import LRP
 from xai_edit.attribution.targets import Target, checked_target, targets_of
 from xai_edit.data import (
@@ -109,7 +109,7 @@ class Features:
             If it is missing, or the same in every sample.
         """
         given = self.attribute if spurious is None else torch.as_tensor(spurious)
-        if given is None or len(given) != self.samples or given.long().unique().tolist() != [0, 1]:
+        if given is None or given.shape != (self.samples,) or given.unique().tolist() != [0, 1]:
             raise ValueError(
                 f"spurious: one yes (1) or no (0) for each of {self.samples} samples is needed, "
                 "and some of each"
@@ -143,7 +143,7 @@ def collect_features(
     data : iterable or Dataset
         See `xai_edit.data.batches`.
     layer : str
-        A layer with channels second (convolutions) or features last (linear layers).
+        A layer with channels second (convolutions) or last (linear layers, layer norms).
     scorer : LRP, optional
         Also keep the contexts of the activations under its composite. They are exact also where
         an activation is zero; see `xai_edit.attribution.contexts.ContextGather`.
@@ -182,14 +182,14 @@ def collect_features(
     attributes: list[Tensor | None] = []
     samples = 0
     with preserved(model), ExitStack() as session:
-        vectors_of = None
+        vectors_of: Callable[[Batch], tuple[Tensor, ...]] | None = None
         for batch in batches(data, model_device(model)):
             if vectors_of is None:
-                vectors_of = session.enter_context(
-                    _activations(model, layer, draw)
-                    if scorer is None
-                    else _contexts(model, batch.inputs, layer, draw, scorer, target)
-                )
+                vectors_of = functools.partial(_activations, model, layer, draw)
+                if scorer is not None:
+                    vectors_of = session.enter_context(
+                        _contexts(model, batch.inputs, layer, draw, scorer, target)
+                    )
             own, *of_context = vectors_of(batch)  # each (samples, positions, channels)
             activations.append(own.flatten(0, 1).cpu())
             contexts += (context.flatten(0, 1).cpu() for context in of_context)
@@ -214,7 +214,9 @@ def _drawn(
     values: Tensor, module: nn.Module, *, positions: int | None, generator: torch.Generator
 ) -> Take:
     """Draw positions of each sample; return what takes them, (samples, positions, channels)."""
-    axis = unit_axis(values, module)
+    if values.ndim < 2:
+        raise ValueError(f"layer: its values of shape {tuple(values.shape)} have no channels")
+    axis = -1 if isinstance(module, CHANNELS_LAST) else 1
     channels = values.shape[axis]
     count = math.prod(values.shape[1:]) // channels
     drawn = None
@@ -229,18 +231,12 @@ def _drawn(
     return take
 
 
-@contextmanager
 def _activations(
-    model: nn.Module, layer: str, draw: Callable[[Tensor, nn.Module], Take]
-) -> Iterator[Callable[[Batch], tuple[Tensor, ...]]]:
-    """Yield a function that gives the activations of one batch."""
-
-    def vectors_of(batch: Batch) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            values = _values(model, layer, batch.inputs)
-        return (draw(values, layer_module(model, layer))(values),)
-
-    yield vectors_of
+    model: nn.Module, layer: str, draw: Callable[[Tensor, nn.Module], Take], batch: Batch
+) -> tuple[Tensor, ...]:
+    """Return the activations of one batch."""
+    values = _values(model, layer, batch.inputs)
+    return (draw(values, layer_module(model, layer))(values),)
 
 
 @contextmanager
@@ -253,8 +249,7 @@ def _contexts(
     target: Target,
 ) -> Iterator[Callable[[Batch], tuple[Tensor, ...]]]:
     """Yield a function that gives the activations and contexts of one batch."""
-    with torch.no_grad():
-        plain = _values(model, layer, sample[:1])
+    plain = _values(model, layer, sample[:1])
     gather = ContextGather(draw)
     with scorer.gathering(model, sample, [layer], gather) as (score, canonizers):
 
@@ -271,7 +266,7 @@ def _contexts(
 
 
 def _values(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
-    with tapped(model, [layer]) as tap:
+    with torch.no_grad(), tapped(model, [layer]) as tap:
         run(model, inputs)
     tap.require([layer])
     return tap.values[layer]
