@@ -53,7 +53,7 @@ class DRSA:
     n_init : int
         Random starts.
     max_iter : int
-        Steps of the start that goes on.
+        Steps of the start that goes on; most of the rise is in the first hundred.
     tol : float
         Stop when ten steps raise the objective by less than this share.
     seed : int
@@ -81,7 +81,7 @@ class DRSA:
         *,
         size: int | None = None,
         n_init: int = 3,
-        max_iter: int = 200,
+        max_iter: int = 500,
         tol: float = 1e-4,
         seed: int = 0,
     ) -> None:
