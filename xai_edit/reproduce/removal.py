@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xai_edit.datasets.papers import ImageSet, cifar10, cifar100, mnist
+from xai_edit.datasets.groups import parity_mnist
+from xai_edit.datasets.papers import ImageSet, cifar10, cifar100
 from xai_edit.edits.fictitious import FictitiousClass
 from xai_edit.edits.head import HeadFeatures, collect_head_features
 from xai_edit.edits.selection import Selection
@@ -109,7 +110,7 @@ def remove_digits(name: str, options: Options) -> dict[str, Any]:
     ValueError, OSError
         As for `remove_classes`.
     """
-    train, test = (images.regrouped(lambda digit: digit % 2) for images in _read(mnist, options))
+    train, test = _read(parity_mnist, options)
 
     def one_seed(seed: int) -> dict[str, Any]:
         model = trained(train, options, "conv-2net", seed, classes=2)
@@ -175,7 +176,7 @@ def parts(model: nn.Module, test: ImageSet, seed: int) -> tuple[HeadFeatures, He
 
 
 def _read(reader: Any, options: Options) -> tuple[ImageSet, ImageSet]:
-    extra = {} if options.side is None or reader is mnist else {"side": options.side}
+    extra = {} if options.side is None or reader is parity_mnist else {"side": options.side}
     train, test = (reader(options.data_root, split, **extra) for split in ("train", "test"))
     if options.limit is not None:
         return train.first(options.limit), test.first(options.limit)
