@@ -38,7 +38,7 @@ from xai_edit.concepts.features import Features, collect_features
 from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.pca import PCA
 from xai_edit.concepts.prca import PRCA
-from xai_edit.concepts.predictiveness import predictiveness
+from xai_edit.concepts.predictiveness import Predictiveness, predictiveness
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.datasets.planting import Colours, Mark, Shortcut
 from xai_edit.edits.edit import Change, ModelEdit
@@ -98,6 +98,7 @@ __all__ = [
     "NonFiniteError",
     "PathPerturbation",
     "Patterns",
+    "Predictiveness",
     "Random",
     "RateSweep",
     "RelevancePruning",

@@ -261,7 +261,7 @@ def _prune(
     model = state.model
     features = collect_features(model, validation.batches, layer=ABLATED_LAYER, positions=None)
     subspaces = PCA(n_subspaces=None).fit(features)
-    precision = predictiveness(subspaces, features)
+    precision = predictiveness(subspaces, features).column("spurious")
     # Several tell the watermark equally well: of those, the ones of most variance.
     ablate = sorted(range(len(subspaces)), key=lambda index: -round(precision[index], 2))[:ABLATED]
     biased = _references(training)

@@ -1,4 +1,6 @@
-"""Average precision per subspace against scikit-learn on scores made by hand."""
+"""The six average precisions of a subspace against scikit-learn on scores made by hand."""
+
+import json
 
 import numpy as np
 import pytest
@@ -6,9 +8,11 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from xai_edit import PCA, Features, Subspaces, collect_features, predictiveness
+from xai_edit.concepts import predictiveness as module
 
 SAMPLE = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 9])
 HAS = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])
+LABELS = torch.tensor([4, 4, 2, 2, 4, 2, 4, 0, 4, 4])
 
 
 @pytest.fixture
@@ -22,54 +26,185 @@ def problem():
     return subspaces, a, c
 
 
-def by_hand(subspaces, a, c):
-    precision = []
+def scores_by_hand(subspaces, a, c):
+    """One row a subspace."""
+    scores = np.zeros((len(subspaces), 10))
     for k in range(len(subspaces)):
         U, mean = subspaces.block(k).numpy(), subspaces.mean.numpy()
-        scores = np.zeros(10)
         for vector, sample in enumerate(SAMPLE.tolist()):
             if c is None:
-                scores[sample] += np.sum(((a[vector].numpy() - mean) @ U) ** 2)
+                scores[k, sample] += np.sum(((a[vector].numpy() - mean) @ U) ** 2)
             else:
-                scores[sample] += (a[vector].numpy() @ U) @ (c[vector].numpy() @ U)
-        precision.append(average_precision_score(HAS.numpy(), scores))
-    return precision
+                scores[k, sample] += (a[vector].numpy() @ U) @ (c[vector].numpy() @ U)
+    return scores
+
+
+def columns_by_hand(scores, has, of_class):
+    every = np.full(len(has), True)
+    return {
+        name: average_precision_score(truth[among], scores[among])
+        for name, truth, among in (
+            ("spurious", has, every),
+            ("spurious_in_class", has, of_class),
+            ("spurious_in_rest", has, ~of_class),
+            ("class", of_class, every),
+            ("class_with", of_class, has),
+            ("class_without", of_class, ~has),
+        )
+    }
 
 
 @pytest.mark.parametrize("contexts", [True, False])
-def test_it_is_the_average_precision_of_relevance_or_energy(problem, contexts):
+@pytest.mark.parametrize("target", [None, 2, 4])
+def test_all_six_are_scikit_learns_of_relevance_or_energy(problem, contexts, target):
     subspaces, a, c = problem
     c = c if contexts else None
-    expected = by_hand(subspaces, a, c)
-    features = Features(a, c, SAMPLE, attribute=HAS)
-    assert predictiveness(subspaces, features) == expected
-    assert len({*expected}) > 1
+    table = predictiveness(subspaces, Features(a, c, SAMPLE, LABELS, HAS), target=target)
+    # Of class 4 four in six samples have the feature, of 2 one in three, of 0 none.
+    assert table.target == (4 if target is None else target)
+    of_class = LABELS.numpy() == table.target
+    for k, scores in enumerate(scores_by_hand(subspaces, a, c)):
+        expected = columns_by_hand(scores, HAS.numpy() == 1, of_class)
+        assert {name: entry.value for name, entry in table.rows[k].items()} == pytest.approx(
+            expected, abs=1e-12
+        )
+    assert table.column("spurious") == [row["spurious"].value for row in table.rows]
+    assert len({*table.column("spurious")}) > 1
+    assert table.score == ("relevance" if contexts else "energy")
+
+
+def test_chance_is_the_share_of_samples_to_be_found(problem):
+    subspaces, a, c = problem
+    table = predictiveness(subspaces, Features(a, c, SAMPLE, LABELS, HAS))
+    assert table.groups == {
+        "class with": 4,
+        "class without": 2,
+        "rest with": 1,
+        "rest without": 3,
+    }
+    assert table.chance == pytest.approx(
+        {
+            "spurious": 5 / 10,
+            "spurious_in_class": 4 / 6,
+            "spurious_in_rest": 1 / 4,
+            "class": 6 / 10,
+            "class_with": 4 / 5,
+            "class_without": 2 / 5,
+        }
+    )
+
+
+def test_a_ranking_by_chance_reaches_chance_and_its_interval_holds_it():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4000, 20, generator=generator)
+    has = (torch.rand(4000, generator=generator) < 0.3).long()
+    subspaces = Subspaces(torch.eye(20).double(), (1,) * 20, torch.zeros(20).double())
+    labels = torch.arange(4000) % 2
+    table = predictiveness(subspaces, Features(a, attribute=has, labels=labels), resamples=300)
+    entries = [entry for row in table.rows for entry in row.values()]
+    assert np.mean([entry.value - entry.chance for entry in entries]) == pytest.approx(0, abs=0.01)
+    held = np.mean([entry.interval[0] <= entry.chance <= entry.interval[1] for entry in entries])
+    assert 0.85 <= held <= 1  # 95 % are meant, of 120 that hang together
+
+
+def test_intervals_hold_the_true_value_as_often_as_they_say():
+    """The value of all samples together against intervals from parts of them."""
+    generator = torch.Generator().manual_seed(1)
+    has = torch.arange(40_000) % 2
+    a = (torch.randn(40_000, generator=generator).double() + has)[:, None]
+    subspaces = Subspaces(torch.eye(1).double(), (1,), torch.full((1,), -10.0).double())
+    truth = average_precision_score(has.numpy(), a[:, 0].numpy())
+    held = 0
+    for part in range(200):
+        rows = slice(200 * part, 200 * (part + 1))
+        features = Features(a[rows], attribute=has[rows])
+        low, high = predictiveness(subspaces, features, resamples=400).rows[0]["spurious"].interval
+        held += low <= truth <= high
+    assert 0.9 <= held / 200 <= 0.99
+
+
+def test_memory_bounds_change_no_value_and_the_seed_fixes_the_intervals(problem, monkeypatch):
+    subspaces, a, c = problem
+    features = Features(a, c, SAMPLE, LABELS, HAS)
+    table = predictiveness(subspaces, features)
+    assert predictiveness(subspaces, features) == table
+    assert predictiveness(subspaces, features, seed=1) != table
+    monkeypatch.setattr(module, "VECTORS", 3)
+    for row, other in zip(table.rows, predictiveness(subspaces, features).rows, strict=True):
+        for name, entry in row.items():
+            assert entry.value == pytest.approx(other[name].value, abs=1e-12)
 
 
 @pytest.mark.parametrize("spurious", [HAS, HAS.bool(), HAS.numpy(), HAS.tolist(), HAS.double()])
-def test_the_feature_given_goes_before_the_features_own(problem, spurious):
+def test_what_is_given_goes_before_the_features_own(problem, spurious):
     subspaces, a, c = problem
-    features = Features(a, c, SAMPLE, attribute=1 - HAS)
-    assert predictiveness(subspaces, features, spurious) == by_hand(subspaces, a, c)
+    expected = predictiveness(subspaces, Features(a, c, SAMPLE, LABELS, HAS))
+    features = Features(a, c, SAMPLE, LABELS.flip(0), 1 - HAS)
+    found = predictiveness(subspaces, features, spurious=spurious, labels=LABELS)
+    assert found == expected
 
 
 def test_a_direction_that_is_the_feature_has_average_precision_one():
     has = torch.tensor([0, 1, 0, 1, 1, 0])
     a = torch.stack([5.0 * has, torch.tensor([3.0, 0, 3, 0, 0, 3])], 1)
     subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
-    assert predictiveness(subspaces, Features(a, attribute=has)) == [1.0, pytest.approx(0.5)]
+    table = predictiveness(subspaces, Features(a, attribute=has))
+    assert table.column("spurious") == [1.0, pytest.approx(0.5)]
+
+
+def test_without_labels_only_the_feature_is_looked_for(problem):
+    subspaces, a, c = problem
+    table = predictiveness(subspaces, Features(a, c, SAMPLE, attribute=HAS))
+    assert table.target is None
+    known = {name for name, entry in table.rows[0].items() if entry is not None}
+    assert known == {name for name, chance in table.chance.items() if chance is not None}
+    assert known == {"spurious"}
+    with pytest.raises(ValueError, match="column: 'class' given; there are"):
+        table.column("class")
+
+
+def test_a_column_of_samples_that_are_all_alike_is_not_known(problem):
+    """Every sample of the class has the feature, so nothing is to be told within it."""
+    subspaces, a, c = problem
+    table = predictiveness(subspaces, Features(a, c, SAMPLE, HAS, HAS))
+    known = [name for name, entry in table.rows[0].items() if entry is not None]
+    assert known == ["spurious", "class"]
+    alike = predictiveness(subspaces, Features(a, c, SAMPLE, torch.full((10,), 3), HAS))
+    known = [name for name, entry in alike.rows[0].items() if entry is not None]
+    assert known == ["spurious", "spurious_in_class"]
+    assert "–" in str(alike)
+
+
+def test_the_table_is_text_and_json(problem):
+    subspaces, a, c = problem
+    table = predictiveness(subspaces, Features(a, c, SAMPLE, LABELS, HAS), resamples=50)
+    told = json.loads(json.dumps(table.to_dict()))
+    assert told["target"] == 4
+    assert told["bootstrap"] == {"confidence": 0.95, "resamples": 50, "seed": 0}
+    assert [row["class"]["value"] for row in told["subspaces"]] == table.column("class")
+    lines = str(table).splitlines()
+    assert "for class 4" in lines[1]
+    assert [line.split()[0] for line in lines[3:]] == ["0", "1", "2", "chance"]
+    assert f"{table.column('spurious')[1]:.3f}" in lines[4]
+
+
+def test_of_many_subspaces_the_text_shows_those_that_tell_the_feature_best():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(60, 30, generator=generator)
+    subspaces = Subspaces(torch.eye(30).double(), (1,) * 30, torch.zeros(30).double())
+    table = predictiveness(subspaces, Features(a, attribute=torch.arange(60) % 2), resamples=20)
+    shown = [int(line.split()[0]) for line in str(table).splitlines()[3:-1]]
+    best = np.argsort(-np.array(table.column("spurious")), kind="stable")[:20]
+    assert shown == sorted(best.tolist())
 
 
 def test_a_planted_feature_is_found_in_a_real_layer(plain, digits):
     images, labels = digits[0][:300].clone(), digits[1][:300]
     has = torch.arange(300) % 3 == 0
     images[has, 0, :, 0] = 3.0
-    features = collect_features(
-        plain, [(images, labels, has.long())], layer="conv1", positions=None
-    )
-    table = predictiveness(PCA(3).fit(features), features)
-    assert max(table) >= 0.9
-    assert all(0 <= value <= 1 for value in table)
+    data = [(images, labels, has.long())]
+    features = collect_features(plain, data, layer="conv1", positions=None)
+    assert max(predictiveness(PCA(3).fit(features), features).column("spurious")) >= 0.9
 
 
 @pytest.mark.parametrize(
@@ -80,11 +215,27 @@ def test_a_planted_feature_is_found_in_a_real_layer(plain, digits):
 def test_a_feature_that_is_missing_or_not_yes_or_no_is_refused(problem, spurious):
     subspaces, a, c = problem
     with pytest.raises(ValueError, match="spurious"):
-        predictiveness(subspaces, Features(a, c, SAMPLE), spurious)
+        predictiveness(subspaces, Features(a, c, SAMPLE), spurious=spurious)
 
 
 @pytest.mark.parametrize("values", [(1, 2), (-1, -2)])
 def test_two_values_that_are_not_yes_and_no_are_refused(problem, values):
     subspaces, a, c = problem
     with pytest.raises(ValueError, match="spurious"):
-        predictiveness(subspaces, Features(a, c, SAMPLE), torch.tensor(values)[HAS])
+        predictiveness(subspaces, Features(a, c, SAMPLE), spurious=torch.tensor(values)[HAS])
+
+
+def test_bad_labels_targets_and_numbers_are_refused(problem):
+    subspaces, a, c = problem
+    features = Features(a, c, SAMPLE, LABELS, HAS)
+    with pytest.raises(ValueError, match=r"labels: shape \(9,\) given"):
+        predictiveness(subspaces, features, labels=LABELS[:9])
+    with pytest.raises(ValueError, match=r"target: 1 given; the samples' classes are \[0, 2, 4\]"):
+        predictiveness(subspaces, features, target=1)
+    with pytest.raises(ValueError, match="target: 2 given, but there are no labels"):
+        predictiveness(subspaces, Features(a, c, SAMPLE, attribute=HAS), target=2)
+    for resamples in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="resamples"):
+            predictiveness(subspaces, features, resamples=resamples)
+    with pytest.raises(ValueError, match="seed"):
+        predictiveness(subspaces, features, seed=-1)
