@@ -28,6 +28,7 @@ from xai_edit.baselines.finetuning import negative_gradient, random_labels, retr
 from xai_edit.baselines.groups import erm, group_dro, jtt
 from xai_edit.baselines.masktune import masktune
 from xai_edit.baselines.recorder import AmnesiacLog
+from xai_edit.baselines.recovery import FineTuning
 from xai_edit.baselines.robustness import LastLayerRetraining
 from xai_edit.baselines.training import Trained, Unlearned
 from xai_edit.baselines.unlearning import LogitMask
@@ -87,6 +88,7 @@ __all__ = [
     "EditMismatchError",
     "Features",
     "FictitiousClass",
+    "FineTuning",
     "FunctionalCanonizer",
     "GroupIntervals",
     "HeadFeatures",

@@ -182,7 +182,10 @@ def test_torchvision_networks_are_pruned_behind_their_batch_norms(network, score
     assert [*edit.origin["units"]] == convolutions
     following = dict(zip(convolutions, norms, strict=True))  # in both they alternate
     total = sum(model.get_submodule(name).out_channels for name in convolutions)
-    assert sum(map(len, edit.origin["units"].values())) == round(0.3 * total)
+    coupled = 5 if network is random_resnet else 1  # channels that go together, at most
+    removed = sum(map(len, edit.origin["units"].values()))
+    assert abs(removed - round(0.3 * total)) <= coupled / 2
+    assert edit.origin["removed"] == f"{removed} of {total} units"
     with edit.applied(model):
         for layer in off(edit):
             assert (
@@ -191,13 +194,16 @@ def test_torchvision_networks_are_pruned_behind_their_batch_norms(network, score
     check()
 
 
-def test_a_batch_norm_that_does_not_follow_directly_is_left_alone(batches):
+def test_a_batch_norm_behind_an_activation_goes_with_the_channels_it_would_shift(batches):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)
     ).eval()
+    torch.nn.init.ones_(model[2].bias)
     edit = RelevancePruning(0.5).plan(model, batches)
-    assert {*edit.changes} == {"0.weight", "0.bias"}
+    assert {*edit.changes} == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    with edit.applied(model):
+        assert (output(model, "2", batches[0][0])[:, edit.origin["units"]["0"]] == 0).all()
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""``ModelEdit``: a sparse, reversible, saved difference of a model's parameters."""
+"""``ModelEdit``: a sparse, reversible, saved difference of a model's parameters and buffers."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from xai_edit._version import __version__
 from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError
-from xai_edit.files import read_safetensors, write_safetensors
+from xai_edit.files import read_safetensors, sealed, unsealed, write_safetensors
 
 FORMAT = 1
 KIND = "xai_edit.edit"
@@ -24,15 +23,15 @@ KIND = "xai_edit.edit"
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """New values for some entries of one parameter.
+    """New values for some entries of one parameter or buffer.
 
     Attributes
     ----------
     shape : tuple of int
-        Shape of the parameter.
+        Shape of the tensor.
     index : Tensor, int64, shape (entries,)
         Flat positions in row-major order, ascending.
-    old, new : Tensor, the parameter's dtype, shape (entries,)
+    old, new : Tensor, the tensor's dtype, shape (entries,)
         The values before and after.
     """
 
@@ -47,14 +46,15 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class ModelEdit:
-    """A difference of parameters that can be reviewed, applied, undone, saved and combined.
+    """A difference of a model's tensors that can be reviewed, applied, undone, saved and combined.
 
     Nothing else in this library changes a user's model.
 
     Attributes
     ----------
     changes : dict of Change
-        Per parameter name, as in ``model.named_parameters()``. Empty when there is nothing to do.
+        Per name of a parameter or buffer, as in ``model.named_parameters()``. Empty when there is
+        nothing to do.
     origin : dict
         Where the edit came from, as JSON values: ``operator``, its ``arguments``, what it found.
     """
@@ -69,15 +69,15 @@ class ModelEdit:
         values: Mapping[str, tuple[Tensor, Tensor]],
         origin: Mapping[str, Any],
     ) -> ModelEdit:
-        """Describe new values for entries of a model's parameters; the model is only read.
+        """Describe new values for entries of a model's tensors; the model is only read.
 
         Parameters
         ----------
         model : nn.Module
             The model to describe an edit of.
         values : mapping
-            Parameter name → (flat indices int64, new values), both of shape (entries,). Entries
-            whose value stays the same, bit for bit, are left out.
+            Name of a parameter or buffer → (flat indices int64, new values), both of shape
+            (entries,). Entries whose value stays the same, bit for bit, are left out.
         origin : mapping
             See `ModelEdit`.
 
@@ -86,15 +86,15 @@ class ModelEdit:
         NonFiniteError
             If a new value is NaN or infinite in the parameter's dtype.
         ValueError
-            If a name is not a parameter of the model.
+            If a name is not a parameter or buffer of the model.
         """
-        parameters = _parameters(model)
+        parameters = _tensors(model)
         changes = {}
         for name, (index, new) in values.items():
             if name not in parameters:
                 raise ValueError(
-                    f"model: {name!r} is not a plain parameter; a parametrization or a pruning "
-                    "hook computes it. Make that permanent first"
+                    f"model: {name!r} is not a plain parameter or buffer; a parametrization or a "
+                    "pruning hook computes it. Make that permanent first"
                 )
             parameter = parameters[name].detach()
             index, order = torch.sort(index.to(parameter.device).long())
@@ -115,6 +115,38 @@ class ModelEdit:
         except TypeError as problem:
             raise TypeError(f"origin: {problem}; give plain numbers, words and lists") from None
         return cls(changes, told)
+
+    @classmethod
+    def to_copy(cls, model: nn.Module, copy: nn.Module, origin: Mapping[str, Any]) -> ModelEdit:
+        """Describe how a changed copy of a model, such as a fine-tuned one, differs from it.
+
+        Both are only read. Counters, buffers of whole numbers, are left out.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model to describe an edit of.
+        copy : nn.Module
+            With the same parameters and buffers, of the same shapes.
+        origin : mapping
+            See `ModelEdit`.
+
+        Raises
+        ------
+        NonFiniteError, ValueError
+            See `between`.
+        """
+        mine, theirs = _tensors(model), _tensors(copy)
+        values = {}
+        for name, tensor in mine.items():
+            if not tensor.is_floating_point():
+                continue
+            if name not in theirs or theirs[name].shape != tensor.shape:
+                raise ValueError(f"copy: has no {name!r} of shape {tuple(tensor.shape)}")
+            new = theirs[name].detach().to(tensor).flatten()
+            index = (~_same_bits(tensor.detach().flatten(), new)).nonzero().flatten()
+            values[name] = (index, new[index])
+        return cls.between(model, values, origin)
 
     @property
     def size(self) -> int:
@@ -167,7 +199,7 @@ class ModelEdit:
 
     def check(self, model: nn.Module, *, undo: bool = False) -> None:
         """Raise `EditMismatchError` unless the edit can be applied (or undone) on ``model``."""
-        parameters = _parameters(model)
+        parameters = _tensors(model)
         named: dict[int, str] = {}
         for name, change in self.changes.items():
             if name not in parameters:
@@ -201,14 +233,14 @@ class ModelEdit:
 
     def _write(self, model: nn.Module, *, undo: bool) -> nn.Module:
         self.check(model, undo=undo)
-        parameters = _parameters(model)
+        parameters = _tensors(model)
         with torch.no_grad():
             for name, change in self.changes.items():
                 parameter = parameters[name]
                 values = change.old if undo else change.new
                 # By row and column: right in any memory layout, and deterministic.
                 index = torch.unravel_index(change.index.to(parameter.device), change.shape)
-                parameter[index] = values.to(parameter.device)
+                parameter[index] = values.to(parameter.device) if change.shape else values[0]
         return model
 
     def summary(self) -> str:
@@ -248,7 +280,7 @@ class ModelEdit:
             shapes[name] = list(change.shape)
         header = {"format": FORMAT, "shapes": shapes, "origin": self.origin}
         text = json.dumps(header)
-        write_safetensors(path, tensors, KIND, f"{_checksum(tensors, text)}\n{text}")
+        write_safetensors(path, tensors, KIND, sealed(tensors, text))
 
     @classmethod
     def load(cls, path: str | Path) -> ModelEdit:
@@ -263,11 +295,9 @@ class ModelEdit:
         """
         try:
             tensors, content = read_safetensors(path, KIND)
+            text = unsealed(path, tensors, content)
         except ValueError as problem:
             raise EditFileError(str(problem)) from None
-        checksum, _, text = content.partition("\n")
-        if checksum != _checksum(tensors, text):
-            raise EditFileError(f"{path}: the checksum does not match; the file was changed")
         header = json.loads(text)
         if header["format"] > FORMAT:
             raise EditFileError(
@@ -286,8 +316,9 @@ class ModelEdit:
         return cls(changes, header["origin"])
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _same_bits(left: Tensor, right: Tensor) -> Tensor:
@@ -317,15 +348,6 @@ def _joined(name: str, mine: Change, theirs: Change) -> Change:
 
 def _position(change: Change, at: int) -> list[int]:
     return [int(axis) for axis in torch.unravel_index(change.index[at], change.shape)]
-
-
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,297 @@
+"""Pruning in steps: nested units, fine-tuning that keeps them off, and going on after a stop."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from xai_edit import (
+    CAV,
+    LRP,
+    ConceptAwarePruning,
+    FineTuning,
+    ModelEdit,
+    RelevancePruning,
+    Taylor,
+    WeightMagnitude,
+    collect_features,
+    score_units,
+)
+
+
+def sgd(network):
+    """A user's own training: momentum and weight decay, batch norms in training mode."""
+    torch.manual_seed(3)
+    network.train()
+    images, labels = torch.rand(64, 1, 8, 8), torch.randint(10, (64,))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+
+
+def outputs(model, names, inputs):
+    seen = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: seen.update({name: out.detach().clone()})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(inputs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+def test_each_step_scores_what_is_left_and_takes_nothing_back(plain, batches, ranking):
+    edit = RelevancePruning(0.6, Taylor(), ranking=ranking, steps=3).plan(plain, batches)
+    # Brute force: three plans of one step, each on the network that the last one left.
+    by_hand, parts = plain, []
+    for share in (0.2, 0.4, 0.6):
+        scores = score_units(by_hand, batches, Taylor(), layers=["conv1", "conv2"], aggregate="abs")
+        gone = {name: units for part in parts for name, units in part.items()}
+        values = {name: scores.normalized(name) for name in scores}
+        ranked = sorted(
+            (-1.0 if unit in gone.get(name, []) else float(values[name][unit]), name, unit)
+            for name in values
+            for unit in range(len(values[name]))
+            if unit != int(values[name].argmax())
+        )
+        if ranking == "global":
+            taken = ranked[: round(share * 10)]
+        else:
+            taken = [
+                entry
+                for name in values
+                for entry in [one for one in ranked if one[1] == name][
+                    : round(share * len(values[name]))
+                ]
+            ]
+        parts = [{name: [u for _, n, u in taken if n == name] for name in values}]
+        with torch.no_grad():
+            for name, units in parts[0].items():
+                by_hand.get_submodule(name).weight[units] = 0
+                by_hand.get_submodule(name).bias[units] = 0
+    assert edit.origin["units"] == {name: sorted(units) for name, units in parts[0].items()}
+    removed = [step["removed"] for step in edit.origin["steps"]]
+    assert removed == sorted(removed)
+    assert len(removed) == 3
+
+
+@pytest.mark.parametrize("network", ["plain", "norm"])
+@pytest.mark.parametrize("tune", [sgd, "built in"])
+def test_units_stay_off_while_the_rest_is_trained(network, tune, request, batches, unchanged):
+    model = request.getfixturevalue(network)
+    train = FineTuning(batches, epochs=2, learning_rate=0.05) if tune == "built in" else tune
+    check = unchanged(model)
+    edit = RelevancePruning(0.5, steps=2).plan(model, batches, fine_tune=train)
+    check()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    head = "head.bias" if network == "plain" else "fc.bias"
+    assert len(edit.changes[head]) == before[head].numel()  # all of it was trained
+    if network == "norm":
+        assert "body.1.running_mean" in edit.changes
+    following = {"body.0": "body.1", "body.3": "body.4"}
+    with edit.applied(model):
+        off = {following.get(n, n): units for n, units in edit.origin["units"].items() if units}
+        for name, values in outputs(model, off, batches[0][0]).items():
+            assert (values[:, off[name]] == 0).all()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_edit_holds_the_very_network_that_was_trained(norm, batches):
+    kept = []
+
+    def watched(network):
+        sgd(network)
+        kept[:] = [network]
+
+    edit = RelevancePruning(0.5).plan(norm, batches, fine_tune=watched)
+    (network,) = kept
+    with edit.applied(norm):
+        assert torch.equal(norm(batches[0][0]), network.eval()(batches[0][0]))
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_plan_that_was_cut_short_goes_on_to_the_same_bits(norm, batches, tmp_path, stop):
+    whole = RelevancePruning(0.6, steps=3).plan(norm, batches, fine_tune=Stops())
+    path = tmp_path / "prune.safetensors"
+    stops = Stops(after=stop)
+    with pytest.raises(KeyboardInterrupt):
+        RelevancePruning(0.6, steps=3).plan(norm, batches, fine_tune=stops, checkpoint=path)
+    assert path.exists()
+    again = Stops()
+    edit = RelevancePruning(0.6, steps=3).plan(norm, batches, fine_tune=again, checkpoint=path)
+    assert again.calls == 3 - stop
+    assert edit.origin == whole.origin
+    assert edit.changes.keys() == whole.changes.keys()
+    for name, change in whole.changes.items():
+        assert torch.equal(edit.changes[name].index, change.index)
+        assert torch.equal(edit.changes[name].new, change.new)
+
+
+class Stops:
+    """Trains, and is interrupted after some calls."""
+
+    def __init__(self, after=None):
+        self.after, self.calls = after, 0
+
+    def __repr__(self):
+        return "Stops()"
+
+    def __call__(self, network):
+        if self.calls == self.after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        sgd(network)
+
+
+def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_refused(plain, batches, tmp_path):
+    path = tmp_path / "prune.safetensors"
+    RelevancePruning(0.4, steps=2).plan(plain, batches, checkpoint=path)
+    with pytest.raises(ValueError, match="another model, data or plan"):
+        RelevancePruning(0.5, steps=2).plan(plain, batches, checkpoint=path)
+    with pytest.raises(ValueError, match="another model, data or plan"):
+        RelevancePruning(0.4, WeightMagnitude(), steps=2).plan(plain, batches, checkpoint=path)
+    other = [(x + 0.01, y) for x, y in batches]
+    with pytest.raises(ValueError, match="another model, data or plan"):
+        RelevancePruning(0.4, steps=2).plan(plain, other, checkpoint=path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"prune\.safetensors"):
+        RelevancePruning(0.4, steps=2).plan(plain, batches, checkpoint=path)
+
+
+def test_data_that_can_be_read_once_serve_one_step_only(plain, batches):
+    assert RelevancePruning(0.5).plan(plain, iter(batches)).origin["samples"] == 200
+    with pytest.raises(TypeError, match="2 steps"):
+        RelevancePruning(0.5, steps=2).plan(plain, iter(batches))
+    with pytest.raises(ValueError, match="steps"):
+        RelevancePruning(0.5, steps=0)
+
+
+def marked(batches):
+    """Digits, every second one with a bright corner."""
+    data = []
+    for x, y in batches:
+        has = torch.arange(len(y)) % 2
+        x = x.clone()
+        x[:, :, :2, :2] = torch.where(has[:, None, None, None] == 1, 1.0, x[:, :, :2, :2])
+        data.append((x, y, has))
+    return data
+
+
+def test_subspaces_are_learned_again_after_each_step_from_a_function(plain, batches):
+    seen = []
+
+    def features(network):
+        seen.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        return collect_features(network, marked(batches), layer="relu1")
+
+    operator = ConceptAwarePruning("relu1", CAV(), [0], 0.6, steps=3)
+    edit = operator.plan(plain, batches, features=features)
+    assert len(seen) == 3  # the model, and the network before each later step
+    assert torch.equal(seen[0]["conv1.weight"], plain.conv1.weight)
+    zeros = [int((state["conv1.weight"].flatten(1) == 0).all(1).sum()) for state in seen]
+    zeros = [
+        z + int((s["conv2.weight"].flatten(1) == 0).all(1).sum())
+        for z, s in zip(zeros, seen, strict=True)
+    ]
+    assert zeros == [0, 2, 4]
+    once = operator.plan(plain, batches, features=features(plain))
+    assert once.origin["steps"][0]["removed"] == edit.origin["steps"][0]["removed"] == 2
+
+
+def test_an_ablation_that_is_kept_holds_after_fine_tuning(plain, batches):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(96, 10),
+    ).eval()  # fmt: skip
+    features = collect_features(model, marked(batches), layer="1")
+    subspaces = CAV().fit(features)
+    operator = ConceptAwarePruning("1", subspaces, [0], 0.3, keep_ablation=True)
+    edit = operator.plan(model, batches, fine_tune=sgd)
+    U = subspaces.block(0)
+    with edit.applied(model):
+        reader = model[2].weight.double().movedim(1, -1) @ U
+        gone = edit.origin["units"]["2"]
+        assert reader.abs().max() < 1e-6
+        assert (model[2].weight[gone] == 0).all()
+        assert (model[2].bias[gone] == 0).all()
+
+
+def test_features_are_asked_for_exactly_where_they_are_needed(plain, batches):
+    features = collect_features(plain, marked(batches), layer="relu1")
+    subspaces = CAV().fit(features)
+    with pytest.raises(ValueError, match="features: none given"):
+        ConceptAwarePruning("relu1", CAV(), [0], 0.5).plan(plain, batches)
+    with pytest.raises(ValueError, match="features: none given"):
+        ConceptAwarePruning("relu1", subspaces, "auto", 0.5).plan(plain, batches)
+    with pytest.raises(ValueError, match="features: given without"):
+        ConceptAwarePruning("relu1", subspaces, [0], 0.5).plan(plain, batches, features=features)
+    with pytest.raises(TypeError, match="subspaces"):
+        ConceptAwarePruning("relu1", "cav", [0], 0.5)
+    with pytest.raises(ValueError, match="ablate"):
+        ConceptAwarePruning("relu1", subspaces, "all", 0.5)
+
+
+def test_auto_takes_the_subspace_of_the_mark_and_leaves_the_network_alone_without_one(
+    plain, batches
+):
+    data = marked(batches)
+    features = collect_features(
+        plain, data, layer="relu1", scorer=LRP("epsilon"), positions=None, target=3
+    )
+    edit = ConceptAwarePruning("relu1", CAV(), "auto", 0.3).plan(plain, batches, features=features)
+    table = edit.origin["predictiveness"]["subspaces"]
+    if edit.origin["ablated"]:
+        assert all(table[k]["spurious"]["value"] > 0.75 for k in edit.origin["ablated"])
+    coin = torch.randint(2, (200,), generator=torch.Generator().manual_seed(0))
+    blind = [
+        (x, y, coin[at : at + len(y)]) for (x, y), at in zip(batches, (0, 64, 150), strict=True)
+    ]
+    features = collect_features(plain, blind, layer="relu1", positions=None)
+    edit = ConceptAwarePruning("relu1", CAV(), "auto", 0.3).plan(plain, batches, features=features)
+    assert edit.changes == {}
+    assert edit.origin["ablated"] == []
+    assert "no subspace" in edit.origin["reason"]
+    assert ModelEdit.to_copy(plain, plain, {}).size == 0
+
+
+def test_protected_layers_keep_all_units_and_named_layers_have_to_be_prunable(plain, batches):
+    edit = RelevancePruning(0.5, protect=["conv1"]).plan(plain, batches)
+    assert [*edit.origin["units"]] == ["conv2"]
+    assert edit.origin["fixed"] == {"conv1": "'conv1' is protected"}
+    assert edit.origin["removed"] == "3 of 6 units"
+    with pytest.raises(ValueError, match="protected"):
+        RelevancePruning(0.5, layers=["conv1"], protect=["conv1"]).plan(plain, batches)
+    with pytest.raises(KeyError, match="conv1"):
+        RelevancePruning(0.5, protect=["conv"]).plan(plain, batches)
+    everything = RelevancePruning(1.0).plan(plain, batches)
+    assert everything.origin["kept"] == {
+        "one unit each, though the share takes all": ["conv1", "conv2"]
+    }
+
+
+def test_fine_tuning_warns_where_the_data_carry_the_spurious_feature(plain, digits):
+    images, labels = digits[0][:100], digits[1][:100]
+    biased = [(images, labels, (labels == 3).long())]
+    with pytest.warns(UserWarning, match="100% of class 3 .* 0% of class 0.*shortcut back"):
+        FineTuning(biased)(plain)
+    clean = [(images, labels, torch.zeros(100, dtype=torch.long))]
+    both = [(images, labels, torch.zeros(100)), (images, labels, torch.ones(100))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FineTuning(clean)(plain)
+        FineTuning([(x, y, m.long()) for x, y, m in both])(plain)
+    with pytest.raises(ValueError, match="read only once"):
+        FineTuning(iter(clean))
+    with pytest.raises(ValueError, match="no labels"):
+        FineTuning([images])(plain)

@@ -1,0 +1,180 @@
+"""Which units go: the lowest share of coupled channels, by the scores of their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xai_edit.attribution.coupling import ChannelGroup
+from xai_edit.attribution.units import UnitScores, share_of
+from xai_edit.errors import UnknownLayerError
+
+Ranking = Literal["global", "local"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prunable:
+    """The units that may be pruned.
+
+    Attributes
+    ----------
+    groups : tuple of ChannelGroup
+    layers : tuple of str
+        Those whose scores rank the units.
+    fixed : dict of str
+        Layers that would be pruned if their channels could go, and why they have to stay.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    layers: tuple[str, ...]
+    fixed: dict[str, str]
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of all layers of the groups."""
+        return sum(group.units * width(group) for group in self.groups)
+
+
+def width(group: ChannelGroup) -> int:
+    """Return how many channels a unit of a group has in all its layers together."""
+    return sum(channels.shape[1] for channels in group.layers.values())
+
+
+def prunable(
+    groups: Sequence[ChannelGroup],
+    layers: Sequence[str],
+    *,
+    protect: Sequence[str] = (),
+    named: bool = False,
+) -> Prunable:
+    """Return the groups in which a layer may be pruned and none is protected.
+
+    Parameters
+    ----------
+    groups : sequence of ChannelGroup
+        All of a model.
+    layers : sequence of str
+        Layers to prune.
+    protect : sequence of str
+        Layers that keep all channels, and with them those coupled to theirs.
+    named : bool
+        The layers were named one by one, so that each has to be prunable.
+
+    Raises
+    ------
+    UnknownLayerError
+        If a protected layer is none whose channels could be pruned.
+    ValueError
+        If a named layer cannot be pruned, or nothing can.
+    """
+    known = {name for group in groups for name in group.layers}
+    for name in protect:
+        if name not in known:
+            raise UnknownLayerError.of(name, sorted(known), "layers with channels to prune")
+    kept: list[ChannelGroup] = []
+    fixed: dict[str, str] = {}
+    for group in groups:
+        wanted = [name for name in group.layers if name in layers]
+        guarded = [name for name in group.layers if name in protect]
+        reason = f"{guarded[0]!r} is protected" if guarded else group.fixed
+        if wanted and reason is None:
+            kept.append(group)
+        elif wanted and reason is not None:
+            fixed |= dict.fromkeys(wanted, reason)
+    free = {name for group in kept for name in group.layers}
+    for name in layers:
+        if name not in free and (named or not kept):
+            reason = fixed.get(name, "it takes no part in the model's forward pass")
+            raise ValueError(f"layers: the channels of {name!r} have to stay: {reason}")
+    return Prunable(tuple(kept), tuple(name for name in layers if name in free), fixed)
+
+
+def lowest_units(
+    found: Prunable,
+    scores: UnitScores,
+    share: float,
+    *,
+    ranking: Ranking,
+    gone: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Return the units of each group that go: the lowest share, but for the best of each group.
+
+    A unit's score is the sum over its channels in all scored layers, each layer divided by its L1
+    norm. As units of coupled layers go together, the share is met to within one unit.
+
+    Parameters
+    ----------
+    found : Prunable
+    scores : UnitScores
+        Of ``found.layers``.
+    share : float in (0, 1]
+        Of all channels ("global") or of those of each group ("local").
+    ranking : {"global", "local"}
+        "global" ranks the units of all groups together.
+    gone : sequence of Tensor, optional
+        Units of each group that are off already and stay so.
+
+    Returns
+    -------
+    list of Tensor
+        Of each group, int64, ascending.
+    """
+    ranked = [_unit_scores(group, scores) for group in found.groups]
+    for at, values in enumerate(ranked):
+        if gone is not None:
+            values[gone[at]] = -torch.inf
+        values[_best(values)] = torch.inf
+    sizes = [torch.full((len(v),), width(g)) for v, g in zip(ranked, found.groups, strict=True)]
+    if ranking == "local":
+        chosen = [_lowest(v, size, share) for v, size in zip(ranked, sizes, strict=True)]
+    else:
+        parts = [len(values) for values in ranked]
+        chosen = [*_lowest(torch.cat(ranked), torch.cat(sizes), share).split(parts)]
+    return [flags.nonzero().flatten() for flags in chosen]
+
+
+def _unit_scores(group: ChannelGroup, scores: UnitScores) -> Tensor:
+    total = torch.zeros(group.units, dtype=torch.double)
+    for layer, channels in group.layers.items():
+        if layer in scores:
+            total += scores.normalized(layer)[channels].sum(1)
+    return total
+
+
+def _best(values: Tensor) -> int:
+    """Return the place of the highest score, the first of equals."""
+    return int(torch.argsort(values, descending=True, stable=True)[0])
+
+
+def _lowest(values: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """Return which units are taken from below until their channels are nearest to the share."""
+    order = torch.argsort(values, stable=True)
+    order = order[values[order] < torch.inf]
+    reached = torch.cat([torch.zeros(1, dtype=torch.long), sizes[order].cumsum(0)])
+    count = int((reached - share_of(int(sizes.sum()), share)).abs().argmin())
+    taken = torch.zeros(len(values), dtype=torch.bool)
+    taken[order[:count]] = True
+    return taken
+
+
+def channels_of(found: Prunable, units: Sequence[Tensor]) -> dict[str, list[int]]:
+    """Return the channels of units by layer, scored layers first."""
+    by_layer: dict[str, list[int]] = {layer: [] for layer in found.layers}
+    for group, chosen in zip(found.groups, units, strict=True):
+        for layer, channels in group.layers.items():
+            by_layer.setdefault(layer, []).extend(channels[chosen].flatten().tolist())
+    return {layer: sorted(channels) for layer, channels in by_layer.items()}
+
+
+def spared(found: Prunable, units: Sequence[Tensor]) -> list[str]:
+    """Return the layers that keep only one unit of a group, its best, whatever the share."""
+    return [
+        layer
+        for group, chosen in zip(found.groups, units, strict=True)
+        if group.units - len(chosen) == 1 < group.units
+        for layer in group.layers
+    ]
