@@ -82,6 +82,35 @@ def conv_2net(*, size: int = 32, channels: int = 3, classes: int = 10) -> nn.Seq
     )
 
 
+def vgg_like(*, channels: int = 3, classes: int = 10, width: float = 1.0) -> nn.Sequential:
+    """Return an untrained VGG for small images: six convolutions, three poolings, a head.
+
+    Simonyan & Zisserman 2015, cut to the resolution of CIFAR-10, with batch norm, and an average
+    in place of the hidden layers. Layers are ``conv1`` to ``conv6``, ``relu1`` to ``relu6`` and so
+    on, the head ``fc``.
+
+    Parameters
+    ----------
+    channels, classes : int
+        Of the images, and outputs.
+    width : float
+        Factor on the filters; 32, 64 and 128 at 1.
+    """
+    body = nn.Sequential()
+    for number, filters in enumerate((32, 32, 64, 64, 128, 128), start=1):
+        filters = max(1, round(filters * width))
+        body.add_module(f"conv{number}", nn.Conv2d(channels, filters, 3, padding=1, bias=False))
+        body.add_module(f"norm{number}", nn.BatchNorm2d(filters))
+        body.add_module(f"relu{number}", nn.ReLU())
+        if number % 2 == 0:
+            body.add_module(f"pool{number // 2}", nn.MaxPool2d(2))
+        channels = filters
+    body.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    body.add_module("flatten", nn.Flatten())
+    body.add_module("fc", nn.Linear(channels, classes))
+    return body
+
+
 class ResNet20(nn.Module):
     """The ResNet with 20 layers for CIFAR-10 (He et al. 2016, Sec. 4.2).
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from xai_edit.datasets.papers import ImageSet, cifar10, cifar100, imagenet, mnist
-from xai_edit.models.papers import ResNet20, all_cnn, conv_2net
+from xai_edit.models.papers import ResNet20, all_cnn, conv_2net, vgg_like
 
 RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
 PATTERNS = ("patternnet", "patternnet+-", "patternattribution", "patternattribution+-")
@@ -89,7 +89,7 @@ class Options:
 
 
 def build(network: str, channels: int, classes: int, side: int) -> nn.Module:
-    """Return an untrained network by name; ``all-cnn:0.25`` has a quarter of the filters.
+    """Return an untrained network by name; ``all-cnn:0.25``, ``vgg-like:0.25``: a quarter as wide.
 
     Raises
     ------
@@ -97,24 +97,25 @@ def build(network: str, channels: int, classes: int, side: int) -> nn.Module:
         If there is none of this name.
     """
     name, _, width = network.partition(":")
-    if name == "all-cnn":
+    if name in ("all-cnn", "vgg-like"):
         try:
             share = float(width or 1)
         except ValueError:
             share = math.nan
         if not 0 < share < math.inf:
             raise ValueError(
-                f"network: {network!r} given; all-cnn:0.25 has a quarter of the filters"
+                f"network: {network!r} given; {name}:0.25 has a quarter of the filters"
             )
-        return all_cnn(channels=channels, classes=classes, width=share)
+        make = all_cnn if name == "all-cnn" else vgg_like
+        return make(channels=channels, classes=classes, width=share)
     if name == "conv-2net":
         return conv_2net(size=side, channels=channels, classes=classes)
     if name == "resnet20":
         return ResNet20(classes)
     if name not in torchvision.models.list_models(torchvision.models):
         raise ValueError(
-            f"network: {network!r} given; it is all-cnn, conv-2net, resnet20 or a classifier of "
-            "torchvision such as resnet50"
+            f"network: {network!r} given; it is all-cnn, conv-2net, vgg-like, resnet20 or a "
+            "classifier of torchvision such as resnet50"
         )
     made: nn.Module = torchvision.models.get_model(name, num_classes=classes)
     return made
