@@ -73,7 +73,8 @@ def channel_groups(model: nn.Module, inputs: Tensor) -> list[ChannelGroup]:
     ValueError
         If the inputs do not fit the model, it cannot be copied, or Torch-Pruning cannot trace it.
     """
-    return groups_of(traced(copied(model), inputs))
+    with torch.inference_mode(False):
+        return groups_of(traced(copied(model), inputs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +130,7 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
 @contextmanager
 def _tracing(model: nn.Module) -> Iterator[None]:
     try:
-        with torch.inference_mode(False):
-            yield
+        yield
     except Exception as problem:
         raise ValueError(
             f"model: Torch-Pruning cannot trace {type(model).__name__} "
@@ -166,21 +166,23 @@ def groups_of(found: Traced) -> list[ChannelGroup]:
             if gives and not target.outputs:
                 reasons.append("they are the model's outputs")
             reasons += _reasons(found, target, names, shared)
-            joined = [*zip(item.root_idxs, item.idxs, strict=True)]
+            if None in item.root_idxs:  # behind an expanded tensor, which is not followed
+                continue
+            roots, at = np.array(item.root_idxs, dtype=int), np.array(item.idxs, dtype=int)
             if gives and (isinstance(target.module, LAYERS) or _shifts(target.module)):
                 # Beyond the last channel only behind an operation that is not followed.
-                width = graph.get_out_channels(target)
-                roots, at = zip(*((root, at) for root, at in joined if at < width), strict=True)
-                channels.append(nodes.of(names[target.module], at))
-                nodes.join(nodes.of(layer, roots), channels[-1])
+                there = at < graph.get_out_channels(target)
+                channels.append(nodes.of(names[target.module], at[there]))
+                nodes.join(nodes.of(layer, roots[there]), channels[-1])
             elif isinstance(target.module, CONVOLUTIONS) and target.module.groups > 1:
                 width = target.module.in_channels // target.module.groups
-                at = nodes.of(f"{names[target.module]}:in", [at % width for _, at in joined])
-                nodes.join(nodes.of(layer, [root for root, _ in joined]), at)
+                nodes.join(
+                    nodes.of(layer, roots), nodes.of(f"{names[target.module]}:in", at % width)
+                )
         groups = getattr(module, "groups", 1)
         if 1 < groups < len(every):
             width = len(every) // groups
-            nodes.join(channels[0], nodes.of(f"{layer}:out", [at % width for at in every]))
+            nodes.join(channels[0], nodes.of(f"{layer}:out", np.array(every) % width))
         if reasons:
             fixed.update((int(at), reasons[0]) for at in np.concatenate(channels))
     return [*_gathered(nodes, found.model, fixed)]
@@ -228,12 +230,11 @@ class _Nodes:
         self.numbers: dict[tuple[str, int], int] = {}
         self.joined: list[np.ndarray[Any, Any]] = []
 
-    def of(self, name: str, channels: Any) -> np.ndarray[Any, Any]:
+    def of(self, name: str, channels: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the number of each channel."""
         numbers = self.numbers
-        return np.array(
-            [numbers.setdefault((name, at), len(numbers)) for at in channels], dtype=int
-        )
+        listed = [numbers.setdefault((name, int(at)), len(numbers)) for at in channels]
+        return np.array(listed, dtype=int)
 
     def join(self, left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> None:
         """Couple channels pairwise."""
