@@ -34,8 +34,9 @@ from xai_edit.baselines.training import Trained, Unlearned
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.cav import CAV
+from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
-from xai_edit.concepts.features import Features, collect_features
+from xai_edit.concepts.features import Features
 from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.pca import PCA
 from xai_edit.concepts.prca import PRCA

@@ -8,7 +8,7 @@ where a rank that fails leaves its message without waiting for anyone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import reduce
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xai_edit.attribution.units import UnitScores
 
 T = TypeVar("T")
+NO_SAMPLES = "data: no samples on any rank; the loaders are empty, or already used up"
 LONGEST_PAUSE = 0.05  # seconds; torchrun ends the other ranks soon after one has failed
 
 
@@ -39,35 +40,48 @@ def all_reduced(scores: UnitScores, group: ProcessGroup | None = None) -> UnitSc
     parts = gathered(scores, group)
     filled = {rank: part for rank, part in parts.items() if part.samples}
     if not filled:
-        raise ValueError("data: no samples on any rank; the loaders are empty, or already used up")
+        raise ValueError(NO_SAMPLES)
+    made = {rank: _made(part) for rank, part in parts.items()}
+    require_alike(made, "all_reduce: ranks {} and {} scored differently", [*filled])
     first, *_ = filled
-    for rank, part in parts.items():
-        _check_alike(first, filled[first], rank, part)
     if filled[first].origin.get("weights_only"):
         return filled[first]  # no sum over samples: every rank has it whole
     return reduce(lambda total, part: total.merge(part), filled.values())
 
 
-def _check_alike(first: int, scores: UnitScores, rank: int, other: UnitScores) -> None:
-    mine, theirs = (
-        {
-            **part.origin,
-            "aggregate": part.aggregate,
-            "k": part.k,
-            "units": [(name, len(values)) for name, values in part.sums.items()],
-        }
-        for part in (scores, other)
-    )
-    if not other.samples:  # no sums, and nothing that shows only in a forward pass
-        mine = {name: mine.get(name) for name in theirs if name != "units"}
-        del theirs["units"]
-    wrong = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-    if wrong:
-        listed = "; ".join(f"{name}: {mine.get(name)} and {theirs.get(name)}" for name in wrong)
-        raise ValueError(
-            f"all_reduce: ranks {first} and {rank} scored differently ({listed}); give every rank "
-            "the same model and arguments"
-        )
+def _made(scores: UnitScores) -> dict[str, Any]:
+    made = {**scores.origin, "aggregate": scores.aggregate, "k": scores.k}
+    if scores.samples:  # else no sums, and nothing that shows only in a forward pass
+        made["units"] = [(name, len(values)) for name, values in scores.sums.items()]
+    return made
+
+
+def require_alike(
+    made: Mapping[int, Mapping[str, Any]], trouble: str, whole: Collection[int] | None = None
+) -> None:
+    """Raise ValueError, the same on every rank, if what is to be joined was made differently.
+
+    Parameters
+    ----------
+    made : mapping
+        By rank what its part was made with.
+    trouble : str
+        Begins the message, with places for two ranks.
+    whole : collection of int, optional
+        Ranks that had samples; all when left out. Of the others only what they say is compared.
+    """
+    whole = [*made] if whole is None else whole
+    first = next(rank for rank in made if rank in whole)
+    for rank, theirs in made.items():
+        mine = made[first]
+        names = {**mine, **theirs} if rank in whole else theirs
+        wrong = [name for name in names if mine.get(name) != theirs.get(name)]
+        if wrong:
+            listed = "; ".join(f"{name}: {mine.get(name)} and {theirs.get(name)}" for name in wrong)
+            raise ValueError(
+                f"{trouble.format(first, rank)} ({listed}); all are to be made with the same model "
+                "and arguments"
+            )
 
 
 def gathered(value: T, group: ProcessGroup | None = None) -> dict[int, T]:

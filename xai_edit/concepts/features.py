@@ -1,33 +1,28 @@
-"""Activations of a layer and their contexts at sampled positions, for finding subspaces."""
+"""``Features``: activations of a layer and their contexts, in memory or memory-mapped."""
 
 from __future__ import annotations
 
-import functools
+import itertools
+import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xai_edit.attribution.canonizers import same_logits
-from xai_edit.attribution.contexts import ContextGather, Take
-from xai_edit.attribution.layers import CHANNELS_LAST, layer_module, resolve_layers, run, tapped
-from xai_edit.attribution.scorers import LRP
-from xai_edit.attribution.targets import Target, checked_target, targets_of
-from xai_edit.data import (
-    Attribute,
-    Batch,
-    Data,
-    attribute_of,
-    batches,
-    check_length,
-    model_device,
-    together,
-)
+from xai_edit.attribution.processes import NO_SAMPLES, gathered, require_alike, several
 from xai_edit.errors import NonFiniteError
-from xai_edit.guard import preserved, require_finite
+from xai_edit.files import read_header, read_safetensors, write_safetensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+KIND = "xai_edit.features"
+OPTIONAL = ("contexts", "sample", "labels", "attribute")
+KINDS = ("activations", "contexts", "labels", "attribute")  # whose dtypes have to agree
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +36,10 @@ class Features:
         What relevance multiplies an activation by, R = a ⊙ c.
     sample : Tensor or None, int64, shape (vectors,)
         The sample each vector comes from; vector i from sample i when left out.
-    labels, attribute : Tensor or None, int64, shape (samples,)
+    labels, attribute : Tensor or None, shape (samples,)
         The class and the spurious feature of each sample.
+    origin : dict
+        What they were collected with, as JSON values.
 
     Raises
     ------
@@ -57,6 +54,7 @@ class Features:
     sample: Tensor | None = None
     labels: Tensor | None = None
     attribute: Tensor | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.activations.ndim != 2:
@@ -68,17 +66,38 @@ class Features:
                 f"contexts: shape {tuple(self.contexts.shape)}, activations have "
                 f"{tuple(self.activations.shape)}"
             )
-        if self.sample is not None and self.sample.shape != self.activations.shape[:1]:
-            raise ValueError("sample: one number a vector is expected")
+        if self.sample is not None and (
+            self.sample.shape != self.activations.shape[:1] or self.sample.dtype != torch.int64
+        ):
+            raise ValueError("sample: one number a vector is expected, int64")
+        for name in ("labels", "attribute"):
+            told = getattr(self, name)
+            if told is not None and told.shape != (self.samples,):
+                raise ValueError(
+                    f"{name}: shape {tuple(told.shape)} for {self.samples} samples; expected one "
+                    "number a sample"
+                )
+        if self.sample is not None and len(self.sample):
+            first, last = (int(end) for end in self.sample.aminmax())
+            if first < 0 or last >= self.samples:
+                raise ValueError(
+                    f"sample: numbers from {first} to {last} for {self.samples} samples, which are "
+                    "numbered from 0"
+                )
         for name in ("activations", "contexts"):
             tensor = getattr(self, name)
-            if tensor is not None and not torch.isfinite(tensor).all():
+            if tensor is not None and not _all_finite(tensor):
                 raise NonFiniteError(f"{name}: NaN or infinite values")
 
     @property
     def samples(self) -> int:
         """The number of samples."""
-        return len(self.activations) if self.sample is None else int(self.sample.max()) + 1
+        for told in (self.labels, self.attribute):
+            if told is not None:
+                return len(told)
+        if self.sample is None:
+            return len(self.activations)
+        return int(self.sample.max()) + 1 if len(self.sample) else 0
 
     def require_contexts(self) -> Tensor:
         """Return the contexts.
@@ -117,156 +136,136 @@ class Features:
         return given > 0
 
     def per_sample(self, values: Tensor) -> Tensor:
-        """Sum a value a vector over the vectors of each sample, float64, shape (samples,)."""
+        """Sum a value a vector over the vectors of each sample.
+
+        Parameters
+        ----------
+        values : Tensor, shape (vectors, ...)
+
+        Returns
+        -------
+        Tensor, float64, shape (samples, ...)
+        """
+        values = values.double()
         if self.sample is None:
-            return values.double()
-        return torch.bincount(self.sample, weights=values.double(), minlength=self.samples)
+            return values
+        sums = values.new_zeros(self.samples, *values.shape[1:])
+        return sums.index_add_(0, self.sample.to(values.device), values)
+
+    def merge(self, other: Features) -> Features:
+        """Return the features of both data sets, those of ``other`` behind; held in memory.
+
+        Two halves of a data set merge to the whole, the samples numbered as in it.
+
+        Raises
+        ------
+        ValueError
+            If the two were not collected alike.
+        """
+        filled = {place: one for place, one in enumerate([self, other]) if one.samples}
+        if not filled:
+            return self
+        made = {0: self._made(), 1: other._made()}
+        require_alike(made, "merge: features {} and {} were collected differently", [*filled])
+        return _joined([*filled.values()])
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> Features:
+        """Return the features of all processes' data, the same on every rank, in memory.
+
+        Samples are numbered in the order of the ranks, and each rank's in the order of its data.
+
+        Parameters
+        ----------
+        group : ProcessGroup, optional
+            All processes of ``torch.distributed`` when left out; a single one has its features
+            back.
+
+        Raises
+        ------
+        RuntimeError
+            If `collect_features` failed on another rank, with its message, or a rank does not come
+            within the time given to ``init_process_group``.
+        ValueError
+            On every rank, if they collected differently or none has samples.
+        """
+        parts = gathered(self._alone() if several() else self, group)
+        filled = {rank: part for rank, part in parts.items() if part.samples}
+        if not filled:
+            raise ValueError(NO_SAMPLES)
+        made = {rank: part._made() for rank, part in parts.items()}
+        require_alike(made, "all_reduce: ranks {} and {} collected differently", [*filled])
+        return _joined([*filled.values()])
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, atomically; memory-mapped features stay out of memory."""
+        write_safetensors(path, self._tensors(), KIND, json.dumps({"origin": self.origin}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Features:
+        """Read a file that `save` wrote, memory-mapped: a value is read when it is asked for.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is not a whole file of features.
+        """
+        tensors, text = read_safetensors(path, KIND)
+        header = read_header(path, text, {"origin": dict})
+        known = {"activations", *OPTIONAL}
+        if "activations" not in tensors or not tensors.keys() <= known:
+            raise ValueError(f"{path}: it holds {sorted(tensors)}, expected {sorted(known)}")
+        try:
+            return cls(**tensors, origin=header["origin"])
+        except ValueError as problem:
+            raise ValueError(f"{path}: damaged; {problem}") from None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        given = {name: getattr(self, name) for name in ("activations", *OPTIONAL)}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def _alone(self) -> Features:
+        """Return a copy on the CPU; of a view, pickle would send all that it is a view of."""
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
+        return Features(**copies, origin=self.origin)
+
+    def _made(self) -> dict[str, Any]:
+        """Return what has to agree for features to be joined."""
+        if not self.samples:  # nothing that shows only in a forward pass
+            return dict(self.origin)
+        kept = self._tensors()
+        return {
+            **self.origin,
+            "channels": self.activations.shape[1],
+            **{name: str(kept[name].dtype) if name in kept else None for name in KINDS},
+        }
 
 
-def collect_features(
-    model: nn.Module,
-    data: Data,
-    *,
-    layer: str,
-    scorer: LRP | None = None,
-    target: Target = "label",
-    positions: int | None = 20,
-    spurious: Attribute = None,
-    seed: int = 0,
-) -> Features:
-    """Pass the data through the model once and keep a layer's vectors at random positions.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Left exactly as it was.
-    data : iterable or Dataset
-        See `xai_edit.data.batches`.
-    layer : str
-        A layer with channels second (convolutions) or last (linear layers, layer norms).
-    scorer : LRP, optional
-        Also keep the contexts of the activations under its composite. They are exact also where
-        an activation is zero; see `xai_edit.attribution.contexts.ContextGather`.
-    target : int, "label", "predicted" or callable
-        The output that the contexts explain; see `xai_edit.attribution.targets.Target`.
-    positions : int or None
-        Positions drawn per sample without replacement; all of them when None or fewer.
-    spurious : callable, Tensor or None
-        Which samples have the spurious feature; the data's third element, where there is one,
-        when left out.
-    seed : int
-        Of the drawn positions.
-
-    Raises
-    ------
-    TypeError
-        If the scorer is not an `LRP`.
-    UnknownLayerError, NonFiniteError, ValueError
-        On bad input. Also if the composite hands relevance on otherwise than in proportion to
-        activations, or a batch norm is merged into the layer: its values are then not the model's.
-    """
-    if positions is not None and (type(positions) is not int or positions < 1):
-        raise ValueError(f"positions: {positions!r} given; it is a positive number or None")
-    if scorer is not None and not isinstance(scorer, LRP):
-        raise TypeError(f"scorer: {scorer!r} given; contexts need a rule, so an xai_edit.LRP")
-    target = checked_target(target)
-    resolve_layers(model, [layer])
-    require_finite(model)
-    draw = functools.partial(
-        _drawn, positions=positions, generator=torch.Generator().manual_seed(seed)
-    )
-    activations: list[Tensor] = []
-    contexts: list[Tensor] = []
-    numbers: list[Tensor] = []
-    labels: list[Tensor | None] = []
-    attributes: list[Tensor | None] = []
-    samples = 0
-    with preserved(model), ExitStack() as session:
-        vectors_of: Callable[[Batch], tuple[Tensor, ...]] | None = None
-        for batch in batches(data, model_device(model)):
-            if vectors_of is None:
-                vectors_of = functools.partial(_activations, model, layer, draw)
-                if scorer is not None:
-                    vectors_of = session.enter_context(
-                        _contexts(model, batch.inputs, layer, draw, scorer, target)
-                    )
-            own, *of_context = vectors_of(batch)  # each (samples, positions, channels)
-            activations.append(own.flatten(0, 1).cpu())
-            contexts += (context.flatten(0, 1).cpu() for context in of_context)
-            numbers.append(
-                torch.arange(samples, samples + len(batch)).repeat_interleave(own.shape[1])
-            )
-            labels.append(batch.labels)
-            given = spurious is not None or batch.groups is not None
-            attributes.append(attribute_of(spurious, batch, samples) if given else None)
-            samples += len(batch)
-    check_length(spurious, samples)
-    return Features(
-        torch.cat(activations),
-        torch.cat(contexts) if contexts else None,
-        sample=torch.cat(numbers),
-        labels=together(labels, "labels"),
-        attribute=together(attributes, "groups"),
-    )
+def _joined(parts: Sequence[Features]) -> Features:
+    """Return features of one kind one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    kept: dict[str, Tensor] = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in parts[0]._tensors()
+        if name != "sample"
+    }
+    if any(part.sample is not None for part in parts):
+        starts = [0, *itertools.accumulate(part.samples for part in parts)]
+        kept["sample"] = torch.cat(
+            [_numbers(part) + start for part, start in zip(parts, starts, strict=False)]
+        )
+    return Features(**kept, origin=parts[0].origin)
 
 
-def _drawn(
-    values: Tensor, module: nn.Module, *, positions: int | None, generator: torch.Generator
-) -> Take:
-    """Draw positions of each sample; return what takes them, (samples, positions, channels)."""
-    if values.ndim < 2:
-        raise ValueError(f"layer: its values of shape {tuple(values.shape)} have no channels")
-    axis = -1 if isinstance(module, CHANNELS_LAST) else 1
-    channels = values.shape[axis]
-    count = math.prod(values.shape[1:]) // channels
-    drawn = None
-    if positions is not None and positions < count:
-        order = torch.rand(len(values), count, generator=generator).argsort(1)
-        drawn = order[:, :positions, None].expand(-1, -1, channels).to(values.device)
-
-    def take(tensor: Tensor) -> Tensor:
-        vectors = tensor.movedim(axis, -1).reshape(len(tensor), count, channels)
-        return vectors if drawn is None else vectors.gather(1, drawn[: len(tensor)])
-
-    return take
+def _numbers(features: Features) -> Tensor:
+    """Return the sample each vector comes from."""
+    if features.sample is not None:
+        return features.sample
+    return torch.arange(len(features.activations), device=features.activations.device)
 
 
-def _activations(
-    model: nn.Module, layer: str, draw: Callable[[Tensor, nn.Module], Take], batch: Batch
-) -> tuple[Tensor, ...]:
-    """Return the activations of one batch."""
-    values = _values(model, layer, batch.inputs)
-    return (draw(values, layer_module(model, layer))(values),)
-
-
-@contextmanager
-def _contexts(
-    model: nn.Module,
-    sample: Tensor,
-    layer: str,
-    draw: Callable[[Tensor, nn.Module], Take],
-    scorer: LRP,
-    target: Target,
-) -> Iterator[Callable[[Batch], tuple[Tensor, ...]]]:
-    """Yield a function that gives the activations and contexts of one batch."""
-    plain = _values(model, layer, sample[:1])
-    gather = ContextGather(draw)
-    with scorer.gathering(model, sample, [layer], gather) as (score, canonizers):
-
-        def vectors_of(batch: Batch) -> tuple[Tensor, ...]:
-            pairs = score(batch.inputs, targets_of(batch, target))[layer]
-            if gather.first is not None and not same_logits(plain, gather.first):
-                raise ValueError(
-                    f"layer: {layer!r} given, whose values are others under {canonizers}; a batch "
-                    "norm is merged into it, so name that norm or a layer behind it"
-                )
-            return pairs.unbind(1)
-
-        yield vectors_of
-
-
-def _values(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
-    with torch.no_grad(), tapped(model, [layer]) as tap:
-        run(model, inputs)
-    tap.require([layer])
-    return tap.values[layer]
+def _all_finite(tensor: Tensor) -> bool:
+    # The extremes are NaN if any value is; a mask would take memory.
+    return not tensor.numel() or all(math.isfinite(end) for end in tensor.detach().aminmax())

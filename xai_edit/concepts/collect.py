@@ -1,0 +1,204 @@
+"""One pass over the data that keeps a layer's activations and contexts, in memory or on disk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.attribution.canonizers import same_logits
+from xai_edit.attribution.contexts import ContextGather
+from xai_edit.attribution.layers import layer_module, resolve_layers, run, tapped
+from xai_edit.attribution.processes import failure_announced, several
+from xai_edit.attribution.scorers import LRP, describe
+from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
+from xai_edit.concepts.features import Features
+from xai_edit.concepts.positions import PositionDraw
+from xai_edit.concepts.rows import RowFile, RowList, Rows
+from xai_edit.data import (
+    Attribute,
+    Batch,
+    Data,
+    attribute_of,
+    batches,
+    check_length,
+    model_device,
+    together,
+)
+from xai_edit.files import require_folder
+from xai_edit.guard import preserved, require_finite
+
+
+@failure_announced()
+def collect_features(
+    model: nn.Module,
+    data: Data,
+    *,
+    layer: str,
+    scorer: LRP | None = None,
+    target: Target = "label",
+    positions: int | None = 20,
+    spurious: Attribute = None,
+    seed: int = 0,
+    on_disk: str | Path | None = None,
+) -> Features:
+    """Pass the data through the model once and keep a layer's vectors at random positions.
+
+    Inside ``torchrun`` each rank collects from its own shard, and `Features.all_reduce` joins them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left exactly as it was.
+    data : iterable or Dataset
+        See `xai_edit.data.batches`.
+    layer : str
+        A layer with channels second (convolutions) or last (linear layers, layer norms).
+    scorer : LRP, optional
+        Also keep the contexts of the activations under its composite. They are exact also where
+        an activation is zero; see `xai_edit.attribution.contexts.ContextGather`.
+    target : int, "label", "predicted" or callable
+        The output that the contexts explain; see `xai_edit.attribution.targets.Target`.
+    positions : int or None
+        Positions drawn per sample without replacement; all of them when None or fewer.
+    spurious : callable, Tensor or None
+        Which samples have the spurious feature; the data's third element, where there is one,
+        when left out.
+    seed : int
+        Of the drawn positions. They follow from it and the content of a sample alone, so they do
+        not depend on the batches, the order of the data or the processes it is split over.
+    on_disk : path, optional
+        A safetensors file to keep the vectors in, as `Features.save` writes it. They come back
+        memory-mapped, so that memory does not grow with the data. Each of several ranks needs a
+        file of its own. While it is written the folder needs twice its size.
+
+    Raises
+    ------
+    TypeError
+        If the scorer is not an `LRP`.
+    OSError
+        If the file cannot be written.
+    UnknownLayerError, NonFiniteError, ValueError
+        On bad input. Also if the composite hands relevance on otherwise than in proportion to
+        activations, or a batch norm is merged into the layer: its values are then not the model's.
+    """
+    draw = PositionDraw(positions, seed)
+    if scorer is not None and not isinstance(scorer, LRP):
+        raise TypeError(f"scorer: {scorer!r} given; contexts need a rule, so an xai_edit.LRP")
+    target = checked_target(target)
+    resolve_layers(model, [layer])
+    require_finite(model)
+    if on_disk is not None:
+        require_folder(on_disk)
+    origin: dict[str, Any] = {"layer": layer, "positions": positions, "seed": seed}
+    if scorer is not None:
+        origin |= {"scorer": describe(scorer), "target": describe_target(target)}
+    vectors: dict[str, Rows] = {}
+    numbers: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    attributes: list[Tensor | None] = []
+    samples = 0
+    with ExitStack() as stack:
+        new_rows = stack.enter_context(_rows(on_disk))
+        with preserved(model), ExitStack() as session:
+            vectors_of: Callable[[Batch], dict[str, Tensor]] | None = None
+            for batch in batches(data, model_device(model), may_be_empty=several()):
+                if vectors_of is None:
+                    vectors_of = functools.partial(_activations, model, layer, draw)
+                    if scorer is not None:
+                        vectors_of = session.enter_context(
+                            _contexts(model, batch.inputs, layer, draw, scorer, target, origin)
+                        )
+                draw.see(batch.inputs)
+                for name, taken in vectors_of(batch).items():  # (samples, positions, channels)
+                    if name not in vectors:
+                        vectors[name] = new_rows(name)
+                    vectors[name].append(taken.flatten(0, 1))
+                of_batch = torch.arange(samples, samples + len(batch))
+                numbers.append(of_batch.repeat_interleave(taken.shape[1]))
+                labels.append(batch.labels)
+                given = spurious is not None or batch.groups is not None
+                attributes.append(attribute_of(spurious, batch, samples) if given else None)
+                samples += len(batch)
+        check_length(spurious, samples)
+        if not samples:  # on one of several ranks
+            return Features(torch.empty(0, 0), origin=origin)
+        features = Features(
+            **{name: rows.joined() for name, rows in vectors.items()},
+            sample=torch.cat(numbers),
+            labels=together(labels, "labels"),
+            attribute=together(attributes, "groups"),
+            origin=origin,
+        )
+        if on_disk is None:
+            return features
+        features.save(on_disk)
+    return Features.load(on_disk)
+
+
+@contextmanager
+def _rows(on_disk: str | Path | None) -> Iterator[Callable[[str], Rows]]:
+    """Yield what makes a place for rows, in memory or in a folder that is removed afterwards."""
+    if on_disk is None:
+        yield lambda name: RowList()
+        return
+    with TemporaryDirectory(dir=Path(on_disk).parent, prefix=f".{Path(on_disk).name}.") as folder:
+        yield lambda name: RowFile(Path(folder, name))
+
+
+def _activations(
+    model: nn.Module, layer: str, draw: PositionDraw, batch: Batch
+) -> dict[str, Tensor]:
+    """Return the activations of one batch."""
+    values = values_at(model, layer, batch.inputs)
+    return {"activations": draw(values, layer_module(model, layer))(values)}
+
+
+@contextmanager
+def _contexts(
+    model: nn.Module,
+    sample: Tensor,
+    layer: str,
+    draw: PositionDraw,
+    scorer: LRP,
+    target: Target,
+    origin: dict[str, Any],
+) -> Iterator[Callable[[Batch], dict[str, Tensor]]]:
+    """Yield a function that gives the activations and contexts of one batch."""
+    plain = values_at(model, layer, sample[:1])
+    gather = ContextGather(draw)
+    with scorer.gathering(model, sample, [layer], gather) as (score, canonizers):
+        origin["canonizers"] = canonizers
+
+        def vectors_of(batch: Batch) -> dict[str, Tensor]:
+            pairs = score(batch.inputs, targets_of(batch, target))[layer]
+            require_same_values(layer, plain, gather, canonizers)
+            activations, contexts = pairs.unbind(1)
+            return {"activations": activations, "contexts": contexts}
+
+        yield vectors_of
+
+
+def values_at(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
+    """Return what a model computes at a layer, when no rule is registered on it."""
+    with torch.no_grad(), tapped(model, [layer]) as tap:
+        run(model, inputs)
+    tap.require([layer])
+    return tap.values[layer]
+
+
+def require_same_values(
+    layer: str, plain: Tensor, gather: ContextGather, canonizers: Sequence[str]
+) -> None:
+    """Raise ValueError if canonizers have changed what a layer computes for the first sample."""
+    if gather.first is not None and not same_logits(plain, gather.first):
+        raise ValueError(
+            f"layer: {layer!r} given, whose values are others under {list(canonizers)}; a batch "
+            "norm is merged into it, so name that norm or a layer behind it"
+        )
