@@ -92,11 +92,11 @@ class Features:
     @property
     def samples(self) -> int:
         """The number of samples."""
-        for told in (self.labels, self.attribute):
-            if told is not None:
-                return len(told)
         if self.sample is None:
             return len(self.activations)
+        for told in (self.labels, self.attribute):
+            if told is not None:  # the last samples may have no vectors
+                return len(told)
         return int(self.sample.max()) + 1 if len(self.sample) else 0
 
     def require_contexts(self) -> Tensor:

@@ -41,10 +41,12 @@ class PositionDraw:
             raise ValueError(f"seed: {seed!r} given; it is a whole number from 0")
         self.positions = positions
         self.seed = seed
+        self.samples = 0
         self.contents: Words = np.empty(0, np.uint64)
 
     def see(self, inputs: Tensor) -> None:
         """Take note of the inputs of the batch that goes through the network next."""
+        self.samples = len(inputs)
         if self.positions is not None:
             self.contents = _hashed(inputs)
 
@@ -60,16 +62,16 @@ class PositionDraw:
         """
         if values.ndim < 2:
             raise ValueError(f"layer: its values of shape {tuple(values.shape)} have no channels")
+        if len(values) > self.samples:
+            raise ValueError(
+                f"layer: it has values of {len(values)} samples for {self.samples} inputs; name a "
+                "layer whose first axis is the samples"
+            )
         axis = -1 if isinstance(module, CHANNELS_LAST) else 1
         channels = values.shape[axis]
         count = math.prod(values.shape[1:]) // channels
         drawn = None
         if self.positions is not None and self.positions < count:
-            if len(values) > len(self.contents):
-                raise ValueError(
-                    f"layer: it has values of {len(values)} samples for {len(self.contents)} "
-                    "inputs; name a layer whose first axis is the samples"
-                )
             order = torch.from_numpy(self._keys(len(values), count).argsort(1))
             drawn = order[:, : self.positions, None].expand(-1, -1, channels).to(values.device)
 
