@@ -46,14 +46,22 @@ def silencing_entries(
     reads = layer.endswith(INPUT_SUFFIX)
     if getattr(module, "groups", 1) > 1 and transposed != reads:
         raise ValueError(f"layer {layer!r} is grouped; its units cannot be switched off one by one")
-    positions = torch.arange(module.weight.numel()).view(module.weight.shape)
     axis = 1 if transposed != reads else 0
-    entries = {f"{name}.weight": positions.index_select(axis, units).flatten()}
+    entries = {f"{name}.weight": _slices(module.weight.shape, axis, units)}
     if not reads and module.bias is not None:
         entries[f"{name}.bias"] = units
     if batch_norm is not None:
         entries |= {f"{batch_norm}.weight": units, f"{batch_norm}.bias": units}
     return entries
+
+
+def _slices(shape: torch.Size, axis: int, units: Tensor) -> Tensor:
+    """Return the flat positions of some slices along an axis, without numbering all others."""
+    positions = torch.zeros(1, dtype=torch.long)
+    for at, length in enumerate(shape):
+        along = units.cpu() if at == axis else torch.arange(length)
+        positions = (positions[:, None] * length + along).flatten()
+    return positions
 
 
 def silenced_entries(model: nn.Module, group: ChannelGroup, units: Tensor) -> dict[str, Tensor]:
