@@ -35,6 +35,7 @@ from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.cav import CAV
 from xai_edit.concepts.collect import collect_features
+from xai_edit.concepts.contrast import ContrastivePCA
 from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.folding import fold_ablation
@@ -79,6 +80,7 @@ __all__ = [
     "Colours",
     "Comparison",
     "ConceptAwarePruning",
+    "ContrastivePCA",
     "Cost",
     "DeletionCurve",
     "Demographics",

@@ -378,7 +378,16 @@ def _reproduce(given: argparse.Namespace) -> int:
     _require_device(device)
     chosen = {
         name: getattr(given, name)
-        for name in ("network", "weights", "epochs", "limit", "side", "classes", "seeds")
+        for name in (
+            "network",
+            "weights",
+            "epochs",
+            "limit",
+            "side",
+            "classes",
+            "seeds",
+            "strengths",
+        )
     }
     options = Options(
         Path(root),

@@ -134,7 +134,8 @@ def parser() -> argparse.ArgumentParser:
         help="run a table of a paper anew, with the paper's figures beside it",
         description="npp-* train the network, forget one class at a time by every method of the "
         "paper, measure what is left, and sweep rule × share × k. fcr-* remove classes, or what a "
-        "spurious feature adds, by one weight, beside other methods. Nothing is downloaded. "
+        "spurious feature adds, by one weight, beside other methods. cnp-* prune networks that "
+        "learned a watermark. Nothing is downloaded. "
         "A run cut short goes on where it stopped. Writes results.json to the folder of --out.",
         epilog="example: xai-edit reproduce npp-mnist --data-root data --network all-cnn:0.25 "
         "--epochs 2 --classes 1 --out npp-mnist",
@@ -144,13 +145,17 @@ def parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="show what can be run")
     add("--data-root", type=Path, metavar="DIR", help="the data; default: XAI_EDIT_DATA")
     add("--out", type=Path, metavar="DIR", help="where to write; default: the name")
-    nets = "all-cnn, all-cnn:0.25 (a quarter of the filters), conv-2net, resnet20 or torchvision's"
+    nets = "all-cnn, vgg-like, vgg-like:0.25 (a quarter of the filters), conv-2net, resnet20 or "
+    nets += "torchvision's"
     add("--network", metavar="NAME", help=nets + "; default: the paper's")
     add("--weights", metavar="FILE", help="of a trained network, or torchvision's own: DEFAULT")
     add("--epochs", type=_whole, metavar="N", help="of training; default: the table's")
     add("--limit", type=_whole, metavar="N", help="at most N images a class")
     add("--side", type=_whole, metavar="N", help="pixels of an input's side; default: the paper's")
-    add("--classes", type=_numbered, metavar="A,B", help="to forget; default: the table's")
+    classes = "to forget, or the pair of cnp-*, that with the watermark second; "
+    add("--classes", type=_numbered, metavar="A,B", help=classes + "default: the table's")
+    strengths = "shares of a class that have the watermark of cnp-*; default: the table's"
+    add("--strengths", type=_shares, metavar="A,B", help=strengths)
     add("--seeds", type=_numbered, default=(0,), metavar="A,B", help="default: 0")
     add("--methods", type=_names, metavar="A,B", help="default: all")
     add("--device", help="such as cuda; default: cuda if there is one, else cpu")
@@ -236,6 +241,16 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers between commas") from None
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers from 0 to 1 between commas")
+    return shares
 
 
 def _numbered(text: str) -> tuple[int, ...]:

@@ -50,8 +50,9 @@ class Mark:
         its brightness.
     size : (int, int), optional
         Height and width in pixels that it is resized to; as it is, when left out.
-    place : (int, int)
-        Row and column of its upper left corner in the image.
+    place : (int, int) or None
+        Row and column of its upper left corner in the image. None: anywhere, at a place that
+        follows from the image's pixels, so that an image has it at the same place each time.
     opacity : float
         In (0, 1], times the picture's own.
 
@@ -66,13 +67,13 @@ class Mark:
 
     picture: str | Path | Tensor
     size: tuple[int, int] | None = None
-    place: tuple[int, int] = (0, 0)
+    place: tuple[int, int] | None = (0, 0)
     opacity: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.opacity <= 1:
             raise ValueError(f"opacity: {self.opacity} given; it is above 0 and at most 1")
-        if min(self.place) < 0:
+        if self.place is not None and min(self.place) < 0:
             raise ValueError(f"place: {self.place} given; row and column are from 0")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size: {self.size} given; height and width are from 1")
@@ -104,17 +105,29 @@ class Mark:
         colour, opacity = self._layers
         if pixels.shape[1] == 1:
             colour = transform.rgb_to_grayscale(colour)
-        (top, left), (height, width) = self.place, colour.shape[1:]
-        if top + height > pixels.shape[2] or left + width > pixels.shape[3]:
+        height, width = colour.shape[1:]
+        room = torch.tensor(pixels.shape[2:]) - torch.tensor([height, width])
+        if bool((room < torch.tensor(self.place or (0, 0))).any()):
             raise ValueError(
                 f"place: a mark of {height}×{width} at {self.place} leaves images of "
                 f"{pixels.shape[2]}×{pixels.shape[3]}; give another place or size"
             )
         planted = pixels.clone()
-        window = planted[:, :, top : top + height, left : left + width]
-        blended = ((1 - opacity) * window + colour).round().clamp(0, 255).byte()
-        window.copy_(torch.where(attribute[:, None, None, None] == 1, blended, window))
+        rows = (attribute == 1).nonzero()[:, 0]
+        top, left = self._corners(pixels[rows], room)
+        y = (top[:, None] + torch.arange(height))[:, None, :, None]
+        x = (left[:, None] + torch.arange(width))[:, None, None, :]
+        at = (rows[:, None, None, None], torch.arange(len(pixels[0]))[None, :, None, None], y, x)
+        planted[at] = ((1 - opacity) * planted[at] + colour).round().clamp(0, 255).byte()
         return planted
+
+    def _corners(self, pixels: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the row and column of the mark in each image."""
+        if self.place is not None:
+            return tuple(torch.full((len(pixels),), at) for at in self.place)  # type: ignore[return-value]
+        seen = pixels.flatten(1).long().sum(1)
+        height, width = (room + 1).tolist()
+        return seen % height, seen // height % width
 
 
 @dataclass(frozen=True)

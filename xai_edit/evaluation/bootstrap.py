@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 Interval: TypeAlias = tuple[float, float]
@@ -54,3 +56,17 @@ def percentile_interval(draws: NDArray[np.float64], confidence: float) -> Interv
     """Return the percentile interval of a figure's draws, shape (resamples,)."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of a mean of few independent values, by Student's t.
+
+    Parameters
+    ----------
+    values : sequence of float
+        Two or more.
+    confidence : float
+    """
+    found = np.asarray(values, dtype=float)
+    half = stats.t.ppf((1 + confidence) / 2, len(found) - 1) * stats.sem(found)
+    return float(found.mean() - half), float(found.mean() + half)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from xai_edit.reproduce import groups, removal, unlearning
+from xai_edit.reproduce import groups, pruning, removal, unlearning
 from xai_edit.reproduce.experiments import EXPERIMENTS, Options
 from xai_edit.reproduce.groups_tables import groups_tables
+from xai_edit.reproduce.pruning_tables import pruning_tables
 from xai_edit.reproduce.removal_tables import classes_tables, digits_tables, several_tables
 from xai_edit.reproduce.tables import Table, methods_table, sweep_tables
 
@@ -49,4 +50,14 @@ for _name, _told, _run, _tables in (
 ):
     CATALOGUE[_name] = Entry(
         f"spurious features neutralised: {_told}", partial(_run, _name), _tables
+    )
+for _name, _told in (
+    ("cnp-cifar10", "CIFAR-10, trucks with a planted mark"),
+    ("cnp-mnist", "MNIST, a digit with a planted mark"),
+    ("cnp-subspaces", "subspaces of cartons, which have a watermark, and dugongs"),
+    ("cnp-carton-dugong", "cartons and dugongs"),
+    ("cnp-crate-packet", "crates and packets"),
+):
+    CATALOGUE[_name] = Entry(
+        f"concept-aware pruning: {_told}", partial(pruning.prune_pairs, _name), pruning_tables
     )

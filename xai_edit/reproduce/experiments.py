@@ -83,6 +83,7 @@ class Options:
     classes: tuple[int, ...] | None = None
     seeds: tuple[int, ...] = (0,)
     methods: tuple[str, ...] | None = None
+    strengths: tuple[float, ...] | None = None
     device: str = "cpu"
     quiet: bool = False
     command: str = ""
