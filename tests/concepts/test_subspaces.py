@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from xai_edit import Subspaces
+from xai_edit.files import sealed, write_safetensors
 
 property_test = settings(
     max_examples=40,
@@ -193,10 +195,35 @@ def test_indices_out_of_range_or_none_are_refused(indices):
         subspaces.ablate(torch.zeros(1, 2), indices)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"basis": torch.eye(2)[0]}, "basis: shape"),
+        ({"basis": torch.eye(2).long()}, "basis: .*int64"),
+        ({"sizes": (1.0, 1.0)}, "sizes"),
+        ({"sizes": (True, True)}, "sizes"),
+        ({"mean": torch.zeros(2).long()}, "mean: .*int64"),
+        ({"mean": torch.tensor([0.0, float("nan")])}, "mean: NaN"),
+        ({"mean": torch.tensor([0.0, float("inf")])}, "mean: NaN or inf"),
+    ],
+)
+def test_what_are_no_subspaces_is_refused(arguments, match):
+    given = {"basis": torch.eye(2).double(), "sizes": (1, 1), "mean": torch.zeros(2).double()}
+    with pytest.raises(ValueError, match=match):
+        Subspaces(**(given | arguments))
+
+
+@given(problems())
+@property_test
+def test_what_is_ablated_is_what_is_projected(problem):
+    subspaces, a, indices = problem
+    parts = subspaces.project(a)
+    gone = sum(parts[k] @ subspaces.block(k).T for k in {*indices})
+    assert close(a - subspaces.ablate(a, indices), gone)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "text", "empty"])
 def test_another_kind_of_file_is_refused(tmp_path, kind):
-    from safetensors.torch import save_file
-
     path = tmp_path / "other"
     if kind == "safetensors":
         save_file({"basis": torch.eye(2)}, path)
@@ -204,3 +231,64 @@ def test_another_kind_of_file_is_refused(tmp_path, kind):
         path.write_text("{}" if kind == "text" else "")
     with pytest.raises(ValueError, match="other"):
         Subspaces.load(path)
+
+
+def whole_file(path):
+    basis = torch.linalg.qr(torch.rand(5, 3, generator=torch.Generator().manual_seed(0)).double()).Q
+    Subspaces(basis, (2, 1), torch.rand(5).double(), {"finder": "PCA"}).save(path)
+    return path.read_bytes()
+
+
+def test_no_changed_byte_passes(tmp_path):
+    path = tmp_path / "s"
+    content = whole_file(path)
+    for at in range(len(content)):
+        damaged = bytearray(content)
+        damaged[at] ^= 1
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(ValueError, match="s: "):
+            Subspaces.load(path)
+
+
+def test_no_file_cut_short_passes(tmp_path):
+    path = tmp_path / "s"
+    content = whole_file(path)
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="s: "):
+            Subspaces.load(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Subspaces.load(tmp_path / "none")
+
+
+EYE = torch.eye(2).double()
+ZERO = torch.zeros(2).double()
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors", "match"),
+    [
+        ("{", {"basis": EYE, "mean": ZERO}, "no JSON"),
+        ('{"sizes": [1, 1]}', {"basis": EYE, "mean": ZERO}, "the header has"),
+        ('{"sizes": "11", "origin": {}}', {"basis": EYE, "mean": ZERO}, "'sizes' in the header"),
+        ('{"sizes": [1, 1], "origin": []}', {"basis": EYE, "mean": ZERO}, "'origin' in the header"),
+        ('{"sizes": ["1", 1], "origin": {}}', {"basis": EYE, "mean": ZERO}, "no subspaces; sizes"),
+        ('{"sizes": [1], "origin": {}}', {"basis": EYE, "mean": ZERO}, "no subspaces; sizes"),
+        ('{"sizes": [1, 1], "origin": {}}', {"basis": EYE}, r"holds \['basis'\]"),
+        ('{"sizes": [1, 1], "origin": {}}', {"basis": 2 * EYE, "mean": ZERO}, "not orthonormal"),
+        ('{"sizes": [1, 1], "origin": {}}', {"basis": EYE, "mean": ZERO / 0}, "mean: NaN"),
+    ],
+)
+def test_a_sealed_file_of_something_else_is_refused(tmp_path, header, tensors, match):
+    write_safetensors(tmp_path / "s", tensors, "xai_edit.subspaces", sealed(tensors, header))
+    with pytest.raises(ValueError, match=match) as error:
+        Subspaces.load(tmp_path / "s")
+    assert str(tmp_path / "s") in str(error.value)
+
+
+def test_a_file_without_its_checksum_is_refused(tmp_path):
+    tensors = {"basis": EYE, "mean": ZERO}
+    header = '{"sizes": [1, 1], "origin": {}}'
+    write_safetensors(tmp_path / "s", tensors, "xai_edit.subspaces", header)
+    with pytest.raises(ValueError, match="checksum"):
+        Subspaces.load(tmp_path / "s")

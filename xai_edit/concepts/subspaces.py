@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xai_edit.files import read_safetensors, write_safetensors
+from xai_edit.errors import NonFiniteError
+from xai_edit.files import read_header, read_safetensors, sealed, unsealed, write_safetensors
+
+KIND = "xai_edit.subspaces"
 
 # How far UᵀU may be from the identity, in float64.
 ORTHONORMAL = 1e-6
@@ -37,6 +40,8 @@ class Subspaces:
     ------
     ValueError
         If the columns are not orthonormal or the sizes do not fit.
+    NonFiniteError
+        If the mean holds a NaN or an infinity.
     """
 
     basis: Tensor
@@ -45,11 +50,23 @@ class Subspaces:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.basis.ndim != 2 or not self.basis.is_floating_point():
+            raise ValueError(
+                f"basis: shape {tuple(self.basis.shape)}, {self.basis.dtype}; expected (channels, "
+                "directions), float64"
+            )
         channels, directions = self.basis.shape
-        if sum(self.sizes) != directions or min(self.sizes, default=0) < 1:
+        if any(type(size) is not int or size < 1 for size in self.sizes) or (
+            sum(self.sizes) != directions or not directions
+        ):
             raise ValueError(f"sizes: {self.sizes} do not cut {directions} directions into blocks")
-        if self.mean.shape != (channels,):
-            raise ValueError(f"mean: shape {tuple(self.mean.shape)}, expected ({channels},)")
+        if self.mean.shape != (channels,) or not self.mean.is_floating_point():
+            raise ValueError(
+                f"mean: shape {tuple(self.mean.shape)}, {self.mean.dtype}; expected ({channels},), "
+                "float64"
+            )
+        if not torch.isfinite(self.mean).all():
+            raise NonFiniteError("mean: NaN or infinite values")
         gram = self.basis.double().T @ self.basis.double()
         distance = (gram - torch.eye(directions, dtype=torch.double)).abs().max()
         if not distance <= ORTHONORMAL:
@@ -115,14 +132,29 @@ class Subspaces:
         return parts, (a * c).sum(-1) - parts.sum(-1)
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically."""
-        header = json.dumps({"sizes": self.sizes, "origin": self.origin})
-        tensors = {"basis": self.basis, "mean": self.mean}
-        write_safetensors(path, tensors, "xai_edit.subspaces", header)
+        """Write to a safetensors file, atomically, with a checksum over all."""
+        text = json.dumps({"sizes": self.sizes, "origin": self.origin})
+        tensors = {"basis": self.basis.cpu(), "mean": self.mean.cpu()}
+        write_safetensors(path, tensors, KIND, sealed(tensors, text))
 
     @classmethod
     def load(cls, path: str | Path) -> Subspaces:
-        """Read a file that `save` wrote."""
-        tensors, text = read_safetensors(path, "xai_edit.subspaces")
-        header = json.loads(text)
-        return cls(tensors["basis"], tuple(header["sizes"]), tensors["mean"], header["origin"])
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is not a whole, unchanged file of subspaces.
+        """
+        tensors, content = read_safetensors(path, KIND)
+        header = read_header(
+            path, unsealed(path, tensors, content), {"sizes": list, "origin": dict}
+        )
+        if tensors.keys() != {"basis", "mean"}:
+            raise ValueError(f"{path}: it holds {sorted(tensors)}, expected a basis and a mean")
+        try:
+            return cls(tensors["basis"], tuple(header["sizes"]), tensors["mean"], header["origin"])
+        except ValueError as problem:
+            raise ValueError(f"{path}: no subspaces; {problem}") from None
