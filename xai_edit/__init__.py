@@ -34,9 +34,11 @@ from xai_edit.baselines.training import Trained, Unlearned
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.cav import CAV
+from xai_edit.concepts.choosing import Choice, choose_spurious
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.contrast import ContrastivePCA
 from xai_edit.concepts.drsa import DRSA
+from xai_edit.concepts.explanations import strongest_samples, subspace_maps
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.pca import PCA
@@ -53,12 +55,14 @@ from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
 from xai_edit.edits.rate_sweep import RateSweep
 from xai_edit.edits.share_sweep import ShareSweep
 from xai_edit.edits.single_weight import SingleWeight
+from xai_edit.edits.structural import to_smaller
 from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError
 from xai_edit.evaluation.comparison import Comparison, compare_scorers
 from xai_edit.evaluation.deletion import DeletionCurve, deletion_curve
 from xai_edit.evaluation.demographics import Demographics
 from xai_edit.evaluation.group_figures import Accuracy, GroupIntervals
 from xai_edit.evaluation.groups import evaluate_groups, evaluate_head
+from xai_edit.evaluation.sizes import Size, SizeComparison, compare_sizes
 from xai_edit.evaluation.unlearning import evaluate_unlearning
 from xai_edit.evaluation.unlearning_figures import Unlearning
 from xai_edit.report.before_after import BeforeAfter, before_after_maps
@@ -77,6 +81,7 @@ __all__ = [
     "BeforeAfter",
     "CaptumLayer",
     "Change",
+    "Choice",
     "Colours",
     "Comparison",
     "ConceptAwarePruning",
@@ -112,6 +117,8 @@ __all__ = [
     "ShareSweep",
     "Shortcut",
     "SingleWeight",
+    "Size",
+    "SizeComparison",
     "Subspaces",
     "Taylor",
     "Trained",
@@ -128,9 +135,11 @@ __all__ = [
     "boundary_expanding",
     "boundary_shrink",
     "check_model",
+    "choose_spurious",
     "collect_features",
     "collect_head_features",
     "compare_scorers",
+    "compare_sizes",
     "deletion_curve",
     "edge_relevance",
     "edge_scores",
@@ -149,4 +158,7 @@ __all__ = [
     "random_labels",
     "retrain",
     "score_units",
+    "strongest_samples",
+    "subspace_maps",
+    "to_smaller",
 ]

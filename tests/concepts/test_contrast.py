@@ -41,10 +41,13 @@ def test_it_maximises_the_difference_of_second_moments_within_classes():
 
     def contrast(direction):
         energy = (a @ direction).square()
-        return sum(
-            energy[(labels == c) & has].mean() - energy[(labels == c) & ~has].mean()
-            for c in (0, 1)
-        ) / 2
+        return (
+            sum(
+                energy[(labels == c) & has].mean() - energy[(labels == c) & ~has].mean()
+                for c in (0, 1)
+            )
+            / 2
+        )
 
     for at, direction in enumerate(found.basis.T):
         assert abs(contrast(direction) - finder.contrast_[at]) < 1e-9
@@ -55,7 +58,7 @@ def test_it_maximises_the_difference_of_second_moments_within_classes():
 
 
 def test_without_labels_all_samples_are_compared():
-    features, basis = planted()
+    features, _basis = planted()
     bare = Features(features.activations, sample=features.sample, attribute=features.attribute)
     found = ContrastivePCA(4).fit(bare)
     first = torch.eye(24).double()[:, :1]  # the class's energy enters

@@ -1,4 +1,4 @@
-"""The six average precisions of a subspace against scikit-learn on scores made by hand."""
+"""The average precisions of a subspace against scikit-learn on scores made by hand."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from xai_edit import PCA, Features, Subspaces, collect_features, predictiveness
-from xai_edit.concepts import predictiveness as module
+from xai_edit.concepts import sample_scores as module
 
 SAMPLE = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 9])
 HAS = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])
@@ -40,6 +40,7 @@ def scores_by_hand(subspaces, a, c):
 
 
 def columns_by_hand(scores, has, of_class):
+    has = has == 1
     every = np.full(len(has), True)
     return {
         name: average_precision_score(truth[among], scores[among])
@@ -50,13 +51,15 @@ def columns_by_hand(scores, has, of_class):
             ("class", of_class, every),
             ("class_with", of_class, has),
             ("class_without", of_class, ~has),
+            ("rest_with", ~of_class, has),
+            ("rest_without", ~of_class, ~has),
         )
     }
 
 
 @pytest.mark.parametrize("contexts", [True, False])
 @pytest.mark.parametrize("target", [None, 2, 4])
-def test_all_six_are_scikit_learns_of_relevance_or_energy(problem, contexts, target):
+def test_all_are_scikit_learns_of_relevance_or_energy(problem, contexts, target):
     subspaces, a, c = problem
     c = c if contexts else None
     table = predictiveness(subspaces, Features(a, c, SAMPLE, LABELS, HAS), target=target)
@@ -64,7 +67,7 @@ def test_all_six_are_scikit_learns_of_relevance_or_energy(problem, contexts, tar
     assert table.target == (4 if target is None else target)
     of_class = LABELS.numpy() == table.target
     for k, scores in enumerate(scores_by_hand(subspaces, a, c)):
-        expected = columns_by_hand(scores, HAS.numpy() == 1, of_class)
+        expected = columns_by_hand(scores, HAS.numpy(), of_class)
         assert {name: entry.value for name, entry in table.rows[k].items()} == pytest.approx(
             expected, abs=1e-12
         )
@@ -90,6 +93,8 @@ def test_chance_is_the_share_of_samples_to_be_found(problem):
             "class": 6 / 10,
             "class_with": 4 / 5,
             "class_without": 2 / 5,
+            "rest_with": 1 / 5,
+            "rest_without": 3 / 5,
         }
     )
 

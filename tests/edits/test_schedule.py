@@ -15,7 +15,9 @@ from xai_edit import (
     RelevancePruning,
     Taylor,
     WeightMagnitude,
+    choose_spurious,
     collect_features,
+    predictiveness,
     score_units,
 )
 
@@ -250,9 +252,9 @@ def test_auto_takes_the_subspace_of_the_mark_and_leaves_the_network_alone_withou
         plain, data, layer="relu1", scorer=LRP("epsilon"), positions=None, target=3
     )
     edit = ConceptAwarePruning("relu1", CAV(), "auto", 0.3).plan(plain, batches, features=features)
-    table = edit.origin["predictiveness"]["subspaces"]
-    if edit.origin["ablated"]:
-        assert all(table[k]["spurious"]["value"] > 0.75 for k in edit.origin["ablated"])
+    chosen = choose_spurious(predictiveness(CAV().fit(features), features))
+    assert edit.origin["ablated"] == [*chosen.indices]
+    assert edit.origin["reason"] == chosen.reason
     coin = torch.randint(2, (200,), generator=torch.Generator().manual_seed(0))
     blind = [
         (x, y, coin[at : at + len(y)]) for (x, y), at in zip(batches, (0, 64, 150), strict=True)

@@ -162,14 +162,16 @@ class _InPlaceOf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor, step: _Step) -> Tensor:
-        ctx.step = step
+        ctx.step, ctx.again = step, RULED.again
         # Not the tensor itself, which autograd would take for a view that in-place ReLUs must not
         # write to; the storage is the same.
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None, None]:
-        step, ctx.step = ctx.step, None  # frees the layer's tensors as the pass goes on
+        step = ctx.step
+        if not ctx.again:
+            ctx.step = None  # frees the layer's tensors as the pass goes on
         return step(relevance[0]), None, None
 
 
@@ -336,7 +338,8 @@ def _share(
             shift = torch.where(value < 0, -epsilon, epsilon)
         ratio = torch.add(value, shift)
         torch.div(relevance, ratio, out=ratio)
-    (context,) = torch.autograd.grad(z, x, ratio)
+    # The graph lives as long as the layer's step, which may be asked again.
+    (context,) = torch.autograd.grad(z, x, ratio, retain_graph=True)
     return context.mul_(x.detach())
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ class _Ruled(threading.local):
     replaced : dict or None
         Tensors that an operation should have overwritten, by id, each with what to use instead.
         None outside of a `xai_edit.FunctionalCanonizer`.
+    again : bool
+        Whether several backward passes will go through the graph, so that layers keep their part.
     """
 
     depth = 0
+    again = False
     replaced: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def latest(self, value: Any) -> Any:
@@ -35,6 +39,16 @@ class _Ruled(threading.local):
 
 
 RULED = _Ruled()
+
+
+@contextmanager
+def backward_again() -> Iterator[None]:
+    """Have the forward passes inside stand several backward passes, at the price of memory."""
+    RULED.again, before = True, RULED.again
+    try:
+        yield
+    finally:
+        RULED.again = before
 
 
 class Gather:
@@ -130,7 +144,11 @@ class Gather:
                 "under torch.no_grad() or torch.inference_mode()"
             )
         found = torch.autograd.grad(
-            outputs, [leaves[name] for name in layers], seed, allow_unused=True
+            outputs,
+            [leaves[name] for name in layers],
+            seed,
+            allow_unused=True,
+            retain_graph=RULED.again,
         )
         for name, value in zip(layers, found, strict=True):
             if value is None:

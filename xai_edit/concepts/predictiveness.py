@@ -17,11 +17,11 @@ from xai_edit.concepts.average_precision import (
     resampled_counts,
 )
 from xai_edit.concepts.features import Features
+from xai_edit.concepts.sample_scores import sample_scores
 from xai_edit.concepts.subspaces import Subspaces
 
 CONFIDENCE = 0.95
 LINES = 20  # subspaces that the text shows
-VECTORS = 2**16  # that are projected at once
 
 # Which groups of samples are to score high, and which low. A group is a place in GROUPS.
 GROUPS = ("class with", "class without", "rest with", "rest without")
@@ -33,6 +33,8 @@ COLUMNS = MappingProxyType(
         "class": ((0, 1), (2, 3)),
         "class_with": ((0,), (2,)),
         "class_without": ((1,), (3,)),
+        "rest_with": ((2,), (0,)),
+        "rest_without": ((3,), (1,)),
     }
 )
 HEADINGS = ("all samples", "in the class", "in the rest", "all samples", "with it", "without it")
@@ -56,6 +58,16 @@ class AveragePrecision:
     interval: tuple[float, float]
     chance: float
 
+    @property
+    def over_chance(self) -> AveragePrecision:
+        """The same on a scale on which chance is 0 and 1 stays: (AP − chance) / (1 − chance)."""
+
+        def rescaled(value: float) -> float:
+            return (value - self.chance) / (1 - self.chance)
+
+        low, high = self.interval
+        return AveragePrecision(rescaled(self.value), (rescaled(low), rescaled(high)), 0.0)
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.value:.3f} [{low:.2f}, {high:.2f}]"
@@ -63,12 +75,14 @@ class AveragePrecision:
 
 @dataclass(frozen=True)
 class Predictiveness:
-    """Six average precisions of each subspace (concept-aware network pruning, the poster's table).
+    """Average precisions of each subspace (concept-aware network pruning, the poster's table).
 
     ``spurious``, ``spurious_in_class`` and ``spurious_in_rest`` are those for having the spurious
     feature, among all samples, those of the class and all others; ``class``, ``class_with`` and
     ``class_without`` those for being of the class, among all samples and those with and without
-    the feature. In the poster: AP_wm, AP_wm⁺, AP_wm⁻, AP_class, AP_class^wm, AP_class^nwm.
+    the feature. In the poster: AP_wm, AP_wm⁺, AP_wm⁻, AP_class, AP_class^wm, AP_class^nwm. Beside
+    these six, which the text shows, ``rest_with`` and ``rest_without`` are those for being of the
+    rest, since a subspace may predict either.
 
     Attributes
     ----------
@@ -151,10 +165,11 @@ class Predictiveness:
             f"{'subspace':10}" + "".join(f"{heading:<{wide}}" for heading in HEADINGS),
         ]
         for index in sorted(shown):
-            entries = self.rows[index].values()
+            entries = [*self.rows[index].values()][: len(HEADINGS)]
             cells = [f"{'–' if entry is None else str(entry):<{wide}}" for entry in entries]
             lines.append(f"{index:<10}" + "".join(cells))
-        chances = ["–" if value is None else f"{value:.3f}" for value in self.chance.values()]
+        shares = [*self.chance.values()][: len(HEADINGS)]
+        chances = ["–" if value is None else f"{value:.3f}" for value in shares]
         lines.append(f"{'chance':10}" + "".join(f"{chance:<{wide}}" for chance in chances))
         return "\n".join(line.rstrip() for line in lines)
 
@@ -208,7 +223,7 @@ def predictiveness(
     group_of = 2 * (~of_class).long() + (~has).long()
     members = [torch.nonzero(group_of == group).flatten() for group in range(len(GROUPS))]
     sizes = [len(rows) for rows in members]
-    scores = _scores(subspaces, features)
+    scores = sample_scores(subspaces, features)
     columns = {
         name: sides
         for name, sides in COLUMNS.items()
@@ -269,18 +284,3 @@ def _of_class(
     if target not in classes:
         raise ValueError(f"target: {target!r} given; the samples' classes are {classes}")
     return given == target, int(target)
-
-
-def _scores(subspaces: Subspaces, features: Features) -> Tensor:
-    """Return relevance or energy of each sample by subspace, float64, (samples, subspaces)."""
-    activations = features.activations.split(VECTORS)
-    if features.contexts is None:
-        parts = [
-            torch.stack([part.square().sum(1) for part in subspaces.project(a)], 1)
-            for a in activations
-        ]
-    else:
-        contexts = features.contexts.split(VECTORS)
-        parts = [subspaces.split(a, c)[0] for a, c in zip(activations, contexts, strict=True)]
-    columns = torch.cat(parts).cpu().unbind(1)
-    return torch.stack([features.per_sample(column) for column in columns], 1)

@@ -16,6 +16,7 @@ from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import Target, describe_target
 from xai_edit.attribution.units import UnitScores, score_units, share_of
 from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.choosing import choose_spurious
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.predictiveness import predictiveness
@@ -144,7 +145,7 @@ class ConceptAwarePruning:
         A finder (`DRSA`, `PCA`, `PRCA`, `CAV`) is fitted to the ``features`` given to `plan`.
     ablate : sequence of int or "auto"
         The subspaces of the spurious concept. "auto" takes those that predict the concept and not
-        the class, by `Predictiveness.spurious_subspaces` on the features; where there are none the
+        the class, by `choose_spurious` on the features; where there are none the
         edit is empty and its origin says why.
     share, scorer, layers, ranking, steps, protect
         As for `RelevancePruning`.
@@ -289,10 +290,9 @@ class _Concept:
         if ablate == "auto":
             assert features is not None
             table = predictiveness(self.subspaces, features)
-            self.indices, reason = table.spurious_subspaces()
-            self.found = {"predictiveness": table.to_dict()}
-            if reason:
-                self.found["reason"] = reason
+            choice = choose_spurious(table)
+            self.indices = choice.indices
+            self.found = {"predictiveness": table.to_dict(), "reason": choice.reason}
         else:
             self.indices = self.subspaces.checked(ablate)
 

@@ -1,0 +1,411 @@
+"""What a subspace shows: its strongest samples, and maps that add up to the ordinary one."""
+
+import pytest
+import torch
+from torch import nn
+from zennit import rules as zr
+from zennit.attribution import Gradient
+from zennit.composites import (
+    EpsilonAlpha2Beta1,
+    EpsilonGammaBox,
+    EpsilonPlusFlat,
+    LayerMapComposite,
+    NameLayerMapComposite,
+    layer_map_base,
+)
+from zennit.torchvision import ResNetCanonizer
+
+from xai_edit import LRP, Features, Subspaces, Taylor, UnknownLayerError, collect_features
+from xai_edit.concepts import sample_scores as scores_module
+from xai_edit.concepts.explanations import strongest_samples, subspace_maps
+from xai_edit.concepts.sample_scores import sample_scores
+
+
+def subspaces_of(channels, sizes):
+    generator = torch.Generator().manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(channels, channels, generator=generator).double()).Q
+    return Subspaces(basis[:, : sum(sizes)].clone(), sizes, torch.zeros(channels).double())
+
+
+def vgg_like():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * 4, 10),
+        nn.ReLU(inplace=True),
+        nn.Linear(10, 4),
+    ).eval()
+
+
+class Residual(nn.Module):
+    """A branch that ends in a named layer, and a skip connection past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3, padding=1)
+        self.conv1 = nn.Conv2d(5, 6, 3, padding=1)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(6, 5, 3, padding=1)
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.conv2(self.relu1(self.conv1(x))))
+        return self.fc(x.mean([2, 3]))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def largest(tensor):
+    return float(tensor.abs().max())
+
+
+def zennit_map(model, composite, inputs, target, initial="logit"):
+    """The relevance of the inputs by Zennit's own attributor."""
+    weights = torch.eye(model(inputs).shape[1], dtype=inputs.dtype)[target]
+    with Gradient(model, composite) as attributor:
+        seed = (
+            (lambda out: weights * out) if initial == "logit" else (lambda out: weights + 0 * out)
+        )
+        return attributor(inputs, seed)[1].detach()
+
+
+COMPOSITES = {
+    "epsilon-plus-flat": EpsilonPlusFlat,
+    "alpha2beta1": EpsilonAlpha2Beta1,
+    "gamma-box": lambda canonizers=(): EpsilonGammaBox(-4.0, 4.0, canonizers=canonizers),
+}
+
+
+@pytest.mark.parametrize("composite", COMPOSITES)
+@pytest.mark.parametrize("initial", ["logit", "one"])
+@pytest.mark.parametrize("layer", ["3", "4", "6", "7", "9"])
+def test_maps_and_residue_add_up_to_zennits_map_on_a_vgg(images, composite, initial, layer):
+    model, sizes = vgg_like(), (1, 3, 2)
+    scorer = LRP(COMPOSITES[composite](), initial=initial)
+    channels = 10 if layer == "9" else 8
+    maps, residue = subspace_maps(
+        model, images, subspaces_of(channels, sizes), layer=layer, scorer=scorer, target=2
+    )
+    expected = zennit_map(model, COMPOSITES[composite](), images, torch.full((5,), 2), initial)
+    assert maps.shape == (5, 3, 3, 8, 8)
+    assert largest(maps.sum(1) + residue - expected) < 2e-6 * largest(expected)
+    assert all(largest(maps[:, k]) > 1e-3 * largest(expected) for k in range(3))
+    assert largest(residue) > 1e-2 * largest(expected)
+
+
+@pytest.mark.parametrize("composite", ["epsilon-plus-flat", "alpha2beta1"])
+@pytest.mark.parametrize("layer", ["layer1", "layer2.0", "layer3.0.conv2:input", "layer4"])
+def test_maps_and_residue_add_up_to_zennits_map_on_a_residual_network(composite, layer):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = resnet18(num_classes=6).double().eval()
+    inputs = torch.randn(2, 3, 32, 32).double()
+    made = COMPOSITES[composite]
+    channels = {"layer1": 64, "layer2.0": 128, "layer3.0.conv2:input": 256, "layer4": 512}[layer]
+    target = torch.tensor([1, 4])
+    maps, residue = subspace_maps(
+        model,
+        inputs,
+        subspaces_of(channels, (20, 20)),
+        layer=layer,
+        scorer=LRP(made(canonizers=[ResNetCanonizer()])),
+        target=target,
+    )
+    expected = zennit_map(model, made(canonizers=[ResNetCanonizer()]), inputs, target)
+    assert largest(maps.sum(1) + residue - expected) < 1e-9 * largest(expected)
+    assert all(largest(maps[:, k]) > 1e-4 * largest(expected) for k in range(2))
+
+
+class OneBlock(nn.Module):
+    """Relevance passes through some channels alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.keep = torch.tensor(1.0)
+
+    def forward(self, h):
+        h = h.clone()
+        if h.requires_grad:
+            h.register_hook(lambda relevance: relevance * self.keep)
+        return h
+
+
+@pytest.mark.parametrize("below", [zr.ZPlus(), zr.Flat(), zr.Epsilon(), zr.Gamma(0.25)])
+@pytest.mark.parametrize("sizes", [(3, 1, 4), (2, 2)])
+def test_each_map_is_zennits_through_a_virtual_layer(images, below, sizes):
+    # h = Uᵀa and back as convolutions of size 1, with relevance kept in one block of h.
+    model, inputs = vgg_like().double(), images.double()
+    whole = subspaces_of(8, (8,)).basis
+    there, block, back = nn.Conv2d(8, 8, 1, bias=False), OneBlock(), nn.Conv2d(8, 8, 1)
+    there.weight.data, back.weight.data = whole.T[:, :, None, None], whole[:, :, None, None]
+    virtual = nn.Sequential(*model[:5], there, block, back, *model[5:]).requires_grad_(False)
+    # What is zero comes back from h as a rounding error; made positive, it has its context.
+    back.bias = nn.Parameter(torch.full((8,), 1e-12).double())
+    kinds = [*layer_map_base(), (nn.Conv2d, zr.ZPlus()), (nn.Linear, zr.Epsilon())]
+    scorer = LRP(NameLayerMapComposite([(["0", "3"], below)], kinds))
+    exact = zr.Epsilon(1e-40)
+    through = NameLayerMapComposite([(["0", "3"], below), (["5", "7"], exact)], kinds)
+    maps, residue = subspace_maps(
+        model, inputs, subspaces_of(8, sizes), layer="4", scorer=scorer, target=1
+    )
+    start = 0
+    for k, size in enumerate([*sizes, 8 - sum(sizes)]):
+        block.keep = torch.zeros(8, 1, 1).double()
+        block.keep[start : start + size] = 1
+        start += size
+        expected = zennit_map(virtual, through, inputs, torch.ones(5).long())
+        found = maps[:, k] if k < len(sizes) else residue
+        assert largest(found - expected) < 1e-8 * largest(maps)
+        assert not size or largest(expected) > 1e-2 * largest(maps)
+
+
+def exactly_epsilon(model, layer, inputs, target, directions):
+    """x ⊙ Jᵀ U Uᵀ ∂z/∂a by autograd: what the epsilon rule gives without its stabiliser."""
+    kept = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda *call: kept.append(call[2]))
+    x = inputs.clone().requires_grad_()
+    (z,) = model(x)[:, target].sum(0, keepdim=True).unbind(0)
+    handle.remove()
+    (context,) = torch.autograd.grad(z, kept[0], retain_graph=True)
+    through = torch.einsum("nchw,cd,ed->nehw", context, directions, directions)
+    (gradient,) = torch.autograd.grad(kept[0], x, through, retain_graph=True)
+    (total,) = torch.autograd.grad(z, x)
+    return x.detach() * gradient, x.detach() * total
+
+
+@pytest.mark.parametrize("layer", ["relu1", "conv1", "conv2", "stem"])
+def test_maps_are_gradients_times_inputs_where_lrp_is(images, layer):
+    torch.manual_seed(3)
+    model, inputs = Residual().double().eval(), images.double()
+    channels = {"relu1": 6, "conv1": 6, "conv2": 5, "stem": 5}[layer]
+    subspaces = subspaces_of(channels, (2, 1))
+    scorer = LRP("epsilon", epsilon=1e-14)
+    maps, residue = subspace_maps(model, inputs, subspaces, layer=layer, scorer=scorer, target=2)
+    for k in range(2):
+        expected, total = exactly_epsilon(model, layer, inputs, 2, subspaces.block(k))
+        assert largest(maps[:, k] - expected) < 1e-7 * largest(total)
+        assert largest(expected) > 1e-3 * largest(total)
+    within, total = exactly_epsilon(model, layer, inputs, 2, subspaces.basis)
+    assert largest(residue - (total - within)) < 1e-7 * largest(total)
+
+
+def test_a_map_sums_to_the_relevance_that_split_gives(images):
+    torch.manual_seed(0)
+    model = vgg_like().double()
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bias.data.zero_()  # biases would keep relevance below the layer
+    inputs, scorer = images.double(), LRP("epsilon", epsilon=1e-13)
+    subspaces = subspaces_of(8, (3, 2))
+    maps, residue = subspace_maps(model, inputs, subspaces, layer="6", scorer=scorer, target=3)
+    features = collect_features(model, [inputs], layer="6", scorer=scorer, target=3, positions=None)
+    parts, rest = subspaces.split(features.activations, features.contexts)
+    assert torch.allclose(maps.flatten(2).sum(2), features.per_sample(parts), rtol=1e-8)
+    assert torch.allclose(residue.flatten(1).sum(1), features.per_sample(rest), rtol=1e-8)
+
+
+def test_channels_of_tokens_are_the_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Flatten(), nn.Linear(20, 2)
+    ).double()
+    inputs, scorer = torch.randn(4, 5, 3).double(), LRP("epsilon", epsilon=1e-14)
+    subspaces = subspaces_of(4, (1, 2))
+    for layer in ("2", "5:input"):
+        if layer == "5:input":
+            subspaces = subspaces_of(20, (7, 2))
+        maps, residue = subspace_maps(
+            model, inputs, subspaces, layer=layer, scorer=scorer, target=0
+        )
+        x = inputs.clone().requires_grad_()
+        a = model[:3](x) if layer == "2" else model[:5](x)
+        z = (model[3:] if layer == "2" else model[5:])(a)[:, 0].sum()
+        (context,) = torch.autograd.grad(z, a, retain_graph=True)
+        for k in range(2):
+            U = subspaces.block(k)
+            (gradient,) = torch.autograd.grad(a, x, context @ U @ U.T, retain_graph=True)
+            assert torch.allclose(maps[:, k], inputs * gradient, rtol=1e-6, atol=1e-9)
+        assert torch.allclose(
+            maps.sum(1) + residue, scorer.heatmap(model, inputs, torch.zeros(4).long()), rtol=1e-7
+        )
+
+
+@pytest.mark.parametrize("preset", ["epsilon", "epsilon-plus", "gamma+epsilon", "alpha1beta0"])
+def test_maps_of_a_batch_are_those_of_its_samples(norm, digits, preset):
+    x, scorer, subspaces = digits[0][:4], LRP(preset), subspaces_of(8, (4, 2))
+    arguments = {"layer": "body.5", "scorer": scorer}
+    maps, residue = subspace_maps(norm, x, subspaces, **arguments)
+    for sample in range(4):
+        own, rest = subspace_maps(norm, x[sample : sample + 1], subspaces, **arguments)
+        assert torch.allclose(own[0], maps[sample], rtol=1e-3, atol=1e-5 * largest(maps))
+        assert torch.allclose(rest[0], residue[sample], rtol=1e-3, atol=1e-5 * largest(residue))
+
+
+def test_targets_are_a_class_the_prediction_a_function_or_one_for_each(plain, digits):
+    x, scorer, subspaces = digits[0][:6], LRP("epsilon"), subspaces_of(6, (2,))
+
+    def maps(target):
+        return subspace_maps(plain, x, subspaces, layer="relu2", scorer=scorer, target=target)[0]
+
+    predicted = plain(x).argmax(1)
+    assert torch.equal(maps("predicted"), maps(predicted))
+    assert torch.equal(maps(3), maps(torch.full((6,), 3)))
+    assert torch.equal(maps(3), maps(torch.tensor(3)))
+    difference = maps(lambda logits: logits[:, 3])
+    assert torch.allclose(difference, maps(3), rtol=1e-4, atol=1e-6 * largest(difference))
+    assert largest(maps(3) - maps(4)) > 1e-3 * largest(maps(3))
+
+
+def test_one_forward_pass_serves_all_subspaces(plain, digits):
+    counts = {}
+    for sizes in ((1, 1), (1, 1, 1, 1, 1, 1)):
+        calls = []
+        handle = plain.conv1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        subspace_maps(
+            plain, digits[0][:3], subspaces_of(6, sizes), layer="conv2", scorer=LRP("epsilon")
+        )
+        handle.remove()
+        counts[sizes] = len(calls)
+    assert len(set(counts.values())) == 1
+
+
+def test_the_model_is_as_before(norm, digits, unchanged):
+    norm.train()
+    check = unchanged(norm)
+    subspaces, x = subspaces_of(8, (2,)), digits[0][:3]
+    subspace_maps(norm, x, subspaces, layer="body.5", scorer=LRP("epsilon-plus"))
+    check()
+    with pytest.raises(ValueError, match=r"layer: 'body\.3'.*merged"):
+        subspace_maps(norm, x, subspaces, layer="body.3", scorer=LRP("epsilon-plus"))
+    check()
+    # What is scored next is not kept in memory for further passes.
+    scorer = LRP("epsilon")
+    first = scorer.heatmap(norm, x, torch.zeros(3).long())
+    assert torch.equal(first, scorer.heatmap(norm, x, torch.zeros(3).long()))
+
+
+def test_errors_name_what_is_wrong(plain, digits):
+    x, subspaces, scorer = digits[0][:3], subspaces_of(6, (2,)), LRP("epsilon")
+
+    def maps(inputs=x, subspaces=subspaces, layer="conv2", scorer=scorer, target=0):
+        return subspace_maps(plain, inputs, subspaces, layer=layer, scorer=scorer, target=target)
+
+    with pytest.raises(TypeError, match="scorer"):
+        maps(scorer=Taylor())
+    with pytest.raises(TypeError, match="inputs: list"):
+        maps([x])
+    with pytest.raises(ValueError, match=r"int64.*no relevance"):
+        maps(torch.zeros(3, 1, 8, 8).long())
+    with pytest.raises(ValueError, match="no samples"):
+        maps(x[:0])
+    with pytest.raises(ValueError, match="NaN"):
+        maps(x / 0)
+    with pytest.raises(UnknownLayerError):
+        maps(layer="conv3")
+    with pytest.raises(ValueError, match="of 6 channels, but the values of layer 'conv1'"):
+        maps(layer="conv1")
+    with pytest.raises(ValueError, match="target: class 10"):
+        maps(target=10)
+    with pytest.raises(ValueError, match="no labels"):
+        maps(target="label")
+    with pytest.raises(ValueError, match="target"):
+        maps(target=torch.zeros(2).long())
+    composite = LayerMapComposite([*layer_map_base(), (nn.Linear, zr.Flat())])
+    with pytest.raises(ValueError, match="activations of zero have relevance"):
+        maps(layer="relu3", subspaces=subspaces_of(12, (2,)), scorer=LRP(composite))
+    plain.extra = nn.Conv2d(1, 6, 1)
+    with pytest.raises(ValueError, match="'extra' takes no part"):
+        maps(layer="extra")
+
+
+def test_a_rule_missing_below_the_layer_is_told(digits):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3)
+            self.fc = nn.Linear(108, 2)
+
+        def forward(self, x):
+            return self.fc(self.conv(torch.cumsum(x, 2)).flatten(1))
+
+    with pytest.raises(ValueError, match="cumsum"):
+        subspace_maps(
+            Odd(), digits[0][:2], subspaces_of(3, (1,)), layer="conv", scorer=LRP("epsilon")
+        )
+
+
+# The strongest samples.
+
+
+def random_features(contexts):
+    generator = torch.Generator().manual_seed(0)
+    a, c = torch.randn(2, 40, 5, generator=generator).double()
+    sample = torch.randint(12, (40,), generator=generator)
+    sample[:12] = torch.arange(12)
+    return Features(a, c if contexts else None, sample=sample)
+
+
+@pytest.mark.parametrize("contexts", [False, True])
+@pytest.mark.parametrize("chunk", [7, 2**16])
+def test_scores_and_strongest_samples_match_brute_force(monkeypatch, contexts, chunk):
+    monkeypatch.setattr(scores_module, "VECTORS", chunk)
+    features = random_features(contexts)
+    basis = subspaces_of(5, (2, 1)).basis
+    subspaces = Subspaces(basis, (2, 1), torch.arange(5).double())
+    brute = torch.zeros(12, 2).double()
+    for at in range(40):
+        for k in range(2):
+            U = subspaces.block(k)
+            a = features.activations[at]
+            if contexts:
+                value = (U.T @ a) @ (U.T @ features.contexts[at])
+            else:
+                value = (U.T @ (a - subspaces.mean)).square().sum()
+            brute[features.sample[at], k] += value
+    assert torch.allclose(sample_scores(subspaces, features), brute, rtol=1e-10)
+    for count in (1, 4, 12):
+        found = strongest_samples(subspaces, features, count=count)
+        assert found.shape == (2, count)
+        for k in range(2):
+            expected = sorted(range(12), key=lambda sample, k=k: -float(brute[sample, k]))
+            assert found[k].tolist() == expected[:count]
+
+
+def test_the_strongest_samples_are_those_with_the_planted_direction():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(30, 4, generator=generator)
+    a[[3, 17]] += torch.tensor([9.0, 0, 0, 0])
+    a[[5, 8]] -= torch.tensor([0, 0, 9.0, 0])
+    subspaces = Subspaces(torch.eye(4).double()[:, [0, 2]], (1, 1), torch.zeros(4).double())
+    found = strongest_samples(subspaces, Features(a), count=2)
+    assert [set(row) for row in found.tolist()] == [{3, 17}, {5, 8}]
+
+
+def test_equal_samples_keep_their_order():
+    subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
+    features = Features(torch.ones(6, 2))
+    assert strongest_samples(subspaces, features, count=3).tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("count", [0, -1, 13, 1.5, True])
+def test_a_count_that_cannot_be_is_refused(count):
+    with pytest.raises(ValueError, match=r"count: .*12 samples"):
+        strongest_samples(subspaces_of(5, (1,)), random_features(False), count=count)
+
+
+def test_features_of_another_layer_are_refused():
+    with pytest.raises(ValueError, match="of 6 channels, but the features have 5"):
+        strongest_samples(subspaces_of(6, (1,)), random_features(True), count=1)
