@@ -17,6 +17,7 @@ from xai_edit.attribution.edge_relevance import EdgeRelevance, edge_relevance
 from xai_edit.attribution.edges import EdgeScores, edge_scores
 from xai_edit.attribution.fast import accelerated
 from xai_edit.attribution.functional import FunctionalCanonizer
+from xai_edit.attribution.importance import TorchPruningImportance
 from xai_edit.attribution.patterns import Patterns, fit_patterns
 from xai_edit.attribution.scorers import LRP, Scorer
 from xai_edit.attribution.units import UnitScores, score_units
@@ -121,6 +122,7 @@ __all__ = [
     "SizeComparison",
     "Subspaces",
     "Taylor",
+    "TorchPruningImportance",
     "Trained",
     "UnitScores",
     "UnknownLayerError",

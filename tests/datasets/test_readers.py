@@ -143,3 +143,26 @@ def test_mnist_of_which_a_part_is_missing_is_refused(tmp_path, random, wrong):
         (tmp_path / "mnist" / f"train-{kind}-ubyte.gz").write_bytes(packed[:end])
     with pytest.raises(ValueError, match=wrong):
         mnist(tmp_path, "train")
+
+
+def test_shifted_images_are_windows_of_their_reflected_selves_all_of_them_in_time():
+    pixels = torch.arange(36, dtype=torch.uint8).view(1, 1, 6, 6).repeat(64, 1, 1, 1)
+    images = ImageSet(pixels, torch.zeros(64).long(), (0.0,), (1.0,), 6)
+    moved = images.shuffled(0, 64, shift=1)
+    wide = torch.nn.functional.pad(pixels[:1].float(), (1,) * 4, mode="reflect")[0, 0]
+    windows = [wide[i : i + 6, j : j + 6] for i in range(3) for j in range(3)]
+    seen = set()
+    for inputs, _ in moved:
+        for image in inputs[:, 0]:
+            seen |= {next(k for k, w in enumerate(windows) if torch.allclose(255 * image, w))}
+    assert seen == set(range(9))
+    again = images.shuffled(0, 64, shift=1)
+    assert torch.equal(next(iter(again))[0], next(iter(images.shuffled(0, 64, shift=1)))[0])
+
+
+def test_a_shift_without_a_seed_or_beyond_the_image_is_refused():
+    pixels, labels = torch.zeros(2, 1, 6, 6).byte(), torch.zeros(2).long()
+    with pytest.raises(ValueError, match="shift: needs a seed"):
+        ImageSet(pixels, labels, (0.0,), (1.0,), 6, shift=1)
+    with pytest.raises(ValueError, match="shift: 6 given; images have 6 pixels a side"):
+        ImageSet(pixels, labels, (0.0,), (1.0,), 6, seed=0, shift=6)

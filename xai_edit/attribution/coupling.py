@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
@@ -119,6 +118,8 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
             given = given.clone().requires_grad_().clone()
             entry.append(given.grad_fn)
         return traced_model(given)
+
+    import torch_pruning  # only here: slow to import
 
     graph = torch_pruning.DependencyGraph()
     with _tracing(model), torch.enable_grad(), warnings.catch_warnings():

@@ -201,7 +201,8 @@ class SubspaceGather(ContextGather):
         pixels = self.leaves.get(INPUTS)
         found = super().relevance([self.layer, INPUTS], outputs, seed)
         below, self.below = self.below, None
-        assert below is not None and pixels is not None
+        assert below is not None
+        assert pixels is not None
         *parts, _ = self.parts(found[self.layer])
         maps = [torch.autograd.grad(below, pixels, part, retain_graph=True)[0] for part in parts]
         return {"maps": torch.stack(maps, 1), "residue": found[INPUTS]}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as transform
 
@@ -35,6 +35,9 @@ class ImageSet:
         Of the order, another one in each pass; None for the order as it is.
     flip : bool
         Whether every other image, by chance, is mirrored; with a seed.
+    shift : int
+        By how many pixels at most images are moved, at random; what is then missing at their edges
+        is reflected. With a seed.
     attribute : Tensor or None, int64, shape (samples,)
         A property of each image, numbered from 0, such as its background. Batches are then
         ``(input, label, attribute)``, else ``(input, label)``.
@@ -56,12 +59,15 @@ class ImageSet:
     batch_size: int = 256
     seed: int | None = None
     flip: bool = False
+    shift: int = 0
     attribute: Tensor | None = None
     planted: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.flip and self.seed is None:
-            raise ValueError("flip: needs a seed")
+        if (self.flip or self.shift) and self.seed is None:
+            raise ValueError(f"{'flip' if self.flip else 'shift'}: needs a seed")
+        if not 0 <= self.shift < self.side:
+            raise ValueError(f"shift: {self.shift} given; images have {self.side} pixels a side")
         if self.attribute is not None:
             attribute = check_numbered(self.attribute, len(self), "attribute")
             object.__setattr__(self, "attribute", attribute)
@@ -93,12 +99,16 @@ class ImageSet:
             if self.flip:
                 mirrored = torch.rand(len(rows), generator=generator) < 0.5
                 inputs = torch.where(mirrored[:, None, None, None], inputs.flip(3), inputs)
+            if self.shift:
+                inputs = _shifted(inputs, self.shift, generator)
             group = () if self.attribute is None else (self.attribute[rows],)
             yield inputs, self.labels[rows], *group
 
-    def shuffled(self, seed: int, batch_size: int, *, flip: bool = False) -> ImageSet:
-        """Return the set in a random order that changes from pass to pass, mirrored or not."""
-        return replace(self, seed=seed, batch_size=batch_size, flip=flip)
+    def shuffled(
+        self, seed: int, batch_size: int, *, flip: bool = False, shift: int = 0
+    ) -> ImageSet:
+        """Return the set in a random order that changes from pass to pass, mirrored and moved."""
+        return replace(self, seed=seed, batch_size=batch_size, flip=flip, shift=shift)
 
     def first(self, count: int, start: int = 0) -> ImageSet:
         """Return ``count`` images of each class, those after its first ``start``.
@@ -151,6 +161,18 @@ class ImageSet:
         if self.planted is not None and self.attribute is not None:
             pixels = self.planted(pixels, self.attribute[rows])
         return (pixels.float() / 255 - mean) / std
+
+
+def _shifted(inputs: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Return each image moved by its own number of rows and columns."""
+    samples, channels, height, width = inputs.shape
+    wide = nn.functional.pad(inputs, (shift,) * 4, mode="reflect")
+    top, left = torch.randint(2 * shift + 1, (2, samples), generator=generator)
+    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
+    columns = (left[:, None] + torch.arange(width))[:, None, None, :]
+    each, channel = torch.arange(samples)[:, None, None, None], torch.arange(channels)
+    moved: Tensor = wide[each, channel[None, :, None, None], rows, columns]
+    return moved
 
 
 def _opened(file: str, side: int) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import run
@@ -142,6 +141,8 @@ def compare_sizes(
 
 def _size(network: nn.Module, inputs: Tensor, seconds: list[float]) -> Size:
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    import torch_pruning  # only here: slow to import
+
     operations, _ = torch_pruning.utils.count_ops_and_params(copied(network), inputs[:1])
     return Size(parameters, round(operations), median(seconds))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
+from xai_edit.attribution.importance import TorchPruningImportance
 from xai_edit.attribution.scorers import LRP
 from xai_edit.baselines.recovery import FineTuning
 from xai_edit.concepts.ablation import ablated
@@ -56,10 +57,11 @@ class Recipe:
     side: int
     epochs: int
     strengths: tuple[float, ...]
+    shift: int = 0  # of training images, in pixels
 
 
 RECIPES = {
-    "cnp-cifar10": Recipe(cifar10, (1, 9), "vgg-like", "relu2", 32, 12, (0.9,)),
+    "cnp-cifar10": Recipe(cifar10, (1, 9), "vgg-like", "relu2", 32, 30, (0.9,), shift=4),
     "cnp-mnist": Recipe(mnist, (3, 8), "vgg-like:0.5", "relu2", 28, 2, (0.9, 0.95, 0.99)),
     "cnp-subspaces": Recipe(
         imagenet, ("n02074367", "n02971356"), "vgg16", "features.28", 224, 5, (0.9,)
@@ -216,7 +218,7 @@ def _trained(recipe: Recipe, options: Options, train: ImageSet, seed: int) -> nn
         return _two_of(load_weights(model, network, options), train).to(options.device)
     model = build(network, len(train.mean), 2, train.side).to(options.device)
     flip = recipe.read is not mnist
-    data = train.shuffled(seed, 64, flip=flip)
+    data = train.shuffled(seed, 64, flip=flip, shift=recipe.shift)
     steps = -(-len(train) // 64)
     epochs = options.epochs or recipe.epochs
     return fit(model, data, epochs=epochs, steps=steps, learning_rate=LEARNING_RATE)
@@ -353,6 +355,12 @@ def _plain(scorer: Callable[[int], Any], context: _Context, *, clean: bool = Fal
     return None, operator, context.references(clean=clean)
 
 
+def _torch_pruning(name: str, _: int) -> TorchPruningImportance:
+    import torch_pruning  # only here: slow to import
+
+    return TorchPruningImportance(getattr(torch_pruning.importance, name)())
+
+
 def _aware(finder: str, context: _Context, *, clean: bool = False) -> Made:
     found = context.found(finder)
 
@@ -368,6 +376,8 @@ METHODS: dict[str, Callable[[_Context], Made]] = {
     "weight magnitude": partial(_plain, lambda _: WeightMagnitude()),
     "Taylor": partial(_plain, lambda _: Taylor()),
     "activation": partial(_plain, lambda _: Activation()),
+    "Torch-Pruning magnitude": partial(_plain, partial(_torch_pruning, "GroupMagnitudeImportance")),
+    "Torch-Pruning Taylor": partial(_plain, partial(_torch_pruning, "GroupTaylorImportance")),
     "random": partial(_plain, Random),
     **{f"CNP: {finder}": partial(_aware, finder) for finder in FINDERS},
     "CNP, clean references: paired differences": partial(_aware, "paired differences", clean=True),

@@ -1,0 +1,94 @@
+"""Torch-Pruning's importances against what Torch-Pruning itself ranks, and against autograd."""
+
+import pytest
+import torch
+import torch_pruning
+from torch import nn
+from torchvision.models import resnet18
+
+from xai_edit import RelevancePruning, TorchPruningImportance, score_units
+
+IMPORTANCE = torch_pruning.importance
+INPUTS = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6) % 4
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    ).eval()
+
+
+def test_the_taylor_importance_is_weight_times_gradient_where_a_channel_is_written_and_read():
+    model = plain()
+    importance = IMPORTANCE.GroupTaylorImportance(group_reduction="sum", normalizer=None)
+    found = TorchPruningImportance(importance)(model, INPUTS, LABELS, ["0"])["0"]
+    loss = nn.functional.cross_entropy(model(INPUTS), LABELS)
+    w0, w2 = model[0].weight, model[2].weight
+    first, second = torch.autograd.grad(loss, (w0, w2))
+    by_hand = (w0 * first).abs().flatten(1).sum(1)
+    by_hand = by_hand + (w2 * second).abs().transpose(0, 1).flatten(1).sum(1)
+    assert found.shape == (6, 8)
+    assert torch.allclose(found, by_hand.expand(6, -1), rtol=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "kind", ["GroupMagnitudeImportance", "GroupTaylorImportance", "BNScaleImportance"]
+)
+def test_layerwise_pruning_takes_the_channels_that_torch_pruning_takes(kind):
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    inputs = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(4)
+    scorer = TorchPruningImportance(getattr(IMPORTANCE, kind)())
+    edit = RelevancePruning(0.25, scorer, ranking="local").plan(model, [(inputs, labels)])
+
+    network = resnet18(num_classes=4).eval()
+    network.load_state_dict(model.state_dict())
+    nn.functional.cross_entropy(network(inputs), labels).backward()
+    graph = torch_pruning.DependencyGraph().build_dependency(network, inputs[:1])
+    for name in ("layer1.0.conv1", "layer3.1.conv1"):
+        conv = network.get_submodule(name)
+        group = graph.get_pruning_group(
+            conv, torch_pruning.prune_conv_out_channels, list(range(conv.out_channels))
+        )
+        lowest = getattr(IMPORTANCE, kind)()(group).argsort()[: conv.out_channels // 4]
+        assert edit.origin["units"][name] == sorted(lowest.tolist())
+
+
+def test_coupled_layers_count_an_importance_once():
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4).eval()
+    scorer = TorchPruningImportance(IMPORTANCE.GroupMagnitudeImportance())
+    names = ["conv1", "layer1.0.conv2", "layer1.1.conv2"]
+    scores = scorer(model, torch.randn(1, 3, 32, 32), torch.tensor([0]), names)
+    assert torch.allclose(scores["conv1"], scores["layer1.1.conv2"], rtol=1e-5)
+    assert float(sum(s.mean() for s in scores.values())) == pytest.approx(1, rel=1e-5)
+
+
+def test_what_cannot_score_a_group_is_refused():
+    with pytest.raises(TypeError, match=r"importance: .*scores a group at once"):
+        TorchPruningImportance(IMPORTANCE.GroupHessianImportance())
+    with pytest.raises(TypeError, match="importance: 3 given"):
+        TorchPruningImportance(3)
+    with pytest.raises(ValueError, match=r"gave \(2,\) for the 8 channels of '0'"):
+        TorchPruningImportance(lambda group: torch.ones(2))(plain(), INPUTS, LABELS, ["0"])
+    with pytest.raises(ValueError, match=r"'1': .*linear and convolution"):
+        score_units(
+            plain(),
+            [(INPUTS, LABELS)],
+            TorchPruningImportance(IMPORTANCE.RandomImportance()),
+            layers=["1"],
+            target="label",
+        )
