@@ -33,7 +33,7 @@ from xai_edit.baselines.recovery import FineTuning
 from xai_edit.baselines.robustness import LastLayerRetraining
 from xai_edit.baselines.training import Trained, Unlearned
 from xai_edit.baselines.unlearning import LogitMask
-from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.ablation import ablated, with_ablation
 from xai_edit.concepts.cav import CAV
 from xai_edit.concepts.choosing import Choice, choose_spurious
 from xai_edit.concepts.collect import collect_features
@@ -163,4 +163,5 @@ __all__ = [
     "strongest_samples",
     "subspace_maps",
     "to_smaller",
+    "with_ablation",
 ]

@@ -3,6 +3,7 @@
 import captum.attr
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from zennit.composites import NameMapComposite
 from zennit.rules import Epsilon
@@ -12,11 +13,14 @@ from xai_edit import (
     PCA,
     Activation,
     CaptumLayer,
+    RelevancePruning,
     Subspaces,
     UnknownLayerError,
     ablated,
     collect_features,
     score_units,
+    to_smaller,
+    with_ablation,
 )
 
 LAYERS = ["conv1", "conv2", "fc1"]
@@ -227,3 +231,61 @@ def test_scores_inside_are_those_of_the_ablated_network(plain, batches):
         )
     assert torch.allclose(inside, brute, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(inside, plainly, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_copy_with_the_ablation_computes_what_the_ablated_model_does(
+    plain, batches, layer, tmp_path, unchanged
+):
+    subspaces, inputs = found(plain, batches, layer), batches[0][0]
+    check = unchanged(plain)
+    kept = with_ablation(plain, layer, subspaces, [0, 2])
+    check()
+    with ablated(plain, layer, subspaces, [0, 2]):
+        expected = plain(inputs)
+    assert torch.equal(kept(inputs), expected)
+    assert not torch.allclose(plain(inputs), expected)
+
+    others = found(plain, batches[1:], layer)
+    mean = others.mean.clone()
+    again = with_ablation(plain, layer, others, [1, 0])
+    save_file(kept.state_dict(), tmp_path / "kept.safetensors")
+    again.load_state_dict(load_file(tmp_path / "kept.safetensors"))
+    assert torch.equal(again(inputs), expected)
+    assert torch.equal(others.mean, mean)
+
+    torch.export.save(torch.export.export(kept, (inputs,)), tmp_path / "kept.pt2")
+    exported = torch.export.load(tmp_path / "kept.pt2").module()
+    torch.testing.assert_close(exported(inputs), expected)
+
+
+def test_a_network_with_its_ablation_is_pruned_and_made_smaller_but_for_what_it_mixes(batches):
+    torch.manual_seed(0)
+    side = 8  # as many channels as pixels a side, so that no size tells the axes apart
+    model = nn.Sequential(
+        nn.Conv2d(1, side, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(side, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 10),
+    ).eval()
+    inputs = batches[0][0]
+    assert inputs.shape[2:] == (side, side)
+    kept = with_ablation(model, "1", found(model, batches, "1"), [0])
+    edit = RelevancePruning(0.5, ranking="local").plan(kept, batches)
+    assert set(edit.origin["units"]) == {"2"}
+    assert "cannot be followed" in edit.origin["fixed"]["0"]
+    smaller = to_smaller(kept, edit, inputs)
+    assert smaller[2].weight.shape == (6, side, 3, 3)
+    with edit.applied(kept):
+        torch.testing.assert_close(smaller(inputs), kept(inputs))
+
+
+def test_an_ablation_is_not_kept_where_there_is_no_such_layer(plain, batches):
+    subspaces = found(plain, batches, "conv1")
+    with pytest.raises(UnknownLayerError, match="conv9"):
+        with_ablation(plain, "conv9", subspaces, [0])
+    with pytest.raises(ValueError, match="outputs are ablated"):
+        with_ablation(plain, "conv1:input", subspaces, [0])

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from xai_edit.datasets.papers import cifar10, cifar100, imagenet, mnist
+from xai_edit.datasets.papers import ImageSet, cifar10, cifar100, imagenet, mnist
 
 
 def as_idx(array):

@@ -298,6 +298,9 @@ def _followed(node: Any) -> bool:
     """Tell whether an operation leaves the channels as Torch-Pruning takes them to be."""
     if node.grad_fn.name() in ("AddmmBackward0", "MmBackward0", "CatBackward0"):
         return True  # the product inside of a linear layer, and what Torch-Pruning does follow
+    if node.grad_fn.name() == "PermuteBackward0" and len(_shape(node)) == 4:
+        # By the axes, as sizes may be equal; negative ones are stored modulo 2**64.
+        return bool(node.grad_fn._saved_dims[1] % 2**64 % 4 == 1)
     after = _shape(node)
     return all(_same_channels(_shape(before), after) for before in node.inputs)
 

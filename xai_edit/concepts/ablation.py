@@ -16,7 +16,8 @@ from xai_edit.attribution.layers import (
     resolve_layers,
 )
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.guard import preserved
+from xai_edit.data import model_device
+from xai_edit.guard import copied, preserved
 
 
 class SubspaceAblation(nn.Module):
@@ -41,7 +42,7 @@ class SubspaceAblation(nn.Module):
         super().__init__()
         self.channel_axis = channel_axis
         self.register_buffer("directions", subspaces.directions(indices))
-        self.register_buffer("mean", subspaces.mean)
+        self.register_buffer("mean", subspaces.mean.clone())  # `load_state_dict` writes into it
         self.lrp_rule = Epsilon()
 
     def forward(self, activations: Tensor) -> Tensor:
@@ -84,14 +85,60 @@ def ablated(
     UnknownLayerError, ValueError
         If the layer or an index does not exist.
     """
+    behind = _ablation(model, layer, subspaces, indices)
+    with preserved(model):
+        _insert(model, layer, behind)
+        yield f"{layer}.layer"
+
+
+def with_ablation(
+    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int]
+) -> nn.Module:
+    """Return a copy of a model that removes the subspaces for good, as a layer of its own.
+
+    For networks into which `fold_ablation` cannot fold it exactly. ``state_dict`` and
+    ``torch.export`` carry the layer. Pruning and `to_smaller` take the copy as any network; the
+    channels that the ablation mixes stay.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Only read.
+    layer, subspaces, indices
+        See `ablated`.
+
+    Returns
+    -------
+    nn.Module
+        With the layer's own parameters under ``{layer}.layer`` and the buffers ``directions``,
+        float64, shape (channels, directions), and ``mean``, (channels,), under
+        ``{layer}.ablation``.
+
+    Raises
+    ------
+    UnknownLayerError, ValueError
+        If the layer or an index does not exist, or the model cannot be copied.
+    """
+    behind = _ablation(model, layer, subspaces, indices)
+    kept = copied(model)
+    _insert(kept, layer, behind)
+    return kept
+
+
+def _ablation(
+    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int]
+) -> SubspaceAblation:
     resolve_layers(model, [layer])
     if layer.endswith(INPUT_SUFFIX):
         raise ValueError(f"layer: {layer!r} given; name the layer whose outputs are ablated")
-    module = layer_module(model, layer)
-    ablation = SubspaceAblation(subspaces, indices, -1 if isinstance(module, CHANNELS_LAST) else 1)
+    axis = -1 if isinstance(layer_module(model, layer), CHANNELS_LAST) else 1
+    return SubspaceAblation(subspaces, indices, axis).to(model_device(model))
+
+
+def _insert(model: nn.Module, layer: str, ablation: SubspaceAblation) -> None:
+    """Put a layer and its ablation where the layer was."""
     parent, _, name = layer.rpartition(".")
-    with preserved(model):
-        model.get_submodule(parent)._modules[name] = nn.Sequential(
-            OrderedDict(layer=module, ablation=ablation)
-        ).eval()
-        yield f"{layer}.layer"
+    module = layer_module(model, layer)
+    both = nn.Sequential(OrderedDict(layer=module, ablation=ablation))
+    both.training = ablation.training = module.training
+    model.get_submodule(parent)._modules[name] = both
