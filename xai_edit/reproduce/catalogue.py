@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from xai_edit.reproduce import groups, pruning, removal, unlearning
+from xai_edit.reproduce import few_shot, groups, pruning, removal, unlearning
 from xai_edit.reproduce.experiments import EXPERIMENTS, Options
+from xai_edit.reproduce.few_shot_tables import few_shot_tables
 from xai_edit.reproduce.groups_tables import groups_tables
 from xai_edit.reproduce.pruning_tables import pruning_tables
 from xai_edit.reproduce.removal_tables import classes_tables, digits_tables, several_tables
@@ -53,6 +54,7 @@ for _name, _told, _run, _tables in (
     )
 for _name, _told in (
     ("cnp-cifar10", "CIFAR-10, trucks with a planted mark"),
+    ("cnp-fine-tuned", "the same in steps, with fine-tuning"),
     ("cnp-mnist", "MNIST, a digit with a planted mark"),
     ("cnp-subspaces", "subspaces of cartons, which have a watermark, and dugongs"),
     ("cnp-carton-dugong", "cartons and dugongs"),
@@ -61,3 +63,8 @@ for _name, _told in (
     CATALOGUE[_name] = Entry(
         f"concept-aware pruning: {_told}", partial(pruning.prune_pairs, _name), pruning_tables
     )
+CATALOGUE["cnp-few-shot"] = Entry(
+    "pruning from ten images a class, without a watermark and without fine-tuning",
+    partial(few_shot.prune_few_shot, "cnp-few-shot"),
+    few_shot_tables,
+)

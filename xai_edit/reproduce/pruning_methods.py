@@ -1,0 +1,250 @@
+"""The methods that the pruning runs compare: finders of subspaces, scorers and operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
+from xai_edit.attribution.importance import TorchPruningImportance
+from xai_edit.attribution.scorers import LRP, Scorer
+from xai_edit.baselines.recovery import FineTuning
+from xai_edit.concepts.cav import CAV
+from xai_edit.concepts.collect import collect_features
+from xai_edit.concepts.contrast import ContrastivePCA
+from xai_edit.concepts.drsa import DRSA
+from xai_edit.concepts.features import Features
+from xai_edit.concepts.pca import PCA
+from xai_edit.concepts.prca import PRCA
+from xai_edit.concepts.predictiveness import predictiveness
+from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.datasets.papers import ImageSet
+from xai_edit.edits.edit import ModelEdit
+from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
+
+REFERENCES = 10  # images a class that units are scored on
+RANK = 4  # directions of a finder whose subspaces are single directions
+POSITIONS = 100  # of an image, at most
+STEPS = 4  # of iterative pruning
+FINE_TUNED = 0.4  # the share that it reaches
+TUNING: dict[str, Any] = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64}
+LRP_PRUNING = LRP("epsilon-plus", initial="one")
+Found = tuple[Subspaces, list[int]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images of one draw.
+
+    Attributes
+    ----------
+    train : ImageSet
+        With the mark on a share of the second class.
+    clean : ImageSet
+        The same images without it.
+    planning : ImageSet
+        Others, of both classes, each without or with the mark by chance: no pairs.
+    plain, marked : ImageSet
+        The planning images without and with it: pairs.
+    test : ImageSet
+        Others, each once without and once with it.
+    """
+
+    train: ImageSet
+    clean: ImageSet
+    planning: ImageSet
+    plain: ImageSet
+    marked: ImageSet
+    test: ImageSet
+
+
+class Context:
+    """A network with what its methods share, each made when it is first asked for."""
+
+    def __init__(self, model: nn.Module, parts: Parts, layer: str, seed: int) -> None:
+        self.model, self.parts, self.layer, self.seed = model, parts, layer, seed
+        self._features: Features | None = None
+        self._found: dict[str, Found] = {}
+
+    def references(self, *, clean: bool = False) -> ImageSet:
+        """Return reference images from training: as they come, or without the mark."""
+        train = self.parts.train
+        assert train.attribute is not None
+        rows = torch.arange(len(train)) if not clean else (train.attribute == 0).nonzero()[:, 0]
+        chosen = torch.cat([rows[train.labels[rows] == label][:REFERENCES] for label in (0, 1)])
+        return train[chosen]
+
+    def features(self) -> Features:
+        """Return the features of the planning images, relevance being that for class 1."""
+        if self._features is None:
+            self._features = self.features_of(self.model)
+        return self._features
+
+    def features_of(self, network: nn.Module) -> Features:
+        """Return those of any state of the network."""
+        return collect_features(
+            network,
+            self.parts.planning,
+            layer=self.layer,
+            scorer=LRP_PRUNING,
+            target=1,
+            positions=POSITIONS,
+            seed=self.seed,
+        )
+
+    def found(self, finder: str) -> Found:
+        """Return the subspaces of a finder, and which are the mark's."""
+        if finder not in self._found:
+            self._found[finder] = FINDERS[finder](self)
+        return self._found[finder]
+
+
+def paired_differences(context: Context) -> Found:
+    """Return the main directions of what the mark changes in the same images; needs pairs."""
+    both = [
+        collect_features(context.model, images, layer=context.layer, positions=None)
+        for images in (context.parts.plain, context.parts.marked)
+    ]
+    change = (both[1].activations - both[0].activations).double()
+    directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)[:, :RANK]
+    mean = both[0].activations.double().mean(0)
+    return Subspaces(directions.contiguous(), (RANK,), mean), [0]
+
+
+def _by_precision(subspaces: Subspaces, features: Features, count: int) -> Found:
+    precision = torch.tensor(predictiveness(subspaces, features, resamples=1).column("spurious"))
+    return subspaces, precision.argsort(descending=True, stable=True)[:count].tolist()
+
+
+def _of_relevance(kind: type[PCA] | type[PRCA], context: Context) -> Found:
+    return _by_precision(kind(None).fit(context.features()), context.features(), RANK)
+
+
+def _disentangled(context: Context) -> Found:
+    found = DRSA(4, seed=context.seed).fit(context.features())
+    return _by_precision(found, context.features(), 1)
+
+
+FINDERS: dict[str, Callable[[Context], Found]] = {
+    "paired differences": paired_differences,
+    "CAV": lambda context: (CAV().fit(context.features()), [0]),
+    "CAV (logistic)": lambda context: (CAV("logistic").fit(context.features()), [0]),
+    "contrastive PCA": lambda context: (ContrastivePCA(RANK).fit(context.features()), [0]),
+    "PCA": partial(_of_relevance, PCA),
+    "PRCA": partial(_of_relevance, PRCA),
+    "DRSA": _disentangled,
+}
+Made = tuple[Found | None, Callable[[float], Any], ImageSet]
+"""The subspaces that are ablated, the operator of each share, and the reference images."""
+
+
+def _plain(scorer: Callable[[int], Any], context: Context, *, clean: bool = False) -> Made:
+    def operator(share: float) -> RelevancePruning:
+        return RelevancePruning(share, scorer(context.seed))
+
+    return None, operator, context.references(clean=clean)
+
+
+def _torch_pruning(name: str, _: int) -> TorchPruningImportance:
+    import torch_pruning  # only here: slow to import
+
+    return TorchPruningImportance(getattr(torch_pruning.importance, name)())
+
+
+def _aware(finder: str, context: Context, *, clean: bool = False) -> Made:
+    found = context.found(finder)
+
+    def operator(share: float) -> ConceptAwarePruning:
+        return ConceptAwarePruning(context.layer, *found, share, LRP_PRUNING)
+
+    return found, operator, context.references(clean=clean)
+
+
+METHODS: dict[str, Callable[[Context], Made]] = {
+    "LRP": partial(_plain, lambda _: LRP_PRUNING),
+    "LRP, clean references": partial(_plain, lambda _: LRP_PRUNING, clean=True),
+    "weight magnitude": partial(_plain, lambda _: WeightMagnitude()),
+    "Taylor": partial(_plain, lambda _: Taylor()),
+    "activation": partial(_plain, lambda _: Activation()),
+    "Torch-Pruning magnitude": partial(_plain, partial(_torch_pruning, "GroupMagnitudeImportance")),
+    "Torch-Pruning Taylor": partial(_plain, partial(_torch_pruning, "GroupTaylorImportance")),
+    "random": partial(_plain, Random),
+    **{f"CNP: {finder}": partial(_aware, finder) for finder in FINDERS},
+    "CNP, clean references: paired differences": partial(_aware, "paired differences", clean=True),
+}
+
+
+FINE_TUNED_METHODS = (
+    "fine-tuning alone",
+    "LRP",
+    "LRP, clean references",
+    "weight magnitude",
+    "random",
+    "CNP: contrastive PCA",
+    "CNP, subspaces learned again: contrastive PCA",
+    "CNP, clean references: contrastive PCA",
+)
+
+
+def fine_tuned(context: Context) -> Iterator[tuple[str, float | None, Callable[[], ModelEdit]]]:
+    """Yield methods that prune step by step and fine-tune after each: name, share and plan."""
+    layer, seed = context.layer, context.seed
+    again = ContrastivePCA(RANK)
+
+    def plain(scorer: Scorer) -> RelevancePruning:
+        return RelevancePruning(FINE_TUNED, scorer, steps=STEPS)
+
+    def aware(subspaces: Any) -> ConceptAwarePruning:
+        return ConceptAwarePruning(layer, subspaces, [0], FINE_TUNED, LRP_PRUNING, steps=STEPS)
+
+    for kind, images in (("clean", context.parts.clean), ("biased", context.parts.train)):
+        # Without its attribute the biased set would not be known to be one: no warning is wanted.
+        order = images.shuffled(seed, TUNING["batch_size"])
+        tune = FineTuning(_Labelled(order), **TUNING, seed=seed)
+
+        def planned(
+            operator: Any, *, clean: bool = False, tune: FineTuning = tune, **more: Any
+        ) -> Callable[[], ModelEdit]:
+            data = context.references(clean=clean)
+            return partial(operator.plan, context.model, data, fine_tune=tune, **more)
+
+        def alone(tune: FineTuning = tune) -> ModelEdit:
+            network = deepcopy(context.model)
+            for _ in range(STEPS):
+                tune(network)
+            return ModelEdit.to_copy(context.model, network, {})
+
+        found, _ = context.found("contrastive PCA")
+        plans = (
+            alone,
+            planned(plain(LRP_PRUNING)),
+            planned(plain(LRP_PRUNING), clean=True),
+            planned(plain(WeightMagnitude())),
+            planned(plain(Random(seed))),
+            planned(aware(found)),
+            planned(aware(again), features=context.features_of),
+            planned(aware(found), clean=True),
+        )
+        for method, plan in zip(FINE_TUNED_METHODS, plans, strict=True):
+            yield (
+                f"{method}; tuned on {kind} images",
+                None if method == "fine-tuning alone" else FINE_TUNED,
+                plan,
+            )
+
+
+class _Labelled:
+    """Batches of images and labels, without the attribute."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, labels, *_ in self.images:
+            yield inputs, labels
