@@ -16,6 +16,8 @@ SCREENING = 20  # steps after which only the best start goes on
 PATIENCE = 10  # steps over which a gain is looked at
 REVIVALS = 10  # a start
 HALVINGS = 12  # of a step that does not raise the objective
+TURN = 0.1  # of a basis at most in a step, by its norm; on real features longer ones go astray
+CONDITION = 1e-3  # of VᵀV, above which its eigenvectors are exact enough
 ROUNDING = 1e-7  # of the objective, in single precision
 
 
@@ -51,7 +53,7 @@ class DRSA:
     size : int, optional
         Directions of each subspace; channels // n_subspaces when left out.
     n_init : int
-        Random starts.
+        Random starts. Their maxima are a percent or more apart on real features.
     max_iter : int
         Steps of the start that goes on; most of the rise is in the first hundred.
     tol : float
@@ -80,7 +82,7 @@ class DRSA:
         n_subspaces: int = 4,
         *,
         size: int | None = None,
-        n_init: int = 3,
+        n_init: int = 8,
         max_iter: int = 500,
         tol: float = 1e-4,
         seed: int = 0,
@@ -221,8 +223,7 @@ class _Climb:
         self.course = [self.point.objective]
         self._look()
         self.direction = self.tangent
-        # So far that directions turn by half a right angle or so; it adapts.
-        self.rate = math.sqrt(point.basis.shape[1]) / max(float(self.tangent.norm()), 1e-300)
+        self.rate = math.inf  # as far as one turn goes; it adapts
 
     def go_on(self, steps: int, tol: float) -> None:
         """Take some steps, or fewer if they no longer raise the objective."""
@@ -234,6 +235,8 @@ class _Climb:
     def _step(self) -> bool:
         """Take one step; tell whether any length raised the objective."""
         enough = self.point.objective * (1 + ROUNDING)
+        turn = TURN * math.sqrt(self.direction.shape[1])
+        self.rate = min(self.rate, turn / max(float(self.direction.norm()), 1e-300))
         for _ in range(HALVINGS):
             V = self.point.basis + self.rate * (self.direction + self.normal)
             reached = self.problem.at(_polar(V))
@@ -266,10 +269,11 @@ class _Climb:
 
     def _conjugate(self, before: Tensor) -> Tensor:
         """Return Polak and Ribière's direction, what is of the old basis carried to the new."""
-        U = self.point.basis
-        change = self.tangent - _tangent(U, before)
+        # ``before`` need not be carried: what does not lie along the new basis is at right angles
+        # to the new tangent.
+        change = self.tangent - before
         share = float((self.tangent * change).sum() / before.square().sum())
-        return self.tangent + max(0.0, share) * _tangent(U, self.direction)
+        return self.tangent + max(0.0, share) * _tangent(self.point.basis, self.direction)
 
     def _alive(self, point: _Point) -> _Point:
         """Mix each subspace without relevance with the strongest, by a random rotation of both."""
@@ -300,8 +304,12 @@ def _tangent(U: Tensor, G: Tensor) -> Tensor:
 
 def _polar(V: Tensor) -> Tensor:
     """Return V(VᵀV)^{-½}."""
+    values, vectors = torch.linalg.eigh(V.T @ V)
+    if values[0] > CONDITION * values[-1]:  # as a rule; it takes half the time
+        nearest: Tensor = V @ ((vectors * values.rsqrt()) @ vectors.T)
+        return nearest
     left, _, right = torch.linalg.svd(V, full_matrices=False)
-    nearest: Tensor = left @ right
+    nearest = left @ right
     return nearest
 
 
