@@ -32,7 +32,7 @@ from xai_edit.datasets.papers import cifar10
 from xai_edit.models.papers import ResNet20
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from efficientnet import as_input, data_folder, efficientnet_lite0, photographs
+from _efficientnet import as_input, data_folder, efficientnet_lite0, photographs
 
 parser = argparse.ArgumentParser(description="What finding subspaces costs.")
 parser.add_argument("--out", type=Path, help="write the figures as JSON")
