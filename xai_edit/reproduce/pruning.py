@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.ablation import ablated
-from xai_edit.concepts.predictiveness import predictiveness
+from xai_edit.concepts.predictiveness import Predictiveness, predictiveness
 from xai_edit.datasets.papers import ImageSet, cifar10, imagenet, mnist
 from xai_edit.datasets.planting import Mark, Shortcut
 from xai_edit.evaluation.groups import evaluate_groups
@@ -29,6 +29,7 @@ from xai_edit.reproduce.runs import over_seeds
 SHARES = (0.1, 0.2, 0.3, 0.4)
 PLANNED = 250  # test images a class that subspaces are found from; the others measure
 MEASURED = 200  # test images a class, each without and with the mark
+MANY = 8  # subspaces
 LEARNING_RATE = 3e-3
 PRETRAINED_RATE = 1e-4
 
@@ -257,7 +258,7 @@ def _compared(context: Context, methods: Sequence[str] | None) -> dict[str, Any]
             with ablated(model, layer, *found):
                 rows.measure(f"ablation alone: {finder}")
             table = predictiveness(found[0], context.features(), resamples=200)
-            tables[finder] = {"taken": [*found[1]], **table.to_dict()}
+            tables[finder] = _told(table, found[1])
         for share in SHARES:
             with operator(share).plan(model, data).applied(model):
                 rows.measure(method, share)
@@ -265,6 +266,14 @@ def _compared(context: Context, methods: Sequence[str] | None) -> dict[str, Any]
                     with ablated(model, layer, *found):
                         rows.measure(method.replace("CNP", "CNP, ablation kept"), share)
     return {"rows": rows.rows, "predictiveness": tables}
+
+
+def _told(table: Predictiveness, taken: Sequence[int]) -> dict[str, Any]:
+    """Return a table by the numbers of subspaces: of all, or if they are many, of those taken."""
+    told = table.to_dict()
+    shown = range(len(table)) if len(table) <= MANY else taken
+    subspaces = {str(index): told["subspaces"][index] for index in shown}
+    return {**told, "taken": [*taken], "subspaces": subspaces}
 
 
 def _tuned(context: Context, methods: Sequence[str] | None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ RANK = 4  # directions of a finder whose subspaces are single directions
 POSITIONS = 100  # of an image, at most
 STEPS = 4  # of iterative pruning
 FINE_TUNED = 0.4  # the share that it reaches
-TUNING: dict[str, Any] = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64}
+TUNING: dict[str, Any] = {"epochs": 1, "learning_rate": 0.003, "batch_size": 64}
 LRP_PRUNING = LRP("epsilon-plus", initial="one")
 Found = tuple[Subspaces, list[int]]
 

@@ -64,7 +64,7 @@ def _precisions(runs: Sequence[Mapping[str, Any]]) -> Table:
                 entry["value"]
                 for one in told
                 for index in one["taken"][:1]
-                if (entry := one["subspaces"][index][column]) is not None
+                if (entry := one["subspaces"][str(index)][column]) is not None
             ]
             cells.append(f"{np.mean(values):.3f}" if values else "–")
         table.append([finder, *cells])
