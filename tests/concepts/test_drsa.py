@@ -167,7 +167,7 @@ def test_the_course_rises_to_the_objective_of_the_result():
     again = plain_objective(subspaces.basis, a, c, 2)
     assert float(again) == pytest.approx(finder.objective_, rel=1e-6)
     assert float(drsa.disentanglement(subspaces.split(a, c)[0])) == pytest.approx(float(again))
-    assert len(subspaces.origin["screened"]) == 8
+    assert len(subspaces.origin["screened"]) == 32
     assert max(subspaces.origin["screened"]) <= course[-1]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
 
+WORK = 2048  # channels times random starts
 SCREENING = 20  # steps after which only the best start goes on
 PATIENCE = 10  # steps over which a gain is looked at
 REVIVALS = 10  # a start
@@ -52,8 +53,9 @@ class DRSA:
     n_subspaces : int
     size : int, optional
         Directions of each subspace; channels // n_subspaces when left out.
-    n_init : int
-        Random starts. Their maxima are a percent or more apart on real features.
+    n_init : int, optional
+        Random starts; 2048 // channels within 4 and 32 when left out. Their maxima are a
+        percent or more apart on real features, and cheap where channels are few.
     max_iter : int
         Steps of the start that goes on; most of the rise is in the first hundred.
     tol : float
@@ -82,15 +84,15 @@ class DRSA:
         n_subspaces: int = 4,
         *,
         size: int | None = None,
-        n_init: int = 8,
+        n_init: int | None = None,
         max_iter: int = 500,
         tol: float = 1e-4,
         seed: int = 0,
     ) -> None:
-        counts = {"n_subspaces": n_subspaces, "n_init": n_init, "max_iter": max_iter}
-        if size is not None:
-            counts["size"] = size
+        counts = {"n_subspaces": n_subspaces, "max_iter": max_iter, "size": size, "n_init": n_init}
         for name, count in counts.items():
+            if count is None and name in ("size", "n_init"):
+                continue
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name}: {count!r} given; it is a positive number")
         if not 0 <= tol < 1:
@@ -128,7 +130,8 @@ class DRSA:
         a = _scaled(features.activations)
         problem = _Problem(a, _scaled(contexts).to(a), self.n_subspaces)
         generator = torch.Generator().manual_seed(self.seed)
-        bases = [_random_basis(channels, directions, generator) for _ in range(self.n_init)]
+        n_init = max(4, min(WORK // channels, 32)) if self.n_init is None else self.n_init
+        bases = [_random_basis(channels, directions, generator) for _ in range(n_init)]
         starts = [_Climb(problem, problem.at(basis.to(a.device)), generator) for basis in bases]
         for start in starts:
             start.go_on(min(SCREENING, self.max_iter), self.tol)
@@ -137,7 +140,7 @@ class DRSA:
         best.go_on(self.max_iter - SCREENING, self.tol)
         if best.point.objective == 0:
             raise ValueError(
-                f"features: no positive relevance in any subspace of {self.n_init} random starts; "
+                f"features: no positive relevance in any subspace of {n_init} random starts; "
                 "take contexts of a class that the samples show, or smaller subspaces"
             )
         if dead := int((best.point.strengths == 0).sum()):
