@@ -317,7 +317,7 @@ def test_a_damaged_image_is_named(folder, capsys):
 # help
 
 
-@pytest.mark.parametrize("command", ["check", "score", "unlearn", "neutralize"])
+@pytest.mark.parametrize("command", ["check", "score", "unlearn", "neutralize", "prune"])
 def test_help_ends_with_an_example_that_is_understood(command, capsys, monkeypatch, folder):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stopped:

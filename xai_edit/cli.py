@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xai_edit.evaluation.comparison import Comparison
     from xai_edit.loading import Images, Preprocessing
 
-SEED = 0  # of weights and inputs that are not given
+SEED = 0  # of weights and inputs that are not given, and of the order of training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,24 +175,18 @@ def _neutralize(given: argparse.Namespace) -> int:
     from xai_edit.edits.fictitious import FictitiousClass
     from xai_edit.neutralize import run, split
     from xai_edit.report.terminal import neutralizing_table
-    from xai_edit.spurious import read_spurious
     from xai_edit.unlearn import classes_named
 
     operator = FictitiousClass(select=given.select, rate=given.rate)
     (given.out / "edits").mkdir(parents=True, exist_ok=True)  # fails now, not after the long part
     whole = _images(given, given.data)
-    folder = Path(given.data) if Path(given.data).is_dir() else Path(given.data).parent
-    spurious = read_spurious(given.spurious, whole, folder)
+    spurious = _spurious(given, whole)
     target = None if given.target is None else classes_named(given.target, whole.classes)
     parts = split(whole, spurious)
     about = {
         **_about(given),
         "data": {"name": given.data, "found": str(whole)},
-        "spurious": {
-            "name": given.spurious,
-            "with": sum(spurious),
-            "without": len(spurious) - sum(spurious),
-        },
+        "spurious": _marked(given, spurious),
     }
     where: dict[str, Any] = {"out": given.out, "read": partial(_read, given)}
     results, timing = run(_model(given), operator, parts, target=target, **where, about=about)
@@ -201,15 +195,87 @@ def _neutralize(given: argparse.Namespace) -> int:
     return 0
 
 
+def _prune(given: argparse.Namespace) -> int:
+    from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
+    from xai_edit.prune import run
+    from xai_edit.prune_plans import finder_named, split
+    from xai_edit.report.pruning import pruning_table
+
+    how = {"share": given.share, "steps": given.steps, "protect": tuple(given.protect)}
+    operator: RelevancePruning | ConceptAwarePruning = RelevancePruning(**how)
+    if given.spurious is not None:
+        if given.layer is None:
+            raise ValueError("layer: none given; --spurious needs the layer of the subspaces")
+        finder = finder_named(given.finder or "contrastive-pca")
+        operator = ConceptAwarePruning(given.layer, finder, "auto", **how)
+    elif given.layer is not None or given.finder is not None:
+        name = "finder" if given.layer is None else "layer"
+        raise ValueError(f"{name}: given without --spurious, whose feature is looked for there")
+    (given.out / "edits").mkdir(parents=True, exist_ok=True)  # fails now, not after the long part
+    whole = _images(given, given.data)
+    spurious = None if given.spurious is None else _spurious(given, whole)
+    parts = split(whole, spurious)
+    about = {
+        **_about(given),
+        "data": {"name": given.data, "found": str(whole)},
+        "spurious": None if spurious is None else _marked(given, spurious),
+    }
+    where: dict[str, Any] = {"out": given.out, "read": partial(_read, given)}
+    results, timing = run(
+        _model(given), operator, parts, epochs=given.fine_tune, **where, about=about
+    )
+    print(_json(results) if given.json else pruning_table(results, timing))
+    _note(given, f"written: {given.out / 'report.html'}")
+    return 0
+
+
+def _show(given: argparse.Namespace) -> int:
+    from xai_edit.edit_files import told
+    from xai_edit.edits.edit import ModelEdit
+
+    edit = ModelEdit.load(given.edit)
+    print(_json(told(edit)) if given.json else edit.summary())
+    return 0
+
+
+def _apply(given: argparse.Namespace) -> int:
+    from xai_edit.edit_files import require_new, write_edited
+    from xai_edit.edits.edit import ModelEdit
+
+    require_new(given.out)
+    edit = ModelEdit.load(given.edit)
+    write_edited(_model(given), edit, given.out, undo=given.command == "undo")
+    _note(given, f"written: {given.out}")
+    return 0
+
+
+def _spurious(given: argparse.Namespace, whole: Images) -> list[int]:
+    from xai_edit.spurious import read_spurious
+
+    folder = Path(given.data) if Path(given.data).is_dir() else Path(given.data).parent
+    return read_spurious(given.spurious, whole, folder)
+
+
+def _marked(given: argparse.Namespace, spurious: list[int]) -> dict[str, Any]:
+    having = sum(spurious)
+    return {"name": given.spurious, "with": having, "without": len(spurious) - having}
+
+
 def _images(given: argparse.Namespace, spec: str, part: str | None = None) -> Images:
     found: Any = _data(given, spec, "reading", part).loader.dataset
     return found  # type: ignore[no-any-return]
 
 
-def _read(given: argparse.Namespace, found: Dataset[Any], doing: str) -> _Batches:
+def _read(
+    given: argparse.Namespace, found: Dataset[Any], doing: str, *, shuffled: bool = False
+) -> _Batches:
+    import torch
     from torch.utils.data import DataLoader
 
-    return _Batches(DataLoader(found, batch_size=given.batch_size), doing, given.quiet)
+    how: dict[str, Any] = {"batch_size": given.batch_size}
+    if shuffled:
+        how |= {"shuffle": True, "generator": torch.Generator().manual_seed(SEED)}
+    return _Batches(DataLoader(found, **how), doing, given.quiet)
 
 
 def _about(given: argparse.Namespace) -> dict[str, Any]:
@@ -412,6 +478,10 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "score": _score,
     "unlearn": _unlearn,
     "neutralize": _neutralize,
+    "prune": _prune,
+    "show": _show,
+    "apply": _apply,
+    "undo": _apply,
     "reproduce": _reproduce,
     "report": _report,
 }

@@ -129,6 +129,60 @@ def parser() -> argparse.ArgumentParser:
     add("--target", type=_names, metavar="A,B", help=favoured + found)
     _add_model_and_data(neutralize, needs_data=True, layers=None, kinds=LABELLED)
 
+    prune = commands.add_parser(
+        "prune",
+        help="make a model smaller by the relevance of its units, and measure what that did",
+        description="Removes the units of lowest relevance; with --spurious, those that matter "
+        "least once the subspaces of a spurious feature are taken out (concept-aware pruning). "
+        "Planned from a half of the images and measured on the other, beside weight magnitude, "
+        "random and plain LRP. Writes edits/prune.safetensors, smaller.safetensors, smaller.pt2, "
+        "results.json, timing.json and report.html. The model's own file is not changed.",
+        epilog="example: xai-edit prune --model torchvision:resnet18 --weights DEFAULT --data "
+        "photos/ --share 0.3 --spurious watermarked.csv --layer layer2 --out smaller",
+    )
+    add = prune.add_argument
+    share = "of all units of the convolutions, or of hidden linear layers where there are none"
+    add("--share", type=float, required=True, metavar="S", help=share)
+    add("--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing")
+    add("--spurious", metavar="FOLDER_OR_CSV", help=marked)
+    where = "in which the feature's subspaces are looked for, where it forms rather than late"
+    add("--layer", metavar="LAYER", help=where)
+    finders = "contrastive-pca, cav, prca, pca or drsa; default: contrastive-pca"
+    add("--finder", metavar="NAME", help=finders)
+    steps = "in which the share is reached, each scored anew"
+    add("--steps", type=_whole, default=1, metavar="N", help=steps + DEFAULT)
+    tuning = "of training after each step, on the images planned from"
+    add("--fine-tune", type=_whole, metavar="EPOCHS", help=tuning + "; default: none")
+    add("--protect", type=_names, default=(), metavar="A,B", help="layers that keep all units")
+    _add_model_and_data(prune, needs_data=True, layers=None, kinds=LABELLED)
+
+    show = commands.add_parser(
+        "show",
+        help="say what the file of an edit would change",
+        description="Prints which weights an edit changes, from what to what, and where it came "
+        "from. Reads no code from the file.",
+        epilog="example: xai-edit show out/edits/unlearn.safetensors",
+    )
+    show.add_argument("edit", type=Path, metavar="EDIT", help="file of an edit")
+    show.add_argument("--json", action="store_true", help="print JSON instead of text")
+    for name, does in (
+        ("apply", "apply an edit to a model's weights, into a new file"),
+        ("undo", "take an edit back from a model's weights, into a new file"),
+    ):
+        made_of = commands.add_parser(
+            name,
+            help=does,
+            description=f"Loads a model and its weights, checks that the edit fits them bit for "
+            f"bit, and writes the weights {'with' if name == 'apply' else 'without'} it. The "
+            "file of the weights that are given is left as it is.",
+            epilog=f"example: xai-edit {name} out/edits/unlearn.safetensors --model "
+            "torchvision:resnet18 --weights own.safetensors --out new.safetensors",
+        )
+        add = made_of.add_argument
+        add("edit", type=Path, metavar="EDIT", help="file of an edit")
+        _add_model(made_of)
+        add("--out", type=Path, required=True, metavar="FILE", help="a new .safetensors file")
+
     reproduce = commands.add_parser(
         "reproduce",
         help="run a table of a paper anew, with the paper's figures beside it",
@@ -181,16 +235,11 @@ def _add_model_and_data(
     layers: str | None = "default: all convolution and linear layers",
     kinds: str = "folder of images or of " + LABELLED,
 ) -> None:
+    _add_model(parser, outputs)
     add = parser.add_argument
-    add("--model", required=True, help="torchvision:NAME, or package.module:function that makes it")
-    add("--weights", metavar="FILE", help="safetensors or checkpoint; torchvision's own: DEFAULT")
-    usual = "outputs, if not the model's usual number"
-    add(outputs, dest="outputs", type=_whole, metavar="N", help=usual)
     if layers is not None:
         add("--layers", type=_names, metavar="A,B", help=layers)
-    add("--device", default="cpu", help="such as cuda" + DEFAULT)
     add("--json", action="store_true", help="print JSON instead of text")
-    add("--quiet", action="store_true", help="no progress bar and no notes")
     usual = "Images are resized, cut and normalised as usual for the model, or for ImageNet."
     add = parser.add_argument_group("data", usual).add_argument
     add("--data", required=needs_data, help=kinds)
@@ -202,6 +251,16 @@ def _add_model_and_data(
     add("--resize", type=_whole, metavar="N", help="shorter side before the centre is cut out")
     add("--mean", type=_numbers, metavar="R,G,B", help="subtracted from values in [0, 1]")
     add("--std", type=_numbers, metavar="R,G,B", help="then divided by")
+
+
+def _add_model(parser: argparse.ArgumentParser, outputs: str = "--outputs") -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="torchvision:NAME, or package.module:function that makes it")
+    add("--weights", metavar="FILE", help="safetensors or checkpoint; torchvision's own: DEFAULT")
+    usual = "outputs, if not the model's usual number"
+    add(outputs, dest="outputs", type=_whole, metavar="N", help=usual)
+    add("--device", default="cpu", help="such as cuda" + DEFAULT)
+    add("--quiet", action="store_true", help="no progress bar and no notes")
 
 
 def _names(text: str) -> list[str]:

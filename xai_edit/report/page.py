@@ -16,6 +16,7 @@ from xai_edit.files import write_atomically
 from xai_edit.report.html import captioned, document, table
 from xai_edit.report.neutralizing import neutralizing_page
 from xai_edit.report.pictures import curves, image_uri, overview, relevance_uri
+from xai_edit.report.pruning import pruning_page
 from xai_edit.report.unlearning import unlearning_page
 
 
@@ -25,9 +26,9 @@ def write_report(folder: str | Path) -> Path:
     Parameters
     ----------
     folder : str or Path
-        With ``results.json`` and ``timing.json`` of ``xai-edit demo``, ``unlearn`` or
-        ``neutralize``, and of the first ``maps.safetensors``, of the second, if maps could be
-        drawn, ``maps.png``.
+        With ``results.json`` and ``timing.json`` of ``xai-edit demo``, ``unlearn``,
+        ``neutralize`` or ``prune``, and of the first ``maps.safetensors``, of the second, if maps
+        could be drawn, ``maps.png``.
 
     Returns
     -------
@@ -43,7 +44,7 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     results = _json(folder / "results.json")
-    pages = {"demo": _demo, "unlearn": _unlearn, "neutralize": _neutralized}
+    pages = {"demo": _demo, "unlearn": _unlearn, "neutralize": _neutralized, "prune": _pruned}
     if results.get("run") not in pages:
         raise ValueError(
             f"{folder / 'results.json'}: run {results.get('run')!r} has no report page; "
@@ -85,11 +86,15 @@ def _neutralized(folder: Path, results: Mapping[str, Any]) -> str:
     return neutralizing_page(results, _json(folder / "timing.json"))
 
 
+def _pruned(folder: Path, results: Mapping[str, Any]) -> str:
+    return pruning_page(results, _json(folder / "timing.json"))
+
+
 def _require(file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is missing; give the folder of a finished run of xai-edit demo, unlearn or "
-            "neutralize"
+            f"{file} is missing; give the folder of a finished run of xai-edit demo, unlearn, "
+            "neutralize or prune"
         )
 
 

@@ -1,0 +1,115 @@
+"""A network as one file that runs without its Python code."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.guard import copied
+
+TOLERANCE = 1e-5  # of the largest logit
+Made = tuple[Callable[[Tensor], Any], bytes]
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported network.
+
+    Attributes
+    ----------
+    kind : str
+        "torch.export", for `torch.export.load`, or "TorchScript", for `torch.jit.load`.
+    content : bytes
+        Of the file. Weights are on the CPU.
+    batch : int or None
+        Samples at a time; None for any number.
+    """
+
+    kind: str
+    content: bytes
+    batch: int | None
+
+
+def exported(network: nn.Module, sample: Tensor) -> tuple[Program | None, dict[str, str]]:
+    """Export a network by ``torch.export``, or trace it where that fails.
+
+    For any number of samples where PyTorch can, else for one at a time. What comes out has been
+    run, and gave the network's outputs.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Only read; exported in evaluation mode.
+    sample : Tensor, shape (samples, ...)
+        Of which the first is taken.
+
+    Returns
+    -------
+    Program or None
+        None where nothing worked.
+    dict of str
+        What was tried before it, and what PyTorch said.
+    """
+    network = copied(network).cpu().eval()
+    one = sample[:1].detach().cpu()
+    failed: dict[str, str] = {}
+    kinds: dict[str, Callable[[nn.Module, Tensor, bool], Made]] = {
+        "torch.export": _exported,
+        "TorchScript": _traced,
+    }
+    for kind, make in kinds.items():
+        for batch in (None, 1):
+            # Two samples, as PyTorch takes the number one for a constant.
+            inputs = one if batch else torch.cat([one, one])
+            try:
+                with _quiet(), torch.no_grad():
+                    program, content = make(network, inputs, batch is None)
+                    for given in {len(inputs): inputs, 1: one}.values():
+                        _require_same(program(given), network(given))
+            except Exception as problem:  # of any kind, from the depth of the compiler
+                told = " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]
+                of = "any number of samples" if batch is None else "one sample at a time"
+                failed[f"{kind}, {of}"] = told
+            else:
+                return Program(kind, content, batch), failed
+    return None, failed
+
+
+def _exported(network: nn.Module, inputs: Tensor, dynamic: bool) -> Made:
+    shapes = ({0: torch.export.Dim("samples")},) if dynamic else None
+    program = torch.export.export(network, (inputs,), dynamic_shapes=shapes)
+    torch.export.save(program, buffer := io.BytesIO())
+    return program.module(), buffer.getvalue()
+
+
+def _traced(network: nn.Module, inputs: Tensor, dynamic: bool) -> Made:
+    script = torch.jit.trace(network, inputs)
+    torch.jit.save(script, buffer := io.BytesIO())
+    return script, buffer.getvalue()
+
+
+def _require_same(found: Tensor, expected: Tensor) -> None:
+    difference = float((found - expected).abs().max())
+    if not difference <= TOLERANCE * float(expected.abs().max()):
+        raise ValueError(f"its outputs differ from the network's by {difference:.3g}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the compiler from printing what it could not do; it is told by the error."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
