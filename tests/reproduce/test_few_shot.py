@@ -127,6 +127,7 @@ def small(monkeypatch):
         ("MEASURED", 4),
         ("RESTRICTED_MEASURED", 5),
         ("DRAWS", 2),
+        ("REFERENCES", 3),
     ):
         monkeypatch.setattr(few_shot, name, value)
 
@@ -194,10 +195,10 @@ def test_references_are_of_training_and_the_network_stays_as_it_was(
         assert pictures(images) <= pictures(test)
         assert {*images.labels.tolist()} == {*classes}
     whole, *restricted = seen["references"]
-    assert whole.labels.bincount().tolist() == [10] * 10
+    assert whole.labels.bincount().tolist() == [3] * 10
     for images, row in zip(restricted, told["restricted"], strict=True):
         assert [*images.labels.unique()] == row["classes"]
-        assert len(images) == 30
+        assert len(images) == 9
 
 
 def test_an_unknown_method_is_refused_before_any_work(tmp_path):
