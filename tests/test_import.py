@@ -1,4 +1,4 @@
-"""What ``import xai_edit`` promises, each time in a fresh process."""
+"""What ``import xai_edit`` and its first use promise, each time in a fresh process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_torchvision_that_does_not_match_torch_gives_one_sentence_with_the_rem
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text(body + "\n")
-    result = python("import xai_edit", tmp_path)
+    result = python("import xai_edit; xai_edit.LRP", tmp_path)
     assert result.returncode == 1
     *_, last = result.stderr.strip().splitlines()
     assert last.startswith("ImportError: ")
@@ -56,7 +56,7 @@ def test_a_torchvision_that_does_not_match_torch_gives_one_sentence_with_the_rem
 
 
 def test_a_missing_torchvision_gives_the_same_sentence():
-    code = "import sys; sys.modules['torchvision'] = None; import xai_edit"
+    code = "import sys; sys.modules['torchvision'] = None; from xai_edit import LRP"
     result = python(code)
     assert result.returncode == 1
     *_, last = result.stderr.strip().splitlines()
@@ -84,3 +84,19 @@ print(xai_edit.__version__)
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == xai_edit.__version__
+
+
+def test_import_and_help_wait_for_no_heavy_package():
+    code = """
+import sys
+import xai_edit, xai_edit.cli
+try:
+    xai_edit.cli.main(["--help"])
+except SystemExit:
+    pass
+heavy = {"torch", "numpy", "scipy", "matplotlib", "sklearn", "captum", "zennit"} & set(sys.modules)
+assert not heavy, heavy
+assert "LRP" in dir(xai_edit)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
