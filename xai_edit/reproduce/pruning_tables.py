@@ -11,6 +11,8 @@ from xai_edit.concepts.predictiveness import COLUMNS
 from xai_edit.evaluation.bootstrap import mean_interval
 from xai_edit.reproduce.tables import Table
 
+AHEAD = "CNP: contrastive PCA"
+
 
 def pruning_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     """Return worst-group and balanced accuracy by method and share, and average precisions."""
@@ -22,6 +24,8 @@ def pruning_tables(results: Mapping[str, Any]) -> dict[str, Table]:
         rows = [one["rows"] for one in found]
         for figure, told in (("worst", "worst group"), ("balanced", "balanced accuracy")):
             tables[f"{told}, {title}"] = _by_share(rows, figure, results["shares"])
+        if any(row["method"] == AHEAD for run in rows for row in run):
+            tables[f"worst group, {AHEAD} is higher by, {title}"] = _higher(rows, results["shares"])
         tables[f"average precision, {title}"] = _precisions(
             [one["predictiveness"] for one in found]
         )
@@ -40,6 +44,28 @@ def _by_share(runs: Sequence[Sequence[Mapping[str, Any]]], figure: str, shares: 
                 if row["method"] == method and row.get("share") == share and figure in row
             ]
             cells.append(_spread(values))
+        table.append([method, *cells])
+    return table
+
+
+def _higher(runs: Sequence[Sequence[Mapping[str, Any]]], shares: Any) -> Table:
+    """Return how far one method's worst group is above the others', network by network."""
+    table = [["than", *(f"{share:.0%} pruned" for share in shares)]]
+    worst = [
+        {(row["method"], row.get("share")): row["worst"] for row in run if "worst" in row}
+        for run in runs
+    ]
+    for method in dict.fromkeys(name for run in worst for name, _ in run if name != AHEAD):
+        cells = []
+        for share in shares:
+            # What is not pruned stands beside every share.
+            beside = share if any((method, share) in run for run in worst) else None
+            pairs = [
+                run[AHEAD, share] - run[method, beside]
+                for run in worst
+                if (AHEAD, share) in run and (method, beside) in run
+            ]
+            cells.append(_spread(pairs))
         table.append([method, *cells])
     return table
 
