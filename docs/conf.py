@@ -51,9 +51,17 @@ def write_tables(_app):
             axes.set_ylabel("accuracy")
             axes.legend()
             axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
+    for path in sorted((HERE / "results").glob("cnp-*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        tables = CATALOGUE[results["run"]].tables(results).items()
+        write(path.stem, "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables))
+        if results["run"] in PRUNED:
+            axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+            pruned(results, axes)
+            axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
     write("watermark", markdown(watermark_table(read("watermark"))))
-    write("scoring", markdown(speed_table(read("scoring"))))
-    write("selection", markdown(speed_table(read("selection"))))
+    for name in ("scoring", "selection", "smaller"):
+        write(name, markdown(speed_table(read(name))))
 
 
 def read(name):
@@ -109,6 +117,42 @@ def groups_by_rate(results, axes):
     axes.set_xlabel("neutralisation rate r")
 
 
+PRUNED = ("cnp-cifar10", "cnp-mnist")
+
+
+def pruned(results, axes):
+    """Draw the worst group by share pruned, means over networks, for the first strength."""
+    runs = [next(iter(run.values()))["rows"] for run in results["seeds"].values()]
+    for method, style in (
+        ("CNP: contrastive PCA", "C0-o"),
+        ("CNP, ablation kept: contrastive PCA", "C0--o"),
+        ("CNP: DRSA", "C1-o"),
+        ("CNP: CAV", "C2-o"),
+        ("LRP", "k-s"),
+        ("LRP, clean references", "k--s"),
+        ("Taylor", "C4-^"),
+        ("weight magnitude", "C5-v"),
+        ("random", "0.6"),
+    ):
+        shares = results["shares"]
+        means = [
+            mean(
+                row["worst"]
+                for rows in runs
+                for row in rows
+                if (row["method"], row.get("share")) == (method, share)
+            )
+            for share in shares
+        ]
+        axes.plot([100 * share for share in shares], means, style, label=method)
+    alone = [r["worst"] for rows in runs for r in rows if r["method"] == ALONE]
+    axes.axhline(mean(alone), color="C0", linestyle=":", label=ALONE)
+    axes.set_xlabel("filters pruned, %")
+    axes.set_ylabel("accuracy of the worst group")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+ALONE = "ablation alone: contrastive PCA"
 FIGURES = {
     "fcr-multi": several_classes,
     "fcr-parity": digits_by_rate,
