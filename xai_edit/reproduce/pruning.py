@@ -223,11 +223,12 @@ class _Rows:
         self.counts = _group_counts(context.parts.train)
         self.rows: list[dict[str, Any]] = []
 
-    def measure(self, method: str, share: float | None = None) -> None:
+    def measure(
+        self, method: str, share: float | None = None, network: nn.Module | None = None
+    ) -> None:
         """Add a row: the accuracies of the network as it is now."""
-        accuracy = evaluate_groups(
-            self.context.model, self.context.parts.test, train_samples=self.counts
-        )
+        model = self.context.model if network is None else network
+        accuracy = evaluate_groups(model, self.context.parts.test, train_samples=self.counts)
         self.rows.append(
             {
                 "method": method,
@@ -280,10 +281,10 @@ def _tuned(context: Context, methods: Sequence[str] | None) -> dict[str, Any]:
     """Measure pruning in steps with fine-tuning after each, on clean and on biased images."""
     rows = _Rows(context)
     rows.measure("unpruned")
-    for method, share, plan in fine_tuned(context):
+    for method, share, network, plan in fine_tuned(context):
         if methods is None or method.partition(";")[0] in methods:
-            with plan().applied(context.model):
-                rows.measure(method, share)
+            with plan().applied(network):
+                rows.measure(method, share, network)
     return {"rows": rows.rows, "predictiveness": {}}
 
 

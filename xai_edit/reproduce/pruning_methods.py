@@ -15,6 +15,7 @@ from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagn
 from xai_edit.attribution.importance import TorchPruningImportance
 from xai_edit.attribution.scorers import LRP, Scorer
 from xai_edit.baselines.recovery import FineTuning
+from xai_edit.concepts.ablation import with_ablation
 from xai_edit.concepts.cav import CAV
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.contrast import ContrastivePCA
@@ -189,11 +190,21 @@ FINE_TUNED_METHODS = (
     "CNP: contrastive PCA",
     "CNP, subspaces learned again: contrastive PCA",
     "CNP, clean references: contrastive PCA",
+    "CNP, ablation kept: contrastive PCA",
 )
 
 
-def fine_tuned(context: Context) -> Iterator[tuple[str, float | None, Callable[[], ModelEdit]]]:
-    """Yield methods that prune step by step and fine-tune after each: name, share and plan."""
+Tuned = tuple[str, float | None, nn.Module, Callable[[], ModelEdit]]
+
+
+def fine_tuned(context: Context) -> Iterator[Tuned]:
+    """Yield methods that prune step by step and fine-tune after each.
+
+    Yields
+    ------
+    str, float or None, nn.Module, callable
+        The name, the share, the network to edit, and what plans the edit.
+    """
     layer, seed = context.layer, context.seed
     again = ContrastivePCA(RANK)
 
@@ -209,10 +220,15 @@ def fine_tuned(context: Context) -> Iterator[tuple[str, float | None, Callable[[
         tune = FineTuning(_Labelled(order), **TUNING, seed=seed)
 
         def planned(
-            operator: Any, *, clean: bool = False, tune: FineTuning = tune, **more: Any
+            operator: Any,
+            *,
+            clean: bool = False,
+            tune: FineTuning = tune,
+            network: nn.Module = context.model,
+            **more: Any,
         ) -> Callable[[], ModelEdit]:
             data = context.references(clean=clean)
-            return partial(operator.plan, context.model, data, fine_tune=tune, **more)
+            return partial(operator.plan, network, data, fine_tune=tune, **more)
 
         def alone(tune: FineTuning = tune) -> ModelEdit:
             network = deepcopy(context.model)
@@ -220,7 +236,8 @@ def fine_tuned(context: Context) -> Iterator[tuple[str, float | None, Callable[[
                 tune(network)
             return ModelEdit.to_copy(context.model, network, {})
 
-        found, _ = context.found("contrastive PCA")
+        found, indices = context.found("contrastive PCA")
+        kept = with_ablation(context.model, layer, found, indices)
         plans = (
             alone,
             planned(plain(LRP_PRUNING)),
@@ -230,11 +247,14 @@ def fine_tuned(context: Context) -> Iterator[tuple[str, float | None, Callable[[
             planned(aware(found)),
             planned(aware(again), features=context.features_of),
             planned(aware(found), clean=True),
+            # Scored by plain LRP, through the ablation that is a part of the network.
+            planned(plain(LRP_PRUNING), network=kept),
         )
         for method, plan in zip(FINE_TUNED_METHODS, plans, strict=True):
             yield (
                 f"{method}; tuned on {kind} images",
                 None if method == "fine-tuning alone" else FINE_TUNED,
+                kept if "ablation kept" in method else context.model,
                 plan,
             )
 
