@@ -55,7 +55,7 @@ def write_tables(_app):
         results = json.loads(path.read_text(encoding="utf-8"))
         tables = CATALOGUE[results["run"]].tables(results).items()
         write(path.stem, "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables))
-        if results["run"] in PRUNED:
+        if path.stem in PRUNED:
             axes = Figure(figsize=(7, 4), layout="constrained").subplots()
             pruned(results, axes)
             axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
