@@ -20,7 +20,7 @@ from xai_edit.attribution.layers import (
     sum_positions,
     tapped,
 )
-from xai_edit.attribution.targets import Targets, classes_of, weights_of
+from xai_edit.attribution.targets import Targets, classes_of, weights_of, whole
 from xai_edit.guard import preserved
 
 
@@ -99,12 +99,20 @@ class Random:
     ----------
     seed : int
         The numbers depend on it, on the layer's name and on nothing else.
+
+    Raises
+    ------
+    ValueError
+        If the seed is no whole number.
     """
 
     needs_data = False
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+        try:
+            self.seed = whole(seed)
+        except TypeError:
+            raise ValueError(f"seed: {seed!r} given; it is a whole number") from None
 
     def __repr__(self) -> str:
         return f"Random(seed={self.seed})"
@@ -116,7 +124,11 @@ class Random:
         scores = {}
         for name in layers:
             generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
-            scores[name] = torch.rand(1, len(unit_weights(model, name)), generator=generator)
+            weights = unit_weights(model, name)
+            numbers = torch.rand(1, len(weights), generator=generator)
+            scores[name] = numbers.to(
+                weights.device, torch.promote_types(numbers.dtype, weights.dtype)
+            )
         return scores
 
 

@@ -34,6 +34,8 @@ class TorchPruningImportance:
         If it cannot be called, or collects gradients.
     """
 
+    per_sample = False
+
     def __init__(self, importance: Callable[[Any], Tensor]) -> None:
         if not callable(importance) or hasattr(importance, "accumulate_grad"):
             raise TypeError(
@@ -84,4 +86,6 @@ class TorchPruningImportance:
         for layers in coupled:
             if name in layers:
                 sharing[layers[name].flatten()] = len(layers)
-        return scores.detach() / sharing.to(scores)
+        split = scores.detach() / sharing.to(scores)
+        # Torch-Pruning sums in float32 whatever the model is.
+        return split.to(torch.promote_types(split.dtype, module.weight.dtype))

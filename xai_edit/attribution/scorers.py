@@ -43,7 +43,8 @@ class Scorer(Protocol):
     evaluation mode and is restored afterwards, whatever the scorer does to it.
 
     A scorer that looks only at the weights sets ``needs_data = False`` and is called once, with
-    None for inputs and targets.
+    None for inputs and targets. One whose scores are of the batch as a whole, and not a sample's
+    own, sets ``per_sample = False``; `xai_edit.testing.check_scorer` then lets them depend on it.
     """
 
     def __call__(
