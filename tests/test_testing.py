@@ -734,7 +734,7 @@ BROKEN_OPERATORS = {
         Reads(
             change=lambda c: Change(c.shape, c.index[[0, 0, 1]], c.old[[0, 0, 1]], c.new[[0, 0, 1]])
         ),
-        "the edit cannot be saved and loaded: ",
+        "the edit names entries of 'fc1.weight' twice or not in their order",
     ),
     "an edit that fits all": (
         EditsOf(Lax),

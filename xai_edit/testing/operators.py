@@ -178,6 +178,8 @@ class _Check:
         for name, change in edit.changes.items():
             if name not in expected or tuple(expected[name].shape) != tuple(change.shape):
                 raise self.broken(f"the edit changes {name!r}, which the model does not have so")
+            if not (change.index[1:] > change.index[:-1]).all():
+                raise self.broken(f"the edit names entries of {name!r} twice or not in their order")
             flat = expected[name].flatten()
             flat[change.index] = change.new.to(flat)
             expected[name] = flat.view(change.shape)
