@@ -19,7 +19,7 @@ from xai_edit.models.small import small_cnn, train
 from xai_edit.testing import check_operator
 
 parser = argparse.ArgumentParser(description="An operator of one's own, checked and used.")
-parser.add_argument("--quick", action="store_true", help="train for 5 epochs instead of 20")
+parser.add_argument("--quick", action="store_true", help="train for 3 epochs instead of 20")
 arguments = parser.parse_args()
 
 
@@ -87,7 +87,7 @@ digits = WatermarkedDigits(share=0.0)
 training, validation, test = digits.split(seed=0)
 torch.manual_seed(0)
 model = small_cnn(digits.size)
-train(model, training.images, training.labels, epochs=5 if arguments.quick else 20, seed=0)
+train(model, training.images, training.labels, epochs=3 if arguments.quick else 20, seed=0)
 threes = validation[validation.labels == 3].batches
 
 
