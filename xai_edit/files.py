@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from xai_edit._version import __version__
+
+Kind: TypeAlias = type | UnionType
+PART = ".part"
 
 
 def require_folder(path: str | Path) -> Path:
@@ -26,26 +34,54 @@ def require_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def _written(path: str | Path) -> Iterator[str]:
-    """Yield the name of a temporary file beside ``path`` and rename it into place on leaving."""
-    path = require_folder(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+def naming(path: str | Path) -> Iterator[None]:
+    """Make an OSError that names no file, such as that of a full disk, name this one."""
     try:
+        yield
+    except OSError as problem:
+        if problem.filename is not None:
+            raise
+        if problem.errno:
+            raise OSError(problem.errno, problem.strerror, str(path)) from problem
+        raise OSError(f"{path}: cannot be written ({problem})") from problem
+
+
+@contextmanager
+def part_of(path: str | Path) -> Iterator[Path]:
+    """Yield a folder beside ``path`` for what becomes part of it, removed on leaving."""
+    path = require_folder(path)
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f".{path.name}.", suffix=PART
+    ) as folder:
+        yield Path(folder)
+
+
+def clear_parts(folder: str | Path, name: str | None = None) -> None:
+    """Remove what processes that were killed left of writing a file, or all files, in a folder.
+
+    For places where no other process writes.
+    """
+    written = "*" if name is None else glob.escape(name)
+    for part in Path(folder).glob(f".{written}.????????{PART}"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _written(path: str | Path) -> Iterator[Path]:
+    """Yield the name of a file that is made, and rename it to ``path`` on leaving."""
+    with naming(path), part_of(path) as folder:
+        temporary = folder / "whole"
         yield temporary
-        with open(temporary, "rb+") as file:
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes private files; a result is as readable as any other new file.
+        # safetensors makes private files; a result is as readable as any other new file.
         os.umask(mask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~mask)
+        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to a temporary file beside ``path``, then rename it into place.
+    """Write ``content`` to a temporary file, then rename it to ``path``.
 
     Raises
     ------
@@ -53,7 +89,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         If the folder is missing or cannot be written; ``path`` is then as it was.
     """
     with _written(path) as temporary:
-        Path(temporary).write_bytes(content)
+        temporary.write_bytes(content)
 
 
 def write_safetensors(
@@ -74,7 +110,7 @@ def write_safetensors(
         try:
             save_file(contiguous, temporary, metadata={kind: header})
         except SafetensorError as problem:  # what it makes of a full disk
-            raise OSError(f"{path}: cannot be written ({problem})") from problem
+            raise OSError(str(problem)) from problem
 
 
 def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], str]:
@@ -107,12 +143,27 @@ def sealed(tensors: Mapping[str, Tensor], text: str) -> str:
     return f"{checksum(tensors, text)}\n{text}"
 
 
-def unsealed(path: str | Path, tensors: Mapping[str, Tensor], content: str) -> str:
-    """Return the text of a header that `sealed` made, or raise ValueError if a bit differs."""
+def read_sealed(
+    path: str | Path, kind: str, entries: Mapping[str, Kind], *, newest: int = 1
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file with a header that `sealed` made: the tensors, in memory, and the header.
+
+    Arguments as for `read_header`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a whole file of this kind, a bit of it differs, or it is of a newer format.
+    """
+    tensors, content = read_safetensors(path, kind)
     given, _, text = content.partition("\n")
     if given != checksum(tensors, text):
         raise ValueError(f"{path}: the checksum does not match; the file was changed")
-    return text
+    # Copies: what is mapped would change, or end the process, with a file that is written over.
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    return copies, read_header(path, text, entries, newest=newest)
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -125,26 +176,45 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def read_header(path: str | Path, text: str, entries: Mapping[str, type]) -> dict[str, Any]:
+def read_header(
+    path: str | Path, text: str, entries: Mapping[str, Kind], *, newest: int = 1
+) -> dict[str, Any]:
     """Read a header text that is a JSON object with these entries, each of its type.
+
+    Parameters
+    ----------
+    path : str or Path
+        For error messages.
+    text : str
+    entries : mapping
+        Name → type. ``format``, a number, may stand beside them; a file without it is of the first.
+    newest : int
+        The newest format that can be read.
 
     Raises
     ------
     ValueError
-        If it is not, or has other entries.
+        If it is not, has other entries, or is of a newer format.
     """
     try:
         header = json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(
             f"{path}: the header is no JSON ({problem}); the file is damaged"
         ) from None
+    given = header.pop("format", 1) if isinstance(header, dict) else 1
+    if type(given) is not int or given > newest:
+        raise ValueError(
+            f"{path}: format {given!r} is newer than this xai_edit {__version__} (format "
+            f"{newest}); update xai_edit"
+        )
     if not isinstance(header, dict) or header.keys() != entries.keys():
         told = sorted(header) if isinstance(header, dict) else type(header).__name__
         raise ValueError(f"{path}: the header has {told}, expected {sorted(entries)}")
     for name, kind in entries.items():
         if not isinstance(header[name], kind):
             raise ValueError(
-                f"{path}: {name!r} in the header is {header[name]!r}, expected a {kind.__name__}"
+                f"{path}: {name!r} in the header is {header[name]!r}, expected a "
+                f"{getattr(kind, '__name__', kind)}"
             )
     return header

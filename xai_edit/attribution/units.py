@@ -28,7 +28,7 @@ from xai_edit.attribution.targets import (
 from xai_edit.attribution.trace import Trace, trace
 from xai_edit.data import Batch, Data, batches, model_device
 from xai_edit.errors import NonFiniteError, UnknownLayerError
-from xai_edit.files import read_safetensors, write_safetensors
+from xai_edit.files import read_sealed, sealed, write_safetensors
 from xai_edit.guard import preserved, require_finite
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 Aggregate = Literal["sum", "mean", "abs", "positive"]
 AGGREGATES: tuple[str, ...] = ("sum", "mean", "abs", "positive")
+KIND = "xai_edit.unit_scores"
+HEADER = {"layers": list, "samples": int, "aggregate": str, "k": int | None, "origin": dict}
 # Scorers that never write into a model's parameters.
 BUILT_IN = (LRP, CaptumLayer, Taylor, Activation, WeightMagnitude, Random)
 
@@ -181,7 +183,7 @@ class UnitScores:
         return all_reduced(self, group)
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically."""
+        """Write to a safetensors file, atomically, with a checksum over all."""
         tensors = {f"sum:{name}": values for name, values in self.sums.items()}
         tensors |= {f"count:{name}": values for name, values in self.counts.items()}
         header = {
@@ -191,18 +193,30 @@ class UnitScores:
             "k": self.k,
             "origin": self.origin,
         }
-        write_safetensors(path, tensors, "xai_edit.unit_scores", json.dumps(header))
+        write_safetensors(path, tensors, KIND, sealed(tensors, json.dumps(header)))
 
     @classmethod
     def load(cls, path: str | Path) -> UnitScores:
-        """Read a file that `save` wrote."""
-        read, text = read_safetensors(path, "xai_edit.unit_scores")
-        header = json.loads(text)
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is not a whole, unchanged file of scores, or of a newer format.
+        """
+        tensors, header = read_sealed(path, KIND, HEADER)
+        layers = header["layers"]
+        sums = {f"sum:{name}" for name in layers}
+        counts = {f"count:{name}" for name in layers}
+        if not sums <= tensors.keys() <= sums | counts:
+            raise ValueError(f"{path}: it holds {sorted(tensors)}, expected {sorted(sums)}")
         return cls(
-            {name: read[f"sum:{name}"] for name in header["layers"]},
+            {name: tensors[f"sum:{name}"] for name in layers},
             header["samples"],
             header["aggregate"],
-            {name: read[f"count:{name}"] for name in header["layers"] if f"count:{name}" in read},
+            {name: tensors[f"count:{name}"] for name in layers if f"count:{name}" in tensors},
             header["k"],
             header["origin"],
         )

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from xai_edit.data import (
     model_device,
     together,
 )
-from xai_edit.files import require_folder
+from xai_edit.files import clear_parts, part_of, require_folder
 from xai_edit.guard import preserved, require_finite
 
 
@@ -148,8 +147,9 @@ def _rows(on_disk: str | Path | None) -> Iterator[Callable[[str], Rows]]:
     if on_disk is None:
         yield lambda name: RowList()
         return
-    with TemporaryDirectory(dir=Path(on_disk).parent, prefix=f".{Path(on_disk).name}.") as folder:
-        yield lambda name: RowFile(Path(folder, name))
+    clear_parts(Path(on_disk).parent, Path(on_disk).name)
+    with part_of(on_disk) as folder:
+        yield lambda name: RowFile(folder / name)
 
 
 def _activations(

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from xai_edit.files import naming
+
 
 class Rows(Protocol):
     """What keeps rows."""
@@ -55,7 +57,7 @@ class RowFile:
         if self.kind not in (None, kind):
             raise ValueError(f"layer: its vectors are {kind} in one batch and {self.kind} before")
         self.kind = kind
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             rows.detach().cpu().contiguous().view(torch.uint8).numpy().tofile(file)
 
     def joined(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xai_edit.errors import NonFiniteError
-from xai_edit.files import read_header, read_safetensors, sealed, unsealed, write_safetensors
+from xai_edit.files import read_sealed, sealed, write_safetensors
 
 KIND = "xai_edit.subspaces"
 
@@ -102,13 +102,23 @@ class Subspaces:
             )
         return plain
 
+    def require_channels(self, values: Tensor, name: str = "activations") -> None:
+        """Raise ValueError unless values have the subspaces' channels as their last axis."""
+        if not values.ndim or values.shape[-1] != len(self.basis):
+            raise ValueError(
+                f"{name}: shape {tuple(values.shape)} given; the subspaces have {len(self.basis)} "
+                "channels, which are the last axis"
+            )
+
     def project(self, activations: Tensor) -> list[Tensor]:
         """Return U_kᵀ(a − mean) for each subspace, shapes (..., size), of (..., channels)."""
+        self.require_channels(activations)
         centred = activations.to(self.basis) - self.mean
         return list((centred @ self.basis).split(self.sizes, dim=-1))
 
     def ablate(self, activations: Tensor, indices: Sequence[int]) -> Tensor:
         """Return a − U Uᵀ(a − mean), the activations without some subspaces, (..., channels)."""
+        self.require_channels(activations)
         U = self.directions(indices)
         a = activations.to(U)
         return (a - (a - self.mean) @ U @ U.T).to(activations)
@@ -126,6 +136,8 @@ class Subspaces:
         residue : Tensor, float64, shape (...)
             What no subspace holds; with the parts it adds up to a·c. Zero where the basis is whole.
         """
+        self.require_channels(activations)
+        self.require_channels(contexts, "contexts")
         a, c = activations.to(self.basis), contexts.to(self.basis)
         products = ((a @ self.basis) * (c @ self.basis)).split(self.sizes, dim=-1)
         parts = torch.stack([product.sum(-1) for product in products], dim=-1)
@@ -146,12 +158,9 @@ class Subspaces:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If it is not a whole, unchanged file of subspaces.
+            If it is not a whole, unchanged file of subspaces, or of a newer format.
         """
-        tensors, content = read_safetensors(path, KIND)
-        header = read_header(
-            path, unsealed(path, tensors, content), {"sizes": list, "origin": dict}
-        )
+        tensors, header = read_sealed(path, KIND, {"sizes": list, "origin": dict})
         if tensors.keys() != {"basis", "mean"}:
             raise ValueError(f"{path}: it holds {sorted(tensors)}, expected a basis and a mean")
         try:

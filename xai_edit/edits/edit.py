@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from xai_edit._version import __version__
 from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError
-from xai_edit.files import read_safetensors, sealed, unsealed, write_safetensors
+from xai_edit.files import read_sealed, sealed, write_safetensors
 
 FORMAT = 1
 KIND = "xai_edit.edit"
+PARTS = ("index", "old", "new")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,8 @@ class ModelEdit:
         NonFiniteError
             If a new value is NaN or infinite in the parameter's dtype.
         ValueError
-            If a name is not a parameter or buffer of the model.
+            If a name is not a parameter or buffer of the model, or the indices are no different
+            entries of it, one for each value.
         """
         parameters = _tensors(model)
         changes = {}
@@ -97,7 +100,10 @@ class ModelEdit:
                     "pruning hook computes it. Make that permanent first"
                 )
             parameter = parameters[name].detach()
+            _require_entries(name, index, new, parameter.numel())
             index, order = torch.sort(index.to(parameter.device).long())
+            if len(again := index[1:][index[1:] == index[:-1]]):
+                raise ValueError(f"values: {name!r} has entry {int(again[0])} more than once")
             new = new.detach().to(parameter)[order]
             if not torch.isfinite(new).all():
                 raise NonFiniteError(
@@ -174,7 +180,7 @@ class ModelEdit:
         ------
         EditMismatchError
             If a parameter is missing, has another shape or dtype, or does not hold the values the
-            edit was planned on; the model is then as it was.
+            edit was planned on; the model is then as it was, and so it is after Ctrl-C.
         """
         return self._write(model, undo=False)
 
@@ -234,13 +240,16 @@ class ModelEdit:
     def _write(self, model: nn.Module, *, undo: bool) -> nn.Module:
         self.check(model, undo=undo)
         parameters = _tensors(model)
-        with torch.no_grad():
+        begun: list[str] = []
+        try:
             for name, change in self.changes.items():
-                parameter = parameters[name]
-                values = change.old if undo else change.new
-                # By row and column: right in any memory layout, and deterministic.
-                index = torch.unravel_index(change.index.to(parameter.device), change.shape)
-                parameter[index] = values.to(parameter.device) if change.shape else values[0]
+                begun.append(name)
+                _put(parameters[name], change, change.old if undo else change.new)
+        except BaseException:  # Ctrl-C, or no memory left
+            for name in begun:
+                change = self.changes[name]
+                _put(parameters[name], change, change.new if undo else change.old)
+            raise
         return model
 
     def summary(self) -> str:
@@ -274,9 +283,9 @@ class ModelEdit:
         shapes = {}
         for name, change in self.changes.items():
             small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max
-            tensors[f"{name}/index"] = change.index.to(torch.int32) if small else change.index
-            tensors[f"{name}/old"] = change.old
-            tensors[f"{name}/new"] = change.new
+            index = change.index.to(torch.int32) if small else change.index
+            for part, values in zip(PARTS, (index, change.old, change.new), strict=True):
+                tensors[f"{name}/{part}"] = values
             shapes[name] = list(change.shape)
         header = {"format": FORMAT, "shapes": shapes, "origin": self.origin}
         text = json.dumps(header)
@@ -294,26 +303,59 @@ class ModelEdit:
             If it is not an edit, is cut short, was changed, or is of a newer format.
         """
         try:
-            tensors, content = read_safetensors(path, KIND)
-            text = unsealed(path, tensors, content)
+            entries = {"shapes": dict, "origin": dict}
+            tensors, header = read_sealed(path, KIND, entries, newest=FORMAT)
+            changes = {
+                name: _read_change(path, tensors, name, shape)
+                for name, shape in header["shapes"].items()
+            }
         except ValueError as problem:
             raise EditFileError(str(problem)) from None
-        header = json.loads(text)
-        if header["format"] > FORMAT:
-            raise EditFileError(
-                f"{path}: format {header['format']} is newer than this xai_edit {__version__} "
-                f"(format {FORMAT}); update xai_edit"
-            )
-        changes = {
-            name: Change(
-                tuple(shape),
-                tensors[f"{name}/index"].long(),
-                tensors[f"{name}/old"],
-                tensors[f"{name}/new"],
-            )
-            for name, shape in header["shapes"].items()
-        }
         return cls(changes, header["origin"])
+
+
+def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
+    """Return the change of one tensor, or raise ValueError where a file has none that is one."""
+    parts = [tensors[at] for part in PARTS if (at := f"{name}/{part}") in tensors]
+    axes = isinstance(shape, list) and all(type(axis) is int and axis > 0 for axis in shape)
+    if axes and len(parts) == len(PARTS):
+        index, old, new = parts
+        entries = math.prod(shape)
+        if (
+            entries <= torch.iinfo(torch.int64).max
+            and index.dtype in (torch.int32, torch.int64)
+            and index.ndim == 1
+            and index.shape == old.shape == new.shape
+            and old.dtype == new.dtype
+            and len(index)
+            and index[0] >= 0
+            and index[-1] < entries
+            and (index[1:] > index[:-1]).all()
+        ):
+            return Change(tuple(shape), index.long(), old, new)
+    raise ValueError(f"{path}: what it holds for {name!r} is no change of a tensor of {shape}")
+
+
+def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> None:
+    """Raise ValueError unless flat indices are entries of a tensor, one for each new value."""
+    other = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
+    if (other and index.numel()) or index.ndim != 1 or index.shape != new.shape:
+        raise ValueError(
+            f"values: {name!r} has indices of shape {tuple(index.shape)}, {index.dtype}, and new "
+            f"values of {tuple(new.shape)}; give one flat index, int64, for each value"
+        )
+    if len(index):
+        first, last = (int(end) for end in index.aminmax())
+        if first < 0 or last >= entries:
+            wrong = first if first < 0 else last
+            raise ValueError(f"values: {name!r} has no entry {wrong}; it has {entries}, from 0 on")
+
+
+def _put(parameter: Tensor, change: Change, values: Tensor) -> None:
+    # By row and column: right in any memory layout, and deterministic.
+    index = torch.unravel_index(change.index.to(parameter.device), change.shape)
+    with torch.no_grad():
+        parameter[index] = values.to(parameter.device) if change.shape else values[0]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

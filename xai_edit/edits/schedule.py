@@ -17,14 +17,7 @@ from xai_edit.attribution.units import UnitScores
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.ranking import Prunable, Ranking, channels_of, lowest_units, spared
 from xai_edit.edits.silence import silenced_entries
-from xai_edit.files import (
-    checksum,
-    read_header,
-    read_safetensors,
-    sealed,
-    unsealed,
-    write_safetensors,
-)
+from xai_edit.files import checksum, clear_parts, read_sealed, sealed, write_safetensors
 from xai_edit.guard import copied, require_finite
 
 KIND = "xai_edit.pruning"
@@ -200,11 +193,10 @@ class _Checkpoint:
 
     def restore(self, network: nn.Module, state: _State) -> None:
         """Bring a network and a state to where they were, if the file is there."""
+        clear_parts(self.path.parent, self.path.name)
         if not self.path.exists():
             return
-        tensors, content = read_safetensors(self.path, KIND)
-        text = unsealed(self.path, tensors, content)
-        header = read_header(self.path, text, {"plan": str, "history": list})
+        tensors, header = read_sealed(self.path, KIND, {"plan": str, "history": list})
         if header["plan"] != self.plan:
             raise ValueError(
                 f"checkpoint: {self.path} is of another model, data or plan; give another file"

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xai_edit.edits.edit import versions
-from xai_edit.files import write_atomically
+from xai_edit.files import clear_parts, write_atomically
 from xai_edit.reproduce.experiments import Options
 
 
@@ -24,6 +24,7 @@ def opened(options: Options, setting: Mapping[str, Any]) -> tuple[dict[str, Any]
     """
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
+    clear_parts(options.out, path.name)
     results = _begun(path)
     if any(results.get(key, value) != value for key, value in setting.items()):
         raise ValueError(f"out: {path} is of a run with other settings; give another folder")
