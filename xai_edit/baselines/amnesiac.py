@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xai_edit.baselines.recorder import AmnesiacLog, layout_of, require_same, weight_sums
+from xai_edit.baselines.recorder import AmnesiacLog, layout_of, require_same, steps_up_to
 from xai_edit.baselines.samples import Remaining, forgotten, listed, require_readable_again
 from xai_edit.baselines.training import Unlearned, fine_tuned, unlearned
 from xai_edit.data import Batch, Data, model_device
@@ -103,14 +103,13 @@ def _up_to(model: nn.Module, steps: list[dict[str, Any]], folder: Path) -> list[
     """Return the steps up to the one that left the weights the model has."""
     if not steps:
         raise ValueError(f"{folder}: the log is empty; no training step was recorded")
-    weights = weight_sums(model)
-    for last in range(len(steps), 0, -1):
-        if steps[last - 1]["weights"] == weights:
-            return steps[:last]
-    raise ValueError(
-        f"{folder}: no step of the log left the weights that the model has; give the model as it "
-        "was after a recorded step, not trained or changed since"
-    )
+    found = steps_up_to(model, steps)
+    if found is None:
+        raise ValueError(
+            f"{folder}: no step of the log left the weights that the model has; give the model as "
+            "it was after a recorded step, not trained or changed since"
+        )
+    return found
 
 
 def _steps_of(classes: list[int], header: dict[str, Any], steps: list[dict[str, Any]]) -> list[int]:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.files import read_safetensors, write_atomically, write_safetensors
+from xai_edit.files import (
+    clear_parts,
+    naming,
+    read_safetensors,
+    write_atomically,
+    write_safetensors,
+)
 
 FORMAT = 1
 KIND = "xai_edit.amnesiac"
@@ -32,6 +38,7 @@ class AmnesiacLog:
 
     Each step's update is one safetensors file of the size of the model, written before the step
     enters the index, so that a run cut short leaves a log that ends with its last whole step.
+    Where it goes on from a checkpoint that is older than this step, `back_to` comes first.
     Parameters are logged, buffers (the statistics of batch norms) are not.
 
     Parameters
@@ -72,13 +79,14 @@ class AmnesiacLog:
         OSError
             If the folder cannot be written.
         """
+        held = _classes(labels)
         last = self._last or self._open(model)
         if last["weights"] != weight_sums(model):
             raise ValueError(
                 f"{self.folder}: its last step left other weights than the model has now; record "
-                "every step of one run, and another run in another folder"
+                "every step of one run, and another run in another folder; to go on from a "
+                "checkpoint, call log.back_to(model) first"
             )
-        held = _classes(labels)
         logged = self.classes is None or bool(set(held) & set(self.classes))
         before = {n: p.detach().clone() for n, p in model.named_parameters()} if logged else {}
         yield
@@ -86,17 +94,49 @@ class AmnesiacLog:
         if logged:
             updates = {n: p.detach() - before[n] for n, p in model.named_parameters()}
             write_safetensors(self.folder / _file(step), updates, KIND, json.dumps({"step": step}))
-        self._last = {
-            "step": step,
-            "classes": held,
-            "logged": logged,
-            "weights": weight_sums(model),
-        }
-        with open(self.folder / INDEX, "a", encoding="utf-8") as index:
-            index.write(json.dumps(self._last) + "\n")
+        done = {"step": step, "classes": held, "logged": logged, "weights": weight_sums(model)}
+        self._last = None  # where the line cannot be written whole, the next step looks again
+        path = self.folder / INDEX
+        with naming(path), open(path, "a", encoding="utf-8") as index:
+            index.write(json.dumps(done) + "\n")
+        self._last = done
+
+    def back_to(self, model: nn.Module) -> int:
+        """Drop the steps after the one that left the model's weights; return how many.
+
+        For a run that was cut short and goes on from a checkpoint.
+
+        Parameters
+        ----------
+        model : nn.Module
+            As it was after one of the steps, or before the first.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no log.
+        ValueError
+            If the log is damaged, of another model, or never left these weights.
+        """
+        header, steps = self.read()
+        require_same(header["model"], layout_of(model), self.folder)
+        kept = steps_up_to(model, steps)
+        if kept is None and header.get("weights") == weight_sums(model):
+            kept = []
+        if kept is None:
+            raise ValueError(
+                f"{self.folder}: no step of the log left the weights that the model has; give the "
+                "model as it was after a recorded step or before the first"
+            )
+        self._last = None
+        self._write_index(header, kept)
+        for step in steps[len(kept) :]:
+            (self.folder / _file(step["step"])).unlink(missing_ok=True)
+        return len(steps) - len(kept)
 
     def _open(self, model: nn.Module) -> dict[str, Any]:
         """Start the log, or continue the one that is there; return its last step."""
+        clear_parts(self.folder)
         if (self.folder / INDEX).exists():
             header, steps = self.read()
             require_same(header["model"], layout_of(model), self.folder)
@@ -105,6 +145,9 @@ class AmnesiacLog:
                     f"{self.folder}: holds a log of classes {header['classes'] or 'all'}, not "
                     f"{self.classes or 'all'}; continue it with the same, or give another folder"
                 )
+            if not steps:
+                header["weights"] = weight_sums(model)
+            self._write_index(header, steps)  # without the beginning of a line that was cut short
             return steps[-1] if steps else {"step": 0, "weights": weight_sums(model)}
         self.folder.mkdir(parents=True, exist_ok=True)
         header = {
@@ -112,12 +155,19 @@ class AmnesiacLog:
             "format": FORMAT,
             "classes": self.classes,
             "model": layout_of(model),
+            "weights": weight_sums(model),
         }
-        write_atomically(self.folder / INDEX, (json.dumps(header) + "\n").encode())
+        self._write_index(header, [])
         return {"step": 0, "weights": weight_sums(model)}
+
+    def _write_index(self, header: dict[str, Any], steps: Sequence[dict[str, Any]]) -> None:
+        lines = [json.dumps(line) + "\n" for line in (header, *steps)]
+        write_atomically(self.folder / INDEX, "".join(lines).encode())
 
     def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Return the header and the steps: ``step``, ``classes``, ``logged`` and ``weights``.
+
+        A last line that was cut short, of a step that was not done, does not count.
 
         Raises
         ------
@@ -132,7 +182,8 @@ class AmnesiacLog:
                 f"{self.folder}: no log of a training run; record one with AmnesiacLog.recording"
             )
         try:
-            header, *steps = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            lines = path.read_bytes().split(b"\n")[:-1]
+            header, *steps = [json.loads(line) for line in lines]
             numbers = [step["step"] for step in steps]
             known = header["kind"] == KIND and numbers == [*range(1, len(steps) + 1)]
         except (ValueError, KeyError, TypeError):
@@ -202,6 +253,15 @@ def weight_sums(model: nn.Module) -> list[int]:
         for p in model.parameters()
     ]
     return [int(total) for total in sums]
+
+
+def steps_up_to(model: nn.Module, steps: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the steps up to the last that left the weights the model has; None if none did."""
+    weights = weight_sums(model)
+    for last in range(len(steps), 0, -1):
+        if steps[last - 1]["weights"] == weights:
+            return steps[:last]
+    return None
 
 
 def _file(step: int) -> str:
