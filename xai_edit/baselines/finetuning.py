@@ -17,7 +17,7 @@ from xai_edit.baselines.samples import (
     require_readable_again,
     shuffled,
 )
-from xai_edit.baselines.training import Unlearned, fine_tuned, seeded, unlearned
+from xai_edit.baselines.training import Unlearned, built, fine_tuned, seeded, unlearned
 from xai_edit.data import Batch, Data, model_device
 from xai_edit.guard import require_finite
 from xai_edit.resources import measured
@@ -63,7 +63,9 @@ def retrain(
     """
     with measured() as cost, seeded(seed), torch.inference_mode(False):
         require_readable_again(data)
-        model = build()
+        if not callable(train):
+            raise TypeError(f"train: {train!r} given; give a function of a network and its batches")
+        model = built(build)
         classes, outputs, _ = forgotten(model, data, forget)
         device = model_device(model)
         remaining = Remaining(data, classes, outputs=outputs, device=device, batch_size=batch_size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xai_edit.baselines.indexed import Indexed, indexed, right, worst_group
 from xai_edit.baselines.samples import Labelled
-from xai_edit.baselines.training import Trained, cross_entropy, fine_tuned, seeded, told
+from xai_edit.baselines.training import Trained, built, cross_entropy, fine_tuned, seeded, told
 from xai_edit.data import Batch, Data
 from xai_edit.resources import measured
 
@@ -72,7 +72,7 @@ def erm(
     """
     with measured() as cost, seeded(seed), torch.inference_mode(False):
         plan = _Plan(epochs, learning_rate, weight_decay, batch_size, seed)
-        model = build()
+        model = built(build)
         samples, judged = indexed(model, data), _judged(model, validation)
         made, found = plan.train(model, samples, _in_turn(torch.arange(len(samples))), judged)
     return Trained(made, "erm", cost, told("erm", {**found, "samples": len(samples)}))
@@ -129,7 +129,7 @@ def group_dro(
         for name, value in (("step_size", step_size), ("adjustment", adjustment)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: {value} given; it is 0 or positive")
-        model = build()
+        model = built(build)
         samples, judged = indexed(model, data), _judged(model, validation)
         cells = samples.require_cells()
         sizes = torch.bincount(cells)
@@ -200,7 +200,7 @@ def jtt(
         brief = _Plan(first_epochs, learning_rate, weight_decay, batch_size, seed)
         if upweight < 1:
             raise ValueError(f"upweight: {upweight} given; it is at least 1")
-        model = build()
+        model = built(build)
         samples, judged = indexed(model, data), _judged(model, validation)
         everything = torch.arange(len(samples))
         first, _ = brief.train(model, samples, _in_turn(everything))

@@ -56,6 +56,18 @@ def unlearned(model: nn.Module, method: str, cost: Cost, origin: Mapping[str, An
     return Unlearned(model, method, cost, told(method, origin))
 
 
+def built(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network that a user's function makes; TypeError if it makes none."""
+    if isinstance(build, nn.Module) or not callable(build):
+        raise TypeError(
+            f"build: {type(build).__name__} given; give a function that makes a network"
+        )
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"build: it gave {type(model).__name__}, not a network")
+    return model
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Set PyTorch's seed for the length of a block; the random state comes back after it."""

@@ -119,7 +119,7 @@ class RelevancePruning:
         ValueError
             If the model cannot be traced (`channel_groups`), or nothing can be pruned.
         """
-        data, inputs, found = _prepared(self, model, data)
+        data, inputs, found = _prepared(self, model, data, fine_tune)
         scored = _Scored(found, data, self.scorer, target)
 
         def score(network: nn.Module, _: int) -> UnitScores:
@@ -217,7 +217,7 @@ class ConceptAwarePruning:
                 + " the features of samples with and without the concept"
                 + ("" if search else ": the subspaces and those to ablate are named already")
             )
-        data, inputs, found = _prepared(self, model, data)
+        data, inputs, found = _prepared(self, model, data, fine_tune)
         concept = _Concept(self, features)
         concept.learn(model)
         scored = _Scored(found, data, self.scorer, target)
@@ -303,9 +303,17 @@ class _Concept:
 
 
 def _prepared(
-    operator: RelevancePruning | ConceptAwarePruning, model: nn.Module, data: Data
+    operator: RelevancePruning | ConceptAwarePruning,
+    model: nn.Module,
+    data: Data,
+    fine_tune: FineTune | None,
 ) -> tuple[Data, Tensor, Prunable]:
     """Return the data, whole, its first inputs, and what can be pruned."""
+    if fine_tune is not None and not callable(fine_tune):
+        raise TypeError(
+            f"fine_tune: {fine_tune!r} given; give a function that trains a network in place, such "
+            "as xai_edit.FineTuning(data)"
+        )
     if operator.steps > 1:
         require_several_passes(data, f"pruning in {operator.steps} steps")
     first, whole = peek(data, model_device(model))
