@@ -1,0 +1,233 @@
+"""Long runs in small, and a server that forks one, kills it after a while and says how it ended.
+
+As a script it reads orders from its input, one JSON object a line, and answers each with another.
+It imports everything and computes nothing, so that a fork costs milliseconds and finds no threads
+to miss.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+
+from xai_edit import files
+
+INDEX = "steps.jsonl"
+LOG_STEPS, CHECKPOINT_EVERY = 24, 5
+PRUNING_STEPS = 4
+
+
+def network(classes=4):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    ).eval()  # fmt: skip
+
+
+def batches(count=6, size=16):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.rand(size, 1, 8, 8, generator=generator),
+            torch.randint(4 if at % 3 == 0 else 3, (size,), generator=generator),
+        )
+        for at in range(count)
+    ]
+
+
+class Counted:
+    """Fine-tuning that leaves a mark on the disk each time it is begun."""
+
+    def __init__(self, train, marks):
+        self.train, self.marks = train, marks
+
+    def __repr__(self):
+        return "Counted()"
+
+    def __call__(self, model):
+        with open(self.marks, "ab", buffering=0) as file:
+            file.write(b".")
+        self.train(model)
+
+
+def prune(folder):
+    """Prune in steps with fine-tuning and a checkpoint."""
+    from xai_edit import FineTuning, RelevancePruning
+
+    train = Counted(FineTuning(batches(), epochs=2, learning_rate=0.05), folder / "marks")
+    operator = RelevancePruning(0.6, steps=PRUNING_STEPS)
+    edit = operator.plan(
+        network(), batches(), fine_tune=train, checkpoint=folder / "prune.safetensors"
+    )
+    edit.save(folder / "edit.safetensors")
+
+
+def unlearn(folder):
+    """Train with a log, keep a checkpoint every few steps, and undo the steps of a class."""
+    from xai_edit import AmnesiacLog, amnesiac
+
+    model, log, checkpoint = network(), AmnesiacLog(folder / "log"), folder / "model.safetensors"
+    if checkpoint.exists():
+        model.load_state_dict(load_file(checkpoint))
+    done = 0
+    if (log.folder / INDEX).exists():
+        log.back_to(model)
+        done = len(log.read()[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = batches()
+    for step in range(done, LOG_STEPS):
+        inputs, labels = data[step % len(data)]
+        with log.recording(model, labels):
+            loss = nn.functional.cross_entropy(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == LOG_STEPS:
+            save_file(model.state_dict(), folder / "next")
+            os.replace(folder / "next", checkpoint)
+    result = amnesiac(model, log, forget=3)
+    save_file(result.model.state_dict(), folder / "unlearned.safetensors")
+
+
+def reproduce(folder):
+    """Run a small table of the unlearning paper on a few digits."""
+    from xai_edit.cli import main
+    from xai_edit.reproduce.experiments import EXPERIMENTS
+
+    EXPERIMENTS["npp-mnist"] = replace(
+        EXPERIMENTS["npp-mnist"], rules=("epsilon",), shares=(0.1, 0.5), ks=(5,)
+    )
+    line = [
+        *("reproduce", "npp-mnist", "--network", "conv-2net", "--epochs", "1", "--limit", "12"),
+        *("--classes", "0,1,2", "--methods", "logit mask,path perturbation", "--device", "cpu"),
+        *("--quiet", "--data-root", str(folder.parent), "--out", str(folder)),
+    ]
+    assert main(line) == 0
+
+
+RUNS = {run.__name__: run for run in (prune, unlearn, reproduce)}
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(name, number, when):
+    """Kill this process at a call of a function of ``os``, before or after it is done."""
+    function, calls = getattr(os, name), []
+
+    def watched(*arguments):
+        calls.append(arguments)
+        if len(calls) == number and when == "before":
+            killed()
+        function(*arguments)
+        if len(calls) == number:
+            killed()
+
+    setattr(os, name, watched)
+
+
+def at_half(number):
+    """Kill this process when half of a file is written."""
+    write, calls = Path.write_bytes, []
+
+    def watched(path, content):
+        calls.append(path)
+        if len(calls) == number:
+            write(path, content[: len(content) // 2])
+            killed()
+        return write(path, content)
+
+    Path.write_bytes = watched
+    files.save_file = lambda tensors, path, metadata: watched(Path(path), save(tensors, metadata))
+
+
+def child(order):
+    """Do what is ordered and leave the process."""
+    status = 1
+    try:
+        match order["call"]:
+            case [name, when]:
+                at_call(name, order["number"], when)
+            case "half":
+                at_half(order["number"])
+        RUNS[order["run"]](Path(order["folder"]))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve():
+    for line in sys.stdin:
+        order = json.loads(line)
+        started = time.monotonic()
+        number = os.fork()
+        if number == 0:
+            child(order)
+        status = None
+        while status is None:
+            ended, code = os.waitpid(number, os.WNOHANG)
+            passed = time.monotonic() - started
+            if ended:
+                status = code
+            elif order["seconds"] is not None and passed > order["seconds"]:
+                os.kill(number, signal.SIGKILL)
+                status = os.waitpid(number, 0)[1]
+            else:
+                time.sleep(0.0005)
+        code = os.waitstatus_to_exitcode(status)
+        print(json.dumps({"code": code, "seconds": passed}), flush=True)
+
+
+@dataclass
+class Server:
+    """The server as seen from a test."""
+
+    process: subprocess.Popen
+
+    @classmethod
+    def started(cls, errors):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        )
+        return cls(process)
+
+    def run(self, name, folder, *, seconds=None, call=None, number=1):
+        """Run until done or killed; return whether it was done, and the seconds it took."""
+        order = {"run": name, "folder": str(folder), "seconds": seconds}
+        order |= {"call": call, "number": number}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        told = json.loads(self.process.stdout.readline())
+        assert told["code"] in (0, -signal.SIGKILL), told  # what it said is on the server's stderr
+        return told["code"] == 0, told["seconds"]
+
+
+if __name__ == "__main__":
+    # All that the runs import on their way.
+    for module in ("sklearn.linear_model", "torch._dynamo", "torch_pruning", "xai_edit.cli"):
+        importlib.import_module(module)
+    importlib.import_module("xai_edit.reproduce.catalogue")
+    serve()

@@ -1,0 +1,601 @@
+"""Damaged and foreign files, files that cannot be written, Ctrl-C: a clear error, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import xai_edit as xe
+from xai_edit.baselines.recorder import INDEX
+from xai_edit.edits import edit as edits
+from xai_edit.edits import schedule
+from xai_edit.files import sealed, write_atomically, write_safetensors
+from xai_edit.loading import load_model
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+
+
+class Edit:
+    kind, error = edits.KIND, xe.EditFileError
+
+    def save(self, path):
+        new = {"0.weight": (torch.tensor([1, 4]), torch.tensor([2.0, 3.0]))}
+        xe.ModelEdit.between(small(), new, {"operator": "test"}).save(path)
+
+    def load(self, path):
+        return xe.ModelEdit.load(path)
+
+    def use(self, path, model):
+        self.load(path).apply(model)
+
+
+class Subspaces:
+    kind, error = "xai_edit.subspaces", ValueError
+
+    def save(self, path):
+        basis = torch.linalg.qr(torch.arange(9.0).double().view(3, 3) + torch.eye(3)).Q
+        xe.Subspaces(basis[:, :2].contiguous(), (1, 1), torch.ones(3).double()).save(path)
+
+    def load(self, path):
+        return xe.Subspaces.load(path)
+
+    def use(self, path, model):
+        with xe.ablated(model, "0", self.load(path), [0]):
+            model(torch.rand(2, 2))
+
+
+class Scores:
+    kind, error = "xai_edit.unit_scores", ValueError
+
+    def save(self, path):
+        data = [(torch.rand(8, 2), torch.arange(8) % 2)]
+        xe.score_units(small(), data, xe.Taylor(), k=1).save(path)
+
+    def load(self, path):
+        return xe.UnitScores.load(path)
+
+    def use(self, path, model):
+        width = model[0].in_features
+        xe.deletion_curve(model, [(torch.rand(4, width), torch.arange(4) % 2)], self.load(path))
+
+
+class Checkpoint:
+    kind, error = schedule.KIND, ValueError
+
+    def at(self, path, model):
+        plan = schedule.Schedule(0.5, "global", 2)
+        return schedule._Checkpoint(Path(path), model, torch.zeros(1, 2), plan, {"operator": "x"})
+
+    def save(self, path):
+        state = schedule._State([torch.tensor([1])], [{"share": 0.25, "removed": 1}])
+        self.at(path, small()).write(small(), state)
+
+    def load(self, path):
+        self.use(path, small())
+
+    def use(self, path, model):
+        self.at(path, model).restore(model, schedule._State([torch.zeros(0)]))
+
+
+KINDS = [Edit(), Subspaces(), Scores(), Checkpoint()]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
+# All that can happen to the bytes of an edit's file is in tests/edits/test_edit.py.
+other_kinds = pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: type(kind).__name__)
+
+
+@pytest.fixture
+def path(tmp_path, kind):
+    kind.save(tmp_path / "saved.safetensors")
+    return tmp_path / "saved.safetensors"
+
+
+# Damaged and foreign files
+
+
+@other_kinds
+def test_a_file_cut_short_anywhere_is_refused_by_name(kind, path):
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(kind.error, match=r"saved\.safetensors: "):
+            kind.load(path)
+    path.write_bytes(content)
+    kind.load(path)
+
+
+@other_kinds
+def test_a_file_with_any_bit_flipped_is_refused_by_name(kind, path):
+    content = bytearray(path.read_bytes())
+    assert len(content) < 3000
+    for at in range(len(content)):
+        bit = 1 << at % 8
+        content[at] ^= bit
+        path.write_bytes(content)
+        with pytest.raises(kind.error, match=r"saved\.safetensors: "):
+            kind.load(path)
+        content[at] ^= bit
+
+
+@other_kinds
+def test_a_file_with_bytes_added_is_refused_by_name(kind, path):
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(kind.error, match=r"saved\.safetensors: "):
+        kind.load(path)
+
+
+def changed(path, kind, header=None, tensors=None):
+    """Write a file anew with another header or tensors, and a checksum that is right."""
+    with safe_open(path, "pt") as file:
+        own = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        text = file.metadata()[kind.kind].partition("\n")[2]
+    told = json.dumps({**json.loads(text), **(header or {})})
+    own |= tensors or {}
+    write_safetensors(path, own, kind.kind, sealed(own, told))
+
+
+@every_kind
+def test_a_file_of_a_newer_format_says_so(kind, path):
+    changed(path, kind)
+    kind.load(path)
+    changed(path, kind, {"format": 2, "more": "news"})
+    with pytest.raises(kind.error, match=r"saved\.safetensors: format 2 is newer .* update"):
+        kind.load(path)
+
+
+@every_kind
+def test_a_file_of_another_kind_says_so(kind, path, tmp_path):
+    for other in KINDS:
+        if other is not kind:
+            other.save(tmp_path / "other")
+            with pytest.raises(kind.error, match=f"other: .* but not of {kind.kind}"):
+                kind.load(tmp_path / "other")
+
+
+def test_a_file_of_another_model_is_refused_and_the_model_stays(tmp_path, unchanged):
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    wider = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    for kind in KINDS:
+        kind.save(tmp_path / "saved")
+        kind.use(tmp_path / "saved", small())
+    refused = [
+        (KINDS[0], other, "'0.weight' differs from the model"),
+        (KINDS[0], wider, "'0.weight' has shape"),
+        (KINDS[1], wider, "subspaces: of 3 channels, but the layer has 4"),
+        (KINDS[2], wider, "scores: 3 for the 4 units of layer '0'"),
+        (KINDS[3], other, "of another model, data or plan"),
+        (KINDS[3], wider, "of another model, data or plan"),
+    ]
+    for kind, model, message in refused:
+        kind.save(tmp_path / "saved")
+        check = unchanged(model)
+        with pytest.raises(ValueError, match=message):
+            kind.use(tmp_path / "saved", model)
+        check()
+
+
+SEALED = {
+    "no shapes": ({"shapes": []}, {}),
+    "no such tensor": ({"shapes": {"w": [2]}}, {}),
+    "a shape of words": ({"shapes": {"0.weight": ["3", 2]}}, {}),
+    "a shape too small": ({"shapes": {"0.weight": [2]}}, {}),
+    "a shape beyond all numbers": ({"shapes": {"0.weight": [2**40, 2**40]}}, {}),
+    "negative axes": ({"shapes": {"0.weight": [-3, -2]}}, {}),
+    "positions that fall": ({}, {"0.weight/index": torch.tensor([4, 1])}),
+    "positions below 0": ({}, {"0.weight/index": torch.tensor([-1, 1])}),
+    "one position twice": ({}, {"0.weight/index": torch.tensor([1, 1])}),
+    "positions that are no numbers": ({}, {"0.weight/index": torch.tensor([1.0, 4.0])}),
+    "more positions than values": ({}, {"0.weight/index": torch.tensor([0, 1, 4])}),
+    "another dtype": ({}, {"0.weight/old": torch.zeros(2).double()}),
+    "a header without end": ({"origin": 0}, {}),
+    "a format that is no number": ({"format": "1"}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", [Edit()], ids=["Edit"])
+@pytest.mark.parametrize("case", [*SEALED])
+def test_an_edit_that_is_none_is_refused_though_its_checksum_is_right(kind, path, case):
+    changed(path, kind, *SEALED[case])
+    with pytest.raises(xe.EditFileError, match=r"saved\.safetensors: "):
+        kind.load(path)
+
+
+@every_kind
+def test_what_was_loaded_stays_when_the_file_is_written_over(kind, path):
+    loaded = kind.load(path)
+    told = str(loaded) if isinstance(kind, (Edit, Scores)) else None
+    path.write_bytes(b"")  # a mapped file would end the process with a bus error
+    assert told is None or str(loaded) == told
+    if isinstance(kind, Subspaces):
+        assert torch.isfinite(loaded.basis).all()
+
+
+class Evil:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@every_kind
+@pytest.mark.parametrize("wrapped", ["pickle", "torch"])
+def test_a_pickle_is_never_opened(kind, tmp_path, monkeypatch, wrapped):
+    path, mark = tmp_path / "evil.safetensors", tmp_path / "mark"
+    if wrapped == "pickle":
+        path.write_bytes(pickle.dumps(Evil(mark)))
+    else:
+        torch.save({"w": Evil(mark)}, path)
+
+    def opened(*_, **__):
+        raise AssertionError("a pickle was opened")
+
+    for name in ("Unpickler", "load", "loads"):
+        monkeypatch.setattr(pickle, name, opened)
+    monkeypatch.setattr(torch, "load", opened)
+    with pytest.raises(kind.error, match=r"evil\.safetensors"):
+        kind.load(path)
+    assert not mark.exists()
+
+
+def test_weights_that_are_a_pickle_of_code_are_refused_and_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": Evil(tmp_path / "mark")}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"weights: evil\.pt: not a whole file of tensors"):
+        load_model("torchvision:squeezenet1_1", weights="evil.pt")
+    assert not (tmp_path / "mark").exists()
+
+
+# Files that cannot be written
+
+
+@contextmanager
+def limited(folder, size=64):
+    """Let no file grow beyond a size."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+@contextmanager
+def filled(folder, size=0):
+    """Fill the file system of a folder."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(256))
+        except OSError:
+            pass
+    yield
+    (folder / "filler").unlink()
+
+
+@pytest.fixture(params=["size limit", "full disk"])
+def full(request, tmp_path):
+    """A folder, and a block in which nothing can be written there."""
+    if request.param == "size limit":
+        yield tmp_path, limited
+        return
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount here")
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("a file system may not be mounted here")
+    yield tmp_path, filled
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def plan_with_checkpoint(path, model, batches):
+    operator = xe.RelevancePruning(0.5, xe.WeightMagnitude(), steps=2)
+    operator.plan(model, batches, checkpoint=path)
+
+
+def features_on_disk(path, model, batches):
+    xe.collect_features(model, batches, layer="conv1", on_disk=path)
+
+
+def plain_bytes(path, model, batches):
+    write_atomically(path, bytes(5000))
+
+
+WRITERS = [
+    *(lambda path, model, batches, kind=kind: kind.save(path) for kind in KINDS),
+    *(plan_with_checkpoint, features_on_disk, plain_bytes),
+]
+every_writer = pytest.mark.parametrize(
+    "write", WRITERS, ids=["edit", "subspaces", "scores", "checkpoint", "plan", "features", "bytes"]
+)
+
+
+@every_writer
+def test_a_full_disk_leaves_the_old_file_and_no_part(full, write, plain, batches, unchanged):
+    folder, without_room = full
+    old = b"" if write is plan_with_checkpoint else b"old"
+    path = folder / "saved.safetensors"
+    if old:
+        path.write_bytes(old)
+    check = unchanged(plain)
+    with without_room(folder), pytest.raises(OSError, match=r"saved\.safetensors|activations"):
+        write(path, plain, batches)
+    check()
+    assert [(each.name, each.read_bytes()) for each in folder.iterdir()] == (
+        [(path.name, old)] if old else []
+    )
+
+
+@contextmanager
+def as_nobody():
+    """Give up the rights of the superuser, to whom no folder is closed."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def closed():
+    """A folder that can be read but not written, with an old file."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "saved.safetensors").write_bytes(b"old")
+    (folder / "saved.safetensors").chmod(0o444)
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@every_writer
+def test_a_closed_folder_is_told_and_left_alone(closed, write, plain, batches, unchanged):
+    write(closed.parent / f"{closed.name}.first", plain, batches)  # imports all there is to import
+    (closed.parent / f"{closed.name}.first").unlink()
+    name = "new" if write is plan_with_checkpoint else "saved.safetensors"
+    check = unchanged(plain)
+    with as_nobody(), pytest.raises(PermissionError, match=name):
+        write(closed / name, plain, batches)
+    check()
+    assert [each.read_bytes() for each in closed.iterdir()] == [b"old"]
+
+
+@every_writer
+def test_a_path_below_a_file_is_told(tmp_path, write, plain, batches):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OSError, match=r"file.*does not exist"):
+        write(tmp_path / "file" / "saved.safetensors", plain, batches)
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+# Ctrl-C
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Let SIGINT raise KeyboardInterrupt also where the tests run in the background."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
+@every_writer
+@pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])
+def test_an_interrupted_write_leaves_the_old_file_and_no_part(
+    tmp_path, write, call, plain, batches, unchanged, monkeypatch
+):
+    path = tmp_path / "saved.safetensors"
+    old = b"" if write is plan_with_checkpoint else b"old"
+    if old:
+        path.write_bytes(old)
+    check = unchanged(plain)
+
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(path, plain, batches)
+    check()
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == ([old] if old else [])
+
+
+def scribbling(model, inputs, targets, layers):
+    """A scorer that writes into the model and is interrupted."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.train()
+    model.register_forward_hook(print)
+    signal.raise_signal(signal.SIGINT)
+
+
+@dataclass
+class Twice:
+    """Data whose second batch is interrupted."""
+
+    batches: list
+
+    def __iter__(self):
+        yield self.batches[0]
+        signal.raise_signal(signal.SIGINT)
+
+
+def marked(batches):
+    return [(x, y, torch.arange(len(y)) % 2) for x, y in batches]
+
+
+def subspaces_of(model, batches):
+    return xe.PCA(2).fit(xe.collect_features(model, batches, layer="relu1"))
+
+
+INTERRUPTED = {
+    "score_units": lambda m, d, cut: xe.score_units(m, d, scribbling),
+    "compare_scorers": lambda m, d, cut: xe.compare_scorers(m, d, {"a": scribbling}),
+    "RelevancePruning": lambda m, d, cut: xe.RelevancePruning(0.5, scribbling).plan(m, d),
+    "PathPerturbation": lambda m, d, cut: xe.PathPerturbation("fc1", scorer=scribbling).plan(
+        m, d, target=3
+    ),
+    "ConceptAwarePruning": lambda m, d, cut: xe.ConceptAwarePruning(
+        "relu1", subspaces_of(m, d), [0], 0.5, scribbling
+    ).plan(m, d),
+    "LRP": lambda m, d, cut: xe.score_units(m, cut, xe.LRP("epsilon-plus")),
+    "SingleWeight": lambda m, d, cut: xe.SingleWeight().plan(m, cut, target=3),
+    "FictitiousClass": lambda m, d, cut: xe.FictitiousClass().plan(m, cut),
+    "LEACE": lambda m, d, cut: xe.LEACE().plan(m, cut),
+    "SelectiveSynapticDampening": lambda m, d, cut: xe.SelectiveSynapticDampening(2).plan(
+        m, cut, target=3
+    ),
+    "DirectionRemoval": lambda m, d, cut: xe.DirectionRemoval().plan(m, cut, target=3),
+    "collect_features": lambda m, d, cut: xe.collect_features(
+        m, cut, layer="relu1", scorer=xe.LRP(), on_disk="features"
+    ),
+    "evaluate_groups": lambda m, d, cut: xe.evaluate_groups(m, cut),
+    "evaluate_unlearning": lambda m, d, cut: xe.evaluate_unlearning(
+        m, xe.ModelEdit({}), train=d, test=cut, forget=3
+    ),
+    "fit_patterns": lambda m, d, cut: xe.fit_patterns(m, cut),
+    "random_labels": lambda m, d, cut: xe.random_labels(m, cut, forget=3),
+    "boundary_shrink": lambda m, d, cut: xe.boundary_shrink(m, cut, forget=3),
+    "masktune": lambda m, d, cut: xe.masktune(m, cut, learning_rate=0.1),
+    "deletion_curve": lambda m, d, cut: xe.deletion_curve(
+        m, cut, xe.score_units(m, d, xe.WeightMagnitude())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*INTERRUPTED])
+def test_a_model_stays_as_it_was_after_ctrl_c(
+    name, plain, batches, unchanged, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    data = marked(batches)
+    check = unchanged(plain)
+    with pytest.raises(KeyboardInterrupt):
+        INTERRUPTED[name](plain, data, Twice(data))
+    check()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_ctrl_c_within_an_ablation_takes_it_off(plain, batches, unchanged):
+    subspaces = subspaces_of(plain, batches)
+    check = unchanged(plain)
+    with pytest.raises(KeyboardInterrupt), xe.ablated(plain, "relu1", subspaces, [0]):
+        signal.raise_signal(signal.SIGINT)
+    check()
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_an_edit_that_is_interrupted_half_way_is_taken_back(
+    plain, batches, unchanged, monkeypatch, undo
+):
+    edit = xe.RelevancePruning(0.5, xe.WeightMagnitude()).plan(plain, batches)
+    assert len(edit.changes) > 1
+    if undo:
+        edit.apply(plain)
+    check = unchanged(plain)
+    put, calls = edits._put, []
+
+    def interrupted(*arguments):
+        put(*arguments)
+        calls.append(arguments)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(edits, "_put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        (edit.undo if undo else edit.apply)(plain)
+    check()
+    (edit.undo if undo else edit.apply)(plain)
+
+
+# The log of a training
+
+
+def train(model, log, steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    states = []
+    for at in steps:
+        inputs = torch.rand(4, 2, generator=torch.Generator().manual_seed(at))
+        labels = torch.tensor([0, 1, 0, 1])
+        with log.recording(model, labels):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+    return states
+
+
+def test_a_log_whose_last_line_was_cut_short_ends_with_the_step_before(tmp_path):
+    model = small()
+    states = train(model, xe.AmnesiacLog(tmp_path / "log"), range(4))
+    index = tmp_path / "log" / INDEX
+    content = index.read_bytes()
+    last = content[:-1].rindex(b"\n") + 1
+    for length in range(last, len(content)):
+        index.write_bytes(content[:length])
+        assert len(xe.AmnesiacLog(tmp_path / "log").read()[1]) == 3
+    with pytest.raises(ValueError, match=r"other weights .* log\.back_to\(model\)"):
+        train(model, xe.AmnesiacLog(tmp_path / "log"), [4])
+    model.load_state_dict(states[2])
+    assert train(model, xe.AmnesiacLog(tmp_path / "log"), [3])[0].keys() == states[3].keys()
+    assert index.read_bytes() == content
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_is_older_than_its_log(tmp_path):
+    model, log = small(), xe.AmnesiacLog(tmp_path / "log")
+    states = train(model, log, range(6))
+    files = {path.name: path.read_bytes() for path in log.folder.iterdir()}
+    with pytest.raises(ValueError, match="no step of the log left the weights"):
+        log.back_to(nn.Sequential(*(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))))
+    with pytest.raises(ValueError, match="the log of another model"):
+        log.back_to(nn.Linear(2, 3))
+    with pytest.raises(FileNotFoundError, match="no log"):
+        xe.AmnesiacLog(tmp_path / "none").back_to(model)
+    assert {path.name: path.read_bytes() for path in log.folder.iterdir()} == files
+    for kept in (5, 2, 0):
+        model = small()
+        if kept:
+            model.load_state_dict(states[kept - 1])
+        assert log.back_to(model) == 6 - kept
+        assert len([*log.folder.iterdir()]) == 1 + kept
+        train(model, log, range(kept, 6))
+        assert {path.name: path.read_bytes() for path in log.folder.iterdir()} == files
+
+
+def test_a_full_disk_leaves_a_log_of_the_steps_before(tmp_path):
+    model, log = small(), xe.AmnesiacLog(tmp_path / "log", classes=[5])  # no step is logged
+    states = train(model, log, range(3))
+    index = log.folder / INDEX
+    content = index.read_bytes()
+    with limited(tmp_path, len(content) + 10), pytest.raises(OSError, match=INDEX):
+        train(model, log, [3])
+    assert index.read_bytes()[:-10] == content  # the beginning of a line
+    assert len(log.read()[1]) == 3
+    with pytest.raises(ValueError, match="other weights"):
+        train(model, log, [4])
+    model.load_state_dict(states[-1])
+    train(model, log, [3])
+    assert len(log.read()[1]) == 4

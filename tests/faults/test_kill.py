@@ -1,0 +1,208 @@
+"""Runs that are killed at any moment: what is on the disk is whole, and they go on to the same end.
+
+``XAI_EDIT_KILLS=50`` kills each run so often; by default three times.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import struct
+
+import killed_runs
+import pytest
+import torch
+from killed_runs import INDEX, LOG_STEPS, PRUNING_STEPS, RUNS, Server
+from safetensors.torch import load_file
+
+from xai_edit import AmnesiacLog, ModelEdit, amnesiac
+from xai_edit.edits import schedule
+from xai_edit.files import read_sealed
+
+KILLS = int(os.environ.get("XAI_EDIT_KILLS", "3"))
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, digits):
+    """A folder for the runs, with digits in the layout of MNIST."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "mnist").mkdir()
+    images, labels = digits
+    for prefix, count, start in (("train", 12, 0), ("t10k", 9, 20)):
+        rows = torch.cat([(labels == one).nonzero()[start : start + count, 0] for one in range(3)])
+        large = torch.nn.functional.interpolate(images[rows], size=28, mode="bilinear")
+        pixels = (large[:, 0] * 255).byte().numpy()
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels[rows].byte().numpy())):
+            head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            file = root / "mnist" / f"{prefix}-{kind}-ubyte.gz"
+            file.write_bytes(gzip.compress(head + array.tobytes()))
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with open(tmp_path_factory.mktemp("server") / "errors", "w") as errors:
+        server = Server.started(errors)
+        yield server
+        server.process.stdin.close()
+        server.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, root):
+    """Run each run once in one go: its folder, and how long it takes."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            (folder := root / f"{name}-whole").mkdir()
+            server.run(name, folder)  # the first takes longer
+            (folder := root / f"{name}-again").mkdir()
+            done, seconds = server.run(name, folder)
+            assert done
+            require_same(name, folder, root / f"{name}-whole")
+            found[name] = folder, seconds
+        return found[name]
+
+    return of
+
+
+def content(folder):
+    """The files of a folder by name, without those that a kill may leave half-written."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".part/" not in str(path) and path.name not in ("next", "marks")
+    }
+
+
+def untimed(told):
+    """What a run found, without how long it took and where it was."""
+    if isinstance(told, dict):
+        timed = ("seconds", "memory", "gpu_memory", "command")
+        return {key: untimed(value) for key, value in told.items() if key not in timed}
+    return [untimed(each) for each in told] if isinstance(told, list) else told
+
+
+def require_same(name, folder, whole):
+    found, expected = content(folder), content(whole)
+    if name == "reproduce":
+        assert found.keys() == expected.keys() == {"results.json"}
+        found, expected = (untimed(json.loads(each["results.json"])) for each in (found, expected))
+    assert found == expected
+
+
+class Pruning:
+    """What a cut pruning has done: steps in the checkpoint, and calls of the fine-tuning."""
+
+    def __init__(self, folder, whole):
+        self.folder, self.whole = folder, whole
+        self.steps, self.calls = 0, 0
+
+    def look(self, done):
+        before, calls = self.steps, self.calls
+        if (self.folder / "prune.safetensors").exists():
+            entries = {"plan": str, "history": list}
+            path = self.folder / "prune.safetensors"
+            _, header = read_sealed(path, schedule.KIND, entries)
+            self.steps = len(header["history"])
+        if (self.folder / "edit.safetensors").exists():
+            ModelEdit.load(self.folder / "edit.safetensors")
+        if (self.folder / "marks").exists():
+            self.calls = len((self.folder / "marks").read_bytes())
+        assert self.steps >= before
+        # No step that was written is done again.
+        assert self.steps - before <= self.calls - calls <= PRUNING_STEPS - before
+        assert not done or self.steps == PRUNING_STEPS
+
+
+class Unlearning:
+    """What a cut training has logged, and what can be undone of it."""
+
+    def __init__(self, folder, whole):
+        self.folder, self.whole = folder, whole
+
+    def look(self, done):
+        if not (self.folder / "log" / INDEX).exists():
+            assert not done
+            return
+        log, expected = AmnesiacLog(self.folder / "log"), AmnesiacLog(self.whole / "log")
+        header, steps = log.read()
+        assert header == expected.read()[0]
+        assert steps == expected.read()[1][: len(steps)]
+        for step in steps:
+            file = f"step-{step['step']:08d}.safetensors"
+            assert (log.folder / file).read_bytes() == (expected.folder / file).read_bytes()
+        if (self.folder / "model.safetensors").exists():
+            model = killed_runs.network()
+            model.load_state_dict(load_file(self.folder / "model.safetensors"))
+            left, wanted = (amnesiac(model, each, forget=3).model for each in (log, expected))
+            for mine, theirs in zip(left.parameters(), wanted.parameters(), strict=True):
+                assert torch.equal(mine, theirs)
+        assert not done or len(steps) == LOG_STEPS
+
+
+class Reproducing:
+    """What a cut run of a table has found."""
+
+    def __init__(self, folder, whole):
+        self.folder, self.whole = folder, whole
+        self.rows = []
+
+    def look(self, done):
+        if not (self.folder / "results.json").exists():
+            assert not done
+            return
+        rows = json.loads((self.folder / "results.json").read_text())["rows"]
+        expected = json.loads((self.whole / "results.json").read_text())["rows"]
+        assert untimed(rows) == untimed(expected[: len(rows)])
+        assert rows[: len(self.rows)] == self.rows  # with the seconds: no class is done again
+        self.rows = rows
+
+
+LOOKS = {"prune": Pruning, "unlearn": Unlearning, "reproduce": Reproducing}
+
+
+@pytest.mark.parametrize("name", [*RUNS])
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
+    server, root, uninterrupted, name
+):
+    whole, seconds = uninterrupted(name)
+    draw = random.Random(name)
+    kills = ends = 0
+    while kills < KILLS:
+        (folder := root / f"{name}-{ends}").mkdir()
+        look, done = LOOKS[name](folder, whole), False
+        while not done:
+            after = draw.uniform(0, 0.7) * seconds if kills < KILLS else None
+            done, _ = server.run(name, folder, seconds=after)
+            kills += not done
+            look.look(done)
+        require_same(name, folder, whole)
+        # Only of the last file, which is not written again where it was there.
+        assert all("edit.safetensors" in part.name for part in folder.rglob("*.part"))
+        ends += 1
+    print(f"\n{name}: {kills} kills, {ends} runs to the end")
+
+
+CALLS = ["half", ("fsync", "before"), ("replace", "before"), ("replace", "after")]
+
+
+@pytest.mark.parametrize("name", [*RUNS])
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("call", CALLS, ids="".join)
+def test_a_run_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(
+    server, root, uninterrupted, name, call, number
+):
+    whole, _ = uninterrupted(name)
+    (folder := root / f"{name}-{''.join(call)}-{number}").mkdir()
+    look = LOOKS[name](folder, whole)
+    done, _ = server.run(name, folder, call=call, number=number)
+    assert not done
+    look.look(done)
+    done, _ = server.run(name, folder)
+    look.look(done)
+    require_same(name, folder, whole)
