@@ -289,3 +289,28 @@ def test_an_ablation_is_not_kept_where_there_is_no_such_layer(plain, batches):
         with_ablation(plain, "conv9", subspaces, [0])
     with pytest.raises(ValueError, match="outputs are ablated"):
         with_ablation(plain, "conv1:input", subspaces, [0])
+
+
+class Named(nn.Module):
+    """Calls its layer by keyword, as blocks that take more than a tensor are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Bilinear(4, 3, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.block(input1=x[:, :4], input2=x[:, 4:]))
+
+
+def test_a_layer_that_is_called_by_keyword_is_ablated_too():
+    torch.manual_seed(0)
+    model = Named().eval()
+    x = torch.randn(6, 7)
+    basis = torch.linalg.qr(torch.randn(5, 5).double()).Q
+    subspaces = Subspaces(basis, (2, 3), torch.zeros(5).double())
+    a = model.block(x[:, :4], x[:, 4:]).double()
+    expected = model.head((a - a @ basis[:, :2] @ basis[:, :2].T).float())
+    with ablated(model, "block", subspaces, [0]):
+        assert torch.allclose(model(x), expected, atol=1e-6)
+    assert torch.allclose(with_ablation(model, "block", subspaces, [0])(x), expected, atol=1e-6)

@@ -17,7 +17,9 @@ from xai_edit import (
     WeightMagnitude,
     collect_features,
     score_units,
+    with_ablation,
 )
+from xai_edit.models.papers import ResNet20
 
 SCORERS = [LRP("epsilon-plus", initial="one"), Taylor(), Activation(), WeightMagnitude(), Random(1)]
 
@@ -260,3 +262,22 @@ def test_the_share_of_path_perturbation_and_pruning_round_alike(plain, batches):
     pruned = RelevancePruning(0.2, layers=["fc1"]).plan(plain, batches)
     switched = PathPerturbation("fc1", share=0.2).plan(plain, batches, target=3)
     assert len(pruned.origin["units"]["fc1"]) == len(switched.origin["neurons"])
+
+
+def test_subspaces_behind_a_block_whose_own_filters_are_pruned():
+    torch.manual_seed(0)
+    model = ResNet20(classes=3).eval()
+    data = [(torch.randn(6, 3, 32, 32), torch.arange(6) % 3)]
+    features = collect_features(model, data, layer="layer1.2")
+    subspaces = PCA(3).fit(features)
+    edit = ConceptAwarePruning("layer1.2", subspaces, [0], 0.6).plan(model, data)
+    # The same as plain pruning of a network in which the ablation is a layer.
+    kept = with_ablation(model, "layer1.2", subspaces, [0])
+    expected = RelevancePruning(0.6).plan(kept, data).origin["units"]
+    assert off(edit) == {
+        name.replace("layer1.2.layer.", "layer1.2."): units
+        for name, units in expected.items()
+        if units
+    }
+    assert off(edit) != off(RelevancePruning(0.6).plan(model, data))
+    assert edit.origin["units"]["layer1.2.conv1"]

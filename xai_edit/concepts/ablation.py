@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from zennit.rules import Epsilon
@@ -62,7 +62,7 @@ def ablated(
 ) -> Iterator[str]:
     """Remove subspaces behind a layer for the length of a ``with`` block.
 
-    The layer stands inside a ``Sequential`` meanwhile, so every scorer, Zennit's and Captum's
+    The layer stands inside a module of two meanwhile, so every scorer, Zennit's and Captum's
     alike, sees an ordinary module. A Zennit name map that names this very layer does not find it.
 
     Parameters
@@ -125,6 +125,19 @@ def with_ablation(
     return kept
 
 
+class _Ablated(nn.Module):
+    """A layer and the ablation behind it, called as the layer alone."""
+
+    def __init__(self, layer: nn.Module, ablation: SubspaceAblation) -> None:
+        super().__init__()
+        self.layer, self.ablation = layer, ablation
+        self.training = ablation.training = layer.training
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        ablated: Tensor = self.ablation(self.layer(*inputs, **named))
+        return ablated
+
+
 def _ablation(
     model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int]
 ) -> SubspaceAblation:
@@ -139,6 +152,4 @@ def _insert(model: nn.Module, layer: str, ablation: SubspaceAblation) -> None:
     """Put a layer and its ablation where the layer was."""
     parent, _, name = layer.rpartition(".")
     module = layer_module(model, layer)
-    both = nn.Sequential(OrderedDict(layer=module, ablation=ablation))
-    both.training = ablation.training = module.training
-    model.get_submodule(parent)._modules[name] = both
+    model.get_submodule(parent)._modules[name] = _Ablated(module, ablation)

@@ -236,7 +236,12 @@ class ConceptAwarePruning:
             if not concept.indices:
                 return scored.of(network, found.layers)
             with ablated(network, self.layer, concept.subspaces, concept.indices) as inner:
-                seen = [inner if name == self.layer else name for name in found.layers]
+                # The layer, and what is inside of it where it is a block, have other names.
+                below = f"{self.layer}."
+                seen = [
+                    inner + name.removeprefix(self.layer) if f"{name}.".startswith(below) else name
+                    for name in found.layers
+                ]
                 return scored.of(network, seen)
 
         def fold(network: nn.Module) -> Mapping[str, Tensor]:
