@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,6 +69,25 @@ def digits() -> tuple[Tensor, Tensor]:
 
     raw = load_digits()
     return torch.tensor(raw.images[:, None] / 16.0).float(), torch.tensor(raw.target)
+
+
+def as_idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture(scope="module")
+def as_mnist(tmp_path_factory: pytest.TempPathFactory, digits: tuple[Tensor, Tensor]) -> Path:
+    """The digits in the files of MNIST: 1,100 for training, the others for testing."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "mnist").mkdir()
+    images, labels = digits
+    large = torch.nn.functional.interpolate(images, size=28, mode="bilinear")
+    pixels, numbers = (large[:, 0] * 255).byte().numpy(), labels.byte().numpy()
+    for prefix, part in (("train", slice(0, 1100)), ("t10k", slice(1100, None))):
+        for kind, array in (("images-idx3", pixels[part]), ("labels-idx1", numbers[part])):
+            file = root / "mnist" / f"{prefix}-{kind}-ubyte.gz"
+            file.write_bytes(gzip.compress(as_idx(array)))
+    return root
 
 
 def trained(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 150) -> nn.Module:

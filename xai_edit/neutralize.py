@@ -80,6 +80,22 @@ class Parts:
     labels: list[int]
 
 
+def places_by_group(images: Images, spurious: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Return the places of the images of each group, class and feature.
+
+    Raises
+    ------
+    ValueError
+        If labels are missing.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place, (label, has) in enumerate(zip(images.labels, spurious, strict=True)):
+        if label is None:
+            raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
+        groups.setdefault((label, has), []).append(place)
+    return groups
+
+
 def split(images: Images, spurious: Sequence[int], *, seed: int = SEED) -> Parts:
     """Cut labelled images at random into three parts, each group by itself.
 
@@ -95,12 +111,7 @@ def split(images: Images, spurious: Sequence[int], *, seed: int = SEED) -> Parts
     ValueError
         If labels are missing, or a group has too few images.
     """
-    labels = [label for label in images.labels if label is not None]
-    if len(labels) < len(images):
-        raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
-    groups: dict[tuple[int, int], list[int]] = {}
-    for place, group in enumerate(zip(labels, spurious, strict=True)):
-        groups.setdefault(group, []).append(place)
+    groups = places_by_group(images, spurious)
     random = np.random.default_rng(seed)
     planning, validation, held_out = [], [], []
     for (label, has), places in sorted(groups.items()):
@@ -121,7 +132,7 @@ def split(images: Images, spurious: Sequence[int], *, seed: int = SEED) -> Parts
         whole.only(sorted(validation)),
         whole.only(sorted(held_out)),
         whole.only(sorted(planning) + sorted(validation)),
-        labels,
+        [label for label in images.labels if label is not None],
     )
 
 

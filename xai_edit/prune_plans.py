@@ -27,7 +27,7 @@ from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.pruning import ConceptAwarePruning, Finder, RelevancePruning
 from xai_edit.guard import copied
 from xai_edit.loading import Images
-from xai_edit.neutralize import Marked
+from xai_edit.neutralize import Marked, places_by_group
 
 Operator: TypeAlias = RelevancePruning | ConceptAwarePruning
 
@@ -151,13 +151,9 @@ def split(images: Images, spurious: Sequence[int] | None, *, seed: int = SEED) -
     ValueError
         If labels are missing, or a group has too few images.
     """
-    labels = [label for label in images.labels if label is not None]
-    if len(labels) < len(images):
-        raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
-    has = [0] * len(labels) if spurious is None else [*spurious]
-    groups: dict[tuple[int, int], list[int]] = {}
-    for place, group in enumerate(zip(labels, has, strict=True)):
-        groups.setdefault(group, []).append(place)
+    has = [0] * len(images) if spurious is None else [*spurious]
+    groups = places_by_group(images, has)
+    labels = {place: label for (label, _), places in groups.items() for place in places}
     random = np.random.default_rng(seed)
     planning: list[int] = []
     held_out: list[int] = []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
-import struct
 
 import numpy as np
 import pytest
@@ -18,24 +16,6 @@ from xai_edit.reproduce import groups, removal
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.experiments import Options
 from xai_edit.reproduce.tables import text
-
-
-def as_idx(array):
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-@pytest.fixture(scope="module")
-def as_mnist(tmp_path_factory, digits):
-    root = tmp_path_factory.mktemp("data")
-    (root / "mnist").mkdir()
-    images, labels = digits
-    large = torch.nn.functional.interpolate(images, size=28, mode="bilinear")
-    pixels, numbers = (large[:, 0] * 255).byte().numpy(), labels.byte().numpy()
-    for prefix, part in (("train", slice(0, 1100)), ("t10k", slice(1100, None))):
-        for kind, array in (("images-idx3", pixels[part]), ("labels-idx1", numbers[part])):
-            file = root / "mnist" / f"{prefix}-{kind}-ubyte.gz"
-            file.write_bytes(gzip.compress(as_idx(array)))
-    return root
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import struct
 
 import numpy as np
 import pytest
@@ -21,24 +19,6 @@ from xai_edit.reproduce.pruning_methods import FINDERS, FINE_TUNED_METHODS, METH
 from xai_edit.reproduce.tables import text
 
 WNIDS = ("n02074367", "n02971356", "n03127925", "n03871628")
-
-
-def as_idx(array):
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-@pytest.fixture(scope="module")
-def as_mnist(tmp_path_factory, digits):
-    root = tmp_path_factory.mktemp("data")
-    (root / "mnist").mkdir()
-    images, labels = digits
-    large = torch.nn.functional.interpolate(images, size=28, mode="bilinear")
-    pixels, numbers = (large[:, 0] * 255).byte().numpy(), labels.byte().numpy()
-    for prefix, part in (("train", slice(0, 1100)), ("t10k", slice(1100, None))):
-        for kind, array in (("images-idx3", pixels[part]), ("labels-idx1", numbers[part])):
-            file = root / "mnist" / f"{prefix}-{kind}-ubyte.gz"
-            file.write_bytes(gzip.compress(as_idx(array)))
-    return root
 
 
 @pytest.fixture(scope="module")
