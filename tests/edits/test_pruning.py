@@ -86,6 +86,23 @@ def test_global_ranking_takes_the_lowest_of_all_layers_but_each_layers_best(
     assert edit.origin["units"] == {layer: sorted(units) for layer, units in expected.items()}
 
 
+@pytest.mark.parametrize("scorer", [Taylor(), Activation()], ids=repr)
+def test_criteria_on_activations_are_read_behind_the_batch_norm_that_is_switched_off(
+    norm, batches, scorer
+):
+    layers, norms = ["body.0", "body.3"], ["body.1", "body.4"]
+    behind = score_units(norm, batches, scorer, layers=norms, aggregate="abs")
+    before = score_units(norm, batches, scorer, layers=layers, aggregate="abs")
+    edit = RelevancePruning(0.5, scorer, layers=layers, ranking="local").plan(norm, batches)
+    for layer, following in zip(layers, norms, strict=True):
+        lowest = behind[following].argsort()[: len(behind[following]) // 2]
+        assert edit.origin["units"][layer] == sorted(lowest.tolist())
+    assert any(
+        before[layer].argsort().tolist() != behind[following].argsort().tolist()
+        for layer, following in zip(layers, norms, strict=True)
+    )
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 1.0])
 def test_local_ranking_takes_the_share_of_each_layer(plain, batches, share):
     layers = ["conv1", "conv2", "fc1"]

@@ -29,7 +29,7 @@ def eight_by_eight(digits):
     ("method", "scorer"),
     [
         ("LRP epsilon-plus", LRP("epsilon-plus", initial="one")),
-        ("Taylor (before the norm)", Taylor()),
+        ("Taylor", Taylor()),
     ],
 )
 def test_units_are_those_of_relevance_pruning(norm, eight_by_eight, method, scorer):

@@ -31,6 +31,8 @@ class Taylor:
     (Molchanov et al. 2017, Eq. 8), which takes the absolute value of each sample.
     """
 
+    behind_norm = True
+
     def __repr__(self) -> str:
         return "Taylor()"
 
@@ -55,6 +57,8 @@ class Activation:
     Rectified, since the units of a pruned layer are named at its output before the activation
     function, where a unit that never fires would otherwise look strong.
     """
+
+    behind_norm = True
 
     def __repr__(self) -> str:
         return "Activation()"

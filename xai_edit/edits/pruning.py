@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.coupling import channel_groups
-from xai_edit.attribution.layers import CONVOLUTIONS, last_weighted, resolve_layers
+from xai_edit.attribution.layers import (
+    CONVOLUTIONS,
+    following_batch_norms,
+    last_weighted,
+    resolve_layers,
+)
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import Target, describe_target
 from xai_edit.attribution.units import UnitScores, score_units, share_of
@@ -57,6 +62,9 @@ class RelevancePruning:
     scorer : callable
         Any scorer; LRP by ``LRP("epsilon-plus", initial="one")`` by default. `WeightMagnitude`,
         `Taylor`, `Activation`, `Random` and `TorchPruningImportance` are the usual comparisons.
+        One with ``behind_norm = True``, such as `Taylor` and `Activation`, is asked for a layer's
+        batch norm where it has one: its output is what is switched off. LRP, which merges the
+        two, is the same at both.
     layers : sequence of str, optional
         All convolution layers when left out; all hidden linear layers where there are none.
     ranking : {"global", "local"}
@@ -120,7 +128,7 @@ class RelevancePruning:
             If the model cannot be traced (`channel_groups`), or nothing can be pruned.
         """
         data, inputs, found = _prepared(self, model, data, fine_tune)
-        scored = _Scored(found, data, self.scorer, target)
+        scored = _Scored(found, data, self.scorer, target, inputs[:1])
 
         def score(network: nn.Module, _: int) -> UnitScores:
             return scored.of(network, found.layers)
@@ -220,7 +228,7 @@ class ConceptAwarePruning:
         data, inputs, found = _prepared(self, model, data, fine_tune)
         concept = _Concept(self, features)
         concept.learn(model)
-        scored = _Scored(found, data, self.scorer, target)
+        scored = _Scored(found, data, self.scorer, target, inputs[:1])
         origin = {
             "operator": "ConceptAwarePruning",
             **scored.told(),
@@ -258,8 +266,11 @@ class ConceptAwarePruning:
 class _Scored:
     """Scores of the layers to prune in any state of the network."""
 
-    def __init__(self, found: Prunable, data: Data, scorer: Scorer, target: Target) -> None:
+    def __init__(
+        self, found: Prunable, data: Data, scorer: Scorer, target: Target, sample: Tensor
+    ) -> None:
         self.found, self.data, self.scorer, self.target = found, data, scorer, target
+        self.sample = sample
 
     def told(self) -> dict[str, Any]:
         """Return what an origin says of the scores."""
@@ -267,6 +278,9 @@ class _Scored:
 
     def of(self, network: nn.Module, names: Sequence[str]) -> UnitScores:
         """Return the scores of a network that has the layers under other names, perhaps."""
+        if getattr(self.scorer, "behind_norm", False):
+            norms = following_batch_norms(network, self.sample, names)
+            names = [norms.get(name, name) for name in names]
         scores = score_units(
             network, self.data, self.scorer, layers=names, target=self.target, aggregate="abs"
         )

@@ -215,23 +215,26 @@ def fine_tuned(context: Context) -> Iterator[Tuned]:
         return ConceptAwarePruning(layer, subspaces, [0], FINE_TUNED, LRP_PRUNING, steps=STEPS)
 
     for kind, images in (("clean", context.parts.clean), ("biased", context.parts.train)):
-        # Without its attribute the biased set would not be known to be one: no warning is wanted.
-        order = images.shuffled(seed, TUNING["batch_size"])
-        tune = FineTuning(_Labelled(order), **TUNING, seed=seed)
+
+        def tuning(images: ImageSet = images) -> FineTuning:
+            """Return one whose order of images starts anew, the same for every method."""
+            order = images.shuffled(seed, TUNING["batch_size"])
+            # Without their attribute biased images give no warning: none is wanted here.
+            return FineTuning(_Labelled(order), **TUNING, seed=seed)
 
         def planned(
             operator: Any,
             *,
             clean: bool = False,
-            tune: FineTuning = tune,
+            tuning: Callable[[], FineTuning] = tuning,
             network: nn.Module = context.model,
             **more: Any,
         ) -> Callable[[], ModelEdit]:
             data = context.references(clean=clean)
-            return partial(operator.plan, network, data, fine_tune=tune, **more)
+            return partial(operator.plan, network, data, fine_tune=tuning(), **more)
 
-        def alone(tune: FineTuning = tune) -> ModelEdit:
-            network = deepcopy(context.model)
+        def alone(tuning: Callable[[], FineTuning] = tuning) -> ModelEdit:
+            network, tune = deepcopy(context.model), tuning()
             for _ in range(STEPS):
                 tune(network)
             return ModelEdit.to_copy(context.model, network, {})
