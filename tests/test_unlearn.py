@@ -82,6 +82,7 @@ def test_the_run_writes_its_files_and_figures(done):
     assert sorted(str(file.relative_to(done)) for file in done.rglob("*.*")) == [
         "edits/unlearn.safetensors",
         "maps.png",
+        "maps.safetensors",
         "report.html",
         "results.json",
         "timing.json",
@@ -170,7 +171,7 @@ def test_two_runs_agree_and_the_table_is_printed(here, capsys, done):
     ):
         assert text in told.out, text
     assert "share found" not in told.out
-    for name in ("maps.png", "edits/unlearn.safetensors"):
+    for name in ("maps.png", "maps.safetensors", "edits/unlearn.safetensors"):
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
     first, second = read("one"), read("two")
     assert first.pop("command") != second.pop("command")
@@ -232,7 +233,7 @@ def test_a_model_without_maps_has_a_report_without_them(here, monkeypatch):
 
     monkeypatch.setattr("xai_edit.unlearn.before_after_maps", refuse)
     assert main(shlex.split(f"{LINE} --classes 3 --share 0.2 --out mapless --quiet")) == 0
-    assert not Path("mapless/maps.png").exists()
+    assert not [*Path("mapless").glob("maps.*")]
     assert read("mapless")["maps"]["withheld"] == "no rule for <this>"
     assert "no rule for &lt;this&gt;" in Path("mapless/report.html").read_text(encoding="utf-8")
 
@@ -252,7 +253,7 @@ def test_report_makes_the_same_page_again_and_escapes_it(done, tmp_path, capsys)
     assert main(["report", str(done)]) == 0
     assert (done / "report.html").read_bytes() == page
     assert capsys.readouterr().out.strip() == str(done / "report.html")
-    for name in ("timing.json", "maps.png"):
+    for name in ("timing.json", "maps.safetensors"):
         (tmp_path / name).write_bytes((done / name).read_bytes())
     harmful = "<script>alert(1)</script>"
     results = {**read(done), "command": harmful, "names": {"3": harmful}}
@@ -262,9 +263,9 @@ def test_report_makes_the_same_page_again_and_escapes_it(done, tmp_path, capsys)
     assert harmful not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("gone", ["timing.json", "maps.png", "key"])
+@pytest.mark.parametrize("gone", ["timing.json", "maps.safetensors", "key"])
 def test_report_of_an_incomplete_run_is_one_clear_line(done, tmp_path, capsys, gone):
-    for name in ("timing.json", "maps.png", "results.json"):
+    for name in ("timing.json", "maps.safetensors", "results.json"):
         if name != gone:
             (tmp_path / name).write_bytes((done / name).read_bytes())
     if gone == "key":

@@ -21,14 +21,14 @@ from xai_edit.edits.single_weight import SingleWeight
 from xai_edit.evaluation.outputs import Counts, Overlap, Seen, SplitAccuracy
 from xai_edit.evaluation.unlearning import evaluate_unlearning
 from xai_edit.evaluation.unlearning_figures import Unlearning
-from xai_edit.files import write_atomically
+from xai_edit.files import write_atomically, write_safetensors
 from xai_edit.guard import preserved
 from xai_edit.loading import Images
 from xai_edit.report.before_after import RULES, before_after_maps
 from xai_edit.report.page import write_report
 from xai_edit.resources import Cost, measured
 
-EDIT = "edits/unlearn.safetensors"
+EDIT, MAPS = "edits/unlearn.safetensors", ("maps.safetensors", "maps.png")
 BEFORE, METHOD = "before", "path perturbation"
 BASELINES: dict[str, SingleWeight | LogitMask] = {
     "single weight (SCA)": SingleWeight(),
@@ -270,9 +270,12 @@ def run(
     }
     edits[METHOD].save(out / EDIT)
     if drawn is None:
-        (out / "maps.png").unlink(missing_ok=True)  # of an earlier run
+        for name in MAPS:
+            (out / name).unlink(missing_ok=True)  # of an earlier run
     else:
-        write_atomically(out / "maps.png", drawn)
+        picture, tensors = drawn
+        write_safetensors(out / MAPS[0], tensors, "xai_edit.maps", "")
+        write_atomically(out / MAPS[1], picture)
     for file, content in (("timing.json", timing), ("results.json", results)):
         text = json.dumps(content, indent=2, ensure_ascii=False)
         write_atomically(out / file, f"{text}\n".encode())
@@ -349,8 +352,14 @@ def _lasting(found: Unlearning) -> dict[str, Any]:
     return told
 
 
-def _maps(model: nn.Module, edit: ModelEdit, parts: Parts) -> tuple[dict[str, Any], bytes | None]:
-    """Return what the maps show, and the picture; or why no maps can be had of the model."""
+def _maps(
+    model: nn.Module, edit: ModelEdit, parts: Parts
+) -> tuple[dict[str, Any], tuple[bytes, dict[str, Tensor]] | None]:
+    """Return what the maps show, the picture and tensors; or why no maps can be had of the model.
+
+    The relevance has the shape (images, rules, 2, height, width): before and after, summed over
+    channels.
+    """
     places = _shown(parts)
     data, labels = parts.held_out, [parts.labels[place] for place in places]
     inputs = torch.stack([data[place][0] for place in places])
@@ -362,10 +371,13 @@ def _maps(model: nn.Module, edit: ModelEdit, parts: Parts) -> tuple[dict[str, An
     titles = [
         f"class {label}, {'to forget' if label in parts.forget else 'kept'}" for label in labels
     ]
-    drawn = maps.png((inputs - low) / (high - low), titles=titles)
+    pixels = (inputs - low) / (high - low)
+    drawn = maps.png(pixels, titles=titles)
+    pairs = [torch.stack([maps.before[r].sum(1), maps.after[r].sum(1)], dim=1) for r in RULES]
+    tensors = {"images": pixels, "relevance": torch.stack(pairs, dim=1)}
     said = zip(labels, _plain(maps.predicted_before), _plain(maps.predicted_after), strict=True)
     images = [{"class": label, "before": one, "after": other} for label, one, other in said]
-    return {"rules": [*RULES], "images": images, "withheld": None}, drawn
+    return {"rules": [*RULES], "images": images, "withheld": None}, (drawn, tensors)
 
 
 def _plain(values: Tensor) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from xai_edit.report.html import document, table
+from xai_edit.report.html import document, repeat, table
 from xai_edit.report.unlearning import class_name
 
 NO_GAIN = "On the held-out images the worst group does not gain: nothing speaks for this edit."
@@ -16,11 +16,11 @@ SMALL = (
 )
 
 
-def neutralizing_page(results: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
-    """Return the page; arguments as in the JSON files of the run."""
+def neutralizing_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed: str) -> str:
+    """Return the page; arguments as in the JSON files, and HTML: the weights of the edits."""
     heading = "Take away a spurious feature"
-    sections = [_what(results), _answers(results, timing), _groups(results), _repeat(results)]
-    return document(f"xai_edit: {heading}", heading, sections)
+    sections = [_what(results), _answers(results, timing), _groups(results), changed]
+    return document(f"xai_edit: {heading}", heading, [*sections, _repeat(results)])
 
 
 def planned_weights(results: Mapping[str, Any]) -> list[str]:
@@ -130,12 +130,9 @@ def _groups(results: Mapping[str, Any]) -> str:
 
 
 def _repeat(results: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    files = [f"<code>{escape(row['edit'])}</code>" for row in results["rows"] if row["edit"]]
+    files = [row["edit"] for row in results["rows"] if row["edit"]]
     return (
         "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
         "not prove that knowledge is gone: the feature is still in the inputs of the last layer."
-        f"</p><h2>Repeat it</h2><p><code>{escape(results['command'])}</code> with "
-        f"{escape(versions)}. Figures: <code>results.json</code>; edits: "
-        f"{', '.join(files) or 'none'}.</p>"
+        f"</p>{repeat(results, files)}"
     )

@@ -13,11 +13,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xai_edit.files import write_atomically
-from xai_edit.report.html import captioned, document, table
+from xai_edit.report.curves import curves
+from xai_edit.report.html import document, repeat, table
 from xai_edit.report.neutralizing import neutralizing_page
-from xai_edit.report.pictures import curves, image_uri, overview, relevance_uri
+from xai_edit.report.pictures import overview
 from xai_edit.report.pruning import pruning_page
 from xai_edit.report.unlearning import unlearning_page
+from xai_edit.report.weights import weights
+from xai_edit.report.wipe import Maps, cards, wipe
+
+EXPLAINED = (
+    "<p>Relevance (LRP, epsilon-plus) of the digit that the network says: red speaks for it, blue "
+    "against it.</p>"
+)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -27,8 +35,8 @@ def write_report(folder: str | Path) -> Path:
     ----------
     folder : str or Path
         With ``results.json`` and ``timing.json`` of ``xai-edit demo``, ``unlearn``,
-        ``neutralize`` or ``prune``, and of the first ``maps.safetensors``, of the second, if maps
-        could be drawn, ``maps.png``.
+        ``neutralize`` or ``prune``, and of the first two ``maps.safetensors``, of the second only
+        if maps could be had. Edits are shown that are there.
 
     Returns
     -------
@@ -71,23 +79,40 @@ def _demo(folder: Path, results: Mapping[str, Any]) -> str:
         results["overview"],
     )
     write_atomically(folder / "overview.png", drawn)
-    return _page(results, timing, maps)
+    return _page(results, timing, maps, weights(folder, _edits(results)))
+
+
+def _edits(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return the path of each edit of the demo by what it is for."""
+    return {
+        f"{part}: {row['method']}" + (f", {row['share']:.0%}" if "share" in row else ""): row[
+            "edit"
+        ]
+        for part in ("forget", "neutralize", "prune")
+        for row in results[part]["rows"]
+        if row["edit"]
+    }
 
 
 def _unlearn(folder: Path, results: Mapping[str, Any]) -> str:
-    timing, drawn = _json(folder / "timing.json"), folder / "maps.png"
+    timing, maps = _json(folder / "timing.json"), folder / "maps.safetensors"
+    changed = weights(folder, {"path perturbation": results["edit"]["file"]})
     if results["maps"]["withheld"] is not None:
-        return unlearning_page(results, timing, None)
-    _require(drawn)
-    return unlearning_page(results, timing, drawn.read_bytes())
+        return unlearning_page(results, timing, None, changed)
+    _require(maps)
+    return unlearning_page(results, timing, load_file(maps), changed)
 
 
 def _neutralized(folder: Path, results: Mapping[str, Any]) -> str:
-    return neutralizing_page(results, _json(folder / "timing.json"))
+    return neutralizing_page(results, _json(folder / "timing.json"), _by_method(folder, results))
 
 
 def _pruned(folder: Path, results: Mapping[str, Any]) -> str:
-    return pruning_page(results, _json(folder / "timing.json"))
+    return pruning_page(results, _json(folder / "timing.json"), _by_method(folder, results))
+
+
+def _by_method(folder: Path, results: Mapping[str, Any]) -> str:
+    return weights(folder, {row["method"]: row["edit"] for row in results["rows"] if row["edit"]})
 
 
 def _require(file: Path) -> None:
@@ -110,15 +135,18 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _page(
-    results: Mapping[str, Any], timing: Mapping[str, float], maps: Mapping[str, Tensor]
+    results: Mapping[str, Any],
+    timing: Mapping[str, float],
+    maps: Mapping[str, Tensor],
+    changed: str,
 ) -> str:
     sections = [
         _wrong(results, maps),
         _forget(results, timing),
         _neutralize(results, timing),
         _prune(results),
-        "<h2>The same images before and after each edit</h2>"
-        + _maps(results, maps, images=slice(None), columns=slice(None)),
+        _before_after(results, maps),
+        changed,
         _honest(results),
     ]
     return document(
@@ -158,7 +186,8 @@ def _wrong(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> str:
         f'{escape(before["worst_group"])}, <strong class="wrong">{before["worst"]:.3f}</strong>; '
         f"over all test images, each shown once without and once with it, {before['average']:.3f}."
         "</p>"
-        + _maps(results, maps, images=slice(0, 4), columns=slice(0, 1))
+        + EXPLAINED
+        + cards(_maps(results, maps, 0)[:4])
         + table(
             "Accuracy before any edit",
             ["group", "without watermark", "with watermark", "images each"],
@@ -215,6 +244,7 @@ def _neutralize(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
         {"average": sweep["average"], "worst group": sweep["worst"]},
         x_label="neutralisation rate r (Eq. 8)",
         y_label="accuracy on validation data",
+        caption="Every rate of the weight that SCA selects; dotted: the rate chosen.",
         log_x=True,
         mark=sweep["chosen"],
     )
@@ -237,7 +267,7 @@ def _neutralize(results: Mapping[str, Any], timing: Mapping[str, float]) -> str:
             ],
             rows,
         )
-        + captioned(drawn, "Every rate of the weight that SCA selects; dotted: the rate chosen.")
+        + drawn
     )
 
 
@@ -258,8 +288,15 @@ def _prune(results: Mapping[str, Any]) -> str:
         kept = [results["before"][figure], part["ablation_alone"][figure]]
         if figure != "worst_of_four":
             lines = {**by_method, "unpruned": [kept[0]] * len(shares)}
-            drawn = curves(shares, lines, x_label="share of filters removed", y_label=label)
-            shown.append(captioned(drawn, f"{label.capitalize()} against the share removed."))
+            shown.append(
+                curves(
+                    shares,
+                    lines,
+                    x_label="share of filters removed",
+                    y_label=label,
+                    caption=f"{label.capitalize()} against the share removed.",
+                )
+            )
         shown.append(
             table(
                 f"{label.capitalize()} on test images, by share of filters removed",
@@ -283,57 +320,54 @@ def _prune(results: Mapping[str, Any]) -> str:
     )
 
 
-def _maps(
-    results: Mapping[str, Any], maps: Mapping[str, Tensor], *, images: slice, columns: slice
-) -> str:
-    names = results["map_columns"][columns]
-    head = '<th scope="col">image</th>' + "".join(
-        f'<th scope="col">{escape(name)}</th>' for name in names
-    )
-    rows = []
-    for number, told in list(enumerate(results["maps"]))[images]:
-        limit = float(maps["relevance"][number, 0].sum(0).abs().max())
-        image = f"digit {told['label']} {'with' if told['watermark'] else 'without'} watermark"
-        cells = [_picture(image_uri(maps["images"][number]), image, escape(image))]
-        relevance = maps["relevance"][number, columns]
-        for name, predicted, values in zip(
-            names, told["predicted"][columns], relevance, strict=True
-        ):
-            right = predicted == told["label"]
-            verdict = (
-                f'<span class="{"right" if right else "wrong"}">{"✓" if right else "✗"} '
-                f"says {predicted}</span>"
-            )
-            text = f"relevance for {predicted}, {name}, of {image}"
-            cells.append(_picture(relevance_uri(values, limit), text, verdict))
-        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+def _before_after(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> str:
     return (
-        "<p>Relevance (LRP, epsilon-plus) of the digit that the network says: red speaks for it, "
-        "blue against it. A row shares one colour scale, that of the unedited network.</p>"
-        f'<div class="scroll"><table class="maps"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<h2>The same images before and after each edit</h2>{EXPLAINED}"
+        "<p>The two maps of a pair share one colour scale.</p>"
+        + "".join(
+            wipe(f"Before and after: {name}", _maps(results, maps, 0, column))
+            for column, name in enumerate(results["map_columns"])
+            if column
+        )
     )
+
+
+def _maps(results: Mapping[str, Any], maps: Mapping[str, Tensor], *columns: int) -> list[Maps]:
+    """Return the images with their maps in some columns: the network before, or an edited one."""
+    shown = []
+    for number, told in enumerate(results["maps"]):
+        said = [told["predicted"][column] for column in columns]
+        right = said[-1] == told["label"]
+        shown.append(
+            Maps(
+                maps["images"][number],
+                f"digit {told['label']} {'with' if told['watermark'] else 'without'} watermark",
+                [maps["relevance"][number, column].sum(0) for column in columns],
+                said,
+                f'<span class="{"right" if right else "wrong"}">says '
+                f"{' → '.join(map(str, said))} {'✓' if right else '✗'}</span>",
+            )
+        )
+    return shown
 
 
 def _honest(results: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     checked = results["checks"]
     return (
         "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
         "not prove that knowledge is gone: the features of a forgotten class are still inside, "
         "and a probe or a few steps of training can bring it back. Seeds differ by several points "
         "here, since a group has only a few dozen test images.</p>"
-        f"<h2>Repeat it</h2><p><code>{escape(results['command'])}</code> with {escape(versions)}. "
-        f"Each of {checked['edits']} edits was saved, loaded again, applied, evaluated and undone; "
-        f"{checked['restored']} of {checked['edits']} left the network as it was, bit for bit. "
-        "Figures: <code>results.json</code>; edits: <code>edits/</code>.</p>"
+        + repeat(
+            results,
+            ["edits/*.safetensors", "maps.safetensors", "timing.json"],
+            f"Each of {checked['edits']} edits was saved, loaded again, applied, evaluated and "
+            f"undone; {checked['restored']} of {checked['edits']} left the network as it was, bit "
+            "for bit.",
+        )
     )
 
 
 def _cost(row: Mapping[str, Any], timing: Mapping[str, float]) -> list[Any]:
     """Return the weights changed and the seconds that planning took, as table cells."""
     return [row["weights_changed"], f"{timing[row['edit']]:.2f}" if row["edit"] else "–"]
-
-
-def _picture(uri: str, text: str, below: str) -> str:
-    return f'<img src="{uri}" alt="{escape(text)}"><br>{below}'

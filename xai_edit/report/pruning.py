@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any, NamedTuple
 
-from xai_edit.report.html import document, table
+from xai_edit.report.html import document, repeat, table
 from xai_edit.report.neutralizing import NO_GAIN, SMALL, group_name, shown_rows
 from xai_edit.report.unlearning import class_name
 
@@ -19,8 +19,8 @@ class _Table(NamedTuple):
     rows: list[list[Any]]
 
 
-def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
-    """Return the page; arguments as in the JSON files of the run."""
+def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed: str) -> str:
+    """Return the page; arguments as in the JSON files, and HTML: the weights of the edit."""
     heading = "Prune a network"
     sections = [
         _what(results),
@@ -32,6 +32,7 @@ def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
         "<h2>A smaller network</h2>" + _smaller(results),
         f"<h2>Group by group</h2><p>{escape(SMALL)}</p>" + table(*_groups(results)),
         "<h2>Layer by layer</h2>" + table(*_layers(results)) + _lines(_fixed(results)),
+        changed,
         _repeat(results),
     ]
     return document(f"xai_edit: {heading}", heading, sections)
@@ -155,7 +156,7 @@ def _sizes(results: Mapping[str, Any]) -> _Table:
     rows.append([name, *milliseconds, f"{ratios['seconds']:.1%}"])
     how = f"median of {sizes['rounds']} rounds in turn, {sizes['device']}, {sizes['threads']}"
     caption = f"size ({how} {'thread' if sizes['threads'] == 1 else 'threads'})"
-    return _Table(caption, ["", "before", "after", "of before"], rows)
+    return _Table(caption, ["what", "before", "after", "of before"], rows)
 
 
 def _smaller(results: Mapping[str, Any]) -> str:
@@ -216,16 +217,12 @@ def _fixed(results: Mapping[str, Any]) -> list[str]:
 
 
 def _repeat(results: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     files = [row["edit"] for row in results["rows"] if row["edit"]]
     files += [results["smaller"][key] for key in ("file", "program") if results["smaller"][key]]
-    listed = ", ".join(f"<code>{escape(file)}</code>" for file in files)
     return (
         "<h2>What pruning does not do</h2><p>Pruning takes capacity away. It does not prove that "
         "the network no longer knows a feature, and training on images where the feature goes with "
-        "a class brings it back.</p>"
-        f"<h2>Repeat it</h2><p><code>{escape(results['command'])}</code> with "
-        f"{escape(versions)}. Figures: <code>results.json</code>; networks: {listed or 'none'}.</p>"
+        f"a class brings it back.</p>{repeat(results, files)}"
     )
 
 

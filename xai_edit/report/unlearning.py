@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from xai_edit.report.html import captioned, document, table
+from torch import Tensor
+
+from xai_edit.report.html import document, repeat, table
+from xai_edit.report.wipe import Maps, wipe
 
 ONLY_ANSWERS = (
     "The accuracies show what the network answers, not what it still knows. Give --train-data, "
@@ -20,9 +22,15 @@ PROBED = (
 
 
 def unlearning_page(
-    results: Mapping[str, Any], timing: Mapping[str, Any], maps: bytes | None
+    results: Mapping[str, Any],
+    timing: Mapping[str, Any],
+    maps: Mapping[str, Tensor] | None,
+    changed: str,
 ) -> str:
-    """Return the page; ``maps`` is the picture, None where none could be drawn."""
+    """Return the page; arguments as in the files of the run.
+
+    ``maps`` is None where none could be had; ``changed`` is HTML, the weights of the edit.
+    """
     forget = class_names(results)
     heading = f"Forget {'class' if len(results['forget']) == 1 else 'classes'} {forget}"
     sections = [
@@ -31,6 +39,7 @@ def unlearning_page(
         _left(results),
         _classes(results),
         _pictures(results, maps),
+        changed,
         _repeat(results),
     ]
     return document(f"xai_edit: {heading}", heading, sections)
@@ -166,26 +175,42 @@ def _classes(results: Mapping[str, Any]) -> str:
     )
 
 
-def _pictures(results: Mapping[str, Any], maps: bytes | None) -> str:
+def _pictures(results: Mapping[str, Any], maps: Mapping[str, Tensor] | None) -> str:
     heading = "<h2>The same images before and after</h2>"
     if maps is None:
         return f"{heading}<p>No relevance maps: {escape(results['maps']['withheld'])}</p>"
-    source = base64.b64encode(maps).decode()
-    return heading + captioned(
-        f'<img src="data:image/png;base64,{source}">',
-        "Relevance, by several LRP rules, of the class that the network says: red speaks for it, "
-        "blue against it. The two maps of a pair share one scale.",
+    return (
+        f"{heading}<p>Relevance, by several LRP rules, of the class that the network says: red "
+        "speaks for it, blue against it. The two maps of a pair share one scale.</p>"
+        + "".join(
+            wipe(f"Before and after by the rule {rule}", _of_rule(results, maps, at))
+            for at, rule in enumerate(results["maps"]["rules"])
+        )
     )
 
 
+def _of_rule(results: Mapping[str, Any], maps: Mapping[str, Tensor], rule: int) -> list[Maps]:
+    shown = []
+    for number, told in enumerate(results["maps"]["images"]):
+        target, said = told["class"], (told["before"], told["after"])
+        fate = "to forget" if target in results["forget"] else "kept"
+        shown.append(
+            Maps(
+                maps["images"][number],
+                f"image {number + 1}: class {class_name(results, target)}, {fate}",
+                maps["relevance"][number, rule].unbind(),
+                said,
+                escape("says {} → {}".format(*(class_name(results, one) for one in said))),
+            )
+        )
+    return shown
+
+
 def _repeat(results: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return (
         "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
         "not prove that knowledge is gone: a probe or a few steps of training can bring it back."
-        f"</p><h2>Repeat it</h2><p><code>{escape(results['command'])}</code> with "
-        f"{escape(versions)}. Figures: <code>results.json</code>; edit: "
-        f"<code>{escape(results['edit']['file'])}</code>.</p>"
+        f"</p>{repeat(results, [results['edit']['file']])}"
     )
 
 

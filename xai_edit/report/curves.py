@@ -1,0 +1,97 @@
+"""Curves as SVG: drawn by Matplotlib, in the colours of the page, every point with its value."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+
+# Each is at least three times as bright, or as dark, as a white and as a black page.
+COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#d62728", "#9467bd", "#a0614f", "#7f7f7f")
+HINT = "Point at a curve, or go along it with the arrow keys, to read values."
+
+
+def curves(
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    caption: str,
+    log_x: bool = False,
+    mark: float | None = None,
+) -> str:
+    """Draw accuracy curves.
+
+    Parameters
+    ----------
+    x : sequence of float
+    lines : mapping
+        Name of a curve → its values at ``x``, in [0, 1].
+    x_label, y_label, caption : str
+    log_x : bool
+        Logarithmic above the smallest positive x, linear below it.
+    mark : float, optional
+        An x to mark with a dotted line.
+
+    Returns
+    -------
+    str
+        A ``<figure>``, the same for the same input.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # Sizes are in points: at 72 a inch they are the units of the SVG, and so are the places below.
+    with rc_context({"svg.hashsalt": "xai_edit", "svg.fonttype": "none", "font.size": 11}):
+        figure = Figure(figsize=(4.8, 3.1 + 0.24 * len(lines)), layout="constrained", dpi=72)
+        axes = figure.add_subplot()
+        for at, (name, values) in enumerate(lines.items()):
+            marker = "os^Dvph"[at % 7] if len(x) <= 20 else None
+            axes.plot(x, values, label=name, marker=marker, linewidth=2, color=COLOURS[at % 7])
+        if log_x:
+            axes.set_xscale("symlog", linthresh=min(value for value in x if value > 0))
+        if mark is not None:
+            axes.axvline(mark, linestyle=":", color="#000000")
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=(-0.02, 1.02))
+        axes.grid(color="#808080", alpha=0.4)
+        figure.legend(loc="outside lower left", frameon=False)
+        target = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(target, format="svg", transparent=True, metadata=nothing)
+    points = ""
+    for name, values in lines.items():
+        places = axes.transData.transform([*zip(x, values, strict=True)])
+        told = [f"{name}: {b:.3f} at {x_label} {a:.3g}" for a, b in zip(x, values, strict=True)]
+        circles = (
+            _point(left, figure.bbox.height - up, text)
+            for (left, up), text in zip(places, told, strict=True)
+        )
+        points += f'<g class="line">{"".join(circles)}</g>'
+    points = points.replace('tabindex="-1"', 'tabindex="0"', 1)  # the others go from there
+    label = escape(caption)
+    drawn = _themed(target.getvalue()).replace("</svg>", f"{points}</svg>")
+    drawn = drawn.replace("<svg", f'<svg role="group" aria-label="{label} {HINT}"', 1)
+    return (
+        f'<figure class="chart">{drawn}<p class="told" aria-hidden="true">{HINT}</p>'
+        f"<figcaption>{label}</figcaption></figure>"
+    )
+
+
+def _point(x: float, y: float, told: str) -> str:
+    return (
+        f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6" role="img" tabindex="-1">'
+        f"<title>{escape(told)}</title></circle>"
+    )
+
+
+def _themed(drawn: str) -> str:
+    """Return the picture alone: black is the colour of text, and no name clashes on the page."""
+    drawn = re.sub("<!--.*?-->|<style.*?</style>", "", drawn[drawn.index("<svg") :], flags=re.S)
+    drawn = re.sub('font-family: [^;"]*', "font-family: inherit", drawn)
+    own = hashlib.sha256(drawn.encode()).hexdigest()[:8]
+    drawn = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>c{own}-", drawn)
+    drawn = drawn.replace("#000000", "currentColor")
+    return drawn.replace('<g id="', '<g aria-hidden="true" id="', 1)
