@@ -1,8 +1,10 @@
 import json
+import re
 from pathlib import Path
 from statistics import mean
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from xai_edit import __version__
 from xai_edit.reproduce.catalogue import CATALOGUE
@@ -62,6 +64,10 @@ def write_tables(_app):
     write("watermark", markdown(watermark_table(read("watermark"))))
     for name in ("scoring", "selection", "smaller"):
         write(name, markdown(speed_table(read(name))))
+    write("speed", markdown(speed_summary()))
+    write("speed-drsa", markdown(drsa_table(read("drsa"))))
+    write("scaling", markdown(scaling_table(read("scaling"))))
+    scaling_figure(read("scaling")).savefig(HERE / "_tables" / "scaling.svg")
 
 
 def read(name):
@@ -169,6 +175,101 @@ def speed_table(results):
         for key in keys
     ]
     return [["ratio", *ratios], *rows]
+
+
+PASS = "a forward and backward pass"
+RANGES = (  # step, beside, result, its keys, and whether these are theirs over ours
+    ("scoring all layers, epsilon rule", PASS, "scoring", r"epsilon / forward\+backward", False),
+    ("… other rules", PASS, "scoring", r"(?!epsilon /|zennit|peak).* / forward\+backward", False),
+    ("… each rule", "Zennit's attributor", "scoring", ".* / zennit", False),
+    ("… peak memory", PASS, "scoring", r"peak .* / forward\+backward", False),
+    ("… peak memory of 20 batches", "of one", "scoring", "peak .* / of 1", False),
+    ("scoring the last hidden layer", "a forward pass", "scoring", "last .* / forward", False),
+    ("SCA scores of a row", "a backward pass a sample", "selection", "a backward .*", True),
+    ("SCA scores of a row", "`vmap` of the gradient", "selection", "vmap .*", True),
+    ("exact selection", "evaluating each dose", "selection", "evaluations .*", True),
+    ("planning NPP, 36 images", "an epoch, 60,000 images", "unlearning-cost", "one epoch .*", True),
+    ("sweep over 24 shares", "24 evaluations", "unlearning-cost", "evaluating .*", True),
+    ("planning pruning", PASS, "smaller", "planning .*", False),
+    ("making the network smaller", PASS, "smaller", "removal .*", False),
+    ("latency, half of each layer off", "the whole network", "smaller", "seconds, local", False),
+    ("latency, half of all filters off", "the whole network", "smaller", "seconds, global", False),
+)
+
+
+def speed_summary():
+    """Return what steps take over a peer or a limit, from the least to the most measured."""
+    rows = []
+    for step, beside, name, keys, theirs in RANGES:
+        ratios = read(name)["ratios"]
+        tables = [*ratios.values()] if name != "unlearning-cost" else [ratios]
+        found = [v for told in tables for key, v in told.items() if re.fullmatch(keys, key)]
+        ends = sorted(1 / value if theirs else value for value in found)
+        cells = dict.fromkeys(f"{ends[at]:.2g}" for at in (0, -1))  # once where they are equal
+        rows.append([step, beside, " – ".join(cells)])
+    return [["step", "beside", "ours / theirs"], *rows]
+
+
+def drsa_table(results):
+    """Return CPU time and objective of DRSA and of the published procedure."""
+    rows = []
+    for case in results["cases"]:
+        ours, published = case["ours"], case["published"]
+        seconds = ours["CPU s"], published["CPU s of all"]
+        full = published["all steps run"]
+        reached = [value for key, value in published.items() if key.startswith("J")][-1]
+        rows.append(
+            [
+                f"{case['case']}, {case['channels']} channels",
+                *(f"{value:,.0f}" for value in seconds),
+                "run" if full else f"from {published['steps timed']} steps",
+                f"{seconds[0] / seconds[1]:.2g}",
+                f"{ours['J']:.4f}",
+                f"{reached:.4f}" + ("" if full else " (helped)"),
+            ]
+        )
+    head = ["features", "ours, s", "published, s", "which was", "ours / theirs", "J, ours"]
+    return [[*head, "J, published"], *rows]
+
+
+def scaling_table(results):
+    """Return sizes, time and memory at the largest, and the exponents."""
+    rows = []
+    for case in results["cases"]:
+        exponents = [
+            cell
+            for told in (case["time"], case["memory"])
+            for cell in (f"{told['exponent']:.2f} ± {told['error']:.2f}", f"{told['expected']:g}")
+        ]
+        sizes = f"{case['axis']}, {case['sizes'][0]:,} to {case['sizes'][-1]:,}"
+        largest = f"{case['seconds'][-1]:.2g} s", f"{case['megabytes'][-1]:,.0f} MB"
+        rows.append([f"{case['what']}: {case['fixed']}", sizes, *largest, *exponents])
+    head = ["step", "grows", "time", "memory", "exponent of time", "at most"]
+    return [[*head, "exponent of memory", "at most"], *rows]
+
+
+def scaling_figure(results):
+    """Draw time and memory against size, each over its first value, a panel a case."""
+    figure = Figure(figsize=(10, 11), layout="constrained")
+    panels = figure.subplots(-(-len(results["cases"]) // 3), 3).flatten()
+    for axes, case in zip(panels, results["cases"], strict=False):
+        sizes = case["sizes"]
+        for key, name, style in (("seconds", "time", "C0-o"), ("megabytes", "memory", "C1-s")):
+            values = [value / case[key][0] for value in case[key]]
+            label = f"{name}, {case[name]['exponent']:.2f}"
+            axes.plot(sizes, values, style, markersize=4, label=label)
+        axes.set(xscale="log", yscale="log", xlabel=case["axis"])
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize="small")
+        axes.set_xticks([], minor=True)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.5), max(high, 15))
+        axes.yaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
+        axes.set_title(case["what"].replace("`", ""), fontsize="medium")
+        axes.legend(fontsize="small")
+    for axes in panels[len(results["cases"]) :]:
+        axes.remove()
+    figure.supylabel("times the value at the smallest size")
+    return figure
 
 
 def write(name, text):
