@@ -1,0 +1,365 @@
+"""The pages in a real browser: from disk, by keyboard, on a phone, in the dark."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from xai_edit.report.html import document, table
+
+pytest_plugins = ["page_runs"]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+missing = [
+    name
+    for name, found in (
+        ("chromium", CHROMIUM),
+        ("chromedriver", DRIVER),
+        ("the Python package selenium", importlib.util.find_spec("selenium")),
+    )
+    if not found
+]
+pytestmark = pytest.mark.skipif(
+    bool(missing), reason=f"{' and '.join(missing)} not found: pages are not opened in a browser"
+)
+KINDS = ["demo", "unlearn", "neutralize", "prune"]
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+class Browser:
+    """Chromium, its page, and what it complains about."""
+
+    def __init__(self, folder: Path) -> None:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        self.saved = folder / "saved"
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self.ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.saved))
+
+    def ask(self, command, **arguments):
+        return self.driver.execute_cdp_cmd(command, arguments)
+
+    def open(self, file, *, width=1280, scheme="light"):
+        self.ask(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
+        self.complaints(), self.requests()  # of the page before
+        self.driver.get(Path(file).resolve().as_uri())
+
+    def complaints(self):
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self):
+        """Return the addresses that pages on disk asked for since the last call.
+
+        Data within a page is left out, and what the browser's own first page asks for.
+        """
+        told = (json.loads(one["message"])["message"] for one in self.driver.get_log("performance"))
+        asked = [one["params"] for one in told if one["method"] == "Network.requestWillBeSent"]
+        urls = [one["request"]["url"] for one in asked if one["documentURL"].startswith("file:")]
+        return [url for url in urls if not url.startswith("data:")]
+
+    def run(self, script, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def first(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def press(self, *keys):
+        from selenium.webdriver import ActionChains
+        from selenium.webdriver.common.keys import Keys
+
+        chain = ActionChains(self.driver)
+        for key in keys:
+            chain.send_keys(getattr(Keys, key))
+        chain.perform()
+
+    def point_at(self, element, across=0.5, down=0.5):
+        from selenium.webdriver import ActionChains
+
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        box = element.rect
+        ActionChains(self.driver, duration=0).move_to_element_with_offset(
+            element, box["width"] * (across - 0.5), box["height"] * (down - 0.5)
+        ).perform()
+
+    def pixels(self, element):
+        """Return what is seen of an element, less the rim: places are no whole pixels."""
+        drawn = Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB")
+        return drawn.crop((3, 3, drawn.width - 3, drawn.height - 3)).tobytes()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    made = Browser(tmp_path_factory.mktemp("browser"))
+    yield made
+    made.driver.quit()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_opens_from_disk_asks_for_nothing_and_complains_of_nothing(browser, runs, kind):
+    page = runs[kind] / "report.html"
+    browser.open(page)
+    assert browser.requests() == [page.as_uri()]
+    assert browser.complaints() == []
+    loaded = browser.run("return performance.getEntriesByType('resource').map((one) => one.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+    for image in browser.all("img"):
+        assert browser.run("return arguments[0].naturalWidth", image) > 0
+    assert browser.run("return document.documentElement.className") == "js"
+
+
+def test_a_request_or_a_foreign_script_would_be_refused_and_seen(browser, tmp_path):
+    page = tmp_path / "page.html"
+    harmful = (
+        "<img src='http://127.0.0.1:9/x.png'><img src=x onerror='window.harmed = 1'>"
+        "<script>window.harmed = 2</script>"
+    )
+    page.write_text(document("t", "t", [harmful]), encoding="utf-8")
+    browser.open(page)
+    assert browser.run("return window.harmed ?? null") is None
+    told = " ".join(browser.complaints())
+    assert "127.0.0.1:9" in told
+    assert "script" in told
+    page.write_text(harmful, encoding="utf-8")  # as it would be without the page's policy
+    browser.open(page)
+    assert browser.run("return window.harmed ?? null") == 1
+    assert "http://127.0.0.1:9/x.png" in browser.requests()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_only_tables_scroll_sideways(browser, runs, kind, scheme):
+    browser.open(runs[kind] / "report.html", width=360, scheme=scheme)
+    browser.run("for (const one of document.querySelectorAll('details')) one.open = true")
+    wide = browser.run("return document.documentElement.scrollWidth")
+    assert wide == 360
+    beyond = browser.run(
+        "return [...document.querySelectorAll('body *')].filter((one) => "
+        "!one.closest('.scroll, svg') && one.getBoundingClientRect().right > 361)"
+        ".map((one) => one.outerHTML)"
+    )
+    assert beyond == []
+    scrolls = "return [...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > "
+    assert browser.run(f"{scrolls} one.clientWidth).length") > 0
+
+
+CONTRAST = """
+const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+function light(colour) {
+  const [r, g, b] = channels(colour).map((part) =>
+    (part /= 255) <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+function paper(element) {
+  for (; element; element = element.parentElement) {
+    const colour = getComputedStyle(element).backgroundColor;
+    if ((channels(colour)[3] ?? 1) > 0) return colour;
+  }
+  return "rgb(255, 255, 255)";
+}
+const found = [];
+for (const one of document.querySelectorAll("body *")) {
+  const text = [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  if (!text || one.tagName === "SCRIPT" || one.closest("title")) continue;
+  const style = getComputedStyle(one);
+  const ink = one.closest("svg") ? style.fill : style.color;
+  const [dark, bright] = [light(ink), light(paper(one))].sort((a, b) => a - b);
+  found.push([(bright + 0.05) / (dark + 0.05), one.tagName, ink, paper(one)]);
+}
+return found.sort((a, b) => a[0] - b[0]);
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_stands_out_in_light_and_in_the_dark(browser, runs, kind):
+    papers = []
+    for scheme in ("light", "dark"):
+        browser.open(runs[kind] / "report.html", scheme=scheme)
+        found = browser.run(CONTRAST)
+        assert found[0][0] >= 4.5, found[0]
+        papers.append(browser.run("return getComputedStyle(document.body).backgroundColor"))
+    assert papers == ["rgb(255, 255, 255)", "rgb(20, 23, 26)"]
+
+
+def column(browser, at):
+    rows = browser.all("table tbody tr")
+    return [row.find_elements("css selector", "th, td")[at].text for row in rows]
+
+
+@pytest.fixture
+def sortable(browser, tmp_path):
+    rows = [
+        ["b", 0.5004, "1,000", None, "10 (x)"],
+        ["a", 0.5001, "999", "0.2–0.3", "9 (y)"],
+        ["c10", 0.09, "20%", "0.1–0.9", "11 (a)"],
+        ["c9", 10.0, "-3", None, "9 (b)"],
+    ]
+    page = tmp_path / "page.html"
+    page.write_text(document("t", "t", [table("t", [*"vwxyz"], rows)]), encoding="utf-8")
+    browser.open(page)
+    return browser
+
+
+def test_tables_are_sorted_by_click_and_by_enter(sortable):
+    heads = sortable.all("thead th")
+    buttons = sortable.all("thead th button")
+    assert [one.get_attribute("aria-sort") for one in heads] == [None] * 5
+    buttons[1].click()
+    assert column(sortable, 1) == ["0.090", "0.500", "0.500", "10.000"]
+    assert column(sortable, 0) == ["c10", "a", "b", "c9"]  # by the digits not shown too
+    assert [one.get_attribute("aria-sort") for one in heads] == [None, "ascending", *[None] * 3]
+    sortable.press("ENTER")  # the button has the focus
+    assert column(sortable, 0) == ["c9", "b", "a", "c10"]
+    assert heads[1].get_attribute("aria-sort") == "descending"
+    sortable.press("TAB", "SPACE")
+    assert column(sortable, 2) == ["-3", "20%", "999", "1,000"]
+    assert [one.get_attribute("aria-sort") for one in heads][1:3] == [None, "ascending"]
+    buttons[3].click()
+    assert column(sortable, 3) == ["0.1–0.9", "0.2–0.3", "–", "–"]
+    buttons[3].click()
+    assert column(sortable, 3) == ["0.2–0.3", "0.1–0.9", "–", "–"]  # what is missing stays last
+    buttons[4].click()
+    assert column(sortable, 4)[:2] in (["9 (y)", "9 (b)"], ["9 (b)", "9 (y)"])
+    buttons[0].click()
+    assert column(sortable, 0) == ["a", "b", "c9", "c10"]
+
+
+def test_tables_of_a_run_have_a_button_in_every_head(browser, runs):
+    browser.open(runs["prune"] / "report.html")
+    browser.run("for (const one of document.querySelectorAll('details')) one.open = true")
+    heads = browser.all("thead th")
+    assert heads
+    for head in heads:
+        (button,) = head.find_elements("css selector", "button")
+        assert button.accessible_name == button.text
+
+
+def test_the_slider_wipes_from_before_to_after_by_keyboard(browser, runs):
+    for kind, count in (("demo", 6), ("unlearn", 4)):
+        browser.open(runs[kind] / "report.html")
+        sliders = browser.all(".wipe input[type=range]")
+        assert len(sliders) == count
+        (slider, *_), wipe = sliders, browser.first(".wipe")
+        assert slider.accessible_name.startswith("Share shown of the maps after the edit: Before")
+        before, after = wipe.find_elements("css selector", ".pair img")[:2]
+        assert before.rect == after.rect  # over each other
+        browser.run("arguments[0].focus()", slider)
+        browser.press("HOME")
+        seen = [browser.pixels(before)]
+        for key in ("ARROW_RIGHT", "PAGE_UP", "END", "ARROW_LEFT"):
+            browser.press(key)
+            seen.append(browser.pixels(before))
+        assert len(set(seen)) == len(seen)
+        assert slider.get_attribute("value") == "95"
+        assert slider.get_attribute("aria-valuetext") == "95% of the map after the edit"
+        for key, seen, other in (("END", after, before), ("HOME", before, after)):
+            browser.press(key)
+            whole = browser.pixels(seen)
+            browser.run("arguments[0].style.visibility = 'hidden'", other)
+            assert browser.pixels(seen) == whole  # nothing of the other is left
+            browser.run("arguments[0].style.visibility = ''", other)
+
+
+def test_without_scripts_both_maps_and_all_values_are_there(browser, runs, tmp_path):
+    page = (runs["demo"] / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "page.html").write_text(re.sub("<script>.*</script>", "", page, flags=re.S))
+    browser.open(tmp_path / "page.html")
+    before, after = browser.all(".wipe .pair img")[:2]
+    assert before.rect["y"] == after.rect["y"]
+    assert before.rect["x"] + before.rect["width"] <= after.rect["x"]
+    assert not browser.first(".slide").is_displayed()
+    assert browser.first(".point title").get_attribute("textContent")
+
+
+@pytest.mark.parametrize("kind", ["demo", "unlearn"])
+def test_curves_tell_their_values_when_pointed_at_and_by_keyboard(browser, runs, kind):
+    browser.open(runs[kind] / "report.html")
+    chart = browser.first(".chart")
+    told = chart.find_element("css selector", ".told")
+    lines = chart.find_elements("css selector", ".line")
+    points = lines[0].find_elements("css selector", ".point")
+    texts = [one.get_attribute("textContent") for one in points]
+    assert told.text.startswith("Point at a curve")
+    browser.point_at(points[1])
+    assert re.fullmatch(r".+: \d\.\d{3} at .+", told.text)
+    assert points[0].accessible_name == texts[0]
+    browser.run("arguments[0].scrollIntoView(); arguments[0].focus()", points[0])
+    assert told.text == texts[0]
+    browser.press("ARROW_RIGHT", "ARROW_RIGHT")
+    assert told.text == texts[2]
+    browser.press("ARROW_LEFT")
+    assert told.text == texts[1]
+    browser.press("END")
+    assert told.text == texts[-1]
+    browser.press("ARROW_RIGHT")  # nothing is there
+    assert told.text == texts[-1]
+    browser.press("ARROW_DOWN")
+    below = lines[1].find_elements("css selector", ".point")[-1].get_attribute("textContent")
+    assert told.text == below
+    shown = chart.find_elements("css selector", ".shown")
+    assert [one.get_attribute("textContent") for one in shown] == [below]
+    stops = chart.find_elements("css selector", "[tabindex='0']")
+    assert len(stops) == 1  # Tab goes on to what follows
+    browser.press("TAB")
+    assert not browser.run("return arguments[0].contains(document.activeElement)", chart)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_figures_are_saved_by_their_link(browser, runs, kind):
+    browser.open(runs[kind] / "report.html")
+    shutil.rmtree(browser.saved, ignore_errors=True)
+    browser.first("a[download='results.json']").click()
+    file = browser.saved / "results.json"
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(browser.driver, 20).until(lambda _: file.exists())
+    expected = json.loads((runs[kind] / "results.json").read_text(encoding="utf-8"))
+    assert json.loads(file.read_text(encoding="utf-8")) == expected
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_markup_in_a_run_does_nothing(browser, hostile, kind):
+    browser.open(hostile[kind] / "report.html", width=360)
+    assert browser.all(".evil") == []
+    assert browser.complaints() == []
+    assert len(browser.requests()) == 1
+    assert "alert(1)" in browser.first("body").text
+    assert browser.run("return document.documentElement.scrollWidth") == 360
+    for button in browser.all("thead button")[:3]:
+        browser.run("arguments[0].click()", button)
+    assert browser.all(".evil") == []
