@@ -42,13 +42,11 @@ for (const chart of document.querySelectorAll(".chart")) {
   const lines = [...chart.querySelectorAll(".line")].map((line) => [...line.children]);
   const points = lines.flat();
   const told = chart.querySelector(".told");
-  let shown = points[0];
+  let [shown, stop] = [points[0], points[0]];
 
   function show(point) {
     shown.classList.remove("shown");
-    shown.setAttribute("tabindex", "-1"); // one stop of Tab for each curve chart
     point.classList.add("shown");
-    point.setAttribute("tabindex", "0");
     told.textContent = point.textContent;
     shown = point;
   }
@@ -62,10 +60,15 @@ for (const chart of document.querySelectorAll(".chart")) {
 
   svg.addEventListener("pointermove", (event) => show(nearest(event)));
   svg.addEventListener("pointerdown", (event) => show(nearest(event)));
-  svg.addEventListener("focusin", (event) => show(event.target));
+  svg.addEventListener("focusin", ({ target }) => {
+    stop.setAttribute("tabindex", "-1"); // Tab stops once at all the points, where it was last
+    target.setAttribute("tabindex", "0");
+    stop = target;
+    show(target);
+  });
   svg.addEventListener("keydown", (event) => {
-    const line = lines.findIndex((some) => some.includes(shown));
-    const at = lines[line].indexOf(shown);
+    const line = lines.findIndex((some) => some.includes(stop));
+    const at = lines[line].indexOf(stop);
     const next = {
       ArrowLeft: lines[line][at - 1],
       ArrowRight: lines[line][at + 1],

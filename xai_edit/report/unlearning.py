@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from xai_edit.report.curves import curves
 from xai_edit.report.html import document, repeat, table
 from xai_edit.report.wipe import Maps, wipe
 
@@ -155,6 +156,18 @@ def _left(results: Mapping[str, Any]) -> str:
         "the class's training samples that a membership attack calls unseen.</p>"
         + table("Forgotten classes, on held-out samples; F_r on training samples", columns, rows)
         + _notes(told)
+        + _relearning(results["evaluation"])
+    )
+
+
+def _relearning(evaluation: Mapping[str, Any]) -> str:
+    found = {name: one["after"]["relearning_test"] for name, one in evaluation.items()}
+    return curves(
+        next(iter(found.values()))["steps"],
+        {name: curve["forgotten"] for name, curve in found.items()},
+        x_label="step of relearning",
+        y_label="accuracy on the class (A_t)",
+        caption="How fast relearning brings the forgotten classes back, on held-out samples.",
     )
 
 
