@@ -54,7 +54,7 @@ def test_values_that_scatter_have_an_error(scaling):
 
 def test_the_quick_form_writes_what_the_page_reads(page, tmp_path):
     out = tmp_path / "scaling.json"
-    command = [sys.executable, SCALING, "--quick", "--only", "SingleWeight", "--out", out]
+    command = [sys.executable, SCALING, "--quick", "--only", "SCA", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(out.read_text(encoding="utf-8"))
@@ -71,3 +71,11 @@ def test_the_page_shows_each_case(scaling, page):
     assert len(page.scaling_table(COMMITTED)) == 1 + len(cases)
     for _, _, ratios in page.speed_summary():
         assert ratios
+
+
+@pytest.mark.parametrize(
+    "told", COMMITTED["cases"], ids=lambda told: f"{told['what']}, {told['axis']}"
+)
+@pytest.mark.parametrize("of", ["time", "memory"])
+def test_no_committed_exponent_is_above_that_of_the_algorithm(told, of):
+    assert told[of]["exponent"] <= told[of]["expected"] + 0.1
