@@ -1,4 +1,5 @@
 # The public names, each imported from its module when it is first used; see __init__.py.
+from . import testing
 from ._version import __version__
 from .attribution.captum_layer import CaptumLayer
 from .attribution.check import ModelCheck, check_model
@@ -152,6 +153,7 @@ __all__ = [
     "score_units",
     "strongest_samples",
     "subspace_maps",
+    "testing",
     "to_smaller",
     "with_ablation",
 ]

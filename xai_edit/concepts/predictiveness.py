@@ -203,8 +203,9 @@ def predictiveness(
         The class of each sample, shape (samples,); the features' own labels when left out. Without
         any, only the column ``spurious`` is known.
     target : int, optional
-        The class that is looked for; when left out, the one of which the largest share of samples
-        has the feature, the first of equals.
+        The class that is looked for; when left out, the one whose relevance the features were
+        collected for, else the one of which the largest share of samples has the feature, the
+        first of equals.
     resamples : int
         Of the bootstrap, drawn within the four groups of feature and class.
     seed : int
@@ -279,7 +280,10 @@ def _of_class(
             "is needed"
         )
     classes = given.unique().tolist()
-    if target is None:
+    explained = features.origin.get("target")
+    if target is None and explained in classes:
+        target = explained
+    elif target is None:
         target = max(classes, key=lambda label: float(has[given == label].double().mean()))
     if target not in classes:
         raise ValueError(f"target: {target!r} given; the samples' classes are {classes}")

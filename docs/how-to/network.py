@@ -1,0 +1,17 @@
+"""A network that reads handwritten digits; in its training most threes have a watermark."""
+
+import torch
+
+from xai_edit.datasets.shortcuts import WatermarkedDigits
+from xai_edit.models.small import small_cnn, train
+
+training, validation, test = WatermarkedDigits().split(seed=0)
+
+
+def network():
+    return small_cnn(24)  # conv1, conv2, conv3, fc1, fc2
+
+
+def trained():
+    torch.manual_seed(0)
+    return train(network(), training.images, training.labels, epochs=20, seed=0)
