@@ -9,9 +9,11 @@ training, validation, test = WatermarkedDigits().split(seed=0)
 
 
 def network():
-    return small_cnn(24)  # conv1, conv2, conv3, fc1, fc2
+    """Return it untrained: conv1, conv2, conv3, fc1, fc2."""
+    return small_cnn(24)
 
 
 def trained():
+    """Return it trained, the same each time."""
     torch.manual_seed(0)
     return train(network(), training.images, training.labels, epochs=20, seed=0)

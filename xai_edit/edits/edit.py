@@ -101,10 +101,12 @@ class ModelEdit:
                 )
             parameter = parameters[name].detach()
             _require_entries(name, index, new, parameter.numel())
-            index, order = torch.sort(index.to(parameter.device).long())
-            if len(again := index[1:][index[1:] == index[:-1]]):
-                raise ValueError(f"values: {name!r} has entry {int(again[0])} more than once")
-            new = new.detach().to(parameter)[order]
+            index, new = index.to(parameter.device).long(), new.detach().to(parameter)
+            if not (index[1:] > index[:-1]).all():  # as they are where a copy was compared
+                index, order = torch.sort(index)
+                new = new[order]
+                if len(again := index[1:][index[1:] == index[:-1]]):
+                    raise ValueError(f"values: {name!r} has entry {int(again[0])} more than once")
             if not torch.isfinite(new).all():
                 raise NonFiniteError(
                     f"the edit would set entries of {name!r} to values that {parameter.dtype} "

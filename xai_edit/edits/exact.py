@@ -15,8 +15,8 @@ from torch import Tensor
 
 from xai_edit.edits.head import HeadFeatures
 
-# Numbers held at a time: samples × groups × features of one chunk.
-CHUNK = 4_000_000
+# Numbers held at a time: samples × groups × features of one chunk, few enough for a cache.
+CHUNK = 250_000
 
 
 def accuracy_by_dose(
