@@ -75,6 +75,12 @@ class Browser:
         )
         self.complaints(), self.requests()  # of the page before
         self.driver.get(Path(file).resolve().as_uri())
+        self.wait(lambda: self.run("return document.readyState") == "complete")
+
+    def wait(self, done):
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(self.driver, 60).until(lambda _: done())
 
     def complaints(self):
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -344,9 +350,7 @@ def test_the_figures_are_saved_by_their_link(browser, runs, kind):
     shutil.rmtree(browser.saved, ignore_errors=True)
     browser.first("a[download='results.json']").click()
     file = browser.saved / "results.json"
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    WebDriverWait(browser.driver, 20).until(lambda _: file.exists())
+    browser.wait(file.exists)
     expected = json.loads((runs[kind] / "results.json").read_text(encoding="utf-8"))
     assert json.loads(file.read_text(encoding="utf-8")) == expected
     assert browser.complaints() == []
