@@ -78,7 +78,8 @@ def repeat(results: Mapping[str, Any], edits: Iterable[str], more: str = "") -> 
     link = download(name, name, "application/json", content, f"{name}: save all figures")
     listed = ", ".join(f"<code>{escape(file)}</code>" for file in edits)
     return (
-        f'<h2>Repeat it</h2><pre><code>{escape(results["command"])}</code></pre>'
+        '<h2>Repeat it</h2><pre class="scroll" tabindex="0"><code>'
+        f"{escape(results['command'])}</code></pre>"
         f"<p>With {escape(versions)}. {escape(more)}</p>"
         f"<p>Figures: {link}; files beside this page: {listed or 'none'}.</p>"
     )
