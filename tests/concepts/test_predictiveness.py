@@ -57,9 +57,7 @@ def columns_by_hand(scores, has, of_class):
     }
 
 
-@pytest.mark.parametrize(
-    ("explained", "target"), [(0, 0), (2, 2), (7, 4), ("label", 4), (None, 4)]
-)
+@pytest.mark.parametrize(("explained", "target"), [(0, 0), (2, 2), (7, 4), ("label", 4), (None, 4)])
 def test_the_class_is_the_one_that_the_contexts_explain(problem, explained, target):
     """Else the one that has the feature most."""
     subspaces, a, c = problem

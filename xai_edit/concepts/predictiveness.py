@@ -281,10 +281,9 @@ def _of_class(
         )
     classes = given.unique().tolist()
     explained = features.origin.get("target")
-    if target is None and explained in classes:
-        target = explained
-    elif target is None:
-        target = max(classes, key=lambda label: float(has[given == label].double().mean()))
+    if target is None:
+        most = max(classes, key=lambda label: float(has[given == label].double().mean()))
+        target = explained if isinstance(explained, int) and explained in classes else most
     if target not in classes:
         raise ValueError(f"target: {target!r} given; the samples' classes are {classes}")
     return given == target, int(target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,35 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit._version import __version__
+from xai_edit.edits.change import PARTS, Change, read_change, same_bits
 from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError
 from xai_edit.files import read_sealed, sealed, write_safetensors
 
 FORMAT = 1
 KIND = "xai_edit.edit"
-PARTS = ("index", "old", "new")
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """New values for some entries of one parameter or buffer.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Shape of the tensor.
-    index : Tensor, int64, shape (entries,)
-        Flat positions in row-major order, ascending.
-    old, new : Tensor, the tensor's dtype, shape (entries,)
-        The values before and after.
-    """
-
-    shape: tuple[int, ...]
-    index: Tensor
-    old: Tensor
-    new: Tensor
-
-    def __len__(self) -> int:
-        return len(self.index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +89,7 @@ class ModelEdit:
                     "cannot hold; choose a smaller rate"
                 )
             old = torch.take(parameter, index)
-            differs = ~_same_bits(old, new)
+            differs = ~same_bits(old, new)
             if differs.any():
                 kept = (tensor[differs].cpu() for tensor in (index, old, new))
                 changes[name] = Change(tuple(parameter.shape), *kept)
@@ -152,7 +128,7 @@ class ModelEdit:
             if name not in theirs or theirs[name].shape != tensor.shape:
                 raise ValueError(f"copy: has no {name!r} of shape {tuple(tensor.shape)}")
             new = theirs[name].detach().to(tensor).flatten()
-            index = (~_same_bits(tensor.detach().flatten(), new)).nonzero().flatten()
+            index = (~same_bits(tensor.detach().flatten(), new)).nonzero().flatten()
             values[name] = (index, new[index])
         return cls.between(model, values, origin)
 
@@ -171,7 +147,7 @@ class ModelEdit:
         """
         changes = dict(self.changes)
         for name, theirs in other.changes.items():
-            changes[name] = _joined(name, changes[name], theirs) if name in changes else theirs
+            changes[name] = changes[name].joined(name, theirs) if name in changes else theirs
         parts = [part for edit in (self, other) for part in edit.origin.get("parts", [edit.origin])]
         return ModelEdit(changes, {"operator": "combined", "parts": parts})
 
@@ -215,7 +191,7 @@ class ModelEdit:
             parameter = parameters[name].detach()
             twin = named.setdefault(id(parameters[name]), name)  # tied: one under two names
             if twin != name:
-                _joined(name, self.changes[twin], change)
+                self.changes[twin].joined(name, change)
             if tuple(parameter.shape) != change.shape:
                 raise EditMismatchError(
                     f"{name!r} has shape {tuple(parameter.shape)}, the edit was made for "
@@ -227,15 +203,15 @@ class ModelEdit:
                 )
             expected, other = (change.new, change.old) if undo else (change.old, change.new)
             found = torch.take(parameter, change.index.to(parameter.device)).cpu()
-            wrong = ~_same_bits(found, expected)
+            wrong = ~same_bits(found, expected)
             if wrong.any():
-                if _same_bits(found, other).all():
+                if same_bits(found, other).all():
                     state = "does not hold this edit" if undo else "already holds this edit"
                     raise EditMismatchError(f"the model {state}: see {name!r}")
                 at = int(torch.nonzero(wrong)[0])
                 raise EditMismatchError(
                     f"{name!r} differs from the model the edit was made for in {int(wrong.sum())} "
-                    f"of {len(change)} entries; the first, {_position(change, at)}, is "
+                    f"of {len(change)} entries; the first, {change.position(at)}, is "
                     f"{found[at].item():.6g}, expected {expected[at].item():.6g}"
                 )
 
@@ -246,11 +222,11 @@ class ModelEdit:
         try:
             for name, change in self.changes.items():
                 begun.append(name)
-                _put(parameters[name], change, change.old if undo else change.new)
+                change.put(parameters[name], change.old if undo else change.new)
         except BaseException:  # Ctrl-C, or no memory left
             for name in begun:
                 change = self.changes[name]
-                _put(parameters[name], change, change.new if undo else change.old)
+                change.put(parameters[name], change.new if undo else change.old)
             raise
         return model
 
@@ -262,7 +238,7 @@ class ModelEdit:
             lines.append(f"  {name} {list(change.shape)}: {len(change)} of {total}")
             for at in range(min(len(change), 3)):
                 old, new = change.old[at].item(), change.new[at].item()
-                lines.append(f"    {_position(change, at)}: {old:.6g} → {new:.6g}")
+                lines.append(f"    {change.position(at)}: {old:.6g} → {new:.6g}")
             if len(change) > 3:
                 lines.append(f"    … and {len(change) - 3} more")
         for key, value in self.origin.items():
@@ -308,34 +284,12 @@ class ModelEdit:
             entries = {"shapes": dict, "origin": dict}
             tensors, header = read_sealed(path, KIND, entries, newest=FORMAT)
             changes = {
-                name: _read_change(path, tensors, name, shape)
+                name: read_change(path, tensors, name, shape)
                 for name, shape in header["shapes"].items()
             }
         except ValueError as problem:
             raise EditFileError(str(problem)) from None
         return cls(changes, header["origin"])
-
-
-def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
-    """Return the change of one tensor, or raise ValueError where a file has none that is one."""
-    parts = [tensors[at] for part in PARTS if (at := f"{name}/{part}") in tensors]
-    axes = isinstance(shape, list) and all(type(axis) is int and axis > 0 for axis in shape)
-    if axes and len(parts) == len(PARTS):
-        index, old, new = parts
-        entries = math.prod(shape)
-        if (
-            entries <= torch.iinfo(torch.int64).max
-            and index.dtype in (torch.int32, torch.int64)
-            and index.ndim == 1
-            and index.shape == old.shape == new.shape
-            and old.dtype == new.dtype
-            and len(index)
-            and index[0] >= 0
-            and index[-1] < entries
-            and (index[1:] > index[:-1]).all()
-        ):
-            return Change(tuple(shape), index.long(), old, new)
-    raise ValueError(f"{path}: what it holds for {name!r} is no change of a tensor of {shape}")
 
 
 def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> None:
@@ -353,45 +307,9 @@ def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> Non
             raise ValueError(f"values: {name!r} has no entry {wrong}; it has {entries}, from 0 on")
 
 
-def _put(parameter: Tensor, change: Change, values: Tensor) -> None:
-    # By row and column: right in any memory layout, and deterministic.
-    index = torch.unravel_index(change.index.to(parameter.device), change.shape)
-    with torch.no_grad():
-        parameter[index] = values.to(parameter.device) if change.shape else values[0]
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _same_bits(left: Tensor, right: Tensor) -> Tensor:
-    """Compare entry by entry, telling -0.0 from 0.0; shape (entries,)."""
-    size = left.element_size()
-    rows = [tensor.contiguous().view(torch.uint8).view(-1, size) for tensor in (left, right)]
-    return (rows[0] == rows[1]).all(1)
-
-
-def _joined(name: str, mine: Change, theirs: Change) -> Change:
-    if mine.shape != theirs.shape or mine.old.dtype != theirs.old.dtype:
-        raise EditMismatchError(f"the edits were made for different models: see {name!r}")
-    index = torch.cat([mine.index, theirs.index])
-    unique, place = index.unique(return_inverse=True)
-    old, new = (mine.old.new_empty(len(unique)) for _ in range(2))
-    old[place], new[place] = torch.cat([mine.old, theirs.old]), torch.cat([mine.new, theirs.new])
-    for edit in (mine, theirs):
-        at = torch.searchsorted(unique, edit.index)
-        clash = ~(_same_bits(old[at], edit.old) & _same_bits(new[at], edit.new))
-        if clash.any():
-            raise EditMismatchError(
-                f"the edits clash in {int(clash.sum())} entries of {name!r}, first at "
-                f"{_position(edit, int(torch.nonzero(clash)[0]))}; apply one, then plan the other"
-            )
-    return Change(mine.shape, unique, old, new)
-
-
-def _position(change: Change, at: int) -> list[int]:
-    return [int(axis) for axis in torch.unravel_index(change.index[at], change.shape)]
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import class_list
 from xai_edit.attribution.units import UnitScores, score_units, share_of
 from xai_edit.data import Data, batches, model_device, peek, require_several_passes
-from xai_edit.edits.edit import ModelEdit
+from xai_edit.edits.edit import ModelEdit, versions
 from xai_edit.edits.head import HeadFeatures, find_head
 from xai_edit.edits.share_sweep import Counts, Path, ShareSweep, sweep
 from xai_edit.edits.silence import silencing_entries
@@ -186,7 +186,7 @@ class PathPerturbation:
             told["bound"] = self.bound
         if self.noise is not None:
             told |= {"noise": self.noise, "scale": self.scale, "seed": self.seed}
-        return ModelEdit(edit.changes, {**edit.origin, **told})
+        return ModelEdit(edit.changes, {**told, "versions": versions()})
 
     def sweep(
         self,
