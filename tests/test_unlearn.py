@@ -243,7 +243,7 @@ def test_the_page_is_one_file_with_everything_a_sceptic_asks_for(done):
     for text in ("logit mask", "single weight (SCA)", "probe", "step 20", "3, to forget"):
         assert text in page, text
     assert "data:image/png;base64," in page
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "erased" not in page.lower()
     assert "erased" not in (done / "results.json").read_text(encoding="utf-8").lower()
 
