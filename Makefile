@@ -3,13 +3,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint docs examples benchmarks clean
+.PHONY: demo test coverage lint docs examples benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/xai-edit demo --out xai-edit-demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Of lines and branches; below 90 % it fails.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
