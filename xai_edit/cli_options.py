@@ -211,7 +211,8 @@ def parser() -> argparse.ArgumentParser:
     strengths = "shares of a class that have the watermark of cnp-*; default: the table's"
     add("--strengths", type=_shares, metavar="A,B", help=strengths)
     add("--seeds", type=_numbered, default=(0,), metavar="A,B", help="default: 0")
-    add("--methods", type=_names, metavar="A,B", help="default: all")
+    methods = "default: all; a semicolon parts them where a name has a comma, as in 'A, b; C'"
+    add("--methods", type=_methods, metavar="A,B", help=methods)
     add("--device", help="such as cuda; default: cuda if there is one, else cpu")
     add("--quiet", action="store_true", help="no progress bar and no tables")
 
@@ -265,6 +266,10 @@ def _add_model(parser: argparse.ArgumentParser, outputs: str = "--outputs") -> N
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _methods(text: str) -> list[str]:
+    return [name.strip() for name in text.split(";") if name.strip()] if ";" in text else _names(text)
 
 
 def _target(text: str) -> int | str:

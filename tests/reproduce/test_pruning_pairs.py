@@ -144,6 +144,8 @@ def test_what_cannot_be_run_is_told_in_one_line(as_mnist, as_imagenet, tmp_path,
     given = ["--data-root", str(as_mnist), "--out", str(tmp_path / "out"), "--quiet"]
     assert main(["reproduce", "cnp-mnist", "--methods", "LPR", *given]) == 2
     assert "methods: 'LPR' given; they are LRP; " in capsys.readouterr().err
+    assert main(["reproduce", "cnp-mnist", "--methods", "LRP; LRP, clean", *given]) == 2
+    assert "methods: 'LRP, clean' given; they are LRP; " in capsys.readouterr().err
     assert main(["reproduce", "cnp-mnist", "--classes", "3", *given]) == 2
     assert "a pair is two" in capsys.readouterr().err
     given[1] = str(as_imagenet.parent)

@@ -191,6 +191,8 @@ FINE_TUNED_METHODS = (
     "CNP, subspaces learned again: contrastive PCA",
     "CNP, clean references: contrastive PCA",
     "CNP, ablation kept: contrastive PCA",
+    "fine-tuning alone, ablation kept: contrastive PCA",
+    "random, ablation kept: contrastive PCA",
 )
 
 
@@ -233,16 +235,16 @@ def fine_tuned(context: Context) -> Iterator[Tuned]:
             data = context.references(clean=clean)
             return partial(operator.plan, network, data, fine_tune=tuning(), **more)
 
-        def alone(tuning: Callable[[], FineTuning] = tuning) -> ModelEdit:
-            network, tune = deepcopy(context.model), tuning()
+        def alone(model: nn.Module, tuning: Callable[[], FineTuning] = tuning) -> ModelEdit:
+            network, tune = deepcopy(model), tuning()
             for _ in range(STEPS):
                 tune(network)
-            return ModelEdit.to_copy(context.model, network, {})
+            return ModelEdit.to_copy(model, network, {})
 
         found, indices = context.found("contrastive PCA")
         kept = with_ablation(context.model, layer, found, indices)
-        plans = (
-            alone,
+        plans: tuple[Callable[[], ModelEdit], ...] = (
+            partial(alone, context.model),
             planned(plain(LRP_PRUNING)),
             planned(plain(LRP_PRUNING), clean=True),
             planned(plain(WeightMagnitude())),
@@ -252,11 +254,13 @@ def fine_tuned(context: Context) -> Iterator[Tuned]:
             planned(aware(found), clean=True),
             # Scored by plain LRP, through the ablation that is a part of the network.
             planned(plain(LRP_PRUNING), network=kept),
+            partial(alone, kept),
+            planned(plain(Random(seed)), network=kept),
         )
         for method, plan in zip(FINE_TUNED_METHODS, plans, strict=True):
             yield (
                 f"{method}; tuned on {kind} images",
-                None if method == "fine-tuning alone" else FINE_TUNED,
+                None if method.startswith("fine-tuning alone") else FINE_TUNED,
                 kept if "ablation kept" in method else context.model,
                 plan,
             )
