@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -328,7 +329,8 @@ def test_the_canonizer_serves_a_plain_composite_of_zennit(operation, unchanged):
     expected = by_zennit(twin, for_modules("epsilon-plus"), x, layers=["a"])
     check = unchanged(model)
     got = by_zennit(model, zc.EpsilonPlus(canonizers=[FunctionalCanonizer()]), x, layers=["a"])
-    check()
+    if version("zennit").startswith("0."):
+        check()  # Zennit 1.0 by itself leaves parameters as new objects (zennit#237)
     assert "forward" not in vars(model)
     for name in expected:
         assert_close(got[name], expected[name])
