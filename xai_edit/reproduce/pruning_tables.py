@@ -22,13 +22,13 @@ def pruning_tables(results: Mapping[str, Any]) -> dict[str, Table]:
         found = [run[strength] for run in runs if strength in run]
         title = f"ρ = {strength}, {len(found)} networks"
         rows = [one["rows"] for one in found]
-        for figure, told in (("worst", "worst group"), ("balanced", "balanced accuracy")):
-            tables[f"{told}, {title}"] = _by_share(rows, figure, results["shares"])
+        for figure, name in (("worst", "worst group"), ("balanced", "balanced accuracy")):
+            tables[f"{name}, {title}"] = _by_share(rows, figure, results["shares"])
         if any(row["method"] == AHEAD for run in rows for row in run):
             tables[f"worst group, {AHEAD} is higher by, {title}"] = _higher(rows, results["shares"])
-        tables[f"average precision, {title}"] = _precisions(
-            [one["predictiveness"] for one in found]
-        )
+        told = [one["predictiveness"] for one in found]
+        if any(told):
+            tables[f"average precision, {title}"] = _precisions(told)
     return tables
 
 
