@@ -103,14 +103,15 @@ def test_collecting_on_disk_takes_no_memory(tmp_path):
     seen = []
 
     def data():
-        for _ in range(80):
+        for _ in range(240):
             seen.append(anonymous())
             yield torch.rand(100, 1, 8, 8, generator=generator)
 
     features = collect(model, data(), layer="0", positions=None, on_disk=tmp_path / "f")
     seen.append(anonymous())
-    assert features.activations.nbytes > 70e6
-    assert max(seen[10:]) - seen[9] < 25
+    size = features.activations.nbytes / 1e6
+    assert size > 200
+    assert max(seen[10:]) - seen[9] < size / 4  # an allocator keeps some tens of megabytes
 
 
 @pytest.mark.parametrize("positions", [3, None])
