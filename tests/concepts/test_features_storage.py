@@ -109,9 +109,8 @@ def test_collecting_on_disk_takes_no_memory(tmp_path):
 
     features = collect(model, data(), layer="0", positions=None, on_disk=tmp_path / "f")
     seen.append(anonymous())
-    size = features.activations.nbytes / 1e6
-    assert size > 200
-    assert max(seen[10:]) - seen[9] < size / 4  # an allocator keeps some tens of megabytes
+    assert features.activations.nbytes > 200e6
+    assert max(seen[10:]) - seen[9] < 25
 
 
 @pytest.mark.parametrize("positions", [3, None])

@@ -99,7 +99,6 @@ def collect_features(
     if scorer is not None:
         origin |= {"scorer": describe(scorer), "target": describe_target(target)}
     vectors: dict[str, Rows] = {}
-    numbers: list[Tensor] = []
     labels: list[Tensor | None] = []
     attributes: list[Tensor | None] = []
     samples = 0
@@ -115,12 +114,13 @@ def collect_features(
                             _contexts(model, batch.inputs, layer, draw, scorer, target, origin)
                         )
                 draw.see(batch.inputs)
-                for name, taken in vectors_of(batch).items():  # (samples, positions, channels)
+                found = vectors_of(batch)  # each (samples, positions, channels)
+                numbers = torch.arange(samples, samples + len(batch))
+                found["sample"] = numbers[:, None].expand(found["activations"].shape[:2])
+                for name, taken in found.items():
                     if name not in vectors:
                         vectors[name] = new_rows(name)
                     vectors[name].append(taken.flatten(0, 1))
-                of_batch = torch.arange(samples, samples + len(batch))
-                numbers.append(of_batch.repeat_interleave(taken.shape[1]))
                 labels.append(batch.labels)
                 given = spurious is not None or batch.groups is not None
                 attributes.append(attribute_of(spurious, batch, samples) if given else None)
@@ -130,7 +130,6 @@ def collect_features(
             return Features(torch.empty(0, 0), origin=origin)
         features = Features(
             **{name: rows.joined() for name, rows in vectors.items()},
-            sample=torch.cat(numbers),
             labels=together(labels, "labels"),
             attribute=together(attributes, "groups"),
             origin=origin,
