@@ -814,7 +814,7 @@ def test_an_operator_without_a_plan_is_an_error():
 @pytest.mark.parametrize("kind", ["scorer", "operator"])
 def test_the_code_of_a_page_is_that_of_its_example_which_runs(kind, monkeypatch, capsys):
     example = ROOT / "examples" / f"own_{kind}.py"
-    page = (ROOT / "docs" / f"own-{kind}.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / f"own-{kind}.md").read_text(encoding="utf-8")
     code = example.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(blocks) >= 2

@@ -264,12 +264,14 @@ def _add_model(parser: argparse.ArgumentParser, outputs: str = "--outputs") -> N
     add("--quiet", action="store_true", help="no progress bar and no notes")
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _names(text: str, mark: str = ",") -> list[str]:
+    return [name.strip() for name in text.split(mark) if name.strip()]
 
 
 def _methods(text: str) -> list[str]:
-    return [name.strip() for name in text.split(";") if name.strip()] if ";" in text else _names(text)
+    return (
+        [name.strip() for name in text.split(";") if name.strip()] if ";" in text else _names(text)
+    )
 
 
 def _target(text: str) -> int | str:

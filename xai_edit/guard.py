@@ -66,6 +66,20 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
                     tensor.copy_(value)
 
 
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Restore one module's attributes on leaving.
+
+    A rule of Zennit 1.0 registers the weights that it finds as new parameters. Weights that a batch
+    norm was merged into are no parameters; they have to be there for the next batch.
+    """
+    attributes = _attributes(module)
+    try:
+        yield
+    finally:
+        _restore(module, attributes)
+
+
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {
         name: (value, value.copy() if isinstance(value, _REGISTRIES) else None)

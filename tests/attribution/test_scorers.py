@@ -44,6 +44,13 @@ def input_times_gradient(model, inputs, targets, layers):
     return {name: (pixels * pixels.grad).flatten(1).detach() for name in layers}
 
 
+class OwnFlat(zr.Flat):
+    """A rule with ways of its own, which runs by Zennit's hooks."""
+
+    def register(self, module):
+        return super().register(module)
+
+
 SCORERS = {
     "LRP epsilon": lambda: LRP("epsilon"),
     "LRP epsilon, one": lambda: LRP("epsilon", initial="one"),
@@ -54,6 +61,15 @@ SCORERS = {
     "LRP epsilon-gamma-box": lambda: LRP("epsilon-gamma-box", low=0.0, high=1.0),
     "LRP user's composite": lambda: LRP(
         zc.EpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()])
+    ),
+    "LRP user's rule": lambda: LRP(
+        zc.LayerMapComposite(
+            [
+                (nn.ReLU, zr.Pass()),
+                (nn.Conv2d, OwnFlat()),
+                (nn.Linear, zr.Epsilon()),
+            ]
+        )
     ),
     "LRP by names": lambda: LRP(
         zc.NameMapComposite([(["fc", "fc1", "head"], zr.Epsilon()), (["conv1"], zr.ZPlus())])

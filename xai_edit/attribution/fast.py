@@ -40,6 +40,7 @@ from zennit.core import (
 
 from xai_edit.attribution.gather import RULED
 from xai_edit.attribution.layers import CONVOLUTIONS
+from xai_edit.guard import attributes_kept
 
 
 def accelerated(composite: Composite, *, unmerged: Collection[str] = ()) -> Composite:
@@ -238,12 +239,11 @@ class _Step:
         """Propagate by Zennit's own code."""
         x = self.x.detach()
         self.rule.stored_tensors.update(input=(x,), kwargs={})  # Zennit 1.0 asks for both
-        own = dict(self.module._parameters)
         try:
-            (result,) = self.rule.backward(self.module, (x,), (relevance,))
+            with attributes_kept(self.module):
+                (result,) = self.rule.backward(self.module, (x,), (relevance,))
         finally:
             self.rule.stored_tensors.clear()
-            self.module._parameters.update(own)  # Zennit 1.0 leaves new objects behind
         return result  # type: ignore[no-any-return]
 
     def through(self, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
