@@ -516,7 +516,7 @@ def test_an_edit_that_is_interrupted_half_way_is_taken_back(
     if undo:
         edit.apply(plain)
     check = unchanged(plain)
-    put, calls = edits._put, []
+    put, calls = xe.Change.put, []
 
     def interrupted(*arguments):
         put(*arguments)
@@ -524,7 +524,7 @@ def test_an_edit_that_is_interrupted_half_way_is_taken_back(
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(edits, "_put", interrupted)
+    monkeypatch.setattr(xe.Change, "put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         (edit.undo if undo else edit.apply)(plain)
     check()
