@@ -123,7 +123,7 @@ def groups_by_rate(results, axes):
     axes.set_xlabel("neutralisation rate r")
 
 
-PRUNED = ("cnp-cifar10", "cnp-mnist")
+PRUNED = ("cnp-cifar10", "cnp-cifar10-ships", "cnp-cifar10-resnet20", "cnp-mnist")
 
 
 def pruned(results, axes):
@@ -140,17 +140,11 @@ def pruned(results, axes):
         ("weight magnitude", "C5-v"),
         ("random", "0.6"),
     ):
-        shares = results["shares"]
-        means = [
-            mean(
-                row["worst"]
-                for rows in runs
-                for row in rows
-                if (row["method"], row.get("share")) == (method, share)
-            )
-            for share in shares
-        ]
-        axes.plot([100 * share for share in shares], means, style, label=method)
+        found = [row for rows in runs for row in rows if row["method"] == method]
+        if found:  # some runs have some methods
+            shares = results["shares"]
+            means = [mean(r["worst"] for r in found if r["share"] == share) for share in shares]
+            axes.plot([100 * share for share in shares], means, style, label=method)
     alone = [r["worst"] for rows in runs for r in rows if r["method"] == ALONE]
     axes.axhline(mean(alone), color="C0", linestyle=":", label=ALONE)
     axes.set_xlabel("filters pruned, %")
