@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test coverage lint docs examples benchmarks clean
+.PHONY: demo test coverage zennit-1 lint docs examples benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/xai-edit demo --out xai-edit-demo
@@ -14,6 +14,12 @@ test: $(INSTALLED)
 # Of lines and branches; below 90 % it fails.
 coverage: $(INSTALLED)
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered
+
+# On Zennit 1.0 as well, which pip takes by itself only from Python 3.11.11 on.
+zennit-1: $(INSTALLED)
+	test -d .zennit-1 || $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python \
+		--target .zennit-1 "zennit==1.0.*"
+	PYTHONPATH=$(CURDIR)/.zennit-1 $(BIN)/python -m pytest tests/attribution tests/concepts tests/edits tests/test_guard.py tests/test_testing.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,4 +46,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) docs/_build docs/_tables xai-edit-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .zennit-1 docs/_build docs/_tables xai-edit-demo .pytest_cache .mypy_cache .ruff_cache

@@ -133,7 +133,7 @@ def run(
     if concept is not None:
         rows.append(_ablation_alone(plans, concept, rows[0]))
 
-    sizes = None if network is None else compare_sizes(model, network, example, rounds=ROUNDS)
+    sizes, latency = (None, None) if network is None else _sizes(model, network, example)
     program, failed = (None, {}) if network is None else exported(network, example)
     results = {
         "run": "prune",
@@ -161,9 +161,9 @@ def run(
             "batch": None if program is None else program.batch,
             "failed": failed,
         },
-        "sizes": None if sizes is None else {**asdict(sizes), "ratios": sizes.ratios},
+        "sizes": sizes,
     }
-    timing = {"plan": {name: cost.seconds for name, cost in costs.items()}}
+    timing = {"plan": {name: cost.seconds for name, cost in costs.items()}, "latency": latency}
     _write_networks(out, edit, network, program)
     for written, content in (("timing.json", timing), ("results.json", results)):
         text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -196,6 +196,15 @@ def _smaller(
         return to_smaller(model, edit, example), None
     except ValueError as problem:
         return None, str(problem)
+
+
+def _sizes(
+    model: nn.Module, network: nn.Module, example: Tensor
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the sizes before and after, and by themselves the seconds, which never come again."""
+    sizes = compare_sizes(model, network, example, rounds=ROUNDS)
+    told = {**asdict(sizes), "ratios": sizes.ratios}
+    return told, {part: told[part].pop("seconds") for part in ("before", "after", "ratios")}
 
 
 def _size(model: nn.Module, network: nn.Module | None, example: Tensor) -> Size | None:

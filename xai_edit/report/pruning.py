@@ -29,7 +29,7 @@ def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed:
         "bar: after fine-tuning, criteria come close to each other.</p>"
         + table(*_answers(results, timing))
         + _lines(_withheld(results)),
-        "<h2>A smaller network</h2>" + _smaller(results),
+        "<h2>A smaller network</h2>" + _smaller(results, timing),
         f"<h2>Group by group</h2><p>{escape(SMALL)}</p>" + table(*_groups(results)),
         "<h2>Layer by layer</h2>" + table(*_layers(results)) + _lines(_fixed(results)),
         changed,
@@ -44,7 +44,7 @@ def pruning_table(results: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
     lines = [*told(results), _split(cut), "", *_text(_answers(results, timing))]
     lines += _withheld(results)
     if results["sizes"] is not None:
-        lines += ["", *_text(_sizes(results))]
+        lines += ["", *_text(_sizes(results, timing))]
     lines += [*_files(results), ""]
     some = sorted(groups.rows, key=lambda row: row[3])[:LINES]
     caption = groups.caption
@@ -144,23 +144,23 @@ def _withheld(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sizes(results: Mapping[str, Any]) -> _Table:
-    sizes = results["sizes"]
+def _sizes(results: Mapping[str, Any], timing: Mapping[str, Any]) -> _Table:
+    sizes, latency = results["sizes"], timing["latency"]
     before, after, ratios = sizes["before"], sizes["after"], sizes["ratios"]
     rows = [
         [name, f"{before[key]:,}", f"{after[key]:,}", f"{ratios[key]:.1%}"]
         for key, name in (("parameters", "parameters"), ("operations", "operations a sample"))
     ]
-    milliseconds = [f"{1e3 * one['seconds']:.2f}" for one in (before, after)]
+    milliseconds = [f"{1e3 * latency[part]:.2f}" for part in ("before", "after")]
     name = f"ms for {sizes['samples']} samples"
-    rows.append([name, *milliseconds, f"{ratios['seconds']:.1%}"])
+    rows.append([name, *milliseconds, f"{latency['ratios']:.1%}"])
     how = f"median of {sizes['rounds']} rounds in turn, {sizes['device']}, {sizes['threads']}"
     caption = f"size ({how} {'thread' if sizes['threads'] == 1 else 'threads'})"
     return _Table(caption, ["what", "before", "after", "of before"], rows)
 
 
-def _smaller(results: Mapping[str, Any]) -> str:
-    text = "" if results["sizes"] is None else table(*_sizes(results))
+def _smaller(results: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
+    text = "" if results["sizes"] is None else table(*_sizes(results, timing))
     return text + _lines(_files(results))
 
 
