@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,9 +31,9 @@ from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
 from xai_edit.edits.single_weight import SingleWeight
 from xai_edit.evaluation.group_figures import Accuracy
 from xai_edit.evaluation.groups import evaluate_groups
-from xai_edit.files import write_atomically, write_safetensors
+from xai_edit.files import write_safetensors
 from xai_edit.models.small import small_cnn, train
-from xai_edit.report.page import write_report
+from xai_edit.report.page import write_run
 from xai_edit.report.terminal import demo_table
 
 DIGITS = WatermarkedDigits()
@@ -179,12 +178,10 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
             ],
             "checks": {"edits": len(state.edits), "restored": sum(state.edits)},
         }
-        _write_json(out / "results.json", results)
-        _write_json(out / "timing.json", state.timing)
         relevance = torch.stack([maps for maps, _ in state.maps.values()], dim=1)
         pictures = {"images": state.images, "relevance": relevance}
         write_safetensors(out / "maps.safetensors", pictures, "xai_edit.maps", "")
-        page = write_report(out)
+        page = write_run(out, results, state.timing)
         bar.update()
     if not quiet:
         print(demo_table(results, state.timing))
@@ -371,7 +368,3 @@ def _deterministic() -> Iterator[None]:
         finally:
             torch.use_deterministic_algorithms(was)
             torch.set_num_threads(threads)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +21,8 @@ from xai_edit.edits.fictitious import FictitiousClass
 from xai_edit.edits.head import HeadFeatures, collect_head_features, find_head
 from xai_edit.evaluation.groups import evaluate_head
 from xai_edit.evaluation.outputs import Overlap
-from xai_edit.files import write_atomically
 from xai_edit.loading import Images
-from xai_edit.report.page import write_report
+from xai_edit.report.page import write_run
 from xai_edit.resources import Cost, measured
 
 BEFORE, RETRAINED = "before", "last-layer retraining (DFR)"
@@ -156,17 +154,8 @@ def run(
     parts : Parts
     target : sequence of int or None
         The classes the feature speaks for; see `FictitiousClass.plan`.
-    out : Path
-        An existing folder with one named ``edits``.
-    read : callable
-        See `Reader`.
-    about : mapping
-        What else is to stand in ``results.json``: the command, the model, the data.
-
-    Returns
-    -------
-    results, timing : dict
-        As in ``results.json`` and ``timing.json``.
+    out, read, about
+        See `xai_edit.unlearn.run`, also for what is returned.
 
     Raises
     ------
@@ -237,10 +226,7 @@ def run(
         "features": reading.seconds,
         "plan": {name: cost.seconds for name, cost in costs.items()},
     }
-    for written, content in (("timing.json", timing), ("results.json", results)):
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        write_atomically(out / written, f"{text}\n".encode())
-    write_report(out)
+    write_run(out, results, timing)
     return results, timing
 
 

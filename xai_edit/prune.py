@@ -26,7 +26,7 @@ from xai_edit.evaluation.sizes import Size, compare_sizes
 from xai_edit.export import Program, exported
 from xai_edit.files import write_atomically, write_safetensors
 from xai_edit.prune_plans import SEED, TUNED, Operator, Parts, Plans, Reader, check_layers
-from xai_edit.report.page import write_report
+from xai_edit.report.page import write_run
 from xai_edit.resources import Cost, measured
 
 BEFORE, ABLATION = "before", "ablation alone"
@@ -81,17 +81,8 @@ def run(
     epochs : int or None
         Of fine-tuning after each step, on planning images in which the feature tells no class; see
         `Parts.tuning`.
-    out : Path
-        An existing folder with one named ``edits``.
-    read : callable
-        See `Reader`.
-    about : mapping
-        What else is to stand in ``results.json``: the command, the model, the data.
-
-    Returns
-    -------
-    results, timing : dict
-        As in ``results.json`` and ``timing.json``.
+    out, read, about
+        See `xai_edit.unlearn.run`, also for what is returned.
 
     Raises
     ------
@@ -165,10 +156,7 @@ def run(
     }
     timing = {"plan": {name: cost.seconds for name, cost in costs.items()}, "latency": latency}
     _write_networks(out, edit, network, program)
-    for written, content in (("timing.json", timing), ("results.json", results)):
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        write_atomically(out / written, f"{text}\n".encode())
-    write_report(out)
+    write_run(out, results, timing)
     return results, timing
 
 

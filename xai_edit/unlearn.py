@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from xai_edit.files import write_atomically, write_safetensors
 from xai_edit.guard import preserved
 from xai_edit.loading import Images
 from xai_edit.report.before_after import RULES, before_after_maps
-from xai_edit.report.page import write_report
+from xai_edit.report.page import write_run
 from xai_edit.resources import Cost, measured
 
 EDIT, MAPS = "edits/unlearn.safetensors", ("maps.safetensors", "maps.png")
@@ -276,10 +275,7 @@ def run(
         picture, tensors = drawn
         write_safetensors(out / MAPS[0], tensors, "xai_edit.maps", "")
         write_atomically(out / MAPS[1], picture)
-    for file, content in (("timing.json", timing), ("results.json", results)):
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        write_atomically(out / file, f"{text}\n".encode())
-    write_report(out)
+    write_run(out, results, timing)
     return results, timing
 
 

@@ -67,6 +67,14 @@ def write_report(folder: str | Path) -> Path:
     return page
 
 
+def write_run(folder: Path, results: Mapping[str, Any], timing: Mapping[str, Any]) -> Path:
+    """Write ``timing.json``, ``results.json`` and the page of a run; return that of the page."""
+    for name, content in (("timing.json", timing), ("results.json", results)):
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        write_atomically(folder / name, f"{text}\n".encode())
+    return write_report(folder)
+
+
 def _demo(folder: Path, results: Mapping[str, Any]) -> str:
     timing = _json(folder / "timing.json")
     _require(folder / "maps.safetensors")
