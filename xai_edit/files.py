@@ -170,7 +170,7 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     """Return a digest of tensors, with their names, kinds and shapes, and a text."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -120,17 +121,37 @@ def test_a_file_cut_short_anywhere_is_refused_by_name(kind, path):
     kind.load(path)
 
 
-@other_kinds
-def test_a_file_with_any_bit_flipped_is_refused_by_name(kind, path):
+def refuses_any_bit_flipped(path, load, error=ValueError):
     content = bytearray(path.read_bytes())
     assert len(content) < 3000
     for at in range(len(content)):
         bit = 1 << at % 8
         content[at] ^= bit
         path.write_bytes(content)
-        with pytest.raises(kind.error, match=r"saved\.safetensors: "):
-            kind.load(path)
+        with pytest.raises(error, match=re.escape(f"{path.name}: ")):
+            load()
         content[at] ^= bit
+
+
+@other_kinds
+def test_a_file_with_any_bit_flipped_is_refused_by_name(kind, path):
+    refuses_any_bit_flipped(path, lambda: kind.load(path), kind.error)
+
+
+def test_patterns_with_any_bit_flipped_are_refused(tmp_path):
+    path = tmp_path / "patterns.safetensors"
+    xe.fit_patterns(small(), [torch.linspace(-1, 1, 16).view(8, 2)]).save(path)
+    xe.Patterns.load(path)
+    refuses_any_bit_flipped(path, lambda: xe.Patterns.load(path))
+
+
+def test_a_step_of_a_log_with_any_bit_flipped_is_refused(tmp_path):
+    log, model = xe.AmnesiacLog(tmp_path), small()
+    with log.recording(model, torch.tensor([0])):
+        model[0].weight.data += 1
+    (path,) = tmp_path.glob("step-*")
+    torch.testing.assert_close(log.updates(1)["0.weight"], torch.ones(3, 2))
+    refuses_any_bit_flipped(path, lambda: log.updates(1))
 
 
 @other_kinds

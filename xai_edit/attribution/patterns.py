@@ -27,7 +27,7 @@ from xai_edit.attribution.canonizers import choose_canonizers
 from xai_edit.attribution.layers import CONVOLUTIONS, TRANSPOSED, predict, resolve_layers
 from xai_edit.attribution.trace import trace
 from xai_edit.data import Data, batches, model_device, peek
-from xai_edit.files import read_safetensors, write_safetensors
+from xai_edit.files import read_sealed, sealed, write_safetensors
 from xai_edit.guard import preserved, require_finite
 
 KIND = "xai_edit.patterns"
@@ -66,7 +66,7 @@ class Patterns:
         return f"Patterns({len(self.linear)} layers, {self.samples} samples)"
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically."""
+        """Write to a safetensors file, atomically, with a checksum over all."""
         counts = {"samples": self.samples, "positions": self.positions}
         header = json.dumps({"rectified": self.rectified, **counts})
         tensors = {
@@ -74,13 +74,21 @@ class Patterns:
             for estimator in ESTIMATORS
             for name, a in getattr(self, estimator).items()
         }
-        write_safetensors(path, tensors, KIND, header)
+        write_safetensors(path, tensors, KIND, sealed(tensors, header))
 
     @classmethod
     def load(cls, path: str | Path) -> Patterns:
-        """Read a file that `save` wrote."""
-        tensors, text = read_safetensors(path, KIND)
-        header = json.loads(text)
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is not a whole, unchanged file of patterns.
+        """
+        entries = {"rectified": list, "samples": int, "positions": dict}
+        tensors, header = read_sealed(path, KIND, entries)
         linear, positive, negative = (
             {name: tensors[f"{estimator}:{name}"] for name in header["positions"]}
             for estimator in ESTIMATORS

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from xai_edit.files import (
     clear_parts,
     naming,
-    read_safetensors,
+    read_sealed,
+    sealed,
     write_atomically,
     write_safetensors,
 )
@@ -92,8 +93,9 @@ class AmnesiacLog:
         yield
         step = last["step"] + 1
         if logged:
-            updates = {n: p.detach() - before[n] for n, p in model.named_parameters()}
-            write_safetensors(self.folder / _file(step), updates, KIND, json.dumps({"step": step}))
+            updates = {n: (p.detach() - before[n]).cpu() for n, p in model.named_parameters()}
+            header = sealed(updates, json.dumps({"step": step}))
+            write_safetensors(self.folder / _file(step), updates, KIND, header)
         done = {"step": step, "classes": held, "logged": logged, "weights": weight_sums(model)}
         self._last = None  # where the line cannot be written whole, the next step looks again
         path = self.folder / INDEX
@@ -207,9 +209,9 @@ class AmnesiacLog:
             If it is damaged or another step's.
         """
         path = self.folder / _file(step)
-        tensors, header = read_safetensors(path, KIND)
-        if json.loads(header)["step"] != step:
-            raise ValueError(f"{path}: holds step {json.loads(header)['step']}; it was renamed")
+        tensors, header = read_sealed(path, KIND, {"step": int})
+        if header["step"] != step:
+            raise ValueError(f"{path}: holds step {header['step']}; it was renamed")
         return tensors
 
 
