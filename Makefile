@@ -46,4 +46,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .zennit-1 docs/_build docs/_tables xai-edit-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .zennit-1 .coverage docs/_build docs/_tables xai-edit-demo .pytest_cache .mypy_cache .ruff_cache

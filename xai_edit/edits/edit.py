@@ -78,7 +78,7 @@ class ModelEdit:
             parameter = parameters[name].detach()
             _require_entries(name, index, new, parameter.numel())
             index, new = index.to(parameter.device).long(), new.detach().to(parameter)
-            if not (index[1:] > index[:-1]).all():  # as they are where a copy was compared
+            if not (index[1:] > index[:-1]).all():  # those of a compared copy are in order
                 index, order = torch.sort(index)
                 new = new[order]
                 if len(again := index[1:][index[1:] == index[:-1]]):
