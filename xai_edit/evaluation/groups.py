@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.layers import predict
 from xai_edit.attribution.targets import check_classes
+from xai_edit.counting import add_counts, count_by_group
 from xai_edit.data import (
     Attribute,
     Data,
@@ -71,7 +72,8 @@ def evaluate_groups(
                 raise ValueError("data: some batches have groups and some have none")
             attribute = attribute_of(groups, batch, start, "groups") if True in has_groups else None
             start += len(batch)
-            counts = _sum(counts, _count(logits, batch.labels, attribute))
+            counted = count_by_group(logits.argmax(1), batch.labels, logits.shape[1], attribute)
+            counts = add_counts(counts, counted)
     check_length(groups, start, "groups")
     right, samples, predicted = counts
     return Accuracy(right, samples, predicted, train_samples)
@@ -103,36 +105,7 @@ def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) ->
     labels, logits = head.require_labels(), head.logits()
     if not torch.isfinite(logits).all():
         raise NonFiniteError("head: its logits are NaN or infinite")
-    right, samples, predicted = _count(logits, labels, head.attribute)
+    right, samples, predicted = count_by_group(
+        logits.argmax(1), labels, logits.shape[1], head.attribute
+    )
     return Accuracy(right, samples, predicted, train_samples)
-
-
-def _count(logits: Tensor, labels: Tensor, attribute: Tensor | None) -> Tensor:
-    """Count by class and attribute, int64, shape (3, classes, attributes).
-
-    Right answers, samples, and samples that are taken for the class.
-    """
-    classes, predicted, labels = logits.shape[1], logits.argmax(1).cpu(), labels.cpu()
-    attribute = torch.zeros_like(labels) if attribute is None else attribute.cpu()
-    if attribute.min() < 0:
-        raise ValueError(f"groups: {int(attribute.min())} given; they are numbered from 0")
-    attributes = int(attribute.max()) + 1
-    own, said = labels * attributes + attribute, predicted * attributes + attribute
-    counted = [
-        torch.bincount(cells, minlength=classes * attributes)
-        for cells in (own[predicted == labels], own, said)
-    ]
-    return torch.stack(counted).view(3, classes, attributes)
-
-
-def _sum(first: Tensor, second: Tensor) -> Tensor:
-    """Add counts of which one may know more attributes, or nothing yet, than the other."""
-    attributes = max(first.shape[2], second.shape[2])
-    classes = second.shape[1]
-    padded = [
-        torch.nn.functional.pad(
-            counts, (0, attributes - counts.shape[2], 0, classes - counts.shape[1])
-        )
-        for counts in (first, second)
-    ]
-    return padded[0] + padded[1]
