@@ -3,23 +3,44 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test coverage zennit-1 lint docs examples benchmarks clean
+.PHONY: demo test coverage portability margins lint docs examples benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/xai-edit demo --out xai-edit-demo
 
+# One thread a worker: more wait for each other.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# Of lines and branches; below 90 % it fails.
+# Of lines and branches; below the limit in pyproject.toml it fails.
 coverage: $(INSTALLED)
-	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered
 
-# On Zennit 1.0 as well, which pip takes by itself only from Python 3.11.11 on.
-zennit-1: $(INSTALLED)
-	test -d .zennit-1 || $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python \
-		--target .zennit-1 "zennit==1.0.*"
-	PYTHONPATH=$(CURDIR)/.zennit-1 $(BIN)/python -m pytest tests/attribution tests/concepts tests/edits tests/test_guard.py tests/test_testing.py
+# Another processor, other numbers of threads, Zennit 1.0 and the lowest versions in pyproject.toml.
+portability: $(INSTALLED) .zennit-1 .lowest/installed
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.zennit-1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 .lowest/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.zennit-1 .lowest/bin/python -m pytest -n auto
+
+# pip takes Zennit 1.0 by itself only from Python 3.11.11 on.
+.zennit-1: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $@ "zennit==1.0.*"
+
+.lowest/installed: pyproject.toml
+	$(PYTHON) -m venv .lowest
+	.lowest/bin/python -m pip install --quiet --editable ".[dev]" \
+		"torch==2.4.*" "captum==0.8.*" "numpy==1.26.*" "zennit==0.5.1"
+	touch $@
+
+# Which tests hang on one trained network; see tests/margins.py.
+margins: $(INSTALLED)
+	rm -rf .margins
+	for seed in 0 1 2 3; do MARGINS=.margins MARGINS_SEED=$$seed OMP_NUM_THREADS=1 \
+		PYTHONPYCACHEPREFIX=$(CURDIR)/.margins/pyc \
+		$(BIN)/python -m pytest -n auto -p tests.margins -o enable_assertion_pass_hook=true || true; done
+	$(BIN)/python -m tests.margins .margins
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,4 +67,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .zennit-1 .coverage docs/_build docs/_tables xai-edit-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .zennit-1 .lowest .margins .coverage docs/_build docs/_tables xai-edit-demo .pytest_cache .mypy_cache .ruff_cache

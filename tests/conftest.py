@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -104,40 +105,22 @@ def trained(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 150) 
     return model.eval()
 
 
-def _network(kind: type[nn.Module], digits: tuple[Tensor, Tensor]) -> nn.Module:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in another order train another network
-    try:
-        return trained(kind(), *digits)
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def _plain(digits: tuple[Tensor, Tensor]) -> nn.Module:
-    return _network(PlainNet, digits)
-
-
-@pytest.fixture(scope="session")
-def _norm(digits: tuple[Tensor, Tensor]) -> nn.Module:
-    return _network(NormNet, digits)
+def _with_weights(model: nn.Module, name: str) -> nn.Module:
+    """Load weights trained once, since training takes another course on another machine."""
+    model.load_state_dict(load_file(Path(__file__).parent / "weights" / f"{name}.safetensors"))
+    return model.eval()
 
 
 @pytest.fixture
-def plain(_plain: nn.Module) -> nn.Module:
-    """A trained PlainNet of the test's own."""
-    copy = PlainNet()
-    copy.load_state_dict(_plain.state_dict())
-    return copy.eval()
+def plain() -> nn.Module:
+    """A PlainNet of the test's own, trained on the digits."""
+    return _with_weights(PlainNet(), "plain")
 
 
 @pytest.fixture
-def norm(_norm: nn.Module) -> nn.Module:
-    """A trained NormNet of the test's own."""
-    copy = NormNet()
-    copy.load_state_dict(_norm.state_dict())
-    return copy.eval()
+def norm() -> nn.Module:
+    """A NormNet of the test's own, trained on the digits."""
+    return _with_weights(NormNet(), "norm")
 
 
 @pytest.fixture
@@ -192,3 +175,14 @@ def data_folder() -> Path:
     if not folder or not Path(folder, "cifar10").is_dir():
         pytest.skip("XAI_EDIT_DATA does not name the folder of real data")
     return Path(folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in one line what was skipped and how to run it."""
+    reasons: dict[str, int] = {}
+    for skipped in terminalreporter.stats.get("skipped", []):
+        reason = skipped.longrepr[2].removeprefix("Skipped: ")
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if reasons:
+        listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+        terminalreporter.write_line(f"skipped: {listed}")
