@@ -30,7 +30,7 @@ from xai_edit.attribution.layers import (
     sum_positions,
 )
 from xai_edit.attribution.targets import Targets, weights_of
-from xai_edit.attribution.trace import Trace, trace
+from xai_edit.attribution.trace import Trace, trace, unit_axes
 from xai_edit.guard import preserved
 
 
@@ -164,7 +164,7 @@ class LRP:
         sample: Tensor,
         layers: Sequence[str],
         *,
-        reduce: Callable[[Tensor, nn.Module], Tensor] = sum_positions,
+        reduce: Callable[[Tensor, str], Tensor] | None = None,
         found: Trace | None = None,
     ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
         """Prepare a model once for many batches.
@@ -177,7 +177,8 @@ class LRP:
             Inputs to choose canonizers by; the first sample is enough.
         layers : sequence of str
         reduce : callable
-            What becomes of the relevance at a layer; summed over positions when left out.
+            ``reduce(relevance, name)``: what becomes of the relevance at a layer; summed over
+            positions when left out.
         found : Trace, optional
             A forward pass of the sample, if there is one already.
 
@@ -188,6 +189,12 @@ class LRP:
         canonizers : list of str
             The canonizers in use.
         """
+        if reduce is None:
+            axes = unit_axes(model, sample, layers)
+
+            def reduce(relevance: Tensor, name: str) -> Tensor:
+                return sum_positions(relevance, axes[name])
+
         with self.gathering(model, sample, layers, Gather(reduce), found=found) as prepared:
             yield prepared
 
@@ -327,7 +334,7 @@ def _shown(value: Any) -> str:
     return repr(value.flatten().tolist() if isinstance(value, Tensor) else value)
 
 
-def _in_full(relevance: Tensor, module: nn.Module) -> Tensor:
+def _in_full(relevance: Tensor, name: str) -> Tensor:
     return relevance
 
 
