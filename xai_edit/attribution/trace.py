@@ -91,7 +91,7 @@ class Trace:
     values : dict
         What went through each layer in its first call, by its name (`INPUT_SUFFIX` for inputs): a
         number that stands for the tensor and its content, its shape and, where axes are followed,
-        their numbers. None where it is no tensor.
+        their numbers. The name of its type where it is no tensor.
     sample, output : Tensor, object
         What the model got and gave, each of one sample.
     norms : dict
@@ -109,7 +109,7 @@ class Trace:
     left: dict[str, int] = field(default_factory=dict)
     fed: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
-    values: dict[str, Value | None] = field(default_factory=dict)
+    values: dict[str, Value | str] = field(default_factory=dict)
     sample: Any = None
     output: Any = None
     norms: dict[str, str] = field(default_factory=dict)
@@ -132,9 +132,11 @@ class Trace:
         return [
             name.removesuffix(INPUT_SUFFIX)
             for name, value in self.values.items()
-            if name.endswith(INPUT_SUFFIX) and made is not None and value is not None
-            and made.number == value.number
-        ]  # fmt: skip
+            if name.endswith(INPUT_SUFFIX)
+            and isinstance(made, Value)
+            and isinstance(value, Value)
+            and value.number == made.number
+        ]
 
 
 @dataclass(frozen=True)
@@ -283,10 +285,9 @@ def _followed(found: Trace, name: str, kind: type[nn.Module]) -> int:
     if name not in found.values:
         raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
     value = found.values[name]
-    if value is None:
+    if isinstance(value, str):
         raise ValueError(
-            f"layer {name!r} ({kind.__name__}): its values are not one tensor; name a layer inside "
-            "it"
+            f"layer {name!r} passes on a {value}, not one tensor; name a layer inside it"
         )
     if len(value.shape) == 2:
         return 1
@@ -335,7 +336,7 @@ class _Recorder(TorchFunctionMode):
         if name in self.found.values:
             return
         if not isinstance(given, Tensor):
-            self.found.values[name] = None
+            self.found.values[name] = type(given).__name__
             return
         # In-place operations change the version, not the id.
         version = 0 if given.is_inference() else given._version
