@@ -21,9 +21,10 @@ from xai_edit import (
     score_units,
     with_ablation,
 )
-from xai_edit.attribution import trace as tracing
+from xai_edit.attribution import axes as axes_of_units
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.layers import sum_positions
-from xai_edit.attribution.trace import following_batch_norms, last_weighted, trace, unit_axes
+from xai_edit.attribution.trace import following_batch_norms, last_weighted, trace
 from xai_edit.edits.head import find_head
 
 LABELS = torch.tensor([0, 2])
@@ -170,7 +171,7 @@ def test_other_names_and_axes_are_refused():
 
 
 def test_layers_of_a_known_kind_cost_no_forward_pass(monkeypatch):
-    monkeypatch.setattr(tracing, "trace", None)
+    monkeypatch.setattr(axes_of_units, "trace", None)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     names = ["0", "0:input", "1", "3", "3:input"]
     assert [*unit_axes(model, None, names).values()] == [1, 1, 1, -1, -1]

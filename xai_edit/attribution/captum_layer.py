@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.functional import ALONG_THE_GRADIENT
 from xai_edit.attribution.layers import (
     INPUT_SUFFIX,
@@ -19,7 +20,7 @@ from xai_edit.attribution.layers import (
     tapped,
 )
 from xai_edit.attribution.targets import Targets, classes_of, weights_of
-from xai_edit.attribution.trace import trace, unit_axes
+from xai_edit.attribution.trace import trace
 from xai_edit.guard import preserved
 
 

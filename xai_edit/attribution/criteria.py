@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
@@ -21,7 +22,6 @@ from xai_edit.attribution.layers import (
     tapped,
 )
 from xai_edit.attribution.targets import Targets, classes_of, weights_of
-from xai_edit.attribution.trace import unit_axes
 from xai_edit.checks import whole_number
 from xai_edit.guard import preserved
 
@@ -117,7 +117,7 @@ class Random:
     needs_data = False
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = whole_number(seed, "seed")
+        self.seed = whole_number(seed, "seed", least=None)
 
     def __repr__(self) -> str:
         return f"Random(seed={self.seed})"

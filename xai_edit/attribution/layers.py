@@ -61,7 +61,7 @@ def sum_positions(values: Tensor, axis: int) -> Tensor:
     ----------
     values : Tensor, shape (samples, ...)
     axis : int
-        The axis of the units, see `xai_edit.attribution.trace.unit_axes`.
+        The axis of the units, see `xai_edit.attribution.axes.unit_axes`.
 
     Returns
     -------

@@ -14,6 +14,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from xai_edit.attribution import rules
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.canonizers import (
     choose_canonizers,
     same_logits,
@@ -30,7 +31,7 @@ from xai_edit.attribution.layers import (
     sum_positions,
 )
 from xai_edit.attribution.targets import Targets, weights_of
-from xai_edit.attribution.trace import Trace, trace, unit_axes
+from xai_edit.attribution.trace import Trace, trace
 from xai_edit.guard import preserved
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,20 +12,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from xai_edit.attribution.axes import Axes
 from xai_edit.attribution.layers import (
-    CONVOLUTIONS,
     INPUT_SUFFIX,
     TRANSPOSED,
     WEIGHTED,
     differentiable,
     embeddings_in_graph,
     first_tensor,
-    layer_module,
     logits_of,
     run,
 )
-from xai_edit.checks import require, whole_number
 from xai_edit.guard import preserved
 
 HALF = (torch.float16, torch.bfloat16)
@@ -98,8 +91,8 @@ class Trace:
         Layer → the batch norm that alone reads its output.
     halved : str or None
         A module in which something is computed in half precision.
-    axes : Axes or None
-        Where they are asked for.
+    axes : xai_edit.attribution.axes.Axes, optional
+        The axes of all tensors, where they are followed.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -114,7 +107,7 @@ class Trace:
     output: Any = None
     norms: dict[str, str] = field(default_factory=dict)
     halved: str | None = None
-    axes: Axes | None = None
+    axes: Any = None
 
     def after(self, layers: Sequence[str]) -> list[Operation]:
         """Return the operations after the earliest of some layers, or all if none is given."""
@@ -148,7 +141,7 @@ class Value:
     axes: tuple[int, ...] = ()
 
 
-def trace(model: nn.Module, inputs: Tensor, *, axes: bool = False) -> Trace:
+def trace(model: nn.Module, inputs: Tensor, *, axes: Any = None) -> Trace:
     """Run the first sample of a batch through the model and record what happens.
 
     Parameters
@@ -156,15 +149,15 @@ def trace(model: nn.Module, inputs: Tensor, *, axes: bool = False) -> Trace:
     model : nn.Module
         Left exactly as it was.
     inputs : Tensor, shape (samples, ...)
-    axes : bool
-        Also follow the axes of all tensors, for `unit_axes`.
+    axes : xai_edit.attribution.axes.Axes, optional
+        Also follows the axes of all tensors.
 
     Raises
     ------
     ValueError
         If the model does not take such inputs.
     """
-    found = Trace(axes=Axes() if axes else None)
+    found = Trace(axes=axes)
     recorder = _Recorder(found)
     plain = torch.inference_mode(False), torch.autocast(inputs.device.type, enabled=False)
     with plain[0], plain[1], preserved(model), torch.enable_grad():
@@ -205,106 +198,6 @@ def following_batch_norms(
         for name in found.readers(layer)
         if isinstance(modules[name], nn.modules.batchnorm._BatchNorm) and modules[name].affine
     }
-
-
-_DECIDED: ContextVar[Mapping[str, int]] = ContextVar("unit axes", default=MappingProxyType({}))
-
-
-@contextmanager
-def decided_axes(axes: Mapping[str, int]) -> Iterator[None]:
-    """Have `unit_axes` answer with these for the layers they name, in whatever scorer asks it."""
-    token = _DECIDED.set({**_DECIDED.get(), **axes})
-    try:
-        yield
-    finally:
-        _DECIDED.reset(token)
-
-
-def unit_axes(
-    model: nn.Module,
-    inputs: Tensor,
-    layers: Sequence[str],
-    given: int | Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """Return which axis of each layer's values holds its units.
-
-    The second of a convolution, a batch norm or an instance norm, the last of a linear layer. For
-    all others it is a property of the tensor at that point of the network: one forward pass of one
-    sample is recorded, and the axis followed from the convolution or linear operations before and
-    after, through elementwise operations, norms, pools, permutations, and reshapes that leave it
-    whole. There is no such pass where all layers are of the kinds above.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Left exactly as it was.
-    inputs : Tensor, shape (samples, ...)
-        The first sample is enough.
-    layers : sequence of str
-        Checked names, with or without ``:input``.
-    given : int or mapping from layer names to int, optional
-        The axis where it is known, for all layers or for some; negative ones count from the last.
-
-    Raises
-    ------
-    ValueError
-        If the axis cannot be followed, two axes hold units of one layer or another, a layer takes
-        no part in the forward pass or has no tensor for its values, or ``given`` is out of range.
-    """
-    decided = {name: axis for name, axis in _DECIDED.get().items() if name in layers}
-    axes = known_axes(model, layers, decided if given is None else given)
-    unknown = [name for name in layers if name not in axes]
-    if unknown:
-        found = trace(model, inputs, axes=True)
-        axes |= {name: _followed(found, name, type(layer_module(model, name))) for name in unknown}
-    return {name: axes[name] for name in layers}
-
-
-def known_axes(
-    model: nn.Module, layers: Sequence[str], given: int | Mapping[str, int] | None = None
-) -> dict[str, int]:
-    """Return the axes of `unit_axes` that are given or follow from the kind of the layer."""
-    named = given if isinstance(given, Mapping) else dict.fromkeys(layers, given)
-    unknown = [name for name in named if name not in layers]
-    require(not unknown, "unit_axis", unknown, f"it names some of the layers {[*layers]}")
-    axes = {}
-    for name in layers:
-        module, axis = layer_module(model, name), named.get(name)
-        if axis is not None:
-            axes[name] = whole_number(axis, "unit_axis", least=-8)
-            require(axis != 0, "unit_axis", axis, "axis 0 holds the samples")
-        elif isinstance(module, (*CONVOLUTIONS, nn.modules.batchnorm._NormBase)):
-            axes[name] = 1
-        elif isinstance(module, nn.Linear):
-            axes[name] = -1
-    return axes
-
-
-def _followed(found: Trace, name: str, kind: type[nn.Module]) -> int:
-    """Return the axis of a layer's units in the record of a forward pass."""
-    if name not in found.values:
-        raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
-    value = found.values[name]
-    if isinstance(value, str):
-        raise ValueError(
-            f"layer {name!r} passes on a {value}, not one tensor; name a layer inside it"
-        )
-    if len(value.shape) == 2:
-        return 1
-    assert found.axes is not None
-    units = found.axes.units(value.axes)
-    if len(units) == 1 and units[0] > 0:
-        return units[0]
-    if len(units) > 1:
-        why = f"axes {units} all hold the units of one convolution or linear layer or another"
-    elif units:
-        why = "they lie on the axis of the samples"
-    else:
-        why = "no convolution or linear layer gives or reads one of its axes as it is"
-    raise ValueError(
-        f"layer {name!r} ({kind.__name__}): the axis of its units cannot be told from its values "
-        f"of shape {value.shape} for one sample: {why}; give unit_axis="
-    )
 
 
 class _Recorder(TorchFunctionMode):

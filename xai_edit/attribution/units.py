@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import decided_axes, unit_axes
 from xai_edit.attribution.captum_layer import CaptumLayer
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.layers import predict, resolve_layers
@@ -25,7 +26,7 @@ from xai_edit.attribution.targets import (
     describe_target,
     targets_of,
 )
-from xai_edit.attribution.trace import Trace, decided_axes, trace, unit_axes
+from xai_edit.attribution.trace import Trace, trace
 from xai_edit.data import Batch, Data, batches, model_device
 from xai_edit.errors import NonFiniteError, UnknownLayerError
 from xai_edit.files import read_sealed, sealed, write_safetensors
@@ -282,7 +283,7 @@ def score_units(
         zero-shot class unlearning, Eq. 8–9).
     unit_axis : int or mapping from layer names to int, optional
         The axis of the units of all layers or some, where it is not found by itself; see
-        `xai_edit.attribution.trace.unit_axes`.
+        `xai_edit.attribution.axes.unit_axes`.
 
     Returns
     -------

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.layers import (
     CONVOLUTIONS,
     INPUT_SUFFIX,
@@ -20,7 +21,6 @@ from xai_edit.attribution.layers import (
     sum_positions,
     tapped,
 )
-from xai_edit.attribution.trace import unit_axes
 from xai_edit.baselines.samples import (
     among,
     forgotten,

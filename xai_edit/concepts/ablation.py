@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from zennit.rules import Epsilon
 
+from xai_edit.attribution.axes import known_axes, unit_axes
 from xai_edit.attribution.layers import (
     INPUT_SUFFIX,
     first_tensor,
@@ -17,7 +18,6 @@ from xai_edit.attribution.layers import (
     resolve_layers,
     unit_axis_of,
 )
-from xai_edit.attribution.trace import known_axes, unit_axes
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import model_device
 from xai_edit.guard import copied, preserved
@@ -96,7 +96,7 @@ def ablated(
         The subspaces to remove.
     unit_axis : int, optional
         The axis of the channels. When left out, it is found in the first forward pass inside, which
-        raises ValueError where it cannot be; see `xai_edit.attribution.trace.unit_axes`.
+        raises ValueError where it cannot be; see `xai_edit.attribution.axes.unit_axes`.
 
     Yields
     ------

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.canonizers import same_logits
 from xai_edit.attribution.contexts import ContextGather, Take
 from xai_edit.attribution.layers import resolve_layers, run, tapped
 from xai_edit.attribution.processes import failure_announced, several
 from xai_edit.attribution.scorers import LRP, describe
 from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
-from xai_edit.attribution.trace import unit_axes
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.positions import PositionDraw
 from xai_edit.concepts.rows import RowFile, RowList, Rows
@@ -75,7 +75,7 @@ def collect_features(
         Of the drawn positions. They follow from it and the content of a sample alone, so they do
         not depend on the batches, the order of the data or the processes it is split over.
     unit_axis : int, optional
-        The axis of the layer's channels; see `xai_edit.attribution.trace.unit_axes` for how it is
+        The axis of the layer's channels; see `xai_edit.attribution.axes.unit_axes` for how it is
         found when left out.
     on_disk : path, optional
         A safetensors file to keep the vectors in, as `Features.save` writes it. They come back

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.contexts import ContextGather
 from xai_edit.attribution.gather import Gather, backward_again
 from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.attribution.scorers import LRP
 from xai_edit.attribution.targets import Target, checked_target, targets_of
-from xai_edit.attribution.trace import unit_axes
 from xai_edit.concepts.collect import require_same_values, values_at
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.sample_scores import sample_scores

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.layers import predict, sum_positions, tapped
 from xai_edit.attribution.scorers import Scorer, describe
-from xai_edit.attribution.trace import unit_axes
 from xai_edit.attribution.units import UnitScores, score_units
 from xai_edit.guard import preserved
 from xai_edit.testing.example import Example, small_example
