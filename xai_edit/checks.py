@@ -34,16 +34,18 @@ def one_of(value: T, options: Collection[T], name: str) -> T:
     return value
 
 
-def whole_number(value: Any, name: str, *, least: int = 0, most: int | None = None) -> int:
+def whole_number(value: Any, name: str, *, least: int | None = 0, most: int | None = None) -> int:
     """Return a whole number of Python, NumPy or torch as an int; booleans are refused."""
-    limits = f"from {least}" + ("" if most is None else f" to {most}")
+    limits = "" if least is None else f" from {least}"
+    limits += "" if most is None else f" to {most}"
     boolean = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
     try:
         number = None if boolean else operator.index(value)
     except TypeError:
         number = None
-    if number is None or number < least or (most is not None and number > most):
-        raise ValueError(f"{name}: {value!r} given; it is a whole number {limits}")
+    too_low = number is not None and least is not None and number < least
+    if number is None or too_low or (most is not None and number > most):
+        raise ValueError(f"{name}: {value!r} given; it is a whole number{limits}")
     return number
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +26,8 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
     the same storage), child modules, hooks, the training flag, attributes that shadow a method
     (a canonizer's ``forward``); and every parameter's ``requires_grad`` and ``grad``. Zennit 1.0
     leaves new parameter objects and merged batch-norm weights behind (zennit#237); this is why
-    each pass runs in here.
+    each pass runs in here. Transformer layers take their slow path meanwhile: the fast one calls
+    none of the modules inside, so that hooks on them would see nothing.
 
     Parameters
     ----------
@@ -51,7 +53,8 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
         model.eval()
         for tensor, *_ in tensors:
             tensor.grad = None  # a backward pass would add to the user's own
-        yield model
+        with _every_module_called():
+            yield model
     finally:
         for module, attributes in modules:
             _restore(module, attributes)
@@ -64,6 +67,32 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
             for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+class _FastPath:
+    """How many guards hold PyTorch's fast path for transformer layers off, in all threads."""
+
+    lock = threading.Lock()
+    holders = 0
+    before = True
+
+
+@contextmanager
+def _every_module_called() -> Iterator[None]:
+    """Have transformer layers call the modules inside them."""
+    fast_path = torch.backends.mha
+    with _FastPath.lock:
+        if not _FastPath.holders:
+            _FastPath.before = fast_path.get_fastpath_enabled()
+            fast_path.set_fastpath_enabled(False)
+        _FastPath.holders += 1
+    try:
+        yield
+    finally:
+        with _FastPath.lock:
+            _FastPath.holders -= 1
+            if not _FastPath.holders:
+                fast_path.set_fastpath_enabled(_FastPath.before)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from xai_edit import (
     Activation,
     CaptumLayer,
     NonFiniteError,
+    PathPerturbation,
     Random,
     Taylor,
     WeightMagnitude,
@@ -358,7 +359,7 @@ def values_and_gradients(model, inputs, name, loss):
     return kept["value"], kept["probe"].grad
 
 
-def test_taylor_is_activation_times_loss_gradient(network, pairs):
+def test_taylor_is_activation_times_likelihood_gradient(network, pairs):
     (model, layers), (inputs, labels) = network, pairs
     got = Taylor()(model.double(), inputs, labels, layers)
     for name in layers:
@@ -370,7 +371,7 @@ def test_taylor_is_activation_times_loss_gradient(network, pairs):
                         model,
                         inputs[i : i + 1],
                         name,
-                        lambda logits, i=i: nn.functional.cross_entropy(logits, labels[i : i + 1]),
+                        lambda logits, i=i: -nn.functional.cross_entropy(logits, labels[i : i + 1]),
                     )
                     for i in range(len(inputs))
                 )
@@ -379,7 +380,7 @@ def test_taylor_is_activation_times_loss_gradient(network, pairs):
         torch.testing.assert_close(got[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_taylor_predicts_the_change_of_loss_when_a_unit_is_damped(plain, pairs):
+def test_taylor_predicts_how_the_loss_rises_when_a_unit_is_damped(plain, pairs):
     inputs, labels = pairs
     got = Taylor()(plain.double(), inputs, labels, ["conv2"])["conv2"].sum(0)
     step = 1e-6
@@ -393,8 +394,24 @@ def test_taylor_predicts_the_change_of_loss_when_a_unit_is_damped(plain, pairs):
                 loss = nn.functional.cross_entropy(twin(inputs), labels, reduction="sum")
             losses.append(loss)
         torch.testing.assert_close(
-            got[unit], (losses[0] - losses[1]) / (2 * step), rtol=1e-4, atol=1e-7
+            got[unit], (losses[1] - losses[0]) / (2 * step), rtol=1e-4, atol=1e-7
         )
+
+
+def test_taylor_ranks_what_speaks_for_a_class_first():
+    # Unit 0 raises the class, unit 1 lowers it, unit 2 does nothing.
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[0].bias.zero_()
+        model[2].weight.copy_(torch.tensor([[2.0, -1, 0], [0, 0, 0]]))
+    data = [torch.rand(5, 2).double() + 0.1]
+    assert score_units(model, data, Taylor(), layers="0", target=0).rank("0").tolist() == [0, 2, 1]
+    edit = PathPerturbation("0", 1 / 3, scorer=Taylor()).plan(model, data, target=0)
+    assert edit.origin["neurons"] == [0]
+    before = model(data[0])[:, 0]
+    with edit.applied(model):
+        assert (model(data[0])[:, 0] < before).all()
 
 
 def test_activation_is_the_mean_rectified_value(network, pairs):

@@ -334,7 +334,7 @@ def test_scorers_of_classes_refuse_a_number(plain, pairs, kind):
 
 @pytest.mark.parametrize("kind", ["LRP", "LayerGradientXActivation"])
 def test_a_function_without_a_finite_gradient_is_an_error(plain, pairs, kind):
-    with pytest.raises(NonFiniteError, match="gradient of its function is NaN or infinite"):
+    with pytest.raises(NonFiniteError, match="gradient of its function: NaN or infinite"):
         score_units(
             plain.double(), [pairs], SCORERS[kind](), layers="fc1",
             target=lambda z: (z[:, 0] * 0).sqrt(),

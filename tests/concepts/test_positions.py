@@ -14,7 +14,7 @@ def drawn(inputs, count, positions, seed=0):
     draw = PositionDraw(positions, seed)
     draw.see(inputs)
     values = torch.arange(count).double().expand(len(inputs), 1, count)
-    return draw(values, nn.Conv1d(1, 1, 1))(values)[:, :, 0].long()
+    return draw(values, 1)(values)[:, :, 0].long()
 
 
 def by_sample(features):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.functional import ALONG_THE_GRADIENT
 from xai_edit.attribution.layers import (
     INPUT_SUFFIX,
@@ -75,6 +76,7 @@ class CaptumLayer:
     ) -> dict[str, Tensor]:
         """Return the attribution of each unit, shape (samples, units) per layer."""
         self._refuse_lrp(model, inputs, layers)
+        axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
             logits = predict(model, inputs)
         tap.require(layers)
@@ -99,7 +101,7 @@ class CaptumLayer:
                     f"whose own have {tuple(tap.values[name].shape)}; it does not tell the layer's "
                     "units apart (for LayerGradCam, give attr_dim_summation=False)"
                 )
-            scores[name] = sum_positions(values.detach(), module)
+            scores[name] = sum_positions(values.detach(), axes[name])
         return scores
 
     def _attribute_layer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xai_edit.attribution.gather import Gather
 
@@ -25,7 +25,7 @@ class ContextGather(Gather):
     Parameters
     ----------
     draw : callable
-        ``draw(values, module)``, called with a layer's values in each forward pass, gives what
+        ``draw(values)``, called with a layer's values in each forward pass, gives what
         takes the wanted positions from them and from their relevance.
 
     Notes
@@ -33,12 +33,12 @@ class ContextGather(Gather):
     What is gathered has the shape (samples, 2, ...): activations, then contexts.
     """
 
-    def __init__(self, draw: Callable[[Tensor, nn.Module], Take]) -> None:
-        super().__init__(lambda relevance, module: relevance)
+    def __init__(self, draw: Callable[[Tensor], Take]) -> None:
+        super().__init__(lambda relevance, name: relevance)
         self.draw = draw
         self.first: Tensor | None = None  # the layer's values for the first sample of all
 
-    def prepared(self, value: Tensor, module: nn.Module) -> tuple[Tensor, Take]:
+    def prepared(self, value: Tensor, name: str) -> tuple[Tensor, Take]:
         """Return the values without zeros, and what pairs activations with their contexts."""
         value = value.detach()
         if self.first is None:
@@ -47,7 +47,7 @@ class ContextGather(Gather):
         moved = value.abs() < tiny
         signed = torch.full_like(value, tiny).masked_fill_(value < 0, -tiny)
         without_zeros = torch.where(moved, signed, value)
-        take = self.draw(value, module)
+        take = self.draw(value)
         # Copies, as an in-place activation may follow.
         activations, divisors, at_zero = (
             take(tensor).clone() for tensor in (value, without_zeros, moved)

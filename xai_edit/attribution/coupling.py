@@ -14,6 +14,7 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from xai_edit.attribution.layers import CONVOLUTIONS, TRANSPOSED, run
 from xai_edit.data import model_device
@@ -88,11 +89,14 @@ class Traced:
         Refers to the model's modules.
     entry : torch.autograd.graph.Node
         The operation that stands for the model's input.
+    shapes : dict
+        The shape of what each operation of the graph puts out.
     """
 
     model: nn.Module
     graph: Any
     entry: Any
+    shapes: dict[Any, tuple[int, ...]]
 
 
 def traced(model: nn.Module, inputs: Tensor) -> Traced:
@@ -110,14 +114,19 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_()
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     entry: list[Any] = []
+    outputs: list[Tensor] = []
 
     def forward(traced_model: nn.Module, given: Tensor) -> Any:
         if given.is_floating_point():
             # As a node of the graph the input shows which channels are added to it.
-            given = given.clone().requires_grad_().clone()
+            leaves.append(given.clone().requires_grad_())
+            given = leaves[-1].clone()
             entry.append(given.grad_fn)
-        return traced_model(given)
+        output = traced_model(given)
+        outputs.extend(value for value in tree_leaves(output) if isinstance(value, Tensor))
+        return output
 
     import torch_pruning  # only here: slow to import
 
@@ -125,7 +134,29 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
     with _tracing(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parameters outside of layers; see `_reasons`
         graph.build_dependency(model, sample.clone(), forward_fn=forward, verbose=False)
-    return Traced(model, graph, entry[0] if entry else None)
+        shapes = _shapes(graph, outputs, leaves)
+    return Traced(model, graph, entry[0] if entry else None, shapes)
+
+
+def _shapes(
+    graph: Any, outputs: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> dict[Any, tuple[int, ...]]:
+    """Return the shape of what each operation puts out: that of its gradient in a backward pass."""
+    shapes: dict[Any, tuple[int, ...]] = {}
+    for node in graph.module2node.values():
+        operation = node.grad_fn
+        if hasattr(operation, "variable"):  # a parameter, whose gradient is not handed on
+            shapes[operation] = tuple(operation.variable.shape)
+
+        def note(gradients: Sequence[Tensor | None], operation: Any = operation) -> None:
+            if gradients[0] is not None:
+                shapes[operation] = tuple(gradients[0].shape)
+
+        operation.register_prehook(note)
+    used = [output for output in outputs if output.requires_grad]
+    ones = [torch.ones_like(output) for output in used]
+    torch.autograd.grad(used, leaves, ones, retain_graph=True, allow_unused=True)
+    return shapes
 
 
 @contextmanager
@@ -270,7 +301,7 @@ def _reasons(
     elif isinstance(module, nn.Parameter):
         yield "a parameter outside of all layers goes with them"
     elif name is None:
-        if not _followed(node):
+        if not _followed(found, node):
             yield f"{node.grad_fn.name()} changes the channels in a way that cannot be followed"
     elif isinstance(module, LAYERS):
         grouped = getattr(module, "groups", 1) > 1
@@ -294,23 +325,21 @@ def _shifts(module: nn.Module) -> bool:
     return isinstance(module, NORMS) and bool(module.affine)
 
 
-def _followed(node: Any) -> bool:
+def _followed(found: Traced, node: Any) -> bool:
     """Tell whether an operation leaves the channels as Torch-Pruning takes them to be."""
     if node.grad_fn.name() in ("AddmmBackward0", "MmBackward0", "CatBackward0"):
         return True  # the product inside of a linear layer, and what Torch-Pruning does follow
-    if node.grad_fn.name() == "PermuteBackward0" and len(_shape(node)) == 4:
+    after = found.shapes.get(node.grad_fn, ())
+    if node.grad_fn.name() == "PermuteBackward0" and len(after) == 4:
         # By the axes, as sizes may be equal; negative ones are stored modulo 2**64.
         return bool(node.grad_fn._saved_dims[1] % 2**64 % 4 == 1)
-    after = _shape(node)
-    return all(_same_channels(_shape(before), after) for before in node.inputs)
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    """Return the shape of what an operation or layer puts out."""
-    return tuple(node.grad_fn._input_metadata[0].shape)
+    return all(_same_channels(found.shapes.get(of.grad_fn, ()), after) for of in node.inputs)
 
 
 def _same_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Tell by two shapes whether the channels are the same; () stands for an unknown one."""
+    if not before or not after:
+        return False
     if min(len(before), len(after)) < 2 or len(before) == len(after):
         return before[1:2] == after[1:2]
     if before[:2] == after[:2]:  # a mean over positions, or positions added

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
@@ -20,15 +21,17 @@ from xai_edit.attribution.layers import (
     sum_positions,
     tapped,
 )
-from xai_edit.attribution.targets import Targets, classes_of, weights_of, whole
+from xai_edit.attribution.targets import Targets, classes_of, weights_of
+from xai_edit.checks import whole_number
 from xai_edit.guard import preserved
 
 
 class Taylor:
-    """First-order Taylor criterion: activation times gradient of the cross-entropy loss.
+    """First-order Taylor criterion: activation times gradient of the log-likelihood.
 
-    Summed over positions with its sign; ``aggregate="abs"`` makes it the published criterion
-    (Molchanov et al. 2017, Eq. 8), which takes the absolute value of each sample.
+    Summed over positions; positive where the unit speaks for the class, so that the loss would
+    rise without it. ``aggregate="abs"`` makes it the published criterion (Molchanov et al. 2017,
+    Eq. 8), which takes the absolute value of each sample.
     """
 
     behind_norm = True
@@ -39,15 +42,15 @@ class Taylor:
     def __call__(
         self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Return activation × loss gradient of each unit, shape (samples, units) per layer."""
+        """Return −activation × loss gradient of each unit, shape (samples, units) per layer."""
+        axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.enable_grad(), tapped(model, layers) as tap:
             logits = logits_of(model(differentiable(inputs)), inputs)
             classes = classes_of(targets, logits)
-            loss = nn.functional.cross_entropy(logits, classes, reduction="sum")
-            gradients = gradients_at(tap, layers, loss, torch.ones_like(loss))
+            likelihood = -nn.functional.cross_entropy(logits, classes, reduction="sum")
+            gradients = gradients_at(tap, layers, likelihood, torch.ones_like(likelihood))
         return {
-            name: sum_positions(tap.values[name] * gradients[name], layer_module(model, name))
-            for name in layers
+            name: sum_positions(tap.values[name] * gradients[name], axes[name]) for name in layers
         }
 
 
@@ -67,13 +70,14 @@ class Activation:
         self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the mean activation of each unit, shape (samples, units) per layer."""
+        axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
             weights_of(targets, predict(model, inputs))  # for its refusal of a wrong class
         tap.require(layers)
         scores = {}
         for name in layers:
             values = tap.values[name].clamp(min=0)
-            summed = sum_positions(values, layer_module(model, name))
+            summed = sum_positions(values, axes[name])
             scores[name] = summed * (summed.numel() / values.numel())
         return scores
 
@@ -113,10 +117,7 @@ class Random:
     needs_data = False
 
     def __init__(self, seed: int = 0) -> None:
-        try:
-            self.seed = whole(seed)
-        except TypeError:
-            raise ValueError(f"seed: {seed!r} given; it is a whole number") from None
+        self.seed = whole_number(seed, "seed", least=None)
 
     def __repr__(self) -> str:
         return f"Random(seed={self.seed})"

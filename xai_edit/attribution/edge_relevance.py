@@ -14,7 +14,7 @@ from zennit.core import BasicHook, ParamMod
 
 from xai_edit.attribution.canonizers import rules_of
 from xai_edit.attribution.fast import twin
-from xai_edit.attribution.layers import CONVOLUTIONS, resolve_layers
+from xai_edit.attribution.layers import CONVOLUTIONS, first_tensor, resolve_layers
 from xai_edit.attribution.scorers import LRP
 from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
 from xai_edit.data import Data, batches, model_device
@@ -110,17 +110,16 @@ def edge_relevance(
                 f"layer {name!r} has no rule that shares relevance out; its rule in "
                 f"{scorer!r} is {rules[name]}"
             )
-    paths: dict[Any, str] = {model.get_submodule(name): name for name in names}
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     seen: dict[str, Tensor] = {}
     sums = {
         name: torch.zeros_like(module.weight, dtype=torch.float64, device="cpu")
-        for module, name in paths.items()
+        for name, module in modules.items()
     }
 
-    def through(relevance: Tensor, module: nn.Module) -> Tensor:
+    def through(relevance: Tensor, name: str) -> Tensor:
         if len(relevance):
-            name = paths[module]
-            flow = _flow(rules[name], module, seen.pop(name), relevance)
+            flow = _flow(rules[name], modules[name], seen.pop(name), relevance)
             sums[name] += flow.double().cpu()
         return relevance.new_zeros(len(relevance), 0)
 
@@ -132,9 +131,12 @@ def edge_relevance(
                 score, canonizers = session.enter_context(
                     scorer.session(model, batch.inputs, names, reduce=through)
                 )
-                for module, name in paths.items():
+                for name, module in modules.items():
                     module.register_forward_pre_hook(
-                        lambda _, given, name=name: seen.__setitem__(name, given[0].detach())
+                        lambda _, inputs, named, name=name: seen.__setitem__(
+                            name, first_tensor(inputs, named).detach()
+                        ),
+                        with_kwargs=True,
                     )
             score(batch.inputs, targets_of(batch, target))
             samples += len(batch)

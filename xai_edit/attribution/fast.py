@@ -39,7 +39,7 @@ from zennit.core import (
 )
 
 from xai_edit.attribution.gather import RULED
-from xai_edit.attribution.layers import CONVOLUTIONS
+from xai_edit.attribution.layers import CONVOLUTIONS, with_first
 from xai_edit.guard import attributes_kept
 
 
@@ -102,6 +102,7 @@ class DirectHook(Hook):  # type: ignore[misc]
         self.rule = rule
         self.name = name
         self.entered: Tensor | None = None
+        self.local: Tensor | None = None  # the same apart from the graph
 
     def copy(self) -> DirectHook:
         """Return a copy for another module."""
@@ -119,19 +120,19 @@ class DirectHook(Hook):  # type: ignore[misc]
 
     def enter(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Tensor], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Cut the module off from the graph."""
         self.entered = None
         given = [*inputs, *named.values()]
         if not any(isinstance(value, Tensor) and value.requires_grad for value in given):
             return None
-        if named or len(inputs) != 1:
+        if len(given) != 1:
             raise ValueError(
                 f"model: module {self.name!r} is called with {len(given)} arguments, of them by "
                 f"name {[*named] or 'none'}; relevance rules are for modules called with their "
                 "input alone"
             )
-        x = RULED.latest(inputs[0])
+        x = RULED.latest(given[0])
         self.entered = x
         local = x.detach()
         if getattr(module, "inplace", False) is True:
@@ -140,14 +141,16 @@ class DirectHook(Hook):  # type: ignore[misc]
                 local = local.clone()
         elif _keeps_graph(self.rule, module):
             local.requires_grad_()
-        return (local,), named
+        self.local = local
+        return with_first(local, inputs, named)
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         """Put the rule in the module's place."""
         x, self.entered = self.entered, None
         if x is None:
             return None
-        step = _Step(self.rule, module, inputs[0], output)
+        local, self.local = self.local, None
+        step = _Step(self.rule, module, local, output)
         need(x)
         tied: Tensor = _InPlaceOf.apply(x, output.detach(), step)
         if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):

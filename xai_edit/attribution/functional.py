@@ -30,12 +30,12 @@ from xai_edit.attribution.operations import (
     layer_norm_rule,
     multilinear_rule,
     norm_rule,
-    operation_name,
     pass_rule,
     product_rule,
     softmax_rule,
     sum_rule,
 )
+from xai_edit.attribution.trace import operation_name
 
 
 class FunctionalCanonizer(Canonizer):  # type: ignore[misc]

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import INPUT_SUFFIX, layer_module
+from xai_edit.attribution.layers import (
+    INPUT_SUFFIX,
+    first_tensor,
+    layer_module,
+    with_first,
+)
 
 
 class _Ruled(threading.local):
@@ -61,25 +66,20 @@ class Gather:
     Parameters
     ----------
     reduce : callable
-        ``reduce(relevance, module)``, called with the relevance in the shape of the layer's values.
+        ``reduce(relevance, name)``, called with the relevance in the shape of the layer's values.
     """
 
-    def __init__(self, reduce: Callable[[Tensor, nn.Module], Tensor]) -> None:
+    def __init__(self, reduce: Callable[[Tensor, str], Tensor]) -> None:
         self.reduce = reduce
         self.leaves: dict[str, Tensor] = {}
 
-    def insert(self, name: str, module: nn.Module, value: Any) -> Tensor:
+    def insert(self, name: str, value: Any) -> Tensor:
         """Return the layer's value with its leaf behind it."""
         value = RULED.latest(value)
         if name in self.leaves:
             raise ValueError(
                 f"layer {name!r} is called more than once in a forward pass, so a score of its "
                 "units would mix the calls; use one module for each call"
-            )
-        if value is None:
-            raise ValueError(
-                f"layer {name.removesuffix(INPUT_SUFFIX)!r} is called with its input by name, "
-                "where it cannot be read; call it as layer(x)"
             )
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -93,18 +93,16 @@ class Gather:
                 "have no relevance; name the embedding's output"
             )
 
-        value, reduce = self.prepared(value, module)
+        value, reduce = self.prepared(value, name)
         shape = reduce(value.detach()[:0]).shape[1:]
         leaf = value.new_zeros(()).expand(len(value), *shape).requires_grad_()
         self.leaves[name] = leaf
         behind: Tensor = _Gathered.apply(value, leaf, reduce)
         return behind
 
-    def prepared(
-        self, value: Tensor, module: nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def prepared(self, value: Tensor, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the value that goes on through the network, and what reduces its relevance."""
-        return value, lambda relevance: self.reduce(relevance, module)
+        return value, lambda relevance: self.reduce(relevance, name)
 
     def attach(self, model: nn.Module, layers: Sequence[str], *, inputs: bool) -> None:
         """Put hooks on the layers whose inputs, or on those whose outputs, are asked for.
@@ -116,14 +114,14 @@ class Gather:
             module = layer_module(model, name)
             if name.endswith(INPUT_SUFFIX) and inputs:
                 module.register_forward_pre_hook(
-                    lambda module, given, name=name: (
-                        self.insert(name, module, given[0] if given else None),
-                        *given[1:],
-                    )
+                    lambda _, inputs, named, name=name: with_first(
+                        self.insert(name, first_tensor(inputs, named)), inputs, named
+                    ),
+                    with_kwargs=True,
                 )
             elif not name.endswith(INPUT_SUFFIX) and not inputs:
                 module.register_forward_hook(
-                    lambda module, _, output, name=name: self.insert(name, module, output)
+                    lambda _, __, output, name=name: self.insert(name, output)
                 )
 
     def relevance(self, layers: Sequence[str], outputs: Tensor, seed: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from xai_edit.errors import NonFiniteError, UnknownLayerError
-from xai_edit.guard import preserved
 
 INPUT_SUFFIX = ":input"
 """``"fc:input"`` names the inputs of layer ``fc``, where ``"fc"`` names its outputs."""
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
+WEIGHTED = (nn.Linear, *CONVOLUTIONS)
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list[str]:
@@ -33,9 +32,7 @@ def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list
         If no layer is left, or one is named twice.
     """
     modules = dict(model.named_modules())
-    weighted = [
-        name for name, module in modules.items() if isinstance(module, (nn.Linear, *CONVOLUTIONS))
-    ]
+    weighted = [name for name, module in modules.items() if isinstance(module, WEIGHTED)]
     if layers is None:
         names = weighted
     else:
@@ -57,29 +54,46 @@ def layer_module(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.removesuffix(INPUT_SUFFIX))
 
 
-def sum_positions(values: Tensor, module: nn.Module) -> Tensor:
-    """Sum over all positions of a unit.
+def sum_positions(values: Tensor, axis: int) -> Tensor:
+    """Sum a layer's values over all positions of a unit.
 
     Parameters
     ----------
-    values : Tensor, shape (samples, channels, ...) or (samples, ..., features)
-        Channels come second, except for linear layers, layer norms and token sequences (three
-        axes, not from a convolution), whose units are the last axis.
-    module : nn.Module
-        The layer the values belong to.
+    values : Tensor, shape (samples, ...)
+    axis : int
+        The axis of the units, see `xai_edit.attribution.axes.unit_axes`.
 
     Returns
     -------
     Tensor, shape (samples, units)
     """
-    last = isinstance(module, CHANNELS_LAST) or (
-        values.ndim == 3 and not isinstance(module, (*CONVOLUTIONS, nn.modules.batchnorm._NormBase))
-    )
-    if values.ndim < 2:
-        raise ValueError(f"a layer's values of shape {tuple(values.shape)} have no unit axis")
-    unit_axis = values.ndim - 1 if last else 1
-    positions = [axis for axis in range(1, values.ndim) if axis != unit_axis]
+    units = unit_axis_of(values, axis)
+    positions = [at for at in range(1, values.ndim) if at != units]
     return values.sum(dim=positions) if positions else values
+
+
+def unit_axis_of(values: Tensor, axis: int) -> int:
+    """Return ``axis`` counted from the first; raise ValueError unless values have it for units."""
+    if not -values.ndim < axis < values.ndim or axis == 0:
+        raise ValueError(
+            f"unit_axis: {axis} given; a layer's values of shape {tuple(values.shape)} have their "
+            "samples on axis 0 and units on another of their axes"
+        )
+    return axis % values.ndim
+
+
+def first_tensor(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """Return what a module is called with first, by position or by name."""
+    return next(iter((*inputs, *named.values())), None)
+
+
+def with_first(
+    value: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a module's arguments, by position and by name, with another one for the first."""
+    if inputs:
+        return (value, *inputs[1:]), {**named}
+    return inputs, {**named, **dict.fromkeys([*named][:1], value)}
 
 
 @dataclass
@@ -134,7 +148,10 @@ def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
         if name.endswith(INPUT_SUFFIX):
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda _, inputs, name=name: tap.record(name, inputs[0])
+                    lambda _, inputs, named, name=name: tap.record(
+                        name, first_tensor(inputs, named)
+                    ),
+                    with_kwargs=True,
                 )
             )
         else:
@@ -221,41 +238,3 @@ def run(model: nn.Module, inputs: Tensor) -> Any:
 def predict(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the logits of a batch, or say that the model does not take such inputs."""
     return logits_of(run(model, inputs), inputs)
-
-
-def last_weighted(model: nn.Module, inputs: Tensor) -> str | None:
-    """Return the name of the linear or convolution layer that runs last, and so is the output."""
-    ran: list[str] = []
-    with preserved(model), torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-                module.register_forward_hook(lambda *_, name=name: ran.append(name))
-        predict(model, inputs)
-    return ran[-1] if ran else None
-
-
-def following_batch_norms(
-    model: nn.Module, inputs: Tensor, layers: Sequence[str]
-) -> dict[str, str]:
-    """Return, for the layers whose output goes straight into an affine batch norm, its name."""
-    made: dict[int, str] = {}
-    kept: list[Tensor] = []  # an id is only good while its tensor lives
-    found: dict[str, str] = {}
-    with preserved(model), torch.no_grad():
-        for name, module in model.named_modules():
-            if name in layers:
-
-                def made_by(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                    made[id(output)] = name
-                    kept.append(output)
-
-                module.register_forward_hook(made_by)
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-
-                def read_by(_: nn.Module, read: tuple[Tensor, ...], name: str = name) -> None:
-                    if id(read[0]) in made:
-                        found[made[id(read[0])]] = name
-
-                module.register_forward_pre_hook(read_by)
-        model(inputs)
-    return found

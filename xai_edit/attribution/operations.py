@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.fast import is_gate, mark_gate, mark_rectified, need
+from xai_edit.attribution.trace import operation_name
 
 Arguments: TypeAlias = tuple[Any, ...]
 Named: TypeAlias = dict[str, Any]
@@ -41,21 +42,6 @@ ACTIVATIONS = frozenset(
     ]
 )
 GATES = ("sigmoid", "hardsigmoid")
-
-
-def operation_name(function: Callable[..., Any]) -> str:
-    """Return what an operation is called in all its forms: ``add`` for ``+``, ``+=``, ``add_``."""
-    name: str = getattr(function, "__name__", type(function).__name__).strip("_")
-    if name == "get":  # an attribute, such as x.T
-        name = getattr(getattr(function, "__self__", None), "__name__", name)
-    return _ALIASES.get(name, name)
-
-
-_ALIASES = {
-    **{f"{form}{name}": name for form in ("i", "r") for name in ("add", "mul")},
-    **{"isub": "sub", "subtract": "sub", "multiply": "mul"},
-    **dict.fromkeys(("truediv", "itruediv", "divide", "true_divide"), "div"),
-}
 
 
 def in_graph(value: Any) -> bool:

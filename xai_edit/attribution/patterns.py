@@ -24,7 +24,13 @@ from torch.overrides import TorchFunctionMode
 from zennit.core import Composite
 
 from xai_edit.attribution.canonizers import choose_canonizers
-from xai_edit.attribution.layers import CONVOLUTIONS, TRANSPOSED, predict, resolve_layers
+from xai_edit.attribution.layers import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    first_tensor,
+    predict,
+    resolve_layers,
+)
 from xai_edit.attribution.trace import trace
 from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.files import read_sealed, sealed, write_safetensors
@@ -148,7 +154,7 @@ def fit_patterns(
         rectified = _rectified(model, first.inputs[:1], names)
         sums = {name: _Sums(modules[name]) for name in names}
         for name in names:
-            modules[name].register_forward_hook(sums[name].add)
+            modules[name].register_forward_hook(sums[name].add, with_kwargs=True)
         for batch in batches(data, model_device(model)):
             predict(model, batch.inputs)
             samples += len(batch)
@@ -173,10 +179,12 @@ class _Sums:
         self.xy, self.x = torch.zeros(2, 2, *self.w.shape, dtype=torch.float64)
         self.y, self.n = torch.zeros(2, 2, len(self.w), dtype=torch.float64)
 
-    def add(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(
+        self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
         """Add what passes through the layer; a forward hook."""
         size = max(1, CHUNK // max(1, output[0].numel()))
-        for x, z in zip(inputs[0].split(size), output.split(size), strict=True):
+        for x, z in zip(first_tensor(inputs, named).split(size), output.split(size), strict=True):
             with torch.enable_grad():
                 y = self.layer.forward(x.detach().to(self.w))
             for side, chosen in ((ACTIVE, (z > 0).to(y)), (INACTIVE, (z <= 0).to(y))):

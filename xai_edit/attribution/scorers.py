@@ -14,6 +14,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from xai_edit.attribution import rules
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.canonizers import (
     choose_canonizers,
     same_logits,
@@ -164,7 +165,7 @@ class LRP:
         sample: Tensor,
         layers: Sequence[str],
         *,
-        reduce: Callable[[Tensor, nn.Module], Tensor] = sum_positions,
+        reduce: Callable[[Tensor, str], Tensor] | None = None,
         found: Trace | None = None,
     ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
         """Prepare a model once for many batches.
@@ -177,7 +178,8 @@ class LRP:
             Inputs to choose canonizers by; the first sample is enough.
         layers : sequence of str
         reduce : callable
-            What becomes of the relevance at a layer; summed over positions when left out.
+            ``reduce(relevance, name)``: what becomes of the relevance at a layer; summed over
+            positions when left out.
         found : Trace, optional
             A forward pass of the sample, if there is one already.
 
@@ -188,6 +190,12 @@ class LRP:
         canonizers : list of str
             The canonizers in use.
         """
+        if reduce is None:
+            axes = unit_axes(model, sample, layers)
+
+            def reduce(relevance: Tensor, name: str) -> Tensor:
+                return sum_positions(relevance, axes[name])
+
         with self.gathering(model, sample, layers, Gather(reduce), found=found) as prepared:
             yield prepared
 
@@ -327,7 +335,7 @@ def _shown(value: Any) -> str:
     return repr(value.flatten().tolist() if isinstance(value, Tensor) else value)
 
 
-def _in_full(relevance: Tensor, module: nn.Module) -> Tensor:
+def _in_full(relevance: Tensor, name: str) -> Tensor:
     return relevance
 
 

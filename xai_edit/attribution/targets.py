@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from xai_edit.checks import distinct, finite, in_range, whole_number
 from xai_edit.data import Batch
-from xai_edit.errors import NonFiniteError
 
 Target: TypeAlias = int | Literal["label", "predicted"] | Callable[[Tensor], Tensor]
 """A class number, ``"label"``, ``"predicted"``, or a function of a batch's logits, (samples,
@@ -28,8 +27,8 @@ def checked_target(target: Any) -> Target:
     if callable(target) and not isinstance(target, type):
         return target  # type: ignore[no-any-return]
     try:
-        return whole(target)
-    except TypeError:
+        return whole_number(target, "target", least=None)
+    except ValueError:
         raise ValueError(
             f"target: {target!r} given; it is a class number, 'label', 'predicted' or a function "
             "of the logits"
@@ -89,7 +88,7 @@ def classes_of(targets: Targets, logits: Tensor) -> Tensor:
             "sample, int64"
         )
     classes = given.to(logits.device)
-    check_classes(classes, logits.shape[1])
+    in_range(classes, logits.shape[1], "target")
     return classes
 
 
@@ -130,9 +129,7 @@ def _gradient(value: Tensor, z: Tensor) -> Tensor:
             "target: the function of the logits gave one number a sample that does not depend on "
             "them; it has to be computed from the logits that the function is called with"
         )
-    if not torch.isfinite(weights).all():
-        raise NonFiniteError("target: the gradient of its function is NaN or infinite")
-    return weights
+    return finite(weights, "target: the gradient of its function")
 
 
 def _described(value: Any) -> str:
@@ -141,26 +138,11 @@ def _described(value: Any) -> str:
     return type(value).__name__
 
 
-def whole(number: Any) -> int:
-    """Return a whole number of Python, NumPy or torch as an int; TypeError if it is no such."""
-    if isinstance(number, bool) or getattr(number, "dtype", None) is torch.bool:
-        raise TypeError  # a mask of classes would be read as the classes 0 and 1
-    return operator.index(number)
-
-
 def whole_list(given: int | Sequence[int], name: str) -> list[int]:
-    """Return one class number or several as a list of int.
-
-    Raises
-    ------
-    ValueError
-        If one is no whole number.
-    """
+    """Return one class number or several as a list of int."""
     single = not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
-    try:
-        return [whole(one) for one in ([given] if single else given)]  # type: ignore
-    except TypeError:
-        raise ValueError(f"{name}: {given!r} given; it is a class number or several") from None
+    listed: Iterable[Any] = [given] if single else given  # type: ignore[assignment, list-item]
+    return [whole_number(one, name, least=None) for one in listed]
 
 
 def class_list(target: int | Sequence[int], classes: int) -> list[int]:
@@ -172,17 +154,8 @@ def class_list(target: int | Sequence[int], classes: int) -> list[int]:
         If none is given, one is named twice, is not a number or is out of range.
     """
     listed = whole_list(target, "target")
-    if not listed or len(set(listed)) < len(listed):
-        raise ValueError(f"target: {target!r} given; give one class or several different ones")
-    check_classes(torch.tensor(listed), classes)
-    return listed
+    in_range(listed, classes, "target")
+    return distinct(listed, "target", "give one class or several different ones")
 
 
-def check_classes(targets: Tensor, classes: int, name: str = "target") -> None:
-    """Raise ValueError if one of ``targets`` is not a class of a model with this many outputs."""
-    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < classes):
-        wrong = [target for target in targets.unique().tolist() if not 0 <= target < classes]
-        raise ValueError(
-            f"{name}: class {wrong[0]} is out of range; the model has {classes} classes, "
-            f"0 to {classes - 1}"
-        )
+check_classes = in_range

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import decided_axes, unit_axes
 from xai_edit.attribution.captum_layer import CaptumLayer
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.layers import predict, resolve_layers
@@ -255,6 +256,7 @@ def score_units(
     target: Target = "label",
     aggregate: Aggregate = "sum",
     k: int | None = None,
+    unit_axis: int | Mapping[str, int] | None = None,
 ) -> UnitScores:
     """Score every unit of the named layers over a data set, in one pass.
 
@@ -268,8 +270,8 @@ def score_units(
         `LRP`, `CaptumLayer`, `WeightMagnitude`, `Taylor`, `Activation`, `Random`, or your own; see
         `Scorer`.
     layers : sequence of str, optional
-        Module names; ``"fc:input"`` names the inputs of ``fc``. All convolution and linear layers
-        that the data pass through when left out.
+        Module names; ``"fc:input"`` names the inputs of ``fc``. When left out, all convolution and
+        linear layers through which the output depends on the data; others are skipped.
     target : int, "label", "predicted" or callable
         The output that is explained: a class, each sample's label, its predicted class, or a
         function of the logits; see `xai_edit.attribution.targets.Target`.
@@ -279,6 +281,9 @@ def score_units(
     k : int, optional
         Also count, per unit, the samples that have it among their k highest scores (Chang et al.,
         zero-shot class unlearning, Eq. 8–9).
+    unit_axis : int or mapping from layer names to int, optional
+        The axis of the units of all layers or some, where it is not found by itself; see
+        `xai_edit.attribution.axes.unit_axes`.
 
     Returns
     -------
@@ -327,9 +332,12 @@ def score_units(
                 for batch in batches(data, model_device(model), may_be_empty=several()):
                     if score is None:
                         found = None
-                        if layers is None:  # without what rests or never sees a sample
+                        if layers is None:  # without what rests, sees no sample or leads nowhere
                             found = trace(model, batch.inputs)
-                            names = [name for name in names if name in found.fed]
+                            used = found.fed - found.unused
+                            names = [name for name in names if name in used]
+                        axes = unit_axes(model, batch.inputs, names, unit_axis)
+                        session.enter_context(decided_axes(axes))
                         score = session.enter_context(
                             _session(scorer, model, batch.inputs, names, target, origin, found)
                         )

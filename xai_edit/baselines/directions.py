@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.layers import (
     CONVOLUTIONS,
     INPUT_SUFFIX,
@@ -239,9 +240,10 @@ def _inputs_of(
             with tapped(model, names) as tap:
                 predict(model, batch.inputs)
             tap.require(names)
+            axes = unit_axes(model, batch.inputs, names)
             for name in layers:
                 values = tap.values[name + INPUT_SUFFIX]
-                total = sum_positions(values, layer_module(model, name))
+                total = sum_positions(values, axes[name + INPUT_SUFFIX])
                 read[name].append((total * (total.numel() / values.numel())).cpu())
             labels.append(batch.labels.cpu())
     return {name: torch.cat(parts) for name, parts in read.items()}, torch.cat(labels)

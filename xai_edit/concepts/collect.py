@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.canonizers import same_logits
-from xai_edit.attribution.contexts import ContextGather
-from xai_edit.attribution.layers import layer_module, resolve_layers, run, tapped
+from xai_edit.attribution.contexts import ContextGather, Take
+from xai_edit.attribution.layers import resolve_layers, run, tapped
 from xai_edit.attribution.processes import failure_announced, several
 from xai_edit.attribution.scorers import LRP, describe
 from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
@@ -45,6 +46,7 @@ def collect_features(
     positions: int | None = 20,
     spurious: Attribute = None,
     seed: int = 0,
+    unit_axis: int | None = None,
     on_disk: str | Path | None = None,
 ) -> Features:
     """Pass the data through the model once and keep a layer's vectors at random positions.
@@ -58,7 +60,7 @@ def collect_features(
     data : iterable or Dataset
         See `xai_edit.data.batches`.
     layer : str
-        A layer with channels second (convolutions) or last (linear layers, layer norms).
+        A module's name; ``"fc:input"`` names the inputs of ``fc``.
     scorer : LRP, optional
         Also keep the contexts of the activations under its composite. They are exact also where
         an activation is zero; see `xai_edit.attribution.contexts.ContextGather`.
@@ -72,6 +74,9 @@ def collect_features(
     seed : int
         Of the drawn positions. They follow from it and the content of a sample alone, so they do
         not depend on the batches, the order of the data or the processes it is split over.
+    unit_axis : int, optional
+        The axis of the layer's channels; see `xai_edit.attribution.axes.unit_axes` for how it is
+        found when left out.
     on_disk : path, optional
         A safetensors file to keep the vectors in, as `Features.save` writes it. They come back
         memory-mapped, so that memory does not grow with the data. Each of several ranks needs a
@@ -108,10 +113,12 @@ def collect_features(
             vectors_of: Callable[[Batch], dict[str, Tensor]] | None = None
             for batch in batches(data, model_device(model), may_be_empty=several()):
                 if vectors_of is None:
-                    vectors_of = functools.partial(_activations, model, layer, draw)
+                    axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
+                    taken_at = functools.partial(draw, axis=axis)
+                    vectors_of = functools.partial(_activations, model, layer, taken_at)
                     if scorer is not None:
                         vectors_of = session.enter_context(
-                            _contexts(model, batch.inputs, layer, draw, scorer, target, origin)
+                            _contexts(model, batch.inputs, layer, taken_at, scorer, target, origin)
                         )
                 draw.see(batch.inputs)
                 found = vectors_of(batch)  # each (samples, positions, channels)
@@ -152,11 +159,11 @@ def _rows(on_disk: str | Path | None) -> Iterator[Callable[[str], Rows]]:
 
 
 def _activations(
-    model: nn.Module, layer: str, draw: PositionDraw, batch: Batch
+    model: nn.Module, layer: str, draw: Callable[[Tensor], Take], batch: Batch
 ) -> dict[str, Tensor]:
     """Return the activations of one batch."""
     values = values_at(model, layer, batch.inputs)
-    return {"activations": draw(values, layer_module(model, layer))(values)}
+    return {"activations": draw(values)(values)}
 
 
 @contextmanager
@@ -164,7 +171,7 @@ def _contexts(
     model: nn.Module,
     sample: Tensor,
     layer: str,
-    draw: PositionDraw,
+    draw: Callable[[Tensor], Take],
     scorer: LRP,
     target: Target,
     origin: dict[str, Any],

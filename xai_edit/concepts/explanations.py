@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.contexts import ContextGather
 from xai_edit.attribution.gather import Gather, backward_again
-from xai_edit.attribution.layers import CHANNELS_LAST, INPUT_SUFFIX, layer_module, resolve_layers
+from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.attribution.scorers import LRP
 from xai_edit.attribution.targets import Target, checked_target, targets_of
 from xai_edit.concepts.collect import require_same_values, values_at
@@ -59,6 +60,7 @@ def subspace_maps(
     layer: str,
     scorer: LRP,
     target: Target | Tensor = "predicted",
+    unit_axis: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Split the relevance of the input by subspace: the disentangled explanation.
 
@@ -82,6 +84,8 @@ def subspace_maps(
         The rules, above the layer and below.
     target : int, "predicted", callable or Tensor of int64, shape (samples,)
         The output that is explained, one for all samples or a class for each.
+    unit_axis : int, optional
+        As for `xai_edit.collect_features`.
 
     Returns
     -------
@@ -116,7 +120,8 @@ def subspace_maps(
     targets = targets_of(batch, wanted) if given is None else given.to(batch.inputs.device)
     with preserved(model):
         plain = values_at(model, layer, batch.inputs[:1])
-        gather = SubspaceGather(layer, layer_module(model, layer), subspaces)
+        axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
+        gather = SubspaceGather(layer, axis, subspaces)
         gather.require_channels(plain)
         with scorer.gathering(model, batch.inputs, [], gather) as (score, canonizers):
             with backward_again():
@@ -133,17 +138,16 @@ class SubspaceGather(ContextGather):
     Parameters
     ----------
     layer : str
-    module : nn.Module
-        The module that the layer's name stands for.
+    axis : int
+        The axis of the layer's channels.
     subspaces : Subspaces
     """
 
-    def __init__(self, layer: str, module: nn.Module, subspaces: Subspaces) -> None:
-        super().__init__(lambda values, module: lambda tensor: tensor)
+    def __init__(self, layer: str, axis: int, subspaces: Subspaces) -> None:
+        super().__init__(lambda values: lambda tensor: tensor)
         self.layer = layer
-        self.module = module
         self.subspaces = subspaces
-        self.axis = -1 if isinstance(module, CHANNELS_LAST) else 1
+        self.axis = axis
         self.below: Tensor | None = None  # the layer's values in the graph
 
     def require_channels(self, values: Tensor) -> None:
@@ -159,16 +163,14 @@ class SubspaceGather(ContextGather):
         """Put hooks on the model's inputs and on the layer."""
         super().attach(model, [INPUTS, self.layer], inputs=inputs)
 
-    def prepared(
-        self, value: Tensor, module: nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def prepared(self, value: Tensor, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the value that goes on, and what becomes of its relevance."""
-        if module is not self.module:  # the model, with its inputs
-            return Gather.prepared(self, value, module)
+        if name != self.layer:  # the model, with its inputs
+            return Gather.prepared(self, value, name)
         if not value.requires_grad:
             raise ValueError(f"layer {self.layer!r} does not depend on the model's inputs")
         self.below = value
-        without_zeros, paired = super().prepared(value, module)
+        without_zeros, paired = super().prepared(value, name)
 
         def residue(relevance: Tensor) -> Tensor:
             *_, rest = self.parts(paired(relevance))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import CONVOLUTIONS, TRANSPOSED, layer_module
+from xai_edit.attribution.layers import TRANSPOSED, WEIGHTED
+from xai_edit.attribution.trace import trace
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.guard import preserved
@@ -79,19 +80,11 @@ def fold_ablation(
 
 def _reader(model: nn.Module, layer: str, inputs: Tensor) -> tuple[str, nn.Linear | nn.Conv2d]:
     """Return the one linear or convolution layer that gets the layer's output as it is."""
-    made: list[Tensor] = []
-    readers: list[str] = []
-    with preserved(model), torch.no_grad():
-        layer_module(model, layer).register_forward_hook(lambda *call: made.append(call[2]))
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-
-                def read(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
-                    if any(given[0] is tensor for tensor in made):
-                        readers.append(name)
-
-                module.register_forward_pre_hook(read)
-        model(inputs)
+    readers = [
+        name
+        for name in trace(model, inputs).readers(layer)
+        if isinstance(model.get_submodule(name), WEIGHTED)
+    ]
     if len(readers) != 1 or isinstance(model.get_submodule(readers[0]), TRANSPOSED):
         raise ValueError(
             f"layer {layer!r}: its output goes to {readers or 'no linear or convolution layer'} "

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xai_edit.attribution.contexts import Take
-from xai_edit.attribution.layers import CHANNELS_LAST
+from xai_edit.attribution.layers import unit_axis_of
 
 Words = npt.NDArray[np.uint64]
 
@@ -50,24 +50,22 @@ class PositionDraw:
         if self.positions is not None:
             self.contents = _hashed(inputs)
 
-    def __call__(self, values: Tensor, module: nn.Module) -> Take:
+    def __call__(self, values: Tensor, axis: int) -> Take:
         """Return what takes the positions from values of a layer, (samples, positions, channels).
 
         Parameters
         ----------
-        values : Tensor, shape (samples, channels, ...) or (samples, ..., channels)
+        values : Tensor, shape (samples, ...)
             Of the batch seen last, or its first samples.
-        module : nn.Module
-            The layer.
+        axis : int
+            The axis of the channels.
         """
-        if values.ndim < 2:
-            raise ValueError(f"layer: its values of shape {tuple(values.shape)} have no channels")
+        axis = unit_axis_of(values, axis)
         if len(values) > self.samples:
             raise ValueError(
                 f"layer: it has values of {len(values)} samples for {self.samples} inputs; name a "
                 "layer whose first axis is the samples"
             )
-        axis = -1 if isinstance(module, CHANNELS_LAST) else 1
         channels = values.shape[axis]
         count = math.prod(values.shape[1:]) // channels
         drawn = None

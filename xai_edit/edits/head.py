@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import predict
+from xai_edit.attribution.layers import first_tensor, predict
 from xai_edit.attribution.targets import check_classes
 from xai_edit.data import (
     Attribute,
@@ -235,12 +235,20 @@ class _LastLinear:
         self.inputs = self.outputs = torch.empty(0)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                module.register_forward_hook(partial(self._record, name))
+                module.register_forward_hook(partial(self._record, name), with_kwargs=True)
 
-    def _record(self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _record(
+        self,
+        name: str,
+        _: nn.Module,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Tensor,
+    ) -> None:
         # Copies, since an in-place operation may follow.
         self.name = name
-        self.inputs, self.outputs = inputs[0].detach().clone(), output.detach().clone()
+        x = first_tensor(inputs, named)
+        self.inputs, self.outputs = x.detach().clone(), output.detach().clone()
 
     def name_for(self, output: Tensor) -> str:
         """Return the layer's name if the model's output is its output, or a softmax of it."""

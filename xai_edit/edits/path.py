@@ -10,14 +10,10 @@ from typing import Any, Literal, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import (
-    INPUT_SUFFIX,
-    following_batch_norms,
-    resolve_layers,
-    tapped,
-)
+from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers, tapped
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import class_list
+from xai_edit.attribution.trace import following_batch_norms
 from xai_edit.attribution.units import UnitScores, score_units, share_of
 from xai_edit.data import Data, batches, model_device, peek, require_several_passes
 from xai_edit.edits.edit import ModelEdit, versions

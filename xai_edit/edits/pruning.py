@@ -11,14 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.coupling import channel_groups
-from xai_edit.attribution.layers import (
-    CONVOLUTIONS,
-    following_batch_norms,
-    last_weighted,
-    resolve_layers,
-)
+from xai_edit.attribution.layers import CONVOLUTIONS, resolve_layers
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import Target, describe_target
+from xai_edit.attribution.trace import following_batch_norms, last_weighted
 from xai_edit.attribution.units import UnitScores, score_units, share_of
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.choosing import choose_spurious

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.targets import class_list, whole
+from xai_edit.attribution.targets import class_list
+from xai_edit.checks import whole_number
 from xai_edit.data import Data
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.exact import removal_doses
@@ -75,10 +76,7 @@ def check_tolerance(tolerance: Any) -> float:
 
 def check_whole(number: Any, name: str) -> int:
     """Return a whole number as an int, or raise ValueError."""
-    try:
-        return whole(number)
-    except TypeError:
-        raise ValueError(f"{name}: {number!r} given; it is a whole number") from None
+    return whole_number(number, name, least=None)
 
 
 def editable(row: Tensor, mean_feature: Tensor) -> Tensor:

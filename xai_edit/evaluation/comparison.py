@@ -10,9 +10,10 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import last_weighted, resolve_layers
+from xai_edit.attribution.layers import resolve_layers
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import Target, checked_target
+from xai_edit.attribution.trace import last_weighted
 from xai_edit.attribution.units import Aggregate, UnitScores, score_units, share_of
 from xai_edit.data import Data, batches, model_device, peek, require_several_passes
 from xai_edit.errors import UnknownLayerError

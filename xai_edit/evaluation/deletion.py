@@ -12,13 +12,9 @@ from scipy.integrate import trapezoid
 from torch import Tensor, nn
 
 from xai_edit.attribution.criteria import unit_weights
-from xai_edit.attribution.layers import (
-    following_batch_norms,
-    last_weighted,
-    predict,
-    resolve_layers,
-)
+from xai_edit.attribution.layers import predict, resolve_layers
 from xai_edit.attribution.targets import check_classes, class_list
+from xai_edit.attribution.trace import following_batch_norms, last_weighted
 from xai_edit.attribution.units import UnitScores, share_of
 from xai_edit.data import Data, batches, model_device, peek, require_several_passes
 from xai_edit.edits.edit import ModelEdit

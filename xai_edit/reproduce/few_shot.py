@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from xai_edit.attribution.coupling import channel_groups
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.importance import TorchPruningImportance
-from xai_edit.attribution.layers import CONVOLUTIONS, following_batch_norms
+from xai_edit.attribution.layers import CONVOLUTIONS
 from xai_edit.attribution.scorers import LRP, Scorer
+from xai_edit.attribution.trace import following_batch_norms
 from xai_edit.attribution.units import Aggregate, UnitScores, score_units
 from xai_edit.datasets.papers import ImageSet, cifar10
 from xai_edit.edits.edit import ModelEdit

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import layer_module, predict, sum_positions, tapped
+from xai_edit.attribution.axes import unit_axes
+from xai_edit.attribution.layers import predict, sum_positions, tapped
 from xai_edit.attribution.scorers import Scorer, describe
 from xai_edit.attribution.units import UnitScores, score_units
 from xai_edit.guard import preserved
@@ -135,10 +136,8 @@ class _Check:
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
             predict(model, self.example.inputs)
         tap.require(layers)
-        return {
-            name: sum_positions(tap.values[name], layer_module(model, name)).shape[1]
-            for name in layers
-        }
+        axes = unit_axes(model, self.example.inputs, layers)
+        return {name: sum_positions(tap.values[name], axes[name]).shape[1] for name in layers}
 
     def repeats_itself(self) -> None:
         first, second = self.scores(), self.scores()
