@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.analysis import Analysis, analysed
 from xai_edit.attribution.captum_layer import CaptumLayer
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.layers import predict, resolve_layers
@@ -25,7 +26,6 @@ from xai_edit.attribution.targets import (
     describe_target,
     targets_of,
 )
-from xai_edit.attribution.trace import Trace, trace
 from xai_edit.data import Batch, Data, batches, model_device
 from xai_edit.errors import NonFiniteError, UnknownLayerError
 from xai_edit.files import read_sealed, sealed, write_safetensors
@@ -326,12 +326,12 @@ def score_units(
                 score: Callable[[Batch], Mapping[str, Tensor]] | None = None
                 for batch in batches(data, model_device(model), may_be_empty=several()):
                     if score is None:
-                        found = None
+                        analysis = None
                         if layers is None:  # without what rests or never sees a sample
-                            found = trace(model, batch.inputs)
-                            names = [name for name in names if name in found.fed]
+                            analysis = analysed(model, batch.inputs)
+                            names = [name for name in names if name in analysis.trace.fed]
                         score = session.enter_context(
-                            _session(scorer, model, batch.inputs, names, target, origin, found)
+                            _session(scorer, model, batch.inputs, names, target, origin, analysis)
                         )
                     add(score(batch), len(batch))
                     samples += len(batch)
@@ -346,11 +346,11 @@ def _session(
     names: list[str],
     target: Target,
     origin: dict[str, Any],
-    found: Trace | None,
+    analysis: Analysis | None,
 ) -> Iterator[Callable[[Batch], Mapping[str, Tensor]]]:
     """Yield a function that scores one batch."""
     if isinstance(scorer, LRP):
-        with scorer.session(model, sample, names, found=found) as (score, canonizers):
+        with scorer.session(model, sample, names, analysis=analysis) as (score, canonizers):
             origin["canonizers"] = canonizers
             yield lambda batch: score(batch.inputs, targets_of(batch, target))
         return
