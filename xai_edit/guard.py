@@ -111,7 +111,7 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {
-        name: (value, value.copy() if isinstance(value, _REGISTRIES) else None)
+        name: (value, (value.copy() if value else ()) if isinstance(value, _REGISTRIES) else None)
         for name, value in vars(module).items()
     }
 

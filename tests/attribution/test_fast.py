@@ -20,7 +20,7 @@ from zennit.core import BasicHook, Composite, Hook, Stabilizer
 from zennit.layer import Sum
 from zennit.torchvision import ResNetCanonizer
 
-from xai_edit import LRP, accelerated, score_units
+from xai_edit import LRP, FunctionalCanonizer, accelerated, score_units
 from xai_edit.attribution import fast
 from xai_edit.attribution.layers import CONVOLUTIONS
 
@@ -616,20 +616,58 @@ def test_no_tensor_outlives_its_batch(composite, kind):
     assert {name: len(kept) for name, kept in state.items() if name in sizes} == sizes
 
 
-@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1", "gamma+epsilon", "epsilon-plus"])
-def test_a_relu_in_place_stays_in_place_in_every_batch(composite):
+@pytest.mark.parametrize("guarded", [True, False])
+def test_in_place_activations_are_off_inside_and_on_again_after_an_exception(guarded):
     model, x = made("VGG-like")
-    places = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.ReLU)):
-            module.register_forward_hook(
-                lambda _, __, output, name=name: places.__setitem__(name, output.data_ptr())
-            )
-    with LRP(composite).session(model, x, ["0"]) as (score, _):
-        for size in (3, 3, 1, 2, 3, 3):
-            score(x[:size], TARGETS[:size])
-            for layer, relu in (("0", "1"), ("2", "3"), ("5", "6"), ("10", "11")):
-                assert places[layer] == places[relu]
+    relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
+    composite, seen = LRP("epsilon").composite, []
+
+    def fail(*_):
+        seen.extend(module.inplace for module in relus)
+        raise Stop
+
+    def run():
+        if guarded:
+            with LRP(composite).session(model, x, ["0"]) as (score, _):
+                model[-1].register_forward_hook(fail)
+                score(x, TARGETS)
+        with accelerated(composite).context(model):
+            model[-1].register_forward_hook(fail)
+            model(x.requires_grad_())
+
+    with pytest.raises(Stop):
+        run()
+    assert seen == [False] * len(relus)
+    assert all(module.inplace is True for module in relus)
+
+
+class ReadsWhatWasOverwritten(nn.Module):
+    """A module in place whose result nobody uses: its input is what is read afterwards."""
+
+    def __init__(self, *, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.activation = nn.ELU(inplace=in_place)
+        self.in_place = in_place
+
+    def forward(self, x):
+        y = self.first(x)
+        activated = self.activation(y)
+        return self.head(y if self.in_place else activated)
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "gamma+epsilon", "epsilon-plus"])
+def test_a_layer_reads_what_a_module_has_written_in_place(composite):
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected, got = (
+        LRP(composite, canonizers=[FunctionalCanonizer()]).relevance(
+            ReadsWhatWasOverwritten(in_place=in_place).double(), x, TARGETS, ["first", "head:input"]
+        )
+        for in_place in (False, True)
+    )
+    for name in expected:
+        assert_as_zennit(got[name], expected[name], 1e-10, name)
 
 
 # Forward passes that Zennit's hooks or a shortcut could get wrong

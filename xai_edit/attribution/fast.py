@@ -89,6 +89,9 @@ def is_pass(rule: Hook) -> bool:
 class DirectHook(Hook):  # type: ignore[misc]
     """A Zennit hook that replaces the backward pass of its module.
 
+    While it is registered an in-place module writes to a new tensor; the rules before it need its
+    input as it was.
+
     Parameters
     ----------
     rule : zennit.core.BasicHook or zennit.rules.Pass
@@ -103,6 +106,7 @@ class DirectHook(Hook):  # type: ignore[misc]
         self.name = name
         self.entered: Tensor | None = None
         self.local: Tensor | None = None  # the same apart from the graph
+        self.in_place: Any = None  # the module, if it was in place
 
     def copy(self) -> DirectHook:
         """Return a copy for another module."""
@@ -110,6 +114,8 @@ class DirectHook(Hook):  # type: ignore[misc]
 
     def register(self, module: nn.Module) -> RemovableHandleList:
         """Attach to a module."""
+        if getattr(module, "inplace", False) is True:
+            self.in_place, module.inplace = module, False  # type: ignore[assignment]
         return RemovableHandleList(
             [
                 RemovableHandle(self),
@@ -117,6 +123,13 @@ class DirectHook(Hook):  # type: ignore[misc]
                 module.register_forward_hook(self.leave),
             ]
         )
+
+    def remove(self) -> None:
+        """Release what the hook holds; its handle calls this."""
+        if self.in_place is not None:
+            self.in_place.inplace = True
+        self.in_place = self.entered = self.local = None
+        super().remove()
 
     def enter(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
@@ -132,33 +145,27 @@ class DirectHook(Hook):  # type: ignore[misc]
                 f"name {[*named] or 'none'}; relevance rules are for modules called with their "
                 "input alone"
             )
-        x = RULED.latest(given[0])
-        self.entered = x
-        local = x.detach()
-        if getattr(module, "inplace", False) is True:
-            if type(module) is not nn.ReLU or not mark_rectified(x):
-                # It would overwrite what the layer before needs: its output.
-                local = local.clone()
-        elif _keeps_graph(self.rule, module):
-            local.requires_grad_()
-        self.local = local
-        return with_first(local, inputs, named)
+        self.entered = RULED.latest(given[0])
+        self.local = self.entered.detach()
+        if type(self.rule) is zr.Epsilon and _unmodified(module):
+            self.local.requires_grad_()  # the rule uses the graph of this very forward pass
+        return with_first(self.local, inputs, named)
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         """Put the rule in the module's place."""
         x, self.entered = self.entered, None
-        if x is None:
-            return None
         local, self.local = self.local, None
+        if x is None or local is None:
+            return None
+        if output is local and not is_pass(self.rule):  # as dropout in evaluation mode
+            output = output.clone()
         step = _Step(self.rule, module, local, output)
-        need(x)
-        tied: Tensor = _InPlaceOf.apply(x, output.detach(), step)
+        ruled: Tensor = _InPlaceOf.apply(x, output.detach(), step)
         if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):
-            mark_gate(tied)
-        in_place = getattr(module, "inplace", False) is True
-        if in_place and RULED.replaced is not None and output.data_ptr() != x.data_ptr():
-            RULED.replaced[id(x)] = x, tied
-        return tied
+            mark_gate(ruled)
+        if self.in_place is not None and output.data_ptr() != x.data_ptr():
+            RULED.replace(x, ruled)
+        return ruled
 
 
 class _InPlaceOf(torch.autograd.Function):
@@ -167,8 +174,8 @@ class _InPlaceOf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor, step: _Step) -> Tensor:
         ctx.step, ctx.again = step, RULED.again
-        # Not the tensor itself, which autograd would take for a view that in-place ReLUs must not
-        # write to; the storage is the same.
+        # Not the tensor itself, which autograd would take for a view that in-place operations must
+        # not write to; the storage is the same.
         return output.detach()
 
     @staticmethod
@@ -189,50 +196,21 @@ def is_gate(x: Tensor) -> bool:
     return getattr(x, "_xai_edit_gate", False)
 
 
-def mark_rectified(x: Tensor) -> bool:
-    """Note that an in-place ReLU is about to overwrite x, on the layers whose output this is.
-
-    Returns False if it must not, since x is no layer's output or another rule needs it as it is.
-    """
-    steps = _steps_to(x)
-    if not steps or any(step.needed for step in steps):
-        return False
-    for step in steps:
-        step.rectified = True
-    return True
-
-
-def need(x: Tensor) -> None:
-    """Note that a rule needs x as it is."""
-    for step in _steps_to(x):
-        step.needed = True
-
-
-def _steps_to(x: Tensor) -> list[Any]:
-    """Return the last layer that x came out of, and those behind that handed its output on."""
-    steps, node = [], x.grad_fn
-    while (step := getattr(node, "step", None)) is not None:
-        steps.append(step)
-        node = node.next_functions[0][0] if step.hands_on else None  # type: ignore[union-attr]
-    return steps
-
-
 class _Step:
     """What one call of a module needs to propagate relevance from its output to its input."""
 
     def __init__(self, rule: Any, module: Any, x: Tensor, output: Tensor) -> None:
-        self.rule, self.module, self.x, self.z = rule, module, x, output
-        self.versions = (x._version, output._version)
-        self.rectified = self.needed = False
-        self.hands_on = output is x
+        self.rule, self.module, self.x = rule, module, x
+        self.z = output if isinstance(rule, (zr.Epsilon, zr.Gamma)) else x  # others need no output
+        self.versions = (x._version, self.z._version)
 
     def __call__(self, relevance: Tensor) -> Tensor:
         if is_pass(self.rule):
             return relevance
-        if self.x._version != self.versions[0] and not self.hands_on:
+        if self.x._version != self.versions[0]:
             raise RuntimeError(
                 f"the input of {self.module} was overwritten in place after the layer had read it, "
-                "so its relevance cannot be told; write that operation out of place"
+                "so its relevance cannot be computed; write that operation out of place"
             )
         shortcut = _SHORTCUTS.get(type(self.rule))
         result = shortcut(self, relevance) if shortcut and _unmodified(self.module) else None
@@ -255,23 +233,15 @@ class _Step:
         with torch.enable_grad():
             return x, twin(self.module, weight, bias).forward(x)
 
-    def output_known(self, relevance: Tensor) -> bool:
-        """Tell whether z still serves: untouched, or rectified where no relevance is."""
-        overwrites = self.z._version - self.versions[1]
-        if overwrites == 0:
-            return True
-        stabilizer = stabilizer_of(self.rule)
-        safe = _is_plain(stabilizer) and stabilizer.epsilon > 0
-        rectified = self.rectified and overwrites == 1 and safe
-        return rectified and not bool(torch.logical_and(relevance, self.z == 0).any())
+    def overwritten(self) -> bool:
+        """Tell whether an operation of the network's own overwrote the layer's output in place."""
+        return self.z._version != self.versions[1]
 
 
 def _epsilon(step: _Step, relevance: Tensor) -> Tensor | None:
-    if step.rule.param_modifiers[0].zero_params or not step.z.requires_grad:
+    if step.rule.param_modifiers[0].zero_params or not step.z.requires_grad or step.overwritten():
         return None
-    if not step.output_known(relevance):
-        return None
-    return _share(step.rule, step.x, step.z, relevance, positive=step.rectified)
+    return _share(step.rule, step.x, step.z, relevance)
 
 
 def _z_plus(step: _Step, relevance: Tensor) -> Tensor | None:
@@ -297,15 +267,11 @@ def _alpha_beta(step: _Step, relevance: Tensor) -> Tensor | None:
 
 
 def _gamma(step: _Step, relevance: Tensor) -> Tensor | None:
-    if step.rule.param_modifiers[0].zero_params or step.x.amin() < 0:
-        return None
-    if not step.output_known(relevance):
+    if step.rule.param_modifiers[0].zero_params or step.x.amin() < 0 or step.overwritten():
         return None
     z = step.z.detach()
     # Where the layer's output is positive, W⁺ is favoured, where it is negative, W⁻.
     favour_positive, _, favour_negative, *_ = step.rule.param_modifiers
-    if step.rectified:  # no relevance where the output is not positive
-        return _favoured(step, favour_positive, relevance)
     result = _favoured(step, favour_positive, relevance * (z > 0))
     below = relevance * (z < 0)
     return result.add_(_favoured(step, favour_negative, below)) if below.any() else result
@@ -357,10 +323,6 @@ def stabilizer_of(rule: Hook | None) -> Any:
 def _is_plain(stabilizer: Any) -> bool:
     """Tell whether a stabiliser adds a constant, whatever the other values are."""
     return type(stabilizer) is Stabilizer and not stabilizer.clip and not stabilizer.norm_scale
-
-
-def _keeps_graph(rule: Hook, module: nn.Module) -> bool:
-    return type(rule) is zr.Epsilon and _unmodified(module)
 
 
 def _unmodified(module: nn.Module) -> bool:

@@ -177,8 +177,7 @@ class _Rules(TorchFunctionMode):
             output = RULES[name](func, (target.clone(), *args[1:]), named, self.stabilizer)
             return target.copy_(output)
         output = RULES[name](func, args, named, self.stabilizer)
-        if RULED.replaced is not None:
-            RULED.replaced[id(target)] = target, output
+        RULED.replace(target, output)
         return output
 
 

@@ -42,6 +42,11 @@ class _Ruled(threading.local):
             value = self.replaced[id(value)][1]
         return value
 
+    def replace(self, value: Tensor, by: Tensor) -> None:
+        """Note that what reads ``value`` from now on has to read ``by``."""
+        if self.replaced is not None:
+            self.replaced[id(value)] = value, by
+
 
 RULED = _Ruled()
 
@@ -157,20 +162,12 @@ class Gather:
         return dict(zip(layers, found, strict=True))
 
 
-class _HandsOn:
-    """For `xai_edit.attribution.fast`: a step that hands its values on."""
-
-    hands_on = True
-    rectified = needed = False
-
-
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, leaf: Tensor, reduce: Callable[[Tensor], Tensor]
     ) -> Tensor:
         ctx.reduce = reduce
-        ctx.step = _HandsOn()
         return value.detach()
 
     @staticmethod

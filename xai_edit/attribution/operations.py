@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.fast import is_gate, mark_gate, mark_rectified, need
+from xai_edit.attribution.fast import is_gate, mark_gate
 from xai_edit.attribution.trace import operation_name
 
 Arguments: TypeAlias = tuple[Any, ...]
@@ -60,12 +60,10 @@ def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
 
 
 def _plain(function: Operator, args: Arguments, named: Named) -> Tensor:
-    """Run an operation without a graph, and in place only if it is a ReLU that may."""
+    """Run an operation without a graph, and on a copy if it is in place."""
     local = [value.detach() if isinstance(value, Tensor) else value for value in args]
     if is_in_place(function, args, named):
-        relu = operation_name(function) == "relu" and isinstance(args[0], Tensor)
-        if not relu or not mark_rectified(args[0]):
-            local[0] = local[0].clone()
+        local[0] = local[0].clone()
     output: Tensor = function(*local, **named)
     return output.detach()
 
@@ -82,7 +80,6 @@ def pass_rule(function: Operator, args: Arguments, named: Named, stabilizer: Ope
 def norm_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """R goes to the inputs of a linear operation in proportion to their size."""
     x, *others = args
-    need(x)
     shared: Tensor = _Norm.apply(x, lambda local: function(local, *others, **named), stabilizer)
     return shared
 
@@ -107,7 +104,6 @@ def layer_norm_rule(
         shifted: Tensor = scaled if bias is None else scaled + bias
         return shifted
 
-    need(args[0])
     shared: Tensor = _Norm.apply(args[0], with_constant_deviation, stabilizer)
     return shared
 
@@ -124,8 +120,6 @@ def multilinear_rule(
             given[place] = factor
         return function(*given, **named)
 
-    for place in places:
-        need(args[place])
     made: Tensor = _Multilinear.apply(of_factors, stabilizer, *(args[place] for place in places))
     return made
 
@@ -154,14 +148,10 @@ def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Oper
     factor = named.get("alpha", 1) * (-1 if operation_name(function) == "sub" else 1)
     total: Tensor
     if in_graph(a) and in_graph(b):
-        need(a)
-        need(b)
         total = _Sum.apply(a, _scaled(b, factor), stabilizer)
     elif in_graph(a):
-        need(a)
         total = _Norm.apply(a, lambda x: x + factor * b, stabilizer)
     else:
-        need(b)
         total = _Norm.apply(b, lambda x: a + factor * x, stabilizer)
     return total
 
@@ -288,6 +278,6 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
-        # The sum anew, as an in-place ReLU may have overwritten it.
+        # The sum again, which takes less memory than keeping it.
         ratio = relevance[0] / ctx.stabilizer(a + b)
         return (ratio * a).sum_to_size(a.shape), (ratio * b).sum_to_size(b.shape), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,14 +14,16 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
 from xai_edit.attribution import rules
+from xai_edit.attribution.analysis import Analysis, analysed
 from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.canonizers import (
     choose_canonizers,
+    rules_of,
     same_logits,
     tell_difference,
     unmerged_norms,
 )
-from xai_edit.attribution.fast import accelerated, direct
+from xai_edit.attribution.fast import DirectHook, accelerated, direct
 from xai_edit.attribution.findings import Finding, of_the_forward_pass, of_the_weights, refuse
 from xai_edit.attribution.gather import Gather
 from xai_edit.attribution.layers import (
@@ -166,7 +168,7 @@ class LRP:
         layers: Sequence[str],
         *,
         reduce: Callable[[Tensor, str], Tensor] | None = None,
-        found: Trace | None = None,
+        analysis: Analysis | None = None,
     ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
         """Prepare a model once for many batches.
 
@@ -180,8 +182,8 @@ class LRP:
         reduce : callable
             ``reduce(relevance, name)``: what becomes of the relevance at a layer; summed over
             positions when left out.
-        found : Trace, optional
-            A forward pass of the sample, if there is one already.
+        analysis : Analysis, optional
+            That of the model for such inputs, if there is one already.
 
         Yields
         ------
@@ -196,7 +198,7 @@ class LRP:
             def reduce(relevance: Tensor, name: str) -> Tensor:
                 return sum_positions(relevance, axes[name])
 
-        with self.gathering(model, sample, layers, Gather(reduce), found=found) as prepared:
+        with self.gathering(model, sample, layers, Gather(reduce), analysis=analysis) as prepared:
             yield prepared
 
     @contextmanager
@@ -207,10 +209,10 @@ class LRP:
         layers: Sequence[str],
         gather: Gather,
         *,
-        found: Trace | None = None,
+        analysis: Analysis | None = None,
     ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
-        """Prepare a model as `session` does, for what a `Gather` of one's own gathers."""
-        with self._registered(model, sample, gather, layers, found) as ready:
+        """Prepare a model as `session` does, with a `Gather` that is not the default."""
+        with self._registered(model, sample, gather, layers, analysis) as ready:
 
             def score(inputs: Tensor, targets: Targets) -> dict[str, Tensor]:
                 gather.leaves.clear()
@@ -221,16 +223,14 @@ class LRP:
                     hook.tensor_handles.remove()  # Zennit's own hooks gather them with each batch
                 return relevance
 
-            yield score, [type(canonizer).__name__ for canonizer in ready.canonizers]
+            yield score, [type(canonizer).__name__ for canonizer in ready.comparison.canonizers]
 
     def findings_as_canonized(
         self, model: nn.Module, sample: Tensor, layers: Sequence[str]
     ) -> list[Finding]:
         """Return what is wrong with a forward pass when the composite's canonizers are applied."""
         with preserved(model), ExitStack() as stack:
-            for canonizer in self.composite.canonizers:
-                for instance in canonizer.apply(model):
-                    stack.callback(instance.remove)
+            _apply(self.composite.canonizers, model, stack)
             found = trace(model, sample)
             return of_the_forward_pass(
                 found, model, self.composite, layers, self.composite.canonizers
@@ -248,59 +248,77 @@ class LRP:
         sample: Tensor,
         gather: Gather,
         layers: Sequence[str],
-        found: Trace | None = None,
+        analysis: Analysis | None = None,
     ) -> Iterator[_Ready]:
-        with torch.inference_mode(False), torch.autocast(sample.device.type, enabled=False):
-            yield from self._within(model, sample, gather, layers, found)
-
-    def _within(
-        self,
-        model: nn.Module,
-        sample: Tensor,
-        gather: Gather,
-        layers: Sequence[str],
-        found: Trace | None,
-    ) -> Iterator[_Ready]:
-        refuse(of_the_weights(model))
-        if self.canonizers != "auto" or self.composite.canonizers:
-            found = None  # the user has chosen
-            if self.canonizers == "auto":
-                refuse(self.findings_as_canonized(model, sample, layers))
-        else:
-            found = found or trace(model, sample)
-        canonizers = self.canonizers_for(model, found)
-        if found is None:
-            with preserved(model), torch.no_grad():
-                plain = predict(model, sample[:1])
-        else:
-            plain = found.output  # checked where the first batch is
-            refuse(of_the_forward_pass(found, model, self.composite, layers, canonizers))
-        with ExitStack() as stack:
-            stack.enter_context(preserved(model))
+        with (
+            torch.inference_mode(False),
+            torch.autocast(sample.device.type, enabled=False),
+            preserved(model),
+            ExitStack() as stack,
+        ):
+            refuse(of_the_weights(model))
+            if self.canonizers == "auto" and not self.composite.canonizers:
+                analysis = analysis or analysed(model, sample)
+                found = analysis.trace
+                canonizers = self.canonizers_for(model, found)
+                refuse(of_the_forward_pass(found, model, self.composite, layers, canonizers))
+                unmerged = unmerged_norms(model, found, canonizers)
+                # A sum after the layers needs the graph of both its sides: all from the inputs.
+                whole = not layers or any(one.joins for one in found.after(layers))
+            else:
+                analysis, whole, unmerged = None, True, set()
+                if self.canonizers == "auto":
+                    refuse(self.findings_as_canonized(model, sample, layers))
+                canonizers = self.canonizers_for(model, None)
+            comparison = self._comparison(model, sample[:1], canonizers, analysis)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)  # no rule needs their gradients
             embeddings_in_graph(model)
             gather.attach(model, layers, inputs=True)
             # On the stack before the composite, so that the hooks go first and the merge after.
-            for canonizer in canonizers:
-                for instance in canonizer.apply(model):
-                    stack.callback(instance.remove)
-            context: dict[str, Any] = {}
-            for name, module in model.named_modules():
-                rule = getattr(module, "lrp_rule", None)
-                covered = self.composite.module_map(context, name, module) is not None
-                if rule is not None and not covered:
-                    stack.callback(direct(rule.copy(), name).register(module).remove)
-            unmerged = () if found is None else unmerged_norms(model, found, canonizers)
+            _apply(canonizers, model, stack)
+            for name, module in _with_own_rule(self.composite, model):
+                hook = direct(module.lrp_rule.copy(), name)  # type: ignore[operator, union-attr]
+                stack.callback(hook.register(module).remove)
             composite = accelerated(self.composite, unmerged=unmerged)
             stack.enter_context(composite.context(model))
             gather.attach(model, layers, inputs=False)
             stack.enter_context(torch.enable_grad())
-            used = [*self.composite.canonizers, *canonizers]
-            # A sum after the layers needs the graph of both its sides, and so all from the inputs.
-            whole = found is None or not layers or any(one.joins for one in found.after(layers))
-            given = sample[:1] if found is None else found.sample
-            yield _Ready(model, gather, composite, used, whole, given, plain, found is not None)
+            yield _Ready(model, gather, composite, whole, comparison)
+
+    def _comparison(
+        self,
+        model: nn.Module,
+        sample: Tensor,
+        canonizers: Sequence[Canonizer],
+        analysis: Analysis | None,
+    ) -> _Comparison:
+        """Return what compares the model's logits with and without canonizers."""
+        used = [*self.composite.canonizers, *canonizers]
+        form: Hashable = None
+        if analysis is not None:
+            if all(
+                rule is None or isinstance(direct(rule), DirectHook)
+                for rule in rules_of(self.composite, model).values()
+            ):  # none of which changes a forward pass
+                form = tuple((type(one), getattr(one, "operations", None)) for one in canonizers)
+            if form is not None and form in analysis.verified:
+                return _Comparison(sample, None, used, analysis, form)
+            if torch.equal(analysis.trace.sample, sample):
+                return _Comparison(sample, analysis.trace.output, used, analysis, form)
+        with torch.no_grad():
+            return _Comparison(sample, predict(model, sample), used, analysis, form)
+
+
+@dataclass
+class _Comparison:
+    """The logits of the model as it is, to be compared with those in canonical form."""
+
+    sample: Tensor
+    plain: Tensor | None  # None once compared
+    canonizers: list[Canonizer]
+    analysis: Analysis | None  # None under a user's own canonizers
+    form: Hashable  # None if this cannot be known for the next call
 
 
 @dataclass
@@ -310,25 +328,43 @@ class _Ready:
     model: nn.Module
     gather: Gather
     composite: Composite
-    canonizers: list[Canonizer]
     whole: bool  # whether the graph has to begin at the inputs
-    sample: Tensor
-    plain: Tensor  # what the model gives for the sample without canonizers
-    chosen: bool  # whether the canonizers were chosen here
-    compared: bool = False
+    comparison: _Comparison
 
     def require_same(self, inputs: Tensor, logits: Tensor) -> None:
         """Compare the logits, once, where they are those of the sample."""
-        if self.compared or not torch.equal(inputs[:1], self.sample):
+        to = self.comparison
+        plain = to.plain
+        if plain is None or not torch.equal(inputs[:1], to.sample):
             return
-        self.compared = True
+        to.plain = None
         canonized = logits[:1].detach()
-        if not same_logits(self.plain, canonized):  # batch norms may count on the other samples
+        if not same_logits(plain, canonized):  # batch norms may count on the other samples
             leaves, self.gather.leaves = self.gather.leaves, {}
-            canonized = predict(self.model, differentiable(self.sample)).detach()
+            canonized = predict(self.model, differentiable(to.sample)).detach()
             self.gather.leaves = leaves
-        if not same_logits(self.plain, canonized):
-            tell_difference(self.plain, canonized, self.canonizers, chosen=self.chosen)
+        if not same_logits(plain, canonized):
+            tell_difference(plain, canonized, to.canonizers, chosen=to.analysis is not None)
+        elif to.analysis is not None and to.form is not None:
+            to.analysis.verified.add(to.form)
+
+
+def _apply(canonizers: Sequence[Canonizer], model: nn.Module, stack: ExitStack) -> None:
+    """Canonize a model until the stack is closed."""
+    for canonizer in canonizers:
+        for instance in canonizer.apply(model):
+            stack.callback(instance.remove)
+
+
+def _with_own_rule(composite: Composite, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules with an ``lrp_rule`` for which the composite has none."""
+    context: dict[str, Any] = {}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if composite.module_map(context, name, module) is None
+        and getattr(module, "lrp_rule", None) is not None
+    ]
 
 
 def _shown(value: Any) -> str:

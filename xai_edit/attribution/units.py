@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 import torch
 from torch import Tensor, nn
 
+from xai_edit.attribution.analysis import Analysis, analysed
 from xai_edit.attribution.axes import decided_axes, unit_axes
 from xai_edit.attribution.captum_layer import CaptumLayer
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
@@ -26,7 +27,6 @@ from xai_edit.attribution.targets import (
     describe_target,
     targets_of,
 )
-from xai_edit.attribution.trace import Trace, trace
 from xai_edit.data import Batch, Data, batches, model_device
 from xai_edit.errors import NonFiniteError, UnknownLayerError
 from xai_edit.files import read_sealed, sealed, write_safetensors
@@ -331,15 +331,15 @@ def score_units(
                 score: Callable[[Batch], Mapping[str, Tensor]] | None = None
                 for batch in batches(data, model_device(model), may_be_empty=several()):
                     if score is None:
-                        found = None
+                        analysis = None
                         if layers is None:  # without what rests, sees no sample or leads nowhere
-                            found = trace(model, batch.inputs)
-                            used = found.fed - found.unused
+                            analysis = analysed(model, batch.inputs)
+                            used = analysis.trace.fed - analysis.trace.unused
                             names = [name for name in names if name in used]
                         axes = unit_axes(model, batch.inputs, names, unit_axis)
                         session.enter_context(decided_axes(axes))
                         score = session.enter_context(
-                            _session(scorer, model, batch.inputs, names, target, origin, found)
+                            _session(scorer, model, batch.inputs, names, target, origin, analysis)
                         )
                     add(score(batch), len(batch))
                     samples += len(batch)
@@ -354,11 +354,11 @@ def _session(
     names: list[str],
     target: Target,
     origin: dict[str, Any],
-    found: Trace | None,
+    analysis: Analysis | None,
 ) -> Iterator[Callable[[Batch], Mapping[str, Tensor]]]:
     """Yield a function that scores one batch."""
     if isinstance(scorer, LRP):
-        with scorer.session(model, sample, names, found=found) as (score, canonizers):
+        with scorer.session(model, sample, names, analysis=analysis) as (score, canonizers):
             origin["canonizers"] = canonizers
             yield lambda batch: score(batch.inputs, targets_of(batch, target))
         return
