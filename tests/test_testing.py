@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import runpy
 import sys
@@ -522,32 +521,6 @@ def test_scores_of_a_batch_are_right_where_a_scorer_says_so():
 def test_an_error_of_the_scorer_itself_comes_through():
     with pytest.raises(ZeroDivisionError):
         check_scorer(lambda *_: 1 / 0)
-
-
-# Two processes.
-
-
-def of_the_process(model, inputs, targets, layers):
-    scores = good(model, inputs, targets, layers)
-    return {name: values * os.getpid() for name, values in scores.items()}
-
-
-def make_of_the_process():
-    return of_the_process
-
-
-def test_two_processes_agree_with_one():
-    check_scorer(LRP("epsilon-plus"), processes=functools.partial(LRP, "epsilon-plus"))
-
-
-def test_a_scorer_that_depends_on_its_process_is_told_so():
-    with pytest.raises(AssertionError, match="of_the_process: gives other scores in two processes"):
-        check_scorer(of_the_process, processes=make_of_the_process)
-
-
-def test_what_cannot_be_sent_to_a_process_is_an_error():
-    with pytest.raises(ValueError, match="cannot be sent to another process"):
-        check_scorer(WeightMagnitude(), processes=lambda: WeightMagnitude())
 
 
 # Operators that break a promise.

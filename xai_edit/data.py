@@ -1,18 +1,32 @@
-"""Batches from whatever a user has: a loader, a list of batches, a ``Dataset``."""
+"""Batches of a loader, a list or a ``Dataset``, and what several processes made of theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from xai_edit.errors import NonFiniteError
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Part(Protocol):
+    """What one process made of its samples."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples it was made of."""
+
+
+T = TypeVar("T", bound=Part)
 Data: TypeAlias = Iterable[Any] | Dataset[Any]
 """``(input, label)`` or ``(input, label, group)`` batches, bare inputs, or a ``Dataset``."""
 
@@ -237,3 +251,68 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str = "sp
             f"{name}: values that are not whole numbers; give yes or no, such as probability > 0.5"
         )
     return values.to(batch.inputs.device).long()
+
+
+def several_ranks() -> bool:
+    """Return whether this process is one of several of ``torch.distributed``."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gathered(part: T, group: ProcessGroup | None = None) -> dict[int, T]:
+    """Return the parts of all ranks in their order; without a process group this one alone.
+
+    Parameters
+    ----------
+    part : object
+        What this rank made of its samples; pickled, with tensors on the CPU.
+    group : ProcessGroup, optional
+        All ranks when left out. With nccl each has chosen its GPU by ``torch.cuda.set_device``.
+
+    Raises
+    ------
+    ValueError
+        If this rank is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return {0: part}
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group: rank {dist.get_rank()} is not in it")
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, part, group=group)
+    return dict(zip(dist.get_process_group_ranks(group or dist.group.WORLD), parts, strict=True))
+
+
+def with_samples(
+    parts: Mapping[int, T], made: Callable[[T], Mapping[str, Any]], trouble: str
+) -> list[T]:
+    """Return the parts that have samples, all made alike.
+
+    Parameters
+    ----------
+    parts : mapping
+        By rank; ``samples`` of a part is how many it has.
+    made : callable
+        Returns what a part was made with. Of a part without samples only what it names is compared.
+    trouble : str
+        Begins the message, with places for two ranks.
+
+    Raises
+    ------
+    ValueError
+        If no part has samples, or two were made differently.
+    """
+    filled = [rank for rank, part in parts.items() if part.samples]
+    if not filled:
+        raise ValueError("data: no samples on any rank; the loaders are empty, or already used up")
+    mine = made(parts[filled[0]])
+    for rank, part in parts.items():
+        theirs = made(part)
+        names = {**mine, **theirs} if rank in filled else theirs
+        wrong = [name for name in names if mine.get(name) != theirs.get(name)]
+        if wrong:
+            listed = "; ".join(f"{name}: {mine.get(name)} and {theirs.get(name)}" for name in wrong)
+            raise ValueError(
+                f"{trouble.format(filled[0], rank)} ({listed}); all are to be made with the same "
+                "model and arguments"
+            )
+    return [parts[rank] for rank in filled]

@@ -267,7 +267,7 @@ def test_scores_made_differently_do_not_merge(norm, batches, other):
     changed["layers"] = [layers.get(name, name) for name in changed["layers"]]
     first = score_units(norm, batches, **call)
     second = score_units(norm, batches, **changed)
-    with pytest.raises(ValueError, match="scores made differently cannot be merged"):
+    with pytest.raises(ValueError, match="merge: scores 0 and 1 were made differently"):
         first.merge(second)
 
 

@@ -231,7 +231,7 @@ SCORERS = [
     ("top", lambda w: w.scores.top("fc1"), V, "give either share or count"),
     ("rank", lambda w: w.scores.rank("fc1", "size"), V, "by: 'size' given; it is 'sum' or 'count'"),
     ("count", lambda w: w.scores.rank("fc1", "count"), V, "by='count' needs occurrence counts"),
-    ("merge", lambda w: w.scores.merge(score(w)), V, "scores made differently cannot be merged"),
+    ("merge", lambda w: w.scores.merge(score(w)), V, "merge: scores 0 and 1 were made differently"),
     ("patterns", lambda w: xe.fit_patterns(w.model, w.data, layers=["relu1"]),
      V, "layer 'relu1' is"),
     ("edges", lambda w: xe.edge_relevance(w.model, w.data, xe.Taylor()),

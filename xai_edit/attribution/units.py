@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from xai_edit.attribution.captum_layer import CaptumLayer
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.layers import predict, resolve_layers
-from xai_edit.attribution.processes import all_reduced, failure_announced, several
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import (
     Target,
@@ -26,7 +25,15 @@ from xai_edit.attribution.targets import (
     targets_of,
 )
 from xai_edit.attribution.trace import Trace, trace
-from xai_edit.data import Batch, Data, batches, model_device
+from xai_edit.data import (
+    Batch,
+    Data,
+    batches,
+    gathered,
+    model_device,
+    several_ranks,
+    with_samples,
+)
 from xai_edit.errors import NonFiniteError, UnknownLayerError
 from xai_edit.files import read_sealed, sealed, write_safetensors
 from xai_edit.guard import preserved, require_finite
@@ -151,18 +158,8 @@ class UnitScores:
         ValueError
             If the two were not made alike.
         """
-        mine = (self.layers, self.aggregate, self.k, self.origin)
-        theirs = (other.layers, other.aggregate, other.k, other.origin)
-        if mine != theirs:
-            raise ValueError(f"scores made differently cannot be merged: {mine} and {theirs}")
-        return UnitScores(
-            {name: self.sums[name] + other.sums[name] for name in self.sums},
-            self.samples + other.samples,
-            self.aggregate,
-            {name: self.counts[name] + other.counts[name] for name in self.counts},
-            self.k,
-            self.origin,
-        )
+        trouble = "merge: scores {} and {} were made differently"
+        return _summed(with_samples({0: self, 1: other}, UnitScores._made, trouble))
 
     def all_reduce(self, group: ProcessGroup | None = None) -> UnitScores:
         """Return the scores over the data of all processes, the same bits on every rank.
@@ -170,17 +167,25 @@ class UnitScores:
         Parameters
         ----------
         group : ProcessGroup, optional
-            All processes of ``torch.distributed`` when left out; a single one has its scores back.
+            All processes of ``torch.distributed`` when left out. Without a process group the
+            scores are returned as they are.
 
         Raises
         ------
-        RuntimeError
-            If `score_units` failed on another rank, with its message, or a rank does not come
-            within the time given to ``init_process_group``.
         ValueError
             On every rank, if they scored differently or none has samples.
         """
-        return all_reduced(self, group)
+        trouble = "all_reduce: ranks {} and {} scored differently"
+        parts = with_samples(gathered(self, group), UnitScores._made, trouble)
+        # Scores of weights are no sum over samples: every rank has them whole.
+        return _summed(parts[:1] if self.origin.get("weights_only") else parts)
+
+    def _made(self) -> dict[str, Any]:
+        """Return what has to agree for scores to be added."""
+        made = {**self.origin, "aggregate": self.aggregate, "k": self.k}
+        if self.samples:  # else nothing that shows only in a forward pass
+            made["units"] = [(name, len(values)) for name, values in self.sums.items()]
+        return made
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically, with a checksum over all."""
@@ -230,6 +235,22 @@ class UnitScores:
         return "\n".join(rows)
 
 
+def _summed(parts: Sequence[UnitScores]) -> UnitScores:
+    """Return the sum of scores that were made alike, added in their order."""
+    first, *others = parts
+    if not others:
+        return first
+    return replace(
+        first,
+        sums={name: sum((one.sums[name] for one in others), first.sums[name]) for name in first},
+        samples=sum(one.samples for one in parts),
+        counts={
+            name: sum((one.counts[name] for one in others), first.counts[name])
+            for name in first.counts
+        },
+    )
+
+
 def share_of(units: int, share: float) -> int:
     """Return how many of ``units`` a share is: rounded, at least one.
 
@@ -245,7 +266,6 @@ def share_of(units: int, share: float) -> int:
     return max(1, round(units * number))
 
 
-@failure_announced()
 def score_units(
     model: nn.Module,
     data: Data | None,
@@ -324,7 +344,7 @@ def score_units(
         else:
             with ExitStack() as session:
                 score: Callable[[Batch], Mapping[str, Tensor]] | None = None
-                for batch in batches(data, model_device(model), may_be_empty=several()):
+                for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                     if score is None:
                         found = None
                         if layers is None:  # without what rests or never sees a sample

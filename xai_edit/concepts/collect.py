@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from xai_edit.attribution.canonizers import same_logits
 from xai_edit.attribution.contexts import ContextGather
 from xai_edit.attribution.layers import layer_module, resolve_layers, run, tapped
-from xai_edit.attribution.processes import failure_announced, several
 from xai_edit.attribution.scorers import LRP, describe
 from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
 from xai_edit.concepts.features import Features
@@ -28,13 +27,13 @@ from xai_edit.data import (
     batches,
     check_length,
     model_device,
+    several_ranks,
     together,
 )
 from xai_edit.files import clear_parts, part_of, require_folder
 from xai_edit.guard import preserved, require_finite
 
 
-@failure_announced()
 def collect_features(
     model: nn.Module,
     data: Data,
@@ -106,7 +105,7 @@ def collect_features(
         new_rows = stack.enter_context(_rows(on_disk))
         with preserved(model), ExitStack() as session:
             vectors_of: Callable[[Batch], dict[str, Tensor]] | None = None
-            for batch in batches(data, model_device(model), may_be_empty=several()):
+            for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                 if vectors_of is None:
                     vectors_of = functools.partial(_activations, model, layer, draw)
                     if scorer is not None:

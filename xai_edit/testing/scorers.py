@@ -16,7 +16,6 @@ from xai_edit.attribution.scorers import Scorer, describe
 from xai_edit.attribution.units import UnitScores, score_units
 from xai_edit.guard import preserved
 from xai_edit.testing.example import Example, small_example
-from xai_edit.testing.processes import BATCH, in_two_processes
 from xai_edit.testing.untouched import Fuse, bits, lived_in, times, watched
 
 FEW = 7
@@ -29,7 +28,6 @@ def check_scorer(
     scorer: Scorer,
     *,
     example: Callable[[torch.dtype], Example] = small_example,
-    processes: Callable[[], Scorer] | None = None,
 ) -> None:
     """Check that a scorer keeps the promises of the `Scorer` protocol; it takes about a second.
 
@@ -53,11 +51,6 @@ def check_scorer(
     example : callable
         Called with a dtype, gives a model and inputs of it and the layers to score, for scorers
         that need another kind of model than `small_example` gives.
-    processes : callable, optional
-        Makes the scorer anew; `functools.partial` of its class will do. With it two processes are
-        started, which takes some seconds, and have to agree with this one: each scores its part,
-        and ``UnitScores.all_reduce`` joins them. A script does this under
-        ``if __name__ == "__main__":``.
 
     Raises
     ------
@@ -75,8 +68,6 @@ def check_scorer(
         check.leaves_no_trace()
     check.looks_at_the_network_alone()
     check.does_not_mix_samples()
-    if processes is not None:
-        check.agrees_across(processes)
 
 
 @dataclass
@@ -239,16 +230,3 @@ class _Check:
             raise self.broken(
                 f"{sentence} (difference {difference:.2g}, largest score {largest:.2g})"
             )
-
-    def agrees_across(self, make: Callable[[], Scorer]) -> None:
-        example = self.example
-        alone = self._summed(BATCH)
-        try:
-            ranks = in_two_processes(make, example)
-        except RuntimeError as problem:
-            raise self.broken(f"fails in two processes: {problem}") from None
-        for name in example.layers:
-            first, second = (scores[name] for scores in ranks)
-            if bits(first) != bits(second):
-                raise self.broken(f"gives the two processes other scores of layer {name!r}")
-            self._close(first, alone[name], f"gives other scores in two processes: layer {name!r}")
