@@ -206,7 +206,7 @@ def test_the_models_device_is_that_of_its_first_tensor(model, device):
     ],
 )
 def test_an_attribute_is_a_function_a_vector_or_the_third_element(attribute, start, expected):
-    values = attribute_of(attribute, Batch(X, Y, G), start)
+    values = attribute_of(attribute, Batch(X, Y, G), start, "marked")
     assert values.tolist() == expected
     assert values.dtype == torch.int64
 
@@ -220,5 +220,5 @@ def test_an_attribute_is_a_function_a_vector_or_the_third_element(attribute, sta
     ],
 )
 def test_an_attribute_without_one_value_a_sample_is_an_error(attribute, message):
-    with pytest.raises(ValueError, match="spurious: .*" + re.escape(message)):
-        attribute_of(attribute, Batch(X, Y), 5)
+    with pytest.raises(ValueError, match="^marked: .*" + re.escape(message)):
+        attribute_of(attribute, Batch(X, Y), 5, "marked")

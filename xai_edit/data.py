@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from xai_edit.checks import same_length
 from xai_edit.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -116,15 +117,6 @@ def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
     raise ValueError("data: no samples; the loader is empty, or an iterator already used up")
 
 
-def require_several_passes(data: Data, reader: str) -> None:
-    """Raise TypeError where data can be read only once, and ``reader`` reads it more often."""
-    if isinstance(data, Iterator):
-        raise TypeError(
-            f"data: a {type(data).__name__} can be read only once, and {reader} reads it several "
-            "times; give a list of batches, a DataLoader or a Dataset"
-        )
-
-
 def _iterable(data: Data) -> Iterable[Any]:
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=DATASET_BATCH_SIZE)
@@ -201,13 +193,13 @@ def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
     return torch.cat(given) if given else None
 
 
-def check_length(attribute: Attribute, samples: int, name: str = "spurious") -> None:
+def check_length(attribute: Attribute, samples: int, name: str) -> None:
     """Raise ValueError if an attribute given as a vector is not as long as the data."""
-    if attribute is not None and not callable(attribute) and len(attribute) != samples:
-        raise ValueError(f"{name}: {len(attribute)} values for {samples} samples")
+    if attribute is not None and not callable(attribute):
+        same_length(attribute, samples, name)
 
 
-def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str = "spurious") -> Tensor:
+def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str) -> Tensor:
     """Return the attribute of each sample of ``batch``.
 
     Parameters

@@ -312,7 +312,7 @@ def test_the_table_names_every_scorer_and_layer(plain, batches, scorers):
             ValueError,
             "conv1.*compared layers",
         ),
-        (CURVES | {"held_out": iter([])}, TypeError, "only once"),
+        (CURVES | {"held_out": iter([])}, TypeError, "held_out: .*only once"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(

@@ -524,7 +524,7 @@ EVALUATION = [
 ]
 TRAINING = [
     ("once", lambda w: xe.FineTuning(iter(w.data)),
-     V, "data: a list_iterator can be read only once"),
+     T, "data: a list_iterator can be read only once"),
     ("epochs", lambda w: xe.FineTuning(w.data, epochs=0)(w.model),
      V, "epochs: 0, learning_rate: 0.01"),
     ("forget", lambda w: xe.random_labels(w.model, w.data, forget=10),

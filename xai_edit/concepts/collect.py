@@ -121,10 +121,12 @@ def collect_features(
                         vectors[name] = new_rows(name)
                     vectors[name].append(taken.flatten(0, 1))
                 labels.append(batch.labels)
-                given = spurious is not None or batch.groups is not None
-                attributes.append(attribute_of(spurious, batch, samples) if given else None)
+                attribute = None
+                if spurious is not None or batch.groups is not None:
+                    attribute = attribute_of(spurious, batch, samples, "spurious")
+                attributes.append(attribute)
                 samples += len(batch)
-        check_length(spurious, samples)
+        check_length(spurious, samples, "spurious")
         if not samples:  # on one of several ranks
             return Features(torch.empty(0, 0), origin=origin)
         features = Features(

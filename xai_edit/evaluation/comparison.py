@@ -14,7 +14,8 @@ from xai_edit.attribution.layers import last_weighted, resolve_layers
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import Target, checked_target
 from xai_edit.attribution.units import Aggregate, UnitScores, score_units, share_of
-from xai_edit.data import Data, batches, model_device, peek, require_several_passes
+from xai_edit.checks import readable_again
+from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.errors import UnknownLayerError
 from xai_edit.evaluation.deletion import (
     DeletionCurve,
@@ -142,7 +143,7 @@ def compare_scorers(
         raise ValueError("deletion: a curve needs its shares and held_out data; give both or none")
     shares = () if deletion is None else checked_shares(deletion)
     if held_out is not None:
-        require_several_passes(held_out, "a curve")  # before the long part
+        readable_again(held_out, "a curve", "held_out")  # before the long part
     chosen = None if deletion_layers is None else resolve_layers(model, deletion_layers)
     for name in chosen or ():
         if name not in known:

@@ -20,7 +20,8 @@ from xai_edit.attribution.layers import (
 )
 from xai_edit.attribution.targets import check_classes, class_list
 from xai_edit.attribution.units import UnitScores, share_of
-from xai_edit.data import Data, batches, model_device, peek, require_several_passes
+from xai_edit.checks import readable_again
+from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.silence import silencing_entries
 from xai_edit.guard import preserved
@@ -121,7 +122,7 @@ def deletion_curve(
         raise ValueError(f"order: {order!r} given; it is 'most' or 'least'")
     if ranking not in ("local", "global"):
         raise ValueError(f"ranking: {ranking!r} given; it is 'global' or 'local'")
-    require_several_passes(data, "a curve")
+    readable_again(data, "a curve")
     sample = peek(data, model_device(model))[0].inputs[:1]
     if target is not None:
         with preserved(model), torch.no_grad():
