@@ -456,23 +456,23 @@ BROKEN = {
     ),
     "a wrong shape": (
         scorer_of(set_key("conv2", lambda values: values[:, :-1])),
-        "scores of layer 'conv2' have shape (7, 7), expected (7, 8), (samples, units)",
+        "scores of layer 'conv2' are ((7, 7), torch.float32, 'cpu'), expected ((7, 8), torch.float32, ",
     ),
     "summed over samples": (
         scorer_of(set_key("conv2", lambda values: values.sum(0))),
-        "scores of layer 'conv2' have shape (8,), expected (7, 8), (samples, units)",
+        "scores of layer 'conv2' are ((8,), torch.float32, 'cpu'), expected ((7, 8), torch.float32, ",
     ),
     "whole numbers": (
         scorer_of(set_key("fc1", lambda values: values.long())),
-        "scores of layer 'fc1' are torch.int64, the model is torch.float32",
+        "scores of layer 'fc1' are ((7, 12), torch.int64, 'cpu'), expected ((7, 12), torch.float32, ",
     ),
     "another precision": (
         scorer_of(set_key("fc1", lambda values: values.float())),
-        "scores of layer 'fc1' are torch.float32, the model is torch.float64",
+        "scores of layer 'fc1' are ((7, 12), torch.float32, 'cpu'), expected ((7, 12), torch.float64",
     ),
     "another device": (
         scorer_of(set_key("fc1", lambda values: values.to("meta"))),
-        "scores of layer 'fc1' are on meta, the model is on cpu",
+        "scores of layer 'fc1' are ((7, 12), torch.float32, 'meta'), expected ((7, 12), torch.float32",
     ),
     "a list": (
         scorer_of(set_key("head", lambda values: values.tolist())),
