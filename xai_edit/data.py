@@ -36,6 +36,7 @@ Attribute: TypeAlias = Callable[[Tensor], Any] | Tensor | None
 or None for the third element of each batch."""
 
 DATASET_BATCH_SIZE = 64
+NO_SAMPLES = "data: no samples; the loader is empty, or an iterator already used up"
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,13 @@ def batches(
     NonFiniteError
         If an input holds a NaN or an infinity.
     """
-    samples = 0
+    empty = True
     for index, raw in enumerate(_iterable(data)):
-        batch = _batch(raw, index, device)
-        samples += len(batch)
-        if len(batch):
+        if len(batch := _batch(raw, index, device)):
+            empty = False
             yield batch
-    if samples == 0 and not may_be_empty:
-        raise ValueError("data: no samples; the loader is empty, or an iterator already used up")
+    if empty and not may_be_empty:
+        raise ValueError(NO_SAMPLES)
 
 
 def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
@@ -114,7 +114,7 @@ def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
         skipped.append(raw)
         if len(batch := _batch(raw, len(skipped) - 1, device)):
             return batch, chain(skipped, iterator)
-    raise ValueError("data: no samples; the loader is empty, or an iterator already used up")
+    raise ValueError(NO_SAMPLES)
 
 
 def _iterable(data: Data) -> Iterable[Any]:
@@ -135,7 +135,7 @@ def _iterable(data: Data) -> Iterable[Any]:
 
 
 def _is_one_batch(data: Any) -> bool:
-    """Tell whether someone passed ``(inputs, labels)`` itself, which would read as two batches."""
+    """Return whether data is ``(inputs, labels)`` itself, which would be read as two batches."""
     if not isinstance(data, (tuple, list)) or not all(isinstance(part, Tensor) for part in data):
         return False
     labels = len(data) == 2 and data[1].ndim == 1
@@ -180,17 +180,17 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
 
 
 def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
-    """Join what the batches gave, on the CPU; None where none gave any.
+    """Return the parts of all batches as one on the CPU, None where no batch has one.
 
     Raises
     ------
     ValueError
         If some batches have it and some do not.
     """
-    given = [part.cpu() for part in parts if part is not None]
-    if given and len(given) < len(parts):
+    known = [part.cpu() for part in parts if part is not None]
+    if known and len(known) < len(parts):
         raise ValueError(f"data: some batches have {name} and some have none")
-    return torch.cat(given) if given else None
+    return torch.cat(known) if known else None
 
 
 def check_length(attribute: Attribute, samples: int, name: str) -> None:
@@ -207,11 +207,10 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str) -> T
     attribute : callable, Tensor or None
         See `Attribute`.
     batch : Batch
-        The samples.
     start : int
-        Position of the batch's first sample in the data, for an attribute given as a vector.
+        Index of the batch's first sample in the data, for a vector.
     name : str
-        Of the argument, for error messages.
+        The caller's name of the attribute, for error messages.
 
     Returns
     -------

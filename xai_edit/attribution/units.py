@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from xai_edit.attribution.targets import (
     targets_of,
 )
 from xai_edit.attribution.trace import Trace, trace
+from xai_edit.checks import finite, fraction, one_of, require, whole_number
 from xai_edit.data import (
     Batch,
     Data,
@@ -34,7 +35,7 @@ from xai_edit.data import (
     several_ranks,
     with_samples,
 )
-from xai_edit.errors import NonFiniteError, UnknownLayerError
+from xai_edit.errors import UnknownLayerError
 from xai_edit.files import read_sealed, sealed, write_safetensors
 from xai_edit.guard import preserved, require_finite
 
@@ -51,7 +52,7 @@ BUILT_IN = (LRP, CaptumLayer, Taylor, Activation, WeightMagnitude, Random)
 
 @dataclass(frozen=True, eq=False)
 class UnitScores:
-    """The relevance of every unit of some layers over a data set.
+    """The relevance of the units of some layers over a data set.
 
     Attributes
     ----------
@@ -63,9 +64,8 @@ class UnitScores:
         What was summed: the signed score of a sample, its absolute value or its positive part.
     counts : dict of Tensor
         Per layer how often each unit was among the ``k`` highest of a sample, int64, shape
-        (units,); empty where ``k`` was not asked for.
+        (units,); empty without ``k``.
     k : int or None
-        The k of ``counts``.
     origin : dict
         What the scores were made with, as JSON values.
     """
@@ -106,12 +106,11 @@ class UnitScores:
         ``by="count"`` orders by occurrence among the top k, ties by summed relevance; what is
         still tied keeps the order of the units.
         """
-        if by not in ("sum", "count"):
-            raise ValueError(f"by: {by!r} given; it is 'sum' or 'count'")
+        one_of(by, ("sum", "count"), "by")
         order = torch.argsort(self[layer], descending=True, stable=True)
         if by == "count":
-            if layer not in self.counts:
-                raise ValueError("by='count' needs occurrence counts; give k to score_units")
+            works = "it needs occurrence counts; give k to score_units"
+            require(layer in self.counts, "by", by, works)
             order = order[torch.argsort(self.counts[layer][order], descending=True, stable=True)]
         return order
 
@@ -123,18 +122,16 @@ class UnitScores:
         count: int | None = None,
         by: Literal["sum", "count"] = "sum",
     ) -> Tensor:
-        """Return the most relevant units, most relevant first.
+        """Return the first units of `rank`.
 
         Parameters
         ----------
         layer : str
-            A scored layer.
         share : float in (0, 1], optional
             Share of the layer's units, rounded, at least one.
         count : int, optional
             Number of units, instead of a share.
         by : {"sum", "count"}
-            See `rank`.
 
         Raises
         ------
@@ -143,12 +140,10 @@ class UnitScores:
         """
         order = self.rank(layer, by)
         if (share is None) == (count is None):
-            raise ValueError("give either share or count")
+            raise ValueError(f"share, count: {share} and {count} given; give one of them")
         if share is not None:
-            count = share_of(len(order), share)
-        if type(count) is not int or not 1 <= count <= len(order):
-            raise ValueError(f"count: {count} units asked for, the layer has {len(order)}")
-        return order[:count]
+            return order[: share_of(len(order), share)]
+        return order[: whole_number(count, "count", least=1, most=len(order))]
 
     def merge(self, other: UnitScores) -> UnitScores:
         """Return the scores over both data sets; two halves of one merge to the whole.
@@ -237,33 +232,23 @@ class UnitScores:
 
 def _summed(parts: Sequence[UnitScores]) -> UnitScores:
     """Return the sum of scores that were made alike, added in their order."""
-    first, *others = parts
-    if not others:
-        return first
+    if len(parts) == 1:
+        return parts[0]
+
+    def total(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: reduce(torch.add, (one[name] for one in tensors)) for name in tensors[0]}
+
     return replace(
-        first,
-        sums={name: sum((one.sums[name] for one in others), first.sums[name]) for name in first},
-        samples=sum(one.samples for one in parts),
-        counts={
-            name: sum((one.counts[name] for one in others), first.counts[name])
-            for name in first.counts
-        },
+        parts[0],
+        sums=total([part.sums for part in parts]),
+        samples=sum(part.samples for part in parts),
+        counts=total([part.counts for part in parts]),
     )
 
 
 def share_of(units: int, share: float) -> int:
-    """Return how many of ``units`` a share is: rounded, at least one.
-
-    Raises
-    ------
-    ValueError
-        If the share is outside (0, 1].
-    """
-    number = float(share) if isinstance(share, SupportsFloat) else math.nan
-    if isinstance(share, bool) or not 0 < number <= 1:
-        percent = "; is it in percent?" if number > 1 else ""
-        raise ValueError(f"share: {share!r} given; it is a fraction in (0, 1]{percent}")
-    return max(1, round(units * number))
+    """Return how many of ``units`` a share in (0, 1] is: rounded, at least one."""
+    return max(1, round(units * fraction(share, "share")))
 
 
 def score_units(
@@ -315,8 +300,7 @@ def score_units(
             f"scorer: {scorer!r} given; wrap a composite as xai_edit.LRP(EpsilonPlus()), a Captum "
             "method as xai_edit.CaptumLayer(LayerConductance), or give a function"
         )
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate: {aggregate!r} given; it is one of {AGGREGATES}")
+    one_of(aggregate, AGGREGATES, "aggregate")
     names = resolve_layers(model, layers)
     require_finite(model)
     origin: dict[str, Any] = {"scorer": describe(scorer), "target": describe_target(target)}
@@ -395,14 +379,11 @@ def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
             f"scorer: layer {name!r} has scores of shape {tuple(values.shape)} for {samples} "
             "samples; expected (samples, units)"
         )
-    if not torch.isfinite(values).all():
-        raise NonFiniteError(f"scorer: scores of layer {name!r} are NaN or infinite")
-    return values
+    return finite(values, f"scorer: scores of layer {name!r}")
 
 
 def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
-    if type(k) is not int or not 1 <= k <= values.shape[1]:
-        raise ValueError(f"k: {k} given; layer {name!r} has {values.shape[1]} units")
+    whole_number(k, f"k for layer {name!r}", least=1, most=values.shape[1])
     # Stable, so that units tied within a sample are taken in their order on every machine.
     top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
     return torch.bincount(top.flatten(), minlength=values.shape[1])

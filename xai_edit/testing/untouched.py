@@ -61,10 +61,10 @@ def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Modu
 def watched(
     model: nn.Module, data: Iterable[Tensor] = (), *, generators: bool = True
 ) -> Callable[[], str | None]:
-    """Return a function that names the first thing that has changed since, or returns None.
+    """Return a function that returns the first thing that has changed since, or None.
 
     Without ``generators`` the global random generators may change: a first call may import
-    packages, some of which draw numbers while they are imported.
+    packages that draw numbers.
     """
     data = list(data)
     before = _facts(model, data, generators)
