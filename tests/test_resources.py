@@ -12,9 +12,10 @@ from xai_edit.resources import measured
 
 
 def test_seconds_are_those_of_the_block():
+    started = time.perf_counter()
     with measured() as cost:
         time.sleep(0.05)
-    assert 0.05 <= cost.seconds < 1
+    assert 0.05 <= cost.seconds <= time.perf_counter() - started
     assert cost.gpu_memory is None or cost.gpu_memory >= 0
 
 

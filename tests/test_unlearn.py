@@ -288,7 +288,10 @@ def test_report_of_an_incomplete_run_is_one_clear_line(done, tmp_path, capsys, g
         (f"{LINE} --classes 3 --bound 1", "bound: 1.0 given"),
         (f"{LINE} --classes 3 --rank most", "rank: 'most' given"),
         (f"{LINE} --classes 3 --rank count", "k goes with 'count'"),
-        (f"{LINE} --classes 3 --rank count --k 33", "k: 33 given; layer '3' has 32 units"),
+        (
+            f"{LINE} --classes 3 --rank count --k 33",
+            "k for layer '3': 33 given; it is a whole number",
+        ),
         (f"{LINE} --classes 3 --scope all", "scope: 'all' given"),
         (f"{LINE} --classes 3 --layers 7", "layer '7' not found"),
         (f"{LINE} --classes 3 --layers 5", "'5' is the output"),

@@ -1,18 +1,33 @@
-"""Batches from whatever a user has: a loader, a list of batches, a ``Dataset``."""
+"""Batches of a loader, a list or a ``Dataset``, and what several processes made of theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from xai_edit.checks import same_length
 from xai_edit.errors import NonFiniteError
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Part(Protocol):
+    """What one process made of its samples."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples it was made of."""
+
+
+T = TypeVar("T", bound=Part)
 Data: TypeAlias = Iterable[Any] | Dataset[Any]
 """``(input, label)`` or ``(input, label, group)`` batches, bare inputs, or a ``Dataset``."""
 
@@ -21,6 +36,7 @@ Attribute: TypeAlias = Callable[[Tensor], Any] | Tensor | None
 or None for the third element of each batch."""
 
 DATASET_BATCH_SIZE = 64
+NO_SAMPLES = "data: no samples; the loader is empty, or an iterator already used up"
 
 
 @dataclass(frozen=True)
@@ -81,14 +97,13 @@ def batches(
     NonFiniteError
         If an input holds a NaN or an infinity.
     """
-    samples = 0
+    empty = True
     for index, raw in enumerate(_iterable(data)):
-        batch = _batch(raw, index, device)
-        samples += len(batch)
-        if len(batch):
+        if len(batch := _batch(raw, index, device)):
+            empty = False
             yield batch
-    if samples == 0 and not may_be_empty:
-        raise ValueError("data: no samples; the loader is empty, or an iterator already used up")
+    if empty and not may_be_empty:
+        raise ValueError(NO_SAMPLES)
 
 
 def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
@@ -99,16 +114,7 @@ def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
         skipped.append(raw)
         if len(batch := _batch(raw, len(skipped) - 1, device)):
             return batch, chain(skipped, iterator)
-    raise ValueError("data: no samples; the loader is empty, or an iterator already used up")
-
-
-def require_several_passes(data: Data, reader: str) -> None:
-    """Raise TypeError where data can be read only once, and ``reader`` reads it more often."""
-    if isinstance(data, Iterator):
-        raise TypeError(
-            f"data: a {type(data).__name__} can be read only once, and {reader} reads it several "
-            "times; give a list of batches, a DataLoader or a Dataset"
-        )
+    raise ValueError(NO_SAMPLES)
 
 
 def _iterable(data: Data) -> Iterable[Any]:
@@ -129,7 +135,7 @@ def _iterable(data: Data) -> Iterable[Any]:
 
 
 def _is_one_batch(data: Any) -> bool:
-    """Tell whether someone passed ``(inputs, labels)`` itself, which would read as two batches."""
+    """Return whether data is ``(inputs, labels)`` itself, which would be read as two batches."""
     if not isinstance(data, (tuple, list)) or not all(isinstance(part, Tensor) for part in data):
         return False
     labels = len(data) == 2 and data[1].ndim == 1
@@ -174,26 +180,26 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
 
 
 def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
-    """Join what the batches gave, on the CPU; None where none gave any.
+    """Return the parts of all batches as one on the CPU, None where no batch has one.
 
     Raises
     ------
     ValueError
         If some batches have it and some do not.
     """
-    given = [part.cpu() for part in parts if part is not None]
-    if given and len(given) < len(parts):
+    known = [part.cpu() for part in parts if part is not None]
+    if known and len(known) < len(parts):
         raise ValueError(f"data: some batches have {name} and some have none")
-    return torch.cat(given) if given else None
+    return torch.cat(known) if known else None
 
 
-def check_length(attribute: Attribute, samples: int, name: str = "spurious") -> None:
+def check_length(attribute: Attribute, samples: int, name: str) -> None:
     """Raise ValueError if an attribute given as a vector is not as long as the data."""
-    if attribute is not None and not callable(attribute) and len(attribute) != samples:
-        raise ValueError(f"{name}: {len(attribute)} values for {samples} samples")
+    if attribute is not None and not callable(attribute):
+        same_length(attribute, samples, name)
 
 
-def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str = "spurious") -> Tensor:
+def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str) -> Tensor:
     """Return the attribute of each sample of ``batch``.
 
     Parameters
@@ -201,11 +207,10 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str = "sp
     attribute : callable, Tensor or None
         See `Attribute`.
     batch : Batch
-        The samples.
     start : int
-        Position of the batch's first sample in the data, for an attribute given as a vector.
+        Index of the batch's first sample in the data, for a vector.
     name : str
-        Of the argument, for error messages.
+        The caller's name of the attribute, for error messages.
 
     Returns
     -------
@@ -237,3 +242,68 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str = "sp
             f"{name}: values that are not whole numbers; give yes or no, such as probability > 0.5"
         )
     return values.to(batch.inputs.device).long()
+
+
+def several_ranks() -> bool:
+    """Return whether this process is one of several of ``torch.distributed``."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gathered(part: T, group: ProcessGroup | None = None) -> dict[int, T]:
+    """Return the parts of all ranks in their order; without a process group this one alone.
+
+    Parameters
+    ----------
+    part : object
+        What this rank made of its samples; pickled, with tensors on the CPU.
+    group : ProcessGroup, optional
+        All ranks when left out. With nccl each has chosen its GPU by ``torch.cuda.set_device``.
+
+    Raises
+    ------
+    ValueError
+        If this rank is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return {0: part}
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group: rank {dist.get_rank()} is not in it")
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, part, group=group)
+    return dict(zip(dist.get_process_group_ranks(group or dist.group.WORLD), parts, strict=True))
+
+
+def with_samples(
+    parts: Mapping[int, T], made: Callable[[T], Mapping[str, Any]], trouble: str
+) -> list[T]:
+    """Return the parts that have samples, all made alike.
+
+    Parameters
+    ----------
+    parts : mapping
+        By rank; ``samples`` of a part is how many it has.
+    made : callable
+        Returns what a part was made with. Of a part without samples only what it names is compared.
+    trouble : str
+        Begins the message, with places for two ranks.
+
+    Raises
+    ------
+    ValueError
+        If no part has samples, or two were made differently.
+    """
+    filled = [rank for rank, part in parts.items() if part.samples]
+    if not filled:
+        raise ValueError("data: no samples on any rank; the loaders are empty, or already used up")
+    mine = made(parts[filled[0]])
+    for rank, part in parts.items():
+        theirs = made(part)
+        names = {**mine, **theirs} if rank in filled else theirs
+        wrong = [name for name in names if mine.get(name) != theirs.get(name)]
+        if wrong:
+            listed = "; ".join(f"{name}: {mine.get(name)} and {theirs.get(name)}" for name in wrong)
+            raise ValueError(
+                f"{trouble.format(filled[0], rank)} ({listed}); all are to be made with the same "
+                "model and arguments"
+            )
+    return [parts[rank] for rank in filled]

@@ -11,7 +11,7 @@ from torch import nn
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.files import require_folder, write_safetensors
 
-KIND = "xai_edit_weights"
+KIND = "xai_edit.weights"
 
 
 def told(edit: ModelEdit) -> dict[str, Any]:

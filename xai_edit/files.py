@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes, and safetensors files with a kind, a header and a checksum."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def part_of(path: str | Path) -> Iterator[Path]:
-    """Yield a folder beside ``path`` for what becomes part of it, removed on leaving."""
+    """Yield a folder beside ``path`` for files that become part of it, removed on leaving."""
     path = require_folder(path)
     with tempfile.TemporaryDirectory(
         dir=path.parent, prefix=f".{path.name}.", suffix=PART
@@ -57,9 +57,9 @@ def part_of(path: str | Path) -> Iterator[Path]:
 
 
 def clear_parts(folder: str | Path, name: str | None = None) -> None:
-    """Remove what processes that were killed left of writing a file, or all files, in a folder.
+    """Remove the unfinished parts of a file, or of all files, that killed processes left.
 
-    For places where no other process writes.
+    For folders where no other process writes.
     """
     written = "*" if name is None else glob.escape(name)
     for part in Path(folder).glob(f".{written}.????????{PART}"):
@@ -109,7 +109,7 @@ def write_safetensors(
     with _written(path) as temporary:
         try:
             save_file(contiguous, temporary, metadata={kind: header})
-        except SafetensorError as problem:  # what it makes of a full disk
+        except SafetensorError as problem:  # such as on a full disk
             raise OSError(str(problem)) from problem
 
 
@@ -209,8 +209,8 @@ def read_header(
             f"{newest}); update xai_edit"
         )
     if not isinstance(header, dict) or header.keys() != entries.keys():
-        told = sorted(header) if isinstance(header, dict) else type(header).__name__
-        raise ValueError(f"{path}: the header has {told}, expected {sorted(entries)}")
+        found = sorted(header) if isinstance(header, dict) else type(header).__name__
+        raise ValueError(f"{path}: the header has {found}, expected {sorted(entries)}")
     for name, kind in entries.items():
         if not isinstance(header[name], kind):
             raise ValueError(

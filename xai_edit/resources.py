@@ -1,4 +1,4 @@
-"""What a step costs: seconds and peak memory."""
+"""The seconds and the peak memory of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 @dataclass
 class Cost:
-    """What a step cost; filled in when its ``measured`` block ends.
+    """The cost of a step, complete when its ``measured`` block ends.
 
     Attributes
     ----------
@@ -39,13 +39,7 @@ class Cost:
 
 @contextmanager
 def measured() -> Iterator[Cost]:
-    """Measure what happens inside the block.
-
-    Yields
-    ------
-    Cost
-        Complete after the block.
-    """
+    """Measure the time and memory of the block."""
     cost = Cost()
     gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     if gpu:

@@ -126,5 +126,5 @@ def test_bad_input(plain, digits):
         edge_relevance(
             plain, data, LRP(zc.NameMapComposite([(["head"], zr.Epsilon())])), layers="fc1"
         )
-    with pytest.raises(ValueError, match="count: 0 given; 'fc1' has"):
+    with pytest.raises(ValueError, match="count: 0 given; it is a whole number from 1 to 288"):
         edge_relevance(plain, data, LRP(), layers="fc1").top("fc1", 0)

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -81,6 +80,7 @@ def test_each_aggregate_is_its_sum_written_out(table, aggregate, size):
     assert scores["second"].tolist() == pytest.approx([2 * value for value in expected], rel=1e-15)
     assert scores.samples == 23
     assert scores.aggregate == aggregate
+    assert (scores.counts, scores.k) == ({}, None)
 
 
 @pytest.mark.parametrize("aggregate", REDUCE)
@@ -115,12 +115,6 @@ def test_occurrence_counts_equal_a_count_by_hand(table, k, size, aggregate):
     assert scores.counts["first"].dtype == torch.int64
     assert sum(counts) == 23 * k
     assert scores.k == k
-
-
-def test_no_counts_unless_asked_for(table):
-    scores = score_units(table, [integers()], echo)
-    assert scores.counts == {}
-    assert scores.k is None
 
 
 @pytest.mark.parametrize("scorer", [LRP("epsilon"), Taylor()])
@@ -236,14 +230,6 @@ def test_halves_of_real_relevance_merge_to_the_whole(norm, digits):
         assert torch.equal(merged.counts[name], whole.counts[name])
 
 
-def test_merging_changes_neither_part(table):
-    first, second = (score_units(table, [integers(seed=seed)], echo, k=1) for seed in range(2))
-    before = [part[name].clone() for part in (first, second) for name in part]
-    first.merge(second)
-    after = [part[name] for part in (first, second) for name in part]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -267,7 +253,7 @@ def test_scores_made_differently_do_not_merge(norm, batches, other):
     changed["layers"] = [layers.get(name, name) for name in changed["layers"]]
     first = score_units(norm, batches, **call)
     second = score_units(norm, batches, **changed)
-    with pytest.raises(ValueError, match="scores made differently cannot be merged"):
+    with pytest.raises(ValueError, match="merge: scores 0 and 1 were made differently"):
         first.merge(second)
 
 
@@ -307,37 +293,8 @@ def test_saved_scores_come_back_whole(norm, batches, tmp_path, k, target):
     for field in ("samples", "aggregate", "k", "origin"):
         assert getattr(loaded, field) == getattr(scores, field)
     assert str(loaded) == str(scores)
+    assert json.loads(json.dumps(scores.origin)) == scores.origin
     assert loaded.merge(scores).samples == 2 * scores.samples
-    assert [entry.name for entry in tmp_path.iterdir()] == ["scores.safetensors"]
-
-
-def test_origin_is_plain_json(norm, batches):
-    origin = score_units(norm, batches, LRP()).origin
-    assert json.loads(json.dumps(origin)) == origin
-
-
-def test_a_file_of_something_else_is_refused(tmp_path):
-    path = tmp_path / "other.safetensors"
-    save_file({"sum:fc": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"other\.safetensors: a safetensors file, but not of"):
-        UnitScores.load(path)
-
-
-def test_saving_into_no_folder_raises_and_an_old_file_stays_whole(table, tmp_path, monkeypatch):
-    scores = score_units(table, [integers()], echo)
-    with pytest.raises(OSError, match="missing"):
-        scores.save(tmp_path / "missing" / "scores.safetensors")
-    path = tmp_path / "scores.safetensors"
-    scores.save(path)
-    content = path.read_bytes()
-
-    def full(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        score_units(table, [integers(seed=1)], echo).save(path)
-    assert path.read_bytes() == content
     assert [entry.name for entry in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
@@ -377,19 +334,19 @@ def test_a_share_is_rounded_and_at_least_one_unit(share, units):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({}, "give either share or count"),
-        ({"share": 0.5, "count": 1}, "give either share or count"),
+        ({}, "share, count: None and None given; give one of them"),
+        ({"share": 0.5, "count": 1}, "share, count: 0.5 and 1 given; give one of them"),
         ({"share": 20}, "share: 20 given; it is a fraction in (0, 1]; is it in percent?"),
         ({"share": 0}, "share: 0 given; it is a fraction in (0, 1]"),
         ({"share": -0.1}, "share: -0.1 given"),
         ({"share": float("nan")}, "share: nan given"),
         ({"share": "0.2"}, "share: '0.2' given"),
         ({"share": True}, "share: True given"),
-        ({"count": 0}, "count: 0 units asked for, the layer has 10"),
-        ({"count": 11}, "count: 11 units asked for, the layer has 10"),
-        ({"count": 1.5}, "count: 1.5 units asked for"),
-        ({"count": 1, "by": "relevance"}, "by: 'relevance' given; it is 'sum' or 'count'"),
-        ({"count": 1, "by": "count"}, "by='count' needs occurrence counts; give k to score_units"),
+        ({"count": 0}, "count: 0 given; it is a whole number from 1 to 10"),
+        ({"count": 11}, "count: 11 given; it is a whole number from 1 to 10"),
+        ({"count": 1.5}, "count: 1.5 given; it is a whole"),
+        ({"count": 1, "by": "relevance"}, "by: 'relevance' given; it is one of 'sum', 'count'"),
+        ({"count": 1, "by": "count"}, "by: 'count' given; it needs occurrence counts; give k to"),
     ],
 )
 def test_a_choice_of_units_that_cannot_be_is_an_error(call, message):
@@ -442,11 +399,6 @@ def test_a_layer_that_was_not_scored_is_an_unknown_one(plain, batches):
         scores["fc2"]
 
 
-def test_a_layer_named_twice_is_an_error(plain, batches):
-    with pytest.raises(ValueError, match="names a layer twice"):
-        score_units(plain, batches, LRP(), layers=["fc1", "fc1"])
-
-
 def test_a_model_without_layers_to_score_is_an_error(batches):
     with pytest.raises(
         ValueError, match="no convolution or linear layer to score; the model has none"
@@ -475,23 +427,28 @@ BAD_CALLS = {
     "target a bool": ([(X, Y)], {"target": True}, ValueError, "target: True given"),
     "target a fraction": ([(X, Y)], {"target": 1.0}, ValueError, r"target: 1\.0 given"),
     "labels missing": ([X], {}, ValueError, "'label' given, but the data has no labels"),
-    "labels of wrong shape": ([(X, Y[:4])], {}, ValueError, r"labels of shape \(4,\) for 5 inputs"),
-    "one-hot labels": ([(X, torch.eye(5))], {}, ValueError, r"labels of shape \(5, 5\) for 5"),
     "empty loader": ([], {}, ValueError, "data: no samples; the loader is empty"),
     "used-up generator": (iter(()), {}, ValueError, "an iterator already used up"),
     "NaN input": ([(X, Y), (nan_in(X), Y)], {}, NonFiniteError, "batch 1 has inputs that are NaN"),
-    "bare tensor": (X, {}, TypeError, "a tensor was given"),
-    "tuple of tensors": ((X, Y), {}, TypeError, "one tuple of tensors was given"),
-    "no iterable": (3, {}, TypeError, "int is not iterable"),
     "unknown aggregate": (
         [(X, Y)],
         {"aggregate": "max"},
         ValueError,
         "aggregate: 'max' given; it is one of .*'sum', 'mean', 'abs', 'positive'",
     ),
-    "k zero": ([(X, Y)], {"k": 0}, ValueError, "k: 0 given; layer 'conv1' has 4 units"),
-    "k too high": ([(X, Y)], {"k": 5}, ValueError, "k: 5 given; layer 'conv1' has 4 units"),
-    "k a fraction": ([(X, Y)], {"k": 0.5}, ValueError, r"k: 0\.5 given"),
+    "k zero": (
+        [(X, Y)],
+        {"k": 0},
+        ValueError,
+        "k for .*'conv1': 0 given; .* from 1 to 4",
+    ),
+    "k too high": (
+        [(X, Y)],
+        {"k": 5},
+        ValueError,
+        "k for .*'conv1': 5 given; .* from 1 to 4",
+    ),
+    "k a fraction": ([(X, Y)], {"k": 0.5}, ValueError, r"k .*: 0\.5 given"),
 }
 
 
@@ -523,7 +480,7 @@ def test_a_weight_that_is_nan_is_named(plain, batches, unchanged, name, scorer):
         (lambda m, x, y, layers: dict.fromkeys(layers, x.sum(0)), r"shape \(6,\) for 23 samples"),
         (lambda m, x, y, layers: dict.fromkeys(layers, x[:2]), r"shape \(2, 6\) for 23 samples"),
         (lambda m, x, y, layers: dict.fromkeys(layers, x[..., None]), r"shape \(23, 6, 1\) for"),
-        (lambda m, x, y, layers: dict.fromkeys(layers, nan_in(x)), "'first' are NaN or infinite"),
+        (lambda m, x, y, layers: dict.fromkeys(layers, nan_in(x)), "'first': NaN or infinite"),
     ],
 )
 def test_a_users_scorer_that_answers_wrongly_is_told_so(table, scorer, message):
@@ -534,22 +491,13 @@ def test_a_users_scorer_that_answers_wrongly_is_told_so(table, scorer, message):
 def test_a_users_scorer_may_change_the_model_it_is_given(norm, batches, unchanged):
     def rough(model, inputs, targets, layers):
         model.train()(inputs)
+        with torch.no_grad():
+            model.fc.weight.mul_(2)
         model.fc.weight.data = torch.zeros_like(model.fc.weight)
         model.body[0] = nn.Identity()
         del model.pool
         model.requires_grad_(False)
         model.register_forward_hook(print)
-        return {name: inputs.flatten(1) for name in layers}
-
-    check = unchanged(norm)
-    score_units(norm, batches, rough, layers="fc")
-    check()
-
-
-def test_a_users_scorer_may_write_into_the_weights(norm, batches, unchanged):
-    def rough(model, inputs, targets, layers):
-        with torch.no_grad():
-            model.fc.weight.mul_(2)
         return {name: inputs.flatten(1) for name in layers}
 
     check = unchanged(norm)

@@ -256,7 +256,7 @@ def test_files_that_are_damaged_lost_or_renamed_are_named(model, steps, tmp_path
 
 def test_repair_refuses_data_it_cannot_use(model, steps, tmp_path):
     train(model, steps, AmnesiacLog(tmp_path))
-    with pytest.raises(ValueError, match="only once"):
+    with pytest.raises(TypeError, match=r"^repair: .*only once"):
         amnesiac(model, tmp_path, forget=3, repair=iter(steps))
     with pytest.raises(ValueError, match="no samples to train on"):
         amnesiac(model, tmp_path, forget=3, repair=[(steps[0][0], torch.full((8,), 3))])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from xai_edit import NonFiniteError
+from xai_edit import LEACE, NonFiniteError
 from xai_edit.edits.head import collect_head_features, find_head, head_features
 
 
@@ -168,8 +168,10 @@ def test_the_attribute_is_kept_in_data_order(plain, batches, how):
 
 @pytest.mark.parametrize("length", [10, 199, 201])
 def test_an_attribute_vector_of_another_length_is_refused(plain, batches, length):
-    with pytest.raises(ValueError, match="spurious"):
+    with pytest.raises(ValueError, match=r"^attribute: .* values for .* samples"):
         collect_head_features(plain, batches, attribute=torch.zeros(length), with_attribute=True)
+    with pytest.raises(ValueError, match=r"^spurious: .* values for .* samples"):
+        LEACE().plan(plain, batches, spurious=torch.zeros(length))
 
 
 def test_a_buffer_that_the_loader_uses_again_does_not_reach_the_features():
@@ -193,14 +195,14 @@ def test_a_buffer_that_the_loader_uses_again_does_not_reach_the_features():
 def test_a_vector_with_features_is_checked_as_with_batches(inputs, vector):
     model = nn.Linear(6, 3)
     head = collect_head_features(model, [inputs[:3]])
-    with pytest.raises(ValueError, match="spurious"):
+    with pytest.raises(ValueError, match=r"^attribute: "):
         head_features(model, head, attribute=vector, with_attribute=True)
 
 
 def test_features_without_the_attribute_are_refused_where_it_is_needed(inputs):
     model = nn.Linear(6, 3)
     head = collect_head_features(model, [inputs])
-    with pytest.raises(ValueError, match="spurious: not given, and the features were collected"):
+    with pytest.raises(ValueError, match=r"^attribute: not given, and the features were collected"):
         head_features(model, head, with_attribute=True)
     assert head_features(model, head) is head
 

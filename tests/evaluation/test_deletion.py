@@ -7,13 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, auc
 
 import xai_edit as xe
-from xai_edit.datasets.papers import cifar10
 from xai_edit.evaluation.deletion import deletion_curve
-from xai_edit.models.papers import ResNet20
 
 SHARES = (0, 0.2, 0.5, 1)
 
@@ -224,8 +221,8 @@ def test_a_loader_and_a_dataset_are_read_anew_at_each_share(plain, batches):
         ({"shares": (0.1, 0.1)}, ValueError, "ascending"),
         ({"shares": (0.1,)}, ValueError, "two or more"),
         ({"shares": 0.1}, TypeError, "shares"),
-        ({"order": "best"}, ValueError, "order.*'most' or 'least'"),
-        ({"ranking": "layer"}, ValueError, "ranking.*'global' or 'local'"),
+        ({"order": "best"}, ValueError, "order.*'most', 'least'"),
+        ({"ranking": "layer"}, ValueError, "ranking.*'local', 'global'"),
         ({"target": 10}, ValueError, "class 10 is out of range"),
         ({"target": "label"}, ValueError, "target"),
     ],
@@ -244,8 +241,6 @@ def test_bad_data_is_refused(plain, norm, batches, unchanged):
     scores = scores_of(plain, ["fc1"])
     with pytest.raises(TypeError, match="only once"):
         deletion_curve(plain, iter(batches), scores)
-    with pytest.raises(TypeError, match="only once"):
-        deletion_curve(plain, (batch for batch in batches), scores)
     with pytest.raises(ValueError, match="no labels"):
         deletion_curve(plain, [x for x, _ in batches], scores)
     with pytest.raises(ValueError, match="no samples of class 4"):
@@ -279,33 +274,3 @@ def test_the_model_is_whole_again_when_the_data_fails_in_the_middle(plain, batch
     assert plain.training
     plain.eval()
     check()
-
-
-@pytest.mark.parametrize(
-    ("layer", "share", "fallen"), [("linear:input", 0.1, 0.4), ("layer3.1.conv1", 0.3, 0.25)]
-)
-def test_real_images_lose_the_class_to_lrp_and_not_to_chance(data_folder, layer, share, fallen):
-    folder = data_folder / "cifar10"
-    model = ResNet20()
-    model.load_state_dict(load_file(folder / "resnet20.safetensors"))
-    model.eval()
-    (images, labels), (unseen, unseen_labels) = (
-        next(iter(dataclasses.replace(cifar10(data_folder, split), batch_size=count)))
-        for split, count in (("train", 600), ("test", 500))
-    )
-    lost, chance, rest = [], [], []
-    for target in (1, 4, 8):
-        own = [(images[labels == target][:30], labels[labels == target][:30])]
-        keep = torch.cat(
-            [torch.nonzero(unseen_labels == k)[: 40 if k == target else 6, 0] for k in range(10)]
-        )
-        held_out = [(unseen[keep], unseen_labels[keep])]
-        for scorer, found in ((xe.LRP("epsilon"), lost), (xe.Random(target), chance)):
-            scores = xe.score_units(model, own, scorer, layers=layer, target=target)
-            curve = deletion_curve(model, held_out, scores, target=target, shares=(0, share))
-            assert curve.accuracy[0] > 0.85
-            found.append(curve.accuracy[0] - curve.accuracy[1])
-            if found is lost:
-                rest.append(curve.rest[0] - curve.rest[1])
-    assert np.mean(lost) > np.mean(chance) + fallen
-    assert np.mean(rest) < 0.1

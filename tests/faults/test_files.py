@@ -21,10 +21,12 @@ from safetensors import safe_open
 from torch import nn
 
 import xai_edit as xe
+from xai_edit import edit_files
+from xai_edit.baselines import recorder
 from xai_edit.baselines.recorder import INDEX
 from xai_edit.edits import edit as edits
 from xai_edit.edits import schedule
-from xai_edit.files import sealed, write_atomically, write_safetensors
+from xai_edit.files import read_sealed, sealed, write_atomically, write_safetensors
 from xai_edit.loading import load_model
 
 
@@ -97,8 +99,6 @@ class Checkpoint:
 
 KINDS = [Edit(), Subspaces(), Scores(), Checkpoint()]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
-# All that can happen to the bytes of an edit's file is in tests/edits/test_edit.py.
-other_kinds = pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: type(kind).__name__)
 
 
 @pytest.fixture
@@ -108,57 +108,6 @@ def path(tmp_path, kind):
 
 
 # Damaged and foreign files
-
-
-@other_kinds
-def test_a_file_cut_short_anywhere_is_refused_by_name(kind, path):
-    content = path.read_bytes()
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
-        with pytest.raises(kind.error, match=r"saved\.safetensors: "):
-            kind.load(path)
-    path.write_bytes(content)
-    kind.load(path)
-
-
-def refuses_any_bit_flipped(path, load, error=ValueError):
-    content = bytearray(path.read_bytes())
-    assert len(content) < 3000
-    for at in range(len(content)):
-        bit = 1 << at % 8
-        content[at] ^= bit
-        path.write_bytes(content)
-        with pytest.raises(error, match=re.escape(f"{path.name}: ")):
-            load()
-        content[at] ^= bit
-
-
-@other_kinds
-def test_a_file_with_any_bit_flipped_is_refused_by_name(kind, path):
-    refuses_any_bit_flipped(path, lambda: kind.load(path), kind.error)
-
-
-def test_patterns_with_any_bit_flipped_are_refused(tmp_path):
-    path = tmp_path / "patterns.safetensors"
-    xe.fit_patterns(small(), [torch.linspace(-1, 1, 16).view(8, 2)]).save(path)
-    xe.Patterns.load(path)
-    refuses_any_bit_flipped(path, lambda: xe.Patterns.load(path))
-
-
-def test_a_step_of_a_log_with_any_bit_flipped_is_refused(tmp_path):
-    log, model = xe.AmnesiacLog(tmp_path), small()
-    with log.recording(model, torch.tensor([0])):
-        model[0].weight.data += 1
-    (path,) = tmp_path.glob("step-*")
-    torch.testing.assert_close(log.updates(1)["0.weight"], torch.ones(3, 2))
-    refuses_any_bit_flipped(path, lambda: log.updates(1))
-
-
-@other_kinds
-def test_a_file_with_bytes_added_is_refused_by_name(kind, path):
-    path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(kind.error, match=r"saved\.safetensors: "):
-        kind.load(path)
 
 
 def changed(path, kind, header=None, tensors=None):
@@ -187,6 +136,84 @@ def test_a_file_of_another_kind_says_so(kind, path, tmp_path):
             other.save(tmp_path / "other")
             with pytest.raises(kind.error, match=f"other: .* but not of {kind.kind}"):
                 kind.load(tmp_path / "other")
+
+
+def features(path):
+    xe.collect_features(small(), [torch.ones(2, 2)], layer="0").save(path)
+
+
+def patterns(path):
+    xe.fit_patterns(small(), [torch.linspace(-1, 1, 16).view(8, 2)]).save(path)
+
+
+def log_step(path):
+    log, model = xe.AmnesiacLog(path.parent / "log"), small()
+    with log.recording(model, torch.tensor([0])):
+        model[0].weight.data += 1
+    shutil.copy(next(log.folder.glob("step-*")), path)
+
+
+WRITTEN = [  # the kind that files had from the beginning, what writes one, what reads it
+    ("xai_edit.edit", Edit().save, xe.ModelEdit.load),
+    ("xai_edit.subspaces", Subspaces().save, xe.Subspaces.load),
+    ("xai_edit.unit_scores", Scores().save, xe.UnitScores.load),
+    ("xai_edit.pruning", Checkpoint().save, Checkpoint().load),
+    ("xai_edit.features", features, xe.Features.load),
+    ("xai_edit.patterns", patterns, xe.Patterns.load),
+    ("xai_edit.amnesiac", log_step, lambda path: read_sealed(path, recorder.KIND, {"step": int})),
+]
+
+
+# All that can happen to the bytes of an edit's file is in tests/edits/test_edit.py; features have
+# no checksum, since they stay on the disk.
+SEALED_FILES = [one for one in WRITTEN if one[0] not in ("xai_edit.edit", "xai_edit.features")]
+
+
+@pytest.mark.parametrize(("kind", "write", "read"), SEALED_FILES, ids=[n[0] for n in SEALED_FILES])
+def test_a_damaged_file_is_refused_by_name(tmp_path, kind, write, read):
+    path = tmp_path / "saved.safetensors"
+    write(path)
+    read(path)
+    content = path.read_bytes()
+    assert len(content) < 3000
+    cut_short = [content[:length] for length in range(len(content))]
+    flipped = [bytearray(content) for _ in content]
+    for at, damaged in enumerate(flipped):
+        damaged[at] ^= 1 << at % 8
+    for damaged in (*cut_short, *flipped, content + b"\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"saved\.safetensors: "):
+            read(path)
+
+
+@pytest.mark.parametrize(("kind", "write", "read"), WRITTEN, ids=[one[0] for one in WRITTEN])
+def test_files_of_the_first_kinds_are_read(tmp_path, kind, write, read):
+    path = tmp_path / "file"
+    write(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        (header,) = file.metadata().values()
+    write_safetensors(path, tensors, kind, header)
+    read(path)
+
+
+@pytest.mark.parametrize("kind", ["xai_edit_weights", edit_files.KIND])
+def test_weights_of_the_first_and_the_present_kind_are_read(tmp_path, monkeypatch, kind):
+    (tmp_path / "of_a_user.py").write_text("from torch import nn\n\nmodel = nn.Linear(2, 2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = {"weight": torch.eye(2), "bias": torch.ones(2)}
+    write_safetensors(tmp_path / "w.safetensors", weights, kind, json.dumps({"applied": "edit"}))
+    model = load_model("of_a_user:model", weights=tmp_path / "w.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_all_kinds_follow_one_pattern():
+    package = Path(xe.__file__).parent
+    kinds = re.findall(
+        r'(?m)^KIND = "(.*)"$', "\n".join(file.read_text("utf-8") for file in package.rglob("*.py"))
+    )
+    assert len(kinds) >= len(WRITTEN)
+    assert [kind for kind in kinds if not re.fullmatch(r"xai_edit\.[a-z_]+", kind)] == []
 
 
 def test_a_file_of_another_model_is_refused_and_the_model_stays(tmp_path, unchanged):

@@ -1,4 +1,4 @@
-"""The relevance that flows through each weight of a layer."""
+"""``edge_relevance``: the relevance that flows through each weight of a layer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from xai_edit.attribution.fast import twin
 from xai_edit.attribution.layers import CONVOLUTIONS, first_tensor, resolve_layers
 from xai_edit.attribution.scorers import LRP
 from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
+from xai_edit.checks import require_type, whole_number
 from xai_edit.data import Data, batches, model_device
 from xai_edit.errors import UnknownLayerError
 from xai_edit.guard import preserved, require_finite
@@ -49,8 +50,7 @@ class EdgeRelevance:
     def top(self, layer: str, count: int) -> list[tuple[int, ...]]:
         """Return the indices of the weights with most relevance, most first."""
         values = self[layer]
-        if type(count) is not int or not 1 <= count <= values.numel():
-            raise ValueError(f"count: {count!r} given; {layer!r} has {values.numel()} weights")
+        count = whole_number(count, "count", least=1, most=values.numel())
         order = torch.argsort(values.flatten(), descending=True, stable=True)[:count]
         where = torch.unravel_index(order, values.shape)
         return list(zip(*(axis.tolist() for axis in where), strict=True))
@@ -93,10 +93,7 @@ def edge_relevance(
     UnknownLayerError, NonFiniteError, ValueError
         If a layer is unknown, has no weights or no rule, or the data or model is unfit.
     """
-    if not isinstance(scorer, LRP):
-        raise TypeError(
-            f"scorer: {scorer!r} given; edge relevance needs a rule, so an xai_edit.LRP"
-        )
+    require_type(scorer, LRP, "scorer", "edge relevance needs a rule, so an xai_edit.LRP")
     target = checked_target(target)
     names = resolve_layers(model, layers)
     require_finite(model)

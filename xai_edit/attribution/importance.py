@@ -15,11 +15,11 @@ from xai_edit.guard import copied
 
 
 class TorchPruningImportance:
-    """A score of Torch-Pruning for each channel, with those of other layers that it couples.
+    """Torch-Pruning's importance of each channel, with the channels coupled to it.
 
     Before it is called the gradients of the batch's cross-entropy loss are in the parameters, for
-    those such as ``GroupTaylorImportance`` that take them. A channel that has several in coupled
-    layers has its importance once: it is split among them.
+    those such as ``GroupTaylorImportance`` that take them. An importance is split evenly among the
+    coupled layers, so that it counts once.
 
     Parameters
     ----------

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from xai_edit.attribution.axes import decided_axes, unit_axes
 from xai_edit.attribution.captum_layer import CaptumLayer
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.layers import predict, resolve_layers
-from xai_edit.attribution.processes import all_reduced, failure_announced, several
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import (
     Target,
@@ -27,8 +26,17 @@ from xai_edit.attribution.targets import (
     describe_target,
     targets_of,
 )
-from xai_edit.data import Batch, Data, batches, model_device
-from xai_edit.errors import NonFiniteError, UnknownLayerError
+from xai_edit.checks import finite, fraction, one_of, require, whole_number
+from xai_edit.data import (
+    Batch,
+    Data,
+    batches,
+    gathered,
+    model_device,
+    several_ranks,
+    with_samples,
+)
+from xai_edit.errors import UnknownLayerError
 from xai_edit.files import read_sealed, sealed, write_safetensors
 from xai_edit.guard import preserved, require_finite
 
@@ -45,7 +53,7 @@ BUILT_IN = (LRP, CaptumLayer, Taylor, Activation, WeightMagnitude, Random)
 
 @dataclass(frozen=True, eq=False)
 class UnitScores:
-    """The relevance of every unit of some layers over a data set.
+    """The relevance of the units of some layers over a data set.
 
     Attributes
     ----------
@@ -57,9 +65,8 @@ class UnitScores:
         What was summed: the signed score of a sample, its absolute value or its positive part.
     counts : dict of Tensor
         Per layer how often each unit was among the ``k`` highest of a sample, int64, shape
-        (units,); empty where ``k`` was not asked for.
+        (units,); empty without ``k``.
     k : int or None
-        The k of ``counts``.
     origin : dict
         What the scores were made with, as JSON values.
     """
@@ -100,12 +107,11 @@ class UnitScores:
         ``by="count"`` orders by occurrence among the top k, ties by summed relevance; what is
         still tied keeps the order of the units.
         """
-        if by not in ("sum", "count"):
-            raise ValueError(f"by: {by!r} given; it is 'sum' or 'count'")
+        one_of(by, ("sum", "count"), "by")
         order = torch.argsort(self[layer], descending=True, stable=True)
         if by == "count":
-            if layer not in self.counts:
-                raise ValueError("by='count' needs occurrence counts; give k to score_units")
+            works = "it needs occurrence counts; give k to score_units"
+            require(layer in self.counts, "by", by, works)
             order = order[torch.argsort(self.counts[layer][order], descending=True, stable=True)]
         return order
 
@@ -117,18 +123,16 @@ class UnitScores:
         count: int | None = None,
         by: Literal["sum", "count"] = "sum",
     ) -> Tensor:
-        """Return the most relevant units, most relevant first.
+        """Return the first units of `rank`.
 
         Parameters
         ----------
         layer : str
-            A scored layer.
         share : float in (0, 1], optional
             Share of the layer's units, rounded, at least one.
         count : int, optional
             Number of units, instead of a share.
         by : {"sum", "count"}
-            See `rank`.
 
         Raises
         ------
@@ -137,12 +141,10 @@ class UnitScores:
         """
         order = self.rank(layer, by)
         if (share is None) == (count is None):
-            raise ValueError("give either share or count")
+            raise ValueError(f"share, count: {share} and {count} given; give one of them")
         if share is not None:
-            count = share_of(len(order), share)
-        if type(count) is not int or not 1 <= count <= len(order):
-            raise ValueError(f"count: {count} units asked for, the layer has {len(order)}")
-        return order[:count]
+            return order[: share_of(len(order), share)]
+        return order[: whole_number(count, "count", least=1, most=len(order))]
 
     def merge(self, other: UnitScores) -> UnitScores:
         """Return the scores over both data sets; two halves of one merge to the whole.
@@ -152,18 +154,8 @@ class UnitScores:
         ValueError
             If the two were not made alike.
         """
-        mine = (self.layers, self.aggregate, self.k, self.origin)
-        theirs = (other.layers, other.aggregate, other.k, other.origin)
-        if mine != theirs:
-            raise ValueError(f"scores made differently cannot be merged: {mine} and {theirs}")
-        return UnitScores(
-            {name: self.sums[name] + other.sums[name] for name in self.sums},
-            self.samples + other.samples,
-            self.aggregate,
-            {name: self.counts[name] + other.counts[name] for name in self.counts},
-            self.k,
-            self.origin,
-        )
+        trouble = "merge: scores {} and {} were made differently"
+        return _summed(with_samples({0: self, 1: other}, UnitScores._made, trouble))
 
     def all_reduce(self, group: ProcessGroup | None = None) -> UnitScores:
         """Return the scores over the data of all processes, the same bits on every rank.
@@ -171,17 +163,25 @@ class UnitScores:
         Parameters
         ----------
         group : ProcessGroup, optional
-            All processes of ``torch.distributed`` when left out; a single one has its scores back.
+            All processes of ``torch.distributed`` when left out. Without a process group the
+            scores are returned as they are.
 
         Raises
         ------
-        RuntimeError
-            If `score_units` failed on another rank, with its message, or a rank does not come
-            within the time given to ``init_process_group``.
         ValueError
             On every rank, if they scored differently or none has samples.
         """
-        return all_reduced(self, group)
+        trouble = "all_reduce: ranks {} and {} scored differently"
+        parts = with_samples(gathered(self, group), UnitScores._made, trouble)
+        # Scores of weights are no sum over samples: every rank has them whole.
+        return _summed(parts[:1] if self.origin.get("weights_only") else parts)
+
+    def _made(self) -> dict[str, Any]:
+        """Return what has to agree for scores to be added."""
+        made = {**self.origin, "aggregate": self.aggregate, "k": self.k}
+        if self.samples:  # else nothing that shows only in a forward pass
+            made["units"] = [(name, len(values)) for name, values in self.sums.items()]
+        return made
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically, with a checksum over all."""
@@ -231,22 +231,27 @@ class UnitScores:
         return "\n".join(rows)
 
 
+def _summed(parts: Sequence[UnitScores]) -> UnitScores:
+    """Return the sum of scores that were made alike, added in their order."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def total(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: reduce(torch.add, (one[name] for one in tensors)) for name in tensors[0]}
+
+    return replace(
+        parts[0],
+        sums=total([part.sums for part in parts]),
+        samples=sum(part.samples for part in parts),
+        counts=total([part.counts for part in parts]),
+    )
+
+
 def share_of(units: int, share: float) -> int:
-    """Return how many of ``units`` a share is: rounded, at least one.
-
-    Raises
-    ------
-    ValueError
-        If the share is outside (0, 1].
-    """
-    number = float(share) if isinstance(share, SupportsFloat) else math.nan
-    if isinstance(share, bool) or not 0 < number <= 1:
-        percent = "; is it in percent?" if number > 1 else ""
-        raise ValueError(f"share: {share!r} given; it is a fraction in (0, 1]{percent}")
-    return max(1, round(units * number))
+    """Return how many of ``units`` a share in (0, 1] is: rounded, at least one."""
+    return max(1, round(units * fraction(share, "share")))
 
 
-@failure_announced()
 def score_units(
     model: nn.Module,
     data: Data | None,
@@ -300,8 +305,7 @@ def score_units(
             f"scorer: {scorer!r} given; wrap a composite as xai_edit.LRP(EpsilonPlus()), a Captum "
             "method as xai_edit.CaptumLayer(LayerConductance), or give a function"
         )
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate: {aggregate!r} given; it is one of {AGGREGATES}")
+    one_of(aggregate, AGGREGATES, "aggregate")
     names = resolve_layers(model, layers)
     require_finite(model)
     origin: dict[str, Any] = {"scorer": describe(scorer), "target": describe_target(target)}
@@ -329,7 +333,7 @@ def score_units(
         else:
             with ExitStack() as session:
                 score: Callable[[Batch], Mapping[str, Tensor]] | None = None
-                for batch in batches(data, model_device(model), may_be_empty=several()):
+                for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                     if score is None:
                         analysis = None
                         if layers is None:  # without what rests, sees no sample or leads nowhere
@@ -383,14 +387,11 @@ def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
             f"scorer: layer {name!r} has scores of shape {tuple(values.shape)} for {samples} "
             "samples; expected (samples, units)"
         )
-    if not torch.isfinite(values).all():
-        raise NonFiniteError(f"scorer: scores of layer {name!r} are NaN or infinite")
-    return values
+    return finite(values, f"scorer: scores of layer {name!r}")
 
 
 def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
-    if type(k) is not int or not 1 <= k <= values.shape[1]:
-        raise ValueError(f"k: {k} given; layer {name!r} has {values.shape[1]} units")
+    whole_number(k, f"k for layer {name!r}", least=1, most=values.shape[1])
     # Stable, so that units tied within a sample are taken in their order on every machine.
     top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
     return torch.bincount(top.flatten(), minlength=values.shape[1])

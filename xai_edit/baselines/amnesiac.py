@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from xai_edit.baselines.recorder import AmnesiacLog, layout_of, require_same, steps_up_to
-from xai_edit.baselines.samples import Remaining, forgotten, listed, require_readable_again
+from xai_edit.baselines.samples import Remaining, forgotten, listed
 from xai_edit.baselines.training import Unlearned, fine_tuned, unlearned
+from xai_edit.checks import readable_again
 from xai_edit.data import Batch, Data, model_device
 from xai_edit.guard import copied, require_finite
 from xai_edit.resources import measured
@@ -77,7 +78,7 @@ def amnesiac(
         require_finite(made)
         origin = {"forget": classes, "steps": len(steps), "undone": len(undone)}
         if repair is not None:
-            require_readable_again(repair)
+            readable_again(repair, "training", "repair")
             _, outputs, _ = forgotten(made, repair, classes)
             data = Remaining(
                 repair, classes, outputs=outputs, device=model_device(made), batch_size=batch_size

@@ -14,10 +14,10 @@ from xai_edit.baselines.samples import (
     class_samples,
     forgotten,
     labelled,
-    require_readable_again,
     shuffled,
 )
 from xai_edit.baselines.training import Unlearned, built, fine_tuned, seeded, unlearned
+from xai_edit.checks import readable_again
 from xai_edit.data import Batch, Data, model_device
 from xai_edit.guard import require_finite
 from xai_edit.resources import measured
@@ -56,13 +56,14 @@ def retrain(
     Raises
     ------
     ValueError
-        If the data has no labels, no sample of a class of ``forget`` or no others, or can be read
-        only once.
+        If the data has no labels, no sample of a class of ``forget`` or no others.
+    TypeError
+        If the data can be read only once.
     NonFiniteError
         If the trained weights are not finite.
     """
     with measured() as cost, seeded(seed), torch.inference_mode(False):
-        require_readable_again(data)
+        readable_again(data, "training")
         if not callable(train):
             raise TypeError(f"train: {train!r} given; give a function of a network and its batches")
         model = built(build)
@@ -112,12 +113,14 @@ def random_labels(
     ------
     ValueError
         If a class is out of range or has no samples, no class or no other sample is left, or the
-        data has no labels or can be read only once.
+        data has no labels.
+    TypeError
+        If the data can be read only once.
     NonFiniteError
         If the loss or a weight is no longer finite.
     """
     with measured() as cost, seeded(seed), torch.inference_mode(False):
-        require_readable_again(data)
+        readable_again(data, "training")
         chosen = class_samples(model, data, forget)
         if chosen.others == 0:
             raise ValueError("data: only samples of the classes to forget; others are needed too")

@@ -91,7 +91,9 @@ class LastLayerRetraining:
             If a class has no samples, the last layer has no bias, or a group has only one sample
             where the strength is tuned.
         """
-        head = head_features(model, data, attribute=spurious, with_attribute=True)
+        head = head_features(
+            model, data, attribute=spurious, with_attribute=True, attribute_name="spurious"
+        )
         labels = head.require_labels()
         if len(labels.unique()) < head.classes or head.classes < 2:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from xai_edit.attribution.layers import predict
 from xai_edit.attribution.targets import check_classes, class_list
+from xai_edit.checks import readable_again
 from xai_edit.data import Batch, Data, batches, model_device, peek
 from xai_edit.guard import preserved
 
@@ -153,15 +154,6 @@ def is_read_once(data: Data) -> bool:
     return isinstance(data, Iterator)
 
 
-def require_readable_again(data: Data) -> None:
-    """Raise ValueError if ``data`` is an iterator, which can be read only once."""
-    if is_read_once(data):
-        raise ValueError(
-            f"data: a {type(data).__name__} can be read only once, and training reads it again; "
-            "give a list, a DataLoader or a Dataset"
-        )
-
-
 def shuffled(data: Data, batch_size: int) -> Data:
     """Return a loader that shuffles a ``Dataset``; batches are returned as they are."""
     if isinstance(data, Dataset):
@@ -190,7 +182,9 @@ class Remaining(Iterable[tuple[Tensor, ...]]):
     Raises
     ------
     ValueError
-        If the data can be read only once; while reading, if it has no labels.
+        While reading, if the data has no labels.
+    TypeError
+        If the data can be read only once.
     """
 
     def __init__(
@@ -202,7 +196,7 @@ class Remaining(Iterable[tuple[Tensor, ...]]):
         device: torch.device,
         batch_size: int,
     ) -> None:
-        require_readable_again(data)
+        readable_again(data, "training")
         self.data = shuffled(data, batch_size)
         self.classes, self.outputs, self.device = list(classes), outputs, device
 

@@ -15,7 +15,6 @@ from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.canonizers import same_logits
 from xai_edit.attribution.contexts import ContextGather, Take
 from xai_edit.attribution.layers import resolve_layers, run, tapped
-from xai_edit.attribution.processes import failure_announced, several
 from xai_edit.attribution.scorers import LRP, describe
 from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
 from xai_edit.concepts.features import Features
@@ -29,13 +28,13 @@ from xai_edit.data import (
     batches,
     check_length,
     model_device,
+    several_ranks,
     together,
 )
 from xai_edit.files import clear_parts, part_of, require_folder
 from xai_edit.guard import preserved, require_finite
 
 
-@failure_announced()
 def collect_features(
     model: nn.Module,
     data: Data,
@@ -111,7 +110,7 @@ def collect_features(
         new_rows = stack.enter_context(_rows(on_disk))
         with preserved(model), ExitStack() as session:
             vectors_of: Callable[[Batch], dict[str, Tensor]] | None = None
-            for batch in batches(data, model_device(model), may_be_empty=several()):
+            for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                 if vectors_of is None:
                     axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
                     taken_at = functools.partial(draw, axis=axis)
@@ -129,10 +128,12 @@ def collect_features(
                         vectors[name] = new_rows(name)
                     vectors[name].append(taken.flatten(0, 1))
                 labels.append(batch.labels)
-                given = spurious is not None or batch.groups is not None
-                attributes.append(attribute_of(spurious, batch, samples) if given else None)
+                attribute = None
+                if spurious is not None or batch.groups is not None:
+                    attribute = attribute_of(spurious, batch, samples, "spurious")
+                attributes.append(attribute)
                 samples += len(batch)
-        check_length(spurious, samples)
+        check_length(spurious, samples, "spurious")
         if not samples:  # on one of several ranks
             return Features(torch.empty(0, 0), origin=origin)
         features = Features(

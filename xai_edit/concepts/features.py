@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xai_edit.attribution.processes import NO_SAMPLES, gathered, require_alike, several
+from xai_edit.data import gathered, several_ranks, with_samples
 from xai_edit.errors import NonFiniteError
 from xai_edit.files import read_header, read_safetensors, write_safetensors
 
@@ -162,12 +162,10 @@ class Features:
         ValueError
             If the two were not collected alike.
         """
-        filled = {place: one for place, one in enumerate([self, other]) if one.samples}
-        if not filled:
+        if not self.samples + other.samples:
             return self
-        made = {0: self._made(), 1: other._made()}
-        require_alike(made, "merge: features {} and {} were collected differently", [*filled])
-        return _joined([*filled.values()])
+        trouble = "merge: features {} and {} were collected differently"
+        return _joined(with_samples({0: self, 1: other}, Features._made, trouble))
 
     def all_reduce(self, group: ProcessGroup | None = None) -> Features:
         """Return the features of all processes' data, the same on every rank, in memory.
@@ -177,24 +175,17 @@ class Features:
         Parameters
         ----------
         group : ProcessGroup, optional
-            All processes of ``torch.distributed`` when left out; a single one has its features
-            back.
+            All processes of ``torch.distributed`` when left out. Without a process group the
+            features are returned as they are.
 
         Raises
         ------
-        RuntimeError
-            If `collect_features` failed on another rank, with its message, or a rank does not come
-            within the time given to ``init_process_group``.
         ValueError
             On every rank, if they collected differently or none has samples.
         """
-        parts = gathered(self._alone() if several() else self, group)
-        filled = {rank: part for rank, part in parts.items() if part.samples}
-        if not filled:
-            raise ValueError(NO_SAMPLES)
-        made = {rank: part._made() for rank, part in parts.items()}
-        require_alike(made, "all_reduce: ranks {} and {} collected differently", [*filled])
-        return _joined([*filled.values()])
+        parts = gathered(self._alone() if several_ranks() else self, group)
+        trouble = "all_reduce: ranks {} and {} collected differently"
+        return _joined(with_samples(parts, Features._made, trouble))
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically; memory-mapped features stay out of memory."""

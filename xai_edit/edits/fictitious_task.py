@@ -179,7 +179,9 @@ def _collected(
 ) -> tuple[HeadFeatures, HeadFeatures]:
     if spurious is not None and not callable(spurious):
         spurious = torch.as_tensor(spurious)
-    head = head_features(model, data, attribute=spurious, with_attribute=True)
+    head = head_features(
+        model, data, attribute=spurious, with_attribute=True, attribute_name="spurious"
+    )
     if validation is None:
         return head, head
     if isinstance(validation, HeadFeatures):
@@ -193,7 +195,9 @@ def _collected(
                 "validation: needs the feature as its third element, since the vector given as "
                 "spurious counts the samples of data"
             )
-    return head, head_features(model, validation, attribute=own, with_attribute=True)
+    return head, head_features(
+        model, validation, attribute=own, with_attribute=True, attribute_name="spurious"
+    )
 
 
 def _checked(attribute: Tensor | None, name: str = "spurious", *, fewest: int = 2) -> Tensor:

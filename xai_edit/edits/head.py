@@ -125,6 +125,13 @@ def collect_head_features(
     ValueError
         If the model's output is not that of a linear layer, or the data does not fit.
     """
+    return _collected(model, data, attribute, with_attribute, "attribute")
+
+
+def _collected(
+    model: nn.Module, data: Data, attribute: Attribute, with_attribute: bool, name: str
+) -> HeadFeatures:
+    """Collect the features; ``name`` is that of the attribute in error messages."""
     require_finite(model)
     features: list[Tensor] = []
     labels: list[Tensor | None] = []
@@ -137,9 +144,10 @@ def collect_head_features(
             layer = last.name_for(output)
             features.append(last.inputs.cpu())
             labels.append(batch.labels)
-            attributes.append(attribute_of(attribute, batch, samples) if with_attribute else None)
+            known = attribute_of(attribute, batch, samples, name) if with_attribute else None
+            attributes.append(known)
             samples += len(batch)
-    check_length(attribute, samples)
+    check_length(attribute, samples, name)
     head = _linear(model, layer)
     return HeadFeatures(
         layer,
@@ -158,10 +166,12 @@ def head_features(
     attribute: Attribute = None,
     with_attribute: bool = False,
     name: str = "data",
+    attribute_name: str = "attribute",
 ) -> HeadFeatures:
     """Return ``data`` where it is features of this model, else collect them.
 
-    Arguments as for `collect_head_features`; ``name`` is that of ``data`` in error messages.
+    Arguments as for `collect_head_features`; ``name`` and ``attribute_name`` are those of ``data``
+    and ``attribute`` in error messages.
 
     Raises
     ------
@@ -172,9 +182,7 @@ def head_features(
         If a feature is NaN or infinite.
     """
     if not isinstance(data, HeadFeatures):
-        return collect_head_features(
-            model, data, attribute=attribute, with_attribute=with_attribute
-        )
+        return _collected(model, data, attribute, with_attribute, attribute_name)
     parameters = dict(model.named_parameters())
     for kind, kept in (("weight", data.weight), ("bias", data.bias)):
         own = parameters.get(data.parameter(kind))
@@ -193,17 +201,18 @@ def head_features(
     if attribute is None:
         if data.attribute is None:
             raise ValueError(
-                "spurious: not given, and the features were collected without it; give a vector, "
-                "or collect them with with_attribute=True"
+                f"{attribute_name}: not given, and the features were collected without it; give a "
+                "vector, or collect them with with_attribute=True"
             )
         return data
     if callable(attribute):
         raise ValueError(
-            "spurious: a function of the inputs was given with features, which keep no inputs; "
-            "give it to collect_head_features"
+            f"{attribute_name}: a function of the inputs was given with features, which keep no "
+            "inputs; give it to collect_head_features"
         )
-    check_length(attribute, len(data.features))
-    return replace(data, attribute=attribute_of(attribute, Batch(data.features), 0))
+    check_length(attribute, len(data.features), attribute_name)
+    known = attribute_of(attribute, Batch(data.features), 0, attribute_name)
+    return replace(data, attribute=known)
 
 
 def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:

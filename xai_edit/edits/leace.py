@@ -72,7 +72,9 @@ class LEACE:
         """
         from sklearn.covariance import ledoit_wolf
 
-        head = head_features(model, data, attribute=spurious, with_attribute=True)
+        head = head_features(
+            model, data, attribute=spurious, with_attribute=True, attribute_name="spurious"
+        )
         if head.bias is None:
             raise ValueError(f"model: the last layer {head.layer!r} has no bias")
         assert head.attribute is not None  # asked for above

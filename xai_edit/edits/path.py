@@ -15,7 +15,8 @@ from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import class_list
 from xai_edit.attribution.trace import following_batch_norms
 from xai_edit.attribution.units import UnitScores, score_units, share_of
-from xai_edit.data import Data, batches, model_device, peek, require_several_passes
+from xai_edit.checks import readable_again
+from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.edits.edit import ModelEdit, versions
 from xai_edit.edits.head import HeadFeatures, find_head
 from xai_edit.edits.share_sweep import Counts, Path, ShareSweep, sweep
@@ -331,7 +332,7 @@ class _Samples:
 
     def __init__(self, data: Data, target: int, device: torch.device, several: bool) -> None:
         if several:
-            require_several_passes(data, "planning for several classes")
+            readable_again(data, "planning for several classes")
         self.data, self.target, self.device, self.several = data, target, device, several
         self.seen = self.right = 0
         self.labelled = False

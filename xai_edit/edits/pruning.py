@@ -16,13 +16,14 @@ from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import Target, describe_target
 from xai_edit.attribution.trace import following_batch_norms, last_weighted
 from xai_edit.attribution.units import UnitScores, score_units, share_of
+from xai_edit.checks import readable_again
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.choosing import choose_spurious
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.data import Data, model_device, peek, require_several_passes
+from xai_edit.data import Data, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.ranking import Prunable, Ranking, prunable
 from xai_edit.edits.schedule import FineTune, Schedule, pruned
@@ -330,7 +331,7 @@ def _prepared(
             "as xai_edit.FineTuning(data)"
         )
     if operator.steps > 1:
-        require_several_passes(data, f"pruning in {operator.steps} steps")
+        readable_again(data, f"pruning in {operator.steps} steps")
     first, whole = peek(data, model_device(model))
     layers = _layers(model, operator.layers, first.inputs[:1])
     groups = channel_groups(model, first.inputs[:1])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.layers import INPUT_SUFFIX, predict
 from xai_edit.attribution.targets import check_classes
-from xai_edit.data import Data, batches, model_device, require_several_passes
+from xai_edit.checks import readable_again
+from xai_edit.data import Data, batches, model_device
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import HeadFeatures, collect_head_features
 from xai_edit.guard import preserved
@@ -165,7 +166,7 @@ def sweep(
 
 def _from_passes(model: nn.Module, path: Path, data: Data, target: int) -> Measure:
     """Measure by a pass over the data each time."""
-    require_several_passes(data, "a sweep over shares")
+    readable_again(data, "a sweep over shares")
 
     def measure(counts: Counts) -> tuple[Tensor, Tensor]:
         right = samples = torch.zeros(2, dtype=torch.float64)

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from xai_edit.checks import fraction, whole_number
+
 Interval: TypeAlias = tuple[float, float]
 """The lower and the upper end."""
 
@@ -18,11 +20,9 @@ CONFIDENCE, RESAMPLES, SEED = 0.95, 2000, 0
 
 def check_bootstrap(confidence: float, resamples: int, seed: int) -> None:
     """Raise ValueError unless an interval can be had with these."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: {confidence!r} given; it is a fraction between 0 and 1")
-    for name, number, least in (("resamples", resamples, 1), ("seed", seed, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"{name}: {number!r} given; it is a whole number from {least}")
+    fraction(confidence, "confidence", one=False)
+    whole_number(resamples, "resamples", least=1)
+    whole_number(seed, "seed")
 
 
 def resampled_shares(

@@ -1,4 +1,4 @@
-"""Do scorers rank alike? Rank correlation, overlap of the top share, deletion curves, maps."""
+"""How alike scorers rank units: rank correlation, overlap of the top share, deletion curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import Target, checked_target
 from xai_edit.attribution.trace import last_weighted
 from xai_edit.attribution.units import Aggregate, UnitScores, score_units, share_of
-from xai_edit.data import Data, batches, model_device, peek, require_several_passes
+from xai_edit.checks import distinct, fraction, readable_again
+from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.errors import UnknownLayerError
 from xai_edit.evaluation.deletion import (
     DeletionCurve,
@@ -36,13 +37,13 @@ class Comparison:
     scores : dict of UnitScores
         By the scorers' names, in the order of all rows and columns.
     share : float
-        The top share whose overlap is told.
+        The top share of units that ``overlap`` compares.
     rank_correlation : dict of Tensor
         Per layer Spearman's correlation of each two scorers, float64, shape (scorers, scorers).
-        NaN where one of them gives all units the same score, and so ranks nothing.
+        NaN where one of them gives all units the same score.
     overlap : dict of Tensor
-        Per layer the share of its top units that each two scorers have in common; shape and NaN
-        as above. Unrelated rankings have about ``share`` in common.
+        Per layer the share of top units that each two scorers have in common, as above; about
+        ``share`` for unrelated rankings.
     deletion : dict of dict of DeletionCurve
         Per layer but the output, by name; empty where no curve was asked for.
     """
@@ -116,13 +117,13 @@ def compare_scorers(
     model : nn.Module
         A classifier. Left exactly as it was.
     data : iterable or Dataset, or None
-        One pass: each batch goes to every scorer. Where ``target`` is a class, give samples of it.
+        Read once: each batch goes to every scorer. Where ``target`` is a class, give samples of it.
     scorers : mapping or sequence
         Name → scorer, or scorers under their own names; ``"epsilon"`` is ``LRP("epsilon")``.
     layers, target, aggregate
         As for `score_units`.
     share : float in (0, 1]
-        The top share of each layer whose overlap is told.
+        The top share of each layer that is compared.
     deletion : sequence of float, optional
         Shares of a deletion curve for each scorer; needs ``held_out``.
     deletion_layers : sequence of str, optional
@@ -136,14 +137,14 @@ def compare_scorers(
         On bad input; the model is as it was.
     """
     named = named_scorers(scorers)
-    share_of(1, share)
+    fraction(share, "share")
     known = resolve_layers(model, layers)
     target = checked_target(target)
     if (deletion is None) != (held_out is None) or (deletion is None and deletion_layers):
         raise ValueError("deletion: a curve needs its shares and held_out data; give both or none")
     shares = () if deletion is None else checked_shares(deletion)
     if held_out is not None:
-        require_several_passes(held_out, "a curve")  # before the long part
+        readable_again(held_out, "a curve", "held_out")  # before the long part
     chosen = None if deletion_layers is None else resolve_layers(model, deletion_layers)
     for name in chosen or ():
         if name not in known:
@@ -187,7 +188,7 @@ def top_overlap(rows: Tensor, share: float) -> Tensor:
 
 
 def named_scorers(scorers: Scorers) -> dict[str, Scorer]:
-    """Return the scorers by name, or raise where there are none or two of one name."""
+    """Return the scorers by name; raise where there are none or two of one name."""
     if isinstance(scorers, str) or not isinstance(scorers, (Mapping, Sequence)):
         raise TypeError(f"scorers: {scorers!r} given; give several in a list, or name → scorer")
     if isinstance(scorers, Mapping):
@@ -195,8 +196,7 @@ def named_scorers(scorers: Scorers) -> dict[str, Scorer]:
     else:
         pairs = [(one if isinstance(one, str) else describe(one), one) for one in scorers]
     names = [name for name, _ in pairs]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"scorers: {names} given; give one or more, each under its own name")
+    distinct(names, "scorers", "give one or more, each under its own name")
     return {name: LRP(one) if isinstance(one, str) else one for name, one in pairs}
 
 

@@ -1,4 +1,4 @@
-"""Deletion curves: what a ranking of units is worth, shown by switching units off."""
+"""Deletion curves: accuracy while the highest-ranked units are switched off."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.criteria import unit_weights
 from xai_edit.attribution.layers import predict, resolve_layers
-from xai_edit.attribution.targets import check_classes, class_list
+from xai_edit.attribution.targets import class_list
 from xai_edit.attribution.trace import following_batch_norms, last_weighted
 from xai_edit.attribution.units import UnitScores, share_of
-from xai_edit.data import Data, batches, model_device, peek, require_several_passes
+from xai_edit.checks import (
+    fraction,
+    in_range,
+    one_of,
+    readable_again,
+    require,
+    require_type,
+    with_labels,
+)
+from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.silence import silencing_entries
 from xai_edit.guard import preserved
@@ -26,10 +35,10 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 @dataclass(frozen=True)
 class DeletionCurve:
-    """What a model still does while more and more of its units are switched off.
+    """Accuracy, logit and probability while more and more units are switched off.
 
-    Where the most relevant units go first, a good ranking makes ``accuracy`` and ``logit`` fall
-    early and, if it was made for one class, leaves ``rest`` where it was.
+    A good ranking makes ``accuracy`` and ``logit`` fall early where the most relevant units go
+    first, and leaves ``rest`` where it was if it is of one class.
 
     Attributes
     ----------
@@ -37,7 +46,6 @@ class DeletionCurve:
     target : int or None
         The class whose samples are measured; None for all samples.
     order, ranking : str
-        As for `deletion_curve`.
     shares, units : tuple of float, tuple of int
         The share and the number of units that are off.
     accuracy, logit, probability : tuple of float
@@ -81,7 +89,7 @@ def deletion_curve(
     order: Literal["most", "least"] = "most",
     ranking: Literal["local", "global"] = "local",
 ) -> DeletionCurve:
-    """Switch off the top share of units, at several shares, and measure what is left.
+    """Switch off the top units, at several shares, and measure accuracy, logit and probability.
 
     Samek et al. 2017, *Evaluating the visualization of what a deep neural network has learned*,
     with units in the place of pixels. A unit is off when its incoming weights and its bias are
@@ -113,11 +121,9 @@ def deletion_curve(
         On bad input, among it data that can be read only once; the model is as it was.
     """
     shares = checked_shares(shares)
-    if order not in ("most", "least"):
-        raise ValueError(f"order: {order!r} given; it is 'most' or 'least'")
-    if ranking not in ("local", "global"):
-        raise ValueError(f"ranking: {ranking!r} given; it is 'global' or 'local'")
-    require_several_passes(data, "a curve")
+    one_of(order, ("most", "least"), "order")
+    one_of(ranking, ("local", "global"), "ranking")
+    readable_again(data, "a curve")
     sample = peek(data, model_device(model))[0].inputs[:1]
     if target is not None:
         with preserved(model), torch.no_grad():
@@ -145,15 +151,11 @@ def deletion_curve(
 
 def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
     """Return the shares of a curve as plain numbers, or raise ValueError."""
-    if not isinstance(shares, Iterable):
-        raise TypeError(f"shares: {shares!r} given; give two or more, ascending")
-    given = tuple(shares)
-    for share in given:
-        if share != 0:
-            share_of(1, share)
-    listed = tuple(map(float, given))
-    if len(listed) < 2 or any(left >= right for left, right in pairwise(listed)):
-        raise ValueError(f"shares: {listed} given; give two or more, ascending")
+    works = "give two or more, ascending"
+    require_type(shares, Iterable, "shares", works)
+    listed = tuple(fraction(share, "shares", zero=True) for share in shares)
+    rising = all(left < right for left, right in pairwise(listed))
+    require(len(listed) > 1 and rising, "shares", listed, works)
     return listed
 
 
@@ -199,10 +201,8 @@ def _measure(
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             logits = predict(model, batch.inputs).cpu().double()
-            if batch.labels is None:
-                raise ValueError("data: has no labels; give (input, label) batches")
-            labels = batch.labels.cpu()
-            check_classes(labels, logits.shape[1], "labels")
+            labels = with_labels(batch.labels).cpu()
+            in_range(labels, logits.shape[1], "labels")
             right, at = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
             rows = [torch.ones_like(right), right, logits[at], logits.softmax(1)[at]]
             figures = torch.stack([row.double() for row in rows])  # (4, samples)

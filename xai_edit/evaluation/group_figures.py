@@ -86,7 +86,8 @@ class Accuracy:
     def __post_init__(self) -> None:
         if self.train_samples is None:
             return
-        check_train_samples(self.train_samples, len(self.samples))
+        counts = check_train_samples(self.train_samples, len(self.samples))
+        object.__setattr__(self, "train_samples", counts)
         unseen = self._padded_train_samples()
         unseen[:, : self.samples.shape[1]][self.samples > 0] = 0
         for label, attribute in unseen.nonzero().tolist():
@@ -324,15 +325,21 @@ class Accuracy:
         return torch.nn.functional.pad(self.train_samples.long().cpu(), (0, missing))
 
 
-def check_train_samples(counts: Tensor, classes: int | None = None) -> None:
-    """Raise ValueError unless these are numbers of samples by class and attribute.
+def check_train_samples(given: Any, classes: int | None = None) -> Tensor:
+    """Return numbers of samples by class and attribute as a tensor; raise ValueError otherwise.
 
     Parameters
     ----------
-    counts : Tensor
+    given : Tensor, array or nested lists
     classes : int, optional
         How many there must be, where that is known.
     """
+    try:
+        counts: Tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise ValueError(
+            f"train_samples: {given!r} given; give one number a group ({problem})"
+        ) from None
     shape = tuple(counts.shape)
     if len(shape) != 2 or (classes is not None and shape[0] != classes):
         raise ValueError(
@@ -343,6 +350,7 @@ def check_train_samples(counts: Tensor, classes: int | None = None) -> None:
             f"train_samples: {counts.flatten()[:5].tolist()} … given; give whole numbers of "
             "samples, such as evaluate_groups(model, training_data).samples"
         )
+    return counts
 
 
 def _row(text: str, cells: list[str]) -> str:

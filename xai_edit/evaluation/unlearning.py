@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import NoneType
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.layers import predict
 from xai_edit.attribution.targets import class_list
+from xai_edit.checks import readable_again
 from xai_edit.data import Data, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.evaluation.membership import forgetting_rates
@@ -99,8 +100,8 @@ def evaluate_unlearning(
         If an argument is of another kind, among it data that can be read only once.
     """
     steps, seed = checked_steps(relearn), operator.index(seed)
-    _refuse_single_use(train, "train")
-    _refuse_single_use(test, "test")
+    readable_again(train, "the evaluation", "train")
+    readable_again(test, "the evaluation", "test")
     if not isinstance(retrained, (nn.Module, NoneType)):
         raise TypeError(f"retrained: {type(retrained).__name__} given; give the retrained network")
     parts: dict[str, Cost] = {}
@@ -220,14 +221,6 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     mixed, own = torch.special.entr((p + q) / 2), torch.special.entr(p) + torch.special.entr(q)
     divergence: Tensor = mixed.sum(1) - own.sum(1) / 2
     return divergence.clamp(min=0)  # rounding may take equal rows below it
-
-
-def _refuse_single_use(data: Data, split: str) -> None:
-    if isinstance(data, Iterator):
-        raise TypeError(
-            f"{split}: a {type(data).__name__} can be read only once, and the data is read more "
-            "than once; give a list of batches, a DataLoader or a Dataset"
-        )
 
 
 def _edited(model: nn.Module, edit: ModelEdit | nn.Module) -> nn.Module:

@@ -27,9 +27,9 @@ class Example:
         Four samples or more.
     labels : Tensor, int64, shape (samples,)
     layers : sequence of str
-        Which are scored, in the order in which they run.
+        Layers to score, in the order in which they run.
     groups : Tensor, int64, shape (samples,), optional
-        Which samples have a spurious feature; the third element of the batches an operator gets.
+        1 where a sample has a spurious feature; the third element of an operator's batches.
     """
 
     model: nn.Module
@@ -45,7 +45,7 @@ class Example:
 
 
 class Network(nn.Module):
-    """What makes trouble in few layers: a batch norm, in-place ReLUs, pooling and dropout."""
+    """Few layers that hold much: a batch norm, in-place ReLUs, pooling and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,13 +74,8 @@ def small_example(dtype: torch.dtype = torch.float32) -> Example:
     """Return a network of the layers conv1, conv2, fc1 and head, and 96 images of four classes.
 
     An image, (1, 8, 8), is noise with a bright square in the quarter of its class. Half of each
-    class have a mark in the corner, the spurious feature. The network was trained, in less than a
-    second when it is first asked for, on images of which all of class 0 have it and no others.
-
-    Parameters
-    ----------
-    dtype : torch.dtype
-        Of the network and the images.
+    class have a mark in the corner, the spurious feature. The first call trains the network, in
+    less than a second, on images of which all of class 0 have the mark and no others.
     """
     model, images, labels, marked = _trained()
     return Example(

@@ -1,10 +1,11 @@
-"""What may not change while a scorer or an operator works: the model, the data, the process."""
+"""The state that a scorer or an operator must leave: of the model, the data and the process."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,19 @@ from torch import Tensor, nn
 from xai_edit.attribution.layers import layer_module
 from xai_edit.testing.example import Example
 
-# Attributes of a module that are looked at otherwise; the last stays when a hook is removed.
-LOOKED_AT = ("training", "_parameters", "_buffers", "_modules", "_is_full_backward_hook")
-PLAIN = (int, float, str, bytes, type(None))
+# Attributes of a module that are compared by themselves; the last stays when a hook is removed.
+COMPARED = ("training", "_parameters", "_buffers", "_modules", "_is_full_backward_hook")
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class Fuse:
-    """Counts what happens and raises once, at the time given; a deep copy of it is itself."""
+    """A function that counts its calls and raises at one of them; a deep copy of it is itself."""
 
     def __init__(self, at: int | None = None) -> None:
         self.at, self.count, self.blown = at, 0, False
 
     def __call__(self, *_: object) -> None:
-        """Count one more; as a hook it changes nothing."""
+        """Count one more call; as a hook it changes nothing."""
         self.count += 1
         if self.count == self.at:
             self.blown = True
@@ -37,23 +38,14 @@ class Fuse:
 
 
 def times(count: int) -> list[int]:
-    """Return at which of several times to raise: the first two, one in the middle, the last."""
+    """Return at which of several calls to raise: the first two, one in the middle, the last."""
     return sorted({1, 2, count // 2 + 1, count} & set(range(1, count + 1)))
 
 
 def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Module:
-    """Return a copy of the example's model as users have them.
+    """Return a copy of the example's model with hooks, gradients and a frozen parameter.
 
-    It has hooks of its user's, gradients of an earlier step and a frozen parameter.
-
-    Parameters
-    ----------
-    example : Example
-        What to copy the model of.
-    fuse : Fuse
-        Called in each forward pass, before the last of the example's layers.
-    training : bool
-        In training mode.
+    The fuse is called in each forward pass, before the last of the example's layers.
     """
     model = deepcopy(example.model).train(training)
     last = layer_module(model, example.layers[-1])
@@ -69,27 +61,16 @@ def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Modu
 def watched(
     model: nn.Module, data: Iterable[Tensor] = (), *, generators: bool = True
 ) -> Callable[[], str | None]:
-    """Return a function that tells the first thing that has changed since, or None.
+    """Return a function that returns the first thing that has changed since, or None.
 
-    Parameters
-    ----------
-    model : nn.Module
-    data : iterable of Tensor
-    generators : bool
-        Whether to watch the global random generators. What is called for the first time may import
-        packages, and some of them draw numbers while they are imported.
+    Without ``generators`` the global random generators may change: a first call may import
+    packages that draw numbers.
     """
     data = list(data)
-    kept: list[object] = []  # an id is only good while its object lives
-
-    def facts() -> dict[str, Any]:
-        found = {**_of_the_model(model, kept), **_of_the_data(data), **_of_the_process(kept)}
-        return {**found, **_generators()} if generators else found
-
-    before = facts()
+    before = _facts(model, data, generators)
 
     def changed() -> str | None:
-        after = facts()
+        after = _facts(model, data, generators)
         for what in [*after, *before]:
             if what not in after:
                 return f"takes away {what}"
@@ -102,102 +83,91 @@ def watched(
     return changed
 
 
-def _identity(kept: list[object]) -> Callable[[object], int]:
-    def same(value: object) -> int:
-        kept.append(value)
-        return id(value)
+@dataclass
+class Promises:
+    """The promises of what is checked, under the name that begins each message."""
 
-    return same
+    who: str
 
+    def require(self, kept: bool, sentence: str) -> None:
+        """Raise AssertionError with the sentence unless a promise is kept."""
+        if not kept:
+            raise AssertionError(f"{self.who}: {sentence}")
 
-def _of_the_model(model: nn.Module, kept: list[object]) -> dict[str, Any]:
-    """Return what is so now, by what it is called in a sentence."""
-    facts: dict[str, Any] = {}
-    same = _identity(kept)
-    for name, module in model.named_modules():
-        layer = f"layer {name!r}" if name else "the model"
-        facts[f"the module {name!r}"] = same(module), type(module)
-        facts[f"the training mode of {layer}"] = module.training
-        for attribute, value in vars(module).items():
-            if "hooks" in attribute and isinstance(value, Mapping):
-                kind = attribute.strip("_").replace("_", " ")
-                facts[f"the {kind} of {layer}"] = (
-                    same(value),
-                    [(key, same(hook)) for key, hook in value.items()],
-                )
-            elif attribute not in LOOKED_AT:
-                facts[f"the attribute {attribute!r} of {layer}"] = _content(value, same)
-    tensors = {
-        **{f"parameter {name!r}": p for name, p in model.named_parameters(remove_duplicate=False)},
-        **{f"buffer {name!r}": b for name, b in model.named_buffers(remove_duplicate=False)},
-    }
-    for name, tensor in tensors.items():
-        facts[name] = same(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
-        facts[f"the values of {name}"] = bits(tensor)
-        facts[f"requires_grad of {name}"] = tensor.requires_grad
-        gradient = tensor.grad
-        facts[f"the gradient of {name}"] = gradient is None or (same(gradient), bits(gradient))
-        facts[f"the hooks of {name}"] = [
-            [(key, same(hook)) for key, hook in (getattr(tensor, hooks, None) or {}).items()]
-            for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks")
-        ]
-    for name, value in model.state_dict().items():
-        facts[f"{name!r} in the state_dict"] = bits(value) if isinstance(value, Tensor) else value
-    return facts
-
-
-def _of_the_data(data: list[Tensor]) -> dict[str, Any]:
-    return {
-        f"the data it was given (tensor {place})": (
-            bits(tensor),
-            tensor.shape,
-            tensor.requires_grad,
-        )
-        for place, tensor in enumerate(data)
-    }
-
-
-def _content(value: object, same: Callable[[object], int]) -> Any:
-    """Return what tells whether an attribute is still the same, one level deep."""
-    if isinstance(value, PLAIN):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return same(value), bits(value)
-    if isinstance(value, Mapping):
-        return same(value), [(key, same(one)) for key, one in value.items()]
-    if isinstance(value, (list, set, tuple)):
-        return same(value), [same(one) for one in value]
-    return same(value)
-
-
-def _of_the_process(kept: list[object]) -> dict[str, Any]:
-    same = _identity(kept)
-    shared = {  # hooks that every module runs
-        f"the {name.strip('_').replace('_', ' ')} of all modules": [
-            (key, same(hook)) for key, hook in hooks.items()
-        ]
-        for name, hooks in vars(nn.modules.module).items()
-        if name.startswith("_global") and isinstance(hooks, Mapping)
-    }
-    return {
-        **shared,
-        "whether gradients are computed": torch.is_grad_enabled(),
-        "the default dtype": torch.get_default_dtype(),
-        "the number of threads": torch.get_num_threads(),
-    }
-
-
-def _generators() -> dict[str, Any]:
-    return {
-        "PyTorch's global random generator": bits(torch.get_rng_state()),
-        "Python's global random generator": random.getstate(),
-        "NumPy's global random generator": repr(
-            np.random.get_state(legacy=False)  # noqa: NPY002  # that is the one
-        ),
-    }
+    def require_none(self, what: str | None, doing: str = "", when: str = "") -> None:
+        """Raise AssertionError where something has changed, as `watched` names it."""
+        self.require(what is None, f"{doing} {what} {when}".strip())
 
 
 def bits(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor's values, in which -0.0 is not 0.0 and a NaN equals itself."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+class _Same:
+    """Equal where the object is the same one; holds it, so that its identity stays its own."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _facts(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, Any]:
+    """Return what is compared, by its name in a sentence."""
+    facts: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        layer = f"layer {name!r}" if name else "the model"
+        facts[f"the module {name!r}"] = _Same(module), type(module)
+        facts[f"the training mode of {layer}"] = module.training
+        for attribute, value in vars(module).items():
+            if "hooks" in attribute and isinstance(value, Mapping):
+                facts[f"the {attribute.strip('_').replace('_', ' ')} of {layer}"] = _content(value)
+            elif attribute not in COMPARED:
+                facts[f"the attribute {attribute!r} of {layer}"] = _content(value)
+    for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
+        for key, tensor in named(remove_duplicate=False):
+            name = f"{kind} {key!r}"
+            form = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
+            facts[name] = _Same(tensor), form
+            facts[f"the values of {name}"] = bits(tensor)
+            facts[f"requires_grad of {name}"] = tensor.requires_grad
+            facts[f"the gradient of {name}"] = _content(tensor.grad)
+            facts[f"the hooks of {name}"] = [
+                [
+                    (number, _Same(hook))
+                    for number, hook in (getattr(tensor, of, None) or {}).items()
+                ]
+                for of in TENSOR_HOOKS
+            ]
+    for at, tensor in enumerate(data):
+        content = bits(tensor), tensor.shape, tensor.requires_grad
+        facts[f"the data it was given (tensor {at})"] = content
+    for name, value in vars(nn.modules.module).items():
+        if name.startswith("_global") and isinstance(value, Mapping):
+            facts[f"the {name.strip('_').replace('_', ' ')} of all modules"] = _content(value)
+    facts["whether gradients are computed"] = torch.is_grad_enabled()
+    facts["the default dtype"] = torch.get_default_dtype()
+    facts["the number of threads"] = torch.get_num_threads()
+    if generators:
+        facts["PyTorch's global random generator"] = bits(torch.get_rng_state())
+        facts["Python's global random generator"] = random.getstate()
+        state = np.random.get_state(legacy=False)  # noqa: NPY002  # the global one is meant
+        facts["NumPy's global random generator"] = repr(state)
+    return facts
+
+
+def _content(value: object) -> Any:
+    """Return what shows whether an attribute is still the same, one level deep."""
+    if isinstance(value, (int, float, str, bytes, type(None))):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return _Same(value), bits(value)
+    if isinstance(value, Mapping):
+        return _Same(value), [(key, _Same(one)) for key, one in value.items()]
+    if isinstance(value, (list, set, tuple)):
+        return _Same(value), [_Same(one) for one in value]
+    return _Same(value)
