@@ -24,7 +24,6 @@ from xai_edit import (
     CaptumLayer,
     Change,
     ConceptAwarePruning,
-    DirectionRemoval,
     EditMismatchError,
     FictitiousClass,
     LastLayerRetraining,
@@ -126,7 +125,6 @@ OPERATORS = {
     "last layer tuned": LastLayerRetraining(repeats=1, C="auto"),
     "leace": LEACE(),
     "dampening": SelectiveSynapticDampening(alpha=2),
-    "directions": DirectionRemoval(),
 }
 
 
@@ -145,7 +143,7 @@ def test_an_operator_that_finds_its_subspaces_is_checked_with_a_plan_of_its_own(
     check_operator(operator, plan)
 
 
-@pytest.mark.parametrize("name", ["path", "pruning", "leace", "dampening", "directions", "exact"])
+@pytest.mark.parametrize("name", ["path", "pruning", "leace", "dampening", "exact"])
 def test_operators_keep_their_promises_in_double_precision(name):
     check_operator(OPERATORS[name], example=lambda _: small_example(torch.float64))
 

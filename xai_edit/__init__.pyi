@@ -15,7 +15,6 @@ from .attribution.units import UnitScores, score_units
 from .baselines.amnesiac import amnesiac
 from .baselines.boundary import boundary_expanding, boundary_shrink
 from .baselines.dampening import SelectiveSynapticDampening
-from .baselines.directions import DirectionRemoval
 from .baselines.finetuning import negative_gradient, random_labels, retrain
 from .baselines.groups import erm, group_dro, jtt
 from .baselines.masktune import masktune
@@ -82,7 +81,6 @@ __all__ = [
     "Cost",
     "DeletionCurve",
     "Demographics",
-    "DirectionRemoval",
     "EdgeRelevance",
     "EdgeScores",
     "EditFileError",

@@ -349,8 +349,6 @@ OPERATORS = [
     ("alpha", lambda w: xe.SelectiveSynapticDampening(alpha=-1),
      V, "alpha: -1, lambda_: 1.0, chunk_size"),
     ("alpha 99", lambda w: dampen(w, alpha=99), V, "alpha: 99 given; with 6 of 60 samples in the"),
-    ("few", lambda w: xe.DirectionRemoval().plan(w.model, [(w.images[:9], w.labels[:9])], target=3),
-     V, "data: 1 samples of the classes to forget and 8 others"),
     ("C", lambda w: xe.LastLayerRetraining(C=0),
      V, "C: 0 given; it is a positive number or 'auto'"),
     ("repeats", lambda w: xe.LastLayerRetraining(0), V, "repeats: 0 given; it is at least 1"),

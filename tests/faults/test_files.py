@@ -489,7 +489,6 @@ INTERRUPTED = {
     "SelectiveSynapticDampening": lambda m, d, cut: xe.SelectiveSynapticDampening(2).plan(
         m, cut, target=3
     ),
-    "DirectionRemoval": lambda m, d, cut: xe.DirectionRemoval().plan(m, cut, target=3),
     "collect_features": lambda m, d, cut: xe.collect_features(
         m, cut, layer="relu1", scorer=xe.LRP(), on_disk="features"
     ),

@@ -190,7 +190,7 @@ def importance(
                     ) from problem
                 chosen = among(labels, classes)
                 for name, gradient in gradients.items():
-                    square = gradient.to(sums[0][name]).square_()
+                    square = gradient.to(sums[0][name]).square()
                     sums[0][name] += square.sum(0)
                     sums[1][name] += square[chosen].sum(0)
     labels = torch.cat(seen)

@@ -20,7 +20,6 @@ from xai_edit.attribution.scorers import LRP
 from xai_edit.baselines.amnesiac import amnesiac
 from xai_edit.baselines.boundary import boundary_expanding, boundary_shrink
 from xai_edit.baselines.dampening import SelectiveSynapticDampening
-from xai_edit.baselines.directions import DirectionRemoval
 from xai_edit.baselines.finetuning import negative_gradient, random_labels, retrain
 from xai_edit.baselines.recorder import AmnesiacLog
 from xai_edit.baselines.training import Unlearned
@@ -254,7 +253,6 @@ class _Table:
             "one weight (SCA)": (SingleWeight("sca"), self.analysis),
             "logit mask": (LogitMask(), self.analysis),
             "synaptic dampening": (SelectiveSynapticDampening(alpha=2.5), self.kept),
-            "direction removal (DAMP)": (DirectionRemoval(), self.kept),
         }
         auto: dict[str, Any] = {"validation": self.features["validation"], "target": target}
         smallest = PathPerturbation(share="auto")
