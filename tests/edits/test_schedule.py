@@ -293,7 +293,7 @@ def test_fine_tuning_warns_where_the_data_carry_the_spurious_feature(plain, digi
         warnings.simplefilter("error")
         FineTuning(clean)(plain)
         FineTuning([(x, y, m.long()) for x, y, m in both])(plain)
-    with pytest.raises(ValueError, match="read only once"):
+    with pytest.raises(TypeError, match="read only once"):
         FineTuning(iter(clean))
     with pytest.raises(ValueError, match="no labels"):
         FineTuning([images])(plain)

@@ -21,7 +21,6 @@ from safetensors import safe_open
 from torch import nn
 
 import xai_edit as xe
-from xai_edit.baselines.recorder import INDEX
 from xai_edit.edits import edit as edits
 from xai_edit.edits import schedule
 from xai_edit.files import sealed, write_atomically, write_safetensors
@@ -145,13 +144,14 @@ def test_patterns_with_any_bit_flipped_are_refused(tmp_path):
     refuses_any_bit_flipped(path, lambda: xe.Patterns.load(path))
 
 
-def test_a_step_of_a_log_with_any_bit_flipped_is_refused(tmp_path):
-    log, model = xe.AmnesiacLog(tmp_path), small()
+def test_a_log_with_any_bit_flipped_is_refused(tmp_path):
+    path, log, model = tmp_path / "log.safetensors", xe.AmnesiacLog(), small()
     with log.recording(model, torch.tensor([0])):
         model[0].weight.data += 1
-    (path,) = tmp_path.glob("step-*")
-    torch.testing.assert_close(log.updates(1)["0.weight"], torch.ones(3, 2))
-    refuses_any_bit_flipped(path, lambda: log.updates(1))
+    log.save(path)
+    (updates,) = xe.AmnesiacLog.load(path).updates.values()
+    torch.testing.assert_close(updates["0.weight"], torch.ones(3, 2))
+    refuses_any_bit_flipped(path, lambda: xe.AmnesiacLog.load(path))
 
 
 @other_kinds
@@ -549,73 +549,3 @@ def test_an_edit_that_is_interrupted_half_way_is_taken_back(
         (edit.undo if undo else edit.apply)(plain)
     check()
     (edit.undo if undo else edit.apply)(plain)
-
-
-# The log of a training
-
-
-def train(model, log, steps):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    states = []
-    for at in steps:
-        inputs = torch.rand(4, 2, generator=torch.Generator().manual_seed(at))
-        labels = torch.tensor([0, 1, 0, 1])
-        with log.recording(model, labels):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
-        states.append({name: value.clone() for name, value in model.state_dict().items()})
-    return states
-
-
-def test_a_log_whose_last_line_was_cut_short_ends_with_the_step_before(tmp_path):
-    model = small()
-    states = train(model, xe.AmnesiacLog(tmp_path / "log"), range(4))
-    index = tmp_path / "log" / INDEX
-    content = index.read_bytes()
-    last = content[:-1].rindex(b"\n") + 1
-    for length in range(last, len(content)):
-        index.write_bytes(content[:length])
-        assert len(xe.AmnesiacLog(tmp_path / "log").read()[1]) == 3
-    with pytest.raises(ValueError, match=r"other weights .* log\.back_to\(model\)"):
-        train(model, xe.AmnesiacLog(tmp_path / "log"), [4])
-    model.load_state_dict(states[2])
-    assert train(model, xe.AmnesiacLog(tmp_path / "log"), [3])[0].keys() == states[3].keys()
-    assert index.read_bytes() == content
-
-
-def test_a_run_goes_on_from_a_checkpoint_that_is_older_than_its_log(tmp_path):
-    model, log = small(), xe.AmnesiacLog(tmp_path / "log")
-    states = train(model, log, range(6))
-    files = {path.name: path.read_bytes() for path in log.folder.iterdir()}
-    with pytest.raises(ValueError, match="no step of the log left the weights"):
-        log.back_to(nn.Sequential(*(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))))
-    with pytest.raises(ValueError, match="the log of another model"):
-        log.back_to(nn.Linear(2, 3))
-    with pytest.raises(FileNotFoundError, match="no log"):
-        xe.AmnesiacLog(tmp_path / "none").back_to(model)
-    assert {path.name: path.read_bytes() for path in log.folder.iterdir()} == files
-    for kept in (5, 2, 0):
-        model = small()
-        if kept:
-            model.load_state_dict(states[kept - 1])
-        assert log.back_to(model) == 6 - kept
-        assert len([*log.folder.iterdir()]) == 1 + kept
-        train(model, log, range(kept, 6))
-        assert {path.name: path.read_bytes() for path in log.folder.iterdir()} == files
-
-
-def test_a_full_disk_leaves_a_log_of_the_steps_before(tmp_path):
-    model, log = small(), xe.AmnesiacLog(tmp_path / "log", classes=[5])  # no step is logged
-    states = train(model, log, range(3))
-    index = log.folder / INDEX
-    content = index.read_bytes()
-    with limited(tmp_path, len(content) + 10), pytest.raises(OSError, match=INDEX):
-        train(model, log, [3])
-    assert index.read_bytes()[:-10] == content  # the beginning of a line
-    assert len(log.read()[1]) == 3
-    with pytest.raises(ValueError, match="other weights"):
-        train(model, log, [4])
-    model.load_state_dict(states[-1])
-    train(model, log, [3])
-    assert len(log.read()[1]) == 4

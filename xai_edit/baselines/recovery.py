@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from xai_edit.baselines.samples import require_readable_again
 from xai_edit.baselines.training import fine_tuned
+from xai_edit.checks import readable_again
 from xai_edit.data import Batch, Data, batches, model_device
 
 # How much more often one class may have the feature than another.
@@ -43,8 +43,10 @@ class FineTuning:
 
     Raises
     ------
+    TypeError
+        If the data can be read only once.
     ValueError
-        If the data can be read only once; when called, if they have no labels.
+        When called, if the data has no labels.
     """
 
     data: Data
@@ -55,7 +57,7 @@ class FineTuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_readable_again(self.data)
+        readable_again(self.data, "fine-tuning")
 
     def __repr__(self) -> str:
         told = ("epochs", "learning_rate", "weight_decay", "batch_size", "seed")
