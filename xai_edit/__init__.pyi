@@ -12,17 +12,19 @@ from .attribution.importance import TorchPruningImportance
 from .attribution.patterns import Patterns, fit_patterns
 from .attribution.scorers import LRP, Scorer
 from .attribution.units import UnitScores, score_units
-from .baselines.amnesiac import amnesiac
-from .baselines.boundary import boundary_expanding, boundary_shrink
+from .baselines.amnesiac import AmnesiacLog, amnesiac
 from .baselines.dampening import SelectiveSynapticDampening
-from .baselines.directions import DirectionRemoval
-from .baselines.finetuning import negative_gradient, random_labels, retrain
-from .baselines.groups import erm, group_dro, jtt
+from .baselines.finetuning import (
+    boundary_expanding,
+    boundary_shrink,
+    negative_gradient,
+    random_labels,
+    retrain,
+)
+from .baselines.groups import Trained, erm, group_dro, jtt
 from .baselines.masktune import masktune
-from .baselines.recorder import AmnesiacLog
 from .baselines.recovery import FineTuning
 from .baselines.robustness import LastLayerRetraining
-from .baselines.training import Trained, Unlearned
 from .baselines.unlearning import LogitMask
 from .concepts.ablation import ablated, with_ablation
 from .concepts.cav import CAV
@@ -82,7 +84,6 @@ __all__ = [
     "Cost",
     "DeletionCurve",
     "Demographics",
-    "DirectionRemoval",
     "EdgeRelevance",
     "EdgeScores",
     "EditFileError",
@@ -118,7 +119,6 @@ __all__ = [
     "Trained",
     "UnitScores",
     "UnknownLayerError",
-    "Unlearned",
     "Unlearning",
     "WeightMagnitude",
     "__version__",

@@ -117,3 +117,13 @@ def in_range(classes: Tensor | Sequence[int], count: int, name: str) -> None:
             f"{name}: class {wrong[0]} is out of range; the model has {count} classes, "
             f"0 to {count - 1}"
         )
+
+
+def one_logit_a_class(outputs: int) -> int:
+    """Return the number of classes; raise ValueError where one output stands for two classes."""
+    if outputs < 2:
+        raise ValueError(
+            "model: has one output; a class is edited through a logit of its own, so give the last "
+            "layer two rows, one a class: zeros for class 0, then the row it has"
+        )
+    return outputs

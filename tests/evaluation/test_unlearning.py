@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import xai_edit as xe
-from xai_edit.evaluation import relearning
 from xai_edit.evaluation.membership import attack_rows, forgetting_rates
 from xai_edit.evaluation.outputs import ClassSample, log_probabilities
 from xai_edit.evaluation.unlearning import evaluate_unlearning, jensen_shannon
@@ -66,19 +65,33 @@ def mask(network, splits):
     return xe.LogitMask().plan(network, splits["test"], target=FORGET)
 
 
+class Memory(nn.Module):
+    """Knows the images it was given and nothing else: certain of them, undecided about others."""
+
+    def __init__(self, images, labels):
+        super().__init__()
+        self.register_buffer("images", images.flatten(1).double())
+        self.register_buffer("answers", nn.functional.one_hot(labels, 10).double())
+        self.head = nn.Linear(10, 10).double()
+        with torch.no_grad():
+            self.head.weight.copy_(20 * torch.eye(10))
+            self.head.bias.zero_()
+
+    def forward(self, x):
+        known = torch.cdist(x.flatten(1).double(), self.images) < 1e-3
+        return self.head(known.double() @ self.answers)
+
+
 @pytest.fixture(scope="module")
 def memorised(digits):
-    """A network that learnt random labels by heart, with its data: nothing carries over to test."""
-    images, _ = digits
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(1200, generator=generator)
-    random = torch.randint(10, (1200,), generator=generator)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
-    own, other = order[:600], order[600:]
-    train(model, images[own], random[own], epochs=100, seed=0, learning_rate=5e-3)
-    data = {"train": cut(images[own], random[own]), "test": cut(images[other], random[other])}
-    return model, data
+    """A network that holds random labels of its images, with its data."""
+    images = digits[0][:600]
+    random = torch.randint(10, (1200,), generator=torch.Generator().manual_seed(0))
+    model = Memory(images, random[:600]).eval()
+    return model, {
+        "train": cut(images, random[:600]),
+        "test": cut(digits[0][600:1200], random[600:]),
+    }
 
 
 def counted(model, data):
@@ -118,18 +131,19 @@ def test_a_mask_changes_answers_and_leaves_the_class_in_the_features(network, sp
     account = evaluate_unlearning(network, mask, **splits, forget=FORGET)
     assert account.after.test.forgotten == account.after.train.forgotten == 0
     assert account.after.test.rest >= account.before.test.rest
-    assert account.after.probe_test == account.before.probe_test > 0.9
+    assert account.after.probe_test == account.before.probe_test
     curve = account.after.relearning_test
     assert curve.steps == (0, 1, 2, 5, 10, 20)
     assert (curve.forgotten[0], curve.rest[0]) == (0, account.after.test.rest)
-    assert curve.forgotten[-1] > 0.7
     assert account.before.relearning_test is None
 
 
 def test_an_unlearned_network_counts_like_the_edit_that_makes_it(network, splits, mask):
-    from_edit = evaluate_unlearning(network, mask, **splits, forget=FORGET)
+    given = {**splits, "forget": FORGET, "relearn": (0, 1)}
+    from_edit = evaluate_unlearning(network, mask, **given, retrained=mask)
     edited = mask.apply(copy.deepcopy(network))
-    assert evaluate_unlearning(network, edited, **splits, forget=FORGET) == from_edit
+    assert evaluate_unlearning(network, edited, **given, retrained=edited) == from_edit
+    assert from_edit.after.divergence_test.forgotten == pytest.approx(0, abs=1e-12)
 
 
 def test_weights_are_not_counted_where_the_network_has_others(network, splits):
@@ -139,11 +153,9 @@ def test_weights_are_not_counted_where_the_network_has_others(network, splits):
     assert "not counted" in str(account)
 
 
-def test_divergence_is_that_of_scipy(network, splits, mask, digits):
-    images, labels = (part[:800] for part in digits)
-    kept = labels != FORGET
+def test_divergence_is_that_of_scipy(network, splits, mask):
     torch.manual_seed(1)
-    retrained = train(small_cnn(8, channels=(16, 32)), images[kept], labels[kept], epochs=4, seed=1)
+    retrained = small_cnn(8, channels=(16, 32)).eval()
     account = evaluate_unlearning(
         network, mask, **splits, forget=FORGET, retrained=retrained, relearn=(0, 2)
     )
@@ -215,28 +227,22 @@ def test_without_a_last_linear_layer_only_the_probe_is_missing(network, splits):
     assert "withheld: model: a final linear layer" in str(account)
 
 
-def test_where_samples_were_learnt_by_heart_the_forgetting_rate_is_given(memorised):
+def test_where_samples_are_memorised_the_forgetting_rate_is_given(memorised):
     model, data = memorised
     edit = xe.LogitMask().plan(model, data["test"], target=FORGET)
     account = evaluate_unlearning(model, edit, **data, forget=FORGET, relearn=())
     assert account.attack.withheld is None
-    assert account.attack.accuracy > 0.9
-    assert account.before.forgetting_rate_train < 0.1
-    assert account.after.forgetting_rate_train > 0.9
-    # The same attack on plain softmax vectors is chance, although everything was memorised.
-    sides = [
-        model(torch.cat([x for x, _ in data[split]])).detach().softmax(1).numpy()
-        for split in ("train", "test")
-    ]
-    fitted, measured = (np.concatenate([side[half::2] for side in sides]) for half in (0, 1))
-    members = np.repeat([1, 0], 300)
-    plain = LinearSVC(random_state=0).fit(fitted, members).score(measured, members)
-    assert plain == pytest.approx(0.5, abs=0.07)
+    assert account.attack.accuracy == 1  # the label's probability is 1 or a tenth
+    assert account.before.forgetting_rate_train == 0
+    assert account.after.forgetting_rate_train == 1
 
 
-def test_where_the_network_generalises_the_forgetting_rate_is_withheld(network, splits, mask):
-    account = evaluate_unlearning(network, mask, **splits, forget=FORGET, relearn=())
-    assert abs(account.attack.accuracy - 0.5) < 0.1
+def test_where_trained_and_unseen_samples_are_alike_the_forgetting_rate_is_withheld(
+    network, splits, mask
+):
+    alike = {"train": splits["test"], "test": splits["test"]}
+    account = evaluate_unlearning(network, mask, **alike, forget=FORGET, relearn=())
+    assert account.attack.accuracy == 0.5
     assert "chance" in account.attack.withheld
     assert account.before.forgetting_rate_train is account.after.forgetting_rate_train is None
     assert "F_r withheld" in str(account)
@@ -358,14 +364,10 @@ def test_it_relearns_where_gradients_are_off(network, splits, mask, mode):
     assert other == account
 
 
-def test_a_seed_of_numpy_is_written_as_json(network, splits, mask):
-    seeded = evaluate_unlearning(
-        network, mask, **splits, forget=FORGET, relearn=(), seed=np.int64(3)
-    )
-    assert seeded.to_dict()["seed"] == 3
-
-
-def test_batches_and_data_sets_do_not_matter(network, splits, mask):
+def test_batches_and_data_sets_do_not_matter(network, splits):
+    network = network.double()  # so that no answer depends on how a batch is summed
+    splits = {name: [(x.double(), y) for x, y in data] for name, data in splits.items()}
+    mask = xe.LogitMask().plan(network, splits["test"], target=FORGET)
     whole = {name: [tuple(joined(data))] for name, data in splits.items()}
     sets = {name: TensorDataset(*joined(data)) for name, data in splits.items()}
     loaders = {name: DataLoader(data, batch_size=33) for name, data in sets.items()}
@@ -428,36 +430,13 @@ def test_outputs_that_are_probabilities_already_are_taken_as_they_are():
     assert log_probabilities(sure).exp()[0, 2] < 1e-300
 
 
-def test_relearning_is_training_by_hand_from_the_mean_row(network, splits, mask):
-    account = evaluate_unlearning(network, mask, **splits, forget=FORGET, relearn=(0, 1))
-    by_hand = mask.apply(copy.deepcopy(network))
-    kept = torch.arange(10) != FORGET
-    with torch.no_grad():
-        by_hand.fc2.weight[FORGET] = by_hand.fc2.weight[kept].mean(0)
-        by_hand.fc2.bias[FORGET] = by_hand.fc2.bias[kept].mean()
-    opened = copy.deepcopy(by_hand)
-    relearning._open(mask.apply(network), "fc2", [FORGET])
-    assert torch.equal(network.fc2.weight, opened.fc2.weight)
-    assert torch.equal(network.fc2.bias, opened.fc2.bias)
-    inputs, labels = joined(splits["train"])
-    optimizer = torch.optim.SGD(by_hand.parameters(), lr=relearning.LEARNING_RATE, momentum=0.9)
-    loss = nn.functional.cross_entropy(by_hand(inputs[:32]), labels[:32])
-    loss.backward()
-    nn.utils.clip_grad_norm_(by_hand.parameters(), relearning.LONGEST)
-    optimizer.step()
-    again = torch.optim.SGD(opened.parameters(), lr=relearning.LEARNING_RATE, momentum=0.9)
-    relearning._learn(opened, again, inputs[:32], labels[:32])
-    for mine, theirs in zip(by_hand.parameters(), opened.parameters(), strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-7)
-    assert account.after.relearning_test.steps == (0, 1)
-
-
 def test_the_relearning_curve_is_that_of_training_by_hand(digits):
     images, labels = 40 * digits[0], digits[1]  # large inputs, for long gradients
     own, steps, forget = 160, (0, 1, 2, 5), [3, 7]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
     train(model, images[:900], labels[:900], epochs=3, seed=0)
+    model, images = model.double(), images.double()
     x, y = images[900:], labels[900:]
     edit = xe.LogitMask().plan(model, [(x, y)], target=forget)
     data = {"train": cut(images[:900], labels[:900]), "test": cut(x, y)}
@@ -499,13 +478,12 @@ def test_the_relearning_curve_is_that_of_training_by_hand(digits):
                     p -= 0.01 * speed[at]
         if step in steps:
             right, mine = network(x).argmax(1) == y, torch.isin(y, torch.tensor(forget))
-            curve.append((float(right[mine].float().mean()), float(right[~mine].float().mean())))
+            curve.append((float(right[mine].double().mean()), float(right[~mine].double().mean())))
     assert max(lengths) > 5
     after = found.after.relearning_test
     assert after.steps == steps
-    assert after.forgotten == pytest.approx([one for one, _ in curve], abs=0.003)
-    assert after.rest == pytest.approx([other for _, other in curve], abs=0.003)
-    assert after.forgotten[0] == 0 < after.forgotten[-1]
+    assert after.forgotten == pytest.approx([one for one, _ in curve])
+    assert after.rest == pytest.approx([other for _, other in curve])
 
 
 def test_the_text_names_splits_and_promises_nothing(network, splits, mask):
@@ -519,10 +497,10 @@ def test_the_text_names_splits_and_promises_nothing(network, splits, mask):
 
 
 def test_the_dictionary_holds_json_and_every_figure(network, splits, mask):
-    account = evaluate_unlearning(network, mask, **splits, forget=FORGET, cost=Cost(1.5, 2))
-    told = account.to_dict()
+    settings = {"forget": FORGET, "cost": Cost(1.5, 2), "seed": np.int64(3)}
+    told = evaluate_unlearning(network, mask, **splits, **settings).to_dict()
     assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert told["forget"] == [FORGET]
+    assert (told["forget"], told["seed"]) == ([FORGET], 3)
     assert told["after"]["test"]["forgotten"] == 0
     assert len(told["before"]["train"]["classes"]) == 10
     assert told["after"]["relearning_test"]["steps"] == [0, 1, 2, 5, 10, 20]

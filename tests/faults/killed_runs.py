@@ -19,13 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save
 from torch import nn
 
 from xai_edit import files
 
-INDEX = "steps.jsonl"
-LOG_STEPS, CHECKPOINT_EVERY = 24, 5
 PRUNING_STEPS = 4
 
 
@@ -75,33 +73,6 @@ def prune(folder):
     edit.save(folder / "edit.safetensors")
 
 
-def unlearn(folder):
-    """Train with a log, keep a checkpoint every few steps, and undo the steps of a class."""
-    from xai_edit import AmnesiacLog, amnesiac
-
-    model, log, checkpoint = network(), AmnesiacLog(folder / "log"), folder / "model.safetensors"
-    if checkpoint.exists():
-        model.load_state_dict(load_file(checkpoint))
-    done = 0
-    if (log.folder / INDEX).exists():
-        log.back_to(model)
-        done = len(log.read()[1])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    data = batches()
-    for step in range(done, LOG_STEPS):
-        inputs, labels = data[step % len(data)]
-        with log.recording(model, labels):
-            loss = nn.functional.cross_entropy(model(inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == LOG_STEPS:
-            save_file(model.state_dict(), folder / "next")
-            os.replace(folder / "next", checkpoint)
-    result = amnesiac(model, log, forget=3)
-    save_file(result.model.state_dict(), folder / "unlearned.safetensors")
-
-
 def reproduce(folder):
     """Run a small table of the unlearning paper on a few digits."""
     from xai_edit.cli import main
@@ -118,7 +89,7 @@ def reproduce(folder):
     assert main(line) == 0
 
 
-RUNS = {run.__name__: run for run in (prune, unlearn, reproduce)}
+RUNS = {run.__name__: run for run in (prune, reproduce)}
 
 
 def killed():

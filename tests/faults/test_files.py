@@ -22,11 +22,9 @@ from torch import nn
 
 import xai_edit as xe
 from xai_edit import edit_files
-from xai_edit.baselines import recorder
-from xai_edit.baselines.recorder import INDEX
 from xai_edit.edits import edit as edits
 from xai_edit.edits import schedule
-from xai_edit.files import read_sealed, sealed, write_atomically, write_safetensors
+from xai_edit.files import sealed, write_atomically, write_safetensors
 from xai_edit.loading import load_model
 
 
@@ -146,11 +144,11 @@ def patterns(path):
     xe.fit_patterns(small(), [torch.linspace(-1, 1, 16).view(8, 2)]).save(path)
 
 
-def log_step(path):
-    log, model = xe.AmnesiacLog(path.parent / "log"), small()
+def log(path):
+    log, model = xe.AmnesiacLog(), small()
     with log.recording(model, torch.tensor([0])):
         model[0].weight.data += 1
-    shutil.copy(next(log.folder.glob("step-*")), path)
+    log.save(path)
 
 
 WRITTEN = [  # the kind that files had from the beginning, what writes one, what reads it
@@ -160,7 +158,7 @@ WRITTEN = [  # the kind that files had from the beginning, what writes one, what
     ("xai_edit.pruning", Checkpoint().save, Checkpoint().load),
     ("xai_edit.features", features, xe.Features.load),
     ("xai_edit.patterns", patterns, xe.Patterns.load),
-    ("xai_edit.amnesiac", log_step, lambda path: read_sealed(path, recorder.KIND, {"step": int})),
+    ("xai_edit.amnesiac", log, xe.AmnesiacLog.load),
 ]
 
 
@@ -516,7 +514,6 @@ INTERRUPTED = {
     "SelectiveSynapticDampening": lambda m, d, cut: xe.SelectiveSynapticDampening(2).plan(
         m, cut, target=3
     ),
-    "DirectionRemoval": lambda m, d, cut: xe.DirectionRemoval().plan(m, cut, target=3),
     "collect_features": lambda m, d, cut: xe.collect_features(
         m, cut, layer="relu1", scorer=xe.LRP(), on_disk="features"
     ),
@@ -577,73 +574,3 @@ def test_an_edit_that_is_interrupted_half_way_is_taken_back(
         (edit.undo if undo else edit.apply)(plain)
     check()
     (edit.undo if undo else edit.apply)(plain)
-
-
-# The log of a training
-
-
-def train(model, log, steps):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    states = []
-    for at in steps:
-        inputs = torch.rand(4, 2, generator=torch.Generator().manual_seed(at))
-        labels = torch.tensor([0, 1, 0, 1])
-        with log.recording(model, labels):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
-        states.append({name: value.clone() for name, value in model.state_dict().items()})
-    return states
-
-
-def test_a_log_whose_last_line_was_cut_short_ends_with_the_step_before(tmp_path):
-    model = small()
-    states = train(model, xe.AmnesiacLog(tmp_path / "log"), range(4))
-    index = tmp_path / "log" / INDEX
-    content = index.read_bytes()
-    last = content[:-1].rindex(b"\n") + 1
-    for length in range(last, len(content)):
-        index.write_bytes(content[:length])
-        assert len(xe.AmnesiacLog(tmp_path / "log").read()[1]) == 3
-    with pytest.raises(ValueError, match=r"other weights .* log\.back_to\(model\)"):
-        train(model, xe.AmnesiacLog(tmp_path / "log"), [4])
-    model.load_state_dict(states[2])
-    assert train(model, xe.AmnesiacLog(tmp_path / "log"), [3])[0].keys() == states[3].keys()
-    assert index.read_bytes() == content
-
-
-def test_a_run_goes_on_from_a_checkpoint_that_is_older_than_its_log(tmp_path):
-    model, log = small(), xe.AmnesiacLog(tmp_path / "log")
-    states = train(model, log, range(6))
-    files = {path.name: path.read_bytes() for path in log.folder.iterdir()}
-    with pytest.raises(ValueError, match="no step of the log left the weights"):
-        log.back_to(nn.Sequential(*(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))))
-    with pytest.raises(ValueError, match="the log of another model"):
-        log.back_to(nn.Linear(2, 3))
-    with pytest.raises(FileNotFoundError, match="no log"):
-        xe.AmnesiacLog(tmp_path / "none").back_to(model)
-    assert {path.name: path.read_bytes() for path in log.folder.iterdir()} == files
-    for kept in (5, 2, 0):
-        model = small()
-        if kept:
-            model.load_state_dict(states[kept - 1])
-        assert log.back_to(model) == 6 - kept
-        assert len([*log.folder.iterdir()]) == 1 + kept
-        train(model, log, range(kept, 6))
-        assert {path.name: path.read_bytes() for path in log.folder.iterdir()} == files
-
-
-def test_a_full_disk_leaves_a_log_of_the_steps_before(tmp_path):
-    model, log = small(), xe.AmnesiacLog(tmp_path / "log", classes=[5])  # no step is logged
-    states = train(model, log, range(3))
-    index = log.folder / INDEX
-    content = index.read_bytes()
-    with limited(tmp_path, len(content) + 10), pytest.raises(OSError, match=INDEX):
-        train(model, log, [3])
-    assert index.read_bytes()[:-10] == content  # the beginning of a line
-    assert len(log.read()[1]) == 3
-    with pytest.raises(ValueError, match="other weights"):
-        train(model, log, [4])
-    model.load_state_dict(states[-1])
-    train(model, log, [3])
-    assert len(log.read()[1]) == 4

@@ -11,13 +11,11 @@ import os
 import random
 import struct
 
-import killed_runs
 import pytest
 import torch
-from killed_runs import INDEX, LOG_STEPS, PRUNING_STEPS, RUNS, Server
-from safetensors.torch import load_file
+from killed_runs import PRUNING_STEPS, RUNS, Server
 
-from xai_edit import AmnesiacLog, ModelEdit, amnesiac
+from xai_edit import ModelEdit
 from xai_edit.edits import schedule
 from xai_edit.files import read_sealed
 
@@ -119,32 +117,6 @@ class Pruning:
         assert not done or self.steps == PRUNING_STEPS
 
 
-class Unlearning:
-    """What a cut training has logged, and what can be undone of it."""
-
-    def __init__(self, folder, whole):
-        self.folder, self.whole = folder, whole
-
-    def look(self, done):
-        if not (self.folder / "log" / INDEX).exists():
-            assert not done
-            return
-        log, expected = AmnesiacLog(self.folder / "log"), AmnesiacLog(self.whole / "log")
-        header, steps = log.read()
-        assert header == expected.read()[0]
-        assert steps == expected.read()[1][: len(steps)]
-        for step in steps:
-            file = f"step-{step['step']:08d}.safetensors"
-            assert (log.folder / file).read_bytes() == (expected.folder / file).read_bytes()
-        if (self.folder / "model.safetensors").exists():
-            model = killed_runs.network()
-            model.load_state_dict(load_file(self.folder / "model.safetensors"))
-            left, wanted = (amnesiac(model, each, forget=3).model for each in (log, expected))
-            for mine, theirs in zip(left.parameters(), wanted.parameters(), strict=True):
-                assert torch.equal(mine, theirs)
-        assert not done or len(steps) == LOG_STEPS
-
-
 class Reproducing:
     """What a cut run of a table has found."""
 
@@ -163,7 +135,7 @@ class Reproducing:
         self.rows = rows
 
 
-LOOKS = {"prune": Pruning, "unlearn": Unlearning, "reproduce": Reproducing}
+LOOKS = {"prune": Pruning, "reproduce": Reproducing}
 
 
 @pytest.mark.parametrize("name", [*RUNS])

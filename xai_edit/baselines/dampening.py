@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from xai_edit.baselines.samples import among, forgotten, labelled, require_present
+from xai_edit.checks import positive, whole_number
 from xai_edit.data import Data, model_device
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.errors import NonFiniteError
@@ -18,13 +19,14 @@ from xai_edit.guard import preserved, require_finite
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """The diagonal of the Fisher information, over all samples and over those of the class.
+    """The diagonal of the Fisher information, over all samples and over those of some classes.
 
     Attributes
     ----------
     overall, forget : dict of Tensor
         Parameter name → mean over samples of the squared gradient of the cross-entropy, in the
-        parameter's shape, float32 or the parameter's dtype if that is wider.
+        parameter's shape, float32 or the parameter's dtype if that is wider. Zero where the
+        parameter takes no part in the output.
     samples, forget_samples : int
         How many samples the means are over.
     """
@@ -64,11 +66,9 @@ class SelectiveSynapticDampening:
     chunk_size: int = 16
 
     def __post_init__(self) -> None:
-        if not (self.alpha > 0 and self.lambda_ > 0 and self.chunk_size > 0):
-            raise ValueError(
-                f"alpha: {self.alpha}, lambda_: {self.lambda_}, chunk_size: {self.chunk_size} "
-                "given; all three are positive"
-            )
+        positive(self.alpha, "alpha")
+        positive(self.lambda_, "lambda_")
+        whole_number(self.chunk_size, "chunk_size", least=1)
 
     def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
         """Plan the dampening from one pass over the data; the model is only read.
@@ -132,18 +132,8 @@ def importance(
 ) -> Importance:
     """Return the mean squared gradient of each sample's loss, for all samples and some classes.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode while it runs, and left exactly as it was.
-    data : iterable or Dataset
-        Labelled batches.
-    classes : sequence of int
-        The classes of the second mean.
-    outputs : int
-        How many classes the model has.
-    chunk_size : int
-        Samples at a time.
+    The model has ``outputs`` classes and is left exactly as it was; ``chunk_size`` samples are
+    differentiated at a time.
 
     Raises
     ------
@@ -154,20 +144,16 @@ def importance(
         If the model or a gradient is not finite.
     """
     require_finite(model)
-    device = model_device(model)
-    weights = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
-    }
+    named = model.named_parameters()
+    weights = {name: weight.detach() for name, weight in named if weight.is_floating_point()}
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
-    sums = [
+    overall, forget = (
         {
-            n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
-            for n, w in weights.items()
+            name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            for name, weight in weights.items()
         }
         for _ in range(2)
-    ]
+    )
     seen: list[Tensor] = []
 
     def loss(weights: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
@@ -176,11 +162,10 @@ def importance(
 
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
     with preserved(model):
-        for batch in labelled(data, outputs, device):
+        for batch in labelled(data, outputs, model_device(model)):
             seen.append(batch.labels.cpu())
-            for x, labels in zip(
-                batch.inputs.split(chunk_size), batch.labels.split(chunk_size), strict=True
-            ):
+            parts = batch.inputs.split(chunk_size), batch.labels.split(chunk_size)
+            for x, labels in zip(*parts, strict=True):
                 try:
                     gradients = per_sample(weights, x, labels)
                 except RuntimeError as problem:
@@ -190,15 +175,15 @@ def importance(
                     ) from problem
                 chosen = among(labels, classes)
                 for name, gradient in gradients.items():
-                    square = gradient.to(sums[0][name]).square_()
-                    sums[0][name] += square.sum(0)
-                    sums[1][name] += square[chosen].sum(0)
+                    square = gradient.to(overall[name]).square()
+                    overall[name] += square.sum(0)
+                    forget[name] += square[chosen].sum(0)
     labels = torch.cat(seen)
     require_present(classes, labels)
     count = int(among(labels, classes).sum())
     for name in weights:
-        if not torch.isfinite(sums[0][name]).all():
+        if not torch.isfinite(overall[name]).all():
             raise NonFiniteError(f"model: the gradient of {name!r} is NaN or infinite")
-        sums[0][name] /= len(labels)
-        sums[1][name] /= count
-    return Importance(sums[0], sums[1], len(labels), count)
+        overall[name] /= len(labels)
+        forget[name] /= count
+    return Importance(overall, forget, len(labels), count)

@@ -12,11 +12,39 @@ from torch import Tensor, nn
 
 from xai_edit.baselines.indexed import Indexed, indexed, right, worst_group
 from xai_edit.baselines.samples import Labelled
-from xai_edit.baselines.training import Trained, built, cross_entropy, fine_tuned, seeded, told
+from xai_edit.baselines.training import cross_entropy, fine_tuned, seeded
 from xai_edit.data import Batch, Data
-from xai_edit.resources import measured
+from xai_edit.edits.edit import versions
+from xai_edit.resources import Cost, measured
 
 Build = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained network, the name of the function that made it, its cost and its origin."""
+
+    model: nn.Module
+    method: str
+    cost: Cost
+    origin: dict[str, Any]
+
+
+def told(method: str, origin: dict[str, Any]) -> dict[str, Any]:
+    """Return the origin of a network: the method's name, what it says, the versions."""
+    return {"operator": method, **origin, "versions": versions()}
+
+
+def built(build: Build) -> nn.Module:
+    """Return the network that a user's function makes; TypeError if it makes none."""
+    if isinstance(build, nn.Module) or not callable(build):
+        raise TypeError(
+            f"build: {type(build).__name__} given; give a function that makes a network"
+        )
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"build: it gave {type(model).__name__}, not a network")
+    return model
 
 
 def erm(

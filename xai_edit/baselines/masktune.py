@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.scorers import LRP
+from xai_edit.baselines.groups import Trained, told
 from xai_edit.baselines.indexed import indexed
-from xai_edit.baselines.training import Trained, fine_tuned, seeded, told
+from xai_edit.baselines.training import fine_tuned, seeded
 from xai_edit.data import Batch, Data, model_device
 from xai_edit.errors import NonFiniteError
 from xai_edit.guard import preserved

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from xai_edit.attribution.layers import predict
-from xai_edit.attribution.targets import check_classes, class_list
-from xai_edit.checks import readable_again
+from xai_edit.attribution.targets import class_list
+from xai_edit.checks import in_range, one_logit_a_class, readable_again, whole_number, with_labels
 from xai_edit.data import Batch, Data, batches, model_device, peek
 from xai_edit.guard import preserved
 
@@ -44,17 +44,8 @@ class ClassSamples:
     def epochs(
         self, labels: Tensor, *, batch_size: int, seed: int
     ) -> Callable[[int], Iterator[Batch]]:
-        """Return a function that gives each epoch's batches of the samples, in random order.
-
-        Parameters
-        ----------
-        labels : Tensor, int64, shape (samples,)
-            What the samples are taught to be.
-        batch_size, seed : int
-            As usual.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} given; it is at least 1")
+        """Return a function that gives each epoch's batches in random order, with other labels."""
+        batch_size = whole_number(batch_size, "batch_size", least=1)
         generator = torch.Generator().manual_seed(seed)
 
         def epoch(_: int) -> Iterator[Batch]:
@@ -88,16 +79,9 @@ def class_samples(model: nn.Module, data: Data, forget: int | Sequence[int]) -> 
 def forgotten(
     model: nn.Module, data: Data, forget: int | Sequence[int]
 ) -> tuple[list[int], int, Data]:
-    """Check the classes to forget against the model.
+    """Return the classes to forget as a list, the number of the model's classes, and the data.
 
-    Returns
-    -------
-    list of int
-        The classes.
-    int
-        How many classes the model has.
-    Data
-        The data, whole, also where it can be read only once.
+    The data is returned whole, also where it can be read only once.
 
     Raises
     ------
@@ -106,11 +90,11 @@ def forgotten(
     """
     first, whole = peek(data, model_device(model))
     with preserved(model), torch.no_grad():
-        outputs = predict(model, first.inputs[:1]).shape[1]
+        outputs = one_logit_a_class(predict(model, first.inputs[:1]).shape[1])
     classes = listed(forget, outputs)
     if len(classes) == outputs:
         raise ValueError(f"forget: all {outputs} classes of the model given; one has to stay")
-    return classes, outputs, whole if is_read_once(data) else data
+    return classes, outputs, whole if isinstance(data, Iterator) else data
 
 
 def listed(forget: int | Sequence[int], outputs: int) -> list[int]:
@@ -131,14 +115,13 @@ class Labelled(Batch):
 def labelled(data: Data, outputs: int, device: torch.device | str = "cpu") -> Iterator[Labelled]:
     """Yield the batches of ``data``; ValueError where one has no labels or one is out of range."""
     for batch in batches(data, device):
-        if batch.labels is None:
-            raise ValueError("data: has no labels; give (input, label) batches")
-        check_classes(batch.labels, outputs, "labels")
-        yield Labelled(batch.inputs, batch.labels, batch.groups)
+        labels = with_labels(batch.labels)
+        in_range(labels, outputs, "labels")
+        yield Labelled(batch.inputs, labels, batch.groups)
 
 
 def among(labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """Tell which labels are one of ``classes``, bool, shape (samples,)."""
+    """Return which labels are one of ``classes``, bool, shape (samples,)."""
     return torch.isin(labels, torch.tensor(classes, device=labels.device))
 
 
@@ -147,11 +130,6 @@ def require_present(classes: Sequence[int], labels: Tensor) -> None:
     absent = sorted(set(classes) - set(labels.unique().tolist()))
     if absent:
         raise ValueError(f"forget: the data has no sample of class {', '.join(map(str, absent))}")
-
-
-def is_read_once(data: Data) -> bool:
-    """Tell whether ``data`` is used up by reading it."""
-    return isinstance(data, Iterator)
 
 
 def shuffled(data: Data, batch_size: int) -> Data:
@@ -164,27 +142,8 @@ def shuffled(data: Data, batch_size: int) -> Data:
 class Remaining(Iterable[tuple[Tensor, ...]]):
     """The data without the samples of some classes, to be read as often as the data.
 
-    Batches without other samples are left out.
-
-    Parameters
-    ----------
-    data : iterable or Dataset
-        Labelled batches. A ``Dataset`` is shuffled anew for each pass.
-    classes : sequence of int
-        What is left out.
-    outputs : int
-        How many classes there are.
-    device : torch.device
-        Where the batches are moved.
-    batch_size : int
-        For a ``Dataset``.
-
-    Raises
-    ------
-    ValueError
-        While reading, if the data has no labels.
-    TypeError
-        If the data can be read only once.
+    Batches without other samples are left out. A ``Dataset`` is shuffled anew for each pass and
+    read ``batch_size`` samples at a time.
     """
 
     def __init__(

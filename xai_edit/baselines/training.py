@@ -1,71 +1,20 @@
-"""Fine-tuning a copy of a model: what the methods that train have in common."""
+"""The training loop of the comparison methods, on a copy of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import run
+from xai_edit.checks import positive, whole_number, with_labels
 from xai_edit.data import Batch, model_device
-from xai_edit.edits.edit import versions
 from xai_edit.errors import NonFiniteError
 from xai_edit.guard import copied, require_finite
-from xai_edit.resources import Cost
 
 MOMENTUM = 0.9
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """What training gave.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The network; after a training from scratch in evaluation mode.
-    method : str
-        Name of the function that made it.
-    cost : Cost
-        Seconds and peak memory.
-    origin : dict
-        Arguments, samples and steps as JSON values.
-    """
-
-    model: nn.Module
-    method: str
-    cost: Cost
-    origin: dict[str, Any]
-
-
-class Unlearned(Trained):
-    """A changed copy of a model, which is itself as it was; on its device and in its mode."""
-
-
-def told(method: str, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the origin of a network: the method's name, what it says, the versions."""
-    return {"operator": method, **origin, "versions": versions()}
-
-
-def unlearned(model: nn.Module, method: str, cost: Cost, origin: Mapping[str, Any]) -> Unlearned:
-    """Return the result, with the method's name and the versions in its origin."""
-    return Unlearned(model, method, cost, told(method, origin))
-
-
-def built(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the network that a user's function makes; TypeError if it makes none."""
-    if isinstance(build, nn.Module) or not callable(build):
-        raise TypeError(
-            f"build: {type(build).__name__} given; give a function that makes a network"
-        )
-    model = build()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"build: it gave {type(model).__name__}, not a network")
-    return model
 
 
 @contextmanager
@@ -80,8 +29,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Return the mean cross-entropy of a labelled batch."""
-    assert batch.labels is not None  # checked where the samples are gathered
-    return nn.functional.cross_entropy(logits, batch.labels.to(logits.device))
+    return nn.functional.cross_entropy(logits, with_labels(batch.labels).to(logits.device))
 
 
 def fine_tuned(
@@ -97,12 +45,13 @@ def fine_tuned(
     loss: Callable[[Tensor, Batch], Tensor] = cross_entropy,
     after_epoch: Callable[[nn.Module], object] | None = None,
 ) -> tuple[nn.Module, int]:
-    """Train a copy of a model, by cross-entropy if nothing else is said; the model is only read.
+    """Train a copy of a model; the model is only read.
 
     Stochastic gradient descent with momentum 0.9 on all parameters, also those that are frozen in
     the model. Dropout is active. Batch norms (any norm with running statistics) are in evaluation
     mode unless ``statistics`` is set: their scale and shift are trained, but they keep their
-    statistics, which the samples of one class alone would ruin for all others.
+    statistics, which the samples of one class alone would ruin for all others. Of several outputs,
+    such as those of GoogLeNet's auxiliary heads, the first is trained on.
 
     Parameters
     ----------
@@ -131,7 +80,7 @@ def fine_tuned(
     Returns
     -------
     nn.Module
-        The copy, in the mode of the model.
+        The copy; which of its parts train and which parameters do is as in the model.
     int
         Steps taken.
 
@@ -142,11 +91,8 @@ def fine_tuned(
     NonFiniteError
         If the model, the loss or a trained weight is not finite.
     """
-    if epochs < 1 or not learning_rate > 0:
-        raise ValueError(
-            f"epochs: {epochs}, learning_rate: {learning_rate} given; training takes at least one "
-            "epoch and a positive rate"
-        )
+    epochs = whole_number(epochs, "epochs", least=1)
+    learning_rate = positive(learning_rate, "learning_rate")
     require_finite(model)
     trained, device, steps = copied(model), model_device(model), 0
     for parameter in trained.parameters():
@@ -165,8 +111,8 @@ def fine_tuned(
             for batch in epoch_batches(epoch):
                 for norm in norms:
                     norm.train(statistics and len(batch) > 1)
-                logits = run(trained, batch.inputs.to(device))
-                value = loss(logits, batch)
+                output = run(trained, batch.inputs.to(device))
+                value = loss(output[0] if isinstance(output, tuple) else output, batch)
                 if not torch.isfinite(value):
                     raise _diverged(steps, learning_rate)
                 optimizer.zero_grad()
@@ -182,16 +128,11 @@ def fine_tuned(
         require_finite(trained)
     except NonFiniteError:
         raise _diverged(steps, learning_rate) from None
-    as_before(trained, model)
-    return trained, steps
-
-
-def as_before(trained: nn.Module, model: nn.Module) -> None:
-    """Give a trained copy the flags of the model: which parts train, which parameters do."""
     for mine, theirs in zip(trained.modules(), model.modules(), strict=True):
         mine.training = theirs.training
     for parameter, original in zip(trained.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)
+    return trained, steps
 
 
 def _diverged(steps: int, learning_rate: float) -> NonFiniteError:

@@ -1,4 +1,4 @@
-"""What a sceptic would do to make a model stop predicting a class."""
+"""A masked logit: the comparison for every removal of a class."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from xai_edit.attribution.targets import class_list
+from xai_edit.checks import one_logit_a_class
 from xai_edit.data import Data, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import find_head
@@ -17,9 +18,10 @@ MASKED = -1e4
 
 
 class LogitMask:
-    """Push a class's logit out of reach by its bias: one number, no relevance, no score.
+    """Push a class's logit out of reach by its bias.
 
-    It forgets nothing, and it is the baseline that every class removal has to stand beside.
+    One number changes, without any relevance, and nothing is forgotten: a removal of a class has
+    to be better than this by something other than its accuracy.
     """
 
     def __repr__(self) -> str:
@@ -44,7 +46,7 @@ class LogitMask:
         """
         first, _ = peek(data, model_device(model))
         head, layer = find_head(model, first.inputs[:1])
-        classes = torch.tensor(class_list(target, layer.out_features))
+        classes = torch.tensor(class_list(target, one_logit_a_class(layer.out_features)))
         if layer.bias is None:
             raise ValueError(f"model: the last layer {head!r} has no bias to mask a class with")
         name = f"{head}.bias".removeprefix(".")

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers, tapped
+from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import class_list
 from xai_edit.attribution.trace import following_batch_norms
-from xai_edit.attribution.units import UnitScores, score_units, share_of
-from xai_edit.checks import readable_again
+from xai_edit.attribution.units import score_units
+from xai_edit.checks import fraction, one_logit_a_class, one_of, positive, readable_again
 from xai_edit.data import Data, batches, model_device, peek
 from xai_edit.edits.edit import ModelEdit, versions
+from xai_edit.edits.feeding import feeding_layer
 from xai_edit.edits.head import HeadFeatures, find_head
 from xai_edit.edits.share_sweep import Counts, Path, ShareSweep, sweep
-from xai_edit.edits.silence import silencing_entries
-from xai_edit.guard import preserved
-
-Noise = Literal["gaussian", "laplacian"]
+from xai_edit.edits.silence import Noise, noisy_values, silencing_entries
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class PathPerturbation:
     Parameters
     ----------
     layer : str or sequence of str, optional
-        Whose neurons: linear or convolution layers, or ``"fc:input"`` for the inputs of ``fc``; the
-        share is taken of each. When left out, the hidden linear layer before the output or, where
-        there is none (ResNet), the inputs of the last layer.
+        Layers whose neurons are switched off: linear or convolution layers, or ``"fc:input"`` for
+        the inputs of ``fc``; the share is taken of each. Default: the hidden linear layer before
+        the output or, where there is none (ResNet), the inputs of the last layer.
     share : float in (0, 1] or "auto"
         Share of a layer's neurons to switch off (the paper's m_p). "auto" takes the smallest with
         which no more than ``bound`` of the class is predicted.
@@ -76,27 +75,21 @@ class PathPerturbation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("share", "bound", "scale"):
-            # Numbers of NumPy and PyTorch would not go into the JSON of a saved edit.
-            number = getattr(self, name)
-            if isinstance(number, SupportsFloat) and not isinstance(number, bool):
-                object.__setattr__(self, name, float(number))
-        if self.share != "auto":
-            share_of(1, self.share)
+        if not self._auto:
+            object.__setattr__(self, "share", fraction(self.share, "share"))
         elif self.noise is not None:
             raise ValueError("share: 'auto' is for neurons switched off; give a number with noise")
-        if self.rank not in ("sum", "count"):
-            raise ValueError(f"rank: {self.rank!r} given; it is 'sum' or 'count'")
+        object.__setattr__(self, "bound", fraction(self.bound, "bound", zero=True, one=False))
+        object.__setattr__(self, "scale", positive(self.scale, "scale"))
+        one_of(self.rank, ("sum", "count"), "rank")
+        one_of(self.scope, ("neuron", "class_row"), "scope")
+        one_of(self.noise, (None, "gaussian", "laplacian"), "noise")
         if (self.rank == "count") != (self.k is not None):
             raise ValueError(f"k: {self.k!r} given with rank={self.rank!r}; k goes with 'count'")
-        if self.scope not in ("neuron", "class_row"):
-            raise ValueError(f"scope: {self.scope!r} given; it is 'neuron' or 'class_row'")
-        if not 0 <= self.bound < 1:
-            raise ValueError(f"bound: {self.bound!r} given; it is an accuracy in [0, 1)")
-        if self.noise not in (None, "gaussian", "laplacian"):
-            raise ValueError(f"noise: {self.noise!r} given; it is 'gaussian' or 'laplacian'")
-        if not self.scale > 0:
-            raise ValueError(f"scale: {self.scale!r} given; it is greater than 0")
+
+    @property
+    def _auto(self) -> bool:
+        return isinstance(self.share, str) and self.share == "auto"
 
     def plan(
         self,
@@ -118,8 +111,7 @@ class PathPerturbation:
         target : int or sequence of int
             The class to forget, or several; these need labels.
         validation : iterable or Dataset, optional
-            For ``share="auto"``: samples of the class other than ``data``, which are taken when
-            left out.
+            For ``share="auto"``: samples of the class other than ``data``; default: ``data``.
 
         Returns
         -------
@@ -130,60 +122,53 @@ class PathPerturbation:
         Raises
         ------
         UnknownLayerError, ValueError
-            If a layer, a class or k is out of range, the data has no sample of a class or none
-            that the model predicts as such, ``scope="class_row"`` is asked for a layer that does
-            not feed the output directly, two classes have the same neurons, or the bound is not
-            reached.
+            If a layer, a class or k is out of range, the layer before the output is not clear, the
+            data has no sample of a class or none that the model predicts as such,
+            ``scope="class_row"`` is asked for a layer that does not feed the output directly, two
+            classes have the same neurons, or the bound is not reached.
 
         Warns
         -----
         UserWarning
             If some of the samples, without labels, are not predicted as the class.
         """
-        first, data = _kept(data, model)
-        head, linear = find_head(model, first[:1])
-        targets = class_list(target, linear.out_features)
-        found = {
-            target: self._path(model, data, target, head, linear, first, several=len(targets) > 1)
-            for target in targets
-        }
-        shares: dict[int, float] = {}
-        for target, (path, _) in found.items():
-            if self.share == "auto":
+        first, data = _unread(data, model)
+        plans = _Plans(self, model, first)
+        targets = class_list(target, plans.classes)
+        edit, neurons, shares, samples = ModelEdit({}), {}, [], []
+        for one in targets:
+            ranked, seen = plans.ranked(data, one, several=len(targets) > 1)
+            share = self.share
+            if share == "auto":
                 held = data if validation is None else validation
-                shares[target] = sweep(model, path, held, target, bound=self.bound).shares[-1]
-            else:
-                shares[target] = self.share
-        chosen = {
-            target: {
-                layer: path.layers[layer][:count].sort().values.tolist()
-                for layer, count in path.counts(shares[target]).items()
-            }
-            for target, (path, _) in found.items()
-        }
+                share = plans.smallest_share(ranked, held, one)
+            path = plans.path(ranked, one, self.scope)
+            counts = path.counts(share)
+            edit |= path.edit(counts)
+            neurons[one] = [
+                ranked[layer][:count].sort().values.tolist() for layer, count in counts.items()
+            ]
+            shares.append(share)
+            samples.append(seen)
         if self.scope == "neuron":
-            _require_different(chosen)
-        edit = ModelEdit({})
-        for target, (path, _) in found.items():
-            edit |= path.edit(path.counts(shares[target]))
-        layers = [*found[targets[0]][0].layers]
-        told: dict[str, Any] = {
+            _require_different(neurons, plans.layers)
+        origin: dict[str, Any] = {
             "operator": "PathPerturbation",
             "target": _one(targets),
-            "layer": _one(layers),
-            "neurons": _one([_one([*neurons.values()]) for neurons in chosen.values()]),
-            "share": _one([*shares.values()]),
+            "layer": _one(plans.layers),
+            "neurons": _one([_one(layers) for layers in neurons.values()]),
+            "share": _one(shares),
             "rank": self.rank,
             "k": self.k,
             "scope": self.scope,
             "scorer": describe(self.scorer),
-            "samples": _one([scores.samples for _, scores in found.values()]),
+            "samples": _one(samples),
         }
-        if self.share == "auto":
-            told["bound"] = self.bound
+        if self._auto:
+            origin["bound"] = self.bound
         if self.noise is not None:
-            told |= {"noise": self.noise, "scale": self.scale, "seed": self.seed}
-        return ModelEdit(edit.changes, {**told, "versions": versions()})
+            origin |= {"noise": self.noise, "scale": self.scale, "seed": self.seed}
+        return ModelEdit(edit.changes, {**origin, "versions": versions()})
 
     def sweep(
         self,
@@ -215,113 +200,138 @@ class PathPerturbation:
             As for `plan`.
         """
         for share in shares or ():
-            share_of(1, share)
-        first, data = _kept(data, model)
-        head, linear = find_head(model, first[:1])
-        (target,) = class_list([target], linear.out_features)
-        path, _ = self._path(model, data, target, head, linear, first)
+            fraction(share, "share")
+        first, data = _unread(data, model)
+        plans = _Plans(self, model, first)
+        (target,) = class_list([target], plans.classes)
+        ranked, _ = plans.ranked(data, target)
+        path = plans.path(ranked, target, self.scope)
         return sweep(model, path, validation, target, shares=shares)
 
-    def _path(
-        self,
-        model: nn.Module,
-        data: Data,
-        target: int,
-        head: str,
-        linear: nn.Linear,
-        sample: Tensor,
-        *,
-        several: bool = False,
-    ) -> tuple[Path, UnitScores]:
-        """Rank the neurons of a class (layer-wise relevance analysis, Eq. 7–10)."""
-        feeding = _feeding_layer(model, head, linear.in_features, sample[:1])
-        asked = [self.layer] if isinstance(self.layer, str) else self.layer
-        layers = [feeding] if asked is None else resolve_layers(model, asked)
-        for layer in layers:
-            if layer == head:
+
+class _Plans:
+    """What the plans for several classes share: the layers, and how they reach the output."""
+
+    def __init__(self, operator: PathPerturbation, model: nn.Module, sample: Tensor) -> None:
+        self.operator, self.model, self.sample = operator, model, sample
+        self.head, self.linear = find_head(model, sample[:1])
+        self.classes = one_logit_a_class(self.linear.out_features)
+        inputs = self.head + INPUT_SUFFIX
+        asked = [operator.layer] if isinstance(operator.layer, str) else operator.layer
+        try:
+            feeding = feeding_layer(model, self.head, self.linear.in_features, sample)
+        except ValueError:
+            if asked is None:
+                raise
+            feeding = inputs
+        self.feeding = {feeding, inputs}  # names of the neurons that the last layer reads
+        self.layers = [feeding] if asked is None else resolve_layers(model, asked)
+        for layer in self.layers:
+            if layer == self.head:
                 raise ValueError(
-                    f"layer: {head!r} is the output; name {head + INPUT_SUFFIX!r} or a hidden layer"
+                    f"layer: {layer!r} is the output; name {inputs!r} or a hidden layer"
                 )
-            if self.scope == "class_row" and layer not in (feeding, head + INPUT_SUFFIX):
+            if operator.scope == "class_row" and layer not in self.feeding:
                 raise ValueError(
-                    f"scope: 'class_row' needs neurons that feed the output, those of {feeding!r}; "
-                    f"layer {layer!r} was given"
+                    "scope: 'class_row' needs neurons that feed the output, those of "
+                    f"{sorted(self.feeding)}; layer {layer!r} was given"
                 )
             silencing_entries(model, layer, torch.tensor([0]))  # raises where it cannot be done
-        samples = _Samples(data, target, model_device(model), several)
+        self.norms = following_batch_norms(model, sample[:1], self.layers)
+
+    def ranked(
+        self, data: Data, target: int, *, several: bool = False
+    ) -> tuple[dict[str, Tensor], int]:
+        """Rank each layer's neurons by layer-wise relevance (Eq. 7–10); count the samples."""
+        samples = _Samples(data, target, model_device(self.model), several)
         scores = score_units(
-            model, samples, self.scorer, layers=layers, target=samples.explained, k=self.k
+            self.model,
+            samples,
+            self.operator.scorer,
+            layers=self.layers,
+            target=samples.explained,
+            k=self.operator.k,
         )
         samples.require_predicted()
-        for layer in layers:
+        for layer in self.layers:
             if not scores[layer].any():
                 raise ValueError(f"layer: no relevance reaches the neurons of {layer!r}")
-        ranked = {layer: scores.rank(layer, self.rank) for layer in layers}
-        norms = following_batch_norms(model, sample[:1], layers)
+        rank = self.operator.rank
+        return {layer: scores.rank(layer, rank) for layer in self.layers}, scores.samples
+
+    def path(self, ranked: dict[str, Tensor], target: int, scope: str) -> Path:
+        """Return the neurons in order, with the edit that switches off the first of them."""
+        row = target if scope == "class_row" else None
 
         def edit(counts: Counts) -> ModelEdit:
             entries: dict[str, Tensor] = {}
             for layer, count in counts.items():
                 neurons = ranked[layer][:count]
-                if self.scope == "class_row":
-                    row = target * linear.in_features
-                    more = {f"{head}.weight".removeprefix("."): row + neurons}
+                if row is None:
+                    norm = None if self.operator.noise else self.norms.get(layer)
+                    more = silencing_entries(self.model, layer, neurons, norm)
                 else:
-                    norm = None if self.noise else norms.get(layer)
-                    more = silencing_entries(model, layer, neurons, norm)
+                    name = f"{self.head}.weight".removeprefix(".")
+                    more = {name: row * self.linear.in_features + neurons}
                 for name, at in more.items():  # a layer's outputs and inputs share its weights
-                    entries[name] = (
-                        torch.cat([entries[name], at]).unique() if name in entries else at
-                    )
-            return ModelEdit.between(model, self._values(model, entries), {})
+                    at = torch.cat([entries.get(name, at[:0]), at])
+                    entries[name] = at.unique()
+            if self.operator.noise is None:  # Eq. 12
+                values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
+            else:
+                drawn = self.operator.noise, self.operator.scale, self.operator.seed
+                values = noisy_values(self.model, entries, *drawn)
+            return ModelEdit.between(self.model, values, {})
 
-        alone = len(layers) == 1 and layers[0] in (feeding, head + INPUT_SUFFIX)
-        row = target if self.scope == "class_row" else None
-        silenced = norms.get(layers[-1], layers[-1])
-        alone &= self.noise is None
-        return Path(ranked, edit, alone, silenced, row, sample), scores
+        alone = len(ranked) == 1 and self.layers[0] in self.feeding and self.operator.noise is None
+        silenced = self.norms.get(self.layers[-1], self.layers[-1])
+        return Path(ranked, edit, alone, silenced, row, self.sample)
 
-    def _values(
-        self, model: nn.Module, entries: Mapping[str, Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the new values of the weights: zero (Eq. 12), or with noise."""
-        if self.noise is None:
-            return {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
-        generator = torch.Generator().manual_seed(self.seed)
-        values = {}
-        for name, at in entries.items():
-            weights = model.get_parameter(f"{name.rpartition('.')[0]}.weight".removeprefix("."))
-            noise = _drawn(self.noise, len(at), generator) * self.scale * weights.std().item()
-            old = torch.take(model.get_parameter(name).detach().cpu(), at)
-            values[name] = at, old + noise.to(old)
-        return values
-
-
-def _drawn(noise: Noise, count: int, generator: torch.Generator) -> Tensor:
-    """Return noise of standard deviation 1."""
-    if noise == "gaussian":
-        return torch.randn(count, generator=generator, dtype=torch.float64)
-    u = torch.rand(count, generator=generator, dtype=torch.float64) - 0.5
-    return -u.sign() * torch.log1p(-2 * u.abs()) / 2**0.5
+    def smallest_share(
+        self, ranked: dict[str, Tensor], held: Data | HeadFeatures, target: int
+    ) -> float:
+        """Return the smallest share that brings A_t to the bound, or say what would."""
+        bound, scope = self.operator.bound, self.operator.scope
+        path = self.path(ranked, target, scope)
+        found = sweep(self.model, path, held, target, bound=bound)
+        if found.forgotten[-1] <= bound:
+            return found.shares[-1]
+        share, best = found.lowest()
+        text = (
+            f"share: with scope={scope!r} A_t is {best:.3f} at best, with {share:.1%} of the "
+            f"neurons of {self.layers} off, {best - bound:.3f} above the bound of {bound:g}"
+        )
+        if scope == "neuron" and path.feeding:
+            row = self.path(ranked, target, "class_row")
+            other = sweep(self.model, row, held, target, bound=bound)
+            share, left = other.lowest()
+            best = min(best, left)
+            text += "; scope='class_row' "
+            if left <= bound:
+                raise ValueError(text + f"reaches it with {share:.1%}")
+            text += f"comes to {left:.3f}"
+        least = math.ceil(best * 1000) / 1000
+        works = f", or bound={least:g}" if least < 1 else ""
+        raise ValueError(f"{text}; give another layer{works}")
 
 
 def _one(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _kept(data: Data, model: nn.Module) -> tuple[Tensor, Data]:
-    """Return a few samples, to see which layer reads which, and the data, unread."""
+def _unread(data: Data, model: nn.Module) -> tuple[Tensor, Data]:
+    """Return the first batch's inputs, and the data with that batch still to be read."""
     first, whole = peek(data, model_device(model))
     return first.inputs, whole if isinstance(data, Iterator) else data
 
 
-def _require_different(chosen: Mapping[int, Mapping[str, list[int]]]) -> None:
+def _require_different(neurons: Mapping[int, list[list[int]]], layers: Sequence[str]) -> None:
     seen: dict[str, int] = {}
-    for target, neurons in chosen.items():
-        other = seen.setdefault(repr(neurons), target)
+    for target, chosen in neurons.items():
+        other = seen.setdefault(repr(chosen), target)
         if other != target:
             raise ValueError(
-                f"target: classes {other} and {target} have the same neurons in {[*neurons]}, so "
+                f"target: classes {other} and {target} have the same neurons in {[*layers]}, so "
                 "that forgetting one forgets the other; forget one, or take a smaller share or "
                 "scope='class_row'"
             )
@@ -342,7 +352,7 @@ class _Samples:
         for batch in batches(self.data, self.device):
             self.labelled = batch.labels is not None
             if self.several and not self.labelled:
-                raise ValueError("data: has no labels, which tell several classes apart")
+                raise ValueError("data: has no labels; several classes need (input, label) batches")
             chosen = batch if batch.labels is None else batch[batch.labels == self.target]
             if len(chosen):
                 found = True
@@ -359,7 +369,7 @@ class _Samples:
         return torch.full((len(logits),), self.target, device=logits.device)
 
     def require_predicted(self) -> None:
-        """Raise ValueError if the model takes none of the samples for the class."""
+        """Raise ValueError if the model predicts the class for none of the samples."""
         if self.seen and not self.right:
             raise ValueError(
                 f"data: none of the {self.seen} samples is predicted as class {self.target}, so "
@@ -369,20 +379,5 @@ class _Samples:
             warnings.warn(
                 f"data: {self.seen - self.right} of {self.seen} samples are not predicted as class "
                 f"{self.target}; if they are of others, leave them out or give labels",
-                stacklevel=3,
+                stacklevel=4,
             )
-
-
-def _feeding_layer(model: nn.Module, head: str, width: int, inputs: Tensor) -> str:
-    """Return the hidden linear layer whose neurons are the head's inputs, else the inputs."""
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != head
-    ]
-    with preserved(model), torch.no_grad(), tapped(model, linear) as tap:
-        model(inputs)
-    last = next(reversed(tap.values), None)
-    if last is not None and tap.values[last].shape == (len(inputs), width):
-        return last
-    return head + INPUT_SUFFIX

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import INPUT_SUFFIX, predict
-from xai_edit.attribution.targets import check_classes
-from xai_edit.checks import readable_again
+from xai_edit.checks import in_range, readable_again
+from xai_edit.counting import count_by_group
 from xai_edit.data import Data, batches, model_device
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.head import HeadFeatures, collect_head_features
+from xai_edit.edits.head import HeadFeatures, collect_head_features, head_features
 from xai_edit.guard import preserved
 
 STEPS = 100  # the most shares that are tried where nothing can be cached
@@ -52,19 +52,25 @@ class ShareSweep:
     samples: int
     passes: int
 
+    def lowest(self) -> tuple[float, float]:
+        """Return the smallest share, above 0, with the lowest A_t, and that A_t."""
+        at = min(range(1, len(self.shares)), key=self.forgotten.__getitem__)
+        return self.shares[at], self.forgotten[at]
+
     def __str__(self) -> str:
         rows = ["share  neurons    A_t    A_g"]
         for share, off, forgotten, rest in zip(
             self.shares, self.neurons, self.forgotten, self.rest, strict=True
         ):
-            told = "–" if rest is None else f"{rest:.3f}"
-            rows.append(f"{share:5.1%} {off:8d}  {forgotten:5.3f}  {told:>5}")
+            others = "–" if rest is None else f"{rest:.3f}"
+            rows.append(f"{share:5.1%} {off:8d}  {forgotten:5.3f}  {others:>5}")
         return "\n".join(rows)
 
 
 Counts: TypeAlias = dict[str, int]
-Measure: TypeAlias = Callable[[Counts], tuple[Tensor, Tensor]]
-"""From the neurons off in each layer: right answers and samples, of the class and of the rest."""
+Measure: TypeAlias = Callable[[Counts], Tensor]
+"""From the neurons off in each layer to right answers and samples (rows) of the class and of the
+others (columns), float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +130,13 @@ def sweep(
         When left out, each number of neurons is tried where that takes no pass over the data or
         there are no more than a hundred, and else each hundredth.
     bound : float, optional
-        Where to stop.
+        Where to stop; where A_t never comes to it the last share is the largest.
 
     Raises
     ------
     ValueError
-        If the data has no sample of the class or a label that is no class, the cached features are
-        of another last layer, or all is off and the bound is not reached.
+        If the data has no sample of the class or a label that is no class, or the cached features
+        are of another last layer.
     """
     cached = _from_features(model, path, data, target) if path.feeding else None
     if cached is None and isinstance(data, HeadFeatures):
@@ -153,12 +159,6 @@ def sweep(
         points.append((share, sum(counts.values()), forgotten, rest if samples[1] else None))
         if bound is not None and share and forgotten <= bound:
             break
-    else:
-        if bound is not None:
-            raise ValueError(
-                f"share: with all neurons of {[*path.layers]} off, {forgotten:.3f} of class "
-                f"{target} is still predicted, more than the bound of {bound}; give another layer"
-            )
     tried, neurons, left, others = ([*column] for column in zip(*points, strict=True))
     passes = len(points) if cached is None else int(not isinstance(data, HeadFeatures))
     return ShareSweep(tried, neurons, left, others, int(samples[0]), passes)
@@ -168,14 +168,14 @@ def _from_passes(model: nn.Module, path: Path, data: Data, target: int) -> Measu
     """Measure by a pass over the data each time."""
     readable_again(data, "a sweep over shares")
 
-    def measure(counts: Counts) -> tuple[Tensor, Tensor]:
-        right = samples = torch.zeros(2, dtype=torch.float64)
+    def measure(counts: Counts) -> Tensor:
+        found = torch.zeros(2, 2, dtype=torch.float64)
         edit = path.edit(counts) if any(counts.values()) else ModelEdit({})
-        with _applied(model, edit), torch.no_grad():
+        with preserved(model, weights=True), torch.no_grad():
+            edit.apply(model)
             for batch in batches(data, model_device(model)):
-                more = _counted(predict(model, batch.inputs), batch.labels, target)
-                right, samples = right + more[0], samples + more[1]
-        return right, samples
+                found += _counted(predict(model, batch.inputs), batch.labels, target)
+        return found
 
     return measure
 
@@ -187,13 +187,7 @@ def _from_features(
 
     None if the neurons do not reach the last layer one by one, which is tried.
     """
-    head = data if isinstance(data, HeadFeatures) else collect_head_features(model, data)
-    weight = dict(model.named_parameters(remove_duplicate=False)).get(head.parameter("weight"))
-    if weight is None or not torch.equal(weight.cpu(), head.weight):
-        raise ValueError(
-            f"validation: cached inputs of {head.layer!r} with other weights than the model's were "
-            "given; give the data itself, or collect them from this model"
-        )
+    head = head_features(model, data, name="validation")
     ((name, order),) = path.layers.items()
     W = head.weight.double()
     rows = slice(None) if path.row is None else slice(path.row, path.row + 1)
@@ -215,7 +209,7 @@ def _from_features(
             return None
     z, done = head.logits(), 0
 
-    def measure(counts: Counts) -> tuple[Tensor, Tensor]:
+    def measure(counts: Counts) -> Tensor:
         nonlocal done
         z[:, rows] -= taken(head.features, order[done : counts[name]])
         done = counts[name]
@@ -234,18 +228,11 @@ def _silent(model: nn.Module, name: str, neurons: Tensor) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _applied(model: nn.Module, edit: ModelEdit) -> Iterator[None]:
-    with preserved(model, weights=True):
-        edit.apply(model)
-        yield
-
-
-def _counted(logits: Tensor, labels: Tensor | None, target: int) -> tuple[Tensor, Tensor]:
-    """Return right answers and samples, of the class and of the others."""
-    predicted = logits.argmax(1)
+def _counted(logits: Tensor, labels: Tensor | None, target: int) -> Tensor:
+    """Return right answers and samples (rows) of the class and of the others (columns)."""
+    predicted, classes = logits.argmax(1), logits.shape[1]
     labels = torch.full_like(predicted, target) if labels is None else labels
-    check_classes(labels, logits.shape[1], "labels")
-    own, right = labels == target, predicted == labels
-    counts = torch.stack([(right & own).sum(), (right & ~own).sum(), own.sum(), (~own).sum()])
-    return (*counts.cpu().double().split(2),)
+    in_range(labels, classes, "labels")
+    right_and_samples = count_by_group(predicted, labels, classes)[:2, :, 0].double()
+    own = right_and_samples[:, target]
+    return torch.stack([own, right_and_samples.sum(1) - own], 1)

@@ -1,12 +1,17 @@
-"""Switching units off: the entries of parameters that make a unit's output zero."""
+"""Switching units off: the entries of parameters that make a unit's output zero, or noisy."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.coupling import ChannelGroup
 from xai_edit.attribution.layers import CONVOLUTIONS, INPUT_SUFFIX, TRANSPOSED, layer_module
+
+Noise = Literal["gaussian", "laplacian"]
 
 
 def silencing_entries(
@@ -62,6 +67,29 @@ def _slices(shape: torch.Size, axis: int, units: Tensor) -> Tensor:
         along = units.cpu() if at == axis else torch.arange(length)
         positions = (positions[:, None] * length + along).flatten()
     return positions
+
+
+def noisy_values(
+    model: nn.Module, entries: Mapping[str, Tensor], noise: Noise, scale: float, seed: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return entries with their values plus noise, ``scale`` deviations of the layer's weights."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, at in entries.items():
+        layer = name.rpartition(".")[0]
+        deviation = model.get_parameter(f"{layer}.weight".removeprefix(".")).std().item()
+        old = torch.take(model.get_parameter(name).detach().cpu(), at)
+        drawn = _drawn(noise, len(at), generator) * scale * deviation
+        values[name] = at, old + drawn.to(old)
+    return values
+
+
+def _drawn(noise: Noise, count: int, generator: torch.Generator) -> Tensor:
+    """Return noise of standard deviation 1."""
+    if noise == "gaussian":
+        return torch.randn(count, generator=generator, dtype=torch.float64)
+    u = torch.rand(count, generator=generator, dtype=torch.float64) - 0.5
+    return -u.sign() * torch.log1p(-2 * u.abs()) / 2**0.5
 
 
 def silenced_entries(model: nn.Module, group: ChannelGroup, units: Tensor) -> dict[str, Tensor]:

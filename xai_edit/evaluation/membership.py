@@ -1,4 +1,4 @@
-"""Was this sample trained on? A membership attack, and the forgetting rate that comes from it."""
+"""Membership attack: whether a sample was trained on, and the forgetting rate from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Attack:
-    """How well the attack tells training samples from unseen ones, on the unedited network.
+    """How well the attack separates training samples from unseen ones, on the unedited network.
 
     Attributes
     ----------
@@ -48,10 +48,10 @@ def forgetting_rates(
     """Fit the attack on the unedited network and ask it about each network.
 
     A linear SVM on softmax outputs, as in Chang et al., *Zero-shot class unlearning*, Sec. V-B.
-    It sees the probability of the label first and the others in descending order: the plain
+    It sees the probability of the label first and the others in descending order. The plain
     vector of a confident answer is a corner of the simplex whatever its class, and no plane cuts
-    off all corners, so that a linear attack on it is chance even where every sample was learnt by
-    heart (tried: .48 to .51, in this order .98). Shokri et al. 2017, *Membership inference attacks
+    off all corners, so that a linear attack on it is chance even where every sample was memorised
+    (tried: 0.48 to 0.51, in this order 0.98). Shokri et al. 2017, *Membership inference attacks
     against machine learning models*, fit an attack for each class for the same reason. The columns
     are not standardised: they share one scale, and a column that is nearly 0 before an edit would
     decide alone after it.
@@ -116,7 +116,7 @@ def attack_rows(probabilities: Tensor, labels: Tensor) -> np.ndarray:
 def _halves(trained: Tensor, unseen: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the rows to fit on and to measure on, each for trained and unseen samples.
 
-    Of each class as many trained as unseen ones, so that the classes alone tell nothing.
+    Of each class as many trained as unseen ones, so that the class alone gives nothing away.
     """
     fitted: tuple[list[Tensor], list[Tensor]] = ([], [])
     held_out: tuple[list[Tensor], list[Tensor]] = ([], [])

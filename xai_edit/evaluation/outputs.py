@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import INPUT_SUFFIX, predict, tapped
-from xai_edit.attribution.targets import check_classes
+from xai_edit.checks import in_range, with_labels
+from xai_edit.counting import count_by_group
 from xai_edit.data import Data, batches, model_device
 from xai_edit.errors import NonFiniteError
 
@@ -26,7 +27,8 @@ class Seen:
     inputs : Tensor, shape (samples, ...)
         On the device of the first model.
     labels : Tensor, int64, shape (samples,)
-    predictions : dict of Tensor, int64, shape (samples,)
+    counts : dict of Tensor, int64, shape (2, classes)
+        Right answers and samples by class.
     probabilities : dict of Tensor, float64, shape (samples, classes)
     features : dict of Tensor, shape (samples, d)
         The inputs of the last linear layer, for the models that have one.
@@ -34,9 +36,14 @@ class Seen:
 
     inputs: Tensor
     labels: Tensor
-    predictions: dict[str, Tensor]
+    counts: dict[str, Tensor]
     probabilities: dict[str, Tensor]
     features: dict[str, Tensor]
+
+    def add_to(self, counts: dict[str, Tensor]) -> None:
+        """Add the batch to the counts of a split, which are empty at first."""
+        for name, more in self.counts.items():
+            counts[name] = counts[name] + more if name in counts else more
 
 
 def read(
@@ -63,16 +70,15 @@ def read(
     device = model_device(next(iter(models.values())))
     with naming(split):
         for batch in batches(data, device):
-            if batch.labels is None:
-                raise ValueError("data: has no labels; give (input, label) batches")
-            labels = batch.labels.cpu()
+            labels = with_labels(batch.labels).cpu()
             seen = Seen(batch.inputs, labels, {}, {}, {})
             for name, model in models.items():
                 watched = [heads[name] + INPUT_SUFFIX] if name in heads else []
                 with naming(f"network {name!r}"), tapped(model, watched) as tap:
                     output = predict(model, batch.inputs.to(model_device(model))).cpu()
-                check_classes(labels, output.shape[1], "labels")
-                seen.predictions[name] = output.argmax(1)
+                classes = output.shape[1]
+                in_range(labels, classes, "labels")
+                seen.counts[name] = count_by_group(output.argmax(1), labels, classes)[:2, :, 0]
                 seen.probabilities[name] = log_probabilities(output.double()).exp()
                 for layer in watched:
                     seen.features[name] = tap.values[layer].cpu().float()
@@ -125,58 +131,32 @@ class SplitAccuracy:
     samples: tuple[int, ...]
 
 
-class Counts:
-    """Right answers by class of several models over one split, summed batch by batch."""
+def split_accuracy(counts: Tensor, forget: Sequence[int], split: str) -> SplitAccuracy:
+    """Return a model's figures on a split from its right answers and samples by class.
 
-    def __init__(self, names: Sequence[str], classes: int) -> None:
-        self.right = {name: torch.zeros(classes, dtype=torch.long) for name in names}
-        self.samples = torch.zeros(classes, dtype=torch.long)
-
-    def add(self, seen: Seen) -> None:
-        """Count one batch."""
-        classes = len(self.samples)
-        self.samples += torch.bincount(seen.labels, minlength=classes)
-        for name, right in self.right.items():
-            hits = seen.labels[seen.predictions[name] == seen.labels]
-            right += torch.bincount(hits, minlength=classes)
-
-    def require(self, forget: Sequence[int], split: str) -> None:
-        """Raise ValueError where a forgotten class, or all the rest, has no samples."""
-        for target in forget:
-            if not self.samples[target]:
-                raise ValueError(f"{split}: no samples of class {target}, which is to be forgotten")
-        if self.samples.sum() == self.samples[list(forget)].sum():
-            raise ValueError(f"{split}: no samples of any class but {list(forget)}")
-
-    def accuracy(self, name: str, forget: Sequence[int]) -> SplitAccuracy:
-        """Return the figures of one model; `require` comes first."""
-        right, samples = self.right[name], self.samples
-        mine = torch.zeros(len(samples), dtype=torch.bool)
-        mine[list(forget)] = True
-        own, rest = int(samples[mine].sum()), int(samples[~mine].sum())
-        pairs = zip(right.tolist(), samples.tolist(), strict=True)
-        return SplitAccuracy(
-            int(right[mine].sum()) / own,
-            int(right[~mine].sum()) / rest,
-            tuple(hits / total if total else None for hits, total in pairs),
-            own,
-            rest,
-            tuple(samples.tolist()),
-        )
+    Raises
+    ------
+    ValueError
+        If a forgotten class, or all the rest, has no samples.
+    """
+    right, samples = counts.tolist()
+    for target in forget:
+        if not samples[target]:
+            raise ValueError(f"{split}: no samples of class {target}, which is to be forgotten")
+    own_right, own = counts[:, list(forget)].sum(1).tolist()
+    rest_right, rest = sum(right) - own_right, sum(samples) - own
+    if not rest:
+        raise ValueError(f"{split}: no samples of any class but {list(forget)}")
+    pairs = zip(right, samples, strict=True)
+    classes = tuple(hits / total if total else None for hits, total in pairs)
+    return SplitAccuracy(own_right / own, rest_right / rest, classes, own, rest, tuple(samples))
 
 
 class ClassSample:
     """A random sample of each class, of bounded size, from a stream (reservoir sampling).
 
-    Every sample of the stream draws a key, and those of lowest key stay; so the choice depends on
-    the seed and the order of the stream, not on its batches.
-
-    Parameters
-    ----------
-    limits : sequence of int
-        The most samples to keep of each class.
-    seed : int
-        Of the keys.
+    Every sample of the stream draws a key, and those of lowest key stay, at most ``limits`` of each
+    class; so the choice depends on the seed and the order of the stream, not on its batches.
     """
 
     def __init__(self, limits: Sequence[int], seed: int) -> None:

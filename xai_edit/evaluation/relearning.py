@@ -1,4 +1,4 @@
-"""How fast does a class come back? A few steps of fine-tuning on a copy."""
+"""Relearning curves: how fast a class comes back in a few steps of fine-tuning on a copy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from xai_edit.attribution.layers import predict
 from xai_edit.data import Data, model_device
 from xai_edit.evaluation.outputs import (
-    Counts,
     SplitAccuracy,
     log_probabilities,
     naming,
     read,
+    split_accuracy,
 )
 from xai_edit.guard import copied
 
@@ -87,9 +87,8 @@ def relearning_curves(
     as it comes would have none of them.
 
     Before the first step the rows of the forgotten classes in the last linear layer become the
-    mean of the other rows. Whoever relearns can do so without knowing anything; and otherwise a
-    single huge weight, or a masked logit, would pass for forgetting although nothing is cheaper to
-    take back.
+    mean of the other rows, which takes no knowledge. Otherwise a single huge weight, or a masked
+    logit, would pass for forgetting although nothing is easier to take back.
 
     Parameters
     ----------
@@ -134,7 +133,7 @@ def relearning_curves(
                 for name, copy in copies.items():
                     _learn(copy, optimizers[name], train["inputs"][rows], train["labels"][rows])
             if step in steps:
-                now = _measure(copies, test, start, forget) if step else start
+                now = _measure(copies, test, forget) if step else start
                 for name, found in points.items():
                     found.append(now[name])
     return {
@@ -173,17 +172,13 @@ def _learn(
 
 
 def _measure(
-    copies: Mapping[str, nn.Module],
-    test: Data,
-    start: Mapping[str, SplitAccuracy],
-    forget: Sequence[int],
+    copies: Mapping[str, nn.Module], test: Data, forget: Sequence[int]
 ) -> dict[str, SplitAccuracy]:
-    names = [*copies]
-    counts = Counts(names, len(start[names[0]].classes))
+    counts: dict[str, Tensor] = {}
     with torch.no_grad():
         for seen in read(copies, {}, test, "test"):
-            counts.add(seen)
-    return {name: counts.accuracy(name, forget) for name in names}
+            seen.add_to(counts)
+    return {name: split_accuracy(counts[name], forget, "test") for name in copies}
 
 
 def _batches(labels: Tensor, forget: Sequence[int], seed: int) -> Iterator[Tensor]:

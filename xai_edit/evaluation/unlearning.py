@@ -1,22 +1,21 @@
-"""Did the network unlearn the class? Everything that can be asked of it, split by split."""
+"""Whether a network unlearned a class: accuracies, probe, membership attack and relearning."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import predict
 from xai_edit.attribution.targets import class_list
-from xai_edit.checks import readable_again
+from xai_edit.checks import one_logit_a_class, readable_again
 from xai_edit.data import Data, model_device, peek
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.evaluation.membership import forgetting_rates
-from xai_edit.evaluation.outputs import ClassSample, Counts, Overlap, Seen, naming, read
+from xai_edit.evaluation.outputs import ClassSample, Overlap, Seen, naming, read, split_accuracy
 from xai_edit.evaluation.probe import find_heads, fit_probe, recalled
 from xai_edit.evaluation.relearning import (
     STEPS,
@@ -41,7 +40,7 @@ def evaluate_unlearning(
     train: Data,
     test: Data,
     forget: int | Sequence[int],
-    retrained: nn.Module | None = None,
+    retrained: ModelEdit | nn.Module | None = None,
     analysis: Data | None = None,
     relearn: Sequence[int] = STEPS,
     cost: Cost | None = None,
@@ -50,8 +49,8 @@ def evaluate_unlearning(
     """Measure what an edit did to the classes to be forgotten and to the rest, before and after.
 
     A_t, A_g and F_r are those of Chang et al., *Zero-shot class unlearning*, Sec. V-B. Beside them
-    stands what a sceptic asks for: a linear probe of the features, a relearning curve, and the
-    distance to a network retrained without the classes.
+    stand a linear probe of the features, a relearning curve, and the distance to a network
+    retrained without the classes.
 
     One pass over ``train`` and one over ``test``, in which every network sees every batch, and one
     more over ``test`` for each step of the relearning. Memory: the copies of the network (one of
@@ -71,21 +70,18 @@ def evaluate_unlearning(
         Labelled samples that neither model nor edit has seen.
     forget : int or sequence of int
         The class or classes to be forgotten.
-    retrained : nn.Module, optional
-        A network trained without the classes, with as many outputs.
+    retrained : ModelEdit or nn.Module, optional
+        A network trained without the classes, with as many outputs, or the edit of ``model`` that
+        `retrain` gives.
     analysis : iterable or Dataset, optional
         What the edit was planned from; must not share a sample with ``train`` or ``test``.
     relearn : sequence of int
         Optimiser steps after which the relearning is measured, ascending; empty to leave it out.
     cost : Cost, optional
-        What the edit itself cost, to be told with the rest.
+        Of the edit itself, to be reported with the rest.
     seed : int
         Of the random samples kept, of the attack and of the batches of the relearning. On a CPU
         the same seed gives the same bits, as long as the data comes in the same order.
-
-    Returns
-    -------
-    Unlearning
 
     Raises
     ------
@@ -102,14 +98,12 @@ def evaluate_unlearning(
     steps, seed = checked_steps(relearn), operator.index(seed)
     readable_again(train, "the evaluation", "train")
     readable_again(test, "the evaluation", "test")
-    if not isinstance(retrained, (nn.Module, NoneType)):
-        raise TypeError(f"retrained: {type(retrained).__name__} given; give the retrained network")
     parts: dict[str, Cost] = {}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # whose tensors cannot be trained on
-        networks = {"before": model, "after": _edited(model, edit)}
+        networks = {"before": model, "after": _edited(model, edit, "edit")}
         if retrained is not None:
-            networks["retrained"] = retrained
+            networks["retrained"] = _edited(model, retrained, "retrained")
         for network in networks.values():
             stack.enter_context(preserved(network))
         stack.enter_context(torch.no_grad())
@@ -120,30 +114,31 @@ def evaluate_unlearning(
             targets = tuple(class_list(forget, classes))
         heads, headless = find_heads(networks, first)
         overlap = Overlap(analysis)
+        counts: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
+        evenly = [max(1, KEPT // classes)] * classes
 
         with measured() as parts["train"]:
-            trained = Counts([*networks], classes)
-            outputs = ClassSample(_limits(classes, targets), seed)
-            features = ClassSample([max(1, KEPT // classes)] * classes, seed)
+            own = max(1, KEPT // len(targets))  # more of those that F_r is measured on
+            limits = [own if one in targets else rest for one, rest in enumerate(evenly)]
+            outputs, features = ClassSample(limits, seed), ClassSample(evenly, seed)
             lessons = ClassSample(lessons_kept(classes, targets), seed)
             for seen in read(networks, heads, train, "train"):
-                trained.add(seen)
+                seen.add_to(counts["train"])
                 overlap.add(seen.inputs, "train")
                 outputs.add(seen.labels, _single(seen.probabilities))
                 features.add(seen.labels, seen.features)
                 if steps:
                     lessons.add(seen.labels, {"inputs": seen.inputs})
-            trained.require(targets, "train")
+            trained = {n: split_accuracy(c, targets, "train") for n, c in counts["train"].items()}
         with measured() as parts["probe"]:
             sample = features.rows()
             probes = {name: fit_probe(sample[name], sample["labels"]) for name in heads}
         with measured() as parts["test"]:
-            tested = Counts([*networks], classes)
-            unseen = ClassSample([max(1, KEPT // classes)] * classes, seed)
+            unseen = ClassSample(evenly, seed)
             hits = dict.fromkeys(probes, 0)
             apart = {name: torch.zeros(2, dtype=torch.float64) for name in ("before", "after")}
             for seen in read(networks, heads, test, "test"):
-                tested.add(seen)
+                seen.add_to(counts["test"])
                 overlap.add(seen.inputs, "test")
                 unseen.add(seen.labels, _single({"before": seen.probabilities["before"]}))
                 mine = torch.isin(seen.labels, torch.tensor(targets))
@@ -152,7 +147,7 @@ def evaluate_unlearning(
                 if retrained is not None:
                     for name, sums in apart.items():
                         sums += _apart(seen, name, mine)
-            tested.require(targets, "test")
+            tested = {n: split_accuracy(c, targets, "test") for n, c in counts["test"].items()}
         overlap.refuse()
         with measured() as parts["attack"]:
             attack, rates = forgetting_rates(
@@ -167,20 +162,19 @@ def evaluate_unlearning(
                     lessons.rows(),
                     test,
                     steps=steps,
-                    start={name: tested.accuracy(name, targets) for name in networks},
+                    start=tested,
                     forget=targets,
                     seed=seed,
                 )
         changed = _weights_changed(model, edit)
 
     def figures(name: str) -> NetworkFigures:
-        on_test = tested.accuracy(name, targets)
-        far = None
+        on_test, far = tested[name], None
         if retrained is not None and name in apart:
             own, rest = apart[name].tolist()
             far = Divergence(own / on_test.forgotten_samples, rest / on_test.rest_samples)
         return NetworkFigures(
-            train=trained.accuracy(name, targets),
+            train=trained[name],
             test=on_test,
             forgetting_rate_train=rates.get(name),
             divergence_test=far,
@@ -207,30 +201,29 @@ def evaluate_unlearning(
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     """Return the Jensen–Shannon divergence of each two rows, in nats, 0 to ln 2.
 
-    H((p + q)/2) − (H(p) + H(q))/2, where 0·log 0 = 0.
+    H((p + q)/2) − (H(p) + H(q))/2, where 0·log 0 = 0; float64, shape (samples,).
 
     Parameters
     ----------
     p, q : Tensor, float64, shape (samples, classes)
         Probabilities.
-
-    Returns
-    -------
-    Tensor, float64, shape (samples,)
     """
     mixed, own = torch.special.entr((p + q) / 2), torch.special.entr(p) + torch.special.entr(q)
     divergence: Tensor = mixed.sum(1) - own.sum(1) / 2
     return divergence.clamp(min=0)  # rounding may take equal rows below it
 
 
-def _edited(model: nn.Module, edit: ModelEdit | nn.Module) -> nn.Module:
+def _edited(model: nn.Module, edit: ModelEdit | nn.Module, name: str) -> nn.Module:
+    """Return the edited network: a copy of the model where an edit is given."""
     if edit is model:
-        raise ValueError("edit: the model itself was given; give a ModelEdit or the edited network")
+        raise ValueError(
+            f"{name}: the model itself was given; give a ModelEdit or the edited network"
+        )
     if isinstance(edit, nn.Module):
         return edit
     if not isinstance(edit, ModelEdit):
         raise TypeError(
-            f"edit: {type(edit).__name__} given; give a ModelEdit or the edited network"
+            f"{name}: {type(edit).__name__} given; give a ModelEdit or the edited network"
         )
     edit.check(model)
     return edit.apply(copied(model))
@@ -243,15 +236,9 @@ def _classes(networks: Mapping[str, nn.Module], inputs: Tensor) -> int:
         with naming(f"network {name!r}"):
             counts[name] = predict(network, inputs.to(model_device(network))).shape[1]
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise ValueError(f"model: the networks' numbers of classes differ: {told}")
-    return counts["before"]
-
-
-def _limits(classes: int, targets: tuple[int, ...]) -> list[int]:
-    """Return how many outputs to keep of each class: more of those that F_r is measured on."""
-    own, rest = max(1, KEPT // len(targets)), max(1, KEPT // classes)
-    return [own if target in targets else rest for target in range(classes)]
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"model: the networks' numbers of classes differ: {listed}")
+    return one_logit_a_class(counts["before"])
 
 
 def _single(probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:

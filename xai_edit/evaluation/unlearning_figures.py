@@ -1,4 +1,4 @@
-"""What is known of a network that was to forget a class: figures, their text and their JSON."""
+"""The figures of an unlearned network, as text and as JSON values."""
 
 from __future__ import annotations
 
@@ -146,27 +146,21 @@ class Unlearning:
 
     def _table(self) -> list[str]:
         networks = self.networks.values()
-        rows: list[tuple[str, list[float | None]]] = [
-            ("A_t, accuracy on the forgotten, test", [one.test.forgotten for one in networks]),
-            ("A_g, accuracy on the rest, test", [one.test.rest for one in networks]),
-            ("A_t, accuracy on the forgotten, train", [one.train.forgotten for one in networks]),
-            ("A_g, accuracy on the rest, train", [one.train.rest for one in networks]),
-            ("F_r, forgetting rate, train", [one.forgetting_rate_train for one in networks]),
-            ("probe, recall of the forgotten, test", [one.probe_test for one in networks]),
-        ]
+        rows: dict[str, list[float | None]] = {
+            "A_t, accuracy on the forgotten, test": [one.test.forgotten for one in networks],
+            "A_g, accuracy on the rest, test": [one.test.rest for one in networks],
+            "A_t, accuracy on the forgotten, train": [one.train.forgotten for one in networks],
+            "A_g, accuracy on the rest, train": [one.train.rest for one in networks],
+            "F_r, forgetting rate, train": [one.forgetting_rate_train for one in networks],
+            "probe, recall of the forgotten, test": [one.probe_test for one in networks],
+        }
         if self.retrained is not None:
-            apart = [one.divergence_test for one in networks]
-            rows += [
-                (
-                    "JS to retrained, forgotten, test",
-                    [None if one is None else one.forgotten for one in apart],
-                ),
-                (
-                    "JS to retrained, rest, test",
-                    [None if one is None else one.rest for one in apart],
-                ),
-            ]
-        return [_row("", [*self.networks]), *(_row(text, map(_number, row)) for text, row in rows)]
+            for part in ("forgotten", "rest"):
+                rows[f"JS to retrained, {part}, test"] = [
+                    getattr(one.divergence_test, part, None) for one in networks
+                ]
+        numbers = [_row(text, map(_number, row)) for text, row in rows.items()]
+        return [_row("", [*self.networks]), *numbers]
 
     def _notes(self) -> list[str]:
         attack = self.attack

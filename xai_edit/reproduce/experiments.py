@@ -22,7 +22,7 @@ PATTERNS = ("patternnet", "patternnet+-", "patternattribution", "patternattribut
 NAMES = (
     *("path perturbation (auto)", "path perturbation (auto class row)", "path perturbation"),
     *("path perturbation (class row)", "path noise (Gaussian)", "path noise (Laplacian)"),
-    *("one weight (SCA)", "logit mask", "synaptic dampening", "direction removal (DAMP)"),
+    *("one weight (SCA)", "logit mask", "synaptic dampening"),
     *("random labels", "negative gradient", "boundary shrink", "boundary expanding"),
     *(TRAINED := ("amnesiac", "retrain")),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +16,15 @@ from tqdm import tqdm
 from xai_edit.attribution.layers import predict
 from xai_edit.attribution.patterns import fit_patterns
 from xai_edit.attribution.scorers import LRP
-from xai_edit.baselines.amnesiac import amnesiac
-from xai_edit.baselines.boundary import boundary_expanding, boundary_shrink
+from xai_edit.baselines.amnesiac import AmnesiacLog, amnesiac
 from xai_edit.baselines.dampening import SelectiveSynapticDampening
-from xai_edit.baselines.directions import DirectionRemoval
-from xai_edit.baselines.finetuning import negative_gradient, random_labels, retrain
-from xai_edit.baselines.recorder import AmnesiacLog
-from xai_edit.baselines.training import Unlearned
+from xai_edit.baselines.finetuning import (
+    boundary_expanding,
+    boundary_shrink,
+    negative_gradient,
+    random_labels,
+    retrain,
+)
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.datasets.papers import ImageSet
 from xai_edit.edits.edit import ModelEdit
@@ -52,7 +53,6 @@ LEAST = 3  # test images of a class, one for each of these and one for the figur
 KEPT = 200  # training samples a class that A_t, A_g and F_r on the training split are measured on
 TUNED = 600  # training samples a class for methods that fine-tune
 BATCH = 128
-LOG = ".amnesiac-log-of-the-table"  # removed with all in it, so no name that a user might take
 
 
 def reproduce(name: str, options: Options) -> dict[str, Any]:
@@ -120,7 +120,6 @@ def reproduce(name: str, options: Options) -> dict[str, Any]:
         results["sweeps"] += table.sweeps(target)
         results["rows"] += table.rows(target)
         written(results, path)
-    shutil.rmtree(options.out / LOG, ignore_errors=True)
     results["table"] = summary(results["rows"])
     written(results, path)
     return results
@@ -183,7 +182,8 @@ class _Table:
         self.held = test.first(len(test), start=analysed + validated)
         self.kept = self.train.first(KEPT)
         self.tuning = self.train.first(TUNED)
-        self.log = self.options.out / LOG
+        chosen = self.options.classes
+        self.log = AmnesiacLog(classes=self.experiment.classes if chosen is None else chosen)
         self.pretrained = self.options.weights is not None
         with measured() as cost:
             self.model = self._trained()
@@ -234,16 +234,15 @@ class _Table:
         model = self._fitting()
         if self.options.weights is not None:
             return load_weights(model, self.network, self.options)
-        shutil.rmtree(self.log, ignore_errors=True)
-        recording = AmnesiacLog(self.log).recording if self._wanted("amnesiac") else None
+        recording = self.log.recording if self._wanted("amnesiac") else None
         batches = self._batches()
         return self._fit(model, batches, recording=recording)
 
     def _wanted(self, method: str) -> bool:
         return self.options.methods is None or method in self.options.methods
 
-    def methods(self, target: int) -> Iterator[tuple[str, Callable[[], ModelEdit | Unlearned]]]:
-        """Give the methods of the paper, and those a sceptic would ask for."""
+    def methods(self, target: int) -> Iterator[tuple[str, Callable[[], ModelEdit]]]:
+        """Yield the methods of the paper and the other comparisons, each with its name."""
         own = self.analysis[self.analysis.labels == target]
         path = partial(PathPerturbation, share=self.experiment.share)
         operators: dict[str, tuple[Any, Any]] = {
@@ -254,7 +253,6 @@ class _Table:
             "one weight (SCA)": (SingleWeight("sca"), self.analysis),
             "logit mask": (LogitMask(), self.analysis),
             "synaptic dampening": (SelectiveSynapticDampening(alpha=2.5), self.kept),
-            "direction removal (DAMP)": (DirectionRemoval(), self.kept),
         }
         auto: dict[str, Any] = {"validation": self.features["validation"], "target": target}
         smallest = PathPerturbation(share="auto")
@@ -278,8 +276,8 @@ class _Table:
         repair |= tune
         yield "amnesiac", partial(amnesiac, self.model, self.log, **repair)
         batches = self._batches()
-        again = partial(retrain, self._built, batches, batch_size=BATCH, train=self._fit)
-        yield "retrain", partial(again, **tune)
+        again = partial(retrain, self.model, batches, build=self._built, train=self._fit)
+        yield "retrain", partial(again, batch_size=BATCH, **tune)
 
     def rows(self, target: int) -> list[dict[str, Any]]:
         """Measure each method on one class (Tables III to VI)."""
@@ -296,12 +294,9 @@ class _Table:
             except ValueError as problem:
                 refused.append({"method": name, "refused": str(problem)})
                 continue
-            if isinstance(result, Unlearned):
-                found[name] = self._outputs(result.model), cost, {}
-            else:
-                share = {"share": result.origin["share"]} if "auto" in name else {}
-                told = {"weights_changed": result.size, **share}
-                found[name] = self._of_edit(result), cost, told
+            share = {"share": result.origin["share"]} if "auto" in name else {}
+            told = {"weights_changed": result.size, **share}
+            found[name] = self._of_edit(result), cost, told
         rates = self._rates(target, {name: outputs.train for name, (outputs, *_) in found.items()})
         rows = []
         for name, (outputs, cost, told) in found.items():
