@@ -115,3 +115,13 @@ def in_range(classes: Tensor | Sequence[int], count: int, name: str) -> None:
             f"{name}: class {wrong[0]} is out of range; the model has {count} classes, "
             f"0 to {count - 1}"
         )
+
+
+def nonzero(value: Any, name: str) -> float:
+    """Return a finite number other than 0."""
+    number = math.nan
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        number = float(value)
+    if not math.isfinite(number) or number == 0:
+        raise ValueError(f"{name}: {value!r} given; it is a finite number other than 0")
+    return number
