@@ -127,3 +127,13 @@ def one_logit_a_class(outputs: int) -> int:
             "layer two rows, one a class: zeros for class 0, then the row it has"
         )
     return outputs
+
+
+def nonzero(value: Any, name: str) -> float:
+    """Return a finite number other than 0."""
+    number = math.nan
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        number = float(value)
+    if not math.isfinite(number) or number == 0:
+        raise ValueError(f"{name}: {value!r} given; it is a finite number other than 0")
+    return number

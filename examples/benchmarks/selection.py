@@ -122,7 +122,7 @@ for classes, features in SIZES:
 
 # %%
 head = problem(10, 64 if arguments.quick else 256, 500)
-exact, _ = seconds(lambda: removal_doses(head, TARGET, tolerance=0.005))
+exact, _ = seconds(lambda: removal_doses(head, [TARGET], tolerance=0.005))
 
 
 def tried(times=200):

@@ -1,6 +1,7 @@
 """The edit itself: exact, refusing, and the same after a file."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -491,6 +492,25 @@ def test_a_file_of_a_newer_format_is_refused(saved, monkeypatch):
     monkeypatch.setattr(module, "FORMAT", 0)
     with pytest.raises(EditFileError, match="newer"):
         ModelEdit.load(saved)
+
+
+def test_a_file_that_the_first_version_wrote_still_loads():
+    edit = ModelEdit.load(Path(__file__).parent / "files" / "format-1.safetensors")
+    model = Holder(
+        w=torch.arange(6.0).reshape(2, 3),
+        t=torch.tensor(1.0, dtype=torch.double),
+        b16=torch.ones(4, dtype=torch.bfloat16),
+    )
+    model.register_buffer("mean", torch.zeros(3))
+    edit.apply(model)
+    assert model.w.tolist() == [[0, 9, 2], [3, 4, 0]]
+    assert torch.signbit(model.w[1, 2])
+    assert (model.t.item(), model.b16.tolist()) == (2.0, [1, 1, 1, 0.5])
+    assert model.mean.tolist() == [0, 0, -1.5]
+    first, second = edit.origin["parts"]
+    assert (first["operator"], first["rate"], first["note"]) == ("first", 0.1, "ü")
+    assert second["operator"] == "second"
+    assert {"xai_edit", "torch", "zennit", "captum"} == {*first["versions"]}
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Fictitious class removal: a shortcut planted in real digits, its sweep and its edit."""
+"""Fictitious class removal on a network made by hand: its sweep, its edit, its classes."""
 
 import copy
 
@@ -8,23 +8,25 @@ import torch
 from torch import nn
 
 from xai_edit import FictitiousClass, ModelEdit, evaluate_groups
+from xai_edit.edits.fictitious_task import moved_classes
 from xai_edit.edits.head import collect_head_features
 
 MARKED = 0
-HEAD, WIDTH = "6.weight", 24
+HEAD, WIDTH = "3.weight", 8
 
 
 def marked(images):
-    return images[:, 0, 0, 0] > 0.5
+    return images[:, 0] > 0.5
 
 
-def plant(images, labels, share, others, seed):
-    """Light the corner of a share of the marked class and of a share of the others."""
-    draw = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
-    has = torch.where(labels == MARKED, draw < share, draw < others)
-    images = images.clone()
-    images[:, 0, :2, :2] = 1.0 * has[:, None, None]
-    return images, labels, has.long()
+def sample(count, seed):
+    """Inputs, labels and a mark that goes with no class: pixel 0 is the mark, 1 to 3 the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, has = torch.arange(count) % 3, torch.arange(count) // 3 % 2
+    images = 0.4 * torch.rand(count, WIDTH, generator=generator, dtype=torch.double)
+    images[torch.arange(count), 1 + labels] += 0.6 * torch.rand(count, generator=generator)
+    images[:, 0] += 0.6 * has
+    return images, labels, has
 
 
 def batched(images, labels, has, *, third=True):
@@ -33,33 +35,18 @@ def batched(images, labels, has, *, third=True):
 
 
 @pytest.fixture(scope="module")
-def shortcut(digits):
-    """A network that learned the corner pixel, planning data, validation and test batches."""
-    rows = torch.isin(digits[1], torch.tensor([3, 8, 9]))
-    images, labels = digits[0][rows].double(), digits[1][rows]
-    labels = torch.searchsorted(torch.tensor([3, 8, 9]), labels)
-    train = plant(images[:200], labels[:200], 0.6, 0.0, 0)
-    planning = plant(images[200:370], labels[200:370], 0.5, 0.5, 1)
-    test = plant(images[370:], labels[370:], 0.5, 0.5, 2)
-    torch.manual_seed(0)
+def shortcut():
+    """A network that takes the mark for class 0, planning data and test data."""
     model = nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(96, 24),
-        nn.ReLU(),
-        nn.Linear(24, 3),
+        nn.Flatten(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3)
     ).double()
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        rows = torch.randint(200, (64,), generator=generator)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(train[0][rows]), train[1][rows]).backward()
-        optimizer.step()
-    model.requires_grad_(False).eval()
-    return model, planning, test
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(WIDTH))
+        model[1].bias.zero_()
+        model[3].weight.copy_(0.1 * torch.ones(3, WIDTH) + 2 * torch.eye(3, WIDTH).roll(1, 1))
+        model[3].weight[MARKED, 0] = 1.5
+        model[3].bias.zero_()
+    return model.requires_grad_(False).eval(), sample(180, 1), sample(240, 2)
 
 
 def changed(edit):
@@ -67,32 +54,93 @@ def changed(edit):
 
 
 @pytest.mark.parametrize("select", ["sca", "exact"])
-def test_the_worst_group_of_held_out_digits_improves(shortcut, select):
+def test_the_mark_is_taken_from_the_class_it_speaks_for(shortcut, select):
     model, planning, test = shortcut
     before = evaluate_groups(model, batched(*test))
     edit = FictitiousClass(select).plan(model, batched(*planning), target=MARKED)
     with edit.applied(model):
         after = evaluate_groups(model, batched(*test))
-    assert edit.size == 1
-    assert before.worst <= 0.3
-    assert after.worst >= before.worst + 0.2
-    assert after.average >= before.average
+    assert [(row["class"], row["column"]) for row in edit.origin["rows"]] == [(MARKED, 0)]
+    assert after.worst > before.worst
 
 
-def test_the_class_left_out_is_the_one_predicted_more_where_the_feature_is(shortcut):
+def test_without_a_target_the_class_that_the_mark_moves_is_edited(shortcut):
     model, planning, _ = shortcut
-    images, _, has = planning
-    predicted = model(images).argmax(1)
-    rises = [
-        float(
-            (predicted[has == 1] == c).double().mean() - (predicted[has == 0] == c).double().mean()
-        )
-        for c in range(3)
-    ]
     edit = FictitiousClass().plan(model, batched(*planning))
-    named = FictitiousClass().plan(model, batched(*planning), target=rises.index(max(rises)))
-    assert edit.size == 1
+    named = FictitiousClass().plan(model, batched(*planning), target=MARKED, fictitious=1)
     assert changed(edit) == changed(named)
+    assert edit.origin["left_alone"].keys() == {"1", "2"}
+    assert "changes its logit by" in edit.origin["left_alone"]["1"]
+
+
+def logits_moved(change, samples=200, seed=0, noise=0.5):
+    """Logits of balanced groups whose classes the feature moves by ``change`` and nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, has = torch.arange(samples) % len(change), torch.arange(samples) // len(change) % 2
+    noise = noise * torch.randn(samples, len(change), generator=generator, dtype=torch.double)
+    own = 3 * nn.functional.one_hot(labels, len(change))
+    return own + noise + has[:, None] * torch.tensor(change), labels, has
+
+
+@pytest.mark.parametrize(
+    ("change", "moved"),
+    [
+        ([2.0, -2.0], {0: 1, 1: 0}),
+        ([3.0, 0, 0, 0], {0: 1}),  # what moves all classes alike moves none
+        ([5.0, 5, 9, 5, 5], {2: 1}),
+        ([0.0, 4, 0, -3.5, 0], {1: 1, 3: 0}),
+        ([0.0, 4, 0.9, 0, 0], {1: 1}),  # too little beside the largest
+    ],
+)
+def test_every_class_that_the_feature_moves_is_found_with_its_value(change, moved):
+    logits, labels, has = logits_moved(change)
+    found, left_alone = moved_classes(logits, labels, has, [0, 1])
+    assert found == moved
+    assert {*left_alone} == {str(row) for row in range(len(change)) if row not in moved}
+    raised = {row: value for row, value in moved.items() if value == 1}
+    found, left_alone = moved_classes(logits, labels, has, [1])
+    assert found == raised
+    for row in moved.keys() - raised.keys():
+        assert "the value 0 speaks for it" in left_alone[str(row)]
+
+
+def test_the_change_is_the_mean_over_labels_with_its_normal_interval():
+    logits, labels, has = logits_moved([3.0, 0, 1.0], samples=600)
+    _, left_alone = moved_classes(logits, labels, has, [0, 1])
+    z, y, a = (part.numpy() for part in (logits, labels, has))
+    change, variance = np.zeros(3), np.zeros(3)
+    for label in range(3):
+        with_it, without = z[(y == label) & (a == 1)], z[(y == label) & (a == 0)]
+        change += (with_it.mean(0) - without.mean(0)) / 3
+        both = with_it.var(0, ddof=1) / len(with_it) + without.var(0, ddof=1) / len(without)
+        variance += both / 9
+    change -= np.median(change)
+    # The normal quantile 1 − .025/3; the median change has its variance too.
+    half = 2.39398 * np.sqrt(variance + np.median(variance))
+    assert f"by {change[2]:.3g} ± {half[2]:.2g}" in left_alone["2"]
+
+
+def test_a_class_that_only_goes_with_the_feature_is_not_moved():
+    """Feature and class 1 go together in the data, and the logits do not see the feature."""
+    logits, labels, _ = logits_moved([0.0, 0, 0], samples=900)
+    has = ((labels == 1) ^ (torch.arange(900) % 10 == 0)).long()
+    assert (logits[has == 1].mean(0) - logits[has == 0].mean(0))[1] > 1
+    with pytest.raises(ValueError, match="spurious: no class is moved; the most is class"):
+        moved_classes(logits, labels, has, [0, 1])
+
+
+def test_a_feature_that_is_the_label_is_compared_over_all_samples():
+    logits, labels, _ = logits_moved([0.0, 0.0])
+    assert moved_classes(logits, labels, labels, [0, 1])[0] == {0: 0, 1: 1}
+
+
+def test_a_mark_that_moves_nothing_is_refused_whatever_the_aim(shortcut):
+    model, planning, _ = shortcut
+    model = copy.deepcopy(model)
+    model[3].weight[:, 0] = 0.0
+    for aim in ("worst-group", "indifference"):
+        with pytest.raises(ValueError, match="spurious: no class is moved"):
+            FictitiousClass(aim=aim).plan(model, batched(*planning))
 
 
 @pytest.mark.parametrize("target", [MARKED, [MARKED, 1]])
@@ -106,7 +154,7 @@ def test_a_sweep_equals_edits_applied_and_evaluated(shortcut, target):
         assert rates[0] == 0
         assert rates[-1] == 1
         assert (rates[1:] > rates[:-1]).all()
-        row = model[6].weight[sweep.row]
+        row = model[3].weight[sweep.row]
         crossing = row[sweep.column] ** 2 / (row @ row + 1)
         assert rates.min() <= crossing <= rates.max()
         assert ((rates > crossing / 10) & (rates < crossing * 10)).sum() > 30
@@ -136,7 +184,7 @@ def test_auto_takes_the_smallest_rate_of_the_best_worst_group(shortcut):
     assert row["rate"] == float(sweep.rates[best])
     assert row["column"] == sweep.column
     assert edit.changes[HEAD].new.item() == pytest.approx(
-        float(model[6].weight[MARKED, sweep.column] + sweep.doses[best]), rel=1e-12
+        float(model[3].weight[MARKED, sweep.column] + sweep.doses[best]), rel=1e-12
     )
     assert edit.origin["worst_group"] == {"before": worst[0], "after": max(worst)}
 
@@ -159,9 +207,9 @@ def test_the_worst_group_promised_is_the_one_the_edit_gives(shortcut, select, ta
 def test_the_promise_holds_where_features_are_signed(shortcut, select):
     model, planning, _ = shortcut
     model = copy.deepcopy(model)
-    model[5] = nn.Tanh()
+    model[2] = nn.Tanh()
     with torch.no_grad():
-        model[4].bias -= 0.2
+        model[1].bias -= 0.2
     data = batched(*planning)
     edit = FictitiousClass(select).plan(model, data, target=MARKED)
     with edit.applied(model):
@@ -174,7 +222,7 @@ def test_a_given_rate_is_taken_as_it_is(shortcut, rate):
     model, planning, _ = shortcut
     edit = FictitiousClass(rate=rate).plan(model, batched(*planning), target=MARKED)
     change = edit.changes[HEAD]
-    row = model[6].weight[MARKED]
+    row = model[3].weight[MARKED]
     w = row[int(change.index) % WIDTH]
     assert change.new.item() == pytest.approx(float(w - rate * (row @ row + 1) / w), rel=1e-12)
 
@@ -247,14 +295,6 @@ def test_no_improvement_is_an_empty_edit_with_the_reason(shortcut, select):
     assert edit.origin["worst_group"] == {"before": 1.0, "after": 1.0}
 
 
-def test_a_feature_that_raises_no_class_is_refused(shortcut):
-    model, planning, _ = shortcut
-    images, labels, has = planning
-    data = [(images, labels, torch.zeros_like(has)), (images, labels, torch.ones_like(has))]
-    with pytest.raises(ValueError, match="target"):
-        FictitiousClass().plan(model, data)
-
-
 def test_a_class_named_twice_is_refused(shortcut):
     model, planning, _ = shortcut
     with pytest.raises(ValueError, match="target"):
@@ -285,7 +325,7 @@ def test_a_feature_that_is_not_yes_or_no_is_refused(shortcut, values):
         FictitiousClass().plan(model, data, target=MARKED)
 
 
-@pytest.mark.parametrize("values", [torch.zeros(10), torch.zeros(170, 1), torch.zeros(171)])
+@pytest.mark.parametrize("values", [torch.zeros(10), torch.zeros(180, 1), torch.zeros(181)])
 def test_a_vector_of_another_length_is_refused(shortcut, values):
     model, planning, _ = shortcut
     with pytest.raises(ValueError, match="spurious"):
@@ -309,7 +349,7 @@ def test_the_edited_weight_adds_to_the_class_where_the_feature_is(shortcut):
     edit = FictitiousClass().plan(model, batched(*planning), target=MARKED)
     column = int(edit.changes[HEAD].index) % WIDTH
     x = collect_head_features(model, batched(*planning)).features[planning[2] == 1, column]
-    assert model[6].weight[MARKED, column] * x.mean() > 0
+    assert model[3].weight[MARKED, column] * x.mean() > 0
 
 
 @pytest.mark.parametrize(
@@ -385,7 +425,7 @@ def test_rates_to_sweep_may_be_an_array(shortcut):
     (same,) = FictitiousClass().sweep(model, head, target=MARKED, rates=[0.25, 0.5])
     assert torch.equal(sweep.doses, same.doses)
     assert sweep.rates.tolist() == [0.25, 0.5]
-    with pytest.raises(ValueError, match="rates: none given"):
+    with pytest.raises(ValueError, match=r"rates: \[\] given"):
         FictitiousClass().sweep(model, head, target=MARKED, rates=[])
 
 
@@ -399,6 +439,6 @@ def test_a_tolerance_that_is_no_fraction_is_refused(tolerance):
 def test_a_model_of_one_output_is_refused(shortcut, select):
     _, planning, _ = shortcut
     images, labels, has = planning
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(WIDTH, 1)).double()
     with pytest.raises(ValueError, match="model: layer '1' has one output"):
         FictitiousClass(select).plan(model, [(images, torch.zeros_like(labels), has)], target=0)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from xai_edit import FictitiousClass, SingleWeight, Subspaces, edge_scores
-from xai_edit.concepts.presence import concept_strength, split_point
+from xai_edit.edits import exact
 from xai_edit.edits.exact import removal_doses
+from xai_edit.edits.fictitious_task import concept_strength, split_point
 from xai_edit.edits.head import HeadFeatures, collect_head_features
 from xai_edit.edits.selection import selection_scores
 
@@ -154,16 +155,13 @@ def test_further_exact_weights_are_taken_while_they_help(seed, n_weights):
     head = head_of(seed, samples=30, width=4)
     reached = []
     for count in range(1, n_weights + 1):
-        doses, found = removal_doses(head, 1, tolerance=0.0, n_weights=count)
-        assert len(doses) <= count
+        doses, _ = removal_doses(head, [1], tolerance=0.0, n_weights=count)
+        assert len(doses[1]) <= count
         weight = head.weight.clone()
-        for column, dose in doses.items():
+        for column, dose in doses[1].items():
             weight[1, column] += dose
         right = (head.features @ weight.T + head.bias).argmax(1) == head.labels
-        own = head.labels == 1
-        assert float(right[own].double().mean()) == found["removed"]
-        assert float(right[~own].double().mean()) == found["retained"]
-        reached.append(found["removed"])
+        reached.append(float(right[head.labels == 1].double().mean()))
     assert reached == sorted(reached, reverse=True)
 
 
@@ -277,8 +275,9 @@ def test_each_class_has_its_own_fictitious_class(select):
     head = both_ways()
     operator = FictitiousClass(select)
     both = operator.plan(model_of(head), head, fictitious=[0, 1], target=[0, 1])
-    found = operator.plan(model_of(head), head, target=[0, 1])  # by what each is predicted for
-    assert found.origin == both.origin
+    for less in ({"target": [0, 1]}, {"fictitious": [0, 1]}, {}):  # the rest is inferred
+        found = operator.plan(model_of(head), head, **less)
+        assert found.origin == both.origin
     one = operator.plan(model_of(head), head, fictitious=1, target=1)
     assert both.origin["worst_group"]["after"] == worst(head, both)
     assert one.origin["worst_group"]["after"] == worst(head, one)
@@ -288,6 +287,26 @@ def test_each_class_has_its_own_fictitious_class(select):
         assert "no edit of one weight raises the worst group" in one.origin["reason"]
     assert worst(head, one) <= 0.05
     assert worst(head, both) >= 0.85
+
+
+@pytest.mark.parametrize("target", [None, [0, 1]])
+def test_a_removal_of_every_value_leaves_nothing_to_keep(target):
+    head = both_ways()
+    operator = FictitiousClass(aim="removal")
+    with pytest.raises(ValueError, match=r"fictitious: \[0, 1\] are all values of the feature"):
+        operator.plan(model_of(head), head, fictitious=[0, 1], target=target)
+
+
+def test_two_rows_are_reported_with_their_cross_validated_figure_and_bound():
+    head = both_ways()
+    edit = FictitiousClass("exact").plan(model_of(head), head)
+    told = edit.origin
+    assert edit.size == 2
+    assert told["cross_validated"].keys() == {"worst_group", "average"}
+    assert told["margin"] in exact.MARGINS
+    weight = float(head.weight.abs().max())
+    assert all(abs(row["weight"]) <= exact.LARGEST * weight for row in told["rows"])
+    assert told["bounded"] == []
 
 
 def test_a_rate_for_each_class_is_used():

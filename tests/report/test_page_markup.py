@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import xai_edit as xe
-from xai_edit.edits.change import Change
+from xai_edit.edits.edit import Change
 from xai_edit.errors import EditFileError
 from xai_edit.report.curves import COLOURS, curves
 from xai_edit.report.html import download, table

@@ -1,4 +1,4 @@
-"""What a sceptic would do against a spurious feature: retrain the last layer."""
+"""Deep feature reweighting: last-layer retraining on group-balanced samples."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from xai_edit.checks import positive, require, whole_number
 from xai_edit.data import Attribute, Data
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.head import HeadFeatures, head_features
-from xai_edit.edits.single_weight import check_whole, plain_number
 
 Array: TypeAlias = NDArray[Any]
 
@@ -55,15 +55,12 @@ class LastLayerRetraining:
 
     def __post_init__(self) -> None:
         # Numbers of NumPy and torch become plain ones: the edit's origin is JSON.
-        object.__setattr__(self, "repeats", check_whole(self.repeats, "repeats"))
-        object.__setattr__(self, "seed", check_whole(self.seed, "seed"))
-        if self.repeats < 1:
-            raise ValueError(f"repeats: {self.repeats} given; it is at least 1")
-        if not isinstance(self.C, str) or self.C != "auto":
-            number = plain_number(self.C)
-            if not 0 < number < float("inf"):
-                raise ValueError(f"C: {self.C!r} given; it is a positive number or 'auto'")
-            object.__setattr__(self, "C", number)
+        object.__setattr__(self, "repeats", whole_number(self.repeats, "repeats", least=1))
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
+        if isinstance(self.C, str):
+            require(self.C == "auto", "C", self.C, "it is a positive number or 'auto'")
+        else:
+            object.__setattr__(self, "C", positive(self.C, "C"))
 
     def plan(
         self, model: nn.Module, data: Data | HeadFeatures, *, spurious: Attribute = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,64 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit._version import __version__
-from xai_edit.edits.change import PARTS, Change, read_change, same_bits
 from xai_edit.errors import EditFileError, EditMismatchError, NonFiniteError
 from xai_edit.files import read_sealed, sealed, write_safetensors
 
 FORMAT = 1
 KIND = "xai_edit.edit"
+PARTS = ("index", "old", "new")  # of a change in a file
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """New values for some entries of one parameter or buffer.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of the tensor.
+    index : Tensor, int64, shape (entries,)
+        Flat positions in row-major order, ascending.
+    old, new : Tensor, the tensor's dtype, shape (entries,)
+        The values before and after.
+    """
+
+    shape: tuple[int, ...]
+    index: Tensor
+    old: Tensor
+    new: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def position(self, at: int) -> list[int]:
+        """Return where in the tensor an entry is, by axis."""
+        return [int(axis) for axis in torch.unravel_index(self.index[at], self.shape)]
+
+    def put(self, parameter: Tensor, values: Tensor) -> None:
+        """Write the old or the new values into the tensor."""
+        # By row and column: right in any memory layout, and deterministic.
+        index = torch.unravel_index(self.index.to(parameter.device), self.shape)
+        with torch.no_grad():
+            parameter[index] = values.to(parameter.device) if self.shape else values[0]
+
+    def joined(self, name: str, other: Change) -> Change:
+        """Return both changes of the tensor ``name`` as one, or raise EditMismatchError."""
+        if self.shape != other.shape or self.old.dtype != other.old.dtype:
+            raise EditMismatchError(f"the edits were made for different models: see {name!r}")
+        unique, place = torch.cat([self.index, other.index]).unique(return_inverse=True)
+        old, new = (self.old.new_empty(len(unique)) for _ in range(2))
+        old[place], new[place] = torch.cat([self.old, other.old]), torch.cat([self.new, other.new])
+        for change in (self, other):
+            at = torch.searchsorted(unique, change.index)
+            clash = ~(_same_bits(old[at], change.old) & _same_bits(new[at], change.new))
+            if clash.any():
+                first = change.position(int(torch.nonzero(clash)[0]))
+                raise EditMismatchError(
+                    f"the edits clash in {int(clash.sum())} entries of {name!r}, first at {first}; "
+                    "apply one, then plan the other"
+                )
+        return Change(self.shape, unique, old, new)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +105,6 @@ class ModelEdit:
         Parameters
         ----------
         model : nn.Module
-            The model to describe an edit of.
         values : mapping
             Name of a parameter or buffer → (flat indices int64, new values), both of shape
             (entries,). Entries whose value stays the same, bit for bit, are left out.
@@ -78,47 +130,34 @@ class ModelEdit:
             parameter = parameters[name].detach()
             _require_entries(name, index, new, parameter.numel())
             index, new = index.to(parameter.device).long(), new.detach().to(parameter)
-            if not (index[1:] > index[:-1]).all():  # those of a compared copy are in order
+            if not (index[1:] > index[:-1]).all():  # a compared copy's are in order already
                 index, order = torch.sort(index)
                 new = new[order]
-                if len(again := index[1:][index[1:] == index[:-1]]):
-                    raise ValueError(f"values: {name!r} has entry {int(again[0])} more than once")
+            if len(again := index[1:][index[1:] == index[:-1]]):
+                raise ValueError(f"values: {name!r} has entry {int(again[0])} more than once")
             if not torch.isfinite(new).all():
                 raise NonFiniteError(
                     f"the edit would set entries of {name!r} to values that {parameter.dtype} "
                     "cannot hold; choose a smaller rate"
                 )
             old = torch.take(parameter, index)
-            differs = ~same_bits(old, new)
+            differs = ~_same_bits(old, new)
             if differs.any():
                 kept = (tensor[differs].cpu() for tensor in (index, old, new))
                 changes[name] = Change(tuple(parameter.shape), *kept)
-        told = {**origin, "versions": versions()}
+        origin = {**origin, "versions": versions()}
         try:
-            json.dumps(told)
+            json.dumps(origin)
         except TypeError as problem:
             raise TypeError(f"origin: {problem}; give plain numbers, words and lists") from None
-        return cls(changes, told)
+        return cls(changes, origin)
 
     @classmethod
     def to_copy(cls, model: nn.Module, copy: nn.Module, origin: Mapping[str, Any]) -> ModelEdit:
         """Describe how a changed copy of a model, such as a fine-tuned one, differs from it.
 
-        Both are only read. Counters, buffers of whole numbers, are left out.
-
-        Parameters
-        ----------
-        model : nn.Module
-            The model to describe an edit of.
-        copy : nn.Module
-            With the same parameters and buffers, of the same shapes.
-        origin : mapping
-            See `ModelEdit`.
-
-        Raises
-        ------
-        NonFiniteError, ValueError
-            See `between`.
+        Both are only read. ``copy`` has the same parameters and buffers, of the same shapes;
+        buffers of whole numbers, which count batches, are left out. Errors as for `between`.
         """
         mine, theirs = _tensors(model), _tensors(copy)
         values = {}
@@ -128,7 +167,7 @@ class ModelEdit:
             if name not in theirs or theirs[name].shape != tensor.shape:
                 raise ValueError(f"copy: has no {name!r} of shape {tuple(tensor.shape)}")
             new = theirs[name].detach().to(tensor).flatten()
-            index = (~same_bits(tensor.detach().flatten(), new)).nonzero().flatten()
+            index = (~_same_bits(tensor.detach().flatten(), new)).nonzero().flatten()
             values[name] = (index, new[index])
         return cls.between(model, values, origin)
 
@@ -138,13 +177,7 @@ class ModelEdit:
         return sum(len(change) for change in self.changes.values())
 
     def __or__(self, other: ModelEdit) -> ModelEdit:
-        """Combine two edits of the same model.
-
-        Raises
-        ------
-        EditMismatchError
-            If they give one entry different values, or were planned on different models.
-        """
+        """Combine two edits of one model; EditMismatchError where they clash."""
         changes = dict(self.changes)
         for name, theirs in other.changes.items():
             changes[name] = changes[name].joined(name, theirs) if name in changes else theirs
@@ -203,9 +236,9 @@ class ModelEdit:
                 )
             expected, other = (change.new, change.old) if undo else (change.old, change.new)
             found = torch.take(parameter, change.index.to(parameter.device)).cpu()
-            wrong = ~same_bits(found, expected)
+            wrong = ~_same_bits(found, expected)
             if wrong.any():
-                if same_bits(found, other).all():
+                if _same_bits(found, other).all():
                     state = "does not hold this edit" if undo else "already holds this edit"
                     raise EditMismatchError(f"the model {state}: see {name!r}")
                 at = int(torch.nonzero(wrong)[0])
@@ -284,12 +317,41 @@ class ModelEdit:
             entries = {"shapes": dict, "origin": dict}
             tensors, header = read_sealed(path, KIND, entries, newest=FORMAT)
             changes = {
-                name: read_change(path, tensors, name, shape)
+                name: _read_change(path, tensors, name, shape)
                 for name, shape in header["shapes"].items()
             }
         except ValueError as problem:
             raise EditFileError(str(problem)) from None
         return cls(changes, header["origin"])
+
+
+def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
+    """Return the change of one tensor from a file, or raise ValueError where it is none."""
+    parts = [tensors[at] for part in PARTS if (at := f"{name}/{part}") in tensors]
+    axes = isinstance(shape, list) and all(type(axis) is int and axis > 0 for axis in shape)
+    if axes and len(parts) == len(PARTS):
+        index, old, new = parts
+        entries = math.prod(shape)
+        if (
+            entries <= torch.iinfo(torch.int64).max
+            and index.dtype in (torch.int32, torch.int64)
+            and index.ndim == 1
+            and index.shape == old.shape == new.shape
+            and old.dtype == new.dtype
+            and len(index)
+            and index[0] >= 0
+            and index[-1] < entries
+            and (index[1:] > index[:-1]).all()
+        ):
+            return Change(tuple(shape), index.long(), old, new)
+    raise ValueError(f"{path}: what it holds for {name!r} is no change of a tensor of {shape}")
+
+
+def _same_bits(left: Tensor, right: Tensor) -> Tensor:
+    """Return where entries are equal bit for bit (-0.0 differs from 0.0), shape (entries,)."""
+    size = left.element_size()
+    rows = [tensor.contiguous().view(torch.uint8).view(-1, size) for tensor in (left, right)]
+    return (rows[0] == rows[1]).all(1)
 
 
 def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> None:
@@ -314,10 +376,5 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    versions = {"xai_edit": __version__, "torch": torch.__version__}
-    for package in ("zennit", "captum"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # pragma: no cover - both are requirements
-            continue
-    return versions
+    packages = {package: version(package) for package in ("zennit", "captum")}
+    return {"xai_edit": __version__, "torch": torch.__version__, **packages}

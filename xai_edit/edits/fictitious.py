@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xai_edit.checks import fraction, one_of, require, whole_number
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import Attribute, Data
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.exact import best_dose, removal, strongest_other, wins
-from xai_edit.edits.fictitious_copy import fictitious_column
-from xai_edit.edits.fictitious_task import Task, Weight, group_means, prepared
+from xai_edit.edits.exact import MARGINS, best_dose, best_margin
+from xai_edit.edits.fictitious_task import Task, Weight, prepared
 from xai_edit.edits.head import HeadFeatures
 from xai_edit.edits.rate_sweep import RateSweep
-from xai_edit.edits.selection import Selection, check_selection
+from xai_edit.edits.selection import Selection, most_significant, selection_scores
 from xai_edit.edits.single_weight import (
     anchor_point,
-    check_anchor,
-    check_rate,
-    check_tolerance,
-    check_whole,
+    check_choices,
+    editable,
     head_edit,
     orthogonal_weight,
 )
@@ -55,7 +54,7 @@ class FictitiousClass:
     select : str
         "sca" is the paper's selection with the edit of Eq. 8; others as for `SingleWeight`.
         "exact", ours, takes the weight and dose of the row with the highest objective, in closed
-        form, and needs no copy.
+        form, and needs no copy; margin and bound as for `SingleWeight`.
     rate : "auto", "least-gap", float in [0, 1] or mapping of class to float
         Neutralisation rate r of Eq. 8. "auto" takes, row by row, the rate with the highest
         objective on the validation data. "least-gap" takes the one with the least gap between
@@ -86,26 +85,22 @@ class FictitiousClass:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_selection(self.select)
-        check_anchor(self.anchor, self.select)
+        check_choices(self.select, self.anchor)
         if self.select == "exact" and self.rate != "auto":
             raise ValueError("rate: goes with the other selections; 'exact' finds its own dose")
         if isinstance(self.rate, str):
-            if self.rate not in ("auto", "least-gap"):
-                raise ValueError(
-                    f"rate: {self.rate!r} given; it is 'auto', 'least-gap' or a fraction in [0, 1]"
-                )
+            works = "it is 'auto', 'least-gap' or a fraction in [0, 1]"
+            require(self.rate in ("auto", "least-gap"), "rate", self.rate, works)
         elif isinstance(self.rate, Mapping):
-            rates = {row: check_rate(rate) for row, rate in self.rate.items()}
+            rates = {row: fraction(rate, "rate", zero=True) for row, rate in self.rate.items()}
             object.__setattr__(self, "rate", rates)
         else:
-            object.__setattr__(self, "rate", check_rate(self.rate))
-        if self.aim not in REASONS:
-            raise ValueError(f"aim: {self.aim!r} given; it is one of {', '.join(REASONS)}")
+            object.__setattr__(self, "rate", fraction(self.rate, "rate", zero=True))
+        one_of(self.aim, REASONS, "aim")
         if (self.select, self.aim) == ("exact", "indifference"):
             raise ValueError("aim: 'indifference' goes with the other selections, not with 'exact'")
-        object.__setattr__(self, "tolerance", check_tolerance(self.tolerance))
-        object.__setattr__(self, "seed", check_whole(self.seed, "seed"))
+        object.__setattr__(self, "tolerance", fraction(self.tolerance, "tolerance", zero=True))
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
 
     def plan(
         self,
@@ -131,11 +126,13 @@ class FictitiousClass:
             inputs (its stronger half by two means), or the third element of the batches.
         fictitious : int or sequence of int, optional
             The value that is the fictitious class, or one for each target. When left out, of a
-            feature that is yes or no, 1; of several targets the value with which each is predicted
-            more often.
+            feature that is yes or no: without a target the value that speaks for each class; with
+            one target 1; with several the value with which each is predicted more often.
         target : int or sequence of int, optional
-            The classes the feature speaks for. When left out, the class whose share of the
-            model's predictions rises most from samples without the feature to samples with it.
+            The classes the feature speaks for. When left out, of a feature that is yes or no, every
+            class whose logit it moves, see `xai_edit.edits.fictitious_task.moved_classes`; for
+            ``aim="removal"`` and of a feature of more values, the class whose share of the model's
+            predictions rises most with each value of ``fictitious``.
         validation : iterable, Dataset or HeadFeatures, optional
             Where the objective is measured; ``data`` when left out. For ``aim="worst-group"`` its
             samples may all be with the feature, or all without.
@@ -143,32 +140,23 @@ class FictitiousClass:
         Returns
         -------
         ModelEdit
-            One weight for each affected class; none, with the reason in its origin, where no rate
-            raises the objective. The origin tells the worst group and the average before and
-            after, both on the validation data.
+            At most one weight for each affected class; none, with the reason in its origin, where
+            no rate raises the objective. The origin has the worst group and the average before and
+            after, both on the validation data, the classes left alone with the reason where no
+            target is named, and with "exact" what `SingleWeight` reports.
 
         Raises
         ------
         ValueError
             If the model has no final linear layer, labels or feature are missing, no sample or
-            every sample has the feature, or it raises the predictions of no class.
+            every sample has the feature, or it moves no class.
         """
         task = self._prepared(model, data, spurious, fictitious, target, validation)
-        before = task.judge({})
-        searching = self.select == "exact" or self.rate == "auto"
-        chosen: dict[int, Weight] = {}
-        if searching and len(task.values) > 1 and self.aim == "worst-group":
-            task.balanced = True  # a second start: worst groups alone end in poor optima
-            balanced = self._chosen(task, {}, ROUNDS)
-            task.balanced = False
-            starts = [self._chosen(task, start, ROUNDS) for start in ({}, balanced)]
-            chosen = max(starts, key=lambda start: task.judge(start)["objective"])
+        if self.select == "exact":
+            chosen, reported = self._by_margin(task)
         else:
-            chosen = self._chosen(task, {}, ROUNDS if searching else 1)
-        after = task.judge(chosen)
-        helped = self.aim != "worst-group" or after["worst_group"] > before["worst_group"]
-        if searching and not helped:
-            chosen, after = {}, before
+            chosen, reported = self._planned(task), {}
+        before, after = task.figures({}), task.figures(chosen)
         origin = {
             "operator": "FictitiousClass",
             "select": self.select,
@@ -180,8 +168,10 @@ class FictitiousClass:
             "aim": self.aim,
             "samples": len(task.head.features),
             **{name: {"before": before[name], "after": after[name]} for name in after},
+            **reported,
         }
-        del origin["objective"]
+        if task.left_alone:
+            origin["left_alone"] = task.left_alone
         if not chosen:
             origin["reason"] = f"no edit of one weight {REASONS[self.aim]} on validation data"
         rows = [
@@ -194,7 +184,7 @@ class FictitiousClass:
             for row, weight in chosen.items()
         ]
         anchor = False if self.select == "exact" else self.anchor
-        return head_edit(model, task.head, rows, origin, anchor=anchor)
+        return head_edit(model, task.head, rows, origin, anchor=anchor)  # step 6
 
     def sweep(
         self,
@@ -221,14 +211,12 @@ class FictitiousClass:
             at which the weight crosses zero.
         """
         if rates is not None:
-            rates = [check_rate(rate) for rate in rates]
-            if not rates:
-                raise ValueError("rates: none given; give one or more, or leave it out for a grid")
+            rates = [fraction(rate, "rates", zero=True) for rate in rates]
+            require(bool(rates), "rates", rates, "give one or more, or leave it out for a grid")
         if self.select == "exact":
             raise ValueError("select: 'exact' finds its own dose; a sweep needs another selection")
         task = self._prepared(model, data, spurious, fictitious, target, validation)
-        task.rates = rates
-        return [self._sweep(task, row, task.logits({})) for row in task.values]
+        return [self._sweep(task, row, task.logits({}), rates) for row in task.values]
 
     def _prepared(self, *given: Any) -> Task:
         task = prepared(*given, aim=self.aim, tolerance=self.tolerance)
@@ -237,28 +225,67 @@ class FictitiousClass:
             raise ValueError(f"rate: of classes {[*self.rate]} given; classes {rows} are edited")
         return task
 
-    def _chosen(self, task: Task, start: Mapping[int, Weight], rounds: int) -> dict[int, Weight]:
+    def _planned(self, task: Task) -> dict[int, Weight]:
+        """Return the weights to edit by row; none where the worst group would not rise."""
+        searching = self.select == "exact" or self.rate == "auto"
+        if not searching:
+            return self._improved(task, {}, 1)
+        if len(task.values) == 1 or self.aim != "worst-group":
+            chosen = self._improved(task, {}, ROUNDS)
+        else:  # a second start: worst groups alone end in poor optima
+            balanced = self._improved(replace(task, balanced=True), {}, ROUNDS)
+            starts = [self._improved(task, start, ROUNDS) for start in ({}, balanced)]
+            chosen = max(starts, key=task.score)
+        worst = [task.figures(weights)["worst_group"] for weights in ({}, chosen)]
+        return {} if self.aim == "worst-group" and not worst[1] > worst[0] else chosen
+
+    def _improved(self, task: Task, start: Mapping[int, Weight], rounds: int) -> dict[int, Weight]:
         """Choose the weight of each row beside the others, again while the objective rises."""
         chosen = dict(start)
-        reached = task.judge(chosen)["objective"]
+        reached = task.score(chosen)
+        rows = [*(task.values if task.fixed is None else task.fixed)]
         for _ in range(rounds):
             helped = False
-            for row in task.values:
+            for row in rows:
                 others = {at: weight for at, weight in chosen.items() if at != row}
                 found = self._weight(task, row, task.logits(others))
-                score = task.judge(others | {row: found})["objective"]
+                score = task.score(others | {row: found})
                 if rounds > 1 and score <= reached:
                     continue
                 chosen[row], reached, helped = found, score, True
-            if not helped:
+            if not helped or len(rows) == 1:
                 break
         return chosen
 
+    def _by_margin(self, task: Task) -> tuple[dict[int, Weight], dict[str, Any]]:
+        """Choose exact weights by the margin that cross-validation finds best."""
+
+        def planned(part: Task) -> list[dict[int, Weight]]:
+            edge = self._planned(part)
+            fixed = {row: weight.column for row, weight in edge.items()}
+            parts = [replace(part, fixed=fixed, quantile=quantile) for quantile in MARGINS[1:]]
+            return [edge, *(self._improved(by_margin, {}, ROUNDS) for by_margin in parts)]
+
+        def predicted(samples: Tensor) -> list[Tensor]:
+            attribute = task.judged_attribute[samples]
+            part = replace(task, judged=task.judged[samples], judged_attribute=attribute)
+            return [task.logits(chosen).argmax(1) for chosen in planned(part)]
+
+        choices = planned(task)
+        best, held_out = best_margin(
+            task.groups, predicted, lambda classes: task.objective(classes == task.labels)
+        )
+        return choices[best], {
+            "cross_validated": None if held_out is None else task.accuracies(held_out),
+            "margin": MARGINS[best],
+            "bounded": [row for row, weight in choices[0].items() if weight.bounded],
+        }
+
     def _weight(self, task: Task, row: int, logits: Tensor) -> Weight:
         if self.select == "exact":
-            groups, objective = task.exact
-            column, dose, _ = best_dose(task.judged, row, groups, objective, logits=logits)
-            return Weight(column, dose)
+            columns = None if task.fixed is None else [task.fixed[row]]
+            found = best_dose(task.judged, row, *task.exact, logits=logits, columns=columns)
+            return Weight(found.column, found.dose, bounded=found.bounded)
         sweep = self._sweep(task, row, logits)
         if self.rate == "auto":
             at = sweep.best
@@ -266,67 +293,73 @@ class FictitiousClass:
             at = sweep.least_gap if self.rate == "least-gap" else len(sweep.rates) - 1
         return Weight(sweep.column, float(sweep.doses[at]), sweep.anchor, float(sweep.rates[at]))
 
-    def _sweep(self, task: Task, row: int, logits: Tensor) -> RateSweep:
-        assert self.select != "exact"
-        column = task.columns.get(row)
-        if column is None:
-            column = task.columns[row] = fictitious_column(
-                task.head,
-                task.attribute,
-                task.values[row],
-                row,
-                select=self.select,
-                classifier=self.classifier,
-                seed=self.seed,
-            )
-        weights = task.head.weight[row].double()
-        crossing = float(weights[column] ** 2 / (weights @ weights + 1))
-        if task.rates is not None:
-            rates = np.unique(task.rates)
-        elif isinstance(self.rate, str):
+    def _sweep(
+        self, task: Task, row: int, logits: Tensor, rates: Sequence[float] | None = None
+    ) -> RateSweep:
+        if row not in task.columns:
+            task.columns[row] = self._column(task, row)
+        column, weights = task.columns[row], task.head.weight[row].double()
+        if rates is None and isinstance(self.rate, str):
+            crossing = float(weights[column] ** 2 / (weights @ weights + 1))
             logarithmic = crossing * np.logspace(-2, 3, 101)
-            rates = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
+            grid = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
+        elif rates is None:
+            grid = np.array([0.0, self.rate[row] if isinstance(self.rate, Mapping) else self.rate])
         else:
-            rate = self.rate[row] if isinstance(self.rate, Mapping) else self.rate
-            rates = np.array([0.0, rate])
-        doses = torch.tensor(
-            [float(orthogonal_weight(weights, column, rate) - weights[column]) for rate in rates],
-            dtype=torch.double,
-        )
+            grid = np.unique(rates)
+        r = torch.from_numpy(grid)
+        doses = orthogonal_weight(weights, column, r) - weights[column]  # Eq. 8
         fixed = anchor_point(task.head, column, self.anchor, raised=bool(doses[-1] > 0)) or 0.0
-        x = task.judged.features[:, column].double() - fixed
-        labels = task.judged.require_labels()
-        best_other, rival = strongest_other(logits, row)
-        as_row = wins(logits[:, row] + doses[:, None] * x, best_other, row, rival)  # (R, samples)
-        right = torch.where(as_row, labels == row, labels == rival)
-        accuracy = torch.stack([group_means(at_rate, task.groups) for at_rate in right])
-        with_it = task.judged_attribute == task.values[row]
-        removed, retained = (
-            right[:, samples].double().mean(1) if samples.any() else None
-            for samples in (with_it, ~with_it)
-        )
-        rest = logits.clone()
-        rest[:, row] = -torch.inf
-        probability = (logits[:, row] + doses[:, None] * x - rest.logsumexp(1)).sigmoid()
-        raised = None
-        if removed is not None and retained is not None:
-            raised = probability[:, with_it].mean(1) - probability[:, ~with_it].mean(1)
-        objective = task.of_groups(accuracy)
-        if task.floor is not None:
-            parted = torch.stack([group_means(at_rate, task.has) for at_rate in right])
-            objective = removal(task.floor)(parted)
-        if task.indifferent and raised is not None:
-            objective = -raised.clamp(min=0)
-        return RateSweep(
-            row,
-            column,
-            torch.from_numpy(rates),
-            doses,
-            fixed,
-            accuracy,
-            right.double().mean(1),
-            removed,
-            retained,
-            raised,
-            objective,
-        )
+        return task.sweep(row, column, r, doses, fixed, logits)
+
+    def _column(self, task: Task, row: int) -> int:
+        """Return the feature whose edge serves the fictitious class most in the copy M'.
+
+        Its weight must add to the class's output in the model itself as well as in the copy.
+        """
+        assert self.select != "exact"
+        head, c = task.head, task.values[row]  # M' ← M (step 1), the fictitious class c̃
+        if len(task.attribute.unique()) == 2:  # c̃ is one more class beside the labels (step 2)
+            classes = torch.where(task.attribute == c, head.classes, head.require_labels())
+            c = head.classes
+        else:  # the kinds are the classes, as the digits in odd and even
+            classes = task.attribute
+        present, place = classes.unique(return_inverse=True)
+        c = int(torch.searchsorted(present, c))
+        x = head.features.double()
+        W, b = last_layer(x, place, self.classifier)  # steps 3 and 4
+        (score,) = selection_scores(self.select, x, place, W, b, [c], seed=self.seed)  # step 5
+        mean = x[place == c].mean(0)
+        allowed = editable(head.weight[row].double(), mean) & (W[c] * mean > 0)
+        try:
+            return most_significant(score, allowed, 1, row)[0]
+        except ValueError:
+            raise ValueError(
+                f"class {row}: no weight of its row passes the spurious feature on and is large "
+                "enough to edit"
+            ) from None
+
+
+def last_layer(x: Tensor, place: Tensor, classifier: Any = None) -> tuple[Tensor, Tensor]:
+    """Fit the last layer of the copy, all else frozen, and return its weight and bias."""
+    from sklearn.base import clone
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import MaxAbsScaler
+
+    scaler = MaxAbsScaler().fit(x.numpy())
+    chosen = LogisticRegression(max_iter=2000) if classifier is None else clone(classifier)
+    with warnings.catch_warnings():  # many classes of one sample are no regression here
+        warnings.filterwarnings("ignore", "The number of unique classes")
+        fitted = chosen.fit(scaler.transform(x.numpy()), place.numpy())
+    for name in ("coef_", "intercept_"):
+        if not hasattr(fitted, name):
+            raise ValueError(
+                f"classifier: {type(fitted).__name__} has no {name}; give a linear one such as "
+                "LogisticRegression"
+            )
+    coefficients = fitted.coef_ / scaler.scale_
+    intercept = np.broadcast_to(fitted.intercept_, len(coefficients))
+    if len(fitted.classes_) == 2:  # scikit-learn then gives the row of the second class alone
+        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+        intercept = np.concatenate([-intercept / 2, intercept / 2])
+    return torch.from_numpy(coefficients), torch.tensor(intercept)

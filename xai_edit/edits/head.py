@@ -56,6 +56,13 @@ class HeadFeatures:
         """The number of classes."""
         return len(self.weight)
 
+    def __getitem__(self, samples: Tensor) -> HeadFeatures:
+        """Return the samples of a mask or of indices."""
+        labels = None if self.labels is None else self.labels[samples]
+        attribute = None if self.attribute is None else self.attribute[samples]
+        features = self.features[samples]
+        return replace(self, features=features, labels=labels, attribute=attribute)
+
     def parameter(self, kind: str) -> str:
         """Return the name of the layer's ``weight`` or ``bias`` among the model's parameters."""
         return f"{self.layer}.{kind}".removeprefix(".")  # the model itself may be the layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +12,6 @@ from xai_edit.attribution.edges import edge_scores_of
 
 Scored = Literal["sca", "ca", "gradient-activation", "relevance", "weight", "random"]
 Selection = Literal[Scored, "exact"]
-
-
-def check_selection(select: object) -> None:
-    """Raise ValueError unless ``select`` names a selection."""
-    names = (*get_args(Scored), "exact")
-    if select not in names:
-        raise ValueError(f"select: {select!r} given; it is one of {', '.join(map(repr, names))}")
 
 
 def selection_scores(

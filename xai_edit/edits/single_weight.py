@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.targets import class_list
-from xai_edit.checks import whole_number
+from xai_edit.checks import fraction, nonzero, one_of, whole_number
 from xai_edit.data import Data
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.exact import removal_doses
+from xai_edit.edits.exact import planned_removal
 from xai_edit.edits.head import HeadFeatures, head_features
-from xai_edit.edits.selection import (
-    Selection,
-    check_selection,
-    most_significant,
-    selection_scores,
-)
+from xai_edit.edits.selection import Scored, Selection, most_significant, selection_scores
 
 # Eq. 7 divides by the weight, so a weight that is nearly zero would be sent far away.
 SMALLEST_WEIGHT = 1e-3
@@ -30,7 +23,7 @@ SMALLEST_WEIGHT = 1e-3
 ANCHOR_QUANTILE = 1e-3
 
 
-def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float = 1.0) -> Tensor:
+def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float | Tensor = 1.0) -> Tensor:
     """Return the value that turns the hyperplane of ``row`` about one axis (Eq. 7 and 8).
 
     At rate 1 the normals (w, −1) before and after are orthogonal. Between, Eq. 8 is exactly
@@ -49,38 +42,8 @@ def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float = 1.0) -> T
     return w[column] - rate * (w @ w + 1) / w[column]  # Eq. 8; Eq. 7 at r = 1
 
 
-def plain_number(given: Any) -> float:
-    """Return a number of Python, NumPy or torch as a float; NaN for anything else."""
-    if isinstance(given, Tensor) and given.ndim == 0 and given.dtype is not torch.bool:
-        given = given.item()
-    if isinstance(given, bool) or not isinstance(given, Real):
-        return math.nan
-    return float(given)
-
-
-def check_rate(rate: Any) -> float:
-    """Return a rate in [0, 1], or raise ValueError, asking whether a larger one is in percent."""
-    number = plain_number(rate)
-    if not 0 <= number <= 1:
-        percent = "; is it in percent?" if number > 1 else ""
-        raise ValueError(f"rate: {rate!r} given; it is a fraction in [0, 1]{percent}")
-    return number
-
-
-def check_tolerance(tolerance: Any) -> float:
-    """Return a tolerance in [0, 1], or raise ValueError."""
-    if not 0 <= plain_number(tolerance) <= 1:
-        raise ValueError(f"tolerance: {tolerance!r} given; it is a fraction in [0, 1]")
-    return plain_number(tolerance)
-
-
-def check_whole(number: Any, name: str) -> int:
-    """Return a whole number as an int, or raise ValueError."""
-    return whole_number(number, name, least=None)
-
-
 def editable(row: Tensor, mean_feature: Tensor) -> Tensor:
-    """Tell which weights of a row Eq. 7 may change, bool, shape (d,).
+    """Return which weights of a row Eq. 7 may change, bool, shape (d,).
 
     Those that add to the output (w_j · E[x_j] > 0: an edge that lowers the class would raise it
     when flipped) and are not nearly zero.
@@ -96,7 +59,7 @@ class SingleWeight:
     Class Unlearning*, Algorithm 1.
 
     The new weight is some ten times the largest of its layer, which quantisation with one scale a
-    tensor pays for; ``times_largest`` in the edit's origin tells how many.
+    tensor pays for; ``times_largest`` in the edit's origin says how many.
 
     Parameters
     ----------
@@ -105,7 +68,9 @@ class SingleWeight:
         "gradient-activation", "relevance", "weight" and "random" choose by other scores, see
         `xai_edit.edits.selection.selection_scores`. "exact", ours, scores every weight of the row
         at every dose in closed form and takes the one that removes most of the class while the
-        accuracy on the other classes falls by at most ``tolerance``.
+        accuracy on the classes that stay falls by at most ``tolerance``. It goes beyond the last
+        sample by a margin that five-fold cross-validation chooses, and the new weight is at most
+        50 times the layer's largest.
     rate : float in [0, 1]
         Neutralisation rate r of Eq. 8; 1 is Eq. 7. Not with "exact", which finds its own dose.
     dose : float, optional
@@ -119,8 +84,8 @@ class SingleWeight:
         the plain edit raises the class on other samples. Not with "exact", which counts what its
         dose does to every sample.
     tolerance : float
-        For "exact": accuracy on the other classes, as a fraction, that may be lost on the planning
-        data.
+        For "exact": accuracy on the classes that stay, as a fraction, that may be lost on the
+        planning data.
     seed : int
         For "random".
     """
@@ -134,25 +99,20 @@ class SingleWeight:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_selection(self.select)
-        check_anchor(self.anchor, self.select)
+        check_choices(self.select, self.anchor)
         # Numbers of NumPy and torch become plain ones: the edit's origin is JSON.
-        object.__setattr__(self, "rate", check_rate(self.rate))
-        object.__setattr__(self, "n_weights", check_whole(self.n_weights, "n_weights"))
-        object.__setattr__(self, "seed", check_whole(self.seed, "seed"))
-        object.__setattr__(self, "tolerance", check_tolerance(self.tolerance))
+        object.__setattr__(self, "rate", fraction(self.rate, "rate", zero=True))
+        n_weights = whole_number(self.n_weights, "n_weights", least=1)
+        object.__setattr__(self, "n_weights", n_weights)
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
+        object.__setattr__(self, "tolerance", fraction(self.tolerance, "tolerance", zero=True))
         if self.select == "exact" and (self.rate != 1.0 or self.dose is not None):
             name = "rate" if self.dose is None else "dose"
             raise ValueError(f"{name}: goes with the other selections; 'exact' finds its own dose")
         if self.dose is not None:
-            dose = plain_number(self.dose)
-            if not math.isfinite(dose) or dose == 0:
-                raise ValueError(f"dose: {self.dose!r} given; it is a finite number other than 0")
-            object.__setattr__(self, "dose", dose)
+            object.__setattr__(self, "dose", nonzero(self.dose, "dose"))
             if self.rate != 1.0:
                 raise ValueError("dose: given with a rate; give one of them")
-        if self.n_weights < 1:
-            raise ValueError(f"n_weights: {self.n_weights} given; it is at least 1")
 
     def plan(
         self, model: nn.Module, data: Data | HeadFeatures, *, target: int | Sequence[int]
@@ -167,13 +127,18 @@ class SingleWeight:
             ``(input, label)`` batches with samples of the class and of others. One pass; none with
             what `xai_edit.edits.head.collect_head_features` gave.
         target : int or sequence of int
-            The class or classes to remove, planned on the unedited model.
+            The class or classes to remove. Scored selections plan each on the unedited model,
+            "exact" plans all together.
 
         Returns
         -------
         ModelEdit
             Its origin lists per weight the class, the column, the old and new value, and whether
-            the bias was anchored.
+            the bias was anchored. With "exact" also, all edits together, the accuracy on the
+            classes that stay and on the removed ones on the planning data (``planned``) and for
+            samples of folds that were not planned on (``cross_validated``, None where a class has
+            one sample), the quantile of ``margin``, and the classes for which a larger weight would
+            remove more (``bounded``).
 
         Raises
         ------
@@ -183,21 +148,22 @@ class SingleWeight:
         """
         head = head_features(model, data)
         targets = class_list(target, head.classes)
-        if self.select == "exact":
-            rows = [row for target in targets for row in self._exact(head, target)]
-        else:
-            rows = self._scored(head, targets)
-        return head_edit(
-            model,
-            head,
-            rows,
-            {
-                "operator": "SingleWeight",
-                "select": self.select,
-                "samples": len(head.features),
-            },
-            anchor=False if self.select == "exact" else self.anchor,
+        origin = {
+            "operator": "SingleWeight",
+            "select": self.select,
+            "samples": len(head.features),
+        }
+        if self.select != "exact":
+            return head_edit(model, head, self._scored(head, targets), origin, anchor=self.anchor)
+        doses, reported = planned_removal(
+            head, targets, tolerance=self.tolerance, n_weights=self.n_weights
         )
+        rows = [
+            {"class": row, "column": column, "weight": float(head.weight[row, column]) + dose}
+            for row, added in doses.items()
+            for column, dose in added.items()
+        ]
+        return head_edit(model, head, rows, origin | reported, anchor=False)
 
     def _scored(self, head: HeadFeatures, targets: Sequence[int]) -> list[dict[str, Any]]:
         labels = head.require_labels()
@@ -209,36 +175,22 @@ class SingleWeight:
         for target, score in zip(targets, scores, strict=True):
             weights = head.weight[target]
             allowed = editable(weights, head.features[labels == target].mean(0))
-            for column in most_significant(score, allowed, self.n_weights, target):
-                how: dict[str, Any]
-                if self.dose is None:
+            for column in most_significant(score, allowed, self.n_weights, target):  # step 7
+                new: dict[str, Any]
+                if self.dose is None:  # step 8
                     turned = orthogonal_weight(weights, column, self.rate)
-                    how = {"weight": turned, "rate": self.rate}
+                    new = {"weight": float(turned), "rate": self.rate}
                 else:
-                    how = {"weight": float(weights[column]) + self.dose}
-                row = {"class": target, "column": column, **how, "score": float(score[column])}
+                    new = {"weight": float(weights[column]) + self.dose}
+                row = {"class": target, "column": column, **new, "score": float(score[column])}
                 rows.append(row)
         return rows
 
-    def _exact(self, head: HeadFeatures, target: int) -> list[dict[str, Any]]:
-        doses, found = removal_doses(
-            head, target, tolerance=self.tolerance, n_weights=self.n_weights
-        )
-        return [
-            {
-                "class": target,
-                "column": column,
-                "weight": float(head.weight[target, column]) + dose,
-                **found,
-            }
-            for column, dose in doses.items()
-        ]
 
-
-def check_anchor(anchor: object, select: str) -> None:
-    """Raise ValueError unless ``anchor`` is one of its values and goes with the selection."""
-    if anchor not in (True, False, "auto"):
-        raise ValueError(f"anchor: {anchor!r} given; it is True, False or 'auto'")
+def check_choices(select: object, anchor: object) -> None:
+    """Raise ValueError unless selection and anchor are among their values and go together."""
+    one_of(select, (*get_args(Scored), "exact"), "select")
+    one_of(anchor, (True, False, "auto"), "anchor")
     if anchor is True and select == "exact":
         raise ValueError("anchor: True goes with the other selections; 'exact' scores plain edits")
 
@@ -263,23 +215,12 @@ def head_edit(
 ) -> ModelEdit:
     """Make the edit that sets one weight in each of some rows of the head.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    head : HeadFeatures
-        Its head.
-    rows : sequence of dict
-        Each with ``class`` (the row), ``column`` and ``weight`` (the new value); what else it
-        holds goes into the edit's origin.
-    origin : dict
-        See `ModelEdit`.
-    anchor : "auto" or bool
-        See `SingleWeight`.
+    ``rows`` have the ``class``, the ``column`` and the new ``weight``; what else they hold goes
+    into the edit's origin with them.
     """
     d = head.weight.shape[1]
     largest = float(head.weight.abs().max())
-    index, new, told = [], [], []
+    index, new, reported = [], [], []
     biases: dict[int, float] = {}
     for row in rows:
         at, column, value = row["class"], row["column"], float(row["weight"])
@@ -295,10 +236,10 @@ def head_edit(
             biases[at] = biases.get(at, float(head.bias[at])) - (value - old) * fixed
         times = abs(value) / largest if largest else None  # a head of zeros has no largest
         more = {"old": old, "anchored": fixed is not None, "times_largest": times}
-        told.append({**row, "weight": value, **more})
+        reported.append({**row, "weight": value, **more})
     weight = (torch.tensor(index), torch.tensor(new, dtype=torch.double))
     values = {head.parameter("weight"): weight}
     if biases:
         bias = torch.tensor([*biases.values()], dtype=torch.double)
         values[head.parameter("bias")] = (torch.tensor([*biases]), bias)
-    return ModelEdit.between(model, values, {**origin, "layer": head.layer, "rows": told})
+    return ModelEdit.between(model, values, {**origin, "layer": head.layer, "rows": reported})

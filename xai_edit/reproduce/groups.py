@@ -239,7 +239,7 @@ def _edits(
         "fictitious": [0, 1],
         "validation": planning,
     }  # each value speaks for a class
-    one: dict[str, Any] = {"validation": planning}
+    one: dict[str, Any] = {"fictitious": 1, "validation": planning}
     plans: dict[str, Callable[..., Any]] = {
         "FCR: SCA": partial(FictitiousClass().plan, **both),
         "FCR: SCA (least gap)": partial(FictitiousClass(rate="least-gap").plan, **both),
@@ -258,7 +258,7 @@ def _edits(
 def _sweeps(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> list[dict[str, Any]]:
     """Return the course over rates (Fig. 9) of the class that is favoured most."""
     try:
-        sweeps = FictitiousClass().sweep(model, source, validation=planning)
+        sweeps = FictitiousClass().sweep(model, source, fictitious=1, validation=planning)
     except ValueError as problem:
         return [{"refused": str(problem)}]
     return [
