@@ -21,6 +21,8 @@ from xai_edit.report.page import write_run
 from xai_edit.resources import Cost, measured
 from xai_edit.run_parts import class_labels
 
+BEFORE = "before"  # the name of the model without an edit
+
 
 class Run:
     """What the options of a command name, and the edits that are planned from it.
@@ -120,6 +122,11 @@ class Run:
         elif hasattr(options, "attribute"):
             about["spurious"] = None
         return about
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What planning took, by the name of the method, as in ``timing.json``."""
+        return {name: cost.seconds for name, cost in self.costs.items()}
 
     @property
     def class_names(self) -> dict[str, str]:

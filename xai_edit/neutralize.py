@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from xai_edit.baselines.robustness import LastLayerRetraining
-from xai_edit.command_run import Run
+from xai_edit.command_run import BEFORE, Run
 from xai_edit.data import Data
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.fictitious import FictitiousClass
@@ -20,7 +20,7 @@ from xai_edit.resources import measured
 from xai_edit.run_parts import SEED, Marked, split, watched
 from xai_edit.unlearn import classes_named
 
-BEFORE, RETRAINED = "before", "last-layer retraining (DFR)"
+RETRAINED = "last-layer retraining (DFR)"
 EDIT, HEAD = "edits/neutralize.safetensors", "edits/last-layer.safetensors"
 
 
@@ -80,10 +80,7 @@ def command(options: argparse.Namespace) -> int:
         },
         "rows": run.rows([*files], figures),
     }
-    timing = {
-        "features": reading.seconds,
-        "plan": {name: cost.seconds for name, cost in run.costs.items()},
-    }
+    timing = {"features": reading.seconds, "plan": run.seconds}
     edits = {EDIT: run.edits.get(method), HEAD: run.edits.get(RETRAINED)}
     return run.finish(results, timing, edits)
 

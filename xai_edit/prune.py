@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.coupling import LAYERS
 from xai_edit.attribution.layers import TRANSPOSED
-from xai_edit.command_run import Run
+from xai_edit.command_run import BEFORE, Run
 from xai_edit.concepts.ablation import ablated
 from xai_edit.edits.edit import ModelEdit, versions
 from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
@@ -36,7 +36,7 @@ from xai_edit.prune_plans import (
 )
 from xai_edit.run_parts import SEED, split, watched
 
-BEFORE, ABLATION = "before", "ablation alone"
+ABLATION = "ablation alone"
 EDIT, SMALLER = "edits/prune.safetensors", "smaller.safetensors"
 PROGRAMS = {"torch.export": "smaller.pt2", "TorchScript": "smaller.torchscript"}
 KIND = "xai_edit.smaller"
@@ -120,10 +120,7 @@ def command(options: argparse.Namespace) -> int:
         },
         "sizes": sizes,
     }
-    timing = {
-        "plan": {name: cost.seconds for name, cost in run.costs.items()},
-        "latency": latency,
-    }
+    timing = {"plan": run.seconds, "latency": latency}
     _write_networks(run.out, network, program)
     return run.finish(results, timing, {EDIT: edit if edit.size else None})
 

@@ -16,7 +16,7 @@ from xai_edit.attribution.layers import predict
 from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.checks import distinct, with_labels
 from xai_edit.cli_inputs import images_of, require_known, scorer_of
-from xai_edit.command_run import Run
+from xai_edit.command_run import BEFORE, Run
 from xai_edit.counting import count_by_group
 from xai_edit.data import batches, model_device
 from xai_edit.edits.edit import ModelEdit
@@ -33,7 +33,7 @@ from xai_edit.report.before_after import RULES, before_after_maps
 from xai_edit.run_parts import class_labels, indices_by, watched
 
 EDIT, MAPS = "edits/unlearn.safetensors", ("maps.safetensors", "maps.png")
-BEFORE, METHOD = "before", "path perturbation"
+METHOD = "path perturbation"
 BASELINES: dict[str, SingleWeight | LogitMask] = {
     "single weight (SCA)": SingleWeight(),
     "logit mask": LogitMask(),
@@ -183,7 +183,7 @@ def command(options: argparse.Namespace) -> int:
         "maps": maps,
     }
     timing = {
-        "plan": {name: cost.seconds for name, cost in run.costs.items()},
+        "plan": run.seconds,
         "evaluation": {
             name: {part: cost.seconds for part, cost in found.evaluation.items()}
             for name, found in evaluation.items()
