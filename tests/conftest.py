@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+pytest_plugins = ["command_runs"]  # finished runs of the commands
+
 
 class PlainNet(nn.Module):
     """Two convolutions with in-place ReLU and max-pooling, one hidden linear layer, a head."""

@@ -1,25 +1,36 @@
-"""What the command ``xai-edit`` is given, as objects: a model, data, a scorer."""
+"""The options of the command ``xai-edit`` as objects: a model, data, a scorer."""
 
-# What takes long to import is imported where it is used, so that --help comes at once.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.utils.data import DataLoader, Dataset
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-    from xai_edit.attribution.scorers import LRP, Scorer
-    from xai_edit.data import Data
-    from xai_edit.loading import Images, Preprocessing
+from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
+from xai_edit.attribution.patterns import fit_patterns
+from xai_edit.attribution.rules import PRESETS
+from xai_edit.attribution.scorers import LRP, Scorer
+from xai_edit.data import Data
+from xai_edit.edits.edit import versions
+from xai_edit.loading import Images, Preprocessing, load_images, load_model, preprocessing_of
+from xai_edit.spurious import read_attribute
 
-SEED = 0  # of weights and inputs that are not given, and of the order of training
-OTHERS = ("random", "weight-magnitude", "taylor", "activation")
+SEED = 0  # of weights and inputs that no option gives, and of the order of training
+OTHERS: dict[str, Callable[[], Scorer]] = {
+    "random": Random,
+    "weight-magnitude": WeightMagnitude,
+    "taylor": Taylor,
+    "activation": Activation,
+}
 
 
 @dataclass(frozen=True)
@@ -34,137 +45,98 @@ class Batches:
         return str(self.loader.dataset)
 
     def __iter__(self) -> Iterator[Any]:
-        from tqdm import tqdm
-
         bar = tqdm(self.loader, self.doing, unit="batch", leave=False, disable=self.quiet)
         return iter(bar)
 
 
-def model_of(given: argparse.Namespace) -> nn.Module:
-    """Return the model that is asked for, with its weights, on its device."""
-    import torch
-
-    from xai_edit.loading import load_model
-
-    require_device(given.device)
+def model_of(options: argparse.Namespace) -> nn.Module:
+    """Return the model with its weights, on its device."""
+    require_device(options.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = load_model(given.model, weights=given.weights, classes=given.outputs)
-    if given.weights is None:
-        note(given, f"model: {given.model} as it is made: no --weights given")
-    return model.to(given.device)
+        model = load_model(options.model, weights=options.weights, classes=options.outputs)
+    if options.weights is None:
+        note(options, f"model: {options.model} as built: no --weights given")
+    return model.to(options.device)
 
 
-def data_of(given: argparse.Namespace, spec: str, doing: str, split: str | None = None) -> Batches:
-    """Return the data that is asked for, as batches."""
-    from xai_edit.loading import load_data
-
-    preprocessing = preprocessing_given(given)
-    where: dict[str, Any] = {"root": given.data_root, "split": split or given.split}
-    how: dict[str, Any] = {"limit": given.limit, "batch_size": given.batch_size}
-    loader = load_data(spec, **where, preprocessing=preprocessing, **how)
-    note(given, f"data: {spec}, {loader.dataset}; as inputs {preprocessing}")
-    return Batches(loader, doing, given.quiet)
-
-
-def images_of(given: argparse.Namespace, spec: str, part: str | None = None) -> Images:
-    """Return the data that is asked for, image by image."""
-    found: Any = data_of(given, spec, "reading", part).loader.dataset
-    return found  # type: ignore[no-any-return]
+def images_of(options: argparse.Namespace, spec: str, split: str | None = None) -> Images:
+    """Return the data that ``spec`` names, image by image."""
+    preprocessing = preprocessing_given(options)
+    found = load_images(
+        spec,
+        root=options.data_root,
+        split=split or options.split,
+        preprocessing=preprocessing,
+        limit=options.limit,
+    )
+    note(options, f"data: {spec}, {found}; as inputs {preprocessing}")
+    return found
 
 
 def batches_of(
-    given: argparse.Namespace, found: Dataset[Any], doing: str, *, shuffled: bool = False
+    options: argparse.Namespace, found: Dataset[Any], doing: str, *, shuffled: bool = False
 ) -> Batches:
-    """Return images as batches, in their order or the same random one each time."""
-    import torch
-    from torch.utils.data import DataLoader
-
-    how: dict[str, Any] = {"batch_size": given.batch_size}
+    """Return images as batches, in their order or in a random one that changes with each pass."""
+    order: dict[str, Any] = {}
     if shuffled:
-        how |= {"shuffle": True, "generator": torch.Generator().manual_seed(SEED)}
-    return Batches(DataLoader(found, **how), doing, given.quiet)
+        order = {"shuffle": True, "generator": torch.Generator().manual_seed(SEED)}
+    return Batches(DataLoader(found, options.batch_size, **order), doing, options.quiet)
 
 
-def preprocessing_given(given: argparse.Namespace) -> Preprocessing:
-    """Return what is done to images: as usual for the model, but for what is given."""
-    from xai_edit.loading import preprocessing_of
-
-    asked = {name: getattr(given, name) for name in ("resize", "mean", "std")}
-    return preprocessing_of(given.model, given.weights, shape=given.input_size, **asked)
+def preprocessing_given(options: argparse.Namespace) -> Preprocessing:
+    """Return what is done to images: as usual for the model, except where an option differs."""
+    asked = {name: getattr(options, name) for name in ("resize", "mean", "std")}
+    return preprocessing_of(options.model, options.weights, shape=options.input_size, **asked)
 
 
 def require_device(name: str) -> None:
     """Raise `ValueError` if a device cannot be used."""
-    import torch
-
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as problem:
         raise ValueError(f"device: {name!r} cannot be used: {problem}") from None
 
 
-def spurious_of(given: argparse.Namespace, whole: Images) -> list[int]:
-    """Return which images have the spurious feature, 0 or 1 for each."""
-    from xai_edit.spurious import read_spurious
-
-    folder = Path(given.data) if Path(given.data).is_dir() else Path(given.data).parent
-    return read_spurious(given.spurious, whole, folder)
-
-
-def count_marked(given: argparse.Namespace, spurious: list[int]) -> dict[str, Any]:
-    """Return what a run tells of them."""
-    having = sum(spurious)
-    return {"name": given.spurious, "with": having, "without": len(spurious) - having}
+def attribute_of(options: argparse.Namespace, images: Images) -> list[int]:
+    """Return which images have the attribute, 0 or 1 for each."""
+    data = Path(options.data)
+    return read_attribute(options.attribute, images, data if data.is_dir() else data.parent)
 
 
 def require_known(name: str) -> None:
     """Raise `ValueError` if there is no scorer of a name."""
-    from xai_edit.attribution.rules import PRESETS
-
     if name not in (*PRESETS, *OTHERS):
         raise ValueError(f"scorer: {name!r} given; it is one of {', '.join((*PRESETS, *OTHERS))}")
 
 
-def lrp_of(name: str, given: argparse.Namespace, model: nn.Module, data: Data) -> LRP:
+def lrp_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data) -> LRP:
     """Return LRP with a preset, which may need the bounds of its inputs or patterns."""
-    import inspect
-
-    from xai_edit.attribution.patterns import fit_patterns
-    from xai_edit.attribution.rules import PRESETS
-    from xai_edit.attribution.scorers import LRP
-
     parameters: dict[str, Any] = {}
     needed = inspect.signature(PRESETS[name]).parameters if name in PRESETS else ()
     if "low" in needed:
-        parameters["low"], parameters["high"] = preprocessing_given(given).bounds
+        parameters["low"], parameters["high"] = preprocessing_given(options).bounds
     if "patterns" in needed:
         parameters["patterns"] = fit_patterns(model, data)
     return LRP(name, **parameters)
 
 
-def scorer_of(name: str, given: argparse.Namespace, model: nn.Module, data: Data) -> Scorer:
+def scorer_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data) -> Scorer:
     """Return the scorer of a name."""
-    from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
-
-    others: tuple[Callable[[], Scorer], ...] = (Random, WeightMagnitude, Taylor, Activation)
-    made = dict(zip(OTHERS, others, strict=True))
-    return made[name]() if name in made else lrp_of(name, given, model, data)
+    return OTHERS[name]() if name in OTHERS else lrp_of(name, options, model, data)
 
 
-def run_of(given: argparse.Namespace) -> dict[str, Any]:
-    """Return what made the files of a run."""
-    from xai_edit.edits.edit import versions
-
+def run_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what made the files of a run: the command, versions, the model and its inputs."""
     return {
-        "command": given.line,
+        "command": options.line,
         "versions": versions(),
-        "model": {"name": given.model, "weights": given.weights, "classes": given.outputs},
-        "preprocessing": asdict(preprocessing_given(given)),
+        "model": {"name": options.model, "weights": options.weights, "classes": options.outputs},
+        "preprocessing": asdict(preprocessing_given(options)),
     }
 
 
-def note(given: argparse.Namespace, text: str) -> None:
-    """Print a line on stderr, but with ``--quiet``."""
-    if not given.quiet:
+def note(options: argparse.Namespace, text: str) -> None:
+    """Print a line on stderr, unless ``--quiet`` is given."""
+    if not options.quiet:
         print(text, file=sys.stderr)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from xai_edit.attribution.criteria import Random, WeightMagnitude
 from xai_edit.attribution.scorers import LRP
 from xai_edit.baselines.robustness import LastLayerRetraining
 from xai_edit.baselines.unlearning import LogitMask
+from xai_edit.checks import whole_number
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.pca import PCA
@@ -34,7 +36,6 @@ from xai_edit.evaluation.groups import evaluate_groups
 from xai_edit.files import write_safetensors
 from xai_edit.models.small import small_cnn, train
 from xai_edit.report.page import write_run
-from xai_edit.report.terminal import demo_table
 
 DIGITS = WatermarkedDigits()
 EPOCHS = 20
@@ -47,6 +48,7 @@ SHARES = (0.2, 0.3, 0.4, 0.5)
 QUICK_SHARES = (0.3,)
 SHOWN_SHARE = 0.3
 PLAIN, EXACT = "plain LRP", "FCR: exact selection"
+CLEAN = "plain LRP, references without watermark"
 CONCEPT_AWARE, KEPT = "concept-aware", "concept-aware, ablation kept"
 
 
@@ -62,9 +64,14 @@ class _Run:
     edits: list[bool] = field(default_factory=list)
     maps: dict[str, tuple[Tensor, list[int]]] = field(default_factory=dict)
 
-    def prove(
-        self, name: str, plan: Callable[[], ModelEdit], *, show: str | None = None
-    ) -> tuple[Accuracy, dict[str, Any]]:
+    def row(
+        self,
+        name: str,
+        plan: Callable[[], ModelEdit],
+        figures: Callable[[Accuracy], dict[str, float]],
+        *,
+        show: str | None = None,
+    ) -> dict[str, Any]:
         """Plan an edit, save and load it, evaluate it applied, undo it and compare every bit."""
         file = f"edits/{name}.safetensors"
         start = time.perf_counter()
@@ -79,7 +86,7 @@ class _Run:
                 self.explain(show)
         after = self.model.state_dict()
         self.edits.append(all(torch.equal(after[key], before[key]) for key in before))
-        return accuracy, {"weights_changed": edit.size, "edit": file}
+        return {**figures(accuracy), "weights_changed": edit.size, "edit": file}
 
     def explain(self, name: str) -> None:
         """Keep the relevance maps of the shown images for the class the model now predicts."""
@@ -98,7 +105,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         Folder for ``results.json``, ``timing.json``, ``maps.safetensors``, ``report.html``,
         ``overview.png`` and ``edits/*.safetensors``; made when missing.
     seed : int
-        Of the split, the places of the watermark, the network and its training.
+        Of the split, the position of the watermark, the network and its training.
     quick : bool
         Fewer shares of pruning.
     quiet : bool
@@ -109,8 +116,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
     Path
         Of the report.
     """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: {seed} given; it is a whole number from 0")
+    whole_number(seed, "seed", most=2**63 - 1)
     out = Path(out)
     (out / "edits").mkdir(parents=True, exist_ok=True)
     with tqdm(total=5, disable=quiet, desc="training", leave=False) as bar, _deterministic():
@@ -134,6 +140,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         next_step("pruning")
         prune = _prune(state, training, validation, QUICK_SHARES if quick else SHARES)
         next_step("writing")
+        worst, has = before.worst_group
         results = {
             "run": "demo",
             "command": f"xai-edit demo --seed {seed}" + (" --quick" if quick else ""),
@@ -152,7 +159,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
             "weights": sum(parameter.numel() for parameter in model.parameters()),
             "before": {
                 **_figures(before),
-                "worst_group": _group_name(*before.worst_group),
+                "worst_group": f"digit {worst} {'with' if has else 'without'} watermark",
                 "groups": [
                     {
                         "class": label,
@@ -181,41 +188,34 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         relevance = torch.stack([maps for maps, _ in state.maps.values()], dim=1)
         pictures = {"images": state.images, "relevance": relevance}
         write_safetensors(out / "maps.safetensors", pictures, "xai_edit.maps", "")
-        page = write_run(out, results, state.timing)
+        report = write_run(out, results, state.timing)
         bar.update()
+    page = out / "report.html"
     if not quiet:
-        print(demo_table(results, state.timing))
-        print(f"\n{page}")
+        print(f"{report.text()}\n\n{page}")
     return page
+
+
+def command(options: argparse.Namespace) -> int:
+    """Run ``xai-edit demo``."""
+    run(options.out, seed=options.seed, quick=options.quick, quiet=options.quiet)
+    return 0
 
 
 def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
     clean = validation[validation.watermark == 0]
     of_class = clean[clean.labels == FORGET][torch.arange(SAMPLES_TO_FORGET)]
-    rows = [
-        {
-            "method": "before",
-            **_forgotten(before),
-            "weights_changed": 0,
-            "edit": None,
-        }
-    ]
-    methods: dict[str, tuple[str, Any, Samples]] = {
-        "path-perturbation": (
-            "NPP: neurons switched off",
-            PathPerturbation(share=FORGET_SHARE),
-            of_class,
-        ),
-        "single-weight": ("SCA: one weight", SingleWeight(select="sca"), clean),
-        "logit-mask": ("logit mask", LogitMask(), clean),
-    }
-    for name, (method, operator, samples) in methods.items():
-        accuracy, told = state.prove(
-            f"forget-{name}",
-            partial(operator.plan, state.model, samples.batches, target=FORGET),
-            show=None if name == "logit-mask" else f"forget: {method}",
-        )
-        rows.append({"method": method, **_forgotten(accuracy), **told})
+    npp, single = PathPerturbation(share=FORGET_SHARE), SingleWeight(select="sca")
+    rows = [{"method": "before", **_forgotten(before), "weights_changed": 0, "edit": None}]
+    for name, method, operator, samples in (
+        ("path-perturbation", "NPP: neurons switched off", npp, of_class),
+        ("single-weight", "SCA: one weight", single, clean),
+        ("logit-mask", "logit mask", LogitMask(), clean),
+    ):
+        plan = partial(operator.plan, state.model, samples.batches, target=FORGET)
+        show = None if name == "logit-mask" else f"forget: {method}"
+        row = state.row(f"forget-{name}", plan, _forgotten, show=show)
+        rows.append({"method": method, **row})
     return {"class": FORGET, "rows": rows}
 
 
@@ -225,19 +225,17 @@ def _forgotten(accuracy: Accuracy) -> dict[str, float]:
 
 
 def _neutralize(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
+    sca, exact = FictitiousClass(select="sca"), FictitiousClass(select="exact")
     rows = [{"method": "before", **_figures(before), "weights_changed": 0, "edit": None}]
-    methods: dict[str, tuple[str, Any]] = {
-        "fictitious-sca": ("FCR: SCA, best rate", FictitiousClass(select="sca")),
-        "fictitious-exact": (EXACT, FictitiousClass(select="exact")),
-        "last-layer": ("last-layer retraining (DFR)", LastLayerRetraining()),
-    }
-    for name, (method, operator) in methods.items():
-        accuracy, told = state.prove(
-            f"neutralize-{name}",
-            partial(operator.plan, state.model, validation.batches),
-            show=None if name == "fictitious-sca" else method,
-        )
-        rows.append({"method": method, **_figures(accuracy), **told})
+    for name, method, operator in (
+        ("fictitious-sca", "FCR: SCA, best rate", sca),
+        ("fictitious-exact", EXACT, exact),
+        ("last-layer", "last-layer retraining (DFR)", LastLayerRetraining()),
+    ):
+        plan = partial(operator.plan, state.model, validation.batches)
+        show = None if name == "fictitious-sca" else method
+        row = state.row(f"neutralize-{name}", plan, _figures, show=show)
+        rows.append({"method": method, **row})
     (sweep,) = FictitiousClass().sweep(state.model, validation.batches, target=DIGITS.marked)
     return {
         "rows": rows,
@@ -259,44 +257,34 @@ def _prune(
     features = collect_features(model, validation.batches, layer=ABLATED_LAYER, positions=None)
     subspaces = PCA(n_subspaces=None).fit(features)
     precision = predictiveness(subspaces, features).column("spurious")
-    # Several tell the watermark equally well: of those, the ones of most variance.
+    # Several predict the watermark equally well: of those, the ones of most variance.
     ablate = sorted(range(len(subspaces)), key=lambda index: -round(precision[index], 2))[:ABLATED]
-    biased = _references(training)
     with ablated(model, ABLATED_LAYER, subspaces, ablate):
         alone = evaluate_groups(model, state.test.batches)
     lrp = LRP("epsilon-plus", initial="one")
-    clean = _references(validation[validation.watermark == 0])
-
-    def concept_aware(share: float, *, keep_ablation: bool = False) -> ConceptAwarePruning:
-        return ConceptAwarePruning(
-            ABLATED_LAYER, subspaces, ablate, share, lrp, keep_ablation=keep_ablation
-        )
-
-    methods: dict[str, tuple[Callable[[float], Any], Samples]] = {
-        KEPT: (partial(concept_aware, keep_ablation=True), biased),
-        CONCEPT_AWARE: (concept_aware, biased),
-        PLAIN: (lambda share: RelevancePruning(share=share, scorer=lrp), biased),
-        "plain LRP, references without watermark": (
-            lambda share: RelevancePruning(share=share, scorer=lrp),
-            clean,
-        ),
-        "weight magnitude": (
-            lambda share: RelevancePruning(share=share, scorer=WeightMagnitude()),
-            biased,
-        ),
-        "random": (lambda share: RelevancePruning(share=share, scorer=Random()), biased),
+    biased, clean = _references(training), _references(validation[validation.watermark == 0])
+    aware = ConceptAwarePruning(ABLATED_LAYER, subspaces, ablate, SHOWN_SHARE, lrp)
+    operators: dict[str, RelevancePruning | ConceptAwarePruning] = {
+        KEPT: replace(aware, keep_ablation=True),
+        CONCEPT_AWARE: aware,
+        PLAIN: RelevancePruning(SHOWN_SHARE, lrp),
+        CLEAN: RelevancePruning(SHOWN_SHARE, lrp),
+        "weight magnitude": RelevancePruning(SHOWN_SHARE, WeightMagnitude()),
+        "random": RelevancePruning(SHOWN_SHARE, Random()),
     }
     rows = []
-    for method, (operator, samples) in methods.items():
+    for method, operator in operators.items():
+        samples = clean if method == CLEAN else biased
         for share in shares:
-            name = method.replace(",", "").replace(" ", "-").lower()
             shown = share == SHOWN_SHARE and method in (PLAIN, KEPT)
-            accuracy, told = state.prove(
+            name = method.replace(",", "").replace(" ", "-").lower()
+            row = state.row(
                 f"prune-{name}-{round(100 * share)}",
-                partial(operator(share).plan, model, samples.batches),
+                partial(replace(operator, share=share).plan, model, samples.batches),
+                _figures,
                 show=f"{method}, {share:.0%} pruned" if shown else None,
             )
-            rows.append({"method": method, "share": share, **_figures(accuracy), **told})
+            rows.append({"method": method, "share": share, **row})
     return {
         "layer": ABLATED_LAYER,
         "ablated": ablate,
@@ -308,11 +296,8 @@ def _prune(
 
 
 def _references(samples: Samples) -> Samples:
-    rows = [
-        torch.nonzero(samples.labels == label).flatten()[:REFERENCES]
-        for label in samples.labels.unique()
-    ]
-    return samples[torch.cat(rows)]
+    of_class = [(samples.labels == label).nonzero()[:, 0] for label in samples.labels.unique()]
+    return samples[torch.cat([rows[:REFERENCES] for rows in of_class])]
 
 
 def _shown_images(model: nn.Module, test: Samples) -> Tensor:
@@ -335,21 +320,14 @@ def _shown_images(model: nn.Module, test: Samples) -> Tensor:
 
 def _figures(accuracy: Accuracy) -> dict[str, float]:
     other = torch.arange(len(accuracy.samples)) != DIGITS.marked
-    of_four = [
-        float(accuracy.right[rows, mark].sum() / accuracy.samples[rows, mark].sum())
-        for rows in (other, ~other)
-        for mark in (0, 1)
-    ]
+    parts = (accuracy.right, accuracy.samples)
+    right, samples = (torch.stack([part[other].sum(0), part[~other].sum(0)]) for part in parts)
     return {
         "worst": accuracy.worst,
-        "worst_of_four": min(of_four),
+        "worst_of_four": float((right / samples).min()),
         "average": accuracy.average,
         "balanced": accuracy.balanced,
     }
-
-
-def _group_name(label: int, watermark: int) -> str:
-    return f"digit {label} {'with' if watermark else 'without'} watermark"
 
 
 @contextmanager

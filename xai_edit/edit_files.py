@@ -1,31 +1,32 @@
-"""The file of an edit on the command line: told in words, applied to weights, taken back."""
+"""The commands ``xai-edit show``, ``apply`` and ``undo``: the file of an edit and new weights."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from xai_edit.cli_inputs import model_of, note
+from xai_edit.command_run import as_json
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.files import require_folder, write_safetensors
 
 KIND = "xai_edit.weights"
 
 
-def told(edit: ModelEdit) -> dict[str, Any]:
-    """Return what an edit changes and where it came from, as JSON values.
+def show(options: argparse.Namespace) -> int:
+    """Run ``xai-edit show``."""
+    edit = ModelEdit.load(options.edit)
+    print(as_json(described(edit)) if options.json else edit.summary())
+    return 0
 
-    Parameters
-    ----------
-    edit : ModelEdit
 
-    Returns
-    -------
-    dict
-        ``weights`` changed in all; by parameter the ``shape``, the number of ``entries`` changed,
-        how many of them become ``zero``, and the ``largest`` change; the ``origin``.
+def described(edit: ModelEdit) -> dict[str, Any]:
+    """Return how many ``weights`` an edit changes, its ``changes`` by parameter and its origin.
+
+    Of a parameter the ``shape``, the number of ``entries`` changed, how many of them become
+    ``zero``, and the ``largest`` change.
     """
     changes = {
         name: {
@@ -39,30 +40,20 @@ def told(edit: ModelEdit) -> dict[str, Any]:
     return {"weights": edit.size, "changes": changes, "origin": edit.origin}
 
 
-def require_new(out: Path) -> None:
-    """Raise where weights cannot be written: there is a file, or no folder.
-
-    Raises
-    ------
-    FileExistsError, FileNotFoundError, ValueError
-    """
+def apply(options: argparse.Namespace) -> int:
+    """Run ``xai-edit apply`` or ``undo``: write weights with an edit, or without, to a new file."""
+    out: Path = options.out
     if out.suffix != ".safetensors":
         raise ValueError(f"out: {str(out)!r} given; weights are written as NAME.safetensors")
     if require_folder(out).exists():
         raise FileExistsError(f"out: {out} is there already; give another name")
-
-
-def write_edited(model: nn.Module, edit: ModelEdit, out: Path, *, undo: bool) -> None:
-    """Apply an edit to a model, or take it back, and write the weights to a new file, atomically.
-
-    Raises
-    ------
-    EditMismatchError
-        If the edit is not one of this model, or is in it already (or not yet); nothing is written.
-    """
-    if undo:
+    edit, model = ModelEdit.load(options.edit), model_of(options)
+    if options.command == "undo":
         edit.undo(model)
     else:
         edit.apply(model)
-    header = json.dumps({"undone" if undo else "applied": edit.origin.get("operator", "edit")})
+    done = "undone" if options.command == "undo" else "applied"
+    header = json.dumps({done: edit.origin.get("operator", "edit")})
     write_safetensors(out, model.state_dict(), KIND, header)
+    note(options, f"written: {out}")
+    return 0

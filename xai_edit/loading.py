@@ -1,4 +1,4 @@
-"""A model and data from strings given on a command line."""
+"""A model and images from the strings of a command line."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import datasets, models
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset, pil_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
+
+from xai_edit.checks import require_type, whole_number
 
 TORCHVISION = "torchvision:"
 # Heads that only training uses: in evaluation they take no part, so their units have no score.
@@ -84,15 +86,9 @@ def preprocessing_of(
 ) -> Preprocessing:
     """Return torchvision's preset for a model of `load_model`, or ImageNet's usual one, changed.
 
-    Parameters
-    ----------
-    spec, weights : str
-        As for `load_model`.
-    shape : tuple of int, optional
-        Of the model's inputs. One of the user's own takes the whole image, if ``resize`` is not
-        given, and other than three channels have no usual normalisation.
-    **asked
-        Other values of `Preprocessing`; None stands for the usual one.
+    A ``shape`` other than the usual takes the whole image, unless ``resize`` is given, and other
+    than three channels have no usual normalisation. ``asked`` are other values of `Preprocessing`,
+    of which None stands for the usual one.
     """
     usual = IMAGENET
     if spec.startswith(TORCHVISION):
@@ -161,16 +157,15 @@ def _imported(spec: str, config: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"model: {spec!r} given; give torchvision:NAME or package.module:function")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as ``python -m`` does
-    with _telling(f"model: module {module_name!r} cannot be imported"):
+    with _one_sentence(f"model: module {module_name!r} cannot be imported"):
         module = importlib.import_module(module_name)
     made = getattr(module, name, None)
     if not callable(made):
         guess = _near(name, vars(module))
         raise ValueError(f"model: module {module_name!r} has no function {name!r}{guess}")
-    with _telling(f"model: {spec} failed"):
+    with _one_sentence(f"model: {spec} failed"):
         model = made if isinstance(made, nn.Module) else made(**config)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {spec} gave a {type(model).__name__}, not an nn.Module")
+    require_type(model, nn.Module, f"model: {spec}", "it returns an nn.Module")
     return model
 
 
@@ -178,7 +173,7 @@ def _put_weights(model: nn.Module, file: Path, unused: tuple[str, ...]) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"weights: {file}: no such file")
     own = model.state_dict()
-    with _telling(f"weights: {file}: not a whole file of tensors; save model.state_dict()"):
+    with _one_sentence(f"weights: {file}: not a whole file of tensors; save model.state_dict()"):
         if file.suffix == ".safetensors":
             state: Any = OrderedDict(load_file(file))
             # The versions of the modules, which safetensors leaves out.
@@ -188,7 +183,7 @@ def _put_weights(model: nn.Module, file: Path, unused: tuple[str, ...]) -> None:
             state = state.get("state_dict", state)
         if not any(name.startswith("module.") for name in own):  # what DataParallel adds
             consume_prefix_in_state_dict_if_present(state, "module.")
-    with _telling(f"weights: {file} does not fit the model"):
+    with _one_sentence(f"weights: {file} does not fit the model"):
         found = model.load_state_dict(state, strict=False)
     # Old files lack the counts of training batches, which have no part in evaluation.
     missing = [name for name in found.missing_keys if not name.endswith("num_batches_tracked")]
@@ -200,16 +195,15 @@ def _put_weights(model: nn.Module, file: Path, unused: tuple[str, ...]) -> None:
         )
 
 
-def load_data(
+def load_images(
     spec: str,
     *,
     root: str | Path | None = None,
     split: str = "test",
     preprocessing: Preprocessing = IMAGENET,
     limit: int | None = None,
-    batch_size: int = 32,
-) -> DataLoader[Any]:
-    """Return the batches that ``spec`` names; the loader's ``dataset`` prints as what it is.
+) -> Images:
+    """Return the images that ``spec`` names.
 
     Parameters
     ----------
@@ -225,16 +219,12 @@ def load_data(
         What makes inputs of images.
     limit : int, optional
         At most so many samples, spread evenly over the data, so that every class has its part.
-    batch_size : int
-        Samples a batch.
 
     Raises
     ------
     ValueError, OSError
         If there are no such data. An image that cannot be read is named when its turn comes.
     """
-    if min(batch_size, 1 if limit is None else limit) < 1:
-        raise ValueError(f"data: limit {limit} and batch size {batch_size} given; both are from 1")
     path = Path(spec)
     classes: dict[int, str] = {}
     if spec.startswith(TORCHVISION):
@@ -250,9 +240,9 @@ def load_data(
         )
     if not len(source):
         raise ValueError(f"data: {spec}: no images")
-    size = min(len(source), limit or len(source))
+    size = len(source) if limit is None else min(len(source), whole_number(limit, "limit", least=1))
     rows = [number * len(source) // size for number in range(size)]
-    return DataLoader(Images(source, rows, preprocessing, classes), batch_size=batch_size)
+    return Images(source, rows, preprocessing, classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,22 +260,20 @@ class Images(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         image, label = self.source[self.rows[index]]
         if isinstance(image, str):
-            with _telling(f"data: {image} cannot be read as an image"):
+            with _one_sentence(f"data: {image} cannot be read as an image"):
                 image = pil_loader(image)
         return self.preprocessing(image) if label is None else (self.preprocessing(image), label)
 
     @property
     def labels(self) -> list[int | None]:
         """The label of each, None without; read with the images only where nothing lists them."""
-        if isinstance(self.source, list):
-            return [self.source[row][1] for row in self.rows]
-        listed = getattr(self.source, "targets", None)  # of torchvision's data sets
-        if listed is None or len(listed) != len(self.source):
-            return [int(self.source[row][1]) for row in self.rows]
-        return [int(listed[row]) for row in self.rows]
+        listed = getattr(self.source, "targets", ())  # of torchvision's data sets
+        if len(listed) == len(self.source):
+            return [int(listed[row]) for row in self.rows]
+        return [self.source[row][1] for row in self.rows]
 
     def only(self, chosen: Sequence[int]) -> Images:
-        """Return the chosen ones, by their places among these."""
+        """Return some of the images, by their indices among these."""
         return replace(self, rows=[self.rows[place] for place in chosen])
 
     def __str__(self) -> str:
@@ -317,7 +305,7 @@ def csv_rows(file: Path, name: str) -> list[tuple[int, list[str]]]:
     ValueError
         If it cannot be read; the message begins with the ``name`` of the argument.
     """
-    with _telling(f"{name}: {file} cannot be read as a CSV file"):
+    with _one_sentence(f"{name}: {file} cannot be read as a CSV file"):
         text = file.read_text(encoding="utf-8-sig").splitlines()
         return [(line, row) for line, row in enumerate(csv.reader(text), start=1) if row]
 
@@ -347,7 +335,9 @@ def _torchvision_data(name: str, root: str | Path | None, split: str) -> tuple[A
     if "root" in accepted and root is None:
         raise ValueError(f"data: torchvision:{name} needs its root folder; give --data-root")
     given = {"root": root, "split": split, "train": split == "train"}
-    with _telling(f"data: torchvision:{name} cannot be read from {root}; nothing is downloaded"):
+    with _one_sentence(
+        f"data: torchvision:{name} cannot be read from {root}; nothing is downloaded"
+    ):
         source = kind(**{key: value for key, value in given.items() if key in accepted})
         image, label = source[0]
     if not hasattr(image, "convert") or not isinstance(label, int):
@@ -364,11 +354,11 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def _telling(text: str) -> Iterator[None]:
-    """Make one sentence of whatever other people's code raises."""
+def _one_sentence(text: str) -> Iterator[None]:
+    """Raise ValueError with one sentence for whatever other people's code raises."""
     try:
         yield
     except Exception as problem:
         # The first sentence; what follows is advice for programmers.
-        told = " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]
-        raise ValueError(f"{text} ({told})") from problem
+        sentence = " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]
+        raise ValueError(f"{text} ({sentence})") from problem

@@ -1,11 +1,11 @@
-"""Prune a user's model, make a smaller network of it, and measure both beside other criteria."""
+"""The command ``xai-edit prune``: make a smaller network, and measure it beside other criteria."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.coupling import LAYERS
 from xai_edit.attribution.layers import TRANSPOSED
+from xai_edit.command_run import BEFORE, Run
 from xai_edit.concepts.ablation import ablated
-from xai_edit.data import Data, batches
 from xai_edit.edits.edit import ModelEdit, versions
-from xai_edit.edits.pruning import ConceptAwarePruning
+from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
 from xai_edit.edits.structural import to_smaller
 from xai_edit.evaluation.group_figures import Accuracy
 from xai_edit.evaluation.groups import evaluate_groups
@@ -25,125 +25,91 @@ from xai_edit.evaluation.outputs import Overlap
 from xai_edit.evaluation.sizes import Size, compare_sizes
 from xai_edit.export import Program, exported
 from xai_edit.files import write_atomically, write_safetensors
-from xai_edit.prune_plans import SEED, TUNED, Operator, Parts, Plans, Reader, check_layers
-from xai_edit.report.page import write_run
-from xai_edit.resources import Cost, measured
+from xai_edit.prune_plans import (
+    TUNED,
+    Operator,
+    Plans,
+    check_layers,
+    finder_named,
+    references,
+    tuning,
+)
+from xai_edit.run_parts import SEED, split, watched
 
-BEFORE, ABLATION = "before", "ablation alone"
+ABLATION = "ablation alone"
 EDIT, SMALLER = "edits/prune.safetensors", "smaller.safetensors"
 PROGRAMS = {"torch.export": "smaller.pt2", "TorchScript": "smaller.torchscript"}
 KIND = "xai_edit.smaller"
+NOTHING = "the units to go have no weight other than zero"
 EXAMPLES, ROUNDS = 8, 20  # images that both networks are timed on, and how often
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """What is known of one method."""
-
-    method: str
-    figures: Accuracy | None = None
-    changed: int | None = None
-    size: Size | None = None
-    withheld: str | None = None
-
-    def to_dict(self, edit: str | None) -> dict[str, Any]:
-        size = self.size
-        return {
-            "method": self.method,
-            "figures": None if self.figures is None else self.figures.to_dict(),
-            "weights_changed": self.changed,
-            "parameters": None if size is None else size.parameters,
-            "operations": None if size is None else size.operations,
-            "edit": None if self.figures is None else edit,
-            "withheld": self.withheld,
-        }
-
-
-def run(
-    model: nn.Module,
-    operator: Operator,
-    parts: Parts,
-    *,
-    epochs: int | None,
-    out: Path,
-    read: Reader,
-    about: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Plan, save and measure the pruning and what it has to beat, and write the files of the run.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Left as it was, bit for bit.
-    operator : RelevancePruning or ConceptAwarePruning
-        The second with a finder and ``ablate="auto"``, and parts that tell the feature.
-    parts : Parts
-    epochs : int or None
-        Of fine-tuning after each step, on planning images in which the feature tells no class; see
-        `Parts.tuning`.
-    out, read, about
-        See `xai_edit.unlearn.run`, also for what is returned.
-
-    Raises
-    ------
-    ValueError
-        On bad input; see `RelevancePruning.plan` and `ConceptAwarePruning.plan`.
-    """
+def command(options: argparse.Namespace) -> int:
+    """Run ``xai-edit prune``."""
+    operator, epochs = _operator(options), options.fine_tune
+    run = Run(options)
+    parts = split(run.images, run.attribute, validation=False)
+    model, held_out = run.model, parts.held_out
     check_layers(model, operator)
-    tuned_on = None if epochs is None else parts.tuning()[1]
+    run.check_labels()
+    tuned_on, which = None, None
+    if epochs is not None:
+        tuned_on, which = tuning(parts.planning, marked=run.attribute is not None)
     overlap = Overlap(None)
-    planning = evaluate_groups(model, _watched(read(parts.planning, "planning"), overlap.know))
-    compare = partial(overlap.add, split="the held-out part")
-    before = evaluate_groups(model, _watched(read(parts.held_out, "measuring"), compare))
+    planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), overlap.know))
+    before = evaluate_groups(
+        model,
+        watched(
+            run.read(held_out, "measuring"), lambda inputs: overlap.add(inputs, "the held-out part")
+        ),
+    )
     overlap.refuse()
 
-    references = parts.references()
-    example = torch.stack([references[at][0] for at in range(min(EXAMPLES, len(references)))])
-    plans = Plans(model, operator, parts, epochs=epochs, read=read, target=_favoured(planning))
+    scored = references(parts.planning)
+    example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])
+    plans = Plans(run, operator, parts.planning, _favoured(planning), epochs, tuned_on)
     (method, plan), *others = plans.methods().items()
-    costs: dict[str, Cost] = {}
-    with measured() as costs[method]:
-        edit = plan()
-    network, reason = _smaller(model, edit, example)
-    rows = [_Row(BEFORE, before, 0, _size(model, model, example))]
-    if edit.size:
-        rows.append(_measured(model, method, edit, network, example, read(parts.held_out, method)))
-    else:
-        rows.append(_Row(method, withheld=reason))
+    edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
-        try:
-            with measured() as cost:
-                other = plan()
-        except ValueError as problem:
-            rows.append(_Row(name, withheld=str(problem)))
-            continue
-        costs[name] = cost
-        less = model if name == TUNED else _smaller(model, other, example)[0]
-        rows.append(_measured(model, name, other, less, example, read(parts.held_out, name)))
+        run.compare(name, plan)
+    network, reason = _smaller(model, edit, example)
+    figures = {BEFORE: _figures(before, 0, _size(model, model, example))}
+    for name, own in run.edits.items():
+        with own.applied(model):
+            accuracy = evaluate_groups(model, run.read(held_out, name))
+        less = model if name == TUNED else _smaller(model, own, example)[0]
+        figures[name] = _figures(accuracy, own.size, _size(model, less, example))
+    if method in figures:
+        figures[method]["edit"] = EDIT
+    names = [BEFORE, method, *(name for name, _ in others)]
     concept = _concept(plans, edit)
     if concept is not None:
-        rows.append(_ablation_alone(plans, concept, rows[0]))
+        names.append(ABLATION)
+        if concept["ablated"]:
+            alone = _ablated(plans, concept["ablated"], held_out)
+            figures[ABLATION] = {**figures[BEFORE], "figures": alone.to_dict()}
+        else:
+            run.withheld[ABLATION] = concept["reason"]
 
     sizes, latency = (None, None) if network is None else _sizes(model, network, example)
     program, failed = (None, {}) if network is None else exported(network, example)
     results = {
-        "run": "prune",
-        **about,
-        "names": {str(number): name for number, name in parts.held_out.images.classes.items()},
+        **run.about(),
+        "names": run.class_names,
         "split": {
             "seed": SEED,
             "planning": len(parts.planning),
-            "references": len(references),
-            "held_out": len(parts.held_out),
+            "references": len(scored),
+            "held_out": len(held_out),
         },
         "edit": {
             **_edited(model, operator, edit),
             "epochs": epochs,
-            "tuned_on": tuned_on,
+            "tuned_on": which,
             "reason": None if edit.size else reason,
         },
         "concept": concept,
-        "rows": [row.to_dict(EDIT if row.method == method else None) for row in rows],
+        "rows": run.rows(names, figures),
         "smaller": {
             "file": None if network is None else SMALLER,
             "withheld": reason if network is None else None,
@@ -154,17 +120,23 @@ def run(
         },
         "sizes": sizes,
     }
-    timing = {"plan": {name: cost.seconds for name, cost in costs.items()}, "latency": latency}
-    _write_networks(out, edit, network, program)
-    write_run(out, results, timing)
-    return results, timing
+    timing = {"plan": run.seconds, "latency": latency}
+    _write_networks(run.out, network, program)
+    return run.finish(results, timing, {EDIT: edit if edit.size else None})
 
 
-def _watched(data: Data, watch: Callable[[Tensor], None]) -> Iterator[Any]:
-    """Yield the batches; ``watch`` is shown the images on the way."""
-    for batch in batches(data):
-        watch(batch.inputs)
-        yield batch.inputs, batch.labels, batch.groups
+def _operator(options: argparse.Namespace) -> Operator:
+    """Return what prunes: concept-aware where ``--attribute`` is given."""
+    how = {"share": options.share, "steps": options.steps, "protect": tuple(options.protect)}
+    if options.attribute is not None:
+        if options.layer is None:
+            raise ValueError("layer: none given; --attribute needs the layer of the subspaces")
+        finder = finder_named(options.finder or "contrastive-pca")
+        return ConceptAwarePruning(options.layer, finder, "auto", **how)
+    for name in ("layer", "finder"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: given without --attribute, which is looked for there")
+    return RelevancePruning(**how)
 
 
 def _favoured(planning: Accuracy) -> int:
@@ -179,7 +151,7 @@ def _smaller(
 ) -> tuple[nn.Module | None, str | None]:
     """Return the smaller network, or why there is none."""
     if not edit.size:
-        return None, edit.origin.get("reason", "the units to go have no weight other than zero")
+        return None, edit.origin.get("reason", NOTHING)
     try:
         return to_smaller(model, edit, example), None
     except ValueError as problem:
@@ -191,8 +163,8 @@ def _sizes(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the sizes before and after, and by themselves the seconds, which never come again."""
     sizes = compare_sizes(model, network, example, rounds=ROUNDS)
-    told = {**asdict(sizes), "ratios": sizes.ratios}
-    return told, {part: told[part].pop("seconds") for part in ("before", "after", "ratios")}
+    found = {**asdict(sizes), "ratios": sizes.ratios}
+    return found, {part: found[part].pop("seconds") for part in ("before", "after", "ratios")}
 
 
 def _size(model: nn.Module, network: nn.Module | None, example: Tensor) -> Size | None:
@@ -201,33 +173,27 @@ def _size(model: nn.Module, network: nn.Module | None, example: Tensor) -> Size 
     return compare_sizes(model, network, example[:1], rounds=1).after
 
 
-def _measured(
-    model: nn.Module,
-    name: str,
-    edit: ModelEdit,
-    network: nn.Module | None,
-    example: Tensor,
-    held_out: Data,
-) -> _Row:
-    with edit.applied(model):
-        figures = evaluate_groups(model, held_out)
-    return _Row(name, figures, edit.size, _size(model, network, example))
+def _figures(accuracy: Accuracy, changed: int, size: Size | None) -> dict[str, Any]:
+    """Return the figures of one method."""
+    return {
+        "figures": accuracy.to_dict(),
+        "weights_changed": changed,
+        "parameters": None if size is None else size.parameters,
+        "operations": None if size is None else size.operations,
+        "edit": None,
+    }
 
 
-def _ablation_alone(plans: Plans, concept: Mapping[str, Any], before: _Row) -> _Row:
-    """Measure the subspaces' ablation with all units in place."""
-    operator, subspaces = plans.operator, plans.subspaces
-    if not concept["ablated"]:
-        return _Row(ABLATION, withheld=concept["reason"])
-    assert isinstance(operator, ConceptAwarePruning)
-    assert subspaces is not None  # found when the pruning was planned
-    with ablated(plans.model, operator.layer, subspaces, concept["ablated"]):
-        figures = evaluate_groups(plans.model, plans.read(plans.parts.held_out, ABLATION))
-    return _Row(ABLATION, figures, 0, before.size)
+def _ablated(plans: Plans, blocks: list[int], held_out: Any) -> Accuracy:
+    """Measure the ablation of subspaces with all units left."""
+    assert isinstance(plans.operator, ConceptAwarePruning)
+    assert plans.subspaces is not None  # found when the pruning was planned
+    with ablated(plans.run.model, plans.operator.layer, plans.subspaces, blocks):
+        return evaluate_groups(plans.run.model, plans.run.read(held_out, ABLATION))
 
 
 def _edited(model: nn.Module, operator: Operator, edit: ModelEdit) -> dict[str, Any]:
-    """Return what was asked for and which units went, layer by layer."""
+    """Return the options of the pruning and which units went, layer by layer."""
     origin = edit.origin
     units: Mapping[str, list[int]] = origin.get("units", {}) if edit.size else {}
     layers = [
@@ -259,25 +225,18 @@ def _concept(plans: Plans, edit: ModelEdit) -> dict[str, Any] | None:
         return None
     assert plans.images is not None
     steps = edit.origin.get("steps", [edit.origin])
-    told = {key: steps[0][key] for key in ("ablated", "reason", "predictiveness")}
     return {
         "layer": plans.operator.layer,
         "finder": steps[0]["subspaces"]["finder"],
         "images": len(plans.images),
         "target": plans.target,
-        **told,
+        **{key: steps[0][key] for key in ("ablated", "reason", "predictiveness")},
         "steps": [step["ablated"] for step in steps],
     }
 
 
-def _write_networks(
-    out: Path, edit: ModelEdit, network: nn.Module | None, program: Program | None
-) -> None:
-    """Write the edit, the smaller network and its program; remove those of an earlier run."""
-    if edit.size:
-        edit.save(out / EDIT)
-    else:
-        (out / EDIT).unlink(missing_ok=True)
+def _write_networks(out: Path, network: nn.Module | None, program: Program | None) -> None:
+    """Write the smaller network and its program; remove those of an earlier run."""
     if network is None:
         (out / SMALLER).unlink(missing_ok=True)
     else:

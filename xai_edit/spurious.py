@@ -1,21 +1,22 @@
-"""Which images of a data set have a spurious feature: told by a CSV file or by a folder."""
+"""Which images of a data set have an attribute, from a CSV file or a folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torchvision.datasets.folder import is_image_file
 
 from xai_edit.loading import Images, csv_rows
+from xai_edit.run_parts import indices_by
 
 # From the name of an image to its rows in the source; a row given twice has two.
 _Rows = Mapping[str, Sequence[int]]
 
 
-def read_spurious(spec: str | Path, images: Images, folder: str | Path) -> list[int]:
-    """Return whether each image has the feature, 1 or 0, in the order of ``images``.
+def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list[int]:
+    """Return whether each image has the attribute, 1 or 0, in the order of ``images``.
 
     Parameters
     ----------
@@ -23,7 +24,7 @@ def read_spurious(spec: str | Path, images: Images, folder: str | Path) -> list[
         A CSV file of ``path,0`` and ``path,1`` lines, with or without a header, one for each
         image; paths are relative to ``folder`` or to the file, and of a torchvision data set the
         numbers of its images, from 0, stand for them. Or a folder with the images that have the
-        feature, or copies of them, at the same relative paths as in ``folder`` or, where their
+        attribute, or copies of them, at the same relative paths as in ``folder`` or, where their
         names are unique, anywhere.
     images : Images
     folder : str or Path
@@ -32,53 +33,52 @@ def read_spurious(spec: str | Path, images: Images, folder: str | Path) -> list[
     Raises
     ------
     ValueError, OSError
-        If there is no such file or folder, an image is unknown, or one is not told of, told of
-        twice, or all are of one kind.
+        If there is no such file or folder, an image is unknown, or one is missing, given twice
+        with different values, or all are of one kind.
     """
     spec, folder = Path(spec), Path(folder)
     listed = isinstance(images.source, list)
     if spec.is_dir():
         if not listed:
             raise ValueError(
-                f"spurious: {spec} is a folder, and the data set has no paths; give a CSV file of "
-                "number,0 or number,1 lines"
+                f"attribute: {spec} is a folder, and the data set has no paths; give a CSV file "
+                "of number,0 or number,1 lines"
             )
         having = _from_folder(spec, images, folder)
         found = [int(row in having) for row in images.rows]
     elif spec.is_file():
-        told = _from_table(spec, images, [folder, spec.parent])
-        missing = [row for row in images.rows if row not in told]
+        values = _from_table(spec, images, [folder, spec.parent] if listed else [])
+        missing = [row for row in images.rows if row not in values]
         if missing:
             first = images.source[missing[0]][0] if listed else missing[0]
             raise ValueError(
-                f"spurious: {spec} says nothing of {len(missing)} of {len(images)} images, the "
+                f"attribute: {spec} has no line for {len(missing)} of {len(images)} images, the "
                 f"first {first}; give path,0 or path,1 for each"
             )
-        found = [told[row] for row in images.rows]
+        found = [values[row] for row in images.rows]
     else:
         raise FileNotFoundError(
-            f"spurious: {spec}: no such file or folder; give a CSV file of path,0 and path,1 lines "
-            "or a folder of the images that have the feature"
+            f"attribute: {spec}: no such file or folder; give a CSV file of path,0 and path,1 "
+            "lines or a folder of the images that have the attribute"
         )
     if len(set(found)) < 2:
         raise ValueError(
-            f"spurious: by {spec}, {sum(found)} of {len(found)} images have the feature; images "
-            "with and without it are needed"
+            f"attribute: by {spec}, {sum(found)} of {len(found)} images have it; images with and "
+            "without it are needed"
         )
     return found
 
 
 def _from_table(file: Path, images: Images, folders: Sequence[Path]) -> dict[int, int]:
-    """Return what a CSV file says of the rows of the source."""
-    if isinstance(images.source, list):
-        known = _by(_real(path) for path, _ in images.source)
+    """Return the values of a CSV file by rows of the source."""
+    if folders:
+        known: _Rows = indices_by([os.path.realpath(path) for path, _ in images.source])
     else:
         known = {str(row): [row] for row in range(len(images.source))}
-        folders = []
-    told: dict[int, int] = {}
-    for at, (line, cells) in enumerate(csv_rows(file, "spurious")):
-        where = f"spurious: {file}, line {line}"
-        names = [_real(folder / cells[0]) for folder in folders] or [cells[0].strip()]
+    values: dict[int, int] = {}
+    for at, (line, cells) in enumerate(csv_rows(file, "attribute")):
+        where = f"attribute: {file}, line {line}"
+        names = [os.path.realpath(folder / cells[0]) for folder in folders] or [cells[0].strip()]
         rows = next((known[name] for name in names if name in known), None)
         value = cells[1].strip() if len(cells) == 2 else None
         if value not in ("0", "1"):
@@ -88,40 +88,29 @@ def _from_table(file: Path, images: Images, folders: Sequence[Path]) -> dict[int
         if rows is None:
             raise ValueError(f"{where}: {cells[0]!r} is not an image of the data")
         for row in rows:
-            if told.setdefault(row, int(value)) != int(value):
-                raise ValueError(f"{where}: {cells[0]!r} was given the other value before")
-    return told
+            if values.setdefault(row, int(value)) != int(value):
+                raise ValueError(f"{where}: {cells[0]!r} had the other value before")
+    return values
 
 
 def _from_folder(folder: Path, images: Images, home: Path) -> set[int]:
     """Return the rows of the source whose images are in a folder."""
     paths = [path for path, _ in images.source]
-    known, by_name = _by(map(_real, paths)), _by(map(os.path.basename, paths))
+    known: _Rows = indices_by([*map(os.path.realpath, paths)])
+    by_name: _Rows = indices_by([*map(os.path.basename, paths)])
     having: set[int] = set()
     for file in sorted(folder.rglob("*")):
         if file.name.startswith(".") or not is_image_file(file.name):
             continue
-        names = [_real(file), _real(home / file.relative_to(folder))]
-        rows = next((known[name] for name in names if name in known), None)
-        rows = by_name.get(file.name, ()) if rows is None else rows
+        names = map(os.path.realpath, (file, home / file.relative_to(folder)))
+        rows = next((known[name] for name in names if name in known), by_name.get(file.name, ()))
         if len({paths[row] for row in rows}) != 1:
             several = f"{len(rows)} images of the data have this name; " if rows else ""
             raise ValueError(
-                f"spurious: {file}: {several or 'not an image of the data; '}give the files the "
+                f"attribute: {file}: {several or 'not an image of the data; '}give the files the "
                 f"same paths in {folder} as in {home}"
             )
         having.update(rows)
     if not having:
-        raise ValueError(f"spurious: {folder}: no images")
+        raise ValueError(f"attribute: {folder}: no images")
     return having
-
-
-def _real(path: str | Path) -> str:
-    return os.path.realpath(path)
-
-
-def _by(names: Iterable[str]) -> _Rows:
-    found: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        found.setdefault(name, []).append(row)
-    return found

@@ -83,7 +83,7 @@ def reproduce(folder):
     )
     line = [
         *("reproduce", "npp-mnist", "--network", "conv-2net", "--epochs", "1", "--limit", "12"),
-        *("--classes", "0,1,2", "--methods", "logit mask,path perturbation", "--device", "cpu"),
+        *("--target", "0,1,2", "--methods", "logit mask,path perturbation", "--device", "cpu"),
         *("--quiet", "--data-root", str(folder.parent), "--out", str(folder)),
     ]
     assert main(line) == 0

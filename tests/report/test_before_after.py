@@ -163,5 +163,5 @@ def test_pictures_that_do_not_go_with_the_maps_are_refused(plain, images, edit):
     maps = xe.before_after_maps(plain, edit, images, scorers=["epsilon"])
     with pytest.raises(ValueError, match="for 4 inputs"):
         maps.png(images[:2])
-    with pytest.raises(ValueError, match="2 given for 4 images"):
+    with pytest.raises(ValueError, match="titles: 2 values for 4 samples"):
         maps.png(titles=["a", "b"])

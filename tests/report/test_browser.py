@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from xai_edit.report.html import document, table
+from xai_edit.report.html import document
+from xai_edit.report.table import Table
 
-pytest_plugins = ["page_runs"]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 missing = [
@@ -235,7 +235,7 @@ def sortable(browser, tmp_path):
         ["c9", 10.0, "-3", None, "9 (b)"],
     ]
     page = tmp_path / "page.html"
-    page.write_text(document("t", "t", [table("t", [*"vwxyz"], rows)]), encoding="utf-8")
+    page.write_text(document("t", "t", [Table("t", [*"vwxyz"], rows).html()]), encoding="utf-8")
     browser.open(page)
     return browser
 
@@ -315,7 +315,7 @@ def test_without_scripts_both_maps_and_all_values_are_there(browser, runs, tmp_p
 def test_curves_tell_their_values_when_pointed_at_and_by_keyboard(browser, runs, kind):
     browser.open(runs[kind] / "report.html")
     chart = browser.first(".chart")
-    told = chart.find_element("css selector", ".told")
+    told = chart.find_element("css selector", ".value")
     lines = chart.find_elements("css selector", ".line")
     points = lines[0].find_elements("css selector", ".point")
     texts = [one.get_attribute("textContent") for one in points]

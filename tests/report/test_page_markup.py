@@ -12,16 +12,15 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from command_runs import HARMFUL, LINES
 
 import xai_edit as xe
 from xai_edit.edits.edit import Change
 from xai_edit.errors import EditFileError
 from xai_edit.report.curves import COLOURS, curves
-from xai_edit.report.html import download, table
+from xai_edit.report.html import download
 from xai_edit.report.page import write_report
-
-pytest_plugins = ["page_runs"]
-KINDS = ["demo", "unlearn", "neutralize", "prune"]
+from xai_edit.report.table import Notes, Table
 
 EMPTY = {"meta", "img", "br", "input"}
 
@@ -65,7 +64,7 @@ def saved(link):
     return kind, base64.b64decode(data, validate=True).decode()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=LINES)
 def folder(request, runs):
     return runs[request.param]
 
@@ -164,8 +163,8 @@ def test_the_same_files_make_the_same_page(folder, tmp_path):
     assert read(write_report(tmp_path / "again").parent) == read(folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_names_and_commands_of_a_run_stay_text(hostile, harmful, runs, kind):
+@pytest.mark.parametrize("kind", LINES)
+def test_names_and_commands_of_a_run_stay_text(hostile, runs, kind):
     text = read(hostile[kind])
     page, plain = Page(text), Page(read(runs[kind]))
     assert "<b class" not in text
@@ -177,7 +176,7 @@ def test_names_and_commands_of_a_run_stay_text(hostile, harmful, runs, kind):
     results = json.loads((hostile[kind] / "results.json").read_text(encoding="utf-8"))
     (link,) = (one for one in page.all("a") if one["download"] == "results.json")
     assert json.loads(saved(link)[1]) == results
-    assert any(harmful in text for text in page.text.values())  # shown, letter by letter
+    assert any(HARMFUL in text for text in page.text.values())  # shown, letter by letter
 
 
 def test_a_damaged_edit_is_told_and_a_missing_one_shown_as_missing(runs, tmp_path):
@@ -204,17 +203,41 @@ def test_an_edit_of_nothing_and_of_a_single_number_have_a_page(runs, tmp_path):
 
 
 def test_a_spreadsheet_computes_nothing_of_a_table():
-    made = table("A & B", ["=1+1", "x"], [["@sum", "-0.5"], ["-cmd", 0.25], ["a", None], ["+1", 3]])
+    rows = [["@sum", "-0.5"], ["-cmd", 0.25], ["a", None], ["+1", 3]]
+    made = Table("A & B", ["=1+1", "x"], rows).html()
     (link,) = Page(made).all("a")
     assert link["download"] == "a-b.csv"
     assert saved(link)[1] == "'=1+1,x\n'@sum,-0.5\n'-cmd,0.25\na,\n+1,3\n"
     assert '<td data-value="0.25">0.250</td>' in made
 
 
-def test_a_link_holds_any_text(harmful):
-    (link,) = Page(download(harmful, harmful, "text/plain", f"{harmful}é", harmful)).all("a")
-    assert saved(link) == ("data:text/plain;base64", f"{harmful}é")
-    assert link["aria-label"] == link["download"] == harmful
+def test_text_shows_a_table_in_columns_and_of_many_rows_the_first_of_an_order():
+    table = Table("of runs", ["name", "a", "b"], [["x", 0.12345, None], ["yy", 1000, "<b>"]])
+    assert table.text().splitlines() == [
+        "of runs      a    b",
+        "x        0.123    –",
+        "yy        1000  <b>",
+    ]
+    rows = [[f"r{at}", float(-at % 7)] for at in range(30)]
+    table = Table("many", ["name", "a"], rows, lambda row: row[1])
+    head, *lines = table.text().splitlines()
+    assert head.split() == ["many", "(20", "of", "30,", "the", "lowest)", "a"]
+    lowest = sorted(rows, key=lambda row: row[1])[:20]
+    assert [line.split()[0] for line in lines] == [row[0] for row in rows if row in lowest]
+    assert table.html().count("<tr>") == 31
+
+
+def test_notes_stand_as_they_are_in_text_and_escaped_on_the_page():
+    assert Notes("a < b", "c").text() == "a < b\nc"
+    assert Notes("a < b", "c").html() == "<p>a &lt; b</p><p>c</p>"
+    assert Notes("a < b", listed=True).html() == "<ul><li>a &lt; b</li></ul>"
+    assert Notes(listed=True).html() == ""
+
+
+def test_a_link_holds_any_text():
+    (link,) = Page(download(HARMFUL, HARMFUL, "text/plain", f"{HARMFUL}é", HARMFUL)).all("a")
+    assert saved(link) == ("data:text/plain;base64", f"{HARMFUL}é")
+    assert link["aria-label"] == link["download"] == HARMFUL
 
 
 def luminance(colour):
@@ -232,10 +255,10 @@ def test_curves_stand_out_from_a_white_and_a_black_page(colour, paper):
     assert (light + 0.05) / (dark + 0.05) >= 3
 
 
-def test_every_point_of_a_curve_has_its_value_at_its_place(harmful):
+def test_every_point_of_a_curve_has_its_value_at_its_place():
     lines = {"a & <b>": [0.0, 1.0], "c": [0.5, 0.25]}
-    made = curves([0.1, 0.2], lines, x_label="x", y_label="y", caption=harmful)
-    assert made == curves([0.1, 0.2], lines, x_label="x", y_label="y", caption=harmful)
+    made = curves([0.1, 0.2], lines, x_label="x", y_label="y", caption=HARMFUL)
+    assert made == curves([0.1, 0.2], lines, x_label="x", y_label="y", caption=HARMFUL)
     page = Page(made)
     assert page.open == []
     points = page.all("circle")

@@ -146,7 +146,7 @@ def test_what_cannot_be_run_is_told_in_one_line(as_mnist, as_imagenet, tmp_path,
     assert "methods: 'LPR' given; they are LRP; " in capsys.readouterr().err
     assert main(["reproduce", "cnp-mnist", "--methods", "LRP; LRP, clean", *given]) == 2
     assert "methods: 'LRP, clean' given; they are LRP; " in capsys.readouterr().err
-    assert main(["reproduce", "cnp-mnist", "--classes", "3", *given]) == 2
+    assert main(["reproduce", "cnp-mnist", "--only-classes", "3", *given]) == 2
     assert "a pair is two" in capsys.readouterr().err
     given[1] = str(as_imagenet.parent)
     assert main(["reproduce", "cnp-carton-dugong", *given]) == 2

@@ -257,7 +257,7 @@ def test_published_sweeps_have_a_figure_for_each_share(data):
 
 
 LINE = (
-    "reproduce npp-mnist --network conv-2net --epochs 1 --classes 1 --methods 'logit mask' --quiet"
+    "reproduce npp-mnist --network conv-2net --epochs 1 --target 1 --methods 'logit mask' --quiet"
 )
 
 
@@ -295,7 +295,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(
 def test_a_gpu_is_used_if_there_is_one(as_mnist, tmp_path, monkeypatch, there):
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr("xai_edit.cli.require_device", seen.append)
+    monkeypatch.setattr("xai_edit.cli_inputs.require_device", seen.append)
     entry = Entry("", lambda given: seen.append(given.device), lambda _: {})
     monkeypatch.setitem(CATALOGUE, "npp-mnist", entry)
     line = f"{LINE} --out {shlex.quote(str(tmp_path))} --data-root {shlex.quote(str(as_mnist))}"

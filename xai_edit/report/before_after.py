@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import predict
 from xai_edit.attribution.targets import Targets, classes_of
+from xai_edit.checks import require_type, same_length
 from xai_edit.data import batches, model_device
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.evaluation.comparison import Scorers
 from xai_edit.guard import preserved
-from xai_edit.report.comparison import as_png, relevance_maps
+from xai_edit.report.comparison import as_png, relevance_maps, show_image, show_relevance
 
 RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
 
@@ -53,9 +54,9 @@ class BeforeAfter:
     def png(self, images: Tensor | None = None, *, titles: Sequence[str] | None = None) -> bytes:
         """Draw a row for each rule, and for each image two columns: before and after.
 
-        Red speaks for the class, blue against it. The two maps of a pair share one scale, so that
-        what the edit took away is seen to be less. Above each pair stand the image and what the
-        network says before → after; where another class is explained, the column names it.
+        Red speaks for the class, blue against it; the two maps of a pair share one scale. Above
+        are the image and what the network predicts before → after, and the class that is
+        explained where it is another.
 
         Parameters
         ----------
@@ -81,44 +82,32 @@ class BeforeAfter:
                 f"images: a tensor of shape {tuple(shown.shape)} for {count} inputs; give "
                 f"({count}, 1 or 3, height, width)"
             )
-        if titles is not None and len(titles) != count:
-            raise ValueError(f"titles: {len(titles)} given for {count} images; give one for each")
-        return as_png(self._figure(shown, titles))
+        if titles is not None:
+            same_length(titles, count, "titles")
 
-    def _figure(self, images: Tensor, titles: Sequence[str] | None) -> Any:
         from matplotlib.figure import Figure
 
-        rows, pairs = len(self.rules), len(images)
-        figure = Figure(figsize=(0.4 + 2.3 * pairs, 1.75 + 1.2 * rows), layout="constrained")
-        grid = figure.add_gridspec(rows + 1, 2 * pairs)
-        for pair in range(pairs):
-            said = [int(told[pair]) for told in (self.predicted_before, self.predicted_after)]
-            ax = figure.add_subplot(grid[0, 2 * pair : 2 * pair + 2])
-            pixels = images[pair].float().clamp(0, 1).expand(3, -1, -1).movedim(0, -1)
-            ax.imshow(pixels.numpy(), interpolation="nearest")
-            above = "" if titles is None else f"{titles[pair]}\n"
-            ax.set_title(f"{above}says {said[0]} → {said[1]}", fontsize=9, parse_math=False)
-            ax.set(xticks=[], yticks=[])
-            for row, rule in enumerate(self.rules):
-                self._pair(figure, grid, row + 1, pair, rule)
-        return figure
-
-    def _pair(self, figure: Any, grid: Any, row: int, pair: int, rule: str) -> None:
-        summed = [maps[rule][pair].float().sum(0) for maps in (self.before, self.after)]
-        limit = max(*(float(values.abs().max()) for values in summed), 1e-12)
-        explained = (self.explained_before, self.explained_after)
-        predicted = (self.predicted_before, self.predicted_after)
-        for side, values in enumerate(summed):
-            ax = figure.add_subplot(grid[row, 2 * pair + side])
-            ax.imshow(values.numpy(), cmap="bwr", vmin=-limit, vmax=limit, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            if row == 1:
-                about = int(explained[side][pair])
-                other = about != int(predicted[side][pair])
-                told = ("before", "after")[side] + (f", for {about}" if other else "")
-                ax.set_title(told, fontsize=8)
-            if not pair and not side:
-                ax.set_ylabel(rule, fontsize=8)
+        rows = len(self.rules)
+        figure = Figure(figsize=(0.4 + 2.3 * count, 1.75 + 1.2 * rows), layout="constrained")
+        grid = figure.add_gridspec(rows + 1, 2 * count)
+        for pair in range(count):
+            said = [int(one[pair]) for one in (self.predicted_before, self.predicted_after)]
+            about = [int(one[pair]) for one in (self.explained_before, self.explained_after)]
+            above = figure.add_subplot(grid[0, 2 * pair : 2 * pair + 2])
+            show_image(above, shown[pair])
+            title = "" if titles is None else f"{titles[pair]}\n"
+            above.set_title(f"{title}says {said[0]} → {said[1]}", fontsize=9, parse_math=False)
+            for row, rule in enumerate(self.rules, start=1):
+                both = [maps[rule][pair].float().sum(0) for maps in (self.before, self.after)]
+                for side, when in enumerate(("before", "after")):
+                    ax = figure.add_subplot(grid[row, 2 * pair + side])
+                    show_relevance(ax, both[side], *both)
+                    if row == 1:
+                        other = f", for {about[side]}" if about[side] != said[side] else ""
+                        ax.set_title(when + other, fontsize=8)
+                    if not pair and not side:
+                        ax.set_ylabel(rule, fontsize=8)
+        return as_png(figure)
 
 
 def before_after_maps(
@@ -163,16 +152,11 @@ def before_after_maps(
     """
     if edit is model:
         raise ValueError("edit: the model itself was given; give a ModelEdit or the edited network")
-    if not isinstance(edit, (ModelEdit, nn.Module)):
-        raise TypeError(
-            f"edit: {type(edit).__name__} given; give a ModelEdit or the edited network"
-        )
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: {type(images).__name__} given; give a tensor of inputs")
+    require_type(edit, (ModelEdit, nn.Module), "edit", "give a ModelEdit or the edited network")
+    require_type(images, Tensor, "images", "give a tensor of inputs")
     (batch,) = batches([images])
-    if targets is None:
-        wanted: Targets = _predicted
-    else:
+    wanted: Targets = partial(torch.argmax, dim=1)
+    if targets is not None:
         wanted = targets if callable(targets) else torch.as_tensor(targets)
         if isinstance(wanted, Tensor) and not wanted.ndim:
             wanted = wanted.expand(len(batch))
@@ -192,10 +176,6 @@ def before_after_maps(
     with edited as network:
         said_after, about_after, after = explain(network)
     return BeforeAfter(batch.inputs, before, after, said, said_after, about, about_after)
-
-
-def _predicted(logits: Tensor) -> Tensor:
-    return logits.argmax(1)
 
 
 def _stretched(inputs: Tensor) -> Tensor:

@@ -43,35 +43,57 @@ def relevance_maps(
     return {name: values.detach().cpu() for name, values in maps.items()}
 
 
-def map_grid(images: Tensor, maps: Mapping[str, Tensor]) -> bytes:
+def map_grid(
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    *,
+    notes: Mapping[str, Sequence[str]] | None = None,
+    one_scale: bool = False,
+) -> bytes:
     """Draw images and their relevance maps side by side: red speaks for the class, blue against.
 
     Parameters
     ----------
     images : Tensor, shape (images, 1 or 3, height, width), in [0, 1]
     maps : mapping
-        Title of a column → relevance of the images' shape, summed over channels. Each map has a
-        scale of its own, since rules differ in how much relevance they hand out.
+        Title of a column → relevance of the images' shape, summed over channels.
+    notes : mapping, optional
+        Title of a column → a line below each of its maps.
+    one_scale : bool
+        All maps of an image share the scale of the first. Each has its own otherwise, since rules
+        differ in how much relevance they hand out.
 
     Returns
     -------
     bytes
         A PNG file.
     """
-    figure, grid = _panels(len(images), len(maps) + 1, (1.25, 1.35))
+    figure, grid = _panels(len(images), len(maps) + 1, (1.25, 1.35 if notes is None else 1.6))
     for row, (axes, image) in enumerate(zip(grid, images.cpu(), strict=True)):
-        axes[0].imshow(
-            image.clamp(0, 1).expand(3, -1, -1).movedim(0, -1).numpy(), interpolation="nearest"
-        )
-        for ax, relevance in zip(axes[1:], maps.values(), strict=True):
+        show_image(axes[0], image)
+        first = next(iter(maps.values()))[row].sum(0)
+        for ax, (title, relevance) in zip(axes[1:], maps.items(), strict=True):
             values = relevance[row].sum(0)
-            limit = max(float(values.abs().max()), 1e-12)
-            ax.imshow(values.numpy(), cmap="bwr", vmin=-limit, vmax=limit, interpolation="nearest")
+            show_relevance(ax, values, first if one_scale else values)
+            if notes is not None:
+                ax.set_xlabel(notes[title][row], fontsize=8)
     for ax, title in zip(grid[0], ["image", *maps], strict=True):
         ax.set_title(textwrap.fill(title, 16), fontsize=8)
-    for ax in grid.flat:
-        ax.set(xticks=[], yticks=[])
     return as_png(figure)
+
+
+def show_image(ax: Any, image: Tensor) -> None:
+    """Draw an image, shape (1 or 3, height, width) in [0, 1]."""
+    pixels = image.float().clamp(0, 1).expand(3, -1, -1).movedim(0, -1)
+    ax.imshow(pixels.numpy(), interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+
+
+def show_relevance(ax: Any, values: Tensor, *scale: Tensor) -> None:
+    """Draw a relevance map, shape (height, width), in full colour at the largest of ``scale``."""
+    limit = max(*(float(one.abs().max()) for one in scale), 1e-12)
+    ax.imshow(values.numpy(), cmap="bwr", vmin=-limit, vmax=limit, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
 
 
 def rank_matrices(comparison: Comparison, *, layers: Sequence[str] | None = None) -> bytes:

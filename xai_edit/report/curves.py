@@ -23,23 +23,10 @@ def curves(
     log_x: bool = False,
     mark: float | None = None,
 ) -> str:
-    """Draw accuracy curves.
+    """Return accuracy curves as a ``<figure>``, the same for the same input.
 
-    Parameters
-    ----------
-    x : sequence of float
-    lines : mapping
-        Name of a curve → its values at ``x``, in [0, 1].
-    x_label, y_label, caption : str
-    log_x : bool
-        Logarithmic above the smallest positive x, linear below it.
-    mark : float, optional
-        An x to mark with a dotted line.
-
-    Returns
-    -------
-    str
-        A ``<figure>``, the same for the same input.
+    ``lines`` has the values of each curve at ``x``, in [0, 1]. ``log_x`` is logarithmic above the
+    smallest positive x and linear below it; at ``mark`` is a dotted line.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -64,10 +51,10 @@ def curves(
     points = ""
     for name, values in lines.items():
         places = axes.transData.transform([*zip(x, values, strict=True)])
-        told = [f"{name}: {b:.3f} at {x_label} {a:.3g}" for a, b in zip(x, values, strict=True)]
+        texts = [f"{name}: {b:.3f} at {x_label} {a:.3g}" for a, b in zip(x, values, strict=True)]
         circles = (
             _point(left, figure.bbox.height - up, text)
-            for (left, up), text in zip(places, told, strict=True)
+            for (left, up), text in zip(places, texts, strict=True)
         )
         points += f'<g class="line">{"".join(circles)}</g>'
     points = points.replace('tabindex="-1"', 'tabindex="0"', 1)  # the others go from there
@@ -75,15 +62,15 @@ def curves(
     drawn = _themed(target.getvalue()).replace("</svg>", f"{points}</svg>")
     drawn = drawn.replace("<svg", f'<svg role="group" aria-label="{label} {HINT}"', 1)
     return (
-        f'<figure class="chart">{drawn}<p class="told" aria-hidden="true">{HINT}</p>'
+        f'<figure class="chart">{drawn}<p class="value" aria-hidden="true">{HINT}</p>'
         f"<figcaption>{label}</figcaption></figure>"
     )
 
 
-def _point(x: float, y: float, told: str) -> str:
+def _point(x: float, y: float, text: str) -> str:
     return (
         f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6" role="img" tabindex="-1">'
-        f"<title>{escape(told)}</title></circle>"
+        f"<title>{escape(text)}</title></circle>"
     )
 
 

@@ -1,17 +1,15 @@
-"""The parts of a page: one document, tables and figures, with everything shown escaped."""
+"""A page as one HTML document: its parts, its policy, and links that save what it holds."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
-import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 
 _HERE = files("xai_edit.report")
 STYLE = _HERE.joinpath("style.css").read_text(encoding="utf-8")
@@ -22,6 +20,44 @@ POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     f"script-src 'sha256-{_DIGEST}'; base-uri 'none'; form-action 'none'"
 )
+
+
+class Shown(Protocol):
+    """What stands on the page and in the terminal: a table, or notes."""
+
+    def html(self) -> str:
+        """Return HTML."""
+
+    def text(self) -> str:
+        """Return lines."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page of a run, which prints as text too.
+
+    Attributes
+    ----------
+    heading : str
+    parts : sequence of str or Shown
+        A str is HTML, and on the page only.
+    title : str, optional
+        Of the document; the heading when left out.
+    """
+
+    heading: str
+    parts: Sequence[str | Shown]
+    title: str | None = None
+
+    def html(self) -> str:
+        """Return a document that opens offline."""
+        parts = [part if isinstance(part, str) else part.html() for part in self.parts]
+        return document(f"xai_edit: {self.title or self.heading}", self.heading, parts)
+
+    def text(self) -> str:
+        """Return the tables and notes."""
+        texts = [part.text() for part in self.parts if not isinstance(part, str)]
+        return "\n\n".join(text for text in texts if text)
 
 
 def document(title: str, heading: str, sections: Iterable[str]) -> str:
@@ -38,31 +74,8 @@ def document(title: str, heading: str, sections: Iterable[str]) -> str:
     )
 
 
-def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return an HTML table, with a link to it as CSV.
-
-    Everything shown is escaped. Fractions get three digits; they are sorted by, and stand in the
-    CSV, as they are.
-    """
-    rows = [*rows]
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    body = "".join(
-        f'<tr><th scope="row"{_exact(name)}>{_cell(name)}</th>'
-        + "".join(f"<td{_exact(value)}>{_cell(value)}</td>" for value in row)
-        + "</tr>"
-        for name, *row in rows
-    )
-    label = escape(caption)
-    name = re.sub("[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] + ".csv"
-    link = download("CSV", name, "text/csv", _csv([columns, *rows]), f"CSV of: {caption}")
-    return (
-        f'<div class="table"><div class="scroll"><table class="sortable"><caption>{label}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{link}</div>"
-    )
-
-
 def download(text: str, name: str, kind: str, content: str, label: str) -> str:
-    """Return a link that saves ``content`` as the file ``name``; ``label`` is what it is called."""
+    """Return a link that saves ``content`` as the file ``name``; ``label`` describes it."""
     data = base64.b64encode(content.encode()).decode()
     return (
         f'<a class="download" download="{escape(name)}" aria-label="{escape(label)}" '
@@ -71,7 +84,7 @@ def download(text: str, name: str, kind: str, content: str, label: str) -> str:
 
 
 def repeat(results: Mapping[str, Any], edits: Iterable[str], more: str = "") -> str:
-    """Return how to have the run again: command, versions, its figures to save, its files."""
+    """Return how to repeat the run: command, versions, its figures to save, its files."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     name = "results.json"
@@ -83,29 +96,3 @@ def repeat(results: Mapping[str, Any], edits: Iterable[str], more: str = "") -> 
         f"<p>With {escape(versions)}. {escape(more)}</p>"
         f"<p>Figures: {link}; files beside this page: {listed or 'none'}.</p>"
     )
-
-
-def _exact(value: Any) -> str:
-    return f' data-value="{value!r}"' if isinstance(value, float) else ""
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
-
-
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
-    target = io.StringIO()
-    csv.writer(target, lineterminator="\n").writerows([_plain(v) for v in row] for row in rows)
-    return target.getvalue()
-
-
-def _plain(value: Any) -> str:
-    """Return a cell of a CSV file; a text that a spreadsheet would compute is marked as text."""
-    text = "" if value is None else str(value)
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
-    return text

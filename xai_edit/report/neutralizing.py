@@ -1,4 +1,4 @@
-"""The page of ``xai-edit neutralize``: every group before and after, beside a sceptic's way."""
+"""The page of ``xai-edit neutralize``: every group before and after, beside retraining."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from xai_edit.report.html import document, repeat, table
-from xai_edit.report.unlearning import class_name
+from xai_edit.report.html import Report, repeat
+from xai_edit.report.table import Notes, Table, interval
+from xai_edit.report.unlearning import class_name, seconds, withheld
 
 NO_GAIN = "On the held-out images the worst group does not gain: nothing speaks for this edit."
 SMALL = (
@@ -16,14 +17,66 @@ SMALL = (
 )
 
 
-def neutralizing_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed: str) -> str:
+def neutralizing_page(
+    results: Mapping[str, Any], timing: Mapping[str, Any], changed: str
+) -> Report:
     """Return the page; arguments as in the JSON files, and HTML: the weights of the edits."""
-    heading = "Take away a spurious feature"
-    sections = [_what(results), _answers(results, timing), _groups(results), changed]
-    return document(f"xai_edit: {heading}", heading, [*sections, _repeat(results)])
+    cut, marked, edit = results["split"], results["spurious"], results["edit"]
+    worst, average = (
+        f"from {edit['validation'][name]['before']:.3f} to {edit['validation'][name]['after']:.3f}"
+        for name in ("worst_group", "average")
+    )
+    files = [row["edit"] for row in results["rows"] if row["edit"]]
+    return Report(
+        "Take away a spurious feature",
+        [
+            "<p>The network shall lean less on a feature that goes with a class without being part "
+            f"of it. Of {marked['with'] + marked['without']} images {marked['with']} have it. "
+            "Fictitious class removal takes the feature for a class of its own and edits one "
+            f"weight of <code>{escape(edit['layer'])}</code> for each class that it speaks for. On "
+            f"the validation images the accuracy of the worst group went {worst} and that over all "
+            f"images {average}.</p>",
+            Notes(*_planned(results), listed=True),
+            Notes(
+                f"planned from {cut['planning']} images and judged on {cut['validation']} "
+                f"others; figures from {cut['held_out']} that no edit has seen"
+            ),
+            "<h2>Before and after</h2><p>Retraining the last layer (DFR) uses the same images, as "
+            "many of each group, and changes all weights of the layer.</p>",
+            _answers(results, timing),
+            withheld(results),
+            "<h2>Group by group</h2>",
+            groups(results),
+            Notes(SMALL),
+            changed,
+            "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
+            "not prove that knowledge is gone: the feature is still in the inputs of the last "
+            f"layer.</p>{repeat(results, files)}",
+        ],
+    )
 
 
-def planned_weights(results: Mapping[str, Any]) -> list[str]:
+def shown_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rows of the methods that have figures."""
+    return [row for row in results["rows"] if row["figures"] is not None]
+
+
+def groups(results: Mapping[str, Any]) -> Table:
+    """Return the accuracy of each group, which is a class where nobody knows the feature."""
+    rows = shown_rows(results)
+    cells = []
+    for same in zip(*(row["figures"]["groups"] for row in rows), strict=True):
+        first = same[0]
+        name = class_name(results, first["class"])
+        if results["spurious"]:
+            name += f", {'with' if first['attribute'] else 'without'} the feature"
+        ends = interval(first["interval"])
+        cells.append([name, first["samples"], ends, *(group["accuracy"] for group in same)])
+    columns = ["group", "images", "interval before", *(row["method"] for row in rows)]
+    return Table("accuracy by group", columns, cells, lambda row: row[3])
+
+
+def _planned(results: Mapping[str, Any]) -> list[str]:
     """Return one line for each weight that is edited, or why none is; and whether it helps."""
     edit = results["edit"]
     if edit["reason"] is not None:
@@ -38,101 +91,25 @@ def planned_weights(results: Mapping[str, Any]) -> list[str]:
     return lines if after > before else [*lines, NO_GAIN]
 
 
-def group_name(results: Mapping[str, Any], group: Mapping[str, Any]) -> str:
-    """Return the name of a (class, feature) group."""
-    which = "with" if group["attribute"] else "without"
-    return f"{class_name(results, group['class'])}, {which} the feature"
-
-
-def shown_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the rows of the methods that have figures."""
-    return [row for row in results["rows"] if row["figures"] is not None]
-
-
-def _what(results: Mapping[str, Any]) -> str:
-    cut, marked, layer = results["split"], results["spurious"], results["edit"]["layer"]
-    validation = results["edit"]["validation"]
-    told = "".join(f"<li>{escape(line)}</li>" for line in planned_weights(results))
-    worst, average = (
-        f"from {found['before']:.3f} to {found['after']:.3f}"
-        for found in (validation["worst_group"], validation["average"])
-    )
-    return (
-        "<p>The network shall lean less on a feature that goes with a class without being part of "
-        f"it. Of {marked['with'] + marked['without']} images {marked['with']} have it. Fictitious "
-        "class removal takes the feature for a class of its own and edits one weight of "
-        f"<code>{escape(layer)}</code> for each class that it speaks for, planned from "
-        f"{cut['planning']} images and judged on {cut['validation']} others, where the accuracy of "
-        f"the worst group went {worst} and that over all images {average}.</p><ul>{told}</ul>"
-        f"<p>All figures are from {cut['held_out']} images that no edit has seen.</p>"
-    )
-
-
-def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
+def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
     rows = []
-    for row in results["rows"]:
-        figures, seconds = row["figures"], timing["plan"].get(row["method"])
-        if figures is None:
-            rows.append([row["method"], *[None] * 7])
-            continue
-        worst, average = figures["worst"], figures["average"]
+    for row in shown_rows(results):
+        worst, average, balanced = (
+            row["figures"][name] for name in ("worst", "average", "balanced")
+        )
         rows.append(
             [
                 row["method"],
                 worst["accuracy"],
-                "{:.3f}–{:.3f}".format(*worst["interval"]),
+                interval(worst["interval"]),
                 average["accuracy"],
-                figures["balanced"]["accuracy"],
+                balanced["accuracy"],
                 average["gap"],
                 row["weights_changed"],
-                None if seconds is None else f"{seconds:.2f}",
+                seconds(timing, row["method"]),
             ]
         )
-    columns = [
-        "method",
-        "worst group",
-        f"its {results['rows'][0]['figures']['bootstrap']['confidence']:.0%} interval",
-        "average over images",
-        "balanced over groups",
-        "gap: average less worst",
-        "weights changed",
-        "seconds to plan",
-    ]
-    reasons = [
-        f"<p>{escape(row['method'])}: none ({escape(row['withheld'])})</p>"
-        for row in results["rows"]
-        if row["withheld"] is not None
-    ]
-    return (
-        "<h2>Before and after</h2><p>Retraining the last layer on the same images, as many of each "
-        "group, is what a sceptic would do. It changes all weights of the layer.</p>"
-        + table("On held-out images", columns, rows)
-        + "".join(reasons)
-    )
-
-
-def _groups(results: Mapping[str, Any]) -> str:
-    rows = shown_rows(results)
-    figures = [row["figures"]["groups"] for row in rows]
-    return f"<h2>Group by group</h2><p>{escape(SMALL)}</p>" + table(
-        "Accuracy on held-out images",
-        ["group", "images", "interval before", *(row["method"] for row in rows)],
-        [
-            [
-                group_name(results, same[0]),
-                same[0]["samples"],
-                "{:.3f}–{:.3f}".format(*same[0]["interval"]),
-                *(group["accuracy"] for group in same),
-            ]
-            for same in zip(*figures, strict=True)
-        ],
-    )
-
-
-def _repeat(results: Mapping[str, Any]) -> str:
-    files = [row["edit"] for row in results["rows"] if row["edit"]]
-    return (
-        "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
-        "not prove that knowledge is gone: the feature is still in the inputs of the last layer."
-        f"</p>{repeat(results, files)}"
-    )
+    confidence = results["rows"][0]["figures"]["bootstrap"]["confidence"]
+    columns = ["method", "worst group", f"{confidence:.0%} interval", "average", "balanced"]
+    columns += ["gap (average − worst)", "weights changed", "seconds"]
+    return Table("on held-out images", columns, rows)

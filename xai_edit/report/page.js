@@ -41,13 +41,13 @@ for (const chart of document.querySelectorAll(".chart")) {
   const svg = chart.querySelector("svg");
   const lines = [...chart.querySelectorAll(".line")].map((line) => [...line.children]);
   const points = lines.flat();
-  const told = chart.querySelector(".told");
+  const value = chart.querySelector(".value");
   let [shown, stop] = [points[0], points[0]];
 
   function show(point) {
     shown.classList.remove("shown");
     point.classList.add("shown");
-    told.textContent = point.textContent;
+    value.textContent = point.textContent;
     shown = point;
   }
 

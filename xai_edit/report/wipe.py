@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
-
-from xai_edit.report.pictures import image_uri, relevance_uri
 
 SMALL = 64  # images of fewer pixels a side are shown as squares, not blurred
 
@@ -58,22 +60,33 @@ def cards(shown: Iterable[Maps]) -> str:
 def _card(maps: Maps) -> str:
     limit = max(float(values.abs().max()) for values in maps.relevance)
     over = "".join(
-        _picture(
-            relevance_uri(values, limit),
-            f"relevance for {about} {when} the edit, {maps.name}",
-            values.shape[-1],
-        )
+        _picture(_coloured(values, limit), f"relevance for {about} {when} the edit, {maps.name}")
         for values, about, when in zip(
             maps.relevance, maps.explained, ("before", "after"), strict=False
         )
     )
-    image = _picture(image_uri(maps.image), maps.name, maps.image.shape[-1])
+    pixels = (maps.image.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     return (
-        f'<li>{image}<span class="pair">{over}</span>'
+        f'<li>{_picture(image, maps.name)}<span class="pair">{over}</span>'
         f"<p>{escape(maps.name)}<br>{maps.verdict}</p></li>"
     )
 
 
-def _picture(uri: str, text: str, width: int) -> str:
-    kind = ' class="squares"' if width < SMALL else ""
+def _coloured(relevance: Tensor, limit: float) -> Image.Image:
+    """Return a relevance map, shape (height, width), in full colour at ``limit``."""
+    from matplotlib import colormaps
+
+    levels = ((relevance / max(limit, 1e-12)).clamp(-1, 1) * 127.5 + 127.5).round().byte()
+    drawn = Image.fromarray(levels.numpy())
+    palette = colormaps["bwr"](np.arange(256), bytes=True)[:, :3]
+    drawn.putpalette(palette.tobytes())
+    return drawn
+
+
+def _picture(image: Image.Image, text: str) -> str:
+    target = io.BytesIO()
+    image.save(target, "png", optimize=True)
+    uri = "data:image/png;base64," + base64.b64encode(target.getvalue()).decode()
+    kind = ' class="squares"' if image.width < SMALL else ""
     return f'<img{kind} src="{uri}" alt="{escape(text)}">'

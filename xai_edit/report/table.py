@@ -1,0 +1,121 @@
+"""A table that prints as text for a terminal and as HTML for a page, and notes below it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from xai_edit.report.html import download
+
+LINES = 20  # rows that the text shows
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a run; fractions get three digits, None is a dash.
+
+    Attributes
+    ----------
+    caption : str
+    columns : sequence of str
+        The first is over the rows' names.
+    rows : sequence of sequence
+    order : callable, optional
+        Returns a number for a row; of many rows, the text shows those of lowest number.
+    shown : str
+        Which those are.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    order: Callable[[Sequence[Any]], Any] | None = None
+    shown: str = "the lowest"
+
+    def text(self) -> str:
+        """Return lines of columns as wide as they must be, the caption over the rows' names."""
+        caption, rows = self.caption, [*self.rows]
+        if self.order is not None and len(rows) > LINES:
+            caption += f" ({LINES} of {len(rows)}, {self.shown})"
+            some = sorted(rows, key=self.order)[:LINES]
+            rows = [row for row in rows if row in some]
+        cells = [[caption, *self.columns[1:]], *([_cell(value) for value in row] for row in rows)]
+        first_width, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+        return "\n".join(
+            f"{name:<{first_width}}  "
+            + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+            for name, *row in cells
+        )
+
+    def html(self) -> str:
+        """Return an HTML table that can be sorted, with a link to it as CSV.
+
+        Everything shown is escaped. Fractions are sorted by, and stand in the CSV, as they are.
+        """
+        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
+        body = "".join(
+            f'<tr><th scope="row"{_exact(name)}>{escape(_cell(name))}</th>'
+            + "".join(f"<td{_exact(value)}>{escape(_cell(value))}</td>" for value in row)
+            + "</tr>"
+            for name, *row in self.rows
+        )
+        name = re.sub("[^a-z0-9]+", "-", self.caption.lower()).strip("-")[:60] + ".csv"
+        link = download("CSV", name, "text/csv", self.csv(), f"CSV of: {self.caption}")
+        return (
+            '<div class="table"><div class="scroll"><table class="sortable">'
+            f"<caption>{escape(self.caption)}</caption><thead><tr>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table></div>{link}</div>"
+        )
+
+    def csv(self) -> str:
+        """Return a CSV file; a text that a spreadsheet would compute is marked as text."""
+        target = io.StringIO()
+        rows = [self.columns, *self.rows]
+        csv.writer(target, lineterminator="\n").writerows([_plain(v) for v in row] for row in rows)
+        return target.getvalue()
+
+
+class Notes:
+    """Lines of text, on a page as paragraphs or as a list."""
+
+    def __init__(self, *lines: str, listed: bool = False) -> None:
+        self.lines, self.listed = lines, listed
+
+    def text(self) -> str:
+        """Return the lines."""
+        return "\n".join(self.lines)
+
+    def html(self) -> str:
+        """Return the lines, escaped."""
+        tag = "li" if self.listed else "p"
+        lines = "".join(f"<{tag}>{escape(line)}</{tag}>" for line in self.lines)
+        return f"<ul>{lines}</ul>" if self.listed and lines else lines
+
+
+def interval(ends: Sequence[float]) -> str:
+    """Return an interval as a cell."""
+    return "{:.3f}–{:.3f}".format(*ends)
+
+
+def _exact(value: Any) -> str:
+    return f' data-value="{value!r}"' if isinstance(value, float) else ""
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> str:
+    text = "" if value is None else str(value)
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return text
