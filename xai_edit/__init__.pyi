@@ -17,8 +17,6 @@ from .baselines.boundary import boundary_expanding, boundary_shrink
 from .baselines.dampening import SelectiveSynapticDampening
 from .baselines.directions import DirectionRemoval
 from .baselines.finetuning import negative_gradient, random_labels, retrain
-from .baselines.groups import erm, group_dro, jtt
-from .baselines.masktune import masktune
 from .baselines.recorder import AmnesiacLog
 from .baselines.recovery import FineTuning
 from .baselines.robustness import LastLayerRetraining
@@ -52,8 +50,7 @@ from .edits.structural import to_smaller
 from .errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError
 from .evaluation.comparison import Comparison, compare_scorers
 from .evaluation.deletion import DeletionCurve, deletion_curve
-from .evaluation.demographics import Demographics
-from .evaluation.group_figures import Accuracy, GroupIntervals
+from .evaluation.group_figures import Accuracy, Demographics, GroupIntervals
 from .evaluation.groups import evaluate_groups, evaluate_head
 from .evaluation.sizes import Size, SizeComparison, compare_sizes
 from .evaluation.unlearning import evaluate_unlearning
@@ -137,15 +134,11 @@ __all__ = [
     "deletion_curve",
     "edge_relevance",
     "edge_scores",
-    "erm",
     "evaluate_groups",
     "evaluate_head",
     "evaluate_unlearning",
     "fit_patterns",
     "fold_ablation",
-    "group_dro",
-    "jtt",
-    "masktune",
     "measured",
     "negative_gradient",
     "predictiveness",

@@ -300,7 +300,7 @@ def _reproduce(given: argparse.Namespace) -> int:
 
     if given.list:
         for name, entry in CATALOGUE.items():
-            print(f"{name:<14} {entry.told}")
+            print(f"{name:<14} {entry.title}")
         return 0
     if given.name not in CATALOGUE:
         raise ValueError(f"name: {given.name!r} given; it is one of {', '.join(CATALOGUE)}")
@@ -334,7 +334,7 @@ def _reproduce(given: argparse.Namespace) -> int:
     entry = CATALOGUE[given.name]
     results = entry.run(options)
     if not given.quiet:
-        print(text(entry.tables(results)))
+        print(text(entry.tables(entry.summary(results))))
     note(given, f"written: {options.out / 'results.json'}")
     return 0
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, auc
 
 import xai_edit as xe
-from xai_edit.datasets.papers import cifar10
 from xai_edit.evaluation.deletion import deletion_curve
-from xai_edit.models.papers import ResNet20
+from xai_edit.reproduce.image_data import cifar10
+from xai_edit.reproduce.networks import ResNet20
 
 SHARES = (0, 0.2, 0.5, 1)
 

@@ -17,11 +17,11 @@ import torchvision
 
 from xai_edit import LogitMask, PathPerturbation
 from xai_edit.cli import main
-from xai_edit.datasets.papers import mnist
 from xai_edit.edits.head import collect_head_features
 from xai_edit.reproduce import unlearning
 from xai_edit.reproduce.catalogue import CATALOGUE, Entry
 from xai_edit.reproduce.experiments import EXPERIMENTS, NAMES, Options
+from xai_edit.reproduce.image_data import mnist
 from xai_edit.reproduce.published import METHODS, SWEEPS
 from xai_edit.reproduce.tables import markdown, methods_table, sweep_tables, text
 from xai_edit.reproduce.unlearning import reproduce, summary
