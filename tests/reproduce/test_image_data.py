@@ -5,20 +5,15 @@ from __future__ import annotations
 import gzip
 import pickle
 import shutil
-import struct
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import as_idx
 from PIL import Image
 
 from xai_edit.reproduce.image_data import cifar10, cifar100, imagenet, mnist
-
-
-def as_idx(array):
-    shape = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    return shape + array.tobytes()
 
 
 @pytest.fixture
