@@ -296,7 +296,7 @@ class Accuracy:
                 f"positive: attribute {attribute} has no samples of class {positive}; a true "
                 "positive rate needs some of each attribute"
             )
-        columns, found = [known.tolist()], []
+        columns, differences = [known.tolist()], []
         for hits, total in (
             (self.right[positive, known], self.samples[positive, known]),
             (self.predicted[positive, known], people[known]),
@@ -304,9 +304,10 @@ class Accuracy:
             rates = (hits.double() / total).tolist()
             draws = resampled_shares(hits, total, resamples=RESAMPLES, seed=SEED)
             interval = percentile_interval(draws.max(1) - draws.min(1), CONFIDENCE)
-            found += [max(rates) - min(rates), interval]
+            differences.append((max(rates) - min(rates), interval))
             columns += [rates, total.tolist()]
-        return Demographics(positive, *found, tuple(map(Rate, *columns)))
+        opportunity, parity = differences
+        return Demographics(positive, *opportunity, *parity, tuple(map(Rate, *columns)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as JSON values.

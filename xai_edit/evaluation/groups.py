@@ -73,7 +73,7 @@ def evaluate_groups(
             counted = count_by_group(logits.argmax(1), labels, logits.shape[1], attribute)
             counts = add_counts(counts, counted)
     check_length(groups, start, "groups")
-    return Accuracy(*counts, train_samples)
+    return Accuracy(counts[0], counts[1], counts[2], train_samples)
 
 
 def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) -> Accuracy:
@@ -101,4 +101,4 @@ def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) ->
     labels, logits = head.require_labels(), head.logits()
     predicted = finite(logits, "head: its logits").argmax(1)
     counts = count_by_group(predicted, labels, logits.shape[1], head.attribute)
-    return Accuracy(*counts, train_samples)
+    return Accuracy(counts[0], counts[1], counts[2], train_samples)

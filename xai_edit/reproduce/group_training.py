@@ -245,7 +245,8 @@ def _cells(images: ImageSet, name: str = "images") -> Tensor:
     if images.attribute is None:
         raise ValueError(f"{name}: has no attribute, and groups need one; give an ImageSet with it")
     pairs = torch.stack([images.labels, images.attribute], 1)
-    return pairs.unique(dim=0, return_inverse=True)[1]
+    cells: Tensor = pairs.unique(dim=0, return_inverse=True)[1]
+    return cells
 
 
 def _right(model: nn.Module, images: ImageSet) -> Tensor:

@@ -47,9 +47,9 @@ class Neutralizing(Reproduction):
     """
 
     batch_size: int = 128
-    erm: Mapping[str, float]
-    group_dro: Mapping[str, float]
-    jtt: Mapping[str, float]
+    erm: Mapping[str, Any]
+    group_dro: Mapping[str, Any]
+    jtt: Mapping[str, Any]
     first_epochs: int
     upweight: int
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
@@ -84,7 +84,8 @@ class Neutralizing(Reproduction):
         one_kind = planning.attribute is not None and len(planning.attribute.unique()) < 2
         # MetaShift: all validation images are on shelves, so backgrounds are learned from training.
         source = collect_head_features(model, train, with_attribute=True) if one_kind else planning
-        rows = [{"method": "unedited (ERM)", **_figures(evaluate_head(held, train_samples=counts))}]
+        before = _figures(evaluate_head(held, train_samples=counts))
+        rows: list[dict[str, Any]] = [{"method": "unedited (ERM)", **before}]
         for method, plan in _plans(model, source, planning).items():
             if not options.wants(method):
                 continue
@@ -98,7 +99,7 @@ class Neutralizing(Reproduction):
             rows.append({"method": method, **figures, "weights_changed": edit.size, **more})
         dro, jtt = (training(**one, validation=validation) for one in (self.group_dro, self.jtt))
         first = min(self.first_epochs, epochs)
-        trained = {
+        trained: dict[str, Callable[..., ModelEdit]] = {
             "group DRO": dro.group_dro,
             "JTT": partial(jtt.jtt, first_epochs=first, upweight=self.upweight),
         }

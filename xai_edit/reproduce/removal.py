@@ -32,6 +32,7 @@ SELECTIONS: tuple[Selection, ...] = (
     "random",
     "exact",
 )
+CHOSEN: tuple[Selection, ...] = ("sca", "exact")  # selections whose rate or dose is chosen
 TOLERANCES = (0.005, 0.02, 0.05, 0.1)  # accuracy on the other digits that may go, to plan by
 RATES = np.union1d(np.linspace(0, 1, 21), np.logspace(-5, 0, 41))
 
@@ -124,7 +125,7 @@ class DigitRemoval(Reproduction):
                 row: dict[str, Any] = {"digit": digit, "select": operator.select}
                 row |= {"column": sweep.column, "removed": sweep.removed.tolist()}
                 curves.append(row | {"retained": sweep.retained.tolist()})
-            for select, tolerance in product(("sca", "exact"), TOLERANCES):
+            for select, tolerance in product(CHOSEN, TOLERANCES):
                 operator = FictitiousClass(select, aim="removal", tolerance=tolerance)
                 edit = operator.plan(model, planning, **where)  # the rate or dose chosen here
                 after = evaluate_head(held.edited(edit))

@@ -46,8 +46,8 @@ def unlearning(summary: Summary) -> dict[str, Table]:
         for sweep in chosen:
             pairs = zip(sweep["rest_test"], sweep["forgotten_test"], strict=True)
             rows.append([sweep["rule"], *(f"{rest:.3f} / {own:.3f}" for rest, own in pairs)])
-            if published := SWEEPS[data].get(k, {}).get(sweep["rule"], []):
-                cells = [f"{rest:.2f} / {own:.3g}" for rest, own in published]
+            if paper := SWEEPS[data].get(k, {}).get(sweep["rule"], []):
+                cells = [f"{rest:.2f} / {own:.3g}" for rest, own in paper]
                 empty = [""] * (len(shares) - len(cells))
                 rows.append([f"{sweep['rule']}, the paper", *cells, *empty])
         name = "summed relevance" if k is None else f"occurrence among the {k} highest"

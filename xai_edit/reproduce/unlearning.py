@@ -99,7 +99,8 @@ class Unlearning(Reproduction):
         table: OneNetwork | None = None
         for seed, target in tqdm(todo, desc=self.name, unit="class", disable=options.quiet):
             if table is None or table.seed != seed:
-                table = OneNetwork(self, options, seed, *images)
+                train, test = images
+                table = OneNetwork(self, options, seed, train, test)
                 table.figures["attack"] = dict(base.get(str(seed), {}).get("attack", {}))
                 base[str(seed)] = table.figures
             sweeps += table.sweeps(target)
