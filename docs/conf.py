@@ -8,7 +8,7 @@ from matplotlib.ticker import NullFormatter
 
 from xai_edit import __version__
 from xai_edit.reproduce.catalogue import CATALOGUE
-from xai_edit.reproduce.tables import markdown, methods_table, sweep_tables
+from xai_edit.reproduce.tables import markdown
 
 project = "xai_edit"
 author = "the xai_edit authors"
@@ -38,28 +38,18 @@ HERE = Path(__file__).parent
 def write_tables(_app):
     """Write the tables that pages include, from the committed results."""
     (HERE / "_tables").mkdir(exist_ok=True)
-    for path in sorted((HERE / "results").glob("npp-*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        write(f"{path.stem}-methods", markdown(methods_table(results)))
-        tables = sweep_tables(results).items()
-        write(f"{path.stem}-shares", "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables))
-    for path in sorted((HERE / "results").glob("fcr-*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        tables = CATALOGUE[results["run"]].tables(results).items()
-        write(path.stem, "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables))
-        if results["run"] in FIGURES and not path.stem.endswith("-small"):
+    for path in sorted((HERE / "results").glob("[cfn]*-*.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if summary.get("run") not in CATALOGUE:
+            continue
+        tables = CATALOGUE[summary["run"]].tables(summary)
+        if path.stem.startswith("npp-"):
+            write(f"{path.stem}-methods", markdown(tables.pop("methods")))
+        name = f"{path.stem}-shares" if path.stem.startswith("npp-") else path.stem
+        write(name, "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables.items()))
+        if path.stem in FIGURES:
             axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-            FIGURES[results["run"]](results, axes)
-            axes.set_ylabel("accuracy")
-            axes.legend()
-            axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
-    for path in sorted((HERE / "results").glob("cnp-*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        tables = CATALOGUE[results["run"]].tables(results).items()
-        write(path.stem, "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables))
-        if path.stem in PRUNED:
-            axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-            pruned(results, axes)
+            FIGURES[path.stem](summary, axes)
             axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
     write("watermark", markdown(watermark_table(read("watermark"))))
     for name in ("scoring", "selection", "smaller"):
@@ -88,47 +78,42 @@ def watermark_table(results):
     return rows
 
 
-def several_classes(results, axes):
+def several_classes(summary, axes):
     """Draw Fig. 7: accuracy by the number of classes removed."""
-    rows = [row for run in results["seeds"].values() for row in run["rows"]]
-    counts = sorted({row["count"] for row in rows})
     for select, style in (("sca", "-"), ("exact", "--")):
+        rows = [row for row in summary["rows"] if row["select"] == select]
         for key in ("removed", "retained"):
-            of = [
-                [r[key] for r in rows if (r["count"], r["select"]) == (n, select)] for n in counts
-            ]
-            axes.plot(counts, [mean(values) for values in of], style, label=f"{key}, {select}")
-    axes.set_xlabel("classes removed")
+            means = [row[key][0] for row in rows]
+            axes.plot([row["count"] for row in rows], means, style, label=f"{key}, {select}")
+    axes.set(xlabel="classes removed", ylabel="accuracy")
+    axes.legend()
 
 
-def digits_by_rate(results, axes):
+def digits_by_rate(summary, axes):
     """Draw Fig. 8: accuracy on removed and retained digits by rate, means over digits and seeds."""
-    runs = [*results["seeds"].values()]
     for select, style in (("sca", "-"), ("gradient-activation", "--")):
-        curves = [c for run in runs for c in run["curves"] if c["select"] == select]
         for key in ("removed", "retained"):
-            values = [mean(at) for at in zip(*(curve[key] for curve in curves), strict=True)]
-            axes.plot(runs[0]["rates"], values, style, label=f"{key}, {select}")
+            values = summary["curves"][select][key]
+            axes.plot(summary["rates"], values, style, label=f"{key}, {select}")
     axes.set_xscale("symlog", linthresh=1e-4)
-    axes.set_xlabel("neutralisation rate r")
+    axes.set(xlabel="neutralisation rate r", ylabel="accuracy")
+    axes.legend()
 
 
-def groups_by_rate(results, axes):
+def groups_by_rate(summary, axes):
     """Draw Fig. 9 for the first seed: worst group and average by rate."""
-    for strength, run in next(iter(results["seeds"].values())).items():
-        (sweep,) = run["sweeps"]
+    for strength, part in summary["parts"].items():
         for key, style in (("worst", "-"), ("average", "--")):
+            sweep = part["sweep"]
             axes.plot(sweep["rates"], sweep[key], style, label=f"{key}, ρ = {strength}")
     axes.set_xscale("symlog", linthresh=1e-5)
-    axes.set_xlabel("neutralisation rate r")
+    axes.set(xlabel="neutralisation rate r", ylabel="accuracy")
+    axes.legend()
 
 
-PRUNED = ("cnp-cifar10", "cnp-cifar10-ships", "cnp-cifar10-resnet20", "cnp-mnist")
-
-
-def pruned(results, axes):
+def pruned(summary, axes):
     """Draw the worst group by share pruned, means over networks, for the first strength."""
-    runs = [next(iter(run.values()))["rows"] for run in results["seeds"].values()]
+    rows = next(iter(summary["parts"].values()))["rows"]
     for method, style in (
         ("CNP: contrastive PCA", "C0-o"),
         ("CNP, ablation kept: contrastive PCA", "C0--o"),
@@ -140,13 +125,12 @@ def pruned(results, axes):
         ("weight magnitude", "C5-v"),
         ("random", "0.6"),
     ):
-        found = [row for rows in runs for row in rows if row["method"] == method]
-        if found:  # some runs have some methods
-            shares = results["shares"]
-            means = [mean(r["worst"] for r in found if r["share"] == share) for share in shares]
-            axes.plot([100 * share for share in shares], means, style, label=method)
-    alone = [r["worst"] for rows in runs for r in rows if r["method"] == ALONE]
-    axes.axhline(mean(alone), color="C0", linestyle=":", label=ALONE)
+        mine = [row for row in rows if row["method"] == method]
+        if mine:  # some runs have some methods
+            shares = [100 * row["share"] for row in mine]
+            axes.plot(shares, [mean(row["worst"]) for row in mine], style, label=method)
+    (alone,) = [mean(row["worst"]) for row in rows if row["method"] == ALONE]
+    axes.axhline(alone, color="C0", linestyle=":", label=ALONE)
     axes.set_xlabel("filters pruned, %")
     axes.set_ylabel("accuracy of the worst group")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -157,6 +141,8 @@ FIGURES = {
     "fcr-multi": several_classes,
     "fcr-parity": digits_by_rate,
     "fcr-colored": groups_by_rate,
+    **dict.fromkeys(("cnp-cifar10", "cnp-cifar10-ships", "cnp-cifar10-resnet20"), pruned),
+    "cnp-mnist": pruned,
 }
 
 

@@ -12,9 +12,7 @@
 # %%
 import argparse
 import dataclasses
-import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +24,15 @@ from zennit.composites import LayerMapComposite, layer_map_base
 from zennit.types import Convolution
 
 import xai_edit as xe
-from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, cifar10
+from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD
 from xai_edit.datasets.shortcuts import WatermarkedDigits
 from xai_edit.edits.edit import versions
 from xai_edit.evaluation.comparison import compare_scorers, rank_correlation, top_overlap
-from xai_edit.models.papers import ResNet20
 from xai_edit.models.small import small_cnn, train
 from xai_edit.report.comparison import deletion_curves, map_grid, rank_matrices, relevance_maps
+from xai_edit.reproduce.image_data import cifar10
+from xai_edit.reproduce.networks import ResNet20
+from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="Rank correlation and deletion curves of LRP rules.")
 parser.add_argument("--out", type=Path, help="the figures as JSON; pictures are written beside it")
@@ -127,8 +127,8 @@ def figures(comparisons):
     for layer, content in averaged.to_dict()["layers"].items():
         layers[layer] = {
             "units": len(averaged.scores[RULES[0]][layer]),
-            "rank_correlation": rounded(content["rank_correlation"]),
-            "overlap": rounded(content["overlap"]),
+            "rank_correlation": rounded(content["rank_correlation"])[:1],  # with epsilon
+            "overlap": rounded(content["overlap"])[:1],
             "lowest_rank_correlation_with_epsilon": rounded(
                 torch.stack([one.rank_correlation[layer][0] for one in comparisons]).amin(0)
             ),
@@ -334,10 +334,7 @@ if arguments.out:
         "top_share": 0.1,
         **results,
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    # A list of numbers on one line.
-    text = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    arguments.out.write_text(text + "\n", encoding="utf-8")
+    write_json(arguments.out, content)
     pictures = {
         "maps": map_grid(images, maps),
         "ranks": rank_matrices(comparison, layers=matrices),

@@ -13,7 +13,6 @@
 # %%
 import argparse
 import gc
-import json
 import math
 import textwrap
 import time
@@ -30,6 +29,7 @@ from torchvision import models
 
 import xai_edit as xe
 from xai_edit.edits.edit import versions
+from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="What works on each classifier of torchvision.")
 parser.add_argument("--out", type=Path, help="folder for coverage.md and results/coverage.json")
@@ -626,14 +626,22 @@ for name in chosen:
     if told["changed_by"]:
         print(f"        the network is not as it was after {told['changed_by']}")
 
+UNSHOWN = {"seconds", "canonizers", "target_logit", "smallest_logit", "layer"}  # of a part
+
+
+def shown(told):
+    """Return what the page shows of a network."""
+    parts = {k: one for k, one in told.items() if isinstance(one, dict)}
+    cut = {k: {a: b for a, b in one.items() if a not in UNSHOWN} for k, one in parts.items()}
+    return {k: cut.get(k, one) for k, one in told.items() if k != "parameters"}
+
+
 content = {
     "command": "python examples/coverage.py --out docs",
     "versions": {**versions(), "torchvision": version("torchvision")},
     "listed": len(models.list_models(models)),
-    "networks": networks,
+    "networks": {name: shown(told) for name, told in networks.items()},
 }
 if arguments.out:
-    (arguments.out / "results").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    (arguments.out / "results" / "coverage.json").write_text(text + "\n", encoding="utf-8")
+    write_json(arguments.out / "results" / "coverage.json", content)
     (arguments.out / "coverage.md").write_text(page(content), encoding="utf-8")

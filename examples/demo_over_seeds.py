@@ -2,18 +2,18 @@
 # # The demo over several seeds
 #
 # A group of the demo has about 50 test images, so one seed says little. This runs `xai-edit demo`
-# for several seeds and writes the mean and the standard deviation of each figure.
+# for several seeds and writes of each figure the mean, the standard deviation and their number.
 #
 #     python examples/demo_over_seeds.py --seeds 10 --out docs/results/demo-seeds.json
 
 # %%
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 
 from xai_edit.demo import run
+from xai_edit.reproduce.summaries import spread, write_json
 
 parser = argparse.ArgumentParser(description="The figures of xai-edit demo over several seeds.")
 parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to N-1")
@@ -50,14 +50,13 @@ for seed in seeds:
 
 # %%
 table = {
-    name: {figure: [one[name][figure] for one in runs] for figure in runs[0][name]}
+    name: {figure: spread([one[name][figure] for one in runs]) for figure in runs[0][name]}
     for name in runs[0]
 }
 for name, row in table.items():
     shown = []
-    for figure, values in row.items():
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        shown.append(f"{figure} {statistics.mean(values):.3f}{spread}")
+    for figure, (mean, deviation, number) in row.items():
+        shown.append(f"{figure} {mean:.3f}" + (f" ± {deviation:.3f}" if number > 1 else ""))
     print(f"{name:<56}", "   ".join(shown))
 
 if arguments.out:
@@ -69,5 +68,4 @@ if arguments.out:
         "seeds": list(seeds),
         "figures": table,
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    arguments.out.write_text(text + "\n", encoding="utf-8")
+    write_json(arguments.out, content)

@@ -12,8 +12,6 @@
 
 # %%
 import argparse
-import json
-import re
 from pathlib import Path
 
 import torch
@@ -34,6 +32,7 @@ import xai_edit as xe
 from xai_edit.edits.edit import versions
 from xai_edit.evaluation.bootstrap import percentile_interval, resampled_shares
 from xai_edit.report.comparison import as_png
+from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="A watermark's subspace in a real network.")
 parser.add_argument("--out", type=Path, help="the figures as JSON; a picture is written beside it")
@@ -221,7 +220,7 @@ for block in BLOCKS:
             "subspaces": len(subspaces),
             "best": best,
             **entries(table, best),
-            "choose_spurious": {"takes": choice.indices, "because": choice.reason},
+            "choose_spurious": {"takes": choice.indices},
         }
         print(f"block {block}, {name}: subspace {best} of {len(subspaces)} tells the watermark "
               f"among the rest with {of_rest(table, best)}; {choice}", flush=True)  # fmt: skip
@@ -249,7 +248,7 @@ for name in finders:
     held_told[name] = {
         "best": found[block, name][1],
         **entries(table, found[block, name][1]),
-        "choose_spurious": {"takes": choice.indices, "because": choice.reason},
+        "choose_spurious": {"takes": choice.indices},
     }
 
 # %% [markdown]
@@ -427,11 +426,7 @@ if arguments.out:
         "strongest": {"with_watermark": with_watermark, "cartons": cartons},
         "on_the_overlay": {"photographs": len(some), **on_mark},
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    # A list of numbers on one line.
-    text = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda one: f"[{' '.join(one[1].split())}]", text)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text + "\n", encoding="utf-8")
+    write_json(arguments.out, content)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     grid = figure.subplots(2, 5)
     for (above, below), picture, relevance in zip(grid.T, images[strongest], maps, strict=True):

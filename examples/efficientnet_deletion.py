@@ -19,8 +19,6 @@
 import argparse
 import copy
 import dataclasses
-import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +30,11 @@ from torch import nn
 from torchvision.transforms.v2 import functional as transform
 
 import xai_edit as xe
-from xai_edit.datasets.papers import cifar10
 from xai_edit.edits.edit import versions
-from xai_edit.models.papers import ResNet20
 from xai_edit.report.comparison import deletion_curves
+from xai_edit.reproduce.image_data import cifar10
+from xai_edit.reproduce.networks import ResNet20
+from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="What is left of a class without its best units.")
 parser.add_argument("--out", type=Path, help="the figures as JSON; a picture is written beside it")
@@ -346,8 +345,5 @@ if arguments.out:
         "random_seeds": len(SEEDS),
         **results,
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    # A list of numbers on one line.
-    text = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    arguments.out.write_text(text + "\n", encoding="utf-8")
+    write_json(arguments.out, content)
     arguments.out.with_suffix(".png").write_bytes(deletion_curves(shown))

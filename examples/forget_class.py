@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 import xai_edit as xe
-from xai_edit.datasets.papers import cifar10
 from xai_edit.datasets.shortcuts import WatermarkedDigits
-from xai_edit.models.papers import ResNet20
 from xai_edit.models.small import small_cnn, train
+from xai_edit.reproduce.image_data import cifar10
+from xai_edit.reproduce.networks import ResNet20
 
 parser = argparse.ArgumentParser(description="A class forgotten, and what is still there.")
 parser.add_argument("--out", type=Path, help="the edit and pictures of relevance, to this folder")

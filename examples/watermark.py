@@ -14,7 +14,6 @@
 
 # %%
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from _efficientnet import (
 
 import xai_edit as xe
 from xai_edit.edits.edit import versions
+from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="One weight, so that a watermark means nothing.")
 parser.add_argument("--out", type=Path, help="the figures as JSON; the edit is saved beside it")
@@ -131,6 +131,5 @@ for key, figures in results["tiles"].items():
     print(f"{key} ({figures['images']}): p(carton) {before:.4f} before, {after:.4f} after")
 
 if arguments.out is not None:
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, results)
     edit.save(arguments.out.with_suffix(".safetensors"))

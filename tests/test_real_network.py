@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import xai_edit as xe
-from xai_edit.datasets.papers import cifar10
-from xai_edit.models.papers import ResNet20
+from xai_edit.reproduce.image_data import cifar10
+from xai_edit.reproduce.networks import ResNet20
 
 IMAGES = 2000
 

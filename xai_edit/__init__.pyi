@@ -21,8 +21,6 @@ from .baselines.finetuning import (
     random_labels,
     retrain,
 )
-from .baselines.groups import Trained, erm, group_dro, jtt
-from .baselines.masktune import masktune
 from .baselines.recovery import FineTuning
 from .baselines.robustness import LastLayerRetraining
 from .baselines.unlearning import LogitMask
@@ -53,8 +51,7 @@ from .edits.structural import to_smaller
 from .errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError
 from .evaluation.comparison import Comparison, compare_scorers
 from .evaluation.deletion import DeletionCurve, deletion_curve
-from .evaluation.demographics import Demographics
-from .evaluation.group_figures import Accuracy, GroupIntervals
+from .evaluation.group_figures import Accuracy, Demographics, GroupIntervals
 from .evaluation.groups import evaluate_groups, evaluate_head
 from .evaluation.sizes import Size, SizeComparison, compare_sizes
 from .evaluation.unlearning import evaluate_unlearning
@@ -115,7 +112,6 @@ __all__ = [
     "Subspaces",
     "Taylor",
     "TorchPruningImportance",
-    "Trained",
     "UnitScores",
     "UnknownLayerError",
     "Unlearning",
@@ -136,15 +132,11 @@ __all__ = [
     "deletion_curve",
     "edge_relevance",
     "edge_scores",
-    "erm",
     "evaluate_groups",
     "evaluate_head",
     "evaluate_unlearning",
     "fit_patterns",
     "fold_ablation",
-    "group_dro",
-    "jtt",
-    "masktune",
     "measured",
     "negative_gradient",
     "predictiveness",

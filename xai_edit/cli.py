@@ -70,7 +70,7 @@ def reproduce(options: argparse.Namespace) -> int:
 
     if options.list:
         for name, entry in CATALOGUE.items():
-            print(f"{name:<14} {entry.told}")
+            print(f"{name:<14} {entry.title}")
         return 0
     if options.name not in CATALOGUE:
         raise ValueError(f"name: {options.name!r} given; it is one of {', '.join(CATALOGUE)}")
@@ -96,6 +96,6 @@ def reproduce(options: argparse.Namespace) -> int:
     entry = CATALOGUE[options.name]
     results = entry.run(asked)
     if not options.quiet:
-        print(text(entry.tables(results)))
+        print(text(entry.tables(entry.summary(results))))
     note(options, f"written: {asked.out / 'results.json'}")
     return 0

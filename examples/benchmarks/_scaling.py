@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import xai_edit as xe
-from xai_edit.models.papers import all_cnn, vgg_like
 from xai_edit.models.small import small_cnn
+from xai_edit.reproduce.networks import all_cnn, vgg_like
 
 Task = Callable[[], object]
 

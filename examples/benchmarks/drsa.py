@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -28,8 +27,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import xai_edit as xe
-from xai_edit.datasets.papers import cifar10
-from xai_edit.models.papers import ResNet20
+from xai_edit.reproduce.image_data import cifar10
+from xai_edit.reproduce.networks import ResNet20
+from xai_edit.reproduce.summaries import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _efficientnet import as_input, data_folder, efficientnet_lite0, photographs
@@ -243,4 +243,4 @@ if arguments.out is not None:
         "subspaces": K,
         "cases": shown,
     }
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, told)

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from copy import deepcopy
@@ -28,7 +27,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import xai_edit as xe
-from xai_edit.models.papers import ResNet20, vgg_like
+from xai_edit.reproduce.networks import ResNet20, vgg_like
+from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="What pruning gives, as ratios.")
 parser.add_argument("--out", type=Path, help="write the ratios as JSON")
@@ -128,4 +128,4 @@ for name, model, inputs, labels in networks():
 if arguments.out is not None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     told = {"torch": torch.__version__, "threads": 1, "share": SHARE, "ratios": ratios}
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, told)

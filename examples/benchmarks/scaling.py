@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 import xai_edit as xe
-from xai_edit.files import write_atomically
+from xai_edit.reproduce.summaries import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _scaling import CASES, Case, Task
@@ -122,7 +121,7 @@ def main() -> None:
         ],
     }
     if given.out is not None:
-        write_atomically(given.out, (json.dumps(told, indent=1) + "\n").encode())
+        write_json(given.out, told)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from zennit.torchvision import ResNetCanonizer
 import xai_edit as xe
 from xai_edit.attribution.layers import resolve_layers
 from xai_edit.attribution.rules import preset
+from xai_edit.reproduce.summaries import write_json
 
 BATCHES = 4
 RULES = ["epsilon", "epsilon-plus", "alpha1beta0", "alpha2beta1", "gamma+epsilon"]
@@ -211,7 +211,7 @@ def main() -> None:
             "torch": torch.__version__,
             "ratios": results,
         }
-        given.out.write_text(json.dumps(about, indent=1))
+        write_json(given.out, about)
     return None
 
 

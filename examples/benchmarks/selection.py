@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import nn
 
 import xai_edit as xe
 from xai_edit.edits.exact import removal_doses
+from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="What choosing one weight costs.")
 parser.add_argument("--out", type=Path, help="write the ratios as JSON")
@@ -141,4 +141,4 @@ print(f"exact: {ratios['exact']}")
 if arguments.out is not None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     told = {"torch": torch.__version__, "threads": 1, "ratios": ratios}
-    arguments.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, told)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -19,9 +18,11 @@ from pathlib import Path
 import torch
 
 import xai_edit as xe
-from xai_edit.datasets.papers import ImageSet, mnist
-from xai_edit.models.papers import all_cnn
-from xai_edit.models.training import fit
+from xai_edit.datasets.papers import ImageSet
+from xai_edit.reproduce.image_data import mnist
+from xai_edit.reproduce.networks import all_cnn
+from xai_edit.reproduce.summaries import write_json
+from xai_edit.reproduce.training import fit
 
 parser = argparse.ArgumentParser(description="What forgetting a class costs.")
 parser.add_argument("--out", type=Path, help="write the ratios as JSON")
@@ -102,4 +103,4 @@ for name, ratio in ratios.items():
 if arguments.out:
     told = {"command": "python examples/benchmarks/unlearning.py --out FILE"}
     told |= {"images": {"train": len(train), "held_out": len(held)}, "ratios": ratios}
-    arguments.out.write_text(json.dumps(told | {"torch": torch.__version__}, indent=1))
+    write_json(arguments.out, told | {"torch": torch.__version__})

@@ -19,7 +19,7 @@ from xai_edit import (
     score_units,
     with_ablation,
 )
-from xai_edit.models.papers import ResNet20
+from xai_edit.reproduce.networks import ResNet20
 
 SCORERS = [LRP("epsilon-plus", initial="one"), Taylor(), Activation(), WeightMagnitude(), Random(1)]
 

@@ -15,7 +15,7 @@ from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.silence import silenced_entries
 from xai_edit.edits.structural import to_smaller
 from xai_edit.errors import EditMismatchError
-from xai_edit.models.papers import ResNet20, all_cnn
+from xai_edit.reproduce.networks import ResNet20, all_cnn
 
 
 def as_trained(model: nn.Module) -> nn.Module:

@@ -76,10 +76,10 @@ def prune(folder):
 def reproduce(folder):
     """Run a small table of the unlearning paper on a few digits."""
     from xai_edit.cli import main
-    from xai_edit.reproduce.experiments import EXPERIMENTS
+    from xai_edit.reproduce.catalogue import CATALOGUE
 
-    EXPERIMENTS["npp-mnist"] = replace(
-        EXPERIMENTS["npp-mnist"], rules=("epsilon",), shares=(0.1, 0.5), ks=(5,)
+    CATALOGUE["npp-mnist"] = replace(
+        CATALOGUE["npp-mnist"], rules=("epsilon",), shares=(0.1, 0.5), ks=(5,)
     )
     line = [
         *("reproduce", "npp-mnist", "--network", "conv-2net", "--epochs", "1", "--limit", "12"),

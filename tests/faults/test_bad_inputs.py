@@ -457,12 +457,6 @@ TRAINING = [
      V, "forget: all 10 classes"),
     ("epsilon", lambda w: xe.boundary_shrink(w.model, w.data, forget=1, epsilon=0),
      V, "epsilon: 0 given"),
-    ("batch", lambda w: xe.masktune(w.model, w.data, learning_rate=1, batch_size=0),
-     V, "batch_size: 0"),
-    ("ERM", lambda w: xe.erm(PlainNet, w.data, epochs=0),
-     V, "epochs: 0, learning_rate: 0.001 given"),
-    ("DRO", lambda w: xe.group_dro(PlainNet, w.unmarked, epochs=1),
-     V, "data: has no third element, and"),
     ("no log", lambda w: xe.amnesiac(w.model, xe.AmnesiacLog(), forget=1), V, "log: is empty"),
     ("log", lambda w: enter(xe.AmnesiacLog().recording(w.model, [0.5])),
      V, "labels: torch.float32"),
@@ -470,7 +464,6 @@ TRAINING = [
      T, "build: int given"),
     ("train", lambda w: xe.retrain(w.model, w.data, forget=1, build=PlainNet, train=3),
      T, "train: int given"),
-    ("no net", lambda w: xe.erm(w.model, w.data, epochs=1), T, "build: PlainNet given"),
 ]
 SHORTCUTS = [
     ("opacity", lambda w: xe.Mark(PICTURE, opacity=0),

@@ -524,7 +524,6 @@ INTERRUPTED = {
     "fit_patterns": lambda m, d, cut: xe.fit_patterns(m, cut),
     "random_labels": lambda m, d, cut: xe.random_labels(m, cut, forget=3),
     "boundary_shrink": lambda m, d, cut: xe.boundary_shrink(m, cut, forget=3),
-    "masktune": lambda m, d, cut: xe.masktune(m, cut, learning_rate=0.1),
     "deletion_curve": lambda m, d, cut: xe.deletion_curve(
         m, cut, xe.score_units(m, d, xe.WeightMagnitude())
     ),

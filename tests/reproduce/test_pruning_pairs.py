@@ -11,10 +11,10 @@ from PIL import Image
 
 from xai_edit import Features
 from xai_edit.cli import main
-from xai_edit.models.papers import vgg_like
 from xai_edit.reproduce import pruning
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.experiments import Options
+from xai_edit.reproduce.networks import vgg_like
 from xai_edit.reproduce.pruning_methods import FINDERS, FINE_TUNED_METHODS, METHODS, Context
 from xai_edit.reproduce.tables import text
 
@@ -43,7 +43,7 @@ def run(name, root, out, **more):
     options = Options(root, out, **{"quiet": True, "epochs": 1, **more})
     results = entry.run(options)
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    return results, text(entry.tables(results))
+    return results, text(entry.tables(entry.summary(results)))
 
 
 def test_every_method_is_measured_and_shown(as_mnist, tmp_path, monkeypatch):
@@ -105,8 +105,8 @@ def test_a_network_of_all_classes_is_cut_to_two():
 
 
 def test_fine_tuning_on_clean_and_on_biased_images(as_mnist, tmp_path, monkeypatch):
-    small = pruning.replace(pruning.RECIPES["cnp-mnist"], fine_tuned=True, strengths=(0.9,))
-    monkeypatch.setitem(pruning.RECIPES, "cnp-fine-tuned", small)
+    recipe = {**vars(CATALOGUE["cnp-mnist"]), "name": "cnp-fine-tuned", "strengths": (0.9,)}
+    monkeypatch.setitem(CATALOGUE, "cnp-fine-tuned", pruning.TunedPairPruning(**recipe))
     results, told = run("cnp-fine-tuned", as_mnist, tmp_path, network="vgg-like:0.5", limit=100)
     rows = results["seeds"]["0"]["0.9"]["rows"]
     expected = [
@@ -130,11 +130,8 @@ def planted(mark_on):
 
 @pytest.mark.parametrize("finder", ["CAV", "contrastive PCA", "PCA", "PRCA"])
 def test_finders_take_the_planted_direction_from_labels_alone(finder):
-    class Given(Context):
-        def features(self):
-            return planted(5)
-
-    context = Given(None, None, "relu2", 0)
+    context = Context(None, "relu2", 0, None, None, None)
+    vars(context)["features"] = planted(5)
     subspaces, taken = FINDERS[finder](context)
     basis = subspaces.directions(taken)
     assert float(basis[5].square().sum()) > 0.9
@@ -143,11 +140,11 @@ def test_finders_take_the_planted_direction_from_labels_alone(finder):
 def test_what_cannot_be_run_is_told_in_one_line(as_mnist, as_imagenet, tmp_path, capsys):
     given = ["--data-root", str(as_mnist), "--out", str(tmp_path / "out"), "--quiet"]
     assert main(["reproduce", "cnp-mnist", "--methods", "LPR", *given]) == 2
-    assert "methods: 'LPR' given; they are LRP; " in capsys.readouterr().err
+    assert "methods: 'LPR' given; it is one of 'LRP', " in capsys.readouterr().err
     assert main(["reproduce", "cnp-mnist", "--methods", "LRP; LRP, clean", *given]) == 2
-    assert "methods: 'LRP, clean' given; they are LRP; " in capsys.readouterr().err
+    assert "methods: 'LRP, clean' given; it is one of 'LRP', " in capsys.readouterr().err
     assert main(["reproduce", "cnp-mnist", "--only-classes", "3", *given]) == 2
-    assert "a pair is two" in capsys.readouterr().err
+    assert "give a pair, the class with the watermark second" in capsys.readouterr().err
     given[1] = str(as_imagenet.parent)
     assert main(["reproduce", "cnp-carton-dugong", *given]) == 2
     assert "data-root" in capsys.readouterr().err

@@ -1,7 +1,6 @@
-"""A shortcut planted in any set of images: a mark or a colour that goes with the label.
+"""Shortcuts planted in any set of images: a mark or a colour that agrees with the label.
 
-`Shortcut` says what is planted and how strongly it goes with which label. The images themselves are
-changed batch by batch, as they are read, so that a set is never held a second time.
+Images are changed batch by batch, as they are read, so that a set is never held a second time.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transform
 
+from xai_edit.checks import fraction, whole_number
 from xai_edit.datasets.papers import ImageSet, check_numbered
 
 
@@ -41,7 +41,7 @@ class Planted(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """A picture that is blended into images: the attribute is 1 where it is, else 0.
+    """A picture that is blended into the images whose attribute is 1.
 
     Parameters
     ----------
@@ -71,13 +71,12 @@ class Mark:
     opacity: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.opacity <= 1:
-            raise ValueError(f"opacity: {self.opacity} given; it is above 0 and at most 1")
-        if self.place is not None and min(self.place) < 0:
-            raise ValueError(f"place: {self.place} given; row and column are from 0")
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"size: {self.size} given; height and width are from 1")
-        _ = self._layers  # a file that is no picture is told now
+        fraction(self.opacity, "opacity")
+        for value in self.place or ():
+            whole_number(value, "place")
+        for value in self.size or ():
+            whole_number(value, "size", least=1)
+        _ = self._layers  # a file that is no picture is refused now
 
     @property
     def values(self) -> int:
@@ -172,7 +171,7 @@ class Colours:
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """What is planted in images, with which label it goes, and how strongly.
+    """A mark or a colour planted in images, and how often it agrees with their label.
 
     Parameters
     ----------
@@ -209,10 +208,7 @@ class Shortcut:
                 f"planted: {self.planted!r} given; give Mark(…), Colours(…), or a callable with "
                 "two or more `values`"
             )
-        if not 0 <= self.strength <= 1:
-            raise ValueError(
-                f"strength: {self.strength} given; it is a share of the images, from 0 to 1"
-            )
+        fraction(self.strength, "strength", zero=True)
 
     def train(self, images: ImageSet, seed: int) -> ImageSet:
         """Return the images with the shortcut, which goes with the label.

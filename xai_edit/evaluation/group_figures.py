@@ -1,13 +1,16 @@
-"""What is known of a classifier group by group: figures, their text and their JSON."""
+"""Accuracy, averages, gaps and rates by group: figures of counts, their text and their JSON."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from xai_edit.attribution.targets import class_list
+from xai_edit.checks import one_of, require
 from xai_edit.evaluation.bootstrap import (
     CONFIDENCE,
     RESAMPLES,
@@ -17,7 +20,6 @@ from xai_edit.evaluation.bootstrap import (
     percentile_interval,
     resampled_shares,
 )
-from xai_edit.evaluation.demographics import Demographics, demographics
 
 LINES = 20  # groups that the text shows
 
@@ -41,11 +43,11 @@ class GroupIntervals:
     confidence : float
     resamples, seed : int
     groups : dict
-        Of each group's accuracy, lower and upper end.
+        Of each group's accuracy.
     worst : tuple of float
         Of the lowest accuracy, whichever group has it in a resample.
     averages, gaps : dict
-        Of each average, and of the average less the worst, by the average's name.
+        Of each average, and of the average less the worst.
     """
 
     confidence: float
@@ -57,6 +59,75 @@ class GroupIntervals:
     gaps: dict[Average, Interval]
 
 
+@dataclass(frozen=True)
+class Rate:
+    """How often the positive class is predicted for one attribute.
+
+    ``true_positive_rate`` is the share of its ``positives``, the samples of the positive class, and
+    ``positive_rate`` that of all its ``samples``.
+    """
+
+    attribute: int
+    true_positive_rate: float
+    positives: int
+    positive_rate: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Demographics:
+    """Differences in rates between groups of people, 0 to 1. Lower is better; 0 is equality.
+
+    Each is the highest rate less the lowest. Intervals are made as in `Accuracy.intervals`;
+    highest and lowest are those of each resample, so that they never reach below 0.
+
+    Attributes
+    ----------
+    positive : int
+        The class that is a benefit.
+    equal_opportunity_difference, equal_opportunity_interval
+        In the true positive rate (Hardt et al. 2016, *Equality of Opportunity in Supervised
+        Learning*).
+    demographic_parity_difference, demographic_parity_interval
+        In the positive rate (Dwork et al. 2012, *Fairness through Awareness*).
+    rates : tuple of Rate
+        Of each attribute that has samples.
+    confidence : float
+    """
+
+    positive: int
+    equal_opportunity_difference: float
+    equal_opportunity_interval: Interval
+    demographic_parity_difference: float
+    demographic_parity_interval: Interval
+    rates: tuple[Rate, ...]
+    confidence: float = CONFIDENCE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; keys are the attributes' names, tuples are lists."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def __str__(self) -> str:
+        lines = [
+            f"class {self.positive} predicted, by attribute",
+            f"{'':<32}{'true positive rate':>20}{'of':>7}{'rate':>9}{'of':>7}",
+        ]
+        for one in self.rates:
+            lines.append(
+                f"{f'  attribute {one.attribute}':<32}{one.true_positive_rate:>20.3f}"
+                f"{one.positives:>7}{one.positive_rate:>9.3f}{one.samples:>7}"
+            )
+        for name in ("equal_opportunity", "demographic_parity"):
+            text, value = (
+                f"{name.replace('_', ' ')} difference",
+                getattr(self, f"{name}_difference"),
+            )
+            ends = _ends(getattr(self, f"{name}_interval"))
+            lines.append(f"{text:<32}{value:>7.3f}, {self.confidence:.0%} interval {ends}")
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True, eq=False)
 class Accuracy:
     """Right answers and samples of each (class, attribute) group. Higher is better.
@@ -66,9 +137,9 @@ class Accuracy:
     Attributes
     ----------
     right, samples : Tensor, int64, shape (classes, attributes)
-        Attributes run from 0; there is one column where none was given.
+        Attributes are numbered from 0; without any there is one column.
     predicted : Tensor or None, int64, shape (classes, attributes)
-        How many samples of each attribute are taken for each class; `demographics` needs it.
+        How many samples of each attribute are predicted as each class; `demographics` needs it.
     train_samples : Tensor or None, int64, shape (classes, attributes)
         Samples of each group in the training data, the weights of `train_weighted`.
 
@@ -99,10 +170,9 @@ class Accuracy:
     @property
     def groups(self) -> dict[Group, float]:
         """Accuracy of each (class, attribute) group that has samples."""
-        right, samples = self.right.tolist(), self.samples.tolist()
+        shares = (self.right.double() / self.samples).tolist()
         return {
-            (row, column): right[row][column] / samples[row][column]
-            for row, column in self.samples.nonzero().tolist()
+            (row, column): shares[row][column] for row, column in self.samples.nonzero().tolist()
         }
 
     @property
@@ -130,7 +200,10 @@ class Accuracy:
         """
         if self.train_samples is None:
             return None
-        return float(self._shares() @ self._weights()["train_weighted"])
+        at = self.samples > 0
+        return float(
+            (self.right[at].double() / self.samples[at]) @ self._weights()["train_weighted"]
+        )
 
     @property
     def balanced(self) -> float:
@@ -140,38 +213,29 @@ class Accuracy:
     @property
     def averages(self) -> dict[Average, float]:
         """The averages by their names; ``train_weighted`` only where it is known."""
-        named: dict[Average, float | None] = {
-            "average": self.average,
-            "train_weighted": self.train_weighted,
-            "balanced": self.balanced,
-        }
-        return {name: value for name, value in named.items() if value is not None}
+        found = {"average": self.average, "balanced": self.balanced}
+        if (weighted := self.train_weighted) is not None:
+            found["train_weighted"] = weighted
+        return {name: found[name] for name in AVERAGES if name in found}
 
     def gap(self, average: Average = "average") -> float:
         """Return an average less the worst-group accuracy. Lower is better.
 
-        Parameters
-        ----------
-        average : {"average", "train_weighted", "balanced"}
-            Which of them.
-
         Raises
         ------
         ValueError
-            If there is no such average.
+            If there is no such average; ``train_weighted`` needs ``train_samples``.
         """
         known = self.averages
-        if average not in known:
-            hint = "; train_weighted needs train_samples" if average == "train_weighted" else ""
-            raise ValueError(f"average: {average!r} given; it is one of {', '.join(known)}{hint}")
-        return known[average] - self.worst
+        if average == "train_weighted":
+            require(average in known, "average", average, "it needs train_samples")
+        return known[one_of(average, known, "average")] - self.worst
 
     def of(self, *classes: int) -> float:
         """Accuracy over the samples of some classes (A_t of class unlearning)."""
-        at = list(classes)
-        known = range(len(self.samples))
-        if not at or any(row not in known for row in at) or not self.samples[at].sum():
-            raise ValueError(f"classes: no samples of {at}")
+        at = [row for row in classes if 0 <= row < len(self.samples)]
+        if len(at) < len(classes) or not self.samples[at].sum():
+            raise ValueError(f"classes: no samples of {[*classes]}")
         return int(self.right[at].sum()) / int(self.samples[at].sum())
 
     def rest(self, *classes: int) -> float:
@@ -183,46 +247,34 @@ class Accuracy:
     ) -> GroupIntervals:
         """Return bootstrap intervals of all figures.
 
-        Samples are drawn anew within each group, since the sizes of the groups are a choice of
-        whoever made the data. The worst group is looked for in each resample, so that its interval
-        is that of a minimum and reaches low where several groups are nearly as bad. The interval of
-        a group with no wrong answer has no width, however few its samples are.
-
-        Parameters
-        ----------
-        confidence : float
-            Share of the resamples inside each interval.
-        resamples : int
-        seed : int
+        Samples are drawn anew within each group, whose size is a choice of whoever made the data;
+        an interval holds ``confidence`` of the resamples. The worst group is that of each resample,
+        so that its interval is that of a minimum and reaches low where several groups are nearly
+        as bad. The interval of a group with no wrong answer has no width, however few its samples.
         """
         check_bootstrap(confidence, resamples, seed)
         at = self.samples > 0
         draws = resampled_shares(self.right[at], self.samples[at], resamples=resamples, seed=seed)
         worst = draws.min(1)
         averages = {name: draws @ weights.numpy() for name, weights in self._weights().items()}
+
+        def interval(drawn: Any) -> Interval:
+            return percentile_interval(drawn, confidence)
+
         return GroupIntervals(
             confidence,
             resamples,
             seed,
-            {
-                group: percentile_interval(drawn, confidence)
-                for group, drawn in zip(self.groups, draws.T, strict=True)
-            },
-            percentile_interval(worst, confidence),
-            {name: percentile_interval(drawn, confidence) for name, drawn in averages.items()},
-            {
-                name: percentile_interval(drawn - worst, confidence)
-                for name, drawn in averages.items()
-            },
+            dict(zip(self.groups, map(interval, draws.T), strict=True)),
+            interval(worst),
+            {name: interval(drawn) for name, drawn in averages.items()},
+            {name: interval(drawn - worst) for name, drawn in averages.items()},
         )
 
     def demographics(self, positive: int) -> Demographics:
-        """Return how unequally a class is given to the groups of people that attributes stand for.
+        """Return how unequally a class is predicted for the groups of people in the attribute.
 
-        Parameters
-        ----------
-        positive : int
-            The class that is a benefit, such as "granted".
+        ``positive`` is the class that is a benefit, such as "granted".
 
         Raises
         ------
@@ -232,7 +284,31 @@ class Accuracy:
         """
         if self.predicted is None:
             raise ValueError("predicted: not counted; evaluate_groups counts it")
-        return demographics(self.right, self.samples, self.predicted, positive)
+        (positive,) = class_list(positive, len(self.samples))
+        people = self.samples.sum(0)
+        known = people.nonzero()[:, 0]
+        if len(known) < 2:
+            raise ValueError(
+                f"groups: samples of {len(known)} attribute; differences need two or more, given "
+                "to evaluate_groups as groups"
+            )
+        for attribute in known[self.samples[positive, known] == 0].tolist():
+            raise ValueError(
+                f"positive: attribute {attribute} has no samples of class {positive}; a true "
+                "positive rate needs some of each attribute"
+            )
+        columns, differences = [known.tolist()], []
+        for hits, total in (
+            (self.right[positive, known], self.samples[positive, known]),
+            (self.predicted[positive, known], people[known]),
+        ):
+            rates = (hits.double() / total).tolist()
+            draws = resampled_shares(hits, total, resamples=RESAMPLES, seed=SEED)
+            interval = percentile_interval(draws.max(1) - draws.min(1), CONFIDENCE)
+            differences.append((max(rates) - min(rates), interval))
+            columns += [rates, total.tolist()]
+        opportunity, parity = differences
+        return Demographics(positive, *opportunity, *parity, tuple(map(Rate, *columns)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as JSON values.
@@ -243,50 +319,36 @@ class Accuracy:
         their ``accuracy``, ``interval``, ``gap`` and ``gap_interval``; ``train_weighted`` is None
         where it is not known. ``samples`` counts all, ``bootstrap`` says how intervals were made.
         """
-        intervals = self.intervals()
-        listed = {
-            (label, attribute): {
-                "class": label,
-                "attribute": attribute,
-                "samples": int(self.samples[label, attribute]),
-                "right": int(self.right[label, attribute]),
-                "accuracy": accuracy,
-                "interval": list(intervals.groups[label, attribute]),
-            }
-            for (label, attribute), accuracy in self.groups.items()
-        }
-        averages = {
-            name: {
-                "accuracy": value,
-                "interval": list(intervals.averages[name]),
-                "gap": self.gap(name),
-                "gap_interval": list(intervals.gaps[name]),
-            }
-            for name, value in self.averages.items()
-        }
+        found = self.intervals()
+        listed: dict[Group, dict[str, Any]] = {}
+        for group, accuracy in self.groups.items():
+            row: dict[str, Any] = {"class": group[0], "attribute": group[1]}
+            row |= {"samples": int(self.samples[group]), "right": int(self.right[group])}
+            row |= {"accuracy": accuracy, "interval": list(found.groups[group])}
+            listed[group] = row
+        averages: dict[str, Any] = dict.fromkeys(AVERAGES)
+        for name, value in self.averages.items():
+            row = {"accuracy": value, "interval": list(found.averages[name])}
+            averages[name] = row | {"gap": self.gap(name), "gap_interval": list(found.gaps[name])}
         return {
             "samples": int(self.samples.sum()),
             "groups": [*listed.values()],
-            "worst": {**listed[self.worst_group], "interval": list(intervals.worst)},
-            **{name: averages.get(name) for name in AVERAGES},
-            "bootstrap": {
-                "confidence": intervals.confidence,
-                "resamples": intervals.resamples,
-                "seed": intervals.seed,
-            },
+            "worst": {**listed[self.worst_group], "interval": list(found.worst)},
+            **averages,
+            "bootstrap": {key: getattr(found, key) for key in ("confidence", "resamples", "seed")},
         }
 
     def __str__(self) -> str:
         intervals, groups = self.intervals(), self.groups
         shown = sorted(sorted(groups, key=lambda group: groups[group])[:LINES])
         some = f", the {LINES} lowest of {len(groups)}" if len(shown) < len(groups) else ""
-        interval = f"{intervals.confidence:.0%} interval"
-        lines = [_row(f"accuracy by group{some}", ["samples", "accuracy", interval])]
+        head = ["samples", "accuracy", f"{intervals.confidence:.0%} interval"]
+        lines = [_row(f"accuracy by group{some}", head)]
         for group in shown:
             lines.append(self._line(f"  {self._name(group)}", group, intervals.groups[group]))
         worst = f"worst: {self._name(self.worst_group)}"
         lines += [self._line(worst, self.worst_group, intervals.worst), ""]
-        lines.append(_row("", ["samples", "accuracy", interval, "gap to worst", interval]))
+        lines.append(_row("", [*head, "gap to worst", head[-1]]))
         for name, value in self.averages.items():
             cells = [str(int(self.samples.sum())), f"{value:.3f}", _ends(intervals.averages[name])]
             cells += [f"{self.gap(name):.3f}", _ends(intervals.gaps[name])]
@@ -298,14 +360,8 @@ class Accuracy:
         return _row(text, cells)
 
     def _name(self, group: Group) -> str:
-        label, attribute = group
         named = self.samples.shape[1] > 1
-        return f"class {label}, attribute {attribute}" if named else f"class {label}"
-
-    def _shares(self) -> Tensor:
-        """Return the accuracy of each group that has samples, float64, shape (G,)."""
-        at = self.samples > 0
-        return self.right[at].double() / self.samples[at]
+        return f"class {group[0]}" + (f", attribute {group[1]}" if named else "")
 
     def _weights(self) -> dict[Average, Tensor]:
         """Return the weight of each group that has samples in each average, shape (G,)."""

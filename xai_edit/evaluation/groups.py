@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import predict
-from xai_edit.attribution.targets import check_classes
+from xai_edit.checks import finite, in_range, with_labels
 from xai_edit.counting import add_counts, count_by_group
 from xai_edit.data import (
     Attribute,
@@ -17,7 +17,6 @@ from xai_edit.data import (
     model_device,
 )
 from xai_edit.edits.head import HeadFeatures
-from xai_edit.errors import NonFiniteError
 from xai_edit.evaluation.group_figures import Accuracy, check_train_samples
 from xai_edit.guard import preserved
 
@@ -64,27 +63,24 @@ def evaluate_groups(
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             logits = predict(model, batch.inputs)
-            if batch.labels is None:
-                raise ValueError("data: has no labels; give (input, label) batches")
-            check_classes(batch.labels, logits.shape[1], "labels")
+            labels = with_labels(batch.labels)
+            in_range(labels, logits.shape[1], "labels")
             has_groups.add(groups is not None or batch.groups is not None)
             if len(has_groups) > 1:
                 raise ValueError("data: some batches have groups and some have none")
             attribute = attribute_of(groups, batch, start, "groups") if True in has_groups else None
             start += len(batch)
-            counted = count_by_group(logits.argmax(1), batch.labels, logits.shape[1], attribute)
+            counted = count_by_group(logits.argmax(1), labels, logits.shape[1], attribute)
             counts = add_counts(counts, counted)
     check_length(groups, start, "groups")
-    right, samples, predicted = counts
-    return Accuracy(right, samples, predicted, train_samples)
+    return Accuracy(counts[0], counts[1], counts[2], train_samples)
 
 
 def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) -> Accuracy:
-    """Count as `evaluate_groups` does from the cached inputs of the last layer, in no pass at all.
+    """Count right answers as `evaluate_groups`, from cached inputs of the last layer.
 
     ``evaluate_head(head.edited(edit))`` is the accuracy of the network with an edit of its last
-    layer. Logits are computed in float64, so that two which the network holds for equal may be
-    told apart.
+    layer. Logits are computed in float64, so that two may differ that are equal in the network.
 
     Parameters
     ----------
@@ -103,9 +99,6 @@ def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) ->
         See `evaluate_groups`.
     """
     labels, logits = head.require_labels(), head.logits()
-    if not torch.isfinite(logits).all():
-        raise NonFiniteError("head: its logits are NaN or infinite")
-    right, samples, predicted = count_by_group(
-        logits.argmax(1), labels, logits.shape[1], head.attribute
-    )
-    return Accuracy(right, samples, predicted, train_samples)
+    predicted = finite(logits, "head: its logits").argmax(1)
+    counts = count_by_group(predicted, labels, logits.shape[1], head.attribute)
+    return Accuracy(counts[0], counts[1], counts[2], train_samples)

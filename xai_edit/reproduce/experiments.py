@@ -1,72 +1,30 @@
-"""The data sets and networks of the unlearning paper's tables, and what a user may choose."""
+"""What all reproductions share: the user's options, the loop over seeds, and runs that go on."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
-import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import nn
+from tqdm import tqdm
 
-from xai_edit.datasets.papers import ImageSet, cifar10, cifar100, imagenet, mnist
-from xai_edit.models.papers import ResNet20, all_cnn, conv_2net, vgg_like
+from xai_edit.checks import distinct, one_of, require
+from xai_edit.datasets.papers import Epochs, ImageSet
+from xai_edit.edits.edit import versions
+from xai_edit.files import clear_parts, write_atomically
+from xai_edit.reproduce.networks import build, load_weights
+from xai_edit.reproduce.training import fit
 
-RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
-PATTERNS = ("patternnet", "patternnet+-", "patternattribution", "patternattribution+-")
+Results: TypeAlias = dict[str, Any]
+Table: TypeAlias = list[list[str]]
+"""Rows of cells, the first of which is the head."""
 
-NAMES = (
-    *("path perturbation (auto)", "path perturbation (auto class row)", "path perturbation"),
-    *("path perturbation (class row)", "path noise (Gaussian)", "path noise (Laplacian)"),
-    *("one weight (SCA)", "logit mask", "synaptic dampening"),
-    *("random labels", "negative gradient", "boundary shrink", "boundary expanding"),
-    *(TRAINED := ("amnesiac", "retrain")),
-)
-"""The methods of the tables; those of ``TRAINED`` only where the network is trained here."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One data set of the paper."""
-
-    read: Callable[..., ImageSet]
-    network: str
-    share: float  # of the paper's best row
-    shares: tuple[float, ...]
-    ks: tuple[int, ...]
-    classes: tuple[int, ...]  # that are forgotten, one at a time
-    side: int
-    epochs: int
-    rules: tuple[str, ...] = RULES
-    training: dict[str, float] = field(default_factory=dict)  # arguments of `fit`
-    flip: bool = False  # images are mirrored by chance in training
-
-
-COLOURED: dict[str, Any] = {
-    "training": {"learning_rate": 3e-3, "weight_decay": 1e-2},
-    "flip": True,
-}
-EXPERIMENTS = {
-    "npp-mnist": Experiment(
-        mnist, "all-cnn", 0.2, (0.04, 0.08, 0.12, 0.16, 0.2, 0.24), (50, 100), tuple(range(10)),
-        28, 5, (*RULES, *PATTERNS),
-    ),
-    "npp-cifar10": Experiment(
-        cifar10, "resnet50", 0.25, (0.1, 0.15, 0.2, 0.25, 0.3), (150, 200), tuple(range(10)),
-        224, 10, **COLOURED,
-    ),
-    "npp-cifar100": Experiment(
-        cifar100, "resnet50", 0.1, (0.075, 0.1, 0.125), (150, 200), (0,), 224, 10, **COLOURED
-    ),
-    "npp-imagenet": Experiment(
-        imagenet, "vgg16", 0.1, (0.02, 0.04, 0.08, 0.1, 0.12), (100, 150, 200), (0,), 224, 10,
-        **COLOURED,
-    ),
-}  # fmt: skip
+BATCH = 128  # images a step of training
 
 
 @dataclass(frozen=True)
@@ -88,55 +46,151 @@ class Options:
     quiet: bool = False
     command: str = ""
 
+    def wants(self, method: str) -> bool:
+        """Return whether a method is to be run; without ``methods`` all are."""
+        return self.methods is None or method in self.methods
 
-def build(network: str, channels: int, classes: int, side: int) -> nn.Module:
-    """Return an untrained network by name; ``all-cnn:0.25``, ``vgg-like:0.25``: a quarter as wide.
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction(ABC):
+    """A table or figure of a paper: its data, its network, its methods and what is measured.
+
+    Attributes
+    ----------
+    name, title : str
+        As on the command line, and what it shows.
+    read : callable
+        Reads a split of the data: ``read(folder, split)`` or ``read(folder, split, side)``.
+    network : str
+        See `build`.
+    epochs : int
+        Of training.
+    side : int or None
+        Of the images; None where the reader has one size.
+    training : mapping
+        Arguments of `fit`.
+    flip : bool
+        Whether images are mirrored by chance in training.
+    """
+
+    name: str
+    title: str
+    read: Callable[..., ImageSet]
+    network: str
+    epochs: int
+    side: int | None = None
+    training: Mapping[str, float] = field(default_factory=dict)
+    flip: bool = False
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    methods: ClassVar[Collection[str]] = ()  # that are compared and that a user may choose from
+
+    @abstractmethod
+    def summary(self, results: Mapping[str, Any]) -> Results:
+        """Return the means and spreads of a run's results that its tables and figures show."""
+
+    @abstractmethod
+    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
+        """Return the tables of a summary, with the paper's figures beside, by their titles."""
+
+    def run(self, options: Options) -> Results:
+        """Measure what ``results.json`` does not have yet, and write it after each part.
+
+        Raises
+        ------
+        ValueError, OSError
+            If the data or the network is not there, an option is wrong, or the folder has a run
+            with other settings.
+        """
+        for method in options.methods or ():
+            require(bool(self.methods), "methods", method, f"{self.name} has none to choose from")
+            one_of(method, self.methods, "methods")
+        distinct(options.seeds, "seeds", "name each seed once")
+        images = self.images(options)
+        results, path = opened(options, self.setting(options, *images))
+        for _ in self.measured(options, results, *images):
+            write_atomically(path, json.dumps(results, indent=1).encode())
+        return results
+
+    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return what is measured on the network of one seed, as JSON values."""
+        raise NotImplementedError
+
+    def measured(self, options: Options, results: Results, *images: ImageSet) -> Iterator[None]:
+        """Add seed after seed to the results, yielding after each."""
+        found = results.setdefault("seeds", {})
+        todo = [seed for seed in options.seeds if str(seed) not in found]
+        for seed in tqdm(todo, desc=self.name, unit="seed", disable=options.quiet):
+            found[str(seed)] = self.one_seed(options, seed, *images)
+            yield
+
+    def images(self, options: Options) -> list[ImageSet]:
+        """Read the splits, at most ``limit`` images a class of each."""
+        side = {} if self.side is None else {"side": options.side or self.side}
+        read = [self.read(options.data_root, split, **side) for split in self.splits]
+        chosen = self.chosen(options, read)
+        return chosen if options.limit is None else [one.first(options.limit) for one in chosen]
+
+    def chosen(self, options: Options, images: list[ImageSet]) -> list[ImageSet]:
+        """Return the images that the run is about."""
+        return images
+
+    def setting(self, options: Options, *images: ImageSet) -> dict[str, Any]:
+        """Return what has to be the same for a run to go on."""
+        sizes = {split: len(one) for split, one in zip(self.splits, images, strict=True)}
+        return {
+            "run": self.name,
+            "network": options.network or self.network,
+            "weights": options.weights,
+            "epochs": options.epochs or self.epochs,
+            "limit": options.limit,
+            "methods": None if options.methods is None else [*options.methods],
+            "images": {**sizes, "side": images[0].side},
+        }
+
+    def built(
+        self, options: Options, seed: int, images: ImageSet, classes: int | None = None
+    ) -> nn.Module:
+        """Return an untrained network; the seed draws its weights."""
+        torch.manual_seed(seed)
+        network = options.network or self.network
+        classes = classes or int(images.labels.max()) + 1
+        return build(network, len(images.mean), classes, images.side).to(options.device)
+
+    def trained(
+        self, options: Options, seed: int, images: ImageSet, classes: int | None = None
+    ) -> nn.Module:
+        """Return a network with the user's weights, else trained on the images."""
+        model = self.built(options, seed, images, classes)
+        if options.weights is not None:
+            return load_weights(model, options.network or self.network, options.weights)
+        batches = Epochs(images, 1000 * seed, BATCH, flip=self.flip)
+        return fit(model, batches, **self.schedule(options, images))
+
+    def schedule(self, options: Options, images: ImageSet, batch_size: int = BATCH) -> Any:
+        """Return the arguments of `fit` for batches of these images."""
+        steps = -(-len(images) // batch_size)
+        return {"epochs": options.epochs or self.epochs, "steps": steps, **self.training}
+
+
+def opened(options: Options, setting: Mapping[str, Any]) -> tuple[Results, Path]:
+    """Return what a run has measured so far, and the file it is written to.
 
     Raises
     ------
     ValueError
-        If there is none of this name.
+        If the folder holds a run with other settings, or a file that is no run.
     """
-    name, _, width = network.partition(":")
-    if name in ("all-cnn", "vgg-like"):
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.json"
+    clear_parts(options.out, path.name)
+    results: Any = {}
+    if path.is_file():
         try:
-            share = float(width or 1)
-        except ValueError:
-            share = math.nan
-        if not 0 < share < math.inf:
-            raise ValueError(
-                f"network: {network!r} given; {name}:0.25 has a quarter of the filters"
-            )
-        make = all_cnn if name == "all-cnn" else vgg_like
-        return make(channels=channels, classes=classes, width=share)
-    if name == "conv-2net":
-        return conv_2net(size=side, channels=channels, classes=classes)
-    if name == "resnet20":
-        return ResNet20(classes)
-    if name not in torchvision.models.list_models(torchvision.models):
-        raise ValueError(
-            f"network: {network!r} given; it is all-cnn, conv-2net, vgg-like, resnet20 or a "
-            "classifier of torchvision such as resnet50"
-        )
-    made: nn.Module = torchvision.models.get_model(name, num_classes=classes)
-    return made
-
-
-def load_weights(model: nn.Module, network: str, options: Options) -> nn.Module:
-    """Put weights into a network: a safetensors file, or torchvision's own ("DEFAULT").
-
-    Raises
-    ------
-    ValueError
-        If they do not fit, or the file is no whole safetensors file.
-    """
-    assert options.weights is not None
-    try:
-        if options.weights == "DEFAULT":
-            state = torchvision.models.get_model_weights(network).DEFAULT.get_state_dict()
-        else:
-            state = load_file(options.weights)
-        model.load_state_dict(state)
-    except (RuntimeError, SafetensorError) as problem:
-        raise ValueError(f"weights: {options.weights} do not fit {network}: {problem}") from None
-    return model.eval()
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise ValueError(f"out: {path} is damaged ({problem}); give another folder") from None
+        if not isinstance(results, dict):
+            raise ValueError(f"out: {path} is not of a run; give another folder")
+    if any(results.get(key, value) != value for key, value in setting.items()):
+        raise ValueError(f"out: {path} is of a run with other settings; give another folder")
+    return results | {**setting, "command": options.command, "versions": versions()}, path

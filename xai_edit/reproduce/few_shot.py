@@ -17,19 +17,18 @@ from xai_edit.attribution.layers import CONVOLUTIONS
 from xai_edit.attribution.scorers import LRP, Scorer
 from xai_edit.attribution.trace import following_batch_norms
 from xai_edit.attribution.units import Aggregate, UnitScores, score_units
-from xai_edit.datasets.papers import ImageSet, cifar10
+from xai_edit.datasets.papers import ImageSet
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.ranking import Prunable, prunable
 from xai_edit.edits.schedule import Schedule, pruned
-from xai_edit.reproduce.experiments import Options
-from xai_edit.reproduce.removal import trained
-from xai_edit.reproduce.runs import over_seeds
+from xai_edit.evaluation.groups import evaluate_groups
+from xai_edit.reproduce import summaries, tables
+from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
 
-NETWORK, EPOCHS = "resnet20", 10
 SHARES = tuple(percent / 100 for percent in range(5, 65, 5))
 REFERENCES = 10  # training images a class that filters are scored on
 MEASURED = 50  # test images a class, of all ten classes
-CLASSES = 3  # that are told apart in the class-restricted task
+CLASSES = 3  # of the restricted task
 DRAWS = 4  # of so many classes
 RESTRICTED_SHARE = 0.4
 RESTRICTED_MEASURED = 100  # test images of each of those classes
@@ -45,7 +44,7 @@ class Criterion:
         Gives the scorer of a seed.
     behind_norm : bool
         Scores are read behind the batch norm that follows a convolution, which is what pruning
-        switches off. The relevance of both places is one, as the norm is merged for LRP.
+        switches off. LRP merges the norm, so that both places have one relevance.
     aggregate : {"abs", "sum"}
         Whether samples are summed by their absolute values, or with their signs and the absolute
         value is that of the sum.
@@ -76,93 +75,65 @@ METHODS = {
 }
 
 
-def prune_few_shot(name: str, options: Options) -> dict[str, Any]:
-    """Prune a network for CIFAR-10 by every criterion, for all classes and for three of them.
+@dataclass(frozen=True, kw_only=True)
+class FewShotPruning(Reproduction):
+    """Every criterion, for all classes and for three of them.
 
     Yeom et al. 2021, *Pruning by explaining*; Hatefi et al. 2024, *Pruning by explaining
     revisited*. Batch norms keep their statistics: nothing is trained or calibrated afterwards.
-
-    Raises
-    ------
-    ValueError, OSError
-        If the data or the network is not there, or a method is unknown.
     """
-    for method in options.methods or ():
-        if method not in METHODS:
-            raise ValueError(f"methods: {method!r} given; they are {'; '.join(METHODS)}")
-    methods = {key: METHODS[key] for key in options.methods or METHODS}
-    options = replace(options, epochs=options.epochs or EPOCHS)
-    side = options.side or 32
-    train, test = (cifar10(options.data_root, split, side) for split in ("train", "test"))
-    if options.limit is not None:
-        train, test = train.first(options.limit), test.first(options.limit)
 
-    def one_seed(seed: int) -> dict[str, Any]:
-        model = trained(train, options, NETWORK, seed)
-        return _compared(model, train, test, methods, seed)
+    methods = tuple(METHODS)
 
-    setting = {
-        "run": name,
-        "network": options.network or NETWORK,
-        "weights": options.weights,
-        "epochs": None if options.weights else options.epochs,
-        "limit": options.limit,
-        "images": {"train": len(train), "test": len(test), "side": side},
-        "references": REFERENCES,
-        "shares": [*SHARES],
-        "restricted_share": RESTRICTED_SHARE,
-        "methods": [*methods],
-    }
-    return over_seeds(options, setting, one_seed)
+    def setting(self, options: Options, *images: ImageSet) -> dict[str, Any]:
+        """Return what has to be the same for a run to go on."""
+        return super().setting(options, *images) | {
+            "references": REFERENCES,
+            "shares": [*SHARES],
+            "restricted_share": RESTRICTED_SHARE,
+            "methods": [*(options.methods or METHODS)],
+        }
 
+    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return accuracies by method and share, and on each draw of three classes."""
+        model = self.trained(options, seed, images[0])
+        methods = {key: METHODS[key] for key in options.methods or METHODS}
+        generator = torch.Generator().manual_seed(seed)
+        train, test = (one[torch.randperm(len(one), generator=generator)] for one in images)
+        references = train.first(REFERENCES)
+        found = filters(model, references)
+        every = [*range(int(test.labels.max()) + 1)]
 
-@dataclass(frozen=True)
-class _Task:
-    """Images that filters are scored on, others that measure, and the classes to choose from."""
+        def curve(own: ImageSet, criterion: Criterion, shares: Sequence[float]) -> list[float]:
+            plan = planned(model, own, found, criterion, seed)
+            after = []
+            for share in shares:
+                with plan(share).applied(model):
+                    after.append(accuracy(model, measured, classes))
+            return after
 
-    references: ImageSet
-    measured: ImageSet
-    classes: list[int]
+        classes, measured = every, test.first(MEASURED)
+        all_classes: dict[str, Any] = {"unpruned": accuracy(model, measured, classes)}
+        all_classes |= {key: curve(references, one, SHARES) for key, one in methods.items()}
+        restricted = []
+        for _ in range(DRAWS):
+            classes = sorted(torch.randperm(len(every), generator=generator)[:CLASSES].tolist())
+            among = torch.tensor(classes)
+            own, held = (one[torch.isin(one.labels, among)] for one in (references, test))
+            measured = held.first(RESTRICTED_MEASURED)
+            row = {"classes": classes, "unpruned": accuracy(model, measured, classes)}
+            for key, one in methods.items():
+                (row[key],) = curve(own, one, [RESTRICTED_SHARE])
+            restricted.append(row)
+        return {"all": all_classes, "restricted": restricted}
 
+    def summary(self, results: Mapping[str, Any]) -> Results:
+        """Return mean accuracies over seeds, and differences within a seed."""
+        return summaries.few_shot_pruning(results)
 
-def _compared(
-    model: nn.Module,
-    train: ImageSet,
-    test: ImageSet,
-    methods: Mapping[str, Criterion],
-    seed: int,
-) -> dict[str, Any]:
-    """Return accuracies of one draw: by method and share, and on each draw of three classes."""
-    generator = torch.Generator().manual_seed(seed)
-    train, test = (
-        images[torch.randperm(len(images), generator=generator)] for images in (train, test)
-    )
-    every = [*range(int(test.labels.max()) + 1)]
-    whole = _Task(train.first(REFERENCES), test.first(MEASURED), every)
-    found = filters(model, whole.references)
-
-    def curve(criterion: Criterion, task: _Task, shares: Sequence[float]) -> list[float]:
-        plan = planned(model, task.references, found, criterion, seed)
-        after = []
-        for share in shares:
-            with plan(share).applied(model):
-                after.append(accuracy(model, task.measured, task.classes))
-        return after
-
-    all_classes: dict[str, Any] = {"unpruned": accuracy(model, whole.measured, every)}
-    all_classes |= {key: curve(one, whole, SHARES) for key, one in methods.items()}
-    restricted = []
-    for _ in range(DRAWS):
-        classes = sorted(torch.randperm(len(every), generator=generator)[:CLASSES].tolist())
-        among = torch.tensor(classes)
-        own, held = (
-            images[torch.isin(images.labels, among)] for images in (whole.references, test)
-        )
-        task = _Task(own, held.first(RESTRICTED_MEASURED), classes)
-        row = {"classes": classes, "unpruned": accuracy(model, task.measured, classes)}
-        row |= {key: curve(one, task, [RESTRICTED_SHARE])[0] for key, one in methods.items()}
-        restricted.append(row)
-    return {"all": all_classes, "restricted": restricted}
+    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
+        """Return accuracies with their 95 % intervals over seeds, for both tasks."""
+        return tables.few_shot_pruning(summary)
 
 
 def filters(model: nn.Module, images: ImageSet) -> Prunable:
@@ -180,7 +151,7 @@ def planned(
     read = {layer: layer for layer in found.layers}
     if criterion.behind_norm:
         read |= following_batch_norms(model, inputs[:1], found.layers)
-    told = score_units(
+    at_places = score_units(
         model,
         images,
         criterion.scorer(seed),
@@ -188,8 +159,8 @@ def planned(
         target="label",
         aggregate=criterion.aggregate,
     )
-    sums = {layer: told.sums[place].abs() for layer, place in read.items()}
-    scores = UnitScores(sums, told.samples)
+    sums = {layer: at_places.sums[place].abs() for layer, place in read.items()}
+    scores = UnitScores(sums, at_places.samples)
 
     def plan(share: float) -> ModelEdit:
         schedule = Schedule(share, "global", 1)
@@ -198,13 +169,19 @@ def planned(
     return plan
 
 
+class _Restricted(nn.Module):
+    """A classifier of some of a model's classes."""
+
+    def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.classes = model, [*classes]
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)[:, self.classes]
+        return logits
+
+
 def accuracy(model: nn.Module, images: ImageSet, classes: Sequence[int]) -> float:
-    """Return the share of images whose class has the highest logit of some classes."""
-    device = next(model.parameters()).device
-    among = torch.tensor(classes)
-    right = 0
-    with torch.no_grad():
-        for inputs, labels, *_ in images:
-            logits: Tensor = model(inputs.to(device)).cpu()[:, among]
-            right += int((among[logits.argmax(1)] == labels).sum())
-    return right / len(images)
+    """Return the share of images whose class has the highest logit of some classes, sorted."""
+    labels = torch.searchsorted(torch.tensor([*classes]), images.labels)
+    return evaluate_groups(_Restricted(model, classes), replace(images, labels=labels)).average

@@ -2,261 +2,194 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torchvision
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
-from xai_edit.baselines.groups import erm, group_dro, jtt
 from xai_edit.baselines.robustness import LastLayerRetraining
-from xai_edit.datasets.groups import celeba, metashift, waterbirds
-from xai_edit.datasets.papers import ImageSet, mnist
+from xai_edit.datasets.papers import ImageSet
 from xai_edit.datasets.planting import Colours, Shortcut
+from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.fictitious import FictitiousClass
 from xai_edit.edits.head import HeadFeatures, collect_head_features
 from xai_edit.edits.leace import LEACE
 from xai_edit.evaluation.group_figures import Accuracy
 from xai_edit.evaluation.groups import evaluate_groups, evaluate_head
-from xai_edit.reproduce.experiments import Options, build, load_weights
-from xai_edit.reproduce.runs import over_seeds
+from xai_edit.reproduce import summaries, tables
+from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
+from xai_edit.reproduce.group_training import Training
+from xai_edit.reproduce.networks import load_weights
 
-TRAINED = ("group DRO", "JTT")  # methods that train from the start
-STRENGTHS = (0.9, 0.95, 0.97)  # ρ of the coloured digits
 LABELLED = 100  # images of each group that coloured digits are edited from
 RED_OR_GREEN = Colours([(255, 0, 0), (0, 255, 0)])
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the networks of a data set are trained; rates and penalties are those of the sources."""
+@dataclass(frozen=True, kw_only=True)
+class Neutralizing(Reproduction):
+    """Edits planned on the validation split beside methods that train, as in DFR.
 
-    network: str
-    epochs: int
-    batch_size: int
+    Training starts from the weights of ImageNet with ``weights="DEFAULT"``; a file is the trained
+    network itself, and methods that train are left out.
+
+    Attributes
+    ----------
+    batch_size : int
+    erm, group_dro, jtt : mapping
+        Learning rate and weight decay of each training; those of the sources.
+    first_epochs, upweight : int
+        Of JTT.
+    """
+
+    batch_size: int = 128
     erm: Mapping[str, Any]
     group_dro: Mapping[str, Any]
     jtt: Mapping[str, Any]
-
-
-PAPERS: dict[str, tuple[Callable[..., ImageSet], Recipe]] = {
-    "fcr-waterbirds": (
-        waterbirds,
-        Recipe(
-            "resnet50",
-            300,
-            128,
-            {"learning_rate": 1e-3, "weight_decay": 1e-4},
-            {"learning_rate": 1e-5, "weight_decay": 1.0},
-            {"learning_rate": 1e-5, "weight_decay": 1.0, "first_epochs": 60, "upweight": 100},
-        ),
-    ),
-    "fcr-celeba": (
-        celeba,
-        Recipe(
-            "resnet50",
-            50,
-            128,
-            {"learning_rate": 1e-4, "weight_decay": 1e-4},
-            {"learning_rate": 1e-5, "weight_decay": 0.1},
-            {"learning_rate": 1e-5, "weight_decay": 0.1, "first_epochs": 1, "upweight": 50},
-        ),
-    ),
-    # No source gives numbers for these groups: those of Waterbirds, with fewer epochs.
-    "fcr-metashift": (
-        metashift,
-        Recipe(
-            "resnet50",
-            100,
-            16,
-            {"learning_rate": 1e-4, "weight_decay": 1e-4},
-            {"learning_rate": 1e-5, "weight_decay": 1.0},
-            {"learning_rate": 1e-5, "weight_decay": 1.0, "first_epochs": 20, "upweight": 20},
-        ),
-    ),
-}
-COLOURED_DIGITS = Recipe(
-    "conv-2net",
-    2,
-    128,
-    {"learning_rate": 1e-2},
-    {"learning_rate": 1e-2, "weight_decay": 1e-2},
-    {"learning_rate": 1e-2, "first_epochs": 1, "upweight": 10},
-)
-
-
-def neutralize_published(name: str, options: Options) -> dict[str, Any]:
-    """Run Waterbirds, CelebA or MetaShift: edits planned on the validation split, as in DFR.
-
-    Training starts from the weights of ImageNet with ``weights="DEFAULT"``; with a file it is the
-    trained network itself, and methods that train are left out.
-
-    Raises
-    ------
-    ValueError, OSError
-        If the data or the network is not there.
-    """
-    _check_methods(options)
-    read, recipe = PAPERS[name]
-    extra = {} if options.side is None else {"side": options.side}
-    train, validation, test = (
-        read(options.data_root, split, **extra) for split in ("train", "val", "test")
+    first_epochs: int
+    upweight: int
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    methods = (
+        *("FCR: SCA", "FCR: SCA (least gap)", "FCR: SCA (one class)"),
+        *("FCR: gradient × activation", "FCR: exact", "LEACE", "DFR", "group DRO", "JTT"),
     )
-    if options.limit is not None:
-        train, validation, test = (one.first(options.limit) for one in (train, validation, test))
 
-    def one_seed(seed: int) -> dict[str, Any]:
-        return _compared(recipe, options, train, validation, test, seed)
+    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return the rows of all methods, and the sweep over rates."""
+        return self.compared(options, seed, *images)
 
-    return over_seeds(options, _setting(name, options, recipe, train, test), one_seed)
+    def compared(
+        self, options: Options, seed: int, train: ImageSet, validation: ImageSet, test: ImageSet
+    ) -> dict[str, Any]:
+        """Train a network, edit it by each method, and measure all on the test images."""
+        counts = train.counts()
+        epochs = options.epochs or self.epochs
+        training = partial(Training, epochs=epochs, batch_size=self.batch_size, seed=seed)
+        start = self.built(options, seed, train)
+        network, trains = options.network or self.network, options.weights in (None, "DEFAULT")
+        if options.weights == "DEFAULT":
+            _load_fitting(start, network)
+        if trains:
+            model = _edited(start, training(**self.erm).erm(start, train))
+        else:
+            assert options.weights is not None
+            model = load_weights(start, network, options.weights)
+        planning, held = (
+            collect_head_features(model, one, with_attribute=True) for one in (validation, test)
+        )
+        one_kind = planning.attribute is not None and len(planning.attribute.unique()) < 2
+        # MetaShift: all validation images are on shelves, so backgrounds are learned from training.
+        source = collect_head_features(model, train, with_attribute=True) if one_kind else planning
+        before = _figures(evaluate_head(held, train_samples=counts))
+        rows: list[dict[str, Any]] = [{"method": "unedited (ERM)", **before}]
+        for method, plan in _plans(model, source, planning).items():
+            if not options.wants(method):
+                continue
+            try:
+                edit = plan()
+            except ValueError as problem:
+                rows.append({"method": method, "refused": str(problem)})
+                continue
+            figures = _figures(evaluate_head(held.edited(edit), train_samples=counts))
+            more: dict[str, Any] = {
+                key: edit.origin[key] for key in ("rows", "reason") if key in edit.origin
+            }
+            rows.append({"method": method, **figures, "weights_changed": edit.size, **more})
+        dro, jtt = (training(**one, validation=validation) for one in (self.group_dro, self.jtt))
+        first = min(self.first_epochs, epochs)
+        trained: dict[str, Callable[..., ModelEdit]] = {
+            "group DRO": dro.group_dro,
+            "JTT": partial(jtt.jtt, first_epochs=first, upweight=self.upweight),
+        }
+        for method, train_it in trained.items():
+            if trains and options.wants(method):
+                other = _edited(start, train_it(start, train))
+                figures = _figures(evaluate_groups(other, test, train_samples=counts))
+                rows.append({"method": method, **figures})
+        return {"rows": rows, "sweeps": _sweeps(model, source, planning)}
+
+    def summary(self, results: Mapping[str, Any]) -> Results:
+        """Return figures by method, over seeds, and the sweep of the first seed."""
+        return summaries.neutralizing(results)
+
+    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
+        """Return Table 1: worst group, averages and gap."""
+        return tables.neutralizing(summary)
 
 
-def neutralize_colours(name: str, options: Options) -> dict[str, Any]:
-    """Run coloured digits: below 5 or not, where red and green go with it in a share ρ.
+@dataclass(frozen=True, kw_only=True)
+class NeutralizingColours(Neutralizing):
+    """Coloured digits: below 5 or not, where red and green agree with it in a share ρ.
 
-    Raises
-    ------
-    ValueError, OSError
-        As for `neutralize_published`.
+    Attributes
+    ----------
+    strengths : tuple of float
+        The shares ρ.
     """
-    _check_methods(options)
-    train, test = (
-        mnist(options.data_root, split).regrouped(lambda digit: (digit >= 5).long())
-        for split in ("train", "test")
-    )
-    if options.limit is not None:
-        train, test = train.first(options.limit), test.first(options.limit)
 
-    def one_seed(seed: int) -> dict[str, Any]:
+    strengths: tuple[float, ...]
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+
+    def chosen(self, options: Options, images: list[ImageSet]) -> list[ImageSet]:
+        """Return the digits in two classes."""
+        return [one.regrouped(lambda digit: (digit >= 5).long()) for one in images]
+
+    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return what is measured at each strength."""
+        train, test = images
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
         half, found = test[order], {}
         labelled = min(LABELLED, len(half) // 8)
-        for strength in STRENGTHS:
+        for strength in self.strengths:
             shortcut = Shortcut(RED_OR_GREEN, strength)
             both = shortcut.balanced(half, seed)
             # A digit is in both colours: planning takes the first images, measuring the others.
-            found[str(strength)] = _compared(
-                COLOURED_DIGITS,
-                options,
-                shortcut.train(train, seed),
-                both.first(labelled),
-                both.first(len(both), start=labelled),
-                seed,
-            )
+            planning, held = both.first(labelled), both.first(len(both), start=labelled)
+            coloured = shortcut.train(train, seed)
+            found[str(strength)] = self.compared(options, seed, coloured, planning, held)
         return found
 
-    return over_seeds(options, _setting(name, options, COLOURED_DIGITS, train, test), one_seed)
+
+def _edited(model: nn.Module, edit: ModelEdit) -> nn.Module:
+    """Return an edited copy, in evaluation mode."""
+    return edit.apply(copy.deepcopy(model)).eval()
 
 
-class _Samples(Dataset[tuple[Tensor, int, int]]):
-    """Images one by one, so that those in files need not be in memory together."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        ((inputs, label, attribute),) = self.images[torch.tensor([index])]
-        return inputs[0], int(label), int(attribute)
+def _load_fitting(model: nn.Module, network: str) -> None:
+    """Load the weights of ImageNet, but for the last layer where its classes differ."""
+    weights = torchvision.models.get_model_weights(network).DEFAULT.get_state_dict()
+    own = model.state_dict()
+    fitting = {key: value for key, value in weights.items() if value.shape == own[key].shape}
+    model.load_state_dict(own | fitting)
 
 
-METHODS = (
-    *("FCR: SCA", "FCR: SCA (least gap)", "FCR: SCA (one class)"),
-    *("FCR: gradient × activation", "FCR: exact", "LEACE", "DFR", *TRAINED),
-)
-
-
-def _compared(
-    recipe: Recipe,
-    options: Options,
-    train: ImageSet,
-    validation: ImageSet,
-    test: ImageSet,
-    seed: int,
-) -> dict[str, Any]:
-    """Train a network, edit it by each method, and measure all on the test images."""
-    counts = _counts(train)
-    fit: dict[str, Any] = {
-        "epochs": options.epochs or recipe.epochs,
-        "batch_size": recipe.batch_size,
-        "seed": seed,
-    }
-    make = partial(_built, recipe, options, train)
-    data = train if isinstance(train.source, Tensor) else _Samples(train)
-    if options.weights in (None, "DEFAULT"):
-        model = erm(make, data, **fit, **recipe.erm).model
-    else:
-        model = load_weights(make(), options.network or recipe.network, options)
-    planning, held = (
-        collect_head_features(model, images, with_attribute=True) for images in (validation, test)
-    )
-    one_kind = planning.attribute is not None and len(planning.attribute.unique()) < 2
-    # MetaShift: all validation images are on shelves, so backgrounds are learned from training.
-    source = collect_head_features(model, train, with_attribute=True) if one_kind else planning
-    rows = [{"method": "unedited (ERM)", **_figures(evaluate_head(held, train_samples=counts))}]
-    for method, plan in _edits(model, source, planning).items():
-        if not _wanted(options, method):
-            continue
-        try:
-            edit = plan()
-        except ValueError as problem:
-            rows.append({"method": method, "refused": str(problem)})
-            continue
-        told = _figures(evaluate_head(held.edited(edit), train_samples=counts))
-        more = {key: edit.origin[key] for key in ("rows", "reason") if key in edit.origin}
-        rows.append({"method": method, **told, "weights_changed": edit.size, **more})
-    if options.weights in (None, "DEFAULT"):
-        first = min(recipe.jtt["first_epochs"], fit["epochs"])
-        trained = {
-            "group DRO": partial(group_dro, make, data, validation=validation, **recipe.group_dro),
-            "JTT": partial(
-                jtt, make, data, validation=validation, **{**recipe.jtt, "first_epochs": first}
-            ),
-        }
-        for method, train_it in trained.items():
-            if not _wanted(options, method):
-                continue
-            other = train_it(**fit).model
-            figures = _figures(evaluate_groups(other, test, train_samples=counts))
-            rows.append({"method": method, **figures})
-    return {"rows": rows, "sweeps": _sweeps(model, source, planning)}
-
-
-def _wanted(options: Options, method: str) -> bool:
-    return options.methods is None or method in options.methods
-
-
-def _edits(
+def _plans(
     model: nn.Module, source: HeadFeatures, planning: HeadFeatures
-) -> dict[str, Callable[[], Any]]:
-    both: dict[str, Any] = {
-        "fictitious": [0, 1],
-        "validation": planning,
-    }  # each value speaks for a class
-    one: dict[str, Any] = {"fictitious": 1, "validation": planning}
-    plans: dict[str, Callable[..., Any]] = {
-        "FCR: SCA": partial(FictitiousClass().plan, **both),
-        "FCR: SCA (least gap)": partial(FictitiousClass(rate="least-gap").plan, **both),
-        "FCR: SCA (one class)": partial(FictitiousClass().plan, **one),
-        "FCR: gradient × activation": partial(FictitiousClass("gradient-activation").plan, **both),
-        "FCR: exact": partial(FictitiousClass("exact").plan, **both),
-        "LEACE": LEACE().plan,
+) -> dict[str, Callable[[], ModelEdit]]:
+    """Return what plans each edit of the last layer."""
+    one: dict[str, Any] = {"validation": planning}
+    both = {"fictitious": [0, 1], **one}  # each value of the attribute speaks for a class
+    return {
+        "FCR: SCA": partial(FictitiousClass().plan, model, source, **both),
+        "FCR: SCA (least gap)": partial(
+            FictitiousClass(rate="least-gap").plan, model, source, **both
+        ),
+        "FCR: SCA (one class)": partial(FictitiousClass().plan, model, source, **one),
+        "FCR: gradient × activation": partial(
+            FictitiousClass("gradient-activation").plan, model, source, **both
+        ),
+        "FCR: exact": partial(FictitiousClass("exact").plan, model, source, **both),
+        "LEACE": partial(LEACE().plan, model, source),
+        "DFR": partial(LastLayerRetraining(C="auto").plan, model, planning),
     }
-    made: dict[str, Callable[[], Any]] = {
-        name: partial(plan, model, source) for name, plan in plans.items()
-    }
-    made["DFR"] = partial(LastLayerRetraining(C="auto").plan, model, planning)
-    return made
 
 
 def _sweeps(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> list[dict[str, Any]]:
-    """Return the course over rates (Fig. 9) of the class that is favoured most."""
+    """Return worst group and average over rates (Fig. 9) of the class that is favoured most."""
     try:
         sweeps = FictitiousClass().sweep(model, source, fictitious=1, validation=planning)
     except ValueError as problem:
@@ -274,26 +207,6 @@ def _sweeps(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> l
     ]
 
 
-def _built(recipe: Recipe, options: Options, train: ImageSet) -> nn.Module:
-    name = options.network or recipe.network
-    channels = 3 if train.planted is not None else len(train.mean)
-    model = build(name, channels, int(train.labels.max()) + 1, train.side)
-    if options.weights == "DEFAULT":
-        weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict()
-        own = model.state_dict()
-        fitting = {key: value for key, value in weights.items() if value.shape == own[key].shape}
-        model.load_state_dict(own | fitting)
-    return model.to(options.device)
-
-
-def _counts(images: ImageSet) -> Tensor:
-    """Return the number of images of each group, int64, shape (classes, attributes)."""
-    assert images.attribute is not None
-    classes, attributes = int(images.labels.max()) + 1, int(images.attribute.max()) + 1
-    cells = images.labels * attributes + images.attribute
-    return cells.bincount(minlength=classes * attributes).view(classes, attributes)
-
-
 def _figures(accuracy: Accuracy) -> dict[str, Any]:
     return {
         "worst": accuracy.worst,
@@ -302,24 +215,4 @@ def _figures(accuracy: Accuracy) -> dict[str, Any]:
         "balanced": accuracy.balanced,
         "right": accuracy.right.tolist(),
         "samples": accuracy.samples.tolist(),
-    }
-
-
-def _check_methods(options: Options) -> None:
-    for method in options.methods or ():
-        if method not in METHODS:
-            raise ValueError(f"methods: {method!r} given; they are {'; '.join(METHODS)}")
-
-
-def _setting(
-    name: str, options: Options, recipe: Recipe, train: ImageSet, test: ImageSet
-) -> dict[str, Any]:
-    return {
-        "run": name,
-        "network": options.network or recipe.network,
-        "weights": options.weights,
-        "epochs": options.epochs or recipe.epochs,
-        "limit": options.limit,
-        "methods": None if options.methods is None else [*options.methods],
-        "images": {"train": len(train), "test": len(test), "side": train.side},
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
 from xai_edit.attribution.importance import TorchPruningImportance
@@ -25,7 +25,7 @@ from xai_edit.concepts.pca import PCA
 from xai_edit.concepts.prca import PRCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.datasets.papers import ImageSet
+from xai_edit.datasets.papers import Epochs, ImageSet
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
 
@@ -40,58 +40,49 @@ Found = tuple[Subspaces, list[int]]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The images of one draw.
+class Context:
+    """A network, its images, and what its methods share.
 
     Attributes
     ----------
+    model : nn.Module
+    layer : str
+        Where the subspaces are.
+    seed : int
     train : ImageSet
         With the mark on a share of the second class.
-    clean : ImageSet
-        The same images without it.
     planning : ImageSet
         Others, of both classes, each without or with the mark by chance: no pairs.
-    plain, marked : ImageSet
-        The planning images without and with it: pairs.
     test : ImageSet
         Others, each once without and once with it.
     """
 
+    model: nn.Module
+    layer: str
+    seed: int
     train: ImageSet
-    clean: ImageSet
     planning: ImageSet
-    plain: ImageSet
-    marked: ImageSet
     test: ImageSet
-
-
-class Context:
-    """A network with what its methods share, each made when it is first asked for."""
-
-    def __init__(self, model: nn.Module, parts: Parts, layer: str, seed: int) -> None:
-        self.model, self.parts, self.layer, self.seed = model, parts, layer, seed
-        self._features: Features | None = None
-        self._found: dict[str, Found] = {}
+    finders: dict[str, Found] = field(default_factory=dict)
 
     def references(self, *, clean: bool = False) -> ImageSet:
-        """Return reference images from training: as they come, or without the mark."""
-        train = self.parts.train
+        """Return reference images from training: as they come, or those without the mark."""
+        train = self.train
         assert train.attribute is not None
         rows = torch.arange(len(train)) if not clean else (train.attribute == 0).nonzero()[:, 0]
         chosen = torch.cat([rows[train.labels[rows] == label][:REFERENCES] for label in (0, 1)])
         return train[chosen]
 
+    @cached_property
     def features(self) -> Features:
-        """Return the features of the planning images, relevance being that for class 1."""
-        if self._features is None:
-            self._features = self.features_of(self.model)
-        return self._features
+        """The features of the planning images, relevance being that for class 1."""
+        return self.features_of(self.model)
 
     def features_of(self, network: nn.Module) -> Features:
-        """Return those of any state of the network."""
+        """Return those of another state of the network."""
         return collect_features(
             network,
-            self.parts.planning,
+            self.planning,
             layer=self.layer,
             scorer=LRP_PRUNING,
             target=1,
@@ -101,16 +92,23 @@ class Context:
 
     def found(self, finder: str) -> Found:
         """Return the subspaces of a finder, and which are the mark's."""
-        if finder not in self._found:
-            self._found[finder] = FINDERS[finder](self)
-        return self._found[finder]
+        if finder not in self.finders:
+            self.finders[finder] = FINDERS[finder](self)
+        return self.finders[finder]
+
+
+def marked(images: ImageSet, value: int) -> ImageSet:
+    """Return the images all without the mark (0) or all with it (1)."""
+    return replace(images, attribute=torch.full_like(images.labels, value))
 
 
 def paired_differences(context: Context) -> Found:
     """Return the main directions of what the mark changes in the same images; needs pairs."""
     both = [
-        collect_features(context.model, images, layer=context.layer, positions=None)
-        for images in (context.parts.plain, context.parts.marked)
+        collect_features(
+            context.model, marked(context.planning, value), layer=context.layer, positions=None
+        )
+        for value in (0, 1)
     ]
     change = (both[1].activations - both[0].activations).double()
     directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)[:, :RANK]
@@ -124,19 +122,19 @@ def _by_precision(subspaces: Subspaces, features: Features, count: int) -> Found
 
 
 def _of_relevance(kind: type[PCA] | type[PRCA], context: Context) -> Found:
-    return _by_precision(kind(None).fit(context.features()), context.features(), RANK)
+    return _by_precision(kind(None).fit(context.features), context.features, RANK)
 
 
 def _disentangled(context: Context) -> Found:
-    found = DRSA(4, seed=context.seed).fit(context.features())
-    return _by_precision(found, context.features(), 1)
+    found = DRSA(4, seed=context.seed).fit(context.features)
+    return _by_precision(found, context.features, 1)
 
 
 FINDERS: dict[str, Callable[[Context], Found]] = {
     "paired differences": paired_differences,
-    "CAV": lambda context: (CAV().fit(context.features()), [0]),
-    "CAV (logistic)": lambda context: (CAV("logistic").fit(context.features()), [0]),
-    "contrastive PCA": lambda context: (ContrastivePCA(RANK).fit(context.features()), [0]),
+    "CAV": lambda context: (CAV().fit(context.features), [0]),
+    "CAV (logistic)": lambda context: (CAV("logistic").fit(context.features), [0]),
+    "contrastive PCA": lambda context: (ContrastivePCA(RANK).fit(context.features), [0]),
     "PCA": partial(_of_relevance, PCA),
     "PRCA": partial(_of_relevance, PRCA),
     "DRSA": _disentangled,
@@ -195,7 +193,6 @@ FINE_TUNED_METHODS = (
     "random, ablation kept: contrastive PCA",
 )
 
-
 Tuned = tuple[str, float | None, nn.Module, Callable[[], ModelEdit]]
 
 
@@ -216,13 +213,11 @@ def fine_tuned(context: Context) -> Iterator[Tuned]:
     def aware(subspaces: Any) -> ConceptAwarePruning:
         return ConceptAwarePruning(layer, subspaces, [0], FINE_TUNED, LRP_PRUNING, steps=STEPS)
 
-    for kind, images in (("clean", context.parts.clean), ("biased", context.parts.train)):
+    for kind, images in (("clean", marked(context.train, 0)), ("biased", context.train)):
 
         def tuning(images: ImageSet = images) -> FineTuning:
             """Return one whose order of images starts anew, the same for every method."""
-            order = images.shuffled(seed, TUNING["batch_size"])
-            # Without their attribute biased images give no warning: none is wanted here.
-            return FineTuning(_Labelled(order), **TUNING, seed=seed)
+            return FineTuning(Epochs(images, seed, TUNING["batch_size"]), **TUNING, seed=seed)
 
         def planned(
             operator: Any,
@@ -264,14 +259,3 @@ def fine_tuned(context: Context) -> Iterator[Tuned]:
                 kept if "ablation kept" in method else context.model,
                 plan,
             )
-
-
-class _Labelled:
-    """Batches of images and labels, without the attribute."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, labels, *_ in self.images:
-            yield inputs, labels

@@ -1,59 +1,180 @@
-"""The tables of a run as text or Markdown, with the paper's figures beside ours."""
+"""The tables of the papers, made of a run's summary, with the paper's figures beside ours."""
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xai_edit.reproduce.published import METHODS, SWEEPS
+import numpy as np
+from scipy import stats
 
-Table = list[list[str]]  # the first row is the head
+from xai_edit.concepts.predictiveness import COLUMNS
+from xai_edit.reproduce.experiments import Table
+from xai_edit.reproduce.published import METHODS, SWEEPS, WORST_GROUPS
+from xai_edit.reproduce.summaries import FIRST, spread
+
+AHEAD = "CNP: contrastive PCA"  # that other methods are compared with
 PAPER = "the paper: A_t, A_g, F_r, s"
+Summary = Mapping[str, Any]
 
 
-def methods_table(results: Mapping[str, Any]) -> Table:
-    """Return Tables III to VI: mean ± standard deviation over classes and seeds, by method."""
-    paper = METHODS[results["run"].removeprefix("npp-")]
+def unlearning(summary: Summary) -> dict[str, Table]:
+    """Return Tables III to VI, then VII to X, one for each ranking: A_g / A_t by rule and share."""
+    data = summary["run"].removeprefix("npp-")
     rows = [["method", "A_t, test", "A_g, test", "A_t, train", "F_r, train", "s", "GB", PAPER]]
-    for method, told in results["table"].items():
-        published = paper.get(method)
+    for row in summary["rows"]:
+        published = METHODS[data].get(row["method"])
         a_t, a_g, f_r, _, seconds = published or (None,) * 5
         rows.append(
             [
-                method,
-                _spread(told, "forgotten_test"),
-                _spread(told, "rest_test"),
-                _spread(told, "forgotten_train"),
-                _spread(told, "forgetting_rate"),
-                f"{told['seconds'][0]:.2f}" if "seconds" in told else "",
-                f"{told['memory'][0] / 1e9:.2f}" if "memory" in told else "",
+                row["method"],
+                _deviation(row, "forgotten_test"),
+                _deviation(row, "rest_test"),
+                _deviation(row, "forgotten_train"),
+                _deviation(row, "forgetting_rate"),
+                f"{row['seconds'][0]:.2f}" if "seconds" in row else "",
+                f"{row['memory'][0] / 1e9:.2f}" if "memory" in row else "",
                 f"{a_t:.2f}, {a_g:.2f}, {f_r:.2f}, {seconds:.1f}" if published else "",
             ]
         )
-    return rows
-
-
-def sweep_tables(results: Mapping[str, Any]) -> dict[str, Table]:
-    """Return Tables VII to X, one for each ranking: A_g / A_t by rule and share, means."""
-    paper = SWEEPS[results["run"].removeprefix("npp-")]
-    tables = {}
-    measured = [sweep for sweep in results["sweeps"] if "refused" not in sweep]
-    for k in dict.fromkeys(sweep["k"] for sweep in measured):
-        chosen = [sweep for sweep in measured if sweep["k"] == k]
+    tables = {"methods": rows}
+    for k in dict.fromkeys(sweep["k"] for sweep in summary["sweeps"]):
+        chosen = [sweep for sweep in summary["sweeps"] if sweep["k"] == k]
         shares = chosen[0]["shares"]
         rows = [["rule", *(f"{share:.3g}" for share in shares)]]
-        for rule in dict.fromkeys(sweep["rule"] for sweep in chosen):
-            mine = [sweep for sweep in chosen if sweep["rule"] == rule]
-            pairs = zip(_mean(mine, "rest_test"), _mean(mine, "forgotten_test"), strict=True)
-            rows.append([rule, *(f"{rest:.3f} / {own:.3f}" for rest, own in pairs)])
-            published = paper.get(k, {}).get(rule, [])
-            if published:
-                told = [f"{rest:.2f} / {own:.3g}" for rest, own in published]
-                rows.append([f"{rule}, the paper", *told, *[""] * (len(shares) - len(told))])
+        for sweep in chosen:
+            pairs = zip(sweep["rest_test"], sweep["forgotten_test"], strict=True)
+            rows.append([sweep["rule"], *(f"{rest:.3f} / {own:.3f}" for rest, own in pairs)])
+            if paper := SWEEPS[data].get(k, {}).get(sweep["rule"], []):
+                cells = [f"{rest:.2f} / {own:.3g}" for rest, own in paper]
+                empty = [""] * (len(shares) - len(cells))
+                rows.append([f"{sweep['rule']}, the paper", *cells, *empty])
         name = "summed relevance" if k is None else f"occurrence among the {k} highest"
         tables[f"A_g / A_t, test, ranked by {name}"] = rows
     return tables
+
+
+def class_removal(summary: Summary) -> dict[str, Table]:
+    """Return Fig. 6 as tables; "others" is the mean change of the classes that stay."""
+    by_selection = [["selection", "weights", "A_t", "highest A_t", "others", "lowest change"]]
+    for row in summary["selections"]:
+        cells = [row["select"], str(row["n_weights"]), _deviation(row, "removed", of_sample=False)]
+        cells += [f"{row['highest_removed']:.3f}", f"{row['others_change'][0]:+.3f}"]
+        cells.append(f"{row['lowest_others_change']:+.3f}")
+        by_selection.append(cells)
+    counts = [*dict.fromkeys(n for row in summary["classes"] for n in row["by_weights"])]
+    by_class = [["class", "before", *(f"SCA, {n} weight{'s' * (n != '1')}" for n in counts)]]
+    for row in summary["classes"]:
+        means = [row["before"][0], *(row["by_weights"][n][0] for n in counts)]
+        by_class.append([str(row["class"]), *(f"{mean:.3f}" for mean in means)])
+    return {"one class removed": by_selection, "class by class (Fig. 6)": by_class}
+
+
+def several_classes_removal(summary: Summary) -> dict[str, Table]:
+    """Return Fig. 7 as a table: mean accuracy on the removed classes and on the others."""
+    table = [["classes removed", "selection", "removed", "retained", "retained before"]]
+    for row in summary["rows"]:
+        cells = (f"{row[key][0]:.3f}" for key in ("removed", "retained", "retained_before"))
+        table.append([str(row["count"]), row["select"], *cells])
+    return {"several classes removed (Fig. 7)": table}
+
+
+def digit_removal(summary: Summary) -> dict[str, Table]:
+    """Return Fig. 8 as tables: digits removed from a network of odd and even."""
+    names = {"sca": "SCA", "gradient-activation": "gradient × activation"}
+    rates, curves = summary["rates"], summary["curves"]
+    shown = [["rate r", *(f"{name}: removed / retained" for name in names.values())]]
+    for at in [*range(0, len(rates), 6), len(rates) - 1]:
+        pairs = (
+            (curves[select]["removed"][at], curves[select]["retained"][at]) for select in names
+        )
+        shown.append([f"{rates[at]:.5g}", *(f"{own:.3f} / {rest:.3f}" for own, rest in pairs)])
+    chosen = [["one weight a digit", "removed", "retained", "retained − removed"]]
+    for select, name in names.items():
+        removed, retained = (np.array(curves[select][key]) for key in ("removed", "retained"))
+        at = int((retained - removed).argmax())
+        label = f"{name}, one rate for all ({rates[at]:.3g})"
+        chosen.append([label, *_gap(removed[at], retained[at])])
+    for row in summary["chosen"]:
+        name = {"sca": "SCA, each its own rate", "exact": "exact"}[row["select"]]
+        label = f"{name}, tolerance {row['tolerance']:g}"
+        chosen.append([label, *_gap(row["removed"][0], row["retained"][0])])
+    return {"digits removed": chosen, "by rate (Fig. 8)": shown}
+
+
+def neutralizing(summary: Summary) -> dict[str, Table]:
+    """Return Table 1: worst group, averages and gap, mean ± standard deviation over seeds."""
+    paper = WORST_GROUPS.get(summary["run"].removeprefix("fcr-"), {})
+    head = ["method", "worst group", "average, train-weighted", "gap", "balanced", "weights"]
+    tables = {}
+    for strength, part in summary["parts"].items():
+        table = [[*head, *(["the paper: worst, gap"] if paper else [])]]
+        for row in part["rows"]:
+            cells = ["refused", *[""] * 4]
+            if "worst" in row:
+                figures = ("worst", "average", "gap", "balanced")
+                cells = [_deviation(row, key, of_sample=False) for key in figures]
+                cells.append("–".join(map(str, row.get("weights_changed", []))))
+            published = paper.get(row["method"])
+            beside = [f"{published[0] / 100:.3f}, {published[1] / 100:.3f}" if published else ""]
+            table.append([row["method"], *cells, *(beside if paper else [])])
+        tables[f"coloured digits, ρ = {strength}" if strength else "groups (Table 1)"] = table
+    return tables
+
+
+def pair_pruning(summary: Summary) -> dict[str, Table]:
+    """Return worst-group and balanced accuracy by method and share, and average precisions."""
+    tables: dict[str, Table] = {}
+    for strength, part in summary["parts"].items():
+        title = f"ρ = {strength}, {part['networks']} networks"
+        for name, table in _of_pair(part, summary["shares"]).items():
+            tables[f"{name}, {title}"] = table
+        if part["average_precision"]:
+            columns = [["subspaces taken", *(name.replace("_", " ") for name in COLUMNS)]]
+            for finder, means in part["average_precision"].items():
+                cells = [f"{means[name]:.3f}" if name in means else "–" for name in COLUMNS]
+                columns.append([finder, *cells])
+            tables[f"average precision, {title}"] = columns
+    return tables
+
+
+def _of_pair(part: Summary, shares: Sequence[float]) -> dict[str, Table]:
+    """Return the tables of one strength."""
+    rows: dict[tuple[str, float | None], Summary]
+    rows = {(row["method"], row["share"]): row for row in part["rows"]}
+    methods = [*dict.fromkeys(method for method, _ in rows)]
+    head = [f"{share:.0%} pruned" for share in shares]
+    worst, balanced, ahead = [[["method", "not pruned", *head]] for _ in range(3)]
+    ahead[0] = ["than", *head]
+    for method in methods:
+        mine = [rows.get((method, share), {}) for share in (None, *shares)]
+        worst.append([method, *(_interval(_spread(row.get("worst", []))) for row in mine)])
+        balanced.append([method, *(_interval(row.get("balanced")) for row in mine)])
+        if method != AHEAD:
+            # What is not pruned stands beside every share.
+            own = [rows.get((method, share), mine[0]).get("worst", []) for share in shares]
+            first = [rows.get((AHEAD, share), {}).get("worst", []) for share in shares]
+            pairs = [zip(*both, strict=False) for both in zip(first, own, strict=True)]
+            higher = [[a - b for a, b in pair if None not in (a, b)] for pair in pairs]
+            ahead.append([method, *(_interval(_spread(values)) for values in higher)])
+    tables = {"worst group": worst, "balanced accuracy": balanced}
+    return tables | ({f"worst group, {AHEAD} is higher by": ahead} if AHEAD in methods else {})
+
+
+def few_shot_pruning(summary: Summary) -> dict[str, Table]:
+    """Return mean accuracies with their 95 % intervals over seeds, for both tasks."""
+    by_share = [["criterion", *(f"{share:.0%}" for share in summary["shares"])]]
+    for method, means in summary["by_share"].items():
+        by_share.append([method, *(f"{mean:.3f}" for mean in means)])
+    unpruned, restricted = summary["unpruned"], summary["restricted_unpruned"]
+    task = f"three classes, {summary['restricted_share']:.0%} pruned, {restricted:.3f} unpruned"
+    seeds = f"{unpruned:.3f} unpruned, {summary['networks']} seeds"
+    return {
+        f"accuracy by share pruned, {seeds}": by_share,
+        "mean over the shares": _beside_first(summary["mean_over_shares"]),
+        task: _beside_first(summary["restricted"]),
+    }
 
 
 def text(tables: Mapping[str, Table]) -> str:
@@ -76,14 +197,39 @@ def _aligned(table: Table) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _spread(told: Mapping[str, Any], figure: str) -> str:
-    if figure not in told:
+def _beside_first(rows: Sequence[Summary]) -> Table:
+    table = [["criterion", "accuracy", f"{FIRST} is higher by"]]
+    for row in rows:
+        cells = (_interval(row.get(key), 3) for key in ("accuracy", "first_ahead"))
+        table.append([row["method"], *cells])
+    return table
+
+
+def _deviation(row: Summary, figure: str, *, of_sample: bool = True) -> str:
+    """Return a mean ± the standard deviation, of the sample or of just these values."""
+    if figure not in row:
         return "–"
-    mean, deviation, _ = told[figure]
+    mean, deviation, number = row[figure]
+    if not of_sample:
+        deviation *= math.sqrt((number - 1) / number)
     return f"{mean:.3f} ± {deviation:.3f}"
 
 
-def _mean(sweeps: Sequence[Mapping[str, Any]], figure: str) -> list[float]:
-    return [
-        statistics.mean(values) for values in zip(*(one[figure] for one in sweeps), strict=True)
-    ]
+def _interval(spread: Sequence[float] | None, digits: int = 2) -> str:
+    """Return a mean with its 95 % interval by Student's t where there are several values."""
+    if spread is None:
+        return ""
+    mean, deviation, number = spread
+    if number == 1:
+        return f"{mean:.3f}"
+    half = stats.t.ppf(0.975, number - 1) * deviation / math.sqrt(number)
+    return f"{mean:.3f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+
+
+def _spread(values: Sequence[float | None]) -> list[float] | None:
+    known = [value for value in values if value is not None]
+    return spread(known) if known else None
+
+
+def _gap(removed: float, retained: float) -> list[str]:
+    return [f"{removed:.3f}", f"{retained:.3f}", f"{retained - removed:.3f}"]

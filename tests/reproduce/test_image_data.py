@@ -5,20 +5,15 @@ from __future__ import annotations
 import gzip
 import pickle
 import shutil
-import struct
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import as_idx
 from PIL import Image
 
-from xai_edit.datasets.papers import ImageSet, cifar10, cifar100, imagenet, mnist
-
-
-def as_idx(array):
-    shape = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    return shape + array.tobytes()
+from xai_edit.reproduce.image_data import cifar10, cifar100, imagenet, mnist
 
 
 @pytest.fixture
@@ -117,21 +112,6 @@ def test_the_shared_files_hold_what_was_published(data_folder):
     assert torch.allclose(mean, torch.tensor([0.4942, 0.4851, 0.4504]), atol=1e-3)
 
 
-def test_an_order_is_random_changes_and_comes_again(tmp_path, data_folder):
-    few = mnist(data_folder, "test").first(3)
-    assert few.labels.bincount().tolist() == [3] * 10
-    assert few.first(1, start=2).labels.sort().values.tolist() == [*range(10)]
-
-    def orders(seed):
-        shuffled = few.shuffled(seed, batch_size=7)
-        return [torch.cat([labels for _, labels in shuffled]).tolist() for _ in range(2)]
-
-    assert orders(0) == orders(0)
-    one, two = orders(0)
-    assert one != two
-    assert sorted(one) == sorted(few.labels.tolist())
-
-
 @pytest.mark.parametrize("wrong", ["cut short or damaged", "not one label for each train image"])
 def test_mnist_of_which_a_part_is_missing_is_refused(tmp_path, random, wrong):
     images = random.integers(256, size=(7, 28, 28), dtype=np.uint8)
@@ -143,26 +123,3 @@ def test_mnist_of_which_a_part_is_missing_is_refused(tmp_path, random, wrong):
         (tmp_path / "mnist" / f"train-{kind}-ubyte.gz").write_bytes(packed[:end])
     with pytest.raises(ValueError, match=wrong):
         mnist(tmp_path, "train")
-
-
-def test_shifted_images_are_windows_of_their_reflected_selves_all_of_them_in_time():
-    pixels = torch.arange(36, dtype=torch.uint8).view(1, 1, 6, 6).repeat(64, 1, 1, 1)
-    images = ImageSet(pixels, torch.zeros(64).long(), (0.0,), (1.0,), 6)
-    moved = images.shuffled(0, 64, shift=1)
-    wide = torch.nn.functional.pad(pixels[:1].float(), (1,) * 4, mode="reflect")[0, 0]
-    windows = [wide[i : i + 6, j : j + 6] for i in range(3) for j in range(3)]
-    seen = set()
-    for inputs, _ in moved:
-        for image in inputs[:, 0]:
-            seen |= {next(k for k, w in enumerate(windows) if torch.allclose(255 * image, w))}
-    assert seen == set(range(9))
-    again = images.shuffled(0, 64, shift=1)
-    assert torch.equal(next(iter(again))[0], next(iter(images.shuffled(0, 64, shift=1)))[0])
-
-
-def test_a_shift_without_a_seed_or_beyond_the_image_is_refused():
-    pixels, labels = torch.zeros(2, 1, 6, 6).byte(), torch.zeros(2).long()
-    with pytest.raises(ValueError, match="shift: needs a seed"):
-        ImageSet(pixels, labels, (0.0,), (1.0,), 6, shift=1)
-    with pytest.raises(ValueError, match="shift: 6 given; images have 6 pixels a side"):
-        ImageSet(pixels, labels, (0.0,), (1.0,), 6, seed=0, shift=6)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from xai_edit.datasets.groups import celeba, metashift, parity_mnist, waterbirds
-from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, ImageSet
+from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD
+from xai_edit.reproduce.group_data import celeba, metashift, parity_mnist, waterbirds
 
 BIRDS = "waterbird_complete95_forest2water2"
 HEADER = "img_id,img_filename,y,split,place,place_filename"
@@ -202,52 +202,6 @@ def test_pets_that_are_missing_are_named(pets, tmp_path_factory):
         metashift(pets, "train")
     with pytest.raises(FileNotFoundError, match=r"MetaDatasetCatDog/train/cat/cat\(sofa\)"):
         metashift(tmp_path_factory.mktemp("empty"), "train")
-
-
-def small(labels, **more):
-    images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
-    return ImageSet(images, torch.tensor(labels), (0.0,), (1.0,), 2, **more)
-
-
-def test_the_attribute_goes_wherever_its_images_go():
-    labels, attribute = [0, 1, 0, 1, 0, 0, 1], torch.tensor([0, 0, 0, 1, 1, 0, 1])
-    images = small(labels, attribute=attribute)
-    pairs = dict(enumerate(attribute.tolist()))
-
-    def numbers(some):
-        inputs, _, told = (torch.cat(part) for part in zip(*some, strict=True))
-        found = (inputs[:, 0, 0, 0] * 255).round().int().tolist()
-        assert told.tolist() == [pairs[number] for number in found]
-        return found
-
-    assert numbers(images) == [*range(7)]
-    assert sorted(numbers(images.shuffled(0, batch_size=3))) == [*range(7)]
-    assert numbers(images[torch.tensor([4, 1])]) == [4, 1]
-    assert numbers(images[attribute == 1]) == [3, 4, 6]
-    assert numbers(images.first(1)) == [0, 1, 3, 4]  # of each group
-    assert numbers(images.first(2, start=1)) == [2, 5, 6]
-    plain = small(labels)
-    assert [len(batch) for batch in plain] == [2]
-    assert plain.first(2, start=1).source[:, 0, 0, 0].tolist() == [2, 3, 4, 6]  # of each class
-    assert len(plain.first(0)) == len(plain.first(0).first(3)) == 0
-
-
-def test_regrouping_makes_the_labels_the_attribute():
-    images = small([3, 0, 4, 1]).regrouped(lambda digit: digit >= 3)
-    assert images.labels.tolist() == [1, 0, 1, 0]
-    assert images.labels.dtype == torch.int64
-    assert images.attribute.tolist() == [3, 0, 4, 1]
-    with pytest.raises(ValueError, match=r"classes: values of shape \(4,\) and torch.float32"):
-        images.regrouped(lambda digit: digit / 2)
-    with pytest.raises(ValueError, match=r"classes: .*whole number from 0"):
-        images.regrouped(lambda digit: digit - 1)
-
-
-def test_an_attribute_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"attribute: values of shape \(3,\).* for 4 images"):
-        small([0, 1, 0, 1], attribute=torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="planted: given without an attribute"):
-        small([0, 1], planted=lambda pixels, attribute: pixels)
 
 
 def test_parity_of_the_real_digits(data_folder):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torchvision.datasets.folder import is_image_file
 
-from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, ImageSet, mnist
+from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, ImageSet
+from xai_edit.reproduce.image_data import mnist
 
 SPLITS = ("train", "val", "test")
 # What the files may say, in the order of the numbers it becomes.

@@ -1,4 +1,4 @@
-"""Training of the papers' networks from batches, so that data need not be in memory."""
+"""Training of the papers' networks with AdamW."""
 
 from __future__ import annotations
 

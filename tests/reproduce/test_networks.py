@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import xai_edit as xe
-from xai_edit.datasets.papers import cifar10
-from xai_edit.models.papers import ResNet20, all_cnn, conv_2net
+from xai_edit.reproduce.image_data import cifar10
+from xai_edit.reproduce.networks import ResNet20, all_cnn, conv_2net
 
 
 def test_all_cnn_has_the_filters_of_its_paper():

@@ -1,10 +1,66 @@
-"""The networks of the papers that torchvision does not have."""
+"""The networks of the papers, by name, and their weights."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+
+def build(network: str, channels: int, classes: int, side: int) -> nn.Module:
+    """Return an untrained network by name; ``all-cnn:0.25`` has a quarter of the filters.
+
+    Raises
+    ------
+    ValueError
+        If there is none of this name.
+    """
+    name, _, width = network.partition(":")
+    if name in ("all-cnn", "vgg-like"):
+        try:
+            share = float(width or 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < math.inf:
+            raise ValueError(
+                f"network: {network!r} given; {name}:0.25 has a quarter of the filters"
+            )
+        make = all_cnn if name == "all-cnn" else vgg_like
+        return make(channels=channels, classes=classes, width=share)
+    if name == "conv-2net":
+        return conv_2net(size=side, channels=channels, classes=classes)
+    if name == "resnet20":
+        return ResNet20(classes)
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(
+            f"network: {network!r} given; it is all-cnn, conv-2net, vgg-like, resnet20 or a "
+            "classifier of torchvision such as resnet50"
+        )
+    made: nn.Module = torchvision.models.get_model(name, num_classes=classes)
+    return made
+
+
+def load_weights(model: nn.Module, network: str, weights: str) -> nn.Module:
+    """Load a safetensors file, or torchvision's weights of ImageNet ("DEFAULT").
+
+    Raises
+    ------
+    ValueError
+        If they do not fit, or the file is no whole safetensors file.
+    """
+    try:
+        if weights == "DEFAULT":
+            state = torchvision.models.get_model_weights(network).DEFAULT.get_state_dict()
+        else:
+            state = load_file(weights)
+        model.load_state_dict(state)
+    except (RuntimeError, SafetensorError) as problem:
+        raise ValueError(f"weights: {weights} do not fit {network}: {problem}") from None
+    return model.eval()
 
 
 def all_cnn(
@@ -13,15 +69,12 @@ def all_cnn(
     """Return an untrained ALL-CNN: convolutions alone, then an average, then a linear layer.
 
     Springenberg et al. 2015, *Striving for Simplicity: The All Convolutional Net* (ALL-CNN-C), as
-    unlearning papers take it: with batch norm, and with a linear layer ``fc`` behind the average,
-    so that its inputs are the neurons before the output.
+    unlearning papers take it: with batch norm, and with a linear layer ``fc`` behind the average.
 
     Parameters
     ----------
-    channels : int
-        Of the images.
-    classes : int
-        Outputs.
+    channels, classes : int
+        Of the images, and outputs.
     width : float
         Factor on the filters of all convolutions but the last; 96 and 192 at 1.
     features : int
@@ -53,15 +106,8 @@ def all_cnn(
 def conv_2net(*, size: int = 32, channels: int = 3, classes: int = 10) -> nn.Sequential:
     """Return an untrained Conv-2Net: two convolutions with pooling, a hidden layer, a head.
 
-    The network of the fictitious class removal paper for CIFAR-10, which gives no sizes. The hidden
-    layer is ``fc1``, the head ``fc2``.
-
-    Parameters
-    ----------
-    size : int
-        Side of the square images.
-    channels, classes : int
-        Of the images, and outputs.
+    The network of the fictitious class removal paper for CIFAR-10, which gives no sizes, for square
+    images with sides of ``size`` pixels. The hidden layer is ``fc1``, the head ``fc2``.
     """
     side = size // 4  # after two poolings
     return nn.Sequential(
@@ -87,14 +133,7 @@ def vgg_like(*, channels: int = 3, classes: int = 10, width: float = 1.0) -> nn.
 
     Simonyan & Zisserman 2015, cut to the resolution of CIFAR-10, with batch norm, and an average
     in place of the hidden layers. Layers are ``conv1`` to ``conv6``, ``relu1`` to ``relu6`` and so
-    on, the head ``fc``.
-
-    Parameters
-    ----------
-    channels, classes : int
-        Of the images, and outputs.
-    width : float
-        Factor on the filters; 32, 64 and 128 at 1.
+    on, the head ``fc``; ``width`` is a factor on the filters, 32, 64 and 128 at 1.
     """
     body = nn.Sequential()
     for number, filters in enumerate((32, 32, 64, 64, 128, 128), start=1):

@@ -1,0 +1,262 @@
+"""Training against a spurious feature, from the start: plain, for the worst group, on errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.attribution.layers import predict
+from xai_edit.baselines.training import cross_entropy, fine_tuned, seeded
+from xai_edit.checks import positive, require, whole_number
+from xai_edit.data import Batch, model_device
+from xai_edit.datasets.papers import ImageSet
+from xai_edit.edits.edit import ModelEdit
+from xai_edit.evaluation.groups import evaluate_groups
+from xai_edit.guard import preserved
+
+Draw = Callable[[torch.Generator], Tensor]
+"""Draws the images of an epoch, as indices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a network is trained, whatever the method; each method gives a `ModelEdit`.
+
+    Stochastic gradient descent with momentum 0.9 at a fixed rate; batch norms follow the batches.
+    The model is only read. The edit's origin has the settings, and ``worst_groups``: the
+    worst-group accuracy on the validation images after each epoch.
+
+    Parameters
+    ----------
+    epochs : int
+    learning_rate : float
+    weight_decay : float
+        L2 penalty.
+    batch_size, seed : int
+        The seed orders the images; the same seed gives the same bits.
+    validation : ImageSet, optional
+        With the attribute. The network is kept as it was after the epoch of the highest
+        worst-group accuracy; after the last epoch without it.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or an attribute is missing.
+    """
+
+    epochs: int
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    batch_size: int = 64
+    seed: int = 0
+    validation: ImageSet | None = None
+
+    def __post_init__(self) -> None:
+        whole_number(self.epochs, "epochs", least=1)
+        positive(self.learning_rate, "learning_rate")
+        positive(self.weight_decay, "weight_decay", zero=True)
+        whole_number(self.batch_size, "batch_size", least=1)
+        if self.validation is not None:
+            _cells(self.validation, "validation")
+
+    def erm(self, model: nn.Module, images: ImageSet) -> ModelEdit:
+        """Train on the mean loss of all images: empirical risk minimisation (Vapnik 1992)."""
+        made, origin = self._trained(model, images, _shuffled(torch.arange(len(images))))
+        return ModelEdit.to_copy(model, made, {"operator": "erm", **origin})
+
+    def group_dro(
+        self,
+        model: nn.Module,
+        images: ImageSet,
+        *,
+        step_size: float = 0.01,
+        adjustment: float = 0.0,
+    ) -> ModelEdit:
+        """Train for the group of the highest loss: group distributionally robust optimisation.
+
+        Sagawa et al. 2020, *Distributionally robust neural networks for group shifts*, Algorithm
+        1, on batches in which every (class, attribute) group is drawn equally often; see
+        `GroupWeights`. It helps only where the network does not fit every training image: stop
+        early by ``validation``, or take a strong ``weight_decay``.
+
+        Parameters
+        ----------
+        model : nn.Module
+        images : ImageSet
+            With the attribute.
+        step_size : float
+            η of the groups' weights; 0 keeps them equal.
+        adjustment : float
+            C of Section 3.3: the weights add C/√n_g to the loss of a group of n_g images, since
+            a small group generalises worse than its training loss says. The paper tries 0 to 5.
+        """
+        positive(step_size, "step_size", zero=True)
+        positive(adjustment, "adjustment", zero=True)
+        cells = _cells(images)
+        sizes = cells.bincount()
+        chances = 1 / sizes[cells].double()
+
+        def balanced(generator: torch.Generator) -> Tensor:
+            return torch.multinomial(chances, len(cells), replacement=True, generator=generator)
+
+        weights = GroupWeights(sizes, step_size, adjustment)
+        made, origin = self._trained(model, images, balanced, loss=weights, cells=cells)
+        origin |= {"step_size": step_size, "adjustment": adjustment}
+        origin |= {"groups": images.counts().nonzero().tolist(), "sizes": sizes.tolist()}
+        origin["weights"] = weights.q.tolist()
+        return ModelEdit.to_copy(model, made, {"operator": "group_dro", **origin})
+
+    def jtt(
+        self, model: nn.Module, images: ImageSet, *, first_epochs: int, upweight: int
+    ) -> ModelEdit:
+        """Train twice: the second time the errors of the first, brief training count more.
+
+        Liu et al. 2021, *Just train twice: improving group robustness without training group
+        information*, Algorithm 1. Both trainings start from the same network. Only validation
+        needs groups.
+
+        Parameters
+        ----------
+        model : nn.Module
+        images : ImageSet
+        first_epochs : int
+            T, of the training that finds the errors. The method depends on it: the paper tunes it
+            by worst-group accuracy (1 on CelebA, 60 on Waterbirds).
+        upweight : int
+            λ_up: how often an error comes in each epoch of the second training (the paper: 50 on
+            CelebA, 100 on Waterbirds).
+
+        Raises
+        ------
+        ValueError
+            If the first network makes no errors.
+        """
+        whole_number(first_epochs, "first_epochs", least=1)
+        whole_number(upweight, "upweight", least=1)
+        every = torch.arange(len(images))
+        settings = {name: value for name, value in vars(self).items() if name != "validation"}
+        brief = Training(**settings | {"epochs": first_epochs})
+        errors = ~_right(brief._trained(model, images, _shuffled(every))[0], images)
+        works = f"the network is right about all {len(images)} images; train for fewer epochs"
+        require(bool(errors.any()), "first_epochs", first_epochs, works)
+        repeated = every.repeat_interleave(torch.where(errors, upweight, 1))
+        made, origin = self._trained(model, images, _shuffled(repeated))
+        origin |= {"first_epochs": first_epochs, "upweight": upweight}
+        origin["errors"] = int(errors.sum())
+        return ModelEdit.to_copy(model, made, {"operator": "jtt", **origin})
+
+    def _trained(
+        self,
+        model: nn.Module,
+        images: ImageSet,
+        draw: Draw,
+        *,
+        loss: Callable[[Tensor, Batch], Tensor] = cross_entropy,
+        cells: Tensor | None = None,
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Train a copy on the images that are drawn for each epoch; return it and its origin."""
+        worst: list[float] = []
+        best: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def epoch(number: int) -> Iterator[Batch]:
+            for rows in draw(generator).split(self.batch_size):
+                inputs, labels, *_ = images.batch(rows)
+                yield Batch(inputs, labels, None if cells is None else cells[rows])
+
+        def validate(network: nn.Module) -> None:
+            if self.validation is not None:
+                worst.append(evaluate_groups(network, self.validation).worst)
+                if worst[-1] > max(worst[:-1], default=-1.0):
+                    best.update({k: v.clone() for k, v in network.state_dict().items()})
+
+        with seeded(self.seed):
+            made, steps = fine_tuned(
+                model,
+                epoch,
+                epochs=self.epochs,
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+                seed=self.seed,
+                statistics=True,
+                loss=loss,
+                after_epoch=validate,
+            )
+        if best:
+            made.load_state_dict(best)
+        origin = {name: value for name, value in vars(self).items() if name != "validation"}
+        return made, {**origin, "samples": len(images), "steps": steps, "worst_groups": worst}
+
+
+@dataclass(eq=False)
+class GroupWeights:
+    """The loss of group DRO, and the weights of the groups, which rise with their losses.
+
+    Sagawa et al. 2020, Algorithm 1, for each group g in the batch and its mean loss ℓ_g::
+
+        q_g ← q_g · exp(η (ℓ_g + C/√n_g)),  then q ← q / Σ q
+        loss = Σ q_g ℓ_g
+
+    Parameters
+    ----------
+    sizes : Tensor, int64, shape (G,)
+        n_g, images of each group in the training data.
+    step_size, adjustment : float
+        η and C.
+    """
+
+    sizes: Tensor
+    step_size: float
+    adjustment: float
+    log_q: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log_q = torch.zeros(len(self.sizes), dtype=torch.double).log_softmax(0)
+
+    @property
+    def q(self) -> Tensor:
+        """The weights, float64, shape (G,); they sum to 1."""
+        return self.log_q.exp()
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Take one step of the weights; return the loss by the new ones."""
+        assert batch.labels is not None
+        assert batch.groups is not None
+        losses = nn.functional.cross_entropy(
+            logits, batch.labels.to(logits.device), reduction="none"
+        )
+        present, place = batch.groups.cpu().unique(return_inverse=True)
+        members = nn.functional.one_hot(place).to(losses)
+        of_group = members.T @ losses / members.sum(0)  # ℓ_g
+        seen = of_group.detach().double().cpu()
+        self.log_q[present] += self.step_size * (
+            seen + self.adjustment / self.sizes[present].double().sqrt()
+        )
+        self.log_q = self.log_q.log_softmax(0)
+        return (self.q[present].to(of_group) * of_group).sum()
+
+
+def _cells(images: ImageSet, name: str = "images") -> Tensor:
+    """Return each image's (class, attribute) group, numbered over the groups that have images."""
+    if images.attribute is None:
+        raise ValueError(f"{name}: has no attribute, and groups need one; give an ImageSet with it")
+    pairs = torch.stack([images.labels, images.attribute], 1)
+    cells: Tensor = pairs.unique(dim=0, return_inverse=True)[1]
+    return cells
+
+
+def _right(model: nn.Module, images: ImageSet) -> Tensor:
+    """Return which images a model gets right, bool, shape (samples,)."""
+    device = model_device(model)
+    with preserved(model), torch.no_grad():
+        hits = [predict(model, x.to(device)).argmax(1).cpu() == y for x, y, *_ in images]
+    return torch.cat(hits)
+
+
+def _shuffled(rows: Tensor) -> Draw:
+    """Return a function that shuffles ``rows``, each of which comes once an epoch."""
+    return lambda generator: rows[torch.randperm(len(rows), generator=generator)]

@@ -1,0 +1,253 @@
+"""Means and spreads of a run's results: what is committed, and what tables and figures show.
+
+A spread is a list: mean, standard deviation and number of values.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from xai_edit.concepts.predictiveness import COLUMNS
+from xai_edit.files import write_atomically
+from xai_edit.reproduce.experiments import Results
+
+Row: TypeAlias = Mapping[str, Any]
+WIDTH = 100  # of a line of JSON
+FIRST = "LRP epsilon-plus"  # that other criteria are compared with, seed by seed
+UNLEARNING_FIGURES = (
+    *("forgotten_test", "rest_test", "forgotten_train", "rest_train", "forgetting_rate"),
+    *("seconds", "memory", "gpu_memory", "weights_changed", "share"),
+)
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Return mean, sample standard deviation and number of one or more values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return [float(np.mean(values)), float(f"{deviation:.7g}"), len(values)]
+
+
+def spreads(rows: Sequence[Row], by: Sequence[str], figures: Sequence[str]) -> list[Results]:
+    """Return the spread of each figure over the rows that agree in ``by``, in order of appearance.
+
+    A row without a figure, or with None, plays no part in it; ``refused`` counts the rows in which
+    a method gave nothing.
+    """
+    found: list[Results] = []
+    for key in dict.fromkeys(tuple(row.get(name) for name in by) for row in rows):
+        mine = [row for row in rows if tuple(row.get(name) for name in by) == key]
+        summed: Results = dict(zip(by, key, strict=True))
+        if refused := sum("refused" in row for row in mine):
+            summed["refused"] = refused
+        for figure in figures:
+            if values := [row[figure] for row in mine if row.get(figure) is not None]:
+                summed[figure] = spread(values)
+        found.append(summed)
+    return found
+
+
+def unlearning(results: Row) -> Results:
+    """Summarise Tables III to X of Chang et al. over classes and seeds."""
+    measured = [sweep for sweep in results["sweeps"] if "refused" not in sweep]
+    sweeps = []
+    for k, rule in dict.fromkeys((sweep["k"], sweep["rule"]) for sweep in measured):
+        mine = [sweep for sweep in measured if (sweep["k"], sweep["rule"]) == (k, rule)]
+        row = {"k": k, "rule": rule, "shares": mine[0]["shares"]}
+        sweeps.append(row | {key: _means(mine, key) for key in ("forgotten_test", "rest_test")})
+    rows = spreads(results["rows"], ["method"], UNLEARNING_FIGURES)
+    return {**_setting(results, "sweeps", "paper", "table"), "rows": rows, "sweeps": sweeps}
+
+
+def class_removal(results: Row) -> Results:
+    """Summarise Fig. 6 of Hakemi et al. over classes and seeds."""
+    runs = [*results["seeds"].values()]
+    rows = [(run["before"], row) for run in runs for row in run["rows"] if "accuracy" in row]
+    by_selection, classes = [], []
+    for before, row in rows:
+        target, after = row["class"], row["accuracy"]
+        change = np.delete(after, target).mean() - np.delete(before, target).mean()
+        by_selection.append({**row, "removed": after[target], "others_change": float(change)})
+    of_sca = [row for row in by_selection if row["select"] == "sca"]
+    for target in dict.fromkeys(row["class"] for row in of_sca):
+        mine = [row for row in of_sca if row["class"] == target]
+        by_count = {
+            str(row["n_weights"]): row["removed"]
+            for row in spreads(mine, ["n_weights"], ["removed"])
+        }
+        before = spread([run["before"][target] for run in runs])
+        classes.append({"class": target, "before": before, "by_weights": by_count})
+    by = ["select", "n_weights"]
+    selections = spreads(by_selection, by, ["removed", "others_change"])
+    for row in selections:
+        mine = [one for one in by_selection if all(one[key] == row[key] for key in by)]
+        row["highest_removed"] = max(one["removed"] for one in mine)
+        row["lowest_others_change"] = min(one["others_change"] for one in mine)
+    return {**_setting(results), "selections": selections, "classes": classes}
+
+
+def several_classes_removal(results: Row) -> Results:
+    """Summarise Fig. 7 over draws and seeds."""
+    rows = [row for run in results["seeds"].values() for row in run["rows"]]
+    figures = ["removed", "retained", "retained_before"]
+    return {**_setting(results), "rows": spreads(rows, ["count", "select"], figures)}
+
+
+def digit_removal(results: Row) -> Results:
+    """Summarise Fig. 8 over digits and seeds."""
+    runs = [*results["seeds"].values()]
+    curves = {}
+    for select in ("sca", "gradient-activation"):
+        mine = [row for run in runs for row in run["curves"] if row["select"] == select]
+        curves[select] = {key: _means(mine, key) for key in ("removed", "retained")}
+    rows = [row for run in runs for row in run["chosen"]]
+    return {
+        **_setting(results),
+        "rates": runs[0]["rates"],
+        "curves": curves,
+        "chosen": spreads(rows, ["select", "tolerance"], ["removed", "retained"]),
+    }
+
+
+def neutralizing(results: Row) -> Results:
+    """Summarise Table 1 of Hakemi et al. over seeds, with the sweep of the first seed."""
+    runs = [*results["seeds"].values()]
+    if "rows" in runs[0]:
+        runs = [{"": run} for run in runs]
+    parts = {}
+    for strength, first in runs[0].items():
+        rows = [dict(row) for run in runs for row in run[strength]["rows"]]
+        for row in rows:
+            if "refused" not in row:
+                row["gap"] = row["average"] - row["worst"]
+        summed = spreads(rows, ["method"], ["worst", "average", "gap", "balanced"])
+        for one in summed:
+            mine = [row for row in rows if row["method"] == one["method"]]
+            if weights := {row["weights_changed"] for row in mine if "weights_changed" in row}:
+                one["weights_changed"] = sorted({min(weights), max(weights)})
+        sweep = {
+            key: [float(f"{value:.4g}") for value in first["sweeps"][0].get(key, [])]
+            for key in ("rates", "worst", "average")
+        }
+        parts[strength] = {"rows": summed, "sweep": sweep}
+    return {**_setting(results), "parts": parts}
+
+
+def pair_pruning(results: Row) -> Results:
+    """Summarise concept-aware pruning by strength; ``worst`` lists the networks one by one.
+
+    Differences between methods are taken network by network.
+    """
+    runs = [*results["seeds"].values()]
+    parts = {}
+    for strength in runs[0]:
+        found = [run[strength] for run in runs if strength in run]
+        by_network = [
+            {(row["method"], row.get("share")): row.get("worst") for row in one["rows"]}
+            for one in found
+        ]
+        rows = [row for one in found for row in one["rows"]]
+        summed = spreads(rows, ["method", "share"], ["balanced", "biased"])
+        for row in summed:
+            row["worst"] = [one.get((row["method"], row["share"])) for one in by_network]
+        finders = dict.fromkeys(name for one in found for name in one["predictiveness"])
+        precisions = {
+            finder: _precisions([one["predictiveness"].get(finder) for one in found])
+            for finder in finders
+        }
+        part = {"networks": len(found), "rows": summed, "average_precision": precisions}
+        parts[strength] = part
+    return {**_setting(results), "parts": parts}
+
+
+def _precisions(tables: Sequence[Row | None]) -> dict[str, float]:
+    """Return the mean average precision of the first subspace taken, by column."""
+    firsts = [one["subspaces"][str(one["taken"][0])] for one in tables if one is not None]
+    found = {}
+    for column in COLUMNS:
+        if values := [one[column]["value"] for one in firsts if one[column] is not None]:
+            found[column] = _mean(values)
+    return found
+
+
+def few_shot_pruning(results: Row) -> Results:
+    """Summarise few-shot pruning over seeds; differences are those within a seed."""
+    runs = [*results["seeds"].values()]
+    methods = results["methods"]
+    mean_over_shares = {method: [_mean(run["all"][method]) for run in runs] for method in methods}
+    restricted = {
+        method: [_mean(row[method] for row in run["restricted"]) for run in runs]
+        for method in (*methods, "unpruned")
+    }
+    return {
+        **_setting(results),
+        "networks": len(runs),
+        "unpruned": _mean(run["all"]["unpruned"] for run in runs),
+        "by_share": {m: np.mean([run["all"][m] for run in runs], 0).tolist() for m in methods},
+        "mean_over_shares": _beside_first(mean_over_shares),
+        "restricted_unpruned": _mean(restricted.pop("unpruned")),
+        "restricted": _beside_first(restricted),
+    }
+
+
+def _beside_first(figures: Mapping[str, Sequence[float]]) -> list[Results]:
+    rows = []
+    for method, values in figures.items():
+        row: Results = {"method": method, "accuracy": spread(values)}
+        if method != FIRST and FIRST in figures:
+            pairs = zip(figures[FIRST], values, strict=True)
+            row["first_ahead"] = spread([first - own for first, own in pairs])
+        rows.append(row)
+    return rows
+
+
+def _setting(results: Row, *without: str) -> Results:
+    """Return what says how a run was made."""
+    return {key: value for key, value in results.items() if key not in ("seeds", *without)}
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean([*values]))
+
+
+def _means(rows: Sequence[Row], figure: str) -> list[float]:
+    """Return the mean of a list over rows, place by place."""
+    return [statistics.mean(values) for values in zip(*(row[figure] for row in rows), strict=True)]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write results, atomically, as JSON of few lines; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (compact_json(content) + "\n").encode())
+
+
+def compact_json(content: Any, depth: int = 0, lead: int = 0) -> str:
+    """Return JSON that fills its lines: items side by side, but for those of several lines.
+
+    ``lead`` characters stand before it in its first line.
+    """
+    if not isinstance(content, (dict, list, tuple)):
+        return json.dumps(content, ensure_ascii=False)
+    indent = " " * (depth + 1)
+    if isinstance(content, dict):
+        quoted = (json.dumps(str(key), ensure_ascii=False) for key in content)
+        ends, named = "{}", [*zip((f"{key}: " for key in quoted), content.values(), strict=True)]
+    else:
+        ends, named = "[]", [("", one) for one in content]
+    lines = [""]
+    for name, one in named:
+        start = len(name) + (lead if lines == [""] else depth + 1)
+        part = name + compact_json(one, depth + 1, start)
+        beside = f"{lines[-1]}, {part}"
+        room = WIDTH - 2 - (max(lead, depth + 1) if len(lines) == 1 else depth + 1)
+        if lines == [""]:
+            lines = [part]
+        elif "\n" in beside or len(beside) > room:
+            lines.append(part)
+        else:
+            lines[-1] = beside
+    return ends[0] + f",\n{indent}".join(lines) + ends[1]
