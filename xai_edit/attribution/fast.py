@@ -39,7 +39,7 @@ from zennit.core import (
 )
 
 from xai_edit.attribution.gather import RULED
-from xai_edit.attribution.layers import CONVOLUTIONS, with_first
+from xai_edit.attribution.layers import CONVOLUTIONS, first_tensor, with_first
 from xai_edit.guard import attributes_kept
 
 
@@ -102,7 +102,6 @@ class DirectHook(Hook):  # type: ignore[misc]
         self.rule = rule
         self.name = name
         self.entered: Tensor | None = None
-        self.local: Tensor | None = None  # the same apart from the graph
 
     def copy(self) -> DirectHook:
         """Return a copy for another module."""
@@ -114,7 +113,7 @@ class DirectHook(Hook):  # type: ignore[misc]
             [
                 RemovableHandle(self),
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),
-                module.register_forward_hook(self.leave),
+                module.register_forward_hook(self.leave, with_kwargs=True),
             ]
         )
 
@@ -141,16 +140,16 @@ class DirectHook(Hook):  # type: ignore[misc]
                 local = local.clone()
         elif _keeps_graph(self.rule, module):
             local.requires_grad_()
-        self.local = local
         return with_first(local, inputs, named)
 
-    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+    def leave(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> Tensor | None:
         """Put the rule in the module's place."""
         x, self.entered = self.entered, None
         if x is None:
             return None
-        local, self.local = self.local, None
-        step = _Step(self.rule, module, local, output)
+        step = _Step(self.rule, module, first_tensor(inputs, named), output)
         need(x)
         tied: Tensor = _InPlaceOf.apply(x, output.detach(), step)
         if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):

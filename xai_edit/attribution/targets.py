@@ -141,7 +141,7 @@ def _described(value: Any) -> str:
 def whole_list(given: int | Sequence[int], name: str) -> list[int]:
     """Return one class number or several as a list of int."""
     single = not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
-    listed: Iterable[Any] = [given] if single else given  # type: ignore[assignment, list-item]
+    listed: Iterable[Any] = [given] if single else given  # type: ignore[assignment]
     return [whole_number(one, name, least=None) for one in listed]
 
 
