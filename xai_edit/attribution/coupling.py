@@ -114,9 +114,7 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_()
-    leaves: list[Tensor] = [
-        parameter for parameter in model.parameters() if parameter.requires_grad
-    ]
+    leaves: list[Tensor] = [one for one in model.parameters() if one.requires_grad]
     entry: list[Any] = []
     outputs: list[Tensor] = []
 

@@ -39,7 +39,7 @@ from zennit.core import (
 )
 
 from xai_edit.attribution.gather import RULED
-from xai_edit.attribution.layers import CONVOLUTIONS, with_first
+from xai_edit.attribution.layers import CONVOLUTIONS, first_tensor, with_first
 from xai_edit.guard import attributes_kept
 
 
@@ -105,7 +105,6 @@ class DirectHook(Hook):  # type: ignore[misc]
         self.rule = rule
         self.name = name
         self.entered: Tensor | None = None
-        self.local: Tensor | None = None  # the same apart from the graph
         self.in_place: Any = None  # the module, if it was in place
 
     def copy(self) -> DirectHook:
@@ -120,7 +119,7 @@ class DirectHook(Hook):  # type: ignore[misc]
             [
                 RemovableHandle(self),
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),
-                module.register_forward_hook(self.leave),
+                module.register_forward_hook(self.leave, with_kwargs=True),
             ]
         )
 
@@ -128,7 +127,7 @@ class DirectHook(Hook):  # type: ignore[misc]
         """Release what the hook holds; its handle calls this."""
         if self.in_place is not None:
             self.in_place.inplace = True
-        self.in_place = self.entered = self.local = None
+        self.in_place = self.entered = None
         super().remove()
 
     def enter(
@@ -146,15 +145,17 @@ class DirectHook(Hook):  # type: ignore[misc]
                 "input alone"
             )
         self.entered = RULED.latest(given[0])
-        self.local = self.entered.detach()
+        local = self.entered.detach()
         if type(self.rule) is zr.Epsilon and _unmodified(module):
-            self.local.requires_grad_()  # the rule uses the graph of this very forward pass
-        return with_first(self.local, inputs, named)
+            local.requires_grad_()  # the rule uses the graph of this very forward pass
+        return with_first(local, inputs, named)
 
-    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+    def leave(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> Tensor | None:
         """Put the rule in the module's place."""
         x, self.entered = self.entered, None
-        local, self.local = self.local, None
+        local = first_tensor(inputs, named)
         if x is None or local is None:
             return None
         if output is local and not is_pass(self.rule):  # as dropout in evaluation mode
