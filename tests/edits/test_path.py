@@ -112,8 +112,7 @@ def per_sample(model, data, layer):
     return LRP("epsilon")(model, inputs, targets, [layer])[layer].double()
 
 
-@pytest.mark.parametrize("layer", ["fc1", "head:input", "conv2"])
-@pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize(("layer", "share"), [("fc1", 0.1), ("head:input", 0.2), ("conv2", 0.5)])
 def test_rank_sum_takes_the_neurons_of_highest_summed_relevance(plain, batches, layer, share):
     relevance = per_sample(plain, batches, layer)
     order = sorted(range(relevance.shape[1]), key=lambda unit: -float(relevance[:, unit].sum()))
@@ -122,8 +121,7 @@ def test_rank_sum_takes_the_neurons_of_highest_summed_relevance(plain, batches, 
     assert edit.origin["samples"] == len(relevance)
 
 
-@pytest.mark.parametrize("k", [1, 3, 6, 12])
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize(("k", "share"), [(1, 0.1), (3, 0.25), (6, 0.5), (12, 0.25)])
 def test_rank_count_takes_the_neurons_most_often_in_the_top_k(plain, batches, k, share):
     relevance = per_sample(plain, batches, "fc1")
     width = relevance.shape[1]

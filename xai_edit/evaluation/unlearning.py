@@ -216,15 +216,11 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 def _edited(model: nn.Module, edit: ModelEdit | nn.Module, name: str) -> nn.Module:
     """Return the edited network: a copy of the model where an edit is given."""
     if edit is model:
-        raise ValueError(
-            f"{name}: the model itself was given; give a ModelEdit or the edited network"
-        )
+        raise ValueError(f"{name}: the model itself was given; give a ModelEdit or a network")
     if isinstance(edit, nn.Module):
         return edit
     if not isinstance(edit, ModelEdit):
-        raise TypeError(
-            f"{name}: {type(edit).__name__} given; give a ModelEdit or the edited network"
-        )
+        raise TypeError(f"{name}: {type(edit).__name__} given; give a ModelEdit or a network")
     edit.check(model)
     return edit.apply(copied(model))
 
