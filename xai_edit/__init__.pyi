@@ -24,17 +24,13 @@ from .baselines.finetuning import (
 from .baselines.recovery import FineTuning
 from .baselines.robustness import LastLayerRetraining
 from .baselines.unlearning import LogitMask
-from .concepts.ablation import ablated, with_ablation
-from .concepts.cav import CAV
+from .concepts.ablation import ablated, fold_ablation, with_ablation
 from .concepts.choosing import Choice, choose_spurious
 from .concepts.collect import collect_features
-from .concepts.contrast import ContrastivePCA
 from .concepts.drsa import DRSA
 from .concepts.explanations import strongest_samples, subspace_maps
 from .concepts.features import Features
-from .concepts.folding import fold_ablation
-from .concepts.pca import PCA
-from .concepts.prca import PRCA
+from .concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from .concepts.predictiveness import Predictiveness, predictiveness
 from .concepts.subspaces import Subspaces
 from .datasets.planting import Colours, Mark, Shortcut

@@ -23,7 +23,7 @@ from xai_edit.baselines.unlearning import LogitMask
 from xai_edit.checks import whole_number
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.collect import collect_features
-from xai_edit.concepts.pca import PCA
+from xai_edit.concepts.finders import PCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.datasets.shortcuts import Samples, WatermarkedDigits
 from xai_edit.edits.edit import ModelEdit, versions

@@ -1,8 +1,9 @@
-"""A network as one file that runs without its Python code."""
+"""Export of a network to one file that runs without its Python code."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,45 +42,41 @@ class Program:
 def exported(network: nn.Module, sample: Tensor) -> tuple[Program | None, dict[str, str]]:
     """Export a network by ``torch.export``, or trace it where that fails.
 
-    For any number of samples where PyTorch can, else for one at a time. What comes out has been
-    run, and gave the network's outputs.
+    For any number of samples where PyTorch can, else for one at a time. The exported program was
+    run and gave the network's outputs.
 
     Parameters
     ----------
     network : nn.Module
         Only read; exported in evaluation mode.
     sample : Tensor, shape (samples, ...)
-        Of which the first is taken.
+        Its first sample is used.
 
     Returns
     -------
     Program or None
         None where nothing worked.
     dict of str
-        What was tried before it, and what PyTorch said.
+        Attempts that failed, each with PyTorch's error.
     """
     network = copied(network).cpu().eval()
     one = sample[:1].detach().cpu()
     failed: dict[str, str] = {}
-    kinds: dict[str, Callable[[nn.Module, Tensor, bool], Made]] = {
-        "torch.export": _exported,
-        "TorchScript": _traced,
-    }
-    for kind, make in kinds.items():
-        for batch in (None, 1):
-            # Two samples, as PyTorch takes the number one for a constant.
-            inputs = one if batch else torch.cat([one, one])
-            try:
-                with _quiet(), torch.no_grad():
-                    program, content = make(network, inputs, batch is None)
-                    for given in {len(inputs): inputs, 1: one}.values():
-                        _require_same(program(given), network(given))
-            except Exception as problem:  # of any kind, from the depth of the compiler
-                told = " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]
-                of = "any number of samples" if batch is None else "one sample at a time"
-                failed[f"{kind}, {of}"] = told
-            else:
-                return Program(kind, content, batch), failed
+    kinds = {"torch.export": _exported, "TorchScript": _traced}
+    sizes = {"any number of samples": None, "one sample at a time": 1}
+    for (kind, make), (of, batch) in itertools.product(kinds.items(), sizes.items()):
+        # Two samples, as PyTorch takes the number one for a constant.
+        inputs = one if batch else torch.cat([one, one])
+        try:
+            with _quiet(), torch.no_grad():
+                program, content = make(network, inputs, batch is None)
+                for given in {len(inputs): inputs, 1: one}.values():
+                    _require_same(program(given), network(given))
+        except Exception as problem:  # of any kind, from the depth of the compiler
+            message = " ".join(f"{type(problem).__name__}: {problem}".split())
+            failed[f"{kind}, {of}"] = message.split(". ")[0]
+        else:
+            return Program(kind, content, batch), failed
     return None, failed
 
 
@@ -104,7 +101,7 @@ def _require_same(found: Tensor, expected: Tensor) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the compiler from printing what it could not do; it is told by the error."""
+    """Keep the compiler from printing what it could not do; its error says it."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

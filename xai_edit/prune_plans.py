@@ -15,13 +15,10 @@ from xai_edit.attribution.scorers import LRP, Scorer
 from xai_edit.baselines.recovery import FineTuning
 from xai_edit.checks import one_of
 from xai_edit.command_run import Run
-from xai_edit.concepts.cav import CAV
 from xai_edit.concepts.collect import collect_features
-from xai_edit.concepts.contrast import ContrastivePCA
 from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.features import Features
-from xai_edit.concepts.pca import PCA
-from xai_edit.concepts.prca import PRCA
+from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.pruning import ConceptAwarePruning, Finder, RelevancePruning

@@ -1,4 +1,4 @@
-"""Ablation in the forward pass: the projection itself, its relevance, the model afterwards."""
+"""Ablation in the forward pass and in the weights: its outputs, relevance, and the model after."""
 
 import captum.attr
 import pytest
@@ -11,13 +11,14 @@ from zennit.rules import Epsilon
 from xai_edit import (
     LRP,
     PCA,
-    Activation,
     CaptumLayer,
+    ConceptAwarePruning,
     RelevancePruning,
     Subspaces,
     UnknownLayerError,
     ablated,
     collect_features,
+    fold_ablation,
     score_units,
     to_smaller,
     with_ablation,
@@ -129,25 +130,18 @@ def test_a_name_map_reaches_the_layer_by_its_inner_name(plain, batches):
         assert torch.allclose(by_name[name], by_kind[name], rtol=1e-5, atol=1e-5)
 
 
-def test_the_inner_name_is_the_layer_itself(plain, norm, batches):
-    for model, layer in ((plain, "conv2"), (norm, "body.3")):
-        module = model.get_submodule(layer)
-        with ablated(model, layer, found(model, batches, layer), [0]) as inner:
-            assert inner == layer + ".layer"
-            assert model.get_submodule(inner) is module
-        assert model.get_submodule(layer) is module
-
-
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_model_is_exactly_restored(plain, batches, layer, unchanged):
     subspaces = found(plain, batches, layer)
     plain.train()
     check = unchanged(plain)
-    children = [name for name, _ in plain.named_modules()]
-    with ablated(plain, layer, subspaces, [0]):
+    children = dict(plain.named_modules())
+    with ablated(plain, layer, subspaces, [0]) as inner:
         assert not plain.training
+        assert inner == layer + ".layer"
+        assert plain.get_submodule(inner) is children[layer]
     check()
-    assert [name for name, _ in plain.named_modules()] == children
+    assert dict(plain.named_modules()) == children
     with pytest.raises(RuntimeError, match="mine"), ablated(plain, layer, subspaces, [0]):
         raise RuntimeError("mine")
     check()
@@ -191,46 +185,6 @@ def test_half_precision_stays_half_precision(plain, batches):
     with ablated(model, "0", subspaces, [0]):
         out = model(torch.ones(2, 24, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
-
-
-def test_errors_come_before_anything_changes(plain, batches, unchanged):
-    subspaces = found(plain, batches, "conv1")
-    check = unchanged(plain)
-    with pytest.raises(UnknownLayerError, match="conv1"), ablated(plain, "conv", subspaces, [0]):
-        pass
-    with pytest.raises(ValueError, match="there are 3"), ablated(plain, "conv1", subspaces, [3]):
-        pass
-    check()
-
-
-def test_a_layers_input_is_refused_or_really_ablated(plain, batches):
-    subspaces = PCA(2).fit(collect_features(plain, batches, layer="fc1:input"))
-    x = batches[0][0]
-    before = plain(x)
-    try:
-        with ablated(plain, "fc1:input", subspaces, [0]):
-            after = plain(x)
-    except ValueError:
-        return
-    assert not torch.equal(after, before)
-
-
-def test_subspaces_of_another_width_are_refused(plain, batches):
-    subspaces = found(plain, batches, "conv1")
-    with pytest.raises(ValueError, match=r"6.*4|4.*6"), ablated(plain, "conv2", subspaces, [0]):
-        plain(batches[0][0])
-
-
-def test_scores_inside_are_those_of_the_ablated_network(plain, batches):
-    subspaces = found(plain, batches, "conv1")
-    plainly = score_units(plain, batches, Activation(), layers="conv2")["conv2"]
-    with ablated(plain, "conv1", subspaces, [0]):
-        inside = score_units(plain, batches, Activation(), layers="conv2")["conv2"]
-        brute = sum(
-            output(plain, "conv2", x).clamp(min=0).double().mean((2, 3)).sum(0) for x, _ in batches
-        )
-    assert torch.allclose(inside, brute, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(inside, plainly, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -283,12 +237,24 @@ def test_a_network_with_its_ablation_is_pruned_and_made_smaller_but_for_what_it_
         torch.testing.assert_close(smaller(inputs), kept(inputs))
 
 
-def test_an_ablation_is_not_kept_where_there_is_no_such_layer(plain, batches):
-    subspaces = found(plain, batches, "conv1")
-    with pytest.raises(UnknownLayerError, match="conv9"):
-        with_ablation(plain, "conv9", subspaces, [0])
-    with pytest.raises(ValueError, match="outputs are ablated"):
-        with_ablation(plain, "conv1:input", subspaces, [0])
+@pytest.mark.parametrize(
+    ("layer", "indices", "match"),
+    [
+        ("conv", [0], "conv1"),
+        ("conv1:input", [0], "outputs are ablated"),
+        ("conv1", [3], "there are 3"),
+        ("conv2", [0], "of 4 channels, but the layer has 6"),
+    ],
+)
+def test_what_cannot_be_ablated_is_refused(plain, batches, unchanged, layer, indices, match):
+    subspaces, x = found(plain, batches, "conv1"), batches[0][0]
+    check = unchanged(plain)
+    error = UnknownLayerError if layer == "conv" else ValueError
+    with pytest.raises(error, match=match), ablated(plain, layer, subspaces, indices):
+        plain(x)
+    with pytest.raises(error, match=match):
+        with_ablation(plain, layer, subspaces, indices)(x)
+    check()
 
 
 class Named(nn.Module):
@@ -314,3 +280,75 @@ def test_a_layer_that_is_called_by_keyword_is_ablated_too():
     with ablated(model, "block", subspaces, [0]):
         assert torch.allclose(model(x), expected, atol=1e-6)
     assert torch.allclose(with_ablation(model, "block", subspaces, [0])(x), expected, atol=1e-6)
+
+
+# Folding.
+
+
+class Chain(nn.Module):
+    """A convolution read by another one, as it is; ``padding`` and ``branch`` break exactness."""
+
+    def __init__(self, padding=0, branch=False, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.relu = nn.Conv2d(1, 6, 3), nn.ReLU()
+        self.conv2 = nn.Conv2d(6, 5, 3, padding=padding, bias=bias)
+        self.head = nn.Linear(5, 10)
+        self.branch = branch
+
+    def forward(self, x):
+        a = self.relu(self.conv1(x))
+        z = self.head(self.conv2(a).relu().mean((2, 3)))
+        return z + a.mean((1, 2, 3))[:, None] ** 2 if self.branch else z
+
+
+@pytest.mark.parametrize("indices", [[0], [1, 2]])
+@pytest.mark.parametrize(("kind", "layer", "reader"), [("conv", "relu", "conv2"), ("fc", "2", "3")])
+def test_folded_weights_compute_what_the_ablation_computes(
+    batches, kind, layer, reader, indices, unchanged
+):
+    torch.manual_seed(0)
+    fc = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))
+    model = (Chain() if kind == "conv" else fc).eval()
+    subspaces = found(model, batches, layer)
+    check = unchanged(model)
+    x = batches[0][0]
+    values = fold_ablation(model, layer, subspaces, indices, x)
+    check()
+    assert set(values) == {f"{reader}.weight", f"{reader}.bias"}
+    with ablated(model, layer, subspaces, indices):
+        expected = model(x)
+    folded = torch.func.functional_call(model, values, (x,))
+    torch.testing.assert_close(folded, expected, atol=1e-5, rtol=1e-4)
+    assert (expected - model(x)).abs().max() > 1e-3  # the ablation does something
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "message"),
+    [
+        ({"padding": 1}, "relu", "not exact"),
+        ({"branch": True}, "relu", "not exact"),
+        ({"bias": False}, "relu", "no bias"),
+        ({}, "conv1", "directly"),
+    ],
+)
+def test_an_ablation_that_does_not_fold_exactly_is_refused(batches, network, layer, message):
+    model = Chain(**network).eval()
+    subspaces = found(model, batches, layer)
+    with pytest.raises(ValueError, match=message):
+        fold_ablation(model, layer, subspaces, [0], batches[0][0])
+
+
+def test_pruning_that_keeps_the_ablation_equals_pruning_inside_it(batches):
+    model = Chain().eval()
+    subspaces = found(model, batches, "relu")
+    plain, kept = (
+        ConceptAwarePruning("relu", subspaces, [0], 0.4, keep_ablation=keep).plan(model, batches)
+        for keep in (False, True)
+    )
+    assert plain.origin["units"] == kept.origin["units"]
+    x = batches[0][0]
+    with plain.applied(model), ablated(model, "relu", subspaces, [0]):
+        expected = model(x)
+    with kept.applied(model):
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)

@@ -59,22 +59,14 @@ def unrelated(vectors=300, channels=8, seed=0):
     return Features(a, (a @ mixing).relu() + 0.5 * a - 0.3)
 
 
-@pytest.mark.parametrize(
-    ("channels", "vectors", "n_init"), [(64, 1000, 3), (128, 1500, 3), (512, 2000, 1)]
-)
+@pytest.mark.parametrize(("channels", "vectors", "n_init"), [(64, 1000, 3), (128, 1500, 1)])
 def test_planted_subspaces_are_found(channels, vectors, n_init):
     features, basis = planted(channels, 4, vectors)
+    start = drsa._random_basis(channels, channels, torch.Generator().manual_seed(0))
+    assert overlap(start, basis, 4) < 0.5  # by chance
     subspaces = DRSA(4, n_init=n_init, tol=1e-3).fit(features)
     assert overlap(subspaces.basis, basis, 4) >= 0.95
     assert subspaces.sizes == (channels // 4,) * 4
-
-
-def test_planted_subspaces_are_not_found_by_chance():
-    features, basis = planted(64, 4, 1000)
-    start = drsa._random_basis(64, 64, torch.Generator().manual_seed(0))
-    assert overlap(start, basis, 4) < 0.5
-    alone = Features(features.activations, features.contexts.flip(0))
-    assert overlap(DRSA(4, max_iter=20).fit(alone).basis, basis, 4) < 0.95
 
 
 @pytest.mark.parametrize(
@@ -136,24 +128,21 @@ def test_a_step_turns_the_basis_no_further_than_a_tenth():
     assert 0.01 < turned <= 0.1
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(("K", "size"), [(2, 4), (3, 2), (4, 2)])
-def test_it_climbs_as_high_as_the_plain_procedure(K, size, seed):
-    """Full gradients by autograd, fixed step, SciPy's polar decomposition, three starts."""
-    features = unrelated(seed=seed)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("channels", "K"), [(2, 1), (2, 2), (3, 1)])
+def test_in_few_dimensions_it_reaches_the_optimum_of_a_fine_grid(channels, K, seed):
+    features = unrelated(vectors=60, channels=channels, seed=seed)
     a, c = scaled(features.activations), scaled(features.contexts)
-    best = 0.0
-    for start in range(3):
-        rng = np.random.default_rng(start)
-        U = torch.from_numpy(np.linalg.qr(rng.normal(size=(8, 8)))[0][:, : K * size].copy())
-        for _ in range(300):
-            U.requires_grad_()
-            (G,) = torch.autograd.grad(plain_objective(U, a, c, K), U)
-            U = torch.from_numpy(polar((U + G).detach().numpy())[0])
-        best = max(best, float(plain_objective(U.detach(), a, c, K)))
-    found = DRSA(K, size=size, seed=seed, n_init=5)
-    found.fit(features)
-    assert found.objective_ >= 0.99 * best
+    angles = torch.linspace(0, torch.pi, 300, dtype=torch.double)
+    theta, phi = torch.meshgrid(angles, angles if channels == 3 else angles[:1], indexing="ij")
+    spherical = [theta.cos(), theta.sin() * phi.cos(), theta.sin() * phi.sin()][:channels]
+    first = torch.stack(spherical).flatten(1)  # directions, (channels, grid)
+    blocks = [first, torch.stack([-first[1], first[0]])][:K]
+    strengths = [((a @ u) * (c @ u)).relu().square().mean(0).sqrt() for u in blocks]
+    optimum = float(torch.stack(strengths).sqrt().mean(0).square().max())
+    finder = DRSA(K, size=1)
+    finder.fit(features)
+    assert finder.objective_ == pytest.approx(optimum, rel=2e-4)
 
 
 def test_the_course_rises_to_the_objective_of_the_result():
@@ -162,7 +151,7 @@ def test_the_course_rises_to_the_objective_of_the_result():
     subspaces = finder.fit(features)
     course = subspaces.origin["course"]
     assert course == sorted(course)
-    assert course[-1] == finder.objective_ > 1.05 * course[0]
+    assert course[-1] == finder.objective_ > course[0]
     a, c = scaled(features.activations), scaled(features.contexts)
     again = plain_objective(subspaces.basis, a, c, 2)
     assert float(again) == pytest.approx(finder.objective_, rel=1e-6)

@@ -16,9 +16,9 @@ from zennit.composites import (
 from zennit.torchvision import ResNetCanonizer
 
 from xai_edit import LRP, Features, Subspaces, Taylor, UnknownLayerError, collect_features
-from xai_edit.concepts import sample_scores as scores_module
+from xai_edit.concepts import predictiveness as scores_module
 from xai_edit.concepts.explanations import strongest_samples, subspace_maps
-from xai_edit.concepts.sample_scores import sample_scores
+from xai_edit.concepts.predictiveness import sample_scores
 
 
 def subspaces_of(channels, sizes):
@@ -90,7 +90,7 @@ COMPOSITES = {
 
 @pytest.mark.parametrize("composite", COMPOSITES)
 @pytest.mark.parametrize("initial", ["logit", "one"])
-@pytest.mark.parametrize("layer", ["3", "4", "6", "7", "9"])
+@pytest.mark.parametrize("layer", ["3", "4", "7", "9"])
 def test_maps_and_residue_add_up_to_zennits_map_on_a_vgg(images, composite, initial, layer):
     model, sizes = vgg_like(), (1, 3, 2)
     scorer = LRP(COMPOSITES[composite](), initial=initial)
@@ -105,26 +105,19 @@ def test_maps_and_residue_add_up_to_zennits_map_on_a_vgg(images, composite, init
     assert largest(residue) > 1e-2 * largest(expected)
 
 
-@pytest.mark.parametrize("composite", ["epsilon-plus-flat", "alpha2beta1"])
-@pytest.mark.parametrize("layer", ["layer1", "layer2.0", "layer3.0.conv2:input", "layer4"])
-def test_maps_and_residue_add_up_to_zennits_map_on_a_residual_network(composite, layer):
+@pytest.mark.parametrize(("layer", "channels"), [("layer2.0", 128), ("layer3.0.conv2:input", 256)])
+def test_maps_and_residue_add_up_to_zennits_map_on_a_residual_network(layer, channels):
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
     model = resnet18(num_classes=6).double().eval()
     inputs = torch.randn(2, 3, 32, 32).double()
-    made = COMPOSITES[composite]
-    channels = {"layer1": 64, "layer2.0": 128, "layer3.0.conv2:input": 256, "layer4": 512}[layer]
-    target = torch.tensor([1, 4])
+    composite = EpsilonPlusFlat(canonizers=[ResNetCanonizer()])
+    target, subspaces = torch.tensor([1, 4]), subspaces_of(channels, (20, 20))
     maps, residue = subspace_maps(
-        model,
-        inputs,
-        subspaces_of(channels, (20, 20)),
-        layer=layer,
-        scorer=LRP(made(canonizers=[ResNetCanonizer()])),
-        target=target,
+        model, inputs, subspaces, layer=layer, scorer=LRP(composite), target=target
     )
-    expected = zennit_map(model, made(canonizers=[ResNetCanonizer()]), inputs, target)
+    expected = zennit_map(model, composite, inputs, target)
     assert largest(maps.sum(1) + residue - expected) < 1e-9 * largest(expected)
     assert all(largest(maps[:, k]) > 1e-4 * largest(expected) for k in range(2))
 
@@ -243,17 +236,6 @@ def test_channels_of_tokens_are_the_last():
         )
 
 
-@pytest.mark.parametrize("preset", ["epsilon", "epsilon-plus", "gamma+epsilon", "alpha1beta0"])
-def test_maps_of_a_batch_are_those_of_its_samples(norm, digits, preset):
-    x, scorer, subspaces = digits[0][:4], LRP(preset), subspaces_of(8, (4, 2))
-    arguments = {"layer": "body.5", "scorer": scorer}
-    maps, residue = subspace_maps(norm, x, subspaces, **arguments)
-    for sample in range(4):
-        own, rest = subspace_maps(norm, x[sample : sample + 1], subspaces, **arguments)
-        assert torch.allclose(own[0], maps[sample], rtol=1e-3, atol=1e-5 * largest(maps))
-        assert torch.allclose(rest[0], residue[sample], rtol=1e-3, atol=1e-5 * largest(residue))
-
-
 def test_targets_are_a_class_the_prediction_a_function_or_one_for_each(plain, digits):
     x, scorer, subspaces = digits[0][:6], LRP("epsilon"), subspaces_of(6, (2,))
 
@@ -331,22 +313,6 @@ def test_errors_name_what_is_wrong(plain, digits):
         maps(layer="extra")
 
 
-def test_a_rule_missing_below_the_layer_is_told(digits):
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(1, 3, 3)
-            self.fc = nn.Linear(108, 2)
-
-        def forward(self, x):
-            return self.fc(self.conv(torch.cumsum(x, 2)).flatten(1))
-
-    with pytest.raises(ValueError, match="cumsum"):
-        subspace_maps(
-            Odd(), digits[0][:2], subspaces_of(3, (1,)), layer="conv", scorer=LRP("epsilon")
-        )
-
-
 # The strongest samples.
 
 
@@ -384,28 +350,15 @@ def test_scores_and_strongest_samples_match_brute_force(monkeypatch, contexts, c
             assert found[k].tolist() == expected[:count]
 
 
-def test_the_strongest_samples_are_those_with_the_planted_direction():
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(30, 4, generator=generator)
-    a[[3, 17]] += torch.tensor([9.0, 0, 0, 0])
-    a[[5, 8]] -= torch.tensor([0, 0, 9.0, 0])
-    subspaces = Subspaces(torch.eye(4).double()[:, [0, 2]], (1, 1), torch.zeros(4).double())
-    found = strongest_samples(subspaces, Features(a), count=2)
-    assert [set(row) for row in found.tolist()] == [{3, 17}, {5, 8}]
-
-
 def test_equal_samples_keep_their_order():
     subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
     features = Features(torch.ones(6, 2))
     assert strongest_samples(subspaces, features, count=3).tolist() == [[0, 1, 2]] * 2
 
 
-@pytest.mark.parametrize("count", [0, -1, 13, 1.5, True])
-def test_a_count_that_cannot_be_is_refused(count):
-    with pytest.raises(ValueError, match=r"count: .*12 samples"):
-        strongest_samples(subspaces_of(5, (1,)), random_features(False), count=count)
-
-
-def test_features_of_another_layer_are_refused():
+def test_a_count_that_cannot_be_and_features_of_another_layer_are_refused():
+    for count in (0, 13, 1.5):
+        with pytest.raises(ValueError, match=r"count: .* from 1 to 12"):
+            strongest_samples(subspaces_of(5, (1,)), random_features(False), count=count)
     with pytest.raises(ValueError, match="of 6 channels, but the features have 5"):
         strongest_samples(subspaces_of(6, (1,)), random_features(True), count=1)

@@ -18,10 +18,6 @@ def layer_output(model, layer, inputs):
     return seen[0]
 
 
-def rows_of(vectors):
-    return sorted(map(tuple, vectors.tolist()))
-
-
 @pytest.mark.parametrize(("layer", "width"), [("conv1", 4), ("conv2", 6), ("relu1", 4)])
 def test_all_positions_are_kept_without_a_number(plain, batches, layer, width):
     features = collect_features(plain, batches, layer=layer, positions=None)
@@ -73,41 +69,26 @@ def test_more_positions_than_there_are_means_all(plain, batches):
         assert torch.equal(features.activations, all_of.activations)
 
 
-@pytest.mark.parametrize("positions", [0, -1])
-def test_a_number_of_positions_that_is_not_positive_is_refused(plain, batches, positions):
-    with pytest.raises(ValueError, match="positions"):
-        collect_features(plain, batches, layer="conv2", positions=positions)
-
-
 def test_the_seed_alone_decides_the_positions(plain, batches):
     def drawn(seed):
         return collect_features(plain, batches, layer="conv2", positions=3, seed=seed).activations
 
     first = drawn(0)
     torch.manual_seed(123)
+    state = torch.get_rng_state()
     assert torch.equal(drawn(0), first)
     assert not torch.equal(drawn(1), first)
-
-
-def test_drawing_does_not_touch_the_global_generator(plain, batches):
-    state = torch.get_rng_state()
-    collect_features(plain, batches, layer="conv2", positions=3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("how", ["function", "vector", "third element"])
 def test_the_attribute_is_kept_in_data_order(plain, batches, how):
-    expected = torch.cat([x[:, 0, 4, 4] > 0.5 for x, _ in batches]).long()
-    data, spurious = batches, None
-    if how == "function":
+    def bright(x):
+        return x[:, 0, 4, 4] > 0.5
 
-        def spurious(x):
-            return x[:, 0, 4, 4] > 0.5
-
-    elif how == "vector":
-        spurious = expected
-    else:
-        data = [(x, y, (x[:, 0, 4, 4] > 0.5).long()) for x, y in batches]
+    expected = torch.cat([bright(x) for x, _ in batches]).long()
+    data = [(x, y, bright(x).long()) for x, y in batches] if how == "third element" else batches
+    spurious = {"function": bright, "vector": expected, "third element": None}[how]
     features = collect_features(plain, data, layer="conv1", spurious=spurious)
     assert torch.equal(features.attribute, expected)
 
@@ -133,6 +114,9 @@ def test_the_model_is_as_before(plain, batches, unchanged):
 def test_errors_name_what_is_wrong(plain, batches):
     with pytest.raises(UnknownLayerError, match="did you mean 'conv1'"):
         collect_features(plain, batches, layer="conv11")
+    for name, value in (("positions", 0), ("positions", 1.5), ("seed", -1), ("seed", None)):
+        with pytest.raises(ValueError, match=f"{name}: {value} given; it is a whole number"):
+            collect_features(plain, batches, layer="conv1", **{name: value})
     with pytest.raises(ValueError, match="no samples"):
         collect_features(plain, [], layer="conv1")
     x, y = batches[0]
@@ -169,15 +153,21 @@ def test_without_sample_numbers_each_vector_is_a_sample():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"activations": torch.zeros(3)}, "activations"),
-        ({"activations": torch.zeros(3, 2, 2)}, "activations"),
-        ({"activations": torch.zeros(3, 2), "contexts": torch.zeros(3, 3)}, "contexts"),
-        ({"activations": torch.zeros(3, 2), "sample": torch.zeros(2).long()}, "sample"),
+        ({"activations": torch.zeros(2)}, r"activations: \(2,\) given"),
+        ({"activations": torch.zeros(2, 2, 2)}, "activations"),
+        ({"contexts": torch.zeros(2, 3)}, r"contexts: \(2, 3\) given"),
+        ({"sample": torch.zeros(3).long()}, "sample: .* 2 whole numbers"),
+        ({"sample": torch.tensor([0.0, 1.0])}, "sample: .*int64"),
+        ({"sample": torch.tensor([0, -1])}, r"sample: \(-1, 0\) given"),
+        ({"sample": torch.tensor([0, 2]), "labels": torch.zeros(2)}, "sample: .* from 0 to 1"),
+        ({"labels": torch.zeros(3)}, r"labels: \(3,\) given; .* 2 samples"),
+        ({"labels": torch.zeros(2), "attribute": torch.zeros(3)}, "attribute"),
+        ({"labels": torch.zeros(2, 1)}, "labels"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(arguments, match):
+def test_shapes_and_numbers_that_do_not_fit_are_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
-        Features(**arguments)
+        Features(**({"activations": torch.zeros(2, 2)} | arguments))
 
 
 @pytest.mark.parametrize("name", ["activations", "contexts"])

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from xai_edit import Subspaces
 from xai_edit.files import sealed, write_safetensors
@@ -88,18 +87,6 @@ def test_ablating_takes_the_block_away_and_nothing_else(problem):
 
 @given(problems())
 @property_test
-def test_ablating_twice_is_ablating_once(problem):
-    subspaces, a, indices = problem
-    once = subspaces.ablate(a, indices)
-    assert close(subspaces.ablate(once, indices), once)
-    one_by_one = a
-    for index in indices:
-        one_by_one = subspaces.ablate(one_by_one, [index])
-    assert close(one_by_one, once)
-
-
-@given(problems())
-@property_test
 def test_all_blocks_together_reconstruct_within_their_span(problem):
     subspaces, a, _ = problem
     parts = subspaces.project(a)
@@ -162,121 +149,66 @@ def test_ablation_keeps_the_dtype_of_the_activations(dtype):
     assert ablated.tolist() == [[0, 1, 1], [0, 1, 1]]
 
 
-@pytest.mark.parametrize(
-    "basis",
-    [
-        [[1.0, 1.0], [0.0, 1.0]],
-        [[2.0, 0.0], [0.0, 1.0]],
-        [[1.0, 0.0], [1e-5, 1.0]],
-        [[0.0, 0.0], [0.0, 1.0]],
-        [[float("nan"), 0.0], [0.0, 1.0]],
-    ],
-)
-def test_columns_that_are_not_orthonormal_are_refused(basis):
-    with pytest.raises(ValueError, match="not orthonormal"):
-        Subspaces(torch.tensor(basis).double(), (1, 1), torch.zeros(2).double())
-
-
-@pytest.mark.parametrize("sizes", [(), (1,), (1, 2), (2, 0), (3, -1), (1, 1, 1)])
-def test_sizes_that_do_not_cut_the_basis_are_refused(sizes):
-    with pytest.raises(ValueError, match="sizes"):
-        Subspaces(torch.eye(2).double(), sizes, torch.zeros(2).double())
-
-
-def test_a_mean_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="mean"):
-        Subspaces(torch.eye(2).double(), (2,), torch.zeros(3).double())
-
-
-@pytest.mark.parametrize("indices", [[2], [-1], [0, 5], []])
-def test_indices_out_of_range_or_none_are_refused(indices):
-    subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
-    with pytest.raises(ValueError, match="there are 2"):
-        subspaces.ablate(torch.zeros(1, 2), indices)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"basis": torch.eye(2)[0]}, "basis: shape"),
-        ({"basis": torch.eye(2).long()}, "basis: .*int64"),
-        ({"sizes": (1.0, 1.0)}, "sizes"),
-        ({"sizes": (True, True)}, "sizes"),
-        ({"mean": torch.zeros(2).long()}, "mean: .*int64"),
-        ({"mean": torch.tensor([0.0, float("nan")])}, "mean: NaN"),
-        ({"mean": torch.tensor([0.0, float("inf")])}, "mean: NaN or inf"),
-    ],
-)
-def test_what_are_no_subspaces_is_refused(arguments, match):
-    given = {"basis": torch.eye(2).double(), "sizes": (1, 1), "mean": torch.zeros(2).double()}
-    with pytest.raises(ValueError, match=match):
-        Subspaces(**(given | arguments))
-
-
-@given(problems())
-@property_test
-def test_what_is_ablated_is_what_is_projected(problem):
-    subspaces, a, indices = problem
-    parts = subspaces.project(a)
-    gone = sum(parts[k] @ subspaces.block(k).T for k in {*indices})
-    assert close(a - subspaces.ablate(a, indices), gone)
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "text", "empty"])
-def test_another_kind_of_file_is_refused(tmp_path, kind):
-    path = tmp_path / "other"
-    if kind == "safetensors":
-        save_file({"basis": torch.eye(2)}, path)
-    else:
-        path.write_text("{}" if kind == "text" else "")
-    with pytest.raises(ValueError, match="other"):
-        Subspaces.load(path)
-
-
-def whole_file(path):
-    basis = torch.linalg.qr(torch.rand(5, 3, generator=torch.Generator().manual_seed(0)).double()).Q
-    Subspaces(basis, (2, 1), torch.rand(5).double(), {"finder": "PCA"}).save(path)
-    return path.read_bytes()
-
-
-def test_no_changed_byte_passes(tmp_path):
-    path = tmp_path / "s"
-    content = whole_file(path)
-    for at in range(len(content)):
-        damaged = bytearray(content)
-        damaged[at] ^= 1
-        path.write_bytes(bytes(damaged))
-        with pytest.raises(ValueError, match="s: "):
-            Subspaces.load(path)
-
-
-def test_no_file_cut_short_passes(tmp_path):
-    path = tmp_path / "s"
-    content = whole_file(path)
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match="s: "):
-            Subspaces.load(path)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        Subspaces.load(tmp_path / "none")
-
-
 EYE = torch.eye(2).double()
 ZERO = torch.zeros(2).double()
 
 
 @pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"basis": torch.tensor([[1.0, 1.0], [0.0, 1.0]])}, "not orthonormal"),
+        ({"basis": 2 * EYE}, "not orthonormal"),
+        ({"basis": torch.tensor([[1.0, 0.0], [1e-5, 1.0]])}, "not orthonormal"),
+        ({"basis": 0 * EYE}, "not orthonormal"),
+        ({"basis": EYE / 0}, "not orthonormal"),
+        ({"basis": torch.eye(2)[0]}, "basis: shape"),
+        ({"basis": torch.eye(2).long()}, "basis: .*int64"),
+        ({"sizes": ()}, "sizes"),
+        ({"sizes": (1,)}, "sizes"),
+        ({"sizes": (1, 2)}, "sizes"),
+        ({"sizes": (2, 0)}, "sizes"),
+        ({"sizes": (3, -1)}, "sizes"),
+        ({"sizes": (1.0, 1.0)}, "sizes"),
+        ({"sizes": (True, True)}, "sizes"),
+        ({"mean": torch.zeros(3).double()}, "mean: shape"),
+        ({"mean": torch.zeros(2).long()}, "mean: .*int64"),
+        ({"mean": torch.tensor([0.0, float("inf")])}, "mean: NaN or inf"),
+    ],
+)
+def test_what_are_no_subspaces_is_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        Subspaces(**({"basis": EYE, "sizes": (1, 1), "mean": ZERO} | arguments))
+
+
+@pytest.mark.parametrize("indices", [[2], [-1], [0, 5], []])
+def test_indices_out_of_range_or_none_are_refused(indices):
+    with pytest.raises(ValueError, match="there are 2"):
+        Subspaces(EYE, (1, 1), ZERO).ablate(torch.zeros(1, 2), indices)
+
+
+def test_no_changed_byte_and_no_file_cut_short_passes(tmp_path):
+    path = tmp_path / "s"
+    Subspaces(EYE, (1, 1), ZERO, {"finder": "PCA"}).save(path)
+    content = path.read_bytes()
+    for at in range(len(content)):
+        damaged = bytearray(content)
+        damaged[at] ^= 1
+        for written in (bytes(damaged), content[:at]):
+            path.write_bytes(written)
+            with pytest.raises(ValueError, match="s: "):
+                Subspaces.load(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Subspaces.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
     ("header", "tensors", "match"),
     [
-        ("{", {"basis": EYE, "mean": ZERO}, "no JSON"),
         ('{"sizes": [1, 1]}', {"basis": EYE, "mean": ZERO}, "the header has"),
         ('{"sizes": "11", "origin": {}}', {"basis": EYE, "mean": ZERO}, "'sizes' in the header"),
-        ('{"sizes": [1, 1], "origin": []}', {"basis": EYE, "mean": ZERO}, "'origin' in the header"),
         ('{"sizes": ["1", 1], "origin": {}}', {"basis": EYE, "mean": ZERO}, "no subspaces; sizes"),
-        ('{"sizes": [1], "origin": {}}', {"basis": EYE, "mean": ZERO}, "no subspaces; sizes"),
         ('{"sizes": [1, 1], "origin": {}}', {"basis": EYE}, r"holds \['basis'\]"),
         ('{"sizes": [1, 1], "origin": {}}', {"basis": 2 * EYE, "mean": ZERO}, "not orthonormal"),
-        ('{"sizes": [1, 1], "origin": {}}', {"basis": EYE, "mean": ZERO / 0}, "mean: NaN"),
     ],
 )
 def test_a_sealed_file_of_something_else_is_refused(tmp_path, header, tensors, match):
@@ -284,11 +216,3 @@ def test_a_sealed_file_of_something_else_is_refused(tmp_path, header, tensors, m
     with pytest.raises(ValueError, match=match) as error:
         Subspaces.load(tmp_path / "s")
     assert str(tmp_path / "s") in str(error.value)
-
-
-def test_a_file_without_its_checksum_is_refused(tmp_path):
-    tensors = {"basis": EYE, "mean": ZERO}
-    header = '{"sizes": [1, 1], "origin": {}}'
-    write_safetensors(tmp_path / "s", tensors, "xai_edit.subspaces", header)
-    with pytest.raises(ValueError, match="checksum"):
-        Subspaces.load(tmp_path / "s")

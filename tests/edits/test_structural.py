@@ -82,13 +82,10 @@ def vision_transformer() -> nn.Module:
 NETWORKS: dict[str, Any] = {
     "vgg11_bn": (narrow_vgg, 64, 0.5),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 64, 0.5),
-    "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), 64, 0.4),
     "resnext": (short_resnext, 64, 0.4),
     "densenet121": (lambda: torchvision.models.densenet121(num_classes=10), 32, 0.3),
     "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64, 0.4),
     "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(num_classes=10), 64, 0.4),
-    "squeezenet": (lambda: torchvision.models.squeezenet1_1(num_classes=10), 64, 0.5),
-    "regnet": (lambda: torchvision.models.regnet_y_400mf(num_classes=10), 64, 0.4),
     "vision_transformer": (vision_transformer, 32, 0.5),
     "resnet20": (ResNet20, 32, 0.5),
     "all_cnn": (lambda: all_cnn(channels=3), 32, 0.5),
@@ -194,22 +191,14 @@ def test_silencing_sets_to_zero_what_the_units_give_and_nothing_else() -> None:
     }
 
 
-def test_half_of_the_channels_leaves_about_a_quarter_of_the_parameters() -> None:
-    model = as_trained(all_cnn(channels=3, width=0.5, features=96))
-    inputs = torch.randn(1, 3, 16, 16)
-    smaller = to_smaller(model, random_mask(model, inputs, 0.5)[0], inputs)
-    sizes = [sum(p.numel() for p in net.parameters()) for net in (smaller, model)]
-    assert sizes[0] <= 0.35 * sizes[1]
-
-
 def test_a_masked_model_needs_no_edit() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
     edit = stem_and_inner(model, inputs)
     expected = to_smaller(model, edit, inputs).state_dict()
     edit.apply(model)
-    found = to_smaller(model, None, inputs).state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    torch.testing.assert_close(
+        to_smaller(model, None, inputs).state_dict(), expected, rtol=0, atol=0
+    )
 
 
 def test_one_unit_of_each_group_stays() -> None:
@@ -232,9 +221,8 @@ def test_the_flags_dtype_and_the_model_itself_stay() -> None:
         smaller = to_smaller(model, edit, inputs)
     for name, module in smaller.named_modules():
         assert module.training == model.get_submodule(name).training, name
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-        assert not module._backward_hooks
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            assert not hooks
         assert type(module) is type(model.get_submodule(name))
         assert vars(module).keys() == vars(model.get_submodule(name)).keys()
     for name, parameter in smaller.named_parameters():
@@ -272,30 +260,17 @@ def test_units_that_have_to_stay_say_why() -> None:
         to_smaller(model, edit, inputs)
 
 
-def test_an_edit_of_another_model_is_refused() -> None:
-    inputs = torch.randn(2, 1, 3, 3)
-    edit = stem_and_inner(small_residual(), inputs)
-    torch.manual_seed(1)
-    with pytest.raises(EditMismatchError, match="differs from the model"):
-        to_smaller(as_trained(Residual()), edit, inputs)
-
-
-def test_an_input_that_does_not_fit_is_refused() -> None:
+def test_another_model_input_or_graph_is_refused() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
     edit = stem_and_inner(model, inputs)
     with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 1, 5, 5\)"):
         to_smaller(model, edit, torch.randn(1, 1, 5, 5))
-
-
-def test_a_model_that_cannot_be_traced_is_refused() -> None:
-    model = torchvision.models.shufflenet_v2_x0_5(weights=None)
+    torch.manual_seed(1)
+    with pytest.raises(EditMismatchError, match="differs from the model"):
+        to_smaller(as_trained(Residual()), edit, inputs)
+    shuffle = torchvision.models.shufflenet_v2_x0_5(weights=None)
     with pytest.raises(ValueError, match="cannot trace ShuffleNetV2"):
-        to_smaller(model, None, torch.randn(1, 3, 64, 64))
-
-
-class Sigmoid(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
+        to_smaller(shuffle, None, torch.randn(1, 3, 64, 64))
 
 
 class CountsChannels(nn.Module):
@@ -310,7 +285,11 @@ class CountsChannels(nn.Module):
 @pytest.mark.parametrize(
     ("model", "layer", "message"),
     [
-        (Sigmoid(), "0", "logits differ by .* sigmoid"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)),
+            "0",
+            "logits differ by .* sigmoid",
+        ),
         (CountsChannels(), "hidden", "cannot be run .* rely on a number of channels"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Fine-tuning after a step of pruning, and whether it would bring a shortcut back."""
+"""Fine-tuning after a step of pruning, with a warning where the data bring a shortcut back."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from xai_edit.baselines.training import fine_tuned
-from xai_edit.checks import readable_again
+from xai_edit.checks import readable_again, with_labels
+from xai_edit.counting import add_counts, count_by_group
 from xai_edit.data import Batch, Data, batches, model_device
 
-# How much more often one class may have the feature than another.
-LEANING = 0.1
+LEANING = 0.1  # by which the share of samples with the feature may differ between classes
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Train a pruned network by stochastic gradient descent, as each step of pruning may ask.
+    """Train a pruned network by stochastic gradient descent with momentum 0.9.
 
-    Momentum is 0.9; batch norms follow the batches, as in training. Where the data tell the
-    spurious feature (their third element) and it goes with a class, a warning says that training
-    on them brings the shortcut back, whatever was pruned.
+    Batch norms update their statistics. Where the third element of the data, the spurious feature,
+    is correlated with the classes, a warning says that training on them brings the shortcut back.
 
     Parameters
     ----------
@@ -45,8 +44,6 @@ class FineTuning:
     ------
     TypeError
         If the data can be read only once.
-    ValueError
-        When called, if the data has no labels.
     """
 
     data: Data
@@ -60,13 +57,13 @@ class FineTuning:
         readable_again(self.data, "training")
 
     def __repr__(self) -> str:
-        told = ("epochs", "learning_rate", "weight_decay", "batch_size", "seed")
-        return f"FineTuning({', '.join(f'{name}={getattr(self, name)}' for name in told)})"
+        shown = ("epochs", "learning_rate", "weight_decay", "batch_size", "seed")
+        return f"FineTuning({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
 
     def __call__(self, network: nn.Module) -> None:
-        """Train the network in place; it stays in its mode."""
+        """Train the network in place; it stays in its mode. ValueError if there are no labels."""
         device = model_device(network)
-        counts = torch.zeros(2, 0)
+        counts = torch.zeros(3, 0, 0, dtype=torch.long)
 
         def epoch(number: int) -> Iterator[Batch]:
             nonlocal counts
@@ -75,10 +72,11 @@ class FineTuning:
                 generator = torch.Generator().manual_seed(self.seed + number)
                 data = DataLoader(data, self.batch_size, shuffle=True, generator=generator)
             for batch in batches(data, device):
-                if batch.labels is None:
-                    raise ValueError("data: has no labels; give (input, label) batches")
+                labels = with_labels(batch.labels)
                 if number == 0 and batch.groups is not None:
-                    counts = _counted(counts, batch.labels, batch.groups > 0)
+                    classes = max(counts.shape[1], int(labels.max()) + 1)
+                    more = count_by_group(labels, labels, classes, batch.groups > 0)
+                    counts = add_counts(counts, more)
                 yield batch
 
         trained, _ = fine_tuned(
@@ -91,21 +89,15 @@ class FineTuning:
             weight_decay=self.weight_decay,
         )
         network.load_state_dict(trained.state_dict())
-        _warn_of_a_shortcut(counts)
+        _warn_of_a_shortcut(counts[1])
 
 
-def _counted(counts: Tensor, labels: Tensor, has: Tensor) -> Tensor:
-    """Add samples by class: all of them, and those that have the feature, shape (2, classes)."""
-    size = max(counts.shape[1], int(labels.max()) + 1)
-    more = [labels.bincount(minlength=size), labels[has].bincount(minlength=size)]
-    return nn.functional.pad(counts, (0, size - counts.shape[1])) + torch.stack(more).cpu()
-
-
-def _warn_of_a_shortcut(counts: Tensor) -> None:
-    present = counts[0].nonzero().flatten() if counts.numel() else torch.zeros(0)
-    if len(present) < 2:
+def _warn_of_a_shortcut(samples: Tensor) -> None:
+    """Warn where the share of samples with the feature differs, counts (classes, 1 or 2)."""
+    present = samples.sum(1).nonzero().flatten()
+    if samples.shape[1] < 2 or len(present) < 2:
         return
-    shares = counts[1, present] / counts[0, present]
+    shares = samples[present, 1] / samples[present].sum(1)
     if shares.max() - shares.min() > LEANING:
         most, least = (int(present[at]) for at in (shares.argmax(), shares.argmin()))
         warnings.warn(

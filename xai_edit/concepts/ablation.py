@@ -1,4 +1,4 @@
-"""Removing subspaces in the forward pass, with an LRP rule for the removal itself."""
+"""Removing subspaces: in the forward pass with an LRP rule, in a copy, or in the next weights."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from zennit.rules import Epsilon
 
 from xai_edit.attribution.axes import known_axes, unit_axes
 from xai_edit.attribution.layers import (
     INPUT_SUFFIX,
+    TRANSPOSED,
+    WEIGHTED,
     first_tensor,
     layer_module,
     resolve_layers,
     unit_axis_of,
 )
+from xai_edit.attribution.trace import trace
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import model_device
 from xai_edit.guard import copied, preserved
+
+ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
 
 
 class SubspaceAblation(nn.Module):
@@ -80,15 +86,15 @@ def ablated(
     *,
     unit_axis: int | Mapping[str, int] | None = None,
 ) -> Iterator[str]:
-    """Remove subspaces behind a layer for the length of a ``with`` block.
+    """Remove subspaces behind a layer inside a ``with`` block.
 
-    The layer stands inside a module of two meanwhile, so every scorer, Zennit's and Captum's
-    alike, sees an ordinary module. A Zennit name map that names this very layer does not find it.
+    The layer is replaced by a module that holds it and the ablation, so every scorer, Zennit's and
+    Captum's alike, sees an ordinary module. A Zennit name map finds the layer by the name yielded.
 
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode while inside, and exactly as before afterwards.
+        In evaluation mode while inside; afterwards exactly as it was.
     layer : str
         A module that passes on one tensor.
     subspaces : Subspaces
@@ -101,7 +107,7 @@ def ablated(
     Yields
     ------
     str
-        The name under which the layer itself is found while inside.
+        The name of the layer itself while inside.
 
     Raises
     ------
@@ -122,10 +128,10 @@ def with_ablation(
     *,
     unit_axis: int | Mapping[str, int] | None = None,
 ) -> nn.Module:
-    """Return a copy of a model that removes the subspaces for good, as a layer of its own.
+    """Return a copy of a model with the ablation as a layer.
 
     For networks into which `fold_ablation` cannot fold it exactly. ``state_dict`` and
-    ``torch.export`` carry the layer. Pruning and `to_smaller` take the copy as any network; the
+    ``torch.export`` hold the layer. Pruning and `to_smaller` take the copy as any network; the
     channels that the ablation mixes stay.
 
     Parameters
@@ -138,9 +144,8 @@ def with_ablation(
     Returns
     -------
     nn.Module
-        With the layer's own parameters under ``{layer}.layer`` and the buffers ``directions``,
-        float64, shape (channels, directions), and ``mean``, (channels,), under
-        ``{layer}.ablation``.
+        With the layer's parameters under ``{layer}.layer`` and the buffers ``directions``, float64,
+        shape (channels, directions), and ``mean``, (channels,), under ``{layer}.ablation``.
 
     Raises
     ------
@@ -221,3 +226,75 @@ def _insert(model: nn.Module, layer: str, ablation: SubspaceAblation) -> None:
     model.get_submodule(parent)._modules[name] = _Ablated(module, ablation)
     if ablation.axis.number is None:
         model.register_forward_pre_hook(_FindAxis(layer), with_kwargs=True)
+
+
+def fold_ablation(
+    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int], inputs: Tensor
+) -> dict[str, Tensor]:
+    """Return parameters with which the model computes what it computes under `ablated`.
+
+    With P = I − U Uᵀ the ablated activations are P a + U Uᵀμ, so a layer W a + b that reads them
+    becomes (W P) a + (b + W U Uᵀμ). The model is only read.
+
+    Parameters
+    ----------
+    model, layer, subspaces, indices
+        See `ablated`.
+    inputs : Tensor, shape (samples, ...)
+        A batch on which the folded model is compared with the ablated one.
+
+    Returns
+    -------
+    dict of Tensor
+        Names and new values of the reader's weight and bias.
+
+    Raises
+    ------
+    ValueError
+        If no single linear or ungrouped convolution layer reads the activations as they are, it
+        has no bias, or the outputs differ (zero padding lacks the constant, another branch reads).
+    """
+    name, reader = _reader(model, layer, inputs)
+    grouped = getattr(reader, "groups", 1) > 1
+    if grouped or reader.bias is None or reader.weight.shape[1] != len(subspaces.mean):
+        raise ValueError(
+            f"layer {layer!r}: its ablation cannot be folded into {name!r}, which is grouped, has "
+            "no bias or reads other channels"
+        )
+    U = subspaces.directions(indices)
+    weight = reader.weight.detach().to(U)
+    W = weight.movedim(1, -1)
+    folded = (W - W @ U @ U.T).movedim(-1, 1)  # W P
+    constant = (W @ (U @ (U.T @ subspaces.mean))).reshape(len(W), -1).sum(1)  # W U Uᵀμ
+    values = {
+        f"{name}.weight": folded.to(reader.weight),
+        f"{name}.bias": (reader.bias.detach().to(U) + constant).to(reader.bias),
+    }
+    with torch.no_grad():
+        with ablated(model, layer, subspaces, indices):
+            expected = model(inputs)
+        with preserved(model):
+            found = torch.func.functional_call(model, values, (inputs,))
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= ROUNDING:
+        raise ValueError(
+            f"layer {layer!r}: folding its ablation into {name!r} is not exact, the outputs differ "
+            f"by {difference:.2g} of the largest; does the layer pad with zeros, or does another "
+            "branch read the activations?"
+        )
+    return values
+
+
+def _reader(model: nn.Module, layer: str, inputs: Tensor) -> tuple[str, nn.Linear | nn.Conv2d]:
+    """Return the one linear or convolution layer that gets the layer's output as it is."""
+    readers = [
+        name
+        for name in trace(model, inputs).readers(layer)
+        if isinstance(model.get_submodule(name), WEIGHTED)
+    ]
+    if len(readers) != 1 or isinstance(model.get_submodule(readers[0]), TRANSPOSED):
+        raise ValueError(
+            f"layer {layer!r}: its output goes to {readers or 'no linear or convolution layer'} "
+            "directly; to keep the ablation, one such layer has to read it as it is"
+        )
+    return readers[0], model.get_submodule(readers[0])  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Average precision of one ranking in many resamples at once, drawn group by group."""
+"""Average precision of one ranking in many bootstrap resamples at once, drawn group by group."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Samples × resamples that are in memory at once; 16 MB in single precision.
-ENTRIES = 2**22
+ENTRIES = 2**22  # samples × resamples in memory at once; 16 MB in single precision
 
 
 def counted_once(sizes: Sequence[int]) -> list[Tensor]:
-    """Return the counts of `resampled_counts` where each sample is there once, float64."""
+    """Return the counts of `resampled_counts` for the samples themselves, float64."""
     return [torch.arange(size + 1).double()[:, None] for size in sizes]
 
 
 def resampled_counts(
     sizes: Sequence[int], resamples: int, generator: torch.Generator
 ) -> Iterator[list[Tensor]]:
-    """Draw each group anew with replacement, many times, a chunk of resamples at a time.
+    """Draw each group with replacement, many times, a chunk of resamples at a time.
 
     A bootstrap within groups (Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, ch. 8),
-    so that no resample lacks a group. Which samples they are is left open: all of a group are
-    drawn alike, so one draw serves every ranking of the group.
+    so that no resample lacks a group. As all samples of a group are drawn alike, one draw of counts
+    serves every ranking of the group.
 
     Parameters
     ----------
@@ -59,7 +58,7 @@ def average_precision(
 ) -> Tensor:
     """Return Σ_t (recall_t − recall_{t−1}) · precision_t over thresholds t, shape (resamples,).
 
-    Samples with the same score come in together, as in scikit-learn.
+    Samples of the same score share a threshold, as in scikit-learn.
 
     Parameters
     ----------
@@ -70,19 +69,14 @@ def average_precision(
     positive, negative : sequence of int
         The groups that are to have high and low scores; both with samples.
     """
-    # Between two thresholds at which positives come in, recall stands still.
+    # Recall changes only at the scores of positive samples.
     thresholds = torch.cat([ranked[group] for group in positive]).unique().flip(0)
 
     def found(groups: Sequence[int]) -> Tensor:
-        total: Tensor | None = None
-        for group in groups:
-            above = len(ranked[group]) - torch.searchsorted(ranked[group], thresholds)
-            total = counts[group][above] if total is None else total + counts[group][above]
-        assert total is not None  # both have groups
-        return total
+        above = {k: len(ranked[k]) - torch.searchsorted(ranked[k], thresholds) for k in groups}
+        return torch.stack([counts[k][at] for k, at in above.items()]).sum(0)
 
     right, wrong = found(positive), found(negative)
     precision = right / (right + wrong).clamp(min=1)
     gained = torch.cat([right[:1], right.diff(dim=0)])
-    # Rounding may lead past one.
-    return ((gained * precision).sum(0) / right[-1]).clamp(max=1)
+    return ((gained * precision).sum(0) / right[-1]).clamp(max=1)  # rounding may exceed 1

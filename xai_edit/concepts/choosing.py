@@ -1,21 +1,4 @@
-"""Which subspaces hold a spurious feature and nothing of the class, by their average precisions.
-
-A subspace is taken where, in the words of `Predictiveness`,
-
-- for the feature, within the class and within the rest, the average precision lies above the middle
-  between chance and 1, and its whole interval above chance; and
-- for the class and for the rest, with the feature and without it, it lies below that middle.
-
-The middle, (AP − chance) / (1 − chance) = ½, makes columns of different chance comparable. It parts
-the two cases of the poster: .97 of a feature that .3 of the samples have is .95 of the way, .72 of
-one that half of them have is .44. Whole intervals are not asked to lie beyond the middle: with some
-hundred samples of each kind they are so wide that subspaces would be refused that do hold the
-feature, as their ablation shows.
-
-Columns over all samples decide nothing. In biased data the feature and the class go together, so
-that what predicts one predicts the other; within samples of one kind it does not. The rest counts
-as a class as well, since a subspace of its own is no more spurious than one of the class.
-"""
+"""Which subspaces hold a spurious feature and nothing of the class, by their average precisions."""
 
 from __future__ import annotations
 
@@ -24,8 +7,7 @@ from dataclasses import dataclass
 from xai_edit.concepts.predictiveness import COLUMNS, GROUPS, AveragePrecision, Predictiveness
 
 MIDDLE = 0.5
-# Samples of a group below which its resamples are too much alike to tell how sure a figure is.
-ENOUGH = 10
+ENOUGH = 10  # samples; resamples of fewer are too much alike for an interval
 
 # What a column looks for, and among which samples.
 OF_FEATURE = {
@@ -63,16 +45,21 @@ class Choice:
 def choose_spurious(table: Predictiveness) -> Choice:
     """Return the subspaces that predict the spurious feature and not the class, best first.
 
+    A subspace is chosen if its average precision
+
+    - for the feature, within the class and within the rest, lies above the middle between chance
+      and 1, with its whole interval above chance; and
+    - for the class and for the rest, with the feature and without it, lies below that middle.
+
+    The middle, (AP − chance) / (1 − chance) = ½, makes columns of different chance comparable: it
+    parts the poster's two cases, 0.97 at a chance of 0.3 and 0.72 at a chance of 0.5. Columns over
+    all samples decide nothing, since in biased data the feature and the class go together.
+
     Parameters
     ----------
     table : Predictiveness
         Of samples of all four kinds, as many of each as can be had: columns with fewer than ten
-        samples to find, or fewer than ten others, are left out. Where feature or class are few,
-        average precision asks much of the ranking, and intervals are wide.
-
-    Returns
-    -------
-    Choice
+        positive or negative samples are left out.
     """
     of_feature = [name for name in OF_FEATURE if _enough(table, name)]
     of_class = [name for name in OF_CLASS if _enough(table, name)]
@@ -81,32 +68,31 @@ def choose_spurious(table: Predictiveness) -> Choice:
         have = "there are no labels" if table.target is None else f"there are {held}"
         return Choice(
             (),
-            "no subspace can be told to predict the spurious feature and not the class: it takes "
-            f"{ENOUGH} samples each of a class with and without the feature, and of another class "
-            f"with or without it, and {have}",
+            f"no subspace can be chosen: it takes {ENOUGH} samples each of a class with and "
+            f"without the feature, and of another class with or without it, and {have}",
         )
 
-    def weakest(index: int) -> str:
-        return min(of_feature, key=lambda name: _entry(table, index, name).over_chance.value)
+    def above_chance(index: int, name: str) -> AveragePrecision:
+        return _entry(table, index, name).over_chance
 
-    def strength(index: int) -> float:
-        return _entry(table, index, weakest(index)).over_chance.value
+    def weakest(index: int) -> str:
+        return min(of_feature, key=lambda name: above_chance(index, name).value)
 
     def closest(index: int) -> str:
-        return max(of_class, key=lambda name: _entry(table, index, name).over_chance.value)
+        return max(of_class, key=lambda name: above_chance(index, name).value)
 
-    def told_apart(index: int) -> bool:
-        bounds = [_entry(table, index, name).over_chance.interval[0] for name in of_feature]
-        return strength(index) > MIDDLE and min(bounds) > 0
+    def strength(index: int) -> float:
+        return above_chance(index, weakest(index)).value
 
-    def kept_apart(index: int) -> bool:
-        return _entry(table, index, closest(index)).over_chance.value < MIDDLE
+    def holds_feature(index: int) -> bool:
+        lower = min(above_chance(index, name).interval[0] for name in of_feature)
+        return strength(index) > MIDDLE and lower > 0
 
     ranked = sorted(range(len(table)), key=strength, reverse=True)
-    telling = [index for index in ranked if told_apart(index)]
-    chosen = tuple(index for index in telling if kept_apart(index))
+    holding = [index for index in ranked if holds_feature(index)]
+    chosen = tuple(k for k in holding if above_chance(k, closest(k)).value < MIDDLE)
     best = chosen[0] if chosen else ranked[0]
-    feature, others = (_told(table, best, name) for name in (weakest(best), closest(best)))
+    feature, others = (_in_words(table, best, name) for name in (weakest(best), closest(best)))
     if chosen:
         listed = ", ".join(map(str, chosen))
         return Choice(
@@ -114,11 +100,14 @@ def choose_spurious(table: Predictiveness) -> Choice:
             f"of {len(table)} subspaces, those that predict the spurious feature and not the "
             f"class: {listed}; {best} has {feature}, and {others}",
         )
-    none = "no subspace predicts the spurious feature and not the class: the best, "
     why = "; above the middle is asked, and the interval above chance"
-    if telling:
+    if holding:
         why = f", but also {others}; below the middle is asked there"
-    return Choice((), f"{none}{best}, has {feature}{why}")
+    return Choice(
+        (),
+        "no subspace predicts the spurious feature and not the class: the best, "
+        f"{best}, has {feature}{why}",
+    )
 
 
 def _entry(table: Predictiveness, index: int, name: str) -> AveragePrecision:
@@ -132,8 +121,7 @@ def _enough(table: Predictiveness, name: str) -> bool:
     return table.chance[name] is not None and min(map(sum, sizes)) >= ENOUGH
 
 
-def _told(table: Predictiveness, index: int, name: str) -> str:
-    """Return an entry in words."""
+def _in_words(table: Predictiveness, index: int, name: str) -> str:
     sought, among = WORDS[name]
     entry = _entry(table, index, name)
     middle = entry.chance + MIDDLE * (1 - entry.chance)

@@ -17,9 +17,9 @@ from xai_edit.attribution.contexts import ContextGather, Take
 from xai_edit.attribution.layers import resolve_layers, run, tapped
 from xai_edit.attribution.scorers import LRP, describe
 from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
+from xai_edit.checks import require_type
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.positions import PositionDraw
-from xai_edit.concepts.rows import RowFile, RowList, Rows
 from xai_edit.data import (
     Attribute,
     Batch,
@@ -31,7 +31,7 @@ from xai_edit.data import (
     several_ranks,
     together,
 )
-from xai_edit.files import clear_parts, part_of, require_folder
+from xai_edit.files import clear_parts, naming, part_of, require_folder
 from xai_edit.guard import preserved, require_finite
 
 
@@ -61,8 +61,8 @@ def collect_features(
     layer : str
         A module's name; ``"fc:input"`` names the inputs of ``fc``.
     scorer : LRP, optional
-        Also keep the contexts of the activations under its composite. They are exact also where
-        an activation is zero; see `xai_edit.attribution.contexts.ContextGather`.
+        Also keep the contexts of the activations under its composite; see
+        `xai_edit.attribution.contexts.ContextGather`.
     target : int, "label", "predicted" or callable
         The output that the contexts explain; see `xai_edit.attribution.targets.Target`.
     positions : int or None
@@ -71,15 +71,14 @@ def collect_features(
         Which samples have the spurious feature; the data's third element, where there is one,
         when left out.
     seed : int
-        Of the drawn positions. They follow from it and the content of a sample alone, so they do
-        not depend on the batches, the order of the data or the processes it is split over.
+        Of the drawn positions; see `PositionDraw`.
     unit_axis : int, optional
         The axis of the layer's channels; see `xai_edit.attribution.axes.unit_axes` for how it is
         found when left out.
     on_disk : path, optional
-        A safetensors file to keep the vectors in, as `Features.save` writes it. They come back
-        memory-mapped, so that memory does not grow with the data. Each of several ranks needs a
-        file of its own. While it is written the folder needs twice its size.
+        A file to keep the vectors in, as `Features.save` writes it; they are memory-mapped, so that
+        memory does not grow with the data. Each of several ranks needs a file of its own. While it
+        is written the folder needs twice its size.
 
     Raises
     ------
@@ -88,45 +87,43 @@ def collect_features(
     OSError
         If the file cannot be written.
     UnknownLayerError, NonFiniteError, ValueError
-        On bad input. Also if the composite hands relevance on otherwise than in proportion to
-        activations, or a batch norm is merged into the layer: its values are then not the model's.
+        On bad input. Also if the composite's relevance is not in proportion to activations, or a
+        batch norm is merged into the layer: its values are then not the model's.
     """
     draw = PositionDraw(positions, seed)
-    if scorer is not None and not isinstance(scorer, LRP):
-        raise TypeError(f"scorer: {scorer!r} given; contexts need a rule, so an xai_edit.LRP")
+    if scorer is not None:
+        require_type(scorer, LRP, "scorer", "contexts need a rule, so an xai_edit.LRP")
     target = checked_target(target)
     resolve_layers(model, [layer])
     require_finite(model)
-    if on_disk is not None:
-        require_folder(on_disk)
-    origin: dict[str, Any] = {"layer": layer, "positions": positions, "seed": seed}
+    origin: dict[str, Any] = {"layer": layer, "positions": draw.positions, "seed": draw.seed}
     if scorer is not None:
         origin |= {"scorer": describe(scorer), "target": describe_target(target)}
-    vectors: dict[str, Rows] = {}
+    vectors: dict[str, _Rows] = {}
     labels: list[Tensor | None] = []
     attributes: list[Tensor | None] = []
     samples = 0
     with ExitStack() as stack:
-        new_rows = stack.enter_context(_rows(on_disk))
+        folder: Path | None = None
+        if on_disk is not None:
+            clear_parts(require_folder(on_disk).parent, Path(on_disk).name)
+            folder = stack.enter_context(part_of(on_disk))
         with preserved(model), ExitStack() as session:
             vectors_of: Callable[[Batch], dict[str, Tensor]] | None = None
             for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                 if vectors_of is None:
                     axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
                     taken_at = functools.partial(draw, axis=axis)
-                    vectors_of = functools.partial(_activations, model, layer, taken_at)
-                    if scorer is not None:
-                        vectors_of = session.enter_context(
-                            _contexts(model, batch.inputs, layer, taken_at, scorer, target, origin)
-                        )
+                    vectors_of = session.enter_context(
+                        _vectors(model, batch.inputs, layer, taken_at, scorer, target, origin)
+                    )
                 draw.see(batch.inputs)
                 found = vectors_of(batch)  # each (samples, positions, channels)
                 numbers = torch.arange(samples, samples + len(batch))
                 found["sample"] = numbers[:, None].expand(found["activations"].shape[:2])
                 for name, taken in found.items():
-                    if name not in vectors:
-                        vectors[name] = new_rows(name)
-                    vectors[name].append(taken.flatten(0, 1))
+                    path = None if folder is None else folder / name
+                    vectors.setdefault(name, _Rows(path)).append(taken.flatten(0, 1))
                 labels.append(batch.labels)
                 attribute = None
                 if spurious is not None or batch.groups is not None:
@@ -148,48 +145,68 @@ def collect_features(
     return Features.load(on_disk)
 
 
+class _Rows:
+    """Rows that come batch by batch, kept in memory or in a new file, memory-mapped in the end."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.parts: list[Tensor] = []
+        self.kind: tuple[torch.Size, torch.dtype] | None = None
+
+    def append(self, rows: Tensor) -> None:
+        """Keep rows behind the others, shape (rows, ...)."""
+        rows = rows.detach().cpu()
+        kind = rows.shape[1:], rows.dtype
+        if self.kind not in (None, kind):
+            raise ValueError(f"layer: its vectors are {kind} in one batch and {self.kind} before")
+        self.kind = kind
+        if self.path is None:
+            self.parts.append(rows)
+            return
+        with naming(self.path), self.path.open("ab") as file:
+            rows.contiguous().view(torch.uint8).numpy().tofile(file)
+
+    def joined(self) -> Tensor:
+        """Return all rows on the CPU; a file may be removed then."""
+        if self.path is None:
+            return torch.cat(self.parts)
+        assert self.kind is not None  # something was appended
+        shape, dtype = self.kind
+        size = self.path.stat().st_size // dtype.itemsize
+        mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=dtype)
+        return mapped.view(-1, *shape)
+
+
 @contextmanager
-def _rows(on_disk: str | Path | None) -> Iterator[Callable[[str], Rows]]:
-    """Yield what makes a place for rows, in memory or in a folder that is removed afterwards."""
-    if on_disk is None:
-        yield lambda name: RowList()
-        return
-    clear_parts(Path(on_disk).parent, Path(on_disk).name)
-    with part_of(on_disk) as folder:
-        yield lambda name: RowFile(folder / name)
-
-
-def _activations(
-    model: nn.Module, layer: str, draw: Callable[[Tensor], Take], batch: Batch
-) -> dict[str, Tensor]:
-    """Return the activations of one batch."""
-    values = values_at(model, layer, batch.inputs)
-    return {"activations": draw(values)(values)}
-
-
-@contextmanager
-def _contexts(
+def _vectors(
     model: nn.Module,
     sample: Tensor,
     layer: str,
     draw: Callable[[Tensor], Take],
-    scorer: LRP,
+    scorer: LRP | None,
     target: Target,
     origin: dict[str, Any],
 ) -> Iterator[Callable[[Batch], dict[str, Tensor]]]:
-    """Yield a function that gives the activations and contexts of one batch."""
+    """Yield a function that returns the activations, and perhaps contexts, of one batch."""
+
+    def activations_of(batch: Batch) -> dict[str, Tensor]:
+        values = values_at(model, layer, batch.inputs)
+        return {"activations": draw(values)(values)}
+
+    if scorer is None:
+        yield activations_of
+        return
     plain = values_at(model, layer, sample[:1])
     gather = ContextGather(draw)
     with scorer.gathering(model, sample, [layer], gather) as (score, canonizers):
         origin["canonizers"] = canonizers
 
-        def vectors_of(batch: Batch) -> dict[str, Tensor]:
+        def pairs_of(batch: Batch) -> dict[str, Tensor]:
             pairs = score(batch.inputs, targets_of(batch, target))[layer]
             require_same_values(layer, plain, gather, canonizers)
-            activations, contexts = pairs.unbind(1)
-            return {"activations": activations, "contexts": contexts}
+            return dict(zip(("activations", "contexts"), pairs.unbind(1), strict=True))
 
-        yield vectors_of
+        yield pairs_of
 
 
 def values_at(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Disentangled relevant subspaces: each holds the relevance of samples of its own."""
+"""Disentangled relevant subspaces: each holds the relevance of a part of the samples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xai_edit.checks import fraction, require, whole_number
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
 
 WORK = 2048  # channels times random starts
 SCREENING = 20  # steps after which only the best start goes on
-PATIENCE = 10  # steps over which a gain is looked at
+PATIENCE = 10  # steps over which the rise is measured
 REVIVALS = 10  # a start
 HALVINGS = 12  # of a step that does not raise the objective
 TURN = 0.1  # of a basis at most in a step, by its norm; on real features longer ones go astray
@@ -44,9 +45,10 @@ class DRSA:
     """Disentangled relevant subspace analysis (Chormai et al. 2024).
 
     Maximises `disentanglement` over orthonormal bases U by steps U ← V(VᵀV)^{-½}, the orthonormal
-    matrix nearest to V = U + rate · (∇J + what the last steps have in common with it). The rate
-    adapts: it is halved where a step does not raise the objective, and grows where one does. Of
-    several random starts the one that is best after a few steps goes on.
+    matrix nearest to V = U + rate · (∇J + conjugate part of the last step). The rate adapts: it is
+    halved where a step does not raise J, and grows where one does. Of several random starts the
+    best after a few steps goes on. A subspace without positive relevance, which has no gradient,
+    is mixed with the strongest one.
 
     Parameters
     ----------
@@ -54,8 +56,8 @@ class DRSA:
     size : int, optional
         Directions of each subspace; channels // n_subspaces when left out.
     n_init : int, optional
-        Random starts; 2048 // channels within 4 and 32 when left out. Their maxima are a
-        percent or more apart on real features, and cheap where channels are few.
+        Random starts; 2048 // channels within 4 and 32 when left out. Their maxima differ by a
+        percent or more on real features.
     max_iter : int
         Steps of the start that goes on; most of the rise is in the first hundred.
     tol : float
@@ -71,12 +73,6 @@ class DRSA:
         Mean relevance of each subspace, in falling order.
     objective_ : float
         For activations and contexts that are each divided by their root mean square · channels^¼.
-
-    Notes
-    -----
-    The ``origin`` of the subspaces has the objective's course, what each start had reached when the
-    best was chosen, and how often a subspace without positive relevance, which has no gradient,
-    was mixed with the strongest to begin anew.
     """
 
     def __init__(
@@ -89,23 +85,18 @@ class DRSA:
         tol: float = 1e-4,
         seed: int = 0,
     ) -> None:
-        counts = {"n_subspaces": n_subspaces, "max_iter": max_iter, "size": size, "n_init": n_init}
-        for name, count in counts.items():
-            if count is None and name in ("size", "n_init"):
-                continue
-            if type(count) is not int or count < 1:
-                raise ValueError(f"{name}: {count!r} given; it is a positive number")
-        if not 0 <= tol < 1:
-            raise ValueError(f"tol: {tol!r} given; it is a share, such as 1e-4")
-        self.n_subspaces = n_subspaces
-        self.size = size
-        self.n_init = n_init
-        self.max_iter = max_iter
-        self.tol = tol
-        self.seed = seed
+        self.n_subspaces = whole_number(n_subspaces, "n_subspaces", least=1)
+        self.size = None if size is None else whole_number(size, "size", least=1)
+        self.n_init = None if n_init is None else whole_number(n_init, "n_init", least=1)
+        self.max_iter = whole_number(max_iter, "max_iter", least=1)
+        self.tol = fraction(tol, "tol", zero=True, one=False)
+        self.seed = whole_number(seed, "seed")
 
     def fit(self, features: Features) -> Subspaces:
-        """Find the subspaces.
+        """Find the subspaces, in the order of their mean relevance.
+
+        Their ``origin`` has the objective's course, what each start had reached when the best was
+        chosen, and how often a subspace without relevance was mixed anew.
 
         Raises
         ------
@@ -115,20 +106,18 @@ class DRSA:
         """
         contexts = features.require_contexts()
         vectors, channels = features.activations.shape
-        size = channels // self.n_subspaces if self.size is None else self.size
-        directions = self.n_subspaces * size
+        K = self.n_subspaces
+        size = channels // K if self.size is None else self.size
+        directions = K * size
         if not 1 <= directions <= channels:
             raise ValueError(
-                f"n_subspaces: {self.n_subspaces} of {max(size, 1)} directions asked for; the "
-                f"features have {channels} channels"
+                f"n_subspaces: {K} of {max(size, 1)} directions asked for; the features have "
+                f"{channels} channels"
             )
-        if vectors < directions:
-            raise ValueError(
-                f"features: {vectors} vectors given; to find {directions} directions takes as "
-                "many, and better ten times as many"
-            )
+        works = f"{directions} directions need as many vectors, and better ten times as many"
+        require(vectors >= directions, "features", vectors, works)
         a = _scaled(features.activations)
-        problem = _Problem(a, _scaled(contexts).to(a), self.n_subspaces)
+        problem = _Problem(a, _scaled(contexts).to(a), K)
         generator = torch.Generator().manual_seed(self.seed)
         n_init = max(4, min(WORK // channels, 32)) if self.n_init is None else self.n_init
         bases = [_random_basis(channels, directions, generator) for _ in range(n_init)]
@@ -145,11 +134,10 @@ class DRSA:
             )
         if dead := int((best.point.strengths == 0).sum()):
             warnings.warn(
-                f"{dead} of {self.n_subspaces} subspaces have no positive relevance; look for "
-                "fewer, or collect more samples",
+                f"{dead} of {K} subspaces have no positive relevance; look for fewer, or collect "
+                "more samples",
                 stacklevel=2,
             )
-        self.objective_ = best.point.objective
         origin = {
             "finder": "DRSA",
             "vectors": vectors,
@@ -159,26 +147,15 @@ class DRSA:
             "revived": best.revived,
             "dead": dead,
         }
-        return self._ordered(features, contexts, best.point.basis.cpu(), size, origin)
-
-    def _ordered(
-        self,
-        features: Features,
-        contexts: Tensor,
-        basis: Tensor,
-        size: int,
-        origin: dict[str, object],
-    ) -> Subspaces:
-        """Return the subspaces by falling mean relevance."""
-        sizes = (size,) * self.n_subspaces
         mean = features.activations.double().mean(0).cpu()
-        found = Subspaces(basis, sizes, mean, origin)
+        found = Subspaces(best.point.basis.cpu(), (size,) * K, mean, origin)
         relevance = found.split(features.activations, contexts)[0].mean(0)
         order = relevance.argsort(descending=True, stable=True)
+        basis = found.directions(order.tolist())
+        self.objective_ = best.point.objective
         self.relevance_ = relevance[order]
-        ordered = torch.cat([found.block(int(k)) for k in order], dim=1)
-        self.components_ = ordered.T.contiguous()
-        return Subspaces(ordered, sizes, mean, origin)
+        self.components_ = basis.T.contiguous()
+        return Subspaces(basis, found.sizes, mean, origin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +194,7 @@ class _Problem:
 
 
 class _Climb:
-    """One start on its way up."""
+    """The ascent from one start."""
 
     def __init__(self, problem: _Problem, point: _Point, generator: torch.Generator) -> None:
         self.problem, self.generator = problem, generator
@@ -236,7 +213,7 @@ class _Climb:
                 return
 
     def _step(self) -> bool:
-        """Take one step; tell whether any length raised the objective."""
+        """Take one step; return whether any length raised the objective."""
         enough = self.point.objective * (1 + ROUNDING)
         turn = TURN * math.sqrt(self.direction.shape[1])
         self.rate = min(self.rate, turn / max(float(self.direction.norm()), 1e-300))
@@ -261,19 +238,18 @@ class _Climb:
         return True
 
     def _look(self) -> None:
-        """Set the parts of the gradient along which the basis stays orthonormal and does not.
+        """Split the gradient into the part along which UᵀU stays the identity, and the normal part.
 
-        The second does not change the objective at first, but damps turns away from directions that
-        hold much relevance: on planted subspaces it halves the number of steps.
+        The normal part does not change J to first order, but damps turns away from directions of
+        much relevance: on planted subspaces it halves the number of steps.
         """
         gradient = self.problem.gradient(self.point)
         self.tangent = _tangent(self.point.basis, gradient)
         self.normal = gradient - self.tangent
 
     def _conjugate(self, before: Tensor) -> Tensor:
-        """Return Polak and Ribière's direction, what is of the old basis carried to the new."""
-        # ``before`` need not be carried: what does not lie along the new basis is at right angles
-        # to the new tangent.
+        """Return Polak and Ribière's direction, the last one carried to the new basis."""
+        # ``before`` need not be carried: its part off the new basis is orthogonal to the tangent.
         change = self.tangent - before
         share = float((self.tangent * change).sum() / before.square().sum())
         return self.tangent + max(0.0, share) * _tangent(self.point.basis, self.direction)
@@ -301,19 +277,17 @@ def _scaled(values: Tensor) -> Tensor:
 def _tangent(U: Tensor, G: Tensor) -> Tensor:
     """Return the part of G along which U stays orthonormal."""
     inner = U.T @ G
-    tangent: Tensor = G - U @ (inner + inner.T) / 2
-    return tangent
+    return G - U @ (inner + inner.T) / 2
 
 
 def _polar(V: Tensor) -> Tensor:
     """Return V(VᵀV)^{-½}."""
     values, vectors = torch.linalg.eigh(V.T @ V)
     if values[0] > CONDITION * values[-1]:  # as a rule; it takes half the time
-        nearest: Tensor = V @ ((vectors * values.rsqrt()) @ vectors.T)
-        return nearest
+        symmetric: Tensor = V @ ((vectors * values.rsqrt()) @ vectors.T)
+        return symmetric
     left, _, right = torch.linalg.svd(V, full_matrices=False)
-    nearest = left @ right
-    return nearest
+    return torch.as_tensor(left @ right)
 
 
 def _random_basis(channels: int, directions: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a subspace shows: the samples that activate it most, and its part of a relevance map."""
+"""Explanations by subspace: the samples that activate it most, and its part of a relevance map."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from xai_edit.attribution.gather import Gather, backward_again
 from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.attribution.scorers import LRP
 from xai_edit.attribution.targets import Target, checked_target, targets_of
+from xai_edit.checks import require_type, whole_number
 from xai_edit.concepts.collect import require_same_values, values_at
 from xai_edit.concepts.features import Features
-from xai_edit.concepts.sample_scores import sample_scores
+from xai_edit.concepts.predictiveness import sample_scores
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import batches, model_device
 from xai_edit.guard import preserved, require_finite
@@ -27,27 +28,19 @@ INPUTS = INPUT_SUFFIX  # those of the whole model
 def strongest_samples(subspaces: Subspaces, features: Features, *, count: int = 5) -> Tensor:
     """Return the samples that activate each subspace most.
 
-    Parameters
-    ----------
-    subspaces : Subspaces
-    features : Features
-        With contexts a sample counts by its relevance in the subspace, else by its energy; see
-        `xai_edit.concepts.sample_scores.sample_scores`.
-    count : int
-        Samples of each subspace.
+    They are ranked by `xai_edit.concepts.predictiveness.sample_scores`.
 
     Returns
     -------
     Tensor, int64, shape (subspaces, count)
-        Numbers of samples, the strongest first.
+        Sample indices, the strongest first.
 
     Raises
     ------
     ValueError
         If there are fewer samples, or the channels differ.
     """
-    if type(count) is not int or not 1 <= count <= features.samples:
-        raise ValueError(f"count: {count!r} given; there are {features.samples} samples")
+    count = whole_number(count, "count", least=1, most=features.samples)
     order = sample_scores(subspaces, features).argsort(dim=0, descending=True, stable=True)
     return order[:count].T.contiguous()
 
@@ -66,9 +59,9 @@ def subspace_maps(
 
     Chormai et al. 2024, *Disentangled Explanations of Neural Network Predictions by Finding
     Relevant Subspaces*: the layer's activations a pass through a virtual layer h = Uᵀa and back,
-    and relevance only through the directions of one subspace. So channel i gets
-    R_i = a_i · (U_k U_kᵀ c)_i for subspace k, c being the context of a, and hands it on to the
-    input by the composite. The sum over channels is the relevance that `Subspaces.split` gives.
+    and relevance only through the directions of subspace k. So channel i of the layer gets
+    R_i = a_i · (U_k U_kᵀ c)_i, c being the context of a, which the composite propagates to the
+    input. The sum over channels is the relevance that `Subspaces.split` returns.
 
     Parameters
     ----------
@@ -92,8 +85,8 @@ def subspace_maps(
     maps : Tensor, shape (samples, subspaces, ...)
         For each subspace a map in the shape of the inputs.
     residue : Tensor, shape (samples, ...)
-        What no subspace holds, with what goes past the layer, as on a skip connection. All maps and
-        the residue add up to ``scorer.heatmap``.
+        The relevance outside all subspaces and around the layer, as on a skip connection. All maps
+        and the residue add up to ``scorer.heatmap``.
 
     Raises
     ------
@@ -106,12 +99,10 @@ def subspace_maps(
     -----
     Takes one forward pass, a backward pass, and for each subspace one from the layer on.
     """
-    if not isinstance(scorer, LRP):
-        raise TypeError(f"scorer: {scorer!r} given; maps need a rule, so an xai_edit.LRP")
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs: {type(inputs).__name__} given; give a batch as one tensor")
+    require_type(scorer, LRP, "scorer", "maps need a rule, so an xai_edit.LRP")
+    require_type(inputs, Tensor, "inputs", "give a batch as one tensor")
     if not inputs.is_floating_point():
-        raise ValueError(f"inputs: {inputs.dtype}, such as the numbers of words, have no relevance")
+        raise ValueError(f"inputs: {inputs.dtype} given; token ids have no relevance")
     given = target if isinstance(target, Tensor) and target.ndim else None
     wanted = checked_target(target) if given is None else "label"
     resolve_layers(model, [layer])
@@ -131,17 +122,7 @@ def subspace_maps(
 
 
 class SubspaceGather(ContextGather):
-    """Relevance at the input, split by the subspaces through which it went at a layer.
-
-    Gathers ``"maps"`` and ``"residue"``, see `subspace_maps`, whatever layers it is asked for.
-
-    Parameters
-    ----------
-    layer : str
-    axis : int
-        The axis of the layer's channels.
-    subspaces : Subspaces
-    """
+    """Gathers the ``"maps"`` and the ``"residue"`` of `subspace_maps` in one forward pass."""
 
     def __init__(self, layer: str, axis: int, subspaces: Subspaces) -> None:
         super().__init__(lambda values: lambda tensor: tensor)
@@ -180,7 +161,7 @@ class SubspaceGather(ContextGather):
         return behind, paired
 
     def parts(self, pairs: Tensor) -> Iterator[Tensor]:
-        """Yield the layer's relevance through each subspace, and then what is left of it.
+        """Yield the layer's relevance through each subspace, and then the rest of it.
 
         Parameters
         ----------
@@ -188,14 +169,11 @@ class SubspaceGather(ContextGather):
             Activations and their contexts.
         """
         a, c = (values.movedim(self.axis, -1).double() for values in pairs.unbind(1))
-        U = self.subspaces.basis.to(a)
-        along = (c @ U).split(self.subspaces.sizes, dim=-1)
-        blocks = U.split(self.subspaces.sizes, dim=1)
         rest = c
-        for c_k, U_k in zip(along, blocks, strict=True):
-            through = c_k @ U_k.T
+        for U_k in self.subspaces.basis.to(a).split(self.subspaces.sizes, dim=1):
+            through = c @ U_k @ U_k.T
             rest = rest - through
-            yield (a * through).movedim(-1, self.axis).to(pairs)
+            yield (a * through).movedim(-1, self.axis).to(pairs)  # R = a ⊙ U_k U_kᵀ c
         yield (a * rest).movedim(-1, self.axis).to(pairs)
 
     def relevance(self, layers: Sequence[str], outputs: Tensor, seed: Tensor) -> dict[str, Tensor]:
@@ -211,15 +189,15 @@ class SubspaceGather(ContextGather):
 
 
 class _Filtered(torch.autograd.Function):
-    """A value to go on with, and what is handed on of its relevance."""
+    """Replaces a value by another one in the forward pass and filters relevance on the way back."""
 
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, behind: Tensor, handed_on: Callable[[Tensor], Tensor]
+        ctx: Any, value: Tensor, behind: Tensor, filtered: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ctx.handed_on = handed_on
+        ctx.filtered = filtered
         return behind.detach()
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.handed_on(relevance[0]), None, None
+        return ctx.filtered(relevance[0]), None, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xai_edit.checks import finite, require
 from xai_edit.data import gathered, several_ranks, with_samples
-from xai_edit.errors import NonFiniteError
 from xai_edit.files import read_header, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 KIND = "xai_edit.features"
-OPTIONAL = ("contexts", "sample", "labels", "attribute")
+PARTS = ("activations", "contexts", "sample", "labels", "attribute")
 KINDS = ("activations", "contexts", "labels", "attribute")  # whose dtypes have to agree
 
 
@@ -57,56 +56,39 @@ class Features:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.activations.ndim != 2:
-            raise ValueError(
-                f"activations: shape {tuple(self.activations.shape)}; expected (vectors, channels)"
-            )
-        if self.contexts is not None and self.contexts.shape != self.activations.shape:
-            raise ValueError(
-                f"contexts: shape {tuple(self.contexts.shape)}, activations have "
-                f"{tuple(self.activations.shape)}"
-            )
-        if self.sample is not None and (
-            self.sample.shape != self.activations.shape[:1] or self.sample.dtype != torch.int64
-        ):
-            raise ValueError("sample: one number a vector is expected, int64")
+        a, contexts, sample = self.activations, self.contexts, self.sample
+        require(a.ndim == 2, "activations", tuple(a.shape), "their shape is (vectors, channels)")
+        finite(a, "activations")
+        if contexts is not None:
+            given, expected = tuple(contexts.shape), tuple(a.shape)
+            require(given == expected, "contexts", given, f"activations have the shape {expected}")
+            finite(contexts, "contexts")
+        if sample is not None:
+            fits = sample.shape == a.shape[:1] and sample.dtype == torch.int64
+            kind = tuple(sample.shape), sample.dtype
+            require(fits, "sample", kind, f"it is {len(a)} whole numbers (int64), one a vector")
         for name in ("labels", "attribute"):
-            told = getattr(self, name)
-            if told is not None and told.shape != (self.samples,):
-                raise ValueError(
-                    f"{name}: shape {tuple(told.shape)} for {self.samples} samples; expected one "
-                    "number a sample"
-                )
-        if self.sample is not None and len(self.sample):
-            first, last = (int(end) for end in self.sample.aminmax())
-            if first < 0 or last >= self.samples:
-                raise ValueError(
-                    f"sample: numbers from {first} to {last} for {self.samples} samples, which are "
-                    "numbered from 0"
-                )
-        for name in ("activations", "contexts"):
-            tensor = getattr(self, name)
-            if tensor is not None and not _all_finite(tensor):
-                raise NonFiniteError(f"{name}: NaN or infinite values")
+            values = getattr(self, name)
+            if values is not None:
+                given, works = tuple(values.shape), f"one number for each of {self.samples} samples"
+                require(given == (self.samples,), name, given, works)
+        if sample is not None and len(sample):
+            first, last = (int(end) for end in sample.aminmax())
+            numbered = f"samples are numbered from 0 to {self.samples - 1}"
+            require(first >= 0 and last < self.samples, "sample", (first, last), numbered)
 
     @property
     def samples(self) -> int:
         """The number of samples."""
         if self.sample is None:
             return len(self.activations)
-        for told in (self.labels, self.attribute):
-            if told is not None:  # the last samples may have no vectors
-                return len(told)
+        for values in (self.labels, self.attribute):
+            if values is not None:  # the last samples may have no vectors
+                return len(values)
         return int(self.sample.max()) + 1 if len(self.sample) else 0
 
     def require_contexts(self) -> Tensor:
-        """Return the contexts.
-
-        Raises
-        ------
-        ValueError
-            If there are none.
-        """
+        """Return the contexts; ValueError where there are none."""
         if self.contexts is None:
             raise ValueError(
                 "features: they have no contexts; collect them with scorer=xai_edit.LRP(…), or "
@@ -115,7 +97,7 @@ class Features:
         return self.contexts
 
     def require_spurious(self, spurious: Tensor | None = None) -> Tensor:
-        """Return which samples have the spurious feature, bool, shape (samples,).
+        """Return which samples have the spurious feature, bool, shape (samples,), on the CPU.
 
         Parameters
         ----------
@@ -133,19 +115,14 @@ class Features:
                 f"spurious: one yes (1) or no (0) for each of {self.samples} samples is needed, "
                 "and some of each"
             )
-        return given > 0
+        return given.cpu() > 0
+
+    def by_vector(self, values: Tensor) -> Tensor:
+        """Return a value a sample, shape (samples, ...), as a value a vector, on the CPU."""
+        return values.cpu() if self.sample is None else values.cpu()[self.sample.cpu()]
 
     def per_sample(self, values: Tensor) -> Tensor:
-        """Sum a value a vector over the vectors of each sample.
-
-        Parameters
-        ----------
-        values : Tensor, shape (vectors, ...)
-
-        Returns
-        -------
-        Tensor, float64, shape (samples, ...)
-        """
+        """Sum values a vector, shape (vectors, ...), to float64 values a sample, (samples, ...)."""
         values = values.double()
         if self.sample is None:
             return values
@@ -193,7 +170,7 @@ class Features:
 
     @classmethod
     def load(cls, path: str | Path) -> Features:
-        """Read a file that `save` wrote, memory-mapped: a value is read when it is asked for.
+        """Read a file that `save` wrote, memory-mapped.
 
         Raises
         ------
@@ -204,20 +181,19 @@ class Features:
         """
         tensors, text = read_safetensors(path, KIND)
         header = read_header(path, text, {"origin": dict})
-        known = {"activations", *OPTIONAL}
-        if "activations" not in tensors or not tensors.keys() <= known:
-            raise ValueError(f"{path}: it holds {sorted(tensors)}, expected {sorted(known)}")
+        if "activations" not in tensors or not tensors.keys() <= {*PARTS}:
+            raise ValueError(f"{path}: it holds {sorted(tensors)}, expected {sorted(PARTS)}")
         try:
             return cls(**tensors, origin=header["origin"])
         except ValueError as problem:
             raise ValueError(f"{path}: damaged; {problem}") from None
 
     def _tensors(self) -> dict[str, Tensor]:
-        given = {name: getattr(self, name) for name in ("activations", *OPTIONAL)}
+        given = {name: getattr(self, name) for name in PARTS}
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     def _alone(self) -> Features:
-        """Return a copy on the CPU; of a view, pickle would send all that it is a view of."""
+        """Return a copy on the CPU; of a view, pickle would send the whole tensor behind it."""
         copies = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
         return Features(**copies, origin=self.origin)
 
@@ -226,37 +202,24 @@ class Features:
         if not self.samples:  # nothing that shows only in a forward pass
             return dict(self.origin)
         kept = self._tensors()
-        return {
-            **self.origin,
-            "channels": self.activations.shape[1],
-            **{name: str(kept[name].dtype) if name in kept else None for name in KINDS},
-        }
+        dtypes = {name: str(kept[name].dtype) if name in kept else None for name in KINDS}
+        return {**self.origin, "channels": self.activations.shape[1], **dtypes}
 
 
 def _joined(parts: Sequence[Features]) -> Features:
-    """Return features of one kind one behind the other."""
+    """Return features that were made alike as one, in their order."""
     if len(parts) == 1:
         return parts[0]
-    kept: dict[str, Tensor] = {
+    kept = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in parts[0]._tensors()
         if name != "sample"
     }
     if any(part.sample is not None for part in parts):
-        starts = [0, *itertools.accumulate(part.samples for part in parts)]
-        kept["sample"] = torch.cat(
-            [_numbers(part) + start for part, start in zip(parts, starts, strict=False)]
-        )
+        starts = itertools.accumulate((part.samples for part in parts), initial=0)
+        numbers = [
+            start + part.by_vector(torch.arange(part.samples))
+            for part, start in zip(parts, starts, strict=False)
+        ]
+        kept["sample"] = torch.cat(numbers).to(kept["activations"].device)
     return Features(**kept, origin=parts[0].origin)
-
-
-def _numbers(features: Features) -> Tensor:
-    """Return the sample each vector comes from."""
-    if features.sample is not None:
-        return features.sample
-    return torch.arange(len(features.activations), device=features.activations.device)
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    # The extremes are NaN if any value is; a mask would take memory.
-    return not tensor.numel() or all(math.isfinite(end) for end in tensor.detach().aminmax())

@@ -1,8 +1,8 @@
-"""What each subspace tells: the spurious feature, the class, or both, as average precisions."""
+"""How well each subspace predicts the spurious feature and the class, as average precisions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -11,19 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xai_edit.concepts.average_precision import (
-    average_precision,
-    counted_once,
-    resampled_counts,
-)
+from xai_edit.checks import require, whole_number
+from xai_edit.concepts.average_precision import average_precision, counted_once, resampled_counts
 from xai_edit.concepts.features import Features
-from xai_edit.concepts.sample_scores import sample_scores
 from xai_edit.concepts.subspaces import Subspaces
 
 CONFIDENCE = 0.95
 LINES = 20  # subspaces that the text shows
+VECTORS = 2**16  # that are projected at once
 
-# Which groups of samples are to score high, and which low. A group is a place in GROUPS.
+# Which groups of samples are to score high, and which low, as indices of GROUPS.
 GROUPS = ("class with", "class without", "rest with", "rest without")
 COLUMNS = MappingProxyType(
     {
@@ -42,7 +39,7 @@ HEADINGS = ("all samples", "in the class", "in the rest", "all samples", "with i
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """An average precision, chance being the share of samples that are to be found.
+    """An average precision.
 
     Attributes
     ----------
@@ -51,7 +48,7 @@ class AveragePrecision:
     interval : tuple of float
         Percentile interval of the bootstrap, lower and upper end.
     chance : float
-        What a random ranking reaches on average when samples are many.
+        What a random ranking reaches on average: the share of samples that are positive.
     """
 
     value: float
@@ -61,12 +58,10 @@ class AveragePrecision:
     @property
     def over_chance(self) -> AveragePrecision:
         """The same on a scale on which chance is 0 and 1 stays: (AP − chance) / (1 − chance)."""
-
-        def rescaled(value: float) -> float:
-            return (value - self.chance) / (1 - self.chance)
-
-        low, high = self.interval
-        return AveragePrecision(rescaled(self.value), (rescaled(low), rescaled(high)), 0.0)
+        value, low, high = (
+            (end - self.chance) / (1 - self.chance) for end in (self.value, *self.interval)
+        )
+        return AveragePrecision(value, (low, high), 0.0)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -77,34 +72,31 @@ class AveragePrecision:
 class Predictiveness:
     """Average precisions of each subspace (concept-aware network pruning, the poster's table).
 
-    ``spurious``, ``spurious_in_class`` and ``spurious_in_rest`` are those for having the spurious
+    Columns are ``spurious``, ``spurious_in_class`` and ``spurious_in_rest`` for having the spurious
     feature, among all samples, those of the class and all others; ``class``, ``class_with`` and
-    ``class_without`` those for being of the class, among all samples and those with and without
-    the feature. In the poster: AP_wm, AP_wm⁺, AP_wm⁻, AP_class, AP_class^wm, AP_class^nwm. Beside
-    these six, which the text shows, ``rest_with`` and ``rest_without`` are those for being of the
-    rest, since a subspace may predict either.
+    ``class_without`` for being of the class, among all samples and those with and without the
+    feature (on the poster AP_wm, AP_wm⁺, AP_wm⁻, AP_class, AP_class^wm, AP_class^nwm); and
+    ``rest_with`` and ``rest_without`` for being of the rest. The text shows the first six.
+
+    Average precision looks for high scores only. A subspace whose relevance is low where the
+    feature is has an average precision below chance.
 
     Attributes
     ----------
     rows : tuple of dict
-        For each subspace `AveragePrecision` by column; None where there are no labels, or all
-        samples that the column looks at are alike.
+        For each subspace `AveragePrecision` by column; None without labels, or where all samples of
+        the column are alike.
     chance : dict
-        By column the share of samples that are to be found; None as above.
+        By column the share of samples that are positive; None as above.
     target : int or None
-        The class; None where there are no labels.
+        The class; None without labels.
     groups : dict of int
-        Samples with and without the feature, of the class and of the rest; all are of the rest
-        where there are no labels.
+        Samples with and without the feature, of the class and of the rest; all of the rest without
+        labels.
     score : {"relevance", "energy"}
-        What ranks the samples.
+        By which samples are ranked.
     resamples, seed : int
         Of the intervals.
-
-    Notes
-    -----
-    Average precision looks for high scores only. A subspace whose relevance is low where the
-    feature is has an average precision below chance.
     """
 
     rows: tuple[dict[str, AveragePrecision | None], ...]
@@ -119,13 +111,7 @@ class Predictiveness:
         return len(self.rows)
 
     def column(self, name: str) -> list[float]:
-        """Return one column's values, a number a subspace.
-
-        Raises
-        ------
-        ValueError
-            If there is no such column, or the samples do not give it.
-        """
+        """Return one column, a number a subspace; ValueError if there is none of this name."""
         if self.chance.get(name) is None:
             known = [column for column, chance in self.chance.items() if chance is not None]
             raise ValueError(f"column: {name!r} given; there are {known}")
@@ -133,45 +119,71 @@ class Predictiveness:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        rows = [
-            {
-                name: None if entry is None else {"value": entry.value, "interval": entry.interval}
-                for name, entry in row.items()
-            }
-            for row in self.rows
-        ]
-        return {
-            "subspaces": rows,
-            "chance": dict(self.chance),
-            "target": self.target,
-            "groups": dict(self.groups),
-            "score": self.score,
-            "bootstrap": {
-                "confidence": CONFIDENCE,
-                "resamples": self.resamples,
-                "seed": self.seed,
-            },
-        }
+
+        def as_json(entry: AveragePrecision | None) -> dict[str, Any] | None:
+            return None if entry is None else {"value": entry.value, "interval": entry.interval}
+
+        rows = [{name: as_json(entry) for name, entry in row.items()} for row in self.rows]
+        bootstrap = {"confidence": CONFIDENCE, "resamples": self.resamples, "seed": self.seed}
+        shown = {name: getattr(self, name) for name in ("chance", "target", "groups", "score")}
+        return {"subspaces": rows, **shown, "bootstrap": bootstrap}
 
     def __str__(self) -> str:
-        wide = 21
-        shown = sorted(range(len(self)), key=lambda index: -self.column("spurious")[index])[:LINES]
+        column = self.column("spurious")
+        shown = sorted(range(len(self)), key=lambda index: -column[index])[:LINES]
         some = f" of the {LINES} best of {len(self)} subspaces" if len(shown) < len(self) else ""
         of = "the class" if self.target is None else f"class {self.target}"
-        lines = [
-            f"average precision by {self.score}{some}, {CONFIDENCE:.0%} intervals of "
-            f"{self.resamples} resamples",
-            f"{'':10}{'for the spurious feature':<{3 * wide}}for {of}",
-            f"{'subspace':10}" + "".join(f"{heading:<{wide}}" for heading in HEADINGS),
+
+        def line(first: object, cells: Sequence[object]) -> str:
+            return (f"{first:<10}" + "".join(f"{cell:<21}" for cell in cells)).rstrip()
+
+        def shares(row: Mapping[str, Any], form: str = "") -> list[str]:
+            cells = [*row.values()][: len(HEADINGS)]
+            return ["–" if cell is None else format(cell, form) for cell in cells]
+
+        return "\n".join(
+            [
+                f"average precision by {self.score}{some}, {CONFIDENCE:.0%} intervals of "
+                f"{self.resamples} resamples",
+                f"{'':10}{'for the spurious feature':63}for {of}",
+                line("subspace", HEADINGS),
+                *(line(index, shares(self.rows[index])) for index in sorted(shown)),
+                line("chance", shares(self.chance, ".3f")),
+            ]
+        )
+
+
+def sample_scores(subspaces: Subspaces, features: Features) -> Tensor:
+    """Return the relevance or energy of each sample by subspace.
+
+    With contexts the score is the relevance Σ (U_kᵀa)·(U_kᵀc) over the sample's positions, else the
+    activations' energy Σ ‖U_kᵀ(a − mean)‖².
+
+    Returns
+    -------
+    Tensor, float64, shape (samples, subspaces)
+
+    Raises
+    ------
+    ValueError
+        If the channels differ.
+    """
+    channels, given = len(subspaces.basis), features.activations.shape[1]
+    if given != channels:
+        raise ValueError(
+            f"subspaces: of {channels} channels, but the features have {given}; collect them at "
+            "the subspaces' layer"
+        )
+    activations = features.activations.split(VECTORS)
+    if features.contexts is None:
+        parts = [
+            torch.stack([part.square().sum(1) for part in subspaces.project(a)], 1)
+            for a in activations
         ]
-        for index in sorted(shown):
-            entries = [*self.rows[index].values()][: len(HEADINGS)]
-            cells = [f"{'–' if entry is None else str(entry):<{wide}}" for entry in entries]
-            lines.append(f"{index:<10}" + "".join(cells))
-        shares = [*self.chance.values()][: len(HEADINGS)]
-        chances = ["–" if value is None else f"{value:.3f}" for value in shares]
-        lines.append(f"{'chance':10}" + "".join(f"{chance:<{wide}}" for chance in chances))
-        return "\n".join(line.rstrip() for line in lines)
+    else:
+        contexts = features.contexts.split(VECTORS)
+        parts = [subspaces.split(a, c)[0] for a, c in zip(activations, contexts, strict=True)]
+    return features.per_sample(torch.cat(parts).cpu())
 
 
 def predictiveness(
@@ -184,13 +196,12 @@ def predictiveness(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Predictiveness:
-    """Return how well each subspace tells the spurious feature, and how well the class.
+    """Return how well each subspace predicts the spurious feature, and how well the class.
 
-    A sample's score is the subspace's relevance Σ (U_kᵀa)·(U_kᵀc) where the features have contexts
-    (as on the poster), else its share of the activation's energy, Σ ‖U_kᵀ(a − mean)‖² over the
-    sample's positions. For the class, contexts should explain the same output in all samples
-    (``collect_features(…, target=0)``): the relevance of each sample for its own class is high in
-    all of them.
+    Samples are ranked by `sample_scores`: by relevance where the features have contexts (as on the
+    poster), else by energy. For the class, contexts should explain the same output in all samples
+    (``collect_features(…, target=0)``): the relevance of each sample for its label is high in all
+    of them.
 
     Parameters
     ----------
@@ -203,9 +214,8 @@ def predictiveness(
         The class of each sample, shape (samples,); the features' own labels when left out. Without
         any, only the column ``spurious`` is known.
     target : int, optional
-        The class that is looked for; when left out, the one whose relevance the features were
-        collected for, else the one of which the largest share of samples has the feature, the
-        first of equals.
+        When left out, the class whose relevance the features were collected for, else the one of
+        which the largest share of samples has the feature, the first of equals.
     resamples : int
         Of the bootstrap, drawn within the four groups of feature and class.
     seed : int
@@ -216,49 +226,44 @@ def predictiveness(
         If the feature is missing or the same in every sample, labels do not fit, or the target is
         none of them.
     """
-    for name, number, least in (("resamples", resamples, 1), ("seed", seed, 0)):
-        if type(number) is not int or number < least:
-            raise ValueError(f"{name}: {number!r} given; it is a whole number from {least}")
-    has = features.require_spurious(spurious).cpu()
+    resamples = whole_number(resamples, "resamples", least=1)
+    seed = whole_number(seed, "seed")
+    has = features.require_spurious(spurious)
     of_class, target = _of_class(features, labels, has, target)
     group_of = 2 * (~of_class).long() + (~has).long()
     members = [torch.nonzero(group_of == group).flatten() for group in range(len(GROUPS))]
     sizes = [len(rows) for rows in members]
-    scores = sample_scores(subspaces, features)
     columns = {
         name: sides
         for name, sides in COLUMNS.items()
         if all(sum(sizes[group] for group in side) for side in sides)
         and (target is not None or name == "spurious")
     }
-
-    def ranked(index: int) -> list[Tensor]:
-        return [scores[rows, index].sort().values for rows in members]
+    scores = sample_scores(subspaces, features)
+    ranked = [[own[rows].sort().values for rows in members] for own in scores.T]
 
     def table(counts: Sequence[Tensor]) -> Tensor:
         """Return average precisions, shape (subspaces, columns, resamples)."""
-        found = []
-        for index in range(len(subspaces)):
-            own = ranked(index)
-            found += [
-                average_precision(own, counts, positive=positive, negative=negative)
-                for positive, negative in columns.values()
-            ]
+        found = [
+            average_precision(groups, counts, positive=positive, negative=negative)
+            for groups in ranked
+            for positive, negative in columns.values()
+        ]
         return torch.stack(found).view(len(subspaces), len(columns), -1)
 
-    values = table(counted_once(sizes)).squeeze(2)
+    values = table(counted_once(sizes)).squeeze(2).tolist()
     generator = torch.Generator().manual_seed(seed)
     draws = torch.cat([table(part) for part in resampled_counts(sizes, resamples, generator)], 2)
     low, high = np.quantile(draws.numpy(), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=2)
     chance: dict[str, float | None] = dict.fromkeys(COLUMNS)
     rows: list[dict[str, AveragePrecision | None]]
     rows = [dict.fromkeys(COLUMNS) for _ in range(len(subspaces))]
-    for place, (name, sides) in enumerate(columns.items()):
+    for at, (name, sides) in enumerate(columns.items()):
         positives, negatives = (sum(sizes[group] for group in side) for side in sides)
         chance[name] = share = positives / (positives + negatives)
         for index, row in enumerate(rows):
-            interval = float(low[index, place]), float(high[index, place])
-            row[name] = AveragePrecision(float(values[index, place]), interval, share)
+            interval = float(low[index, at]), float(high[index, at])
+            row[name] = AveragePrecision(values[index][at], interval, share)
     score = "energy" if features.contexts is None else "relevance"
     groups = dict(zip(GROUPS, sizes, strict=True))
     return Predictiveness(tuple(rows), chance, target, groups, score, resamples, seed)
@@ -270,20 +275,15 @@ def _of_class(
     """Return which samples are of the class, bool, and the class."""
     given = features.labels if labels is None else torch.as_tensor(labels)
     if given is None:
-        if target is not None:
-            raise ValueError(f"target: {target!r} given, but there are no labels")
+        require(target is None, "target", target, "the samples have no labels")
         return torch.zeros_like(has), None
     given = given.cpu()
-    if given.shape != has.shape:
-        raise ValueError(
-            f"labels: shape {tuple(given.shape)} given; one class for each of {len(has)} samples "
-            "is needed"
-        )
+    works = f"one class for each of {len(has)} samples is needed"
+    require(given.shape == has.shape, "labels", tuple(given.shape), works)
     classes = given.unique().tolist()
     explained = features.origin.get("target")
     if target is None:
         most = max(classes, key=lambda label: float(has[given == label].double().mean()))
         target = explained if isinstance(explained, int) and explained in classes else most
-    if target not in classes:
-        raise ValueError(f"target: {target!r} given; the samples' classes are {classes}")
+    require(target in classes, "target", target, f"the samples' classes are {classes}")
     return given == target, int(target)

@@ -12,18 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xai_edit.errors import NonFiniteError
+from xai_edit.checks import finite, require
 from xai_edit.files import read_sealed, sealed, write_safetensors
 
 KIND = "xai_edit.subspaces"
-
-# How far UᵀU may be from the identity, in float64.
-ORTHONORMAL = 1e-6
+ORTHONORMAL = 1e-6  # how far UᵀU may be from the identity, in float64
 
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    """Orthogonal concept subspaces of the channels of a layer.
+    """Orthogonal concept subspaces of a layer's channels.
 
     Attributes
     ----------
@@ -34,7 +32,7 @@ class Subspaces:
     mean : Tensor, float64, shape (channels,)
         The activation that stays when a subspace is ablated.
     origin : dict
-        How they were found, as JSON values.
+        How they were made, as JSON values.
 
     Raises
     ------
@@ -50,25 +48,20 @@ class Subspaces:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.basis.ndim != 2 or not self.basis.is_floating_point():
-            raise ValueError(
-                f"basis: shape {tuple(self.basis.shape)}, {self.basis.dtype}; expected (channels, "
-                "directions), float64"
-            )
-        channels, directions = self.basis.shape
-        if any(type(size) is not int or size < 1 for size in self.sizes) or (
-            sum(self.sizes) != directions or not directions
-        ):
-            raise ValueError(f"sizes: {self.sizes} do not cut {directions} directions into blocks")
-        if self.mean.shape != (channels,) or not self.mean.is_floating_point():
-            raise ValueError(
-                f"mean: shape {tuple(self.mean.shape)}, {self.mean.dtype}; expected ({channels},), "
-                "float64"
-            )
-        if not torch.isfinite(self.mean).all():
-            raise NonFiniteError("mean: NaN or infinite values")
-        gram = self.basis.double().T @ self.basis.double()
-        distance = (gram - torch.eye(directions, dtype=torch.double)).abs().max()
+        basis, mean = self.basis, self.mean
+        for name, values, ndim in (("basis", basis, 2), ("mean", mean, 1)):
+            fits = values.ndim == ndim and values.is_floating_point()
+            if not fits or len(values) != len(basis):
+                expected = "(channels, directions)" if ndim == 2 else f"({len(basis)},)"
+                given = f"shape {tuple(values.shape)}, {values.dtype}"
+                raise ValueError(f"{name}: {given} given; expected {expected}, float64")
+        finite(mean, "mean")
+        whole = all(type(size) is int and size > 0 for size in self.sizes)
+        cuts = whole and 0 < sum(self.sizes) == basis.shape[1]
+        works = f"they cut {basis.shape[1]} directions into blocks"
+        require(cuts, "sizes", self.sizes, works)
+        gram = basis.double().T @ basis.double()
+        distance = (gram - torch.eye(len(gram), dtype=torch.double)).abs().max()
         if not distance <= ORTHONORMAL:
             raise ValueError(f"basis: columns are not orthonormal (off by {float(distance):.2g})")
 
@@ -80,35 +73,32 @@ class Subspaces:
         return self.directions([index])
 
     def directions(self, indices: Sequence[int]) -> Tensor:
-        """Return the directions of several subspaces side by side.
+        """Return the directions of several subspaces side by side; raises as `checked`."""
+        blocks = self.basis.split(self.sizes, dim=1)
+        return torch.cat([blocks[index] for index in self.checked(indices)], dim=1)
+
+    def checked(self, indices: Sequence[int]) -> tuple[int, ...]:
+        """Return indices of subspaces as plain numbers, each once.
 
         Raises
         ------
         ValueError
             If an index is out of range, or none is given.
         """
-        blocks = self.basis.split(self.sizes, dim=1)
-        return torch.cat([blocks[index] for index in self.checked(indices)], dim=1)
-
-    def checked(self, indices: Sequence[int]) -> tuple[int, ...]:
-        """Return indices of subspaces as plain numbers, each once; raises as `directions`."""
         try:
             plain = tuple(dict.fromkeys(operator.index(index) for index in indices))
         except TypeError:
             raise ValueError(f"subspaces: {indices!r} given; give a list of numbers") from None
-        if not plain or min(plain) < 0 or max(plain) >= len(self):
-            raise ValueError(
-                f"subspaces: {list(plain)} asked for; there are {len(self)}, numbered from 0"
-            )
+        in_range = plain and min(plain) >= 0 and max(plain) < len(self)
+        works = f"there are {len(self)}, numbered from 0"
+        require(bool(in_range), "subspaces", list(plain), works)
         return plain
 
     def require_channels(self, values: Tensor, name: str = "activations") -> None:
         """Raise ValueError unless values have the subspaces' channels as their last axis."""
-        if not values.ndim or values.shape[-1] != len(self.basis):
-            raise ValueError(
-                f"{name}: shape {tuple(values.shape)} given; the subspaces have {len(self.basis)} "
-                "channels, which are the last axis"
-            )
+        channels, shape = len(self.basis), tuple(values.shape)
+        works = f"the subspaces have {channels} channels, which are the last axis"
+        require(shape[-1:] == (channels,), name, shape, works)
 
     def project(self, activations: Tensor) -> list[Tensor]:
         """Return U_kᵀ(a − mean) for each subspace, shapes (..., size), of (..., channels)."""
@@ -134,7 +124,7 @@ class Subspaces:
         -------
         parts : Tensor, float64, shape (..., subspaces)
         residue : Tensor, float64, shape (...)
-            What no subspace holds; with the parts it adds up to a·c. Zero where the basis is whole.
+            The rest of a·c, outside all subspaces; zero where the basis is complete.
         """
         self.require_channels(activations)
         self.require_channels(contexts, "contexts")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.coupling import channel_groups
@@ -15,32 +15,28 @@ from xai_edit.attribution.layers import CONVOLUTIONS, resolve_layers
 from xai_edit.attribution.scorers import LRP, Scorer, describe
 from xai_edit.attribution.targets import Target, describe_target
 from xai_edit.attribution.trace import following_batch_norms, last_weighted
-from xai_edit.attribution.units import UnitScores, score_units, share_of
-from xai_edit.checks import readable_again
-from xai_edit.concepts.ablation import ablated
+from xai_edit.attribution.units import UnitScores, score_units
+from xai_edit.checks import fraction, one_of, readable_again, require, whole_number
+from xai_edit.concepts.ablation import ablated, fold_ablation
 from xai_edit.concepts.choosing import choose_spurious
 from xai_edit.concepts.features import Features
-from xai_edit.concepts.folding import fold_ablation
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.data import Data, model_device, peek
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.ranking import Prunable, Ranking, prunable
-from xai_edit.edits.schedule import FineTune, Schedule, pruned
+from xai_edit.edits.ranking import Ranking, prunable
+from xai_edit.edits.schedule import FineTune, Schedule, Score, pruned
 
+DEFAULT_SCORER = partial(LRP, "epsilon-plus", initial="one")
 FeaturesOf = Features | Callable[[nn.Module], Features]
-"""Features of the samples with and without a concept, or what collects them from a network."""
+"""Features of samples with and without a concept, or a function that collects them."""
 
 
 class Finder(Protocol):
-    """What finds subspaces: `PCA`, `PRCA`, `DRSA`, `CAV`, or a class of a user's own."""
+    """Finds subspaces: `PCA`, `PRCA`, `DRSA`, `CAV`, or a class of a user's own."""
 
     def fit(self, features: Features) -> Subspaces:
         """Return the subspaces of some features."""
-
-
-def _pruning_scorer() -> Scorer:
-    return LRP("epsilon-plus", initial="one")
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,9 @@ class RelevancePruning:
     """Switch off the units that matter least, by any scorer.
 
     Yeom et al. 2021, *Pruning by explaining*. A sample's score is summed over positions with its
-    sign, then its absolute value is summed over samples; every sample starts from relevance 1.
-    Units that stand and fall together, as where a residual network adds layers, go together; their
-    scores are summed (`channel_groups`).
+    sign, then its absolute value is summed over samples; so the sign of a criterion does not
+    matter. Coupled units, as where a residual network adds layers, go together; their scores are
+    summed (`channel_groups`).
 
     Parameters
     ----------
@@ -59,30 +55,30 @@ class RelevancePruning:
     scorer : callable
         Any scorer; LRP by ``LRP("epsilon-plus", initial="one")`` by default. `WeightMagnitude`,
         `Taylor`, `Activation`, `Random` and `TorchPruningImportance` are the usual comparisons.
-        One with ``behind_norm = True``, such as `Taylor` and `Activation`, is asked for a layer's
-        batch norm where it has one: its output is what is switched off. LRP, which merges the
-        two, is the same at both.
+        One with ``behind_norm = True``, such as `Taylor` and `Activation`, scores a layer's batch
+        norm where there is one, whose output is what is switched off. LRP, which merges the two, is
+        the same at both.
     layers : sequence of str, optional
         All convolution layers when left out; all hidden linear layers where there are none.
     ranking : {"global", "local"}
         "global" ranks the units of all layers together, each layer's scores divided by their L1
         norm; "local" removes the share in each layer.
     steps : int
-        In how many steps the share is reached; each scores anew what is left, after the
+        In how many steps the share is reached; each scores the remaining network anew, after the
         fine-tuning of the step before.
     protect : sequence of str
         Layers that keep all units, and with them those coupled to theirs.
     """
 
     share: float
-    scorer: Scorer = field(default_factory=_pruning_scorer)
+    scorer: Scorer = field(default_factory=DEFAULT_SCORER)
     layers: Sequence[str] | None = None
     ranking: Ranking = "global"
     steps: int = 1
     protect: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        _check(self.share, self.ranking, self.steps)
+        _check(self)
 
     def plan(
         self,
@@ -104,35 +100,28 @@ class RelevancePruning:
         target : int, "label", "predicted" or callable
             The output whose relevance counts.
         fine_tune : callable, optional
-            Trains a network in place after each step, such as `FineTuning`. It is given a copy of
-            the model in which units that are off stay so.
+            Trains a network in place after each step, such as `FineTuning`: a copy of the model in
+            which units that are off stay so.
         checkpoint : str or Path, optional
-            A file that each step is written to, and from which the same plan goes on after it was
-            cut short, to the same result. It is left behind when the plan is done.
+            A file that each step is written to, from which an interrupted plan goes on to the same
+            result. It stays when the plan is done.
 
         Returns
         -------
         ModelEdit
-            Sets the units' incoming weights and biases to zero, and the scale and shift of batch
-            norms that they pass; after fine-tuning also changes all other parameters and the
-            statistics of batch norms. Its origin lists the units of each layer, layers that would
-            have lost all units and keep their best (``kept``), and those whose units have to stay,
-            with the reason (``fixed``).
+            Sets the units' incoming weights and biases to zero, and the scale and shift of their
+            batch norms; after fine-tuning also changes all other parameters and the statistics of
+            batch norms. Its origin lists the units of each layer, layers that would have lost all
+            units and keep their best (``kept``), and those whose units have to stay, with the
+            reason (``fixed``).
 
         Raises
         ------
         ValueError
             If the model cannot be traced (`channel_groups`), or nothing can be pruned.
         """
-        data, inputs, found = _prepared(self, model, data, fine_tune)
-        scored = _Scored(found, data, self.scorer, target, inputs[:1])
-
-        def score(network: nn.Module, _: int) -> UnitScores:
-            return scored.of(network, found.layers)
-
-        schedule = Schedule(self.share, self.ranking, self.steps, fine_tune, checkpoint)
-        origin = {"operator": "RelevancePruning", **scored.told()}
-        return pruned(model, inputs, found, schedule, score=score, origin=origin)
+        plan = _Plan(self, model, data, target, fine_tune, checkpoint)
+        return plan.edit(model, lambda network, step: plan.scores(network))
 
 
 @dataclass(frozen=True)
@@ -145,13 +134,13 @@ class ConceptAwarePruning:
     Parameters
     ----------
     layer : str
-        Where the subspaces live; where the concept forms rather than late.
+        The layer of the subspaces; where the concept forms rather than late.
     subspaces : Subspaces or finder
         A finder (`DRSA`, `PCA`, `PRCA`, `CAV`) is fitted to the ``features`` given to `plan`.
     ablate : sequence of int or "auto"
         The subspaces of the spurious concept. "auto" takes those that predict the concept and not
-        the class, by `choose_spurious` on the features; where there are none the
-        edit is empty and its origin says why.
+        the class, by `choose_spurious` on the features; where there are none the edit is empty and
+        its origin says why.
     share, scorer, layers, ranking, steps, protect
         As for `RelevancePruning`.
     keep_ablation : bool
@@ -163,7 +152,7 @@ class ConceptAwarePruning:
     subspaces: Subspaces | Finder
     ablate: Sequence[int] | Literal["auto"]
     share: float
-    scorer: Scorer = field(default_factory=_pruning_scorer)
+    scorer: Scorer = field(default_factory=DEFAULT_SCORER)
     layers: Sequence[str] | None = None
     ranking: Ranking = "global"
     keep_ablation: bool = False
@@ -171,17 +160,16 @@ class ConceptAwarePruning:
     protect: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        _check(self.share, self.ranking, self.steps)
-        if not isinstance(self.subspaces, Subspaces) and not hasattr(self.subspaces, "fit"):
+        _check(self)
+        given = isinstance(self.subspaces, Subspaces)
+        if not given and not hasattr(self.subspaces, "fit"):
             raise TypeError(
-                f"subspaces: {self.subspaces!r} given; give Subspaces, or what finds them, such as "
+                f"subspaces: {self.subspaces!r} given; give Subspaces, or a finder such as "
                 "xai_edit.DRSA(4)"
             )
         if isinstance(self.ablate, str):
-            if self.ablate != "auto":
-                raise ValueError(
-                    f"ablate: {self.ablate!r} given; it is 'auto' or the numbers of subspaces"
-                )
+            works = "it is 'auto' or the numbers of subspaces"
+            require(self.ablate == "auto", "ablate", self.ablate, works)
         elif isinstance(self.subspaces, Subspaces):
             object.__setattr__(self, "ablate", self.subspaces.checked(self.ablate))
 
@@ -215,96 +203,54 @@ class ConceptAwarePruning:
         """
         resolve_layers(model, [self.layer])
         search = not isinstance(self.subspaces, Subspaces) or self.ablate == "auto"
-        if search != (features is not None):
+        if search and features is None:
             raise ValueError(
-                "features: "
-                + ("none given; a finder and ablate='auto' need" if search else "given without")
-                + " the features of samples with and without the concept"
-                + ("" if search else ": the subspaces and those to ablate are named already")
+                "features: none given; a finder and ablate='auto' need those of samples with and "
+                "without the concept"
             )
-        data, inputs, found = _prepared(self, model, data, fine_tune)
+        if features is not None and not search:
+            raise ValueError("features: given, but the subspaces to ablate are named already")
+        plan = _Plan(self, model, data, target, fine_tune, checkpoint)
+        plan.origin |= {"layer": self.layer, "keep_ablation": self.keep_ablation}
         concept = _Concept(self, features)
         concept.learn(model)
-        scored = _Scored(found, data, self.scorer, target, inputs[:1])
-        origin = {
-            "operator": "ConceptAwarePruning",
-            **scored.told(),
-            "layer": self.layer,
-            "keep_ablation": self.keep_ablation,
-        }
         if not concept.indices:
-            return ModelEdit.between(model, {}, {**origin, **concept.told(), "share": self.share})
+            about = {**plan.origin, **concept.origin(), "share": self.share}
+            return ModelEdit.between(model, {}, about)
 
         def score(network: nn.Module, step: int) -> UnitScores:
             if step > 0 and callable(features):
                 concept.learn(network)
             if not concept.indices:
-                return scored.of(network, found.layers)
+                return plan.scores(network)
             with ablated(network, self.layer, concept.subspaces, concept.indices) as inner:
-                # The layer, and what is inside of it where it is a block, have other names.
-                below = f"{self.layer}."
-                seen = [
-                    inner + name.removeprefix(self.layer) if f"{name}.".startswith(below) else name
-                    for name in found.layers
-                ]
-                return scored.of(network, seen)
+                return plan.scores(network, self.layer, inner)
 
         def fold(network: nn.Module) -> Mapping[str, Tensor]:
             if not self.keep_ablation or not concept.indices:
                 return {}
-            return fold_ablation(network, self.layer, concept.subspaces, concept.indices, inputs)
+            U, removed = concept.subspaces, concept.indices
+            return fold_ablation(network, self.layer, U, removed, plan.inputs)
 
-        schedule = Schedule(self.share, self.ranking, self.steps, fine_tune, checkpoint)
-        return pruned(
-            model, inputs, found, schedule, score=score, origin=origin, fold=fold, told=concept.told
-        )
-
-
-class _Scored:
-    """Scores of the layers to prune in any state of the network."""
-
-    def __init__(
-        self, found: Prunable, data: Data, scorer: Scorer, target: Target, sample: Tensor
-    ) -> None:
-        self.found, self.data, self.scorer, self.target = found, data, scorer, target
-        self.sample = sample
-
-    def told(self) -> dict[str, Any]:
-        """Return what an origin says of the scores."""
-        return {"scorer": describe(self.scorer), "target": describe_target(self.target)}
-
-    def of(self, network: nn.Module, names: Sequence[str]) -> UnitScores:
-        """Return the scores of a network that has the layers under other names, perhaps."""
-        if getattr(self.scorer, "behind_norm", False):
-            norms = following_batch_norms(network, self.sample, names)
-            names = [norms.get(name, name) for name in names]
-        scores = score_units(
-            network, self.data, self.scorer, layers=names, target=self.target, aggregate="abs"
-        )
-        sums = {own: scores.sums[name] for own, name in zip(self.found.layers, names, strict=True)}
-        return UnitScores(sums, scores.samples, scores.aggregate)
+        return plan.edit(model, score, fold=fold, step_origin=concept.origin)
 
 
 class _Concept:
-    """The subspaces to ablate, as they were given or as they were last learned."""
+    """The subspaces to ablate, as they were given or last learned."""
+
+    subspaces: Subspaces
+    indices: tuple[int, ...]
 
     def __init__(self, operator: ConceptAwarePruning, features: FeaturesOf | None) -> None:
         self.operator, self.features = operator, features
-        self.subspaces: Subspaces = Subspaces(torch.eye(1).double(), (1,), torch.zeros(1).double())
-        self.indices: tuple[int, ...] = ()
         self.found: dict[str, Any] = {}
 
     def learn(self, network: nn.Module) -> None:
         """Find the subspaces of a network, and which of them are the concept's."""
         finder, ablate = self.operator.subspaces, self.operator.ablate
-        features = self.features(network) if callable(self.features) else self.features
-        if isinstance(finder, Subspaces):
-            self.subspaces = finder
-        else:
-            assert features is not None  # checked in `plan`
-            self.subspaces = finder.fit(features)
+        features: Any = self.features(network) if callable(self.features) else self.features
+        self.subspaces = finder if isinstance(finder, Subspaces) else finder.fit(features)
         if ablate == "auto":
-            assert features is not None
             table = predictiveness(self.subspaces, features)
             choice = choose_spurious(table)
             self.indices = choice.indices
@@ -312,32 +258,68 @@ class _Concept:
         else:
             self.indices = self.subspaces.checked(ablate)
 
-    def told(self) -> dict[str, Any]:
-        """Return what an origin says of the concept."""
-        found = {"ablated": list(self.indices), "subspaces": self.subspaces.origin}
-        return {**found, **self.found}
+    def origin(self) -> dict[str, Any]:
+        """Return what an edit's origin says of the concept."""
+        return {"ablated": [*self.indices], "subspaces": self.subspaces.origin, **self.found}
 
 
-def _prepared(
-    operator: RelevancePruning | ConceptAwarePruning,
-    model: nn.Module,
-    data: Data,
-    fine_tune: FineTune | None,
-) -> tuple[Data, Tensor, Prunable]:
-    """Return the data, whole, its first inputs, and what can be pruned."""
-    if fine_tune is not None and not callable(fine_tune):
-        raise TypeError(
-            f"fine_tune: {fine_tune!r} given; give a function that trains a network in place, such "
-            "as xai_edit.FineTuning(data)"
+class _Plan:
+    """What both operators plan with: the units that may go, and their scores."""
+
+    def __init__(
+        self,
+        operator: RelevancePruning | ConceptAwarePruning,
+        model: nn.Module,
+        data: Data,
+        target: Target,
+        fine_tune: FineTune | None,
+        checkpoint: str | Path | None,
+    ) -> None:
+        if fine_tune is not None and not callable(fine_tune):
+            raise TypeError(
+                f"fine_tune: {fine_tune!r} given; give a function that trains a network in place, "
+                "such as xai_edit.FineTuning(data)"
+            )
+        if operator.steps > 1:
+            readable_again(data, f"pruning in {operator.steps} steps")
+        first, whole = peek(data, model_device(model))
+        self.data = whole if isinstance(data, Iterator) else data
+        self.inputs, sample = first.inputs, first.inputs[:1]
+        layers = _layers(model, operator.layers, sample)
+        named = operator.layers is not None
+        groups = channel_groups(model, sample)
+        self.found = prunable(groups, layers, protect=operator.protect, named=named)
+        self.scorer, self.target = operator.scorer, target
+        steps = operator.share, operator.ranking, operator.steps
+        self.schedule = Schedule(*steps, fine_tune, checkpoint)
+        self.origin: dict[str, Any] = {
+            "operator": type(operator).__name__,
+            "scorer": describe(operator.scorer),
+            "target": describe_target(target),
+        }
+
+    def edit(self, model: nn.Module, score: Score, **more: Any) -> ModelEdit:
+        """Return the edit; see `xai_edit.edits.schedule.pruned`."""
+        steps = {"score": score, "origin": self.origin, **more}
+        return pruned(model, self.inputs, self.found, self.schedule, **steps)
+
+    def scores(self, network: nn.Module, layer: str = "", inner: str = "") -> UnitScores:
+        """Score the layers to prune: |sum over positions| of each sample, summed over samples.
+
+        In the network, ``layer`` and the modules inside it are found under the name ``inner``.
+        """
+        names = [
+            inner + name.removeprefix(layer) if f"{name}.".startswith(f"{layer}.") else name
+            for name in self.found.layers
+        ]
+        if getattr(self.scorer, "behind_norm", False):
+            norms = following_batch_norms(network, self.inputs[:1], names)
+            names = [norms.get(name, name) for name in names]
+        scores = score_units(
+            network, self.data, self.scorer, layers=names, target=self.target, aggregate="abs"
         )
-    if operator.steps > 1:
-        readable_again(data, f"pruning in {operator.steps} steps")
-    first, whole = peek(data, model_device(model))
-    layers = _layers(model, operator.layers, first.inputs[:1])
-    groups = channel_groups(model, first.inputs[:1])
-    named = operator.layers is not None
-    data = whole if isinstance(data, Iterator) else data
-    return data, first.inputs, prunable(groups, layers, protect=operator.protect, named=named)
+        sums = {own: scores.sums[name] for own, name in zip(self.found.layers, names, strict=True)}
+        return UnitScores(sums, scores.samples, scores.aggregate)
 
 
 def _layers(model: nn.Module, layers: Sequence[str] | None, inputs: Tensor) -> list[str]:
@@ -355,9 +337,7 @@ def _layers(model: nn.Module, layers: Sequence[str] | None, inputs: Tensor) -> l
     return convolutions or linear
 
 
-def _check(share: float, ranking: str, steps: int) -> None:
-    share_of(1, share)
-    if ranking not in ("global", "local"):
-        raise ValueError(f"ranking: {ranking!r} given; it is 'global' or 'local'")
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"steps: {steps!r} given; it is a whole number from 1")
+def _check(operator: RelevancePruning | ConceptAwarePruning) -> None:
+    fraction(operator.share, "share")
+    one_of(operator.ranking, ("global", "local"), "ranking")
+    whole_number(operator.steps, "steps", least=1)

@@ -1,4 +1,4 @@
-"""Which units go: the lowest share of coupled channels, by the scores of their layers."""
+"""Which units are pruned: the lowest share of coupled channels, by the scores of their layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Ranking = Literal["global", "local"]
 
 @dataclass(frozen=True, eq=False)
 class Prunable:
-    """The units that may be pruned.
+    """The groups of coupled units that may be pruned.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class Prunable:
     layers : tuple of str
         Those whose scores rank the units.
     fixed : dict of str
-        Layers that would be pruned if their channels could go, and why they have to stay.
+        Layers that have to stay, and why.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -62,12 +62,12 @@ def prunable(
     protect : sequence of str
         Layers that keep all channels, and with them those coupled to theirs.
     named : bool
-        The layers were named one by one, so that each has to be prunable.
+        Whether a user named the layers, so that each has to be prunable.
 
     Raises
     ------
     UnknownLayerError
-        If a protected layer is none whose channels could be pruned.
+        If a protected layer has no channels that could be pruned.
     ValueError
         If a named layer cannot be pruned, or nothing can.
     """
@@ -81,10 +81,10 @@ def prunable(
         wanted = [name for name in group.layers if name in layers]
         guarded = [name for name in group.layers if name in protect]
         reason = f"{guarded[0]!r} is protected" if guarded else group.fixed
-        if wanted and reason is None:
-            kept.append(group)
-        elif wanted and reason is not None:
+        if reason is not None:
             fixed |= dict.fromkeys(wanted, reason)
+        elif wanted:
+            kept.append(group)
     free = {name for group in kept for name in group.layers}
     for name in layers:
         if name not in free and (named or not kept):
@@ -101,7 +101,7 @@ def lowest_units(
     ranking: Ranking,
     gone: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Return the units of each group that go: the lowest share, but for the best of each group.
+    """Return the units of each group to prune: the lowest share, never the best of a group.
 
     A unit's score is the sum over its channels in all scored layers, each layer divided by its L1
     norm. As units of coupled layers go together, the share is met to within one unit.
@@ -123,35 +123,28 @@ def lowest_units(
     list of Tensor
         Of each group, int64, ascending.
     """
-    ranked = [_unit_scores(group, scores) for group in found.groups]
-    for at, values in enumerate(ranked):
+    ranked, sizes = [], []
+    for at, group in enumerate(found.groups):
+        values = torch.zeros(group.units, dtype=torch.double)
+        for layer, channels in group.layers.items():
+            if layer in scores:
+                values += scores.normalized(layer)[channels].sum(1)
         if gone is not None:
             values[gone[at]] = -torch.inf
-        values[_best(values)] = torch.inf
-    sizes = [torch.full((len(v),), width(g)) for v, g in zip(ranked, found.groups, strict=True)]
+        best = torch.argsort(values, descending=True, stable=True)[0]  # the first of equals
+        values[best] = torch.inf
+        ranked.append(values)
+        sizes.append(torch.full((group.units,), width(group)))
     if ranking == "local":
-        chosen = [_lowest(v, size, share) for v, size in zip(ranked, sizes, strict=True)]
+        chosen = [_lowest(*group, share) for group in zip(ranked, sizes, strict=True)]
     else:
         parts = [len(values) for values in ranked]
         chosen = [*_lowest(torch.cat(ranked), torch.cat(sizes), share).split(parts)]
     return [flags.nonzero().flatten() for flags in chosen]
 
 
-def _unit_scores(group: ChannelGroup, scores: UnitScores) -> Tensor:
-    total = torch.zeros(group.units, dtype=torch.double)
-    for layer, channels in group.layers.items():
-        if layer in scores:
-            total += scores.normalized(layer)[channels].sum(1)
-    return total
-
-
-def _best(values: Tensor) -> int:
-    """Return the place of the highest score, the first of equals."""
-    return int(torch.argsort(values, descending=True, stable=True)[0])
-
-
 def _lowest(values: Tensor, sizes: Tensor, share: float) -> Tensor:
-    """Return which units are taken from below until their channels are nearest to the share."""
+    """Return the lowest units whose channels together are nearest to the share, bool, (units,)."""
     order = torch.argsort(values, stable=True)
     order = order[values[order] < torch.inf]
     reached = torch.cat([torch.zeros(1, dtype=torch.long), sizes[order].cumsum(0)])
@@ -171,7 +164,7 @@ def channels_of(found: Prunable, units: Sequence[Tensor]) -> dict[str, list[int]
 
 
 def spared(found: Prunable, units: Sequence[Tensor]) -> list[str]:
-    """Return the layers that keep only one unit of a group, its best, whatever the share."""
+    """Return the layers of which only the best unit of a group is left."""
     return [
         layer
         for group, chosen in zip(found.groups, units, strict=True)

@@ -1,11 +1,11 @@
-"""Pruning step by step: score, switch off, fine-tune, and go on where it was cut short."""
+"""Pruning step by step: score, switch off, fine-tune, and resume from a checkpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +24,14 @@ KIND = "xai_edit.pruning"
 
 
 class FineTune(Protocol):
-    """What trains a network in place after a step of pruning, such as `FineTuning`."""
+    """Trains a network in place after a step of pruning, such as `FineTuning`."""
 
     def __call__(self, network: nn.Module, /) -> object:
         """Train the network."""
 
 
 class Score(Protocol):
-    """What scores the layers to prune of a network in one of the steps."""
+    """Scores the layers to prune of a network in one of the steps."""
 
     def __call__(self, network: nn.Module, step: int, /) -> UnitScores:
         """Return the scores."""
@@ -48,14 +48,6 @@ class Schedule:
     checkpoint: str | Path | None = None
 
 
-@dataclass
-class _State:
-    """How far pruning has come: steps done, units of each group that are off, what was found."""
-
-    gone: list[Tensor]
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
 def pruned(
     model: nn.Module,
     inputs: Tensor,
@@ -64,10 +56,10 @@ def pruned(
     *,
     score: Score,
     origin: Mapping[str, Any],
-    fold: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
-    told: Callable[[], Mapping[str, Any]] = dict,
+    fold: Callable[[nn.Module], Mapping[str, Tensor]] = lambda network: {},
+    step_origin: Callable[[], Mapping[str, Any]] = dict,
 ) -> ModelEdit:
-    """Prune a copy of a model step by step, and return what became of it as an edit.
+    """Prune a copy of a model step by step, and return the change as an edit.
 
     Parameters
     ----------
@@ -78,54 +70,51 @@ def pruned(
     found : Prunable
     schedule : Schedule
     score : callable
-        Scores the layers to prune.
     origin : mapping
-        What the edit says of itself.
-    fold : callable, optional
-        Gives new values of whole parameters of a network, before and after fine-tuning.
-    told : callable
-        What a step says of itself, after it was scored.
+        Of the edit.
+    fold : callable
+        Returns new values of whole parameters of a network, before and after fine-tuning.
+    step_origin : callable
+        Returns what the origin says of a step, after it was scored.
     """
     network = copied(model).eval()
-    saved = None
+    checkpoint = None
+    gone = [torch.zeros(0, dtype=torch.long) for _ in found.groups]
+    history: list[dict[str, Any]] = []  # one entry a step that is done
     if schedule.checkpoint is not None:
-        saved = _Checkpoint(Path(schedule.checkpoint), model, inputs, schedule, origin)
-    state = _State([torch.zeros(0, dtype=torch.long) for _ in found.groups])
-    if saved is not None:
-        saved.restore(network, state)
-    for step in range(len(state.history), schedule.steps):
+        checkpoint = _Checkpoint(Path(schedule.checkpoint), model, inputs, schedule, origin)
+        gone, history = checkpoint.restored(network, gone)
+    for step in range(len(history), schedule.steps):
         share = schedule.share * (step + 1) / schedule.steps
         scores = score(network, step)
-        state.gone = lowest_units(found, scores, share, ranking=schedule.ranking, gone=state.gone)
-        _write(network, {} if fold is None else fold(network))
-        _switch_off(network, found.groups, state.gone)
+        gone = lowest_units(found, scores, share, ranking=schedule.ranking, gone=gone)
+        _switch_off(network, found.groups, gone, fold(network))
+        channels = channels_of(found, gone)
         if schedule.fine_tune is not None:
-            with torch.enable_grad(), kept_off(network, channels_of(found, state.gone)):
+            with torch.enable_grad(), kept_off(network, channels):
                 schedule.fine_tune(network)
             require_finite(network.eval())
-            _write(network, {} if fold is None else fold(network))
-            _switch_off(network, found.groups, state.gone)
-        removed = sum(map(len, channels_of(found, state.gone).values()))
-        state.history.append(
-            {"share": share, "removed": removed, "samples": scores.samples, **told()}
-        )
-        if saved is not None:
-            saved.write(network, state)
-    last = state.history[-1]
+            _switch_off(network, found.groups, gone, fold(network))
+        removed = sum(map(len, channels.values()))
+        done = {"share": share, "removed": removed, "samples": scores.samples, **step_origin()}
+        history.append(done)
+        if checkpoint is not None:
+            checkpoint.write(network, gone, history)
+    last = history[-1]
     about: dict[str, Any] = {
         **origin,
         **last,
         "share": schedule.share,
         "ranking": schedule.ranking,
         "removed": f"{last['removed']} of {found.channels} units",
-        "units": channels_of(found, state.gone),
+        "units": channels_of(found, gone),
     }
-    if kept := spared(found, state.gone):
+    if kept := spared(found, gone):
         about["kept"] = {"one unit each, though the share takes all": kept}
     if found.fixed:
         about["fixed"] = found.fixed
     if schedule.steps > 1:
-        about["steps"] = state.history
+        about["steps"] = history
     if schedule.fine_tune is not None:
         about["fine_tune"] = repr(schedule.fine_tune)
     return ModelEdit.to_copy(model, network, about)
@@ -133,7 +122,7 @@ def pruned(
 
 @contextmanager
 def kept_off(network: nn.Module, channels: Mapping[str, list[int]]) -> Iterator[None]:
-    """Multiply channels of layers by zero, so that training moves nothing that feeds them.
+    """Multiply channels of layers by zero, so that training changes nothing that feeds them.
 
     As hooks on the modules this also holds in a deep copy of the network.
     """
@@ -158,9 +147,17 @@ def kept_off(network: nn.Module, channels: Mapping[str, list[int]]) -> Iterator[
             handle.remove()
 
 
-def _switch_off(network: nn.Module, groups: tuple[ChannelGroup, ...], gone: list[Tensor]) -> None:
+def _switch_off(
+    network: nn.Module,
+    groups: Sequence[ChannelGroup],
+    gone: Sequence[Tensor],
+    values: Mapping[str, Tensor],
+) -> None:
+    """Write values of whole parameters, then set all entries of some units to zero."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
         for group, units in zip(groups, gone, strict=True):
             for name, at in silenced_entries(network, group, units).items():
                 parameter = parameters[name]
@@ -168,15 +165,8 @@ def _switch_off(network: nn.Module, groups: tuple[ChannelGroup, ...], gone: list
                 parameter[where] = 0
 
 
-def _write(network: nn.Module, values: Mapping[str, Tensor]) -> None:
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
-
-
 class _Checkpoint:
-    """The file of a plan: the network and the state after its last step."""
+    """The file of a plan: the network, the units off and the history after its last step."""
 
     def __init__(
         self,
@@ -189,13 +179,15 @@ class _Checkpoint:
         self.path = path
         plan = [dict(origin), schedule.share, schedule.ranking, schedule.steps]
         text = json.dumps([*plan, repr(schedule.fine_tune)])
-        self.plan = checksum({**_state_of(model), "inputs": inputs.cpu()}, text)
+        self.plan = checksum({**_tensors(model), "inputs": inputs.cpu()}, text)
 
-    def restore(self, network: nn.Module, state: _State) -> None:
-        """Bring a network and a state to where they were, if the file is there."""
+    def restored(
+        self, network: nn.Module, gone: list[Tensor]
+    ) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """Write the file's state into a network, and return units off and history."""
         clear_parts(self.path.parent, self.path.name)
         if not self.path.exists():
-            return
+            return gone, []
         tensors, header = read_sealed(self.path, KIND, {"plan": str, "history": list})
         if header["plan"] != self.plan:
             raise ValueError(
@@ -204,20 +196,15 @@ class _Checkpoint:
         with torch.no_grad():
             for name, tensor in _tensors(network).items():
                 tensor.copy_(tensors[f"network/{name}"])
-        state.gone = [tensors[f"gone/{at}"] for at in range(len(state.gone))]
-        state.history = header["history"]
+        return [tensors[f"gone/{at}"] for at in range(len(gone))], header["history"]
 
-    def write(self, network: nn.Module, state: _State) -> None:
-        """Write them, atomically."""
-        tensors = {f"network/{name}": tensor for name, tensor in _state_of(network).items()}
-        tensors |= {f"gone/{at}": units for at, units in enumerate(state.gone)}
-        text = json.dumps({"plan": self.plan, "history": state.history})
+    def write(self, network: nn.Module, gone: list[Tensor], history: list[dict[str, Any]]) -> None:
+        """Write the file, atomically."""
+        tensors = {f"network/{name}": tensor for name, tensor in _tensors(network).items()}
+        tensors |= {f"gone/{at}": units for at, units in enumerate(gone)}
+        text = json.dumps({"plan": self.plan, "history": history})
         write_safetensors(self.path, tensors, KIND, sealed(tensors, text))
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
-
-
-def _state_of(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in _tensors(network).items()}

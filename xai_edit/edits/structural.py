@@ -1,8 +1,6 @@
-"""A really smaller network: units that are switched off are removed."""
+"""A smaller network: units that are switched off are removed by Torch-Pruning."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +11,15 @@ from xai_edit.data import model_device
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.guard import copied
 
-TOLERANCE = 1e-5
-"""How far logits may differ, as a share of the largest."""
+TOLERANCE = 1e-5  # of the largest logit, by which logits may differ
 
 
 def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) -> nn.Module:
     """Remove all units that are switched off, by Torch-Pruning, into a new network.
 
-    A unit is switched off when all that `xai_edit.edits.silence.silenced_entries` names is zero:
-    its weights and biases in all layers that share it, the scale and shift of its norms. So any
-    edit will do, or training that ended in zeros. Units that are switched off in some of the
-    layers that share them stay, and so does one unit of each group.
+    A unit is switched off when its weights and biases in all layers that share it and the scale and
+    shift of its norms are zero, by whatever edit or training. Units that are off in only some of
+    the layers that share them stay, and so does one unit of each group.
 
     Parameters
     ----------
@@ -32,14 +28,14 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
     edit : ModelEdit or None
         An edit of the model; None where its units are switched off already.
     example_input : Tensor, shape (samples, ...)
-        Inputs to trace the network and compare its outputs with.
+        Inputs to trace the network with and to compare outputs on.
 
     Returns
     -------
     nn.Module
         A copy with fewer channels, of the same dtype and device, with the same training and
-        ``requires_grad`` flags. In evaluation mode its logits for ``example_input`` are those of
-        the masked network: this has been checked in float64.
+        ``requires_grad`` flags. In evaluation mode it gives the masked network's logits for
+        ``example_input``, which is checked in float64.
 
     Raises
     ------
@@ -47,7 +43,7 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
         If the edit is not one of this model.
     ValueError
         If the input does not fit, the model cannot be traced, no unit is switched off that can be
-        removed, or the outputs are not the same afterwards.
+        removed, or the outputs differ afterwards.
     """
     with torch.inference_mode(False):
         masked = copied(model)
@@ -65,22 +61,20 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
 
 
 def _switched_off(found: Traced) -> list[tuple[ChannelGroup, Tensor]]:
-    """Return the groups that lose units, and which, bool, shape (units,)."""
-    lost, fixed = [], []
+    """Return the groups that lose units, and which units, bool, shape (units,)."""
+    lost, also = [], ""
     for group in groups_of(found):
         silent = silent_units(found.model, group)
         if group.fixed is not None:
-            fixed += [group] if silent.any() else []
+            if silent.any() and not also:
+                layer = next(iter(group.layers))
+                also = f"; those of layer {layer!r} are, but have to stay: {group.fixed}"
             continue
         if silent.all():
             silent[0] = False
         if silent.any():
             lost.append((group, silent))
     if not lost:
-        also = ""
-        if fixed:
-            layer, why = next(iter(fixed[0].layers)), fixed[0].fixed
-            also = f"; those of layer {layer!r} are, but have to stay: {why}"
         raise ValueError(
             f"edit: no unit that can be removed is switched off{also}; a unit is, where its "
             "weights and biases in all coupled layers and its norms' scale and shift are zero, as "
@@ -90,23 +84,18 @@ def _switched_off(found: Traced) -> list[tuple[ChannelGroup, Tensor]]:
 
 
 def silent_units(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """Tell which units of a group are switched off, bool, shape (units,)."""
+    """Return which units of a group are switched off, bool, shape (units,)."""
     silent = torch.ones(group.units, dtype=torch.bool)
     for name, channels in (group.layers | group.norms).items():
         module = model.get_submodule(name)
-        for zero in _zero_channels(module):
-            silent &= zero.cpu()[channels].all(1)
+        for parameter in (module.weight, module.bias):
+            if isinstance(parameter, Tensor):
+                values = parameter.detach().cpu()
+                if isinstance(module, TRANSPOSED) and values.ndim > 1:
+                    values = values.transpose(0, 1)
+                zero = (values == 0).reshape(len(values), -1).all(1)  # of each output channel
+                silent &= zero[channels].all(1)
     return silent
-
-
-def _zero_channels(module: nn.Module) -> Iterator[Tensor]:
-    """Yield, per parameter, which output channels have nothing but zeros, bool, (channels,)."""
-    for parameter in (module.weight, module.bias):
-        if isinstance(parameter, Tensor):
-            first = parameter.detach()
-            if isinstance(module, TRANSPOSED) and first.ndim > 1:
-                first = first.transpose(0, 1)
-            yield (first == 0).flatten(1).all(1) if first.ndim > 1 else first == 0
 
 
 def _remove(found: Traced, lost: list[tuple[ChannelGroup, Tensor]]) -> None:

@@ -1,15 +1,16 @@
-"""How large and how fast a network is, beside another one."""
+"""Size and speed of two networks side by side."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import run
+from xai_edit.checks import whole_number
 from xai_edit.data import model_device
 from xai_edit.guard import copied, preserved
 
@@ -25,12 +26,12 @@ class Size:
     parameters : int
         Numbers in its parameters.
     operations : int
-        Multiply-accumulate operations of a sample as Torch-Pruning counts them: those of linear,
-        convolution and recurrent layers and of attention modules, with one for each bias, value of
-        an activation module or input of a pooling, and two for each input of an affine norm. What
-        is called as a function, not as a module, is not counted.
+        Multiply-accumulate operations of a sample as Torch-Pruning counts them: of linear,
+        convolution, recurrent and attention modules, one for each bias, value of an activation
+        module or input of a pooling, two for each input of an affine norm. Functions are not
+        counted.
     seconds : float
-        Wall-clock time of a forward pass of the whole batch in evaluation mode, the median.
+        Median wall-clock time of a forward pass of the whole batch in evaluation mode.
     """
 
     parameters: int
@@ -45,7 +46,6 @@ class SizeComparison:
     Attributes
     ----------
     before, after : Size
-        The two networks.
     samples : int
         Of the batch that was timed.
     rounds : int
@@ -53,7 +53,6 @@ class SizeComparison:
     threads : int
         PyTorch's threads for one operation on the CPU.
     device : str
-        Where they ran.
     """
 
     before: Size
@@ -66,39 +65,31 @@ class SizeComparison:
     @property
     def ratios(self) -> dict[str, float]:
         """``after`` over ``before`` for parameters, operations and seconds."""
-        return {
-            name: getattr(self.after, name) / getattr(self.before, name)
-            for name in ("parameters", "operations", "seconds")
-        }
+        before, after = asdict(self.before), asdict(self.after)
+        return {name: after[name] / before[name] for name in before}
 
     def __str__(self) -> str:
-        ratios = self.ratios
-        rows = [
-            ("parameters", f"{self.before.parameters:,}", f"{self.after.parameters:,}"),
-            ("operations a sample", f"{self.before.operations:,}", f"{self.after.operations:,}"),
-            (
-                f"ms for {self.samples} samples",
-                f"{1e3 * self.before.seconds:.2f}",
-                f"{1e3 * self.after.seconds:.2f}",
-            ),
+        titles = ["parameters", "operations a sample", f"ms for {self.samples} samples"]
+        columns = [
+            [f"{size.parameters:,}", f"{size.operations:,}", f"{1e3 * size.seconds:.2f}"]
+            for size in (self.before, self.after)
         ]
         lines = [
-            f"{name:<22} {before:>18} → {after:>18}   {100 * ratio:5.1f} %"
-            for (name, before, after), ratio in zip(rows, ratios.values(), strict=True)
+            f"{title:<22} {before:>18} → {after:>18}   {100 * ratio:5.1f} %"
+            for title, before, after, ratio in zip(
+                titles, *columns, self.ratios.values(), strict=True
+            )
         ]
-        lines.append(
-            f"(medians of {self.rounds} rounds in turn, {self.device}, {self.threads} threads)"
-        )
-        return "\n".join(lines)
+        measured = f"{self.rounds} rounds in turn, {self.device}, {self.threads} threads"
+        return "\n".join([*lines, f"(medians of {measured})"])
 
 
 def compare_sizes(
     before: nn.Module, after: nn.Module, example_input: Tensor, *, rounds: int = 30
 ) -> SizeComparison:
-    """Count and time two networks, such as one and what `xai_edit.to_smaller` made of it.
+    """Count and time two networks, such as a pruned one and what `xai_edit.to_smaller` returns.
 
-    The two are timed in turn, before, after, before, after, so that what else the machine does
-    meets both.
+    The two are timed alternately, so that other work of the machine affects both alike.
 
     Parameters
     ----------
@@ -107,15 +98,14 @@ def compare_sizes(
     example_input : Tensor, shape (samples, ...)
         The batch to time.
     rounds : int
-        How often each network is timed, after three passes that are not.
+        How often each network is timed, after three passes of warm-up.
 
     Raises
     ------
     ValueError
         If the input does not fit, the networks are on different devices or ``rounds`` is below 1.
     """
-    if type(rounds) is not int or rounds < 1:
-        raise ValueError(f"rounds: {rounds!r} given; it is a whole number of at least 1")
+    rounds = whole_number(rounds, "rounds", least=1)
     device = model_device(before)
     if model_device(after) != device:
         raise ValueError(
@@ -129,14 +119,12 @@ def compare_sizes(
                 spent = _timed(network, inputs)
                 if passed >= WARM_UP:
                     times.append(spent)
-    return SizeComparison(
-        _size(before, inputs, seconds[0]),
-        _size(after, inputs, seconds[1]),
-        len(inputs),
-        rounds,
-        torch.get_num_threads(),
-        str(device),
+    large, small = (
+        _size(network, inputs, times)
+        for network, times in zip((before, after), seconds, strict=True)
     )
+    threads = torch.get_num_threads()
+    return SizeComparison(large, small, len(inputs), rounds, threads, str(device))
 
 
 def _size(network: nn.Module, inputs: Tensor, seconds: list[float]) -> Size:
@@ -148,13 +136,9 @@ def _size(network: nn.Module, inputs: Tensor, seconds: list[float]) -> Size:
 
 
 def _timed(network: nn.Module, inputs: Tensor) -> float:
-    _wait(inputs)
+    wait = torch.cuda.synchronize if inputs.is_cuda else lambda device: None
+    wait(inputs.device)
     start = time.perf_counter()
     run(network, inputs)
-    _wait(inputs)
+    wait(inputs.device)
     return time.perf_counter() - start
-
-
-def _wait(inputs: Tensor) -> None:
-    if inputs.is_cuda:
-        torch.cuda.synchronize(inputs.device)

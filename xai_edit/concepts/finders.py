@@ -1,0 +1,246 @@
+"""Concept subspaces in closed form: PCA, PRCA, contrastive PCA and concept activation vectors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from scipy.linalg import eigh
+from torch import Tensor
+
+from xai_edit.checks import one_of, positive, require, whole_number
+from xai_edit.concepts.features import Features
+from xai_edit.concepts.subspaces import Subspaces
+
+Kind = Literal["pattern", "logistic", "svm"]
+
+
+class PCA:
+    """Principal component analysis of centred activations, one component a subspace.
+
+    Parameters
+    ----------
+    n_subspaces : int or None
+        Number of components, those of largest variance in falling order; None keeps all that have
+        variance.
+
+    Attributes
+    ----------
+    components_ : Tensor, float64, shape (n_subspaces, channels)
+        As in scikit-learn.
+    explained_variance_ : Tensor, float64, shape (n_subspaces,)
+        With n − 1 in the denominator, as in scikit-learn.
+    """
+
+    def __init__(self, n_subspaces: int | None = 4) -> None:
+        self.n_subspaces = _count(n_subspaces)
+
+    def fit(self, features: Features) -> Subspaces:
+        """Find the subspaces; ValueError if fewer directions than subspaces have variance."""
+        from sklearn.decomposition import PCA as ScikitPCA
+
+        a = _activations(features, least=2)
+        found = ScikitPCA(svd_solver="full").fit(a.numpy())
+        variance = torch.from_numpy(found.explained_variance_)
+        kept = _kept(variance, self.n_subspaces, "n_subspaces", "the activations vary in")
+        self.components_ = torch.from_numpy(found.components_[:kept])
+        self.explained_variance_ = variance[:kept]
+        mean, origin = torch.from_numpy(found.mean_), {"finder": "PCA", "vectors": len(a)}
+        return Subspaces(self.components_.T.contiguous(), (1,) * kept, mean, origin)
+
+
+class PRCA:
+    """Principal relevant component analysis, one component a subspace (Chormai et al. 2024).
+
+    The components are the leading eigenvectors of E[a cᵀ + c aᵀ], uncentred. No other set of as
+    many directions holds more relevance: the mean of (uᵀa)(uᵀc) along an eigenvector u is half
+    its eigenvalue.
+
+    Parameters
+    ----------
+    n_subspaces : int or None
+        Number of components, those of most relevance in falling order; None keeps all that have
+        positive relevance.
+
+    Attributes
+    ----------
+    components_ : Tensor, float64, shape (n_subspaces, channels)
+        As in scikit-learn. The largest entry of each is positive.
+    relevance_ : Tensor, float64, shape (n_subspaces,)
+        Mean relevance along each component.
+    """
+
+    def __init__(self, n_subspaces: int | None = 4) -> None:
+        self.n_subspaces = _count(n_subspaces)
+
+    def fit(self, features: Features) -> Subspaces:
+        """Find the subspaces; ValueError without contexts or positive relevance along as many."""
+        c = features.require_contexts().double().cpu()
+        a = _activations(features)
+        cross = a.T @ c / len(a)
+        values, vectors = map(torch.from_numpy, eigh((cross + cross.T).numpy()))
+        values, vectors = values.flip(0), vectors.flip(1)
+        kept = _kept(values, self.n_subspaces, "n_subspaces", "relevance is positive along")
+        components = vectors.T[:kept]
+        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+        self.components_ = components * largest.sign()
+        self.relevance_ = values[:kept] / 2
+        return _subspaces(self, a, self.components_, (1,) * kept)
+
+
+class ContrastivePCA:
+    """Contrastive principal component analysis: one subspace of several directions.
+
+    The leading eigenvectors of E₁[a aᵀ] − E₀[a aᵀ], the second moments of activations with the
+    feature less those without it (Abid et al. 2018, Eq. 2, with α = 1 and uncentred). With labels
+    the difference is taken within each class and averaged, so that a class that has the feature
+    more often does not enter. A feature at few positions, such as a watermark, changes second
+    moments more than means (`CAV`).
+
+    Parameters
+    ----------
+    size : int
+        Directions of the subspace.
+
+    Attributes
+    ----------
+    components_ : Tensor, float64, shape (size, channels)
+        In falling order of their contrast.
+    contrast_ : Tensor, float64, shape (size,)
+        By how much the second moment along each is larger with the feature.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = whole_number(size, "size", least=1)
+
+    def fit(self, features: Features, spurious: Tensor | None = None) -> Subspaces:
+        """Find the subspace.
+
+        Parameters
+        ----------
+        features : Features
+            Of samples with and without the feature.
+        spurious : Tensor, optional
+            Yes or no a sample, shape (samples,); the features' own attribute when left out.
+
+        Raises
+        ------
+        ValueError
+            If the feature is missing or the same in every sample, no class has samples of both
+            kinds, or fewer directions than asked for vary more with it.
+        """
+        has = features.by_vector(features.require_spurious(spurious))
+        a = _activations(features)
+        labels = torch.zeros(len(a)).long()
+        if features.labels is not None:
+            labels = features.by_vector(features.labels)
+        contrasts = []
+        for label in labels.unique():
+            within, without = a[(labels == label) & has], a[(labels == label) & ~has]
+            if len(within) and len(without):
+                contrasts.append(_second_moment(within) - _second_moment(without))
+        if not contrasts:
+            raise ValueError(
+                "features: no class has samples both with and without the feature; add some, or "
+                "leave out the labels"
+            )
+        values, vectors = torch.linalg.eigh(torch.stack(contrasts).mean(0))
+        values, vectors = values.flip(0), vectors.flip(1)
+        _kept(values, self.size, "size", "the activations vary more with the feature in")
+        self.components_ = vectors[:, : self.size].T.contiguous()
+        self.contrast_ = values[: self.size]
+        origin = {"with": int(has.sum())}
+        return _subspaces(self, a, self.components_, (self.size,), origin)
+
+
+class CAV:
+    """A concept activation vector as the first subspace, its orthogonal complement as the second.
+
+    Every vector counts as one of its sample's kind, at whatever position.
+
+    Parameters
+    ----------
+    kind : {"pattern", "logistic", "svm"}
+        ``"pattern"`` is the signal pattern cov(a, t) / var(t), how activations a change with the
+        feature t (Haufe et al. 2014; Pahde et al. 2025). The others are the weights of a linear
+        classifier, logistic regression or a support vector machine (Kim et al. 2018). Such weights
+        also cancel what disturbs the classifier, so they deviate from the feature's direction.
+    C : float
+        Inverse strength of the classifiers' regularisation, as in scikit-learn, for activations
+        divided by their root mean square. The pattern has none.
+
+    Attributes
+    ----------
+    direction_ : Tensor, float64, shape (channels,)
+        Of length one, towards samples with the feature.
+    """
+
+    def __init__(self, kind: Kind = "pattern", *, C: float = 1.0) -> None:
+        self.kind = one_of(kind, get_args(Kind), "kind")
+        self.C = positive(C, "C")
+
+    def fit(self, features: Features, spurious: Tensor | None = None) -> Subspaces:
+        """Find the direction; as `ContrastivePCA.fit`, ValueError if activations do not differ."""
+        has = features.by_vector(features.require_spurious(spurious))
+        a = _activations(features)
+        direction = self._direction(a, has)
+        length = direction.norm()
+        if not length > a.shape[1] * torch.finfo(a.dtype).eps * a.abs().max():
+            raise ValueError("features: the activations do not differ between the samples")
+        self.direction_ = direction / length
+        basis = torch.linalg.qr(self.direction_[:, None], mode="complete").Q
+        basis[:, 0] = self.direction_
+        sizes = (1, len(basis) - 1)[: len(basis)]  # one channel leaves no complement
+        return _subspaces(self, a, basis.T, sizes, {"kind": self.kind, "with": int(has.sum())})
+
+    def _direction(self, a: Tensor, has: Tensor) -> Tensor:
+        if self.kind == "pattern":
+            t = has.double() - has.double().mean()
+            return (a - a.mean(0)).T @ t / t.square().sum()
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.svm import LinearSVC
+
+        if self.kind == "logistic":
+            classifier = LogisticRegression(C=self.C, max_iter=1000)
+        else:
+            classifier = LinearSVC(C=self.C, dual=False, max_iter=10_000)
+        scale = a.square().mean().sqrt()
+        if scale == 0:
+            return torch.zeros(a.shape[1]).double()
+        classifier.fit((a / scale).numpy(), has.numpy())
+        return torch.from_numpy(classifier.coef_[0].copy()).double()
+
+
+def _count(n_subspaces: int | None) -> int | None:
+    return None if n_subspaces is None else whole_number(n_subspaces, "n_subspaces", least=1)
+
+
+def _activations(features: Features, least: int = 1) -> Tensor:
+    a = features.activations.double().cpu()
+    require(len(a) >= least, "features", len(a), f"at least {least} vectors are needed")
+    return a
+
+
+def _second_moment(a: Tensor) -> Tensor:
+    return a.T @ a / len(a)
+
+
+def _kept(values: Tensor, asked: int | None, name: str, along: str) -> int:
+    """Return how many of some falling eigenvalues to keep; only those above rounding will do."""
+    rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    above = int((values > rounding).sum())
+    kept = above if asked is None else asked
+    require(1 <= kept <= above, name, asked, f"{along} {above} directions")
+    return kept
+
+
+def _subspaces(
+    finder: object,
+    a: Tensor,
+    components: Tensor,
+    sizes: tuple[int, ...],
+    origin: dict[str, Any] | None = None,
+) -> Subspaces:
+    """Return subspaces of components, shape (directions, channels), in blocks of some sizes."""
+    made = {"finder": type(finder).__name__, "vectors": len(a), **(origin or {})}
+    return Subspaces(components.T.contiguous(), sizes, a.mean(0), made)
