@@ -217,7 +217,7 @@ SCORERS = [
     ("maps", lambda w: score(w, model=w.no_logits), V, "model: its output is (30, 10, 6, 6) for"),
     ("preset", lambda w: xe.LRP("epsilonn"), V, "composite: 'epsilonn' is not a preset"),
     ("composite", lambda w: xe.LRP(3), T, "composite: 3 is neither a preset"),
-    ("initial", lambda w: xe.LRP(initial="two"), V, "initial: 'two' given; it is 'logit' or 'one'"),
+    ("initial", lambda w: xe.LRP(initial="two"), V, "initial: 'two' given; it is one of 'logit', 'one'"),
     ("gamma", lambda w: xe.LRP("epsilon", gamma=1), T, "composite: preset 'epsilon'"),
     ("composite's", lambda w: xe.LRP(EpsilonPlus(), gamma=1), T, "['gamma'] go with a preset name"),
     ("Captum's", lambda w: xe.CaptumLayer(Saliency), T, "method: <class"),

@@ -91,13 +91,11 @@ class Gather:
                 f"layer {name!r} passes on a {type(value).__name__}, not one tensor; "
                 "name a layer inside it"
             )
-
         if not value.is_floating_point():
             raise ValueError(
                 f"layer {name!r} has values of {value.dtype}, such as the numbers of words, which "
                 "have no relevance; name the embedding's output"
             )
-
         value, reduce = self.prepared(value, module)
         shape = reduce(value.detach()[:0]).shape[1:]
         leaf = value.new_zeros(()).expand(len(value), *shape).requires_grad_()

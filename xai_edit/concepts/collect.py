@@ -172,7 +172,7 @@ def _contexts(
     """Yield a function that gives the activations and contexts of one batch."""
     plain = values_at(model, layer, sample[:1])
     gather = ContextGather(draw)
-    with scorer.gathering(model, sample, [layer], gather) as (score, canonizers):
+    with scorer.session(model, sample, [layer], gather) as (score, canonizers):
         origin["canonizers"] = canonizers
 
         def vectors_of(batch: Batch) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ def subspace_maps(
         plain = values_at(model, layer, batch.inputs[:1])
         gather = SubspaceGather(layer, layer_module(model, layer), subspaces)
         gather.require_channels(plain)
-        with scorer.gathering(model, batch.inputs, [], gather) as (score, canonizers):
+        with scorer.session(model, batch.inputs, [], gather) as (score, canonizers):
             with backward_again():
                 found = score(batch.inputs, targets)
             require_same_values(layer, plain, gather, canonizers)
