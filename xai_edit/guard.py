@@ -1,4 +1,4 @@
-"""The guard: whatever a pass does to a model, the model leaves it as it came."""
+"""Restore a model exactly after a pass, and check that its weights are finite."""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_an_analysis_is_dropped_when_the_model_changes(norm, change):
-    norm.options = {"scale": 2, "of": [torch.ones(2), {"deep": {"deeper": {"deepest": ()}}}]}
+    sparse = torch.eye(2).to_sparse()
+    norm.options = {"scale": 2, "of": [sparse, {"deep": {"deeper": {"deepest": ()}}}]}
     first = analysed(norm, X)
     assert analysed(norm, X + 1) is first
     change(norm)

@@ -237,7 +237,7 @@ def test_parameters_beside_a_composite_are_a_type_error():
 
 
 def test_an_unknown_initial_relevance_is_an_error():
-    with pytest.raises(ValueError, match="initial: 'two' given; it is 'logit' or 'one'"):
+    with pytest.raises(ValueError, match="initial: 'two' given; it is one of 'logit', 'one'"):
         LRP("epsilon", initial="two")
 
 

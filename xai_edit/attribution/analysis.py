@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.trace import Trace, trace
@@ -81,7 +82,8 @@ def _value(attribute: Any, depth: int) -> Hashable:
         return attribute
     if isinstance(attribute, Tensor):
         version = 0 if attribute.is_inference() else attribute._version
-        return id(attribute), attribute.data_ptr(), version
+        storage = attribute.data_ptr() if attribute.layout == torch.strided else None
+        return id(attribute), storage, version
     if depth and isinstance(attribute, dict):
         return tuple((key, _value(value, depth - 1)) for key, value in attribute.items())
     if depth and isinstance(attribute, (list, tuple, set, frozenset)):

@@ -155,24 +155,18 @@ def same_logits(plain: Tensor, canonized: Tensor) -> bool:
     return bool((canonized - plain).abs().max() <= allowed)
 
 
-def tell_difference(
+def refuse_difference(
     plain: Tensor, canonized: Tensor, canonizers: Sequence[Canonizer], *, chosen: bool
 ) -> None:
-    """Say that it does not.
-
-    Raises
-    ------
-    ValueError
-        If the canonizers were chosen here; under a user's own there is a warning.
-    """
-    told = (
+    """Raise ValueError for logits that differ, or warn if the canonizers are a user's own."""
+    message = (
         f"canonizers: {[type(one).__name__ for one in canonizers]} make another network of it; its "
         f"logits, up to {float(plain.abs().max()):.3g}, differ by up to "
         f"{float((canonized - plain).abs().max()):.2g}"
     )
     if chosen:
         raise ValueError(
-            f"{told}; give LRP canonizers of your own, or () for none; or is the network another "
-            "at each call?"
+            f"{message}; give LRP canonizers of your own, or () for none; or is the network "
+            "another at each call?"
         )
-    warnings.warn(f"{told}, and so may its relevance", stacklevel=2)
+    warnings.warn(f"{message}, and so may its relevance", stacklevel=2)

@@ -16,7 +16,7 @@ from xai_edit.attribution.findings import Finding, of_the_forward_pass, of_the_w
 from xai_edit.attribution.layers import INPUT_SUFFIX, predict, resolve_layers
 from xai_edit.attribution.scorers import LRP
 from xai_edit.attribution.trace import Operation, trace
-from xai_edit.errors import NonFiniteError
+from xai_edit.checks import finite
 from xai_edit.guard import preserved, require_finite
 
 
@@ -108,8 +108,7 @@ def check_model(
     scorer = composite if isinstance(composite, LRP) else LRP(composite)
     names = resolve_layers(model, layers)
     require_finite(model)
-    if not torch.isfinite(inputs).all():
-        raise NonFiniteError("inputs: NaN or infinite values")
+    finite(inputs, "inputs")
     findings = of_the_weights(model)
     findings += [
         Finding("warning", name, "a batch norm in training mode; scored as in evaluation mode")
@@ -126,14 +125,15 @@ def check_model(
         findings += scorer.findings_as_canonized(model, inputs, names)
     else:
         findings += of_the_forward_pass(found, model, scorer.composite, names, used)
-    findings += _split(found.after(names), model, scorer.composite)
+    findings += _gates(found.after(names), model, scorer.composite)
     for name in names:
         path = name.removesuffix(INPUT_SUFFIX)
         if found.calls[path] > 1:
-            wrong = f"it is called more than once ({found.calls[path]} times) in a forward pass"
-            findings.append(
-                Finding("error", path, f"{wrong}, so its units have no one score; name others")
+            message = (
+                f"it is called more than once ({found.calls[path]} times) in a forward pass, so "
+                "its units have no one score; name others"
             )
+            findings.append(Finding("error", path, message))
     findings.sort(key=lambda one: one.severity)
     ratios: dict[str, float] = {}
     if not any(one.severity == "error" for one in findings):
@@ -145,31 +145,19 @@ def check_model(
     return ModelCheck(repr(scorer), [type(one).__name__ for one in used], findings, ratios)
 
 
-def _split(
+def _gates(
     operations: Sequence[Operation], model: nn.Module, composite: Composite
 ) -> list[Finding]:
-    """Return the products that are gates: layers that make a gate get no relevance."""
-    if not is_lrp(composite, model):
-        return []
-    rules = rules_of(composite, model)
-    gates = sorted(
-        {
-            one.module
-            for one in operations
-            if one.name == "mul" and one.joins and rules[one.module] is None
-        }
-    )
-    if not gates:
-        return []
+    """Return a warning if there are products that are gates: their layers get no relevance."""
+    rules = rules_of(composite, model) if is_lrp(composite, model) else {}
+    products = {one.module for one in operations if one.name == "mul" and one.joins}
+    gates = sorted(path for path in products if path in rules and rules[path] is None)
     more = f" (and {len(gates) - 1} more modules)" if gates[1:] else ""
-    return [
-        Finding(
-            "warning",
-            gates[0],
-            "it multiplies two tensors that depend on the data; relevance goes to the larger, and "
-            f"the layers that only make the other, a gate, get none{more}",
-        )
-    ]
+    message = (
+        "it multiplies two tensors that depend on the data; relevance goes to the larger, and the "
+        f"layers that only make the other, a gate, get none{more}"
+    )
+    return [Finding("warning", path, message) for path in gates[:1]]
 
 
 def _ratios(

@@ -14,6 +14,7 @@ from zennit.core import BasicHook, ParamMod
 
 from xai_edit.attribution.canonizers import rules_of
 from xai_edit.attribution.fast import twin
+from xai_edit.attribution.gather import Gather
 from xai_edit.attribution.layers import CONVOLUTIONS, first_tensor, resolve_layers
 from xai_edit.attribution.scorers import LRP
 from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
@@ -126,7 +127,7 @@ def edge_relevance(
         for batch in batches(data, model_device(model)):
             if score is None:
                 score, canonizers = session.enter_context(
-                    scorer.session(model, batch.inputs, names, reduce=through)
+                    scorer.session(model, batch.inputs, names, Gather(through))
                 )
                 for name, module in modules.items():
                     module.register_forward_pre_hook(

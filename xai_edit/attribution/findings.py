@@ -18,6 +18,7 @@ from xai_edit.attribution.functional import (
     ALONG_THE_GRADIENT,
     RULES,
     FunctionalCanonizer,
+    hook_of_zennit,
     left_to_the_composite,
 )
 from xai_edit.attribution.layers import CONVOLUTIONS
@@ -50,46 +51,43 @@ class Finding:
 
 def of_the_weights(model: nn.Module) -> list[Finding]:
     """Return what is wrong with a model whatever its data: hooks, weights, precision."""
-    findings = []
+    findings: list[Finding] = []
+
+    def add(module: str, message: str) -> None:
+        findings.append(Finding("error", module, message))
+
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            told = "it is TorchScript, into which no rule reaches; use the model it was made from"
-            return [Finding("error", name, told)]
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(isinstance(getattr(hook, "__self__", None), Hook) for hook in hooks):
-            findings.append(
-                Finding(
-                    "error",
-                    name,
-                    "a Zennit composite is registered on it already, so that two rules would act; "
-                    "call composite.remove() or leave its context first",
-                )
+            message = "it is TorchScript, which no rule reaches; use the model it was made from"
+            return [Finding("error", name, message)]
+        if any(hook_of_zennit(hook) for hook in _forward_hooks(module)):
+            add(
+                name,
+                "a Zennit composite is registered on it already, so that two rules would act; "
+                "call composite.remove() or leave its context first",
             )
         makers = {type(hook).__module__ for hook in module._forward_pre_hooks.values()}
         old = sorted(maker for maker in makers if maker.startswith("torch.nn.utils."))
         if old or parametrize.is_parametrized(module):
             where = old[0] if old else "torch.nn.utils.parametrize"
-            findings.append(
-                Finding(
-                    "error",
-                    name,
-                    f"its weight is computed anew at each call ({where}), and rules would see "
-                    "another one; make it permanent with the function of that module that removes "
-                    "it, such as torch.nn.utils.prune.remove or remove_parametrizations",
-                )
+            add(
+                name,
+                f"its weight is computed anew at each call ({where}), and rules would see another "
+                "one; make it permanent with the function of that module that removes it, such as "
+                "torch.nn.utils.prune.remove or remove_parametrizations",
             )
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in HALF:
-            findings.append(
-                Finding(
-                    "error",
-                    name.rpartition(".")[0],
-                    f"its parameters are {parameter.dtype}, in which the quotients of a rule have "
-                    "three digits and overflow; score copy.deepcopy(model).float()",
-                )
-            )
-            break
+    half = [(name, one.dtype) for name, one in model.named_parameters() if one.dtype in HALF]
+    for name, dtype in half[:1]:
+        add(
+            name.rpartition(".")[0],
+            f"its parameters are {dtype}, in which the quotients of a rule have three digits and "
+            "overflow; score copy.deepcopy(model).float()",
+        )
     return findings
+
+
+def _forward_hooks(module: nn.Module) -> list[object]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def of_the_forward_pass(
@@ -118,14 +116,14 @@ def of_the_forward_pass(
     if composite.module_map({}, "", nn.ReLU()) is None:
         known |= ACTIVATIONS  # they keep their gradient, as their modules do
     findings: list[Finding] = []
-    of_parameters = any(one.dtype in HALF for one in model.parameters())  # told already
+    of_parameters = any(one.dtype in HALF for one in model.parameters())  # see `of_the_weights`
     if found.halved is not None and not of_parameters:
-        told = "it computes in half precision (autocast); quotients of a rule would overflow there"
-        findings.append(Finding("error", found.halved, told))
+        message = "it computes in half precision (autocast), where the quotients of a rule overflow"
+        findings.append(Finding("error", found.halved, message))
     last = found.operations[-1] if found.operations else None
     if last is not None and last.name in ("softmax", "log_softmax"):
-        told = f"the output is a {last.name}; explain the logits before it instead"
-        findings.append(Finding("warning", last.module, told))
+        message = f"the output is a {last.name}; explain the logits before it instead"
+        findings.append(Finding("warning", last.module, message))
     if is_lrp(composite, model):
         without = [
             one
@@ -134,22 +132,17 @@ def of_the_forward_pass(
         ]
         findings += _without_rule(without, model)
     for name, module in model.named_modules():
-        rule = rules[name]
-        if not found.calls[name]:
-            continue
-        if rule is None and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        rule, calls = rules[name], found.calls[name]
+        if calls and rule is None and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             findings.append(Finding("warning", name, "the composite has no rule for it"))
-        if rule is None or found.calls[name] == 1:
+        if calls < 2 or rule is None or isinstance(direct(rule), DirectHook):
             continue
-        if not isinstance(direct(rule), DirectHook) and type(rule).forward is not Hook.forward:
-            findings.append(
-                Finding(
-                    "error",
-                    name,
-                    f"it is called {found.calls[name]} times, and its hook {type(rule).__name__} "
-                    "would use the values of the last call for each; use one module for each call",
-                )
+        if type(rule).forward is not Hook.forward:  # it keeps the values of a call
+            message = (
+                f"it is called {calls} times, and its hook {type(rule).__name__} would use the "
+                "values of the last call for each; use one module for each call"
             )
+            findings.append(Finding("error", name, message))
     return findings
 
 

@@ -18,16 +18,17 @@ from zennit import types as zt
 from zennit.canonizers import Canonizer
 from zennit.core import Hook, RemovableHandleList, Stabilizer
 
-from xai_edit.attribution.attention import attention_rule, multi_head_rule
 from xai_edit.attribution.gather import RULED
 from xai_edit.attribution.operations import (
     ACTIVATIONS,
     Operator,
     Rule,
+    attention_rule,
     einsum_rule,
     in_graph,
     is_in_place,
     layer_norm_rule,
+    multi_head_rule,
     multilinear_rule,
     norm_rule,
     pass_rule,
@@ -129,8 +130,12 @@ def left_to_the_composite(module: nn.Module) -> bool:
         return True
     if isinstance(module, zt.Activation):
         return not isinstance(module, nn.MultiheadAttention)  # one of them to Zennit 0.5
-    hooks = module._forward_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), Hook) for hook in hooks)
+    return any(hook_of_zennit(hook) for hook in module._forward_hooks.values())
+
+
+def hook_of_zennit(hook: object) -> bool:
+    """Tell whether a module's hook is a method of one of Zennit's."""
+    return isinstance(getattr(hook, "__self__", None), Hook)
 
 
 def _suspend(module: nn.Module, _: Any) -> None:
@@ -182,19 +187,11 @@ class _Rules(TorchFunctionMode):
 
 
 _MULTILINEAR = "matmul bmm mm linear conv1d conv2d conv3d"
-AVERAGES = frozenset(
-    [
-        "mean",
-        "sum",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "interpolate",
-    ]
-)
+_AVERAGES = """
+    mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d interpolate
+"""
+AVERAGES = frozenset(_AVERAGES.split())
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ACTIVATIONS, pass_rule),
     **dict.fromkeys(AVERAGES, norm_rule),

@@ -91,7 +91,6 @@ class Gather:
                 f"layer {name!r} passes on a {type(value).__name__}, not one tensor; "
                 "name a layer inside it"
             )
-
         if not value.is_floating_point():
             raise ValueError(
                 f"layer {name!r} has values of {value.dtype}, such as the numbers of words, which "

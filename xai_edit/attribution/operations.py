@@ -17,30 +17,11 @@ Named: TypeAlias = dict[str, Any]
 Operator: TypeAlias = Callable[..., Tensor]
 Rule: TypeAlias = Callable[[Operator, Arguments, Named, Operator], Tensor]
 
-ACTIVATIONS = frozenset(
-    [
-        "relu",
-        "relu6",
-        "hardtanh",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "softplus",
-        "hardswish",
-        "hardsigmoid",
-        "sigmoid",
-        "tanh",
-        "rms_norm",
-        "group_norm",
-        "normalize",
-        "neg",
-        "negative",
-    ]
-)
+_ACTIVATIONS = """
+    relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish hardsigmoid
+    sigmoid tanh rms_norm group_norm normalize neg negative
+"""
+ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 GATES = ("sigmoid", "hardsigmoid")
 
 
@@ -71,7 +52,7 @@ def _plain(function: Operator, args: Arguments, named: Named) -> Tensor:
 def pass_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """R passes to the operand that depends on the data."""
     x = next(value for value in args if in_graph(value))
-    passed: Tensor = _Pass.apply(x, _plain(function, args, named))
+    passed: Tensor = _Split.apply(_plain(function, args, named), (1,), x)
     if operation_name(function) in GATES:
         mark_gate(passed)
     return passed
@@ -80,7 +61,9 @@ def pass_rule(function: Operator, args: Arguments, named: Named, stabilizer: Ope
 def norm_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """R goes to the inputs of a linear operation in proportion to their size."""
     x, *others = args
-    shared: Tensor = _Norm.apply(x, lambda local: function(local, *others, **named), stabilizer)
+    shared: Tensor = _Proportional.apply(
+        lambda local: function(local, *others, **named), stabilizer, 1, x
+    )
     return shared
 
 
@@ -104,7 +87,7 @@ def layer_norm_rule(
         shifted: Tensor = scaled if bias is None else scaled + bias
         return shifted
 
-    shared: Tensor = _Norm.apply(args[0], with_constant_deviation, stabilizer)
+    shared: Tensor = _Proportional.apply(with_constant_deviation, stabilizer, 1, args[0])
     return shared
 
 
@@ -120,7 +103,8 @@ def multilinear_rule(
             given[place] = factor
         return function(*given, **named)
 
-    made: Tensor = _Multilinear.apply(of_factors, stabilizer, *(args[place] for place in places))
+    factors = [args[place] for place in places]
+    made: Tensor = _Proportional.apply(of_factors, stabilizer, len(factors), *factors)
     return made
 
 
@@ -146,19 +130,14 @@ def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Oper
     if any(not isinstance(value, Tensor) and value == 0 for value in (a, b)):  # as `sum` begins
         return pass_rule(function, args, named, stabilizer)
     factor = named.get("alpha", 1) * (-1 if operation_name(function) == "sub" else 1)
-    total: Tensor
-    if in_graph(a) and in_graph(b):
-        total = _Sum.apply(a, _scaled(b, factor), stabilizer)
-    elif in_graph(a):
-        total = _Norm.apply(a, lambda x: x + factor * b, stabilizer)
-    else:
-        total = _Norm.apply(b, lambda x: a + factor * x, stabilizer)
+    summands = [value for value in (a, b) if in_graph(value)]
+
+    def added(*values: Tensor) -> Tensor:
+        x, y = values if len(values) == 2 else ((values[0], b) if in_graph(a) else (a, values[0]))
+        return x + y if factor == 1 else x + factor * y
+
+    total: Tensor = _Proportional.apply(added, stabilizer, 1, *summands)
     return total
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    scaled: Tensor = x if factor == 1 else _Pass.apply(x, factor * x.detach())
-    return scaled
 
 
 def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
@@ -171,86 +150,153 @@ def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
     if operation_name(function) == "div":
         gates = False, True
     if gates[0] == gates[1] and a.numel() == b.numel():
-        halved: Tensor = _Halves.apply(a, b, output)
-        return halved
-    if gates == (True, False) or (gates[0] == gates[1] and b.numel() > a.numel()):
-        a, b = b, a
-    passed: Tensor = _Gated.apply(a, b, output)
-    return passed
+        shares = (0.5, 0.5)
+    elif gates == (True, False) or (gates[0] == gates[1] and b.numel() > a.numel()):
+        shares = (0, 1)
+    else:
+        shares = (1, 0)
+    product: Tensor = _Split.apply(output, shares, a, b)
+    return product
 
 
-class _Pass(torch.autograd.Function):
+def attention_rule(
+    function: Operator, args: Arguments, named: Named, stabilizer: Operator
+) -> Tensor:
+    """Scaled dot-product attention, as the operations it is made of (AttnLRP)."""
+    given = inspect.signature(_plain_attention).bind(*args, **named)
+    given.apply_defaults()
+    mask = given.arguments["attn_mask"]
+    refused = given.arguments["is_causal"], given.arguments["enable_gqa"]
+    if (
+        any(refused)
+        or given.arguments["dropout_p"]
+        or (mask is not None and mask.dtype == torch.bool)
+    ):
+        raise ValueError(
+            "model: attention that is causal, grouped, with dropout or a yes/no mask has no "
+            "relevance rule here; use xai_edit.CaptumLayer"
+        )
+    query, key, value, scale = (
+        given.arguments[name] for name in ("query", "key", "value", "scale")
+    )
+    return _attention(query, key, value, mask, scale, stabilizer)
+
+
+def multi_head_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Any:
+    """Multi-head attention, likewise."""
+    bound = inspect.signature(function).bind(*args, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    beyond = [
+        name
+        for name in ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask")
+        if given[name] is not None and given[name] is not False
+    ]
+    if beyond or given["use_separate_proj_weight"] or given["query"].ndim != 3:
+        raise ValueError(
+            f"model: multi-head attention with {', '.join(beyond) or 'such inputs'} has no "
+            "relevance rule here; use xai_edit.CaptumLayer"
+        )
+
+    def linear(*operands: Tensor | None) -> Tensor:
+        return _ruled(multilinear_rule, nn.functional.linear, operands, stabilizer)
+
+    weights = given["in_proj_weight"].chunk(3)
+    bias = given["in_proj_bias"]
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    heads = given["num_heads"]
+    query, key, value = (
+        linear(given[name], *own).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        for name, *own in zip(("query", "key", "value"), weights, biases, strict=True)
+    )
+    attended = _attention(query, key, value, None, None, stabilizer)
+    joined = attended.permute(2, 0, 1, 3).flatten(2)
+    output = linear(joined, given["out_proj_weight"], given["out_proj_bias"])
+    if not given["need_weights"]:
+        return output, None
+    with torch.no_grad():
+        return output, function(*args, **named)[1]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    stabilizer: Operator,
+) -> Tensor:
+    """softmax(QKᵀ / √d + mask) V, each operation by its rule."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = _ruled(multilinear_rule, torch.matmul, (query, key.transpose(-2, -1)), stabilizer)
+    logits = _ruled(pass_rule, torch.mul, (logits, scale), stabilizer)
+    if mask is not None:
+        logits = _ruled(sum_rule, torch.add, (logits, mask), stabilizer)
+    shares = _ruled(softmax_rule, torch.softmax, (logits, -1), stabilizer)
+    return _ruled(multilinear_rule, torch.matmul, (shares, value), stabilizer)
+
+
+def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator) -> Tensor:
+    """Run an operation by its rule if it takes anything that depends on the data."""
+    if any(in_graph(value) for value in args):
+        return rule(function, args, {}, stabilizer)
+    return function(*args)
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """Take the arguments of ``scaled_dot_product_attention``, which has no signature to read."""
+
+
+class _Split(torch.autograd.Function):
+    """An output whose relevance goes to each operand by a constant share."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, output: Tensor) -> Tensor:
-        ctx.shape = x.shape
+    def forward(ctx: Any, output: Tensor, shares: tuple[float, ...], *operands: Tensor) -> Tensor:
+        ctx.shares, ctx.shapes = shares, [operand.shape for operand in operands]
         return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
-        return relevance[0].sum_to_size(ctx.shape), None
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, signal: Tensor, gate: Tensor, output: Tensor) -> Tensor:
-        ctx.shapes = signal.shape, gate.shape
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, Tensor, None]:
-        signal, gate = ctx.shapes
-        # Zeros, not nothing: the layers of the gate have a relevance, and it is zero.
-        return relevance[0].sum_to_size(signal), relevance[0].new_zeros(gate), None
-
-
-class _Halves(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, output: Tensor) -> Tensor:
-        ctx.shapes = a.shape, b.shape
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, Tensor, None]:
-        half = relevance[0] / 2
-        to_a, to_b = (half.sum_to_size(shape) for shape in ctx.shapes)
-        return to_a, to_b, None
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Operator, stabilizer: Operator) -> Tensor:
-        ctx.function, ctx.stabilizer = function, stabilizer
-        ctx.save_for_backward(x)
-        return function(x)
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None, None]:
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            output = ctx.function(x)
-        (share,) = torch.autograd.grad(output, x, relevance[0] / ctx.stabilizer(output.detach()))
-        return x.detach() * share, None, None
-
-
-class _Multilinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Operator, stabilizer: Operator, *factors: Tensor) -> Tensor:
-        ctx.function, ctx.stabilizer = function, stabilizer
-        ctx.save_for_backward(*factors)
-        return function(*factors)
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
-        factors = [factor.detach().requires_grad_() for factor in ctx.saved_tensors]
+        # Zeros, not nothing: the layers of a gate have a relevance, and it is zero.
+        parts = [
+            relevance[0].new_zeros(shape)
+            if share == 0
+            else (relevance[0] if share == 1 else share * relevance[0]).sum_to_size(shape)
+            for share, shape in zip(ctx.shares, ctx.shapes, strict=True)
+        ]
+        return (None, None, *parts)
+
+
+class _Proportional(torch.autograd.Function):
+    """z = f(x₁, x₂, …), with relevance xᵢ ⊙ (∂z/∂xᵢ)ᵀ (R / n z)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Operator, stabilizer: Operator, n: int, *operands: Tensor
+    ) -> Tensor:
+        ctx.function, ctx.stabilizer, ctx.n = function, stabilizer, n
+        ctx.save_for_backward(*operands)
+        return function(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
+        operands = [operand.detach().requires_grad_() for operand in ctx.saved_tensors]
         with torch.enable_grad():
-            output = ctx.function(*factors)
-        ratio = relevance[0] / (len(factors) * ctx.stabilizer(output.detach()))
-        shares = torch.autograd.grad(output, factors, ratio)
-        return (
-            None,
-            None,
-            *(factor.detach() * share for factor, share in zip(factors, shares, strict=True)),
-        )
+            z = ctx.function(*operands)
+        ratio = relevance[0] / (ctx.n * ctx.stabilizer(z.detach()))
+        contexts = torch.autograd.grad(z, operands, ratio)
+        parts = [x.detach() * c for x, c in zip(operands, contexts, strict=True)]
+        return (None, None, None, *parts)
 
 
 class _Softmax(torch.autograd.Function):
@@ -266,18 +312,3 @@ class _Softmax(torch.autograd.Function):
         x, output = ctx.saved_tensors
         (flow,) = relevance
         return x * (flow - output * flow.sum(ctx.dim, keepdim=True)), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, stabilizer: Operator) -> Tensor:
-        ctx.stabilizer = stabilizer
-        ctx.save_for_backward(a, b)
-        return a + b
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, Tensor, None]:
-        a, b = ctx.saved_tensors
-        # The sum again, which takes less memory than keeping it.
-        ratio = relevance[0] / ctx.stabilizer(a + b)
-        return (ratio * a).sum_to_size(a.shape), (ratio * b).sum_to_size(b.shape), None

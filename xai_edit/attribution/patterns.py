@@ -136,7 +136,7 @@ def fit_patterns(
         a  = (E[xy]  − E[x]E[y])  / wᵀ(E[xy]  − E[x]E[y])
         a₊ = (E₊[xy] − E₊[x]E[y]) / wᵀ(E₊[xy] − E₊[x]E[y])        a₋ alike, where wᵀx + b ≤ 0
 
-    Each has wᵀa = 1. Where a denominator vanishes, the data do not tell a pattern: a₊ of a neuron
+    Each has wᵀa = 1. Where a denominator vanishes, the data determine no pattern: a₊ of a neuron
     that is never active, and a₋ of one that always is, are the linear a. And a of a neuron whose y
     never varies is w / wᵀw, the one that takes no data; it is zero if there are no weights.
     """
@@ -231,8 +231,8 @@ def _estimate(w: Tensor, xy: Tensor, x: Tensor, y: Tensor, n: Tensor, noise: flo
         E_xy, E_x = xy / n.clamp(min=1), x / n.clamp(min=1)
         signal = E_xy - E_x * E_y
         scale = w_dot(signal)
-        told = scale.abs() > noise * w_dot(E_xy)  # wᵀE[xy] is E[y²]
-        return torch.where(told, signal / scale, otherwise)
+        determined = scale.abs() > noise * w_dot(E_xy)  # wᵀE[xy] is E[y²]
+        return torch.where(determined, signal / scale, otherwise)
 
     without_data = w / w_dot(w).clamp(min=torch.finfo(w.dtype).tiny)
     a = estimate(xy.sum(0), x.sum(0), n.sum(0), without_data)

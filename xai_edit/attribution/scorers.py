@@ -18,9 +18,9 @@ from xai_edit.attribution.analysis import Analysis, analysed
 from xai_edit.attribution.axes import unit_axes
 from xai_edit.attribution.canonizers import (
     choose_canonizers,
+    refuse_difference,
     rules_of,
     same_logits,
-    tell_difference,
     unmerged_norms,
 )
 from xai_edit.attribution.fast import DirectHook, accelerated, direct
@@ -34,6 +34,7 @@ from xai_edit.attribution.layers import (
 )
 from xai_edit.attribution.targets import Targets, weights_of
 from xai_edit.attribution.trace import Trace, trace
+from xai_edit.checks import one_of
 from xai_edit.guard import preserved
 
 
@@ -102,8 +103,7 @@ class LRP:
         canonizers: Literal["auto"] | Sequence[Canonizer] = "auto",
         **parameters: Any,
     ) -> None:
-        if initial not in ("logit", "one"):
-            raise ValueError(f"initial: {initial!r} given; it is 'logit' or 'one'")
+        one_of(initial, ("logit", "one"), "initial")
         if isinstance(composite, str):
             listed = "".join(f", {name}={_shown(value)}" for name, value in parameters.items())
             self.name = f"{composite!r}{listed}"
@@ -143,7 +143,7 @@ class LRP:
         self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the relevance in full, per layer in the shape of the layer's output."""
-        with self.session(model, inputs, layers, reduce=_in_full) as (score, _):
+        with self.session(model, inputs, layers, Gather(_in_full)) as (score, _):
             return score(inputs, targets)
 
     def heatmap(self, model: nn.Module, inputs: Tensor, targets: Targets) -> Tensor:
@@ -166,8 +166,8 @@ class LRP:
         model: nn.Module,
         sample: Tensor,
         layers: Sequence[str],
+        gather: Gather | None = None,
         *,
-        reduce: Callable[[Tensor, str], Tensor] | None = None,
         analysis: Analysis | None = None,
     ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
         """Prepare a model once for many batches.
@@ -179,39 +179,25 @@ class LRP:
         sample : Tensor, shape (samples, ...)
             Inputs to choose canonizers by; the first sample is enough.
         layers : sequence of str
-        reduce : callable
-            ``reduce(relevance, name)``: what becomes of the relevance at a layer; summed over
-            positions when left out.
+        gather : Gather, optional
+            What becomes of the relevance at a layer; summed over positions when left out.
         analysis : Analysis, optional
             That of the model for such inputs, if there is one already.
 
         Yields
         ------
         score : callable
-            ``score(inputs, targets)`` gives the reduced relevance of a batch per layer.
+            ``score(inputs, targets)`` returns what was gathered from a batch, per layer.
         canonizers : list of str
             The canonizers in use.
         """
-        if reduce is None:
+        if gather is None:
             axes = unit_axes(model, sample, layers)
 
             def reduce(relevance: Tensor, name: str) -> Tensor:
                 return sum_positions(relevance, axes[name])
 
-        with self.gathering(model, sample, layers, Gather(reduce), analysis=analysis) as prepared:
-            yield prepared
-
-    @contextmanager
-    def gathering(
-        self,
-        model: nn.Module,
-        sample: Tensor,
-        layers: Sequence[str],
-        gather: Gather,
-        *,
-        analysis: Analysis | None = None,
-    ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
-        """Prepare a model as `session` does, with a `Gather` that is not the default."""
+            gather = Gather(reduce)
         with self._registered(model, sample, gather, layers, analysis) as ready:
 
             def score(inputs: Tensor, targets: Targets) -> dict[str, Tensor]:
@@ -223,7 +209,7 @@ class LRP:
                     hook.tensor_handles.remove()  # Zennit's own hooks gather them with each batch
                 return relevance
 
-            yield score, [type(canonizer).__name__ for canonizer in ready.comparison.canonizers]
+            yield score, [type(canonizer).__name__ for canonizer in ready.canonizers]
 
     def findings_as_canonized(
         self, model: nn.Module, sample: Tensor, layers: Sequence[str]
@@ -270,7 +256,14 @@ class LRP:
                 if self.canonizers == "auto":
                     refuse(self.findings_as_canonized(model, sample, layers))
                 canonizers = self.canonizers_for(model, None)
-            comparison = self._comparison(model, sample[:1], canonizers, analysis)
+            form = self._form(model, canonizers) if analysis is not None else None
+            if analysis is not None and form is not None and form in analysis.verified:
+                plain = None
+            elif analysis is not None and torch.equal(analysis.trace.sample, sample[:1]):
+                plain = analysis.trace.output
+            else:
+                with torch.no_grad():
+                    plain = predict(model, sample[:1])
             for parameter in model.parameters():
                 parameter.requires_grad_(False)  # no rule needs their gradients
             embeddings_in_graph(model)
@@ -284,41 +277,15 @@ class LRP:
             stack.enter_context(composite.context(model))
             gather.attach(model, layers, inputs=False)
             stack.enter_context(torch.enable_grad())
-            yield _Ready(model, gather, composite, whole, comparison)
+            used = [*self.composite.canonizers, *canonizers]
+            yield _Ready(model, gather, composite, used, whole, sample[:1], plain, analysis, form)
 
-    def _comparison(
-        self,
-        model: nn.Module,
-        sample: Tensor,
-        canonizers: Sequence[Canonizer],
-        analysis: Analysis | None,
-    ) -> _Comparison:
-        """Return what compares the model's logits with and without canonizers."""
-        used = [*self.composite.canonizers, *canonizers]
-        form: Hashable = None
-        if analysis is not None:
-            if all(
-                rule is None or isinstance(direct(rule), DirectHook)
-                for rule in rules_of(self.composite, model).values()
-            ):  # none of which changes a forward pass
-                form = tuple((type(one), getattr(one, "operations", None)) for one in canonizers)
-            if form is not None and form in analysis.verified:
-                return _Comparison(sample, None, used, analysis, form)
-            if torch.equal(analysis.trace.sample, sample):
-                return _Comparison(sample, analysis.trace.output, used, analysis, form)
-        with torch.no_grad():
-            return _Comparison(sample, predict(model, sample), used, analysis, form)
-
-
-@dataclass
-class _Comparison:
-    """The logits of the model as it is, to be compared with those in canonical form."""
-
-    sample: Tensor
-    plain: Tensor | None  # None once compared
-    canonizers: list[Canonizer]
-    analysis: Analysis | None  # None under a user's own canonizers
-    form: Hashable  # None if this cannot be known for the next call
+    def _form(self, model: nn.Module, canonizers: Sequence[Canonizer]) -> Hashable:
+        """Return what identifies the canonical form, or None if rules may change the logits."""
+        rules = rules_of(self.composite, model).values()
+        if all(rule is None or isinstance(direct(rule), DirectHook) for rule in rules):
+            return tuple((type(one), getattr(one, "operations", None)) for one in canonizers)
+        return None
 
 
 @dataclass
@@ -328,25 +295,29 @@ class _Ready:
     model: nn.Module
     gather: Gather
     composite: Composite
+    canonizers: list[Canonizer]
     whole: bool  # whether the graph has to begin at the inputs
-    comparison: _Comparison
+    sample: Tensor
+    plain: Tensor | None  # the sample's logits without canonizers; None once they were compared
+    analysis: Analysis | None  # None under a user's own canonizers
+    form: Hashable
 
     def require_same(self, inputs: Tensor, logits: Tensor) -> None:
         """Compare the logits, once, where they are those of the sample."""
-        to = self.comparison
-        plain = to.plain
-        if plain is None or not torch.equal(inputs[:1], to.sample):
+        plain = self.plain
+        if plain is None or not torch.equal(inputs[:1], self.sample):
             return
-        to.plain = None
+        self.plain = None
         canonized = logits[:1].detach()
         if not same_logits(plain, canonized):  # batch norms may count on the other samples
             leaves, self.gather.leaves = self.gather.leaves, {}
-            canonized = predict(self.model, differentiable(to.sample)).detach()
+            canonized = predict(self.model, differentiable(self.sample)).detach()
             self.gather.leaves = leaves
         if not same_logits(plain, canonized):
-            tell_difference(plain, canonized, to.canonizers, chosen=to.analysis is not None)
-        elif to.analysis is not None and to.form is not None:
-            to.analysis.verified.add(to.form)
+            own = self.analysis is None
+            refuse_difference(plain, canonized, self.canonizers, chosen=not own)
+        elif self.analysis is not None and self.form is not None:
+            self.analysis.verified.add(self.form)
 
 
 def _apply(canonizers: Sequence[Canonizer], model: nn.Module, stack: ExitStack) -> None:

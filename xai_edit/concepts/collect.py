@@ -198,7 +198,7 @@ def _vectors(
         return
     plain = values_at(model, layer, sample[:1])
     gather = ContextGather(draw)
-    with scorer.gathering(model, sample, [layer], gather) as (score, canonizers):
+    with scorer.session(model, sample, [layer], gather) as (score, canonizers):
         origin["canonizers"] = canonizers
 
         def pairs_of(batch: Batch) -> dict[str, Tensor]:

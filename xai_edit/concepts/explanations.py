@@ -114,7 +114,7 @@ def subspace_maps(
         axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
         gather = SubspaceGather(layer, axis, subspaces)
         gather.require_channels(plain)
-        with scorer.gathering(model, batch.inputs, [], gather) as (score, canonizers):
+        with scorer.session(model, batch.inputs, [], gather) as (score, canonizers):
             with backward_again():
                 found = score(batch.inputs, targets)
             require_same_values(layer, plain, gather, canonizers)
