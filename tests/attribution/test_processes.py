@@ -224,6 +224,17 @@ def test_without_a_process_group_each_part_is_returned_as_it_is(alone):
         assert part.all_reduce() is part
 
 
+def test_in_a_group_of_one_process_each_part_is_joined_with_no_other(alone, tmp_path):
+    meeting = (tmp_path / "meeting").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        for name in SCORERS:
+            assert_same_scores(alone[name].all_reduce(), alone[name])
+        assert_same_features(alone["features"].all_reduce(), alone["features"])
+    finally:
+        dist.destroy_process_group()
+
+
 def test_without_a_process_group_no_samples_stay_an_error():
     model, _ = model_and_batches()
     with pytest.raises(ValueError, match="data: no samples"):
