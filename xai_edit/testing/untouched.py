@@ -144,8 +144,8 @@ def _facts(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, 
                 for of in TENSOR_HOOKS
             ]
     for at, tensor in enumerate(data):
-        form = bits(tensor), tensor.shape, tensor.requires_grad
-        facts[f"the data it was given (tensor {at})"] = form
+        name = f"the data it was given (tensor {at})"
+        facts[name] = bits(tensor), tensor.shape, tensor.requires_grad
     for name, value in vars(nn.modules.module).items():
         if name.startswith("_global") and isinstance(value, Mapping):
             facts[f"the {name.strip('_').replace('_', ' ')} of all modules"] = _content(value)
