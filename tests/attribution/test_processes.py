@@ -25,7 +25,7 @@ from xai_edit import (
 )
 from xai_edit.models.small import small_cnn
 
-LIMIT = 120  # seconds for one torchrun, imports included
+LIMIT = 600  # seconds for one torchrun on a busy machine, imports included
 RANKS = 3
 EMPTY = [None, 0, 1]
 LAYERS = ["conv1", "fc1"]
@@ -61,7 +61,7 @@ def shard(batches, rank, empty=None):
 def part_of_a_rank(folder):
     """Many rounds one after another; write the scores, features and errors of this rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank = dist.get_rank()
     model, batches = model_and_batches()
     said = {}

@@ -325,20 +325,20 @@ class Accuracy:
         return torch.nn.functional.pad(self.train_samples.long().cpu(), (0, missing))
 
 
-def check_train_samples(counts: Any, classes: int | None = None) -> Tensor:
+def check_train_samples(given: Any, classes: int | None = None) -> Tensor:
     """Return numbers of samples by class and attribute as a tensor; raise ValueError otherwise.
 
     Parameters
     ----------
-    counts : Tensor, array or nested lists
+    given : Tensor, array or nested lists
     classes : int, optional
         How many there must be, where that is known.
     """
     try:
-        counts = torch.as_tensor(counts)
+        counts = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as problem:
         raise ValueError(
-            f"train_samples: {counts!r} given; give one number a group ({problem})"
+            f"train_samples: {given!r} given; give one number a group ({problem})"
         ) from None
     shape = tuple(counts.shape)
     if len(shape) != 2 or (classes is not None and shape[0] != classes):

@@ -75,8 +75,10 @@ class _Check(Promises):
         self.needs_data: bool = getattr(self.scorer, "needs_data", True)
 
     def call(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        given = (inputs, targets) if self.needs_data else (None, None)
-        return self.scorer(model, *given, self.example.layers)
+        layers = self.example.layers
+        if self.needs_data:
+            return self.scorer(model, inputs, targets, layers)
+        return self.scorer(model, None, None, layers)
 
     def scores(
         self, part: slice = slice(None), model: nn.Module | None = None
