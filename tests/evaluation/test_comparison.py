@@ -386,28 +386,22 @@ def pair(left, right):
 
 
 @pytest.mark.parametrize("part", ["digits", "cifar10"])
-def test_the_page_shows_the_committed_correlations_and_overlaps(results, page, part):
-    shown = 0
+def test_the_page_shows_the_committed_figures(results, page, part):
+    shown, at = 0, results["shares"].index(0.1)
+    assert results["top_share"] == 0.1
+    assert results["command"] in page
     for layer, figures in results[part]["layers"].items():
         cells = map(pair, figures["rank_correlation"][0][1:], figures["overlap"][0][1:])
         row = f"| `{layer}` | {figures['units']} | {' | '.join(cells)} |"
         shown += row in page
         assert row in page or f"| `{layer}` | {figures['units']} |" not in page, layer
-    assert shown >= 4
-    assert results["command"] in page
-
-
-@pytest.mark.parametrize("part", ["digits", "cifar10"])
-def test_the_page_shows_the_committed_curves(results, page, part):
-    at = results["shares"].index(0.1)
-    assert results["top_share"] == 0.1
-    for layer, figures in results[part]["layers"].items():
         if curves := figures.get("deletion"):
             assert [*curves] == results[part]["names"]
             cells = [pair(one["accuracy"][at], one["rest"][at]) for one in curves.values()]
             assert f"| `{layer}`, 10 % off | {' | '.join(cells)} |" in page
             cells = [cell(one["area"]) for one in curves.values()]
             assert f"| `{layer}`, area | {' | '.join(cells)} |" in page
+    assert shown >= 4
 
 
 def test_the_page_shows_the_committed_figures_before_the_output(results, page):

@@ -19,7 +19,7 @@ CONFIDENCE, RESAMPLES, SEED = 0.95, 2000, 0
 
 
 def check_bootstrap(confidence: float, resamples: int, seed: int) -> None:
-    """Raise ValueError unless an interval can be had with these."""
+    """Raise ValueError if an argument of a bootstrap interval is out of range."""
     fraction(confidence, "confidence", one=False)
     whole_number(resamples, "resamples", least=1)
     whole_number(seed, "seed")
@@ -31,15 +31,13 @@ def resampled_shares(
     """Return the share of hits in each group, in each of many resamples.
 
     The bootstrap within groups (Efron & Tibshirani 1993, *An Introduction to the Bootstrap*,
-    ch. 8: one sample a group). Drawing n samples with replacement from n of which k are hits gives
-    a binomial number of hits, so that no sample is ever touched.
+    ch. 8). The number of hits in n draws from n samples with k hits is binomial.
 
     Parameters
     ----------
     hits, samples : Tensor, int64, shape (G,)
         Every group has samples.
-    resamples : int
-    seed : int
+    resamples, seed : int
 
     Returns
     -------
@@ -59,14 +57,7 @@ def percentile_interval(draws: NDArray[np.float64], confidence: float) -> Interv
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of a mean of few independent values, by Student's t.
-
-    Parameters
-    ----------
-    values : sequence of float
-        Two or more.
-    confidence : float
-    """
+    """Return the interval of a mean of two or more independent values, by Student's t."""
     found = np.asarray(values, dtype=float)
     half = stats.t.ppf((1 + confidence) / 2, len(found) - 1) * stats.sem(found)
     return float(found.mean() - half), float(found.mean() + half)

@@ -100,7 +100,7 @@ def deletion_curve(
     model : nn.Module
         A classifier. Each share is applied as a `ModelEdit` and undone, bit for bit.
     data : iterable or Dataset
-        Labelled batches, read once for each share; other samples than those the scores come from.
+        Labelled batches, read once a share; other samples than those that were scored.
     scores : UnitScores
         See `score_units`.
     layers : sequence of str, optional
@@ -145,8 +145,8 @@ def deletion_curve(
         with _silenced(model, off, norms).applied(model):
             points.append((sum(map(len, off.values())), *_measure(model, data, target)))
     units, accuracy, logit, probability, rest = zip(*points, strict=True)
-    told = (tuple(names), target, order, ranking, shares, units, accuracy, logit, probability)
-    return DeletionCurve(*told, None if None in rest else rest)
+    figures = units, accuracy, logit, probability, None if None in rest else rest
+    return DeletionCurve(tuple(names), target, order, ranking, shares, *figures)
 
 
 def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
@@ -162,7 +162,7 @@ def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
 def _hidden(
     model: nn.Module, scores: UnitScores, layers: Sequence[str] | str | None, sample: Tensor
 ) -> list[str]:
-    """Return the layers whose units go, checked."""
+    """Return the hidden layers whose units are switched off."""
     output = last_weighted(model, sample)
     scored = [name for name in scores if name != output]
     names = resolve_layers(model, scored if layers is None else layers)
@@ -175,7 +175,7 @@ def _hidden(
 
 
 def _ranked(scores: UnitScores, group: list[str], order: str) -> Tensor:
-    """Return the units of a group of layers, counted through, in the order they go."""
+    """Return the units of a group of layers, numbered through, in the order they go off."""
     apart = len(group) == 1  # then the scores as they are: a division may round two into a tie
     values = torch.cat([scores[name] if apart else scores.normalized(name) for name in group])
     ranked = torch.argsort(values, descending=True, stable=True)

@@ -76,9 +76,9 @@ class _Check(Promises):
 
     def call(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         layers = self.example.layers
-        if not self.needs_data:
-            return self.scorer(model, None, None, layers)
-        return self.scorer(model, inputs, targets, layers)
+        if self.needs_data:
+            return self.scorer(model, inputs, targets, layers)
+        return self.scorer(model, None, None, layers)
 
     def scores(
         self, part: slice = slice(None), model: nn.Module | None = None
