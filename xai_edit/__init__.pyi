@@ -38,8 +38,7 @@ from .concepts.prca import PRCA
 from .concepts.predictiveness import Predictiveness, predictiveness
 from .concepts.subspaces import Subspaces
 from .datasets.planting import Colours, Mark, Shortcut
-from .edits.change import Change
-from .edits.edit import ModelEdit
+from .edits.edit import Change, ModelEdit
 from .edits.fictitious import FictitiousClass
 from .edits.head import HeadFeatures, collect_head_features
 from .edits.leace import LEACE

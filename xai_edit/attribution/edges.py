@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xai_edit.attribution.targets import check_classes
+from xai_edit.checks import in_range
 
 # A feature that one class alone uses has H(A) = 0 and would win whatever its size.
 ACTIVATION_ENTROPY_FLOOR = 1e-3
@@ -78,10 +78,6 @@ def edge_scores(
     output : int
         Row to score.
 
-    Returns
-    -------
-    EdgeScores
-
     Raises
     ------
     ValueError
@@ -99,12 +95,8 @@ def edge_scores_of(
     bias: Tensor | None,
     outputs: Sequence[int],
 ) -> Iterator[EdgeScores]:
-    """Give the scores of several outputs one by one, what they share computed once.
-
-    The table of all outputs, K·K·d numbers, is never held. Arguments and errors as for
-    `edge_scores`.
-    """
-    check_classes(labels, len(weight))
+    """Yield the scores of several outputs; the table of them all, K·K·d numbers, is never held."""
+    in_range(labels, len(weight), "target")
     present = labels.unique().tolist()
     for output in outputs:
         if output not in present:
