@@ -204,30 +204,6 @@ def test_the_worst_group_promised_is_the_one_the_edit_gives(shortcut, select, ta
 
 
 @pytest.mark.parametrize("select", ["sca", "exact"])
-def test_the_promise_holds_where_features_are_signed(shortcut, select):
-    model, planning, _ = shortcut
-    model = copy.deepcopy(model)
-    model[2] = nn.Tanh()
-    with torch.no_grad():
-        model[1].bias -= 0.2
-    data = batched(*planning)
-    edit = FictitiousClass(select).plan(model, data, target=MARKED)
-    with edit.applied(model):
-        after = evaluate_groups(model, data).worst
-    assert edit.origin["worst_group"]["after"] == pytest.approx(after, abs=1e-6)
-
-
-@pytest.mark.parametrize("rate", [0.002, 0.3, 1.0])
-def test_a_given_rate_is_taken_as_it_is(shortcut, rate):
-    model, planning, _ = shortcut
-    edit = FictitiousClass(rate=rate).plan(model, batched(*planning), target=MARKED)
-    change = edit.changes[HEAD]
-    row = model[3].weight[MARKED]
-    w = row[int(change.index) % WIDTH]
-    assert change.new.item() == pytest.approx(float(w - rate * (row @ row + 1) / w), rel=1e-12)
-
-
-@pytest.mark.parametrize("select", ["sca", "exact"])
 def test_the_feature_may_be_a_function_a_vector_or_the_third_element(shortcut, select):
     model, planning, _ = shortcut
     without = batched(*planning, third=False)
@@ -295,12 +271,6 @@ def test_no_improvement_is_an_empty_edit_with_the_reason(shortcut, select):
     assert edit.origin["worst_group"] == {"before": 1.0, "after": 1.0}
 
 
-def test_a_class_named_twice_is_refused(shortcut):
-    model, planning, _ = shortcut
-    with pytest.raises(ValueError, match="target"):
-        FictitiousClass(rate=0.01).plan(model, batched(*planning), target=[MARKED, MARKED])
-
-
 def test_a_missing_feature_is_refused(shortcut):
     model, planning, _ = shortcut
     with pytest.raises(ValueError, match="spurious: not given"):
@@ -325,41 +295,6 @@ def test_a_feature_that_is_not_yes_or_no_is_refused(shortcut, values):
         FictitiousClass().plan(model, data, target=MARKED)
 
 
-@pytest.mark.parametrize("values", [torch.zeros(10), torch.zeros(180, 1), torch.zeros(181)])
-def test_a_vector_of_another_length_is_refused(shortcut, values):
-    model, planning, _ = shortcut
-    with pytest.raises(ValueError, match="spurious"):
-        FictitiousClass().plan(
-            model,
-            batched(*planning, third=False),
-            target=MARKED,
-            spurious=values.index_fill(0, torch.tensor([0]), 1.0),
-        )
-
-
-@pytest.mark.parametrize("target", [-1, 3])
-def test_a_class_out_of_range_is_refused(shortcut, target):
-    model, planning, _ = shortcut
-    with pytest.raises(ValueError, match="out of range"):
-        FictitiousClass().plan(model, batched(*planning), target=target)
-
-
-def test_the_edited_weight_adds_to_the_class_where_the_feature_is(shortcut):
-    model, planning, _ = shortcut
-    edit = FictitiousClass().plan(model, batched(*planning), target=MARKED)
-    column = int(edit.changes[HEAD].index) % WIDTH
-    x = collect_head_features(model, batched(*planning)).features[planning[2] == 1, column]
-    assert model[3].weight[MARKED, column] * x.mean() > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("select", "best"), ("anchor", "yes"), ("rate", 50), ("rate", "least")]
-)
-def test_unknown_choices_are_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        FictitiousClass(**{name: value})
-
-
 @pytest.mark.parametrize("select", ["sca", "exact"])
 @pytest.mark.parametrize("value", [0, 1])
 def test_validation_may_be_all_with_or_all_without_the_feature(shortcut, select, value):
@@ -374,17 +309,6 @@ def test_validation_may_be_all_with_or_all_without_the_feature(shortcut, select,
         FictitiousClass(select, aim="removal").plan(
             model, batched(*planning), target=MARKED, validation=judge
         )
-
-
-@pytest.mark.parametrize("value", [0, 1])
-def test_a_sweep_has_no_figure_for_samples_that_are_not_there(shortcut, value):
-    model, planning, test = shortcut
-    keep = test[2] == value
-    judge = batched(*(part[keep] for part in test))
-    (sweep,) = FictitiousClass().sweep(model, batched(*planning), target=MARKED, validation=judge)
-    there, missing = (sweep.removed, sweep.retained)[:: 1 if value else -1]
-    assert torch.equal(there, sweep.average)
-    assert missing is sweep.raised is None
 
 
 @pytest.mark.parametrize(
@@ -427,12 +351,6 @@ def test_rates_to_sweep_may_be_an_array(shortcut):
     assert sweep.rates.tolist() == [0.25, 0.5]
     with pytest.raises(ValueError, match=r"rates: \[\] given"):
         FictitiousClass().sweep(model, head, target=MARKED, rates=[])
-
-
-@pytest.mark.parametrize("tolerance", [None, "0.1", True, 2])
-def test_a_tolerance_that_is_no_fraction_is_refused(tolerance):
-    with pytest.raises(ValueError, match=r"tolerance: .* given"):
-        FictitiousClass(tolerance=tolerance)
 
 
 @pytest.mark.parametrize("select", ["sca", "exact"])

@@ -1,6 +1,5 @@
 """The other selections, doses, several weights, cached features: against brute force."""
 
-import math
 import warnings
 
 import pytest
@@ -54,17 +53,6 @@ def test_each_score_equals_its_formula(output):
     for select, score in expected.items():
         (found,) = selection_scores(select, *given_, [output])
         torch.testing.assert_close(found, score, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("output", range(4))
-def test_the_relevance_of_an_edge_is_the_gradient_times_the_weight(output):
-    head = head_of(2)
-    weight = head.weight.clone().requires_grad_()
-    own = head.features[head.labels == output]
-    (own @ weight.T + head.bias)[:, output].sum().backward()
-    given_ = (head.features, head.labels, head.weight, head.bias)
-    (found,) = selection_scores("relevance", *given_, [output])
-    torch.testing.assert_close(found, (weight.grad * head.weight)[output], rtol=1e-10, atol=1e-12)
 
 
 def test_random_depends_on_the_seed_and_the_class_alone():
@@ -168,24 +156,6 @@ def test_further_exact_weights_are_taken_while_they_help(seed, n_weights):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("select", "SCA"),
-        ("dose", 0),
-        ("dose", math.nan),
-        ("dose", True),
-        ("n_weights", 0),
-        ("n_weights", 1.5),
-        ("n_weights", True),
-        ("tolerance", 2),
-    ],
-)
-def test_what_is_no_choice_is_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        SingleWeight(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
         ("select", "best"),
         ("rate", "least"),
         ("rate", {0: 50}),
@@ -196,13 +166,6 @@ def test_what_is_no_choice_is_refused(name, value):
 def test_what_is_no_choice_of_the_fictitious_class_is_refused(name, value):
     with pytest.raises(ValueError, match=name):
         FictitiousClass(**{name: value})
-
-
-def test_a_dose_beside_a_rate_or_with_exact_is_refused():
-    with pytest.raises(ValueError, match="dose: given with a rate"):
-        SingleWeight(dose=1.0, rate=0.5)
-    with pytest.raises(ValueError, match="dose: goes with the other selections"):
-        SingleWeight("exact", dose=1.0)
 
 
 def sub_classes(seed=0):
@@ -329,17 +292,6 @@ def test_the_least_gap_may_be_a_collapsed_model_and_auto_is_not():
     assert edit.origin["rows"][0]["rate"] == float(sweep.rates[sweep.least_gap])
     told = edit.origin
     assert told["average"]["after"] - told["worst_group"]["after"] == pytest.approx(min(gaps))
-
-
-def test_removed_and_retained_are_the_samples_with_and_without_the_feature():
-    head = both_ways()
-    (sweep,) = FictitiousClass().sweep(model_of(head), head, target=1)
-    for at in (0, sweep.best, len(sweep.rates) - 1):
-        weight = head.weight.clone()
-        weight[1, sweep.column] += sweep.doses[at]
-        right = ((head.features @ weight.T).argmax(1) == head.labels).double()
-        assert float(sweep.removed[at]) == float(right[head.attribute == 1].mean())
-        assert float(sweep.retained[at]) == float(right[head.attribute == 0].mean())
 
 
 def test_a_classifier_of_ones_own_finds_the_column():

@@ -78,10 +78,6 @@ def edge_scores(
     output : int
         Row to score.
 
-    Returns
-    -------
-    EdgeScores
-
     Raises
     ------
     ValueError
@@ -99,11 +95,7 @@ def edge_scores_of(
     bias: Tensor | None,
     outputs: Sequence[int],
 ) -> Iterator[EdgeScores]:
-    """Give the scores of several outputs one by one, what they share computed once.
-
-    The table of all outputs, K·K·d numbers, is never held. Arguments and errors as for
-    `edge_scores`.
-    """
+    """Yield the scores of several outputs; the table of them all, K·K·d numbers, is never held."""
     in_range(labels, len(weight), "target")
     present = labels.unique().tolist()
     for output in outputs:

@@ -95,17 +95,9 @@ def wins(logit: Tensor, best_other: Tensor, row: int, rival: Tensor) -> Tensor:
 
 
 def doses_between(flips: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Return a dose inside each interval that sorted flips cut; NaN where there is none.
+    """Return a dose inside each interval that sorted flips (samples, d) cut, (samples + 1, d).
 
-    Parameters
-    ----------
-    flips : Tensor, float64, shape (samples, d)
-    low, high : Tensor, float64, shape (d,), optional
-        Limits of the doses.
-
-    Returns
-    -------
-    Tensor, float64, shape (samples + 1, d)
+    NaN where there is none. ``low`` and ``high``, shape (d,), limit the doses.
     """
     infinite = torch.full_like(flips[:1], torch.inf)
     lower, upper = torch.cat([-infinite, flips]), torch.cat([flips, infinite])
@@ -144,18 +136,12 @@ def best_dose(
     columns: Sequence[int] | None = None,
     added: Mapping[int, float] | None = None,
 ) -> Choice:
-    """Return the weight and dose of a row that maximise an objective of the group accuracies.
-
-    Among equals the smallest dose is taken.
+    """Return the weight and dose of a row that maximise an objective, among equals the smallest.
 
     Parameters
     ----------
-    head : HeadFeatures
-        With labels.
-    row : int
-        Row of the head to edit.
-    groups : Tensor, int64, shape (samples,)
-        Numbered 0 … G−1, each with a sample.
+    head, row, groups
+        See `accuracy_by_dose`.
     objective : callable
         See `Objective`.
     logits : Tensor, optional
@@ -198,10 +184,7 @@ def best_dose(
 
 
 def removal(floor: float) -> Objective:
-    """Return the objective of a removal: accuracy on group 1 down, that on group 0 above a floor.
-
-    Above 0 only where the floor is kept.
-    """
+    """Return the objective of a removal: group 1 less right, group 0 no less than a floor."""
 
     def objective(accuracy: Tensor) -> Tensor:
         kept, removed = accuracy[..., 0], accuracy[..., 1]
@@ -244,10 +227,9 @@ def best_margin(
 
     Returns
     -------
-    best : int
-        The smallest of equals; 0 where a group has only one sample.
-    predictions : Tensor or None, int64, shape (samples,)
-        For each sample by an edit planned on the other folds.
+    int, Tensor or None
+        The smallest of equals, with int64, shape (samples,); 0 and None where a group has only one
+        sample.
     """
     kinds, sizes = groups.unique(return_counts=True)
     folds = min(FOLDS, int(sizes[kinds >= 0].min()))
@@ -289,16 +271,7 @@ def removal_doses(
     those before it as they are now, so what one dose reaches no later one takes back. Weights of a
     row are added one after another, as long as that helps.
 
-    Parameters
-    ----------
-    head, tolerance, n_weights
-        See `xai_edit.SingleWeight`.
-    rows : sequence of int
-        Classes to remove.
-    quantile : float
-        Of the margin, see `with_margin`.
-    columns : mapping, optional
-        Doses whose columns are kept.
+    ``quantile`` is that of `with_margin`; ``columns`` are doses whose columns are kept.
     """
     labels = head.require_labels()
     gone = torch.isin(labels, torch.tensor(rows))

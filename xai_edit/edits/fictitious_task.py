@@ -44,7 +44,7 @@ class Task:
     aim: Literal["worst-group", "removal", "indifference"]
     tolerance: float
     left_alone: dict[str, str] = field(default_factory=dict)  # classes, and why
-    columns: dict[int, int] = field(default_factory=dict)  # found so far, by row
+    columns: dict[int, int] = field(default_factory=dict)  # chosen so far, by row
     fixed: dict[int, int] | None = None  # columns of the only rows to edit, for "exact"
     balanced: bool = False  # whether the mean over groups is the objective, for a start
     quantile: float = 0.0  # of the margin by which answers have to hold
@@ -160,10 +160,7 @@ def prepared(
     aim: Literal["worst-group", "removal", "indifference"],
     tolerance: float,
 ) -> Task:
-    """Collect the features, infer which classes are edited, and check that they can be.
-
-    Arguments and errors as for `xai_edit.FictitiousClass.plan`.
-    """
+    """Collect the features and infer which classes are edited; see `FictitiousClass.plan`."""
     head, judged = _collected(model, data, spurious, validation)
     attribute = _checked(head.attribute)
     judged_attribute = _checked(judged.attribute, "validation", fewest=1)
@@ -244,19 +241,13 @@ def moved_classes(
     logits : Tensor, float64, shape (samples, classes)
     labels, attribute : Tensor, int64, shape (samples,)
     values : sequence of int
-        Of a feature that is 0 or 1.
+        Those of the feature's values 0 and 1 to consider.
 
     Returns
     -------
-    values : dict of int
-        By class.
-    left_alone : dict of str
-        By class, why it is not among them.
-
-    Raises
-    ------
-    ValueError
-        If no class is moved.
+    dict of int, dict of str
+        The value of each class that is moved, and why each other class is left alone. ValueError
+        where no class is moved.
     """
     with_it, classes = attribute == 1, logits.shape[1]
     strata = [labels == label for label in labels.unique()]
@@ -370,11 +361,7 @@ def _worst_then_mean(accuracy: Tensor) -> Tensor:
 
 
 def _worst_first(accuracy: Tensor) -> Tensor:
-    """Worst-group accuracy; among equals the next worst decides, and the next. (..., G) to (...).
-
-    For several rows: one of them alone does not raise the worst group where another keeps one
-    just as low.
-    """
+    """Worst-group accuracy; among equals the next worst decides, for one row may not be enough."""
     lowest = accuracy.sort(-1).values[..., :4]
     return lowest @ 1e-4 ** torch.arange(lowest.shape[-1], dtype=lowest.dtype)
 
@@ -386,19 +373,10 @@ def means(right: Tensor, groups: Tensor) -> Tensor:
 
 
 def concept_strength(subspaces: Subspaces, activations: Tensor) -> Tensor:
-    """Return how strongly a concept is present in activations, float64, shape (samples,).
+    """Return how strongly a concept is present in activations (samples, channels), (samples,).
 
-    Parameters
-    ----------
-    subspaces : Subspaces
-        With one subspace. Of a single direction (a CAV) the projection with its sign, of more the
-        length of the projection.
-    activations : Tensor, shape (samples, channels)
-
-    Raises
-    ------
-    ValueError
-        If there are several subspaces, or the channels differ.
+    Of a single direction (a CAV) the projection with its sign, of more the length of the
+    projection.
     """
     if len(subspaces) != 1:
         raise ValueError(

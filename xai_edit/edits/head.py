@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.attribution.layers import first_tensor, predict
-from xai_edit.attribution.targets import check_classes
+from xai_edit.checks import finite, in_range, with_labels
 from xai_edit.data import (
     Attribute,
     Batch,
@@ -22,7 +22,6 @@ from xai_edit.data import (
     together,
 )
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.errors import NonFiniteError
 from xai_edit.guard import preserved, require_finite
 
 
@@ -73,20 +72,16 @@ class HeadFeatures:
         return logits if self.bias is None else logits + self.bias.double()
 
     def edited(self, edit: ModelEdit) -> HeadFeatures:
-        """Return the same features before the edited layer.
+        """Return the features with the edited layer's weight and bias.
 
-        Raises
-        ------
-        ValueError
-            If the edit changes another layer, whose features would be others.
-        EditMismatchError
-            If it was planned on other values.
+        Raises ValueError if the edit changes another layer, EditMismatchError if it was planned on
+        other values.
         """
         kinds = {self.parameter(kind): kind for kind in ("weight", "bias")}
         for name in edit.changes.keys() - kinds.keys():
             raise ValueError(
                 f"edit: changes {name!r}; these are cached inputs of the layer {self.layer!r}, and "
-                "only edits of its weight and bias can be told from them"
+                "only edits of its weight and bias can be computed from them"
             )
         layer = nn.Module()
         for kind, value in (("weight", self.weight), ("bias", self.bias)):
@@ -99,10 +94,9 @@ class HeadFeatures:
 
     def require_labels(self) -> Tensor:
         """Return the labels; ValueError where the data has none or one is out of range."""
-        if self.labels is None:
-            raise ValueError("data: has no labels; give (input, label) batches")
-        check_classes(self.labels, self.classes, "labels")
-        return self.labels
+        labels = with_labels(self.labels)
+        in_range(labels, self.classes, "labels")
+        return labels
 
 
 def collect_head_features(
@@ -178,15 +172,8 @@ def head_features(
     """Return ``data`` where it is features of this model, else collect them.
 
     Arguments as for `collect_head_features`; ``name`` and ``attribute_name`` are those of ``data``
-    and ``attribute`` in error messages.
-
-    Raises
-    ------
-    ValueError
-        If the features are those of another last layer, or the attribute is missing or does not
-        have one whole number a sample.
-    NonFiniteError
-        If a feature is NaN or infinite.
+    and ``attribute`` in error messages. Features of another last layer or that are not finite, and
+    a missing attribute, are refused.
     """
     if not isinstance(data, HeadFeatures):
         return _collected(model, data, attribute, with_attribute, attribute_name)
@@ -201,8 +188,7 @@ def head_features(
                 f"{name}: its features were collected for another {data.parameter(kind)!r} than "
                 "the model's; collect them anew"
             )
-    if not torch.isfinite(data.features).all():
-        raise NonFiniteError(f"{name}: has features that are NaN or infinite; collect them anew")
+    finite(data.features, f"{name}: features")
     if not with_attribute:
         return data
     if attribute is None:
@@ -223,13 +209,7 @@ def head_features(
 
 
 def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
-    """Return the linear layer that gives the model's output, and its name.
-
-    Raises
-    ------
-    ValueError
-        If there is none.
-    """
+    """Return the linear layer that gives the model's output, and its name, or raise ValueError."""
     require_finite(model)
     with preserved(model), torch.no_grad():
         last = _LastLinear(model)

@@ -98,10 +98,7 @@ class LEACE:
         origin = {
             "operator": "LEACE",
             "samples": len(x),
-            "values": {
-                str(value): count
-                for value, count in zip(values.tolist(), counts.tolist(), strict=True)
-            },
+            "values": dict(zip(map(str, values.tolist()), counts.tolist(), strict=True)),
             "directions": left.shape[1],
             "shrinkage": float(shrinkage),
         }
@@ -110,9 +107,7 @@ class LEACE:
 
 
 def erasure(covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of I − A, the oblique projection W⁺ P W that LEACE takes away.
-
-    Belrose et al. 2023, Theorem 4.3.
+    """Return the factors of I − A, the oblique projection W⁺ P W that LEACE takes away (Thm. 4.3).
 
     Parameters
     ----------

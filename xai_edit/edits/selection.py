@@ -24,25 +24,16 @@ def selection_scores(
     *,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """Give the score of every edge into each of some outputs, float64, shape (d,).
+    """Yield the score of every edge into each of some outputs, float64, shape (d,).
 
     Parameters
     ----------
     select : str
         "sca" (Eq. 6), "ca" (Eq. 5), "gradient-activation" (their comparison in Fig. 8),
         "relevance" (the edge's relevance for the output, w_j·x_j summed over its class: LRP of the
-        last layer), "weight" (its size) or "random".
-    features, labels, weight, bias
-        See `xai_edit.edge_scores`.
-    outputs : sequence of int
-        Rows of ``weight``.
-    seed : int
-        For "random".
-
-    Raises
-    ------
-    ValueError
-        If an output's class has no samples, or it alone has.
+        last layer), "weight" (its size) or "random", by ``seed``.
+    features, labels, weight, bias, outputs
+        See `xai_edit.attribution.edges.edge_scores`; outputs are rows of ``weight``.
     """
     if select in ("sca", "ca", "gradient-activation"):
         for edges in edge_scores_of(features, labels, weight, bias, outputs):
@@ -66,20 +57,13 @@ def selection_scores(
 
 
 def most_significant(score: Tensor, allowed: Tensor, count: int, row: int) -> list[int]:
-    """Return the edges of highest score among those that may be edited, best first.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than ``count``.
-    """
+    """Return the edges of highest score that may be edited, best first, or raise ValueError."""
     score = torch.where(allowed & (score > 0), score, -torch.inf)
     found = int((score > 0).sum())
     if found < count:
-        number = "no weight" if not found else f"only {found} of {count} weights"
-        verb = "adds" if found < 2 else "add"
+        number = f"only {found} of {count} weights" if found else "no weight"
         raise ValueError(
-            f"class {row}: {number} of its row both {verb} to it and "
-            f"{'is' if found < 2 else 'are'} large enough to edit"
+            f"class {row}: {number} of its row can be edited: one that adds to the class and is "
+            "not nearly 0"
         )
     return score.argsort(descending=True, stable=True)[:count].tolist()

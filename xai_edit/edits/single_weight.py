@@ -148,11 +148,8 @@ class SingleWeight:
         """
         head = head_features(model, data)
         targets = class_list(target, head.classes)
-        origin = {
-            "operator": "SingleWeight",
-            "select": self.select,
-            "samples": len(head.features),
-        }
+        samples = len(head.features)
+        origin = {"operator": "SingleWeight", "select": self.select, "samples": samples}
         if self.select != "exact":
             return head_edit(model, head, self._scored(head, targets), origin, anchor=self.anchor)
         doses, reported = planned_removal(
