@@ -65,8 +65,8 @@ class Features:
             finite(contexts, "contexts")
         if sample is not None:
             fits = sample.shape == a.shape[:1] and sample.dtype == torch.int64
-            given = tuple(sample.shape), sample.dtype
-            require(fits, "sample", given, f"it is {len(a)} whole numbers (int64), one a vector")
+            kind = tuple(sample.shape), sample.dtype
+            require(fits, "sample", kind, f"it is {len(a)} whole numbers (int64), one a vector")
         for name in ("labels", "attribute"):
             values = getattr(self, name)
             if values is not None:
