@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import polar
 from scipy.optimize import linear_sum_assignment
 
-from xai_edit import DRSA, LRP, Features, Subspaces, collect_features
+from xai_edit import DRSA, LRP, Features, collect_features
 from xai_edit.concepts import drsa
 
 
@@ -227,14 +227,6 @@ def test_subspaces_that_stay_without_relevance_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert DRSA(2).fit(unrelated()).origin["dead"] == 0
-
-
-def test_the_result_is_saved_with_its_origin(tmp_path):
-    subspaces = DRSA(2, max_iter=5).fit(unrelated())
-    subspaces.save(tmp_path / "s.safetensors")
-    loaded = Subspaces.load(tmp_path / "s.safetensors")
-    assert torch.equal(loaded.basis, subspaces.basis)
-    assert loaded.origin == subspaces.origin
 
 
 def test_bad_input_is_refused():

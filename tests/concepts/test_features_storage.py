@@ -262,14 +262,5 @@ def test_a_file_that_is_damaged_or_foreign_is_refused(tmp_path, header, parts, m
     with pytest.raises(ValueError, match=match) as error:
         Features.load(tmp_path / "f")
     assert str(tmp_path / "f") in str(error.value)
-
-
-def test_a_file_cut_short_is_refused(tmp_path):
-    Features(torch.rand(5, 4)).save(tmp_path / "f")
-    content = (tmp_path / "f").read_bytes()
-    for length in (0, 5, 30, len(content) // 2, len(content) - 1):
-        (tmp_path / "f").write_bytes(content[:length])
-        with pytest.raises(ValueError, match="cut short"):
-            Features.load(tmp_path / "f")
     with pytest.raises(FileNotFoundError):
         Features.load(tmp_path / "none")

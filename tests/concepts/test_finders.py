@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA as ScikitPCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from xai_edit import CAV, LRP, PCA, PRCA, ContrastivePCA, Features, collect_features
+from xai_edit import CAV, PCA, PRCA, ContrastivePCA, Features, collect_features
 
 property_test = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -154,16 +154,6 @@ def test_prca_with_contexts_equal_to_activations_is_uncentred_pca():
     _, singular, right = np.linalg.svd(a.numpy(), full_matrices=False)
     assert np.allclose(prca.relevance_.numpy(), singular[:4] ** 2 / len(a), rtol=1e-10)
     assert parallel(subspaces.basis, right[:4].T)
-
-
-def test_prca_components_hold_the_positive_relevance_of_a_network(plain, batches):
-    scorer = LRP("epsilon", initial="one")
-    features = collect_features(plain, batches[:1], layer="relu2", scorer=scorer, positions=None)
-    prca = PRCA(None)
-    subspaces = prca.fit(features)
-    values, _ = brute_force(features)
-    assert len(subspaces) == (values > 1e-12).sum()
-    assert np.allclose(prca.relevance_.numpy(), values[: len(subspaces)] / 2, atol=1e-10)
 
 
 def test_prca_refuses_more_directions_than_have_positive_relevance():

@@ -68,17 +68,16 @@ def collect_features(
     positions : int or None
         Positions drawn per sample without replacement; all of them when None or fewer.
     spurious : callable, Tensor or None
-        Which samples have the spurious feature; the data's third element, where there is one,
-        when left out.
+        Which samples have the spurious feature; the data's third element when left out.
     seed : int
         Of the drawn positions; see `PositionDraw`.
     unit_axis : int, optional
         The axis of the layer's channels; see `xai_edit.attribution.axes.unit_axes` for how it is
         found when left out.
     on_disk : path, optional
-        A file to keep the vectors in, as `Features.save` writes it; they are memory-mapped, so that
-        memory does not grow with the data. Each of several ranks needs a file of its own. While it
-        is written the folder needs twice its size.
+        A file for the vectors, as `Features.save` writes it, memory-mapped, so that memory does not
+        grow with the data. Each of several ranks needs another file. While it is written the folder
+        needs twice its size.
 
     Raises
     ------

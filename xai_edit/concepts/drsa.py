@@ -284,10 +284,9 @@ def _polar(V: Tensor) -> Tensor:
     """Return V(VᵀV)^{-½}."""
     values, vectors = torch.linalg.eigh(V.T @ V)
     if values[0] > CONDITION * values[-1]:  # as a rule; it takes half the time
-        symmetric: Tensor = V @ ((vectors * values.rsqrt()) @ vectors.T)
-        return symmetric
+        return torch.mm(V, (vectors * values.rsqrt()) @ vectors.T)
     left, _, right = torch.linalg.svd(V, full_matrices=False)
-    return torch.as_tensor(left @ right)
+    return torch.mm(left, right)
 
 
 def _random_basis(channels: int, directions: int, generator: torch.Generator) -> Tensor:

@@ -300,8 +300,8 @@ class _Plan:
 
     def edit(self, model: nn.Module, score: Score, **more: Any) -> ModelEdit:
         """Return the edit; see `xai_edit.edits.schedule.pruned`."""
-        steps = {"score": score, "origin": self.origin, **more}
-        return pruned(model, self.inputs, self.found, self.schedule, **steps)
+        given: dict[str, Any] = {"score": score, "origin": self.origin, **more}
+        return pruned(model, self.inputs, self.found, self.schedule, **given)
 
     def scores(self, network: nn.Module, layer: str = "", inner: str = "") -> UnitScores:
         """Score the layers to prune: |sum over positions| of each sample, summed over samples.

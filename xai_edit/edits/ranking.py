@@ -57,10 +57,8 @@ def prunable(
     ----------
     groups : sequence of ChannelGroup
         All of a model.
-    layers : sequence of str
-        Layers to prune.
-    protect : sequence of str
-        Layers that keep all channels, and with them those coupled to theirs.
+    layers, protect : sequence of str
+        Layers to prune, and layers that keep all channels, with those coupled to theirs.
     named : bool
         Whether a user named the layers, so that each has to be prunable.
 
@@ -114,14 +112,13 @@ def lowest_units(
     share : float in (0, 1]
         Of all channels ("global") or of those of each group ("local").
     ranking : {"global", "local"}
-        "global" ranks the units of all groups together.
     gone : sequence of Tensor, optional
         Units of each group that are off already and stay so.
 
     Returns
     -------
-    list of Tensor
-        Of each group, int64, ascending.
+    list of Tensor, int64
+        Of each group, ascending.
     """
     ranked, sizes = [], []
     for at, group in enumerate(found.groups):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,11 @@ from xai_edit.guard import copied, require_finite
 KIND = "xai_edit.pruning"
 
 
-class FineTune(Protocol):
-    """Trains a network in place after a step of pruning, such as `FineTuning`."""
+FineTune: TypeAlias = Callable[[nn.Module], object]
+"""Trains a network in place after a step of pruning, such as `FineTuning`."""
 
-    def __call__(self, network: nn.Module, /) -> object:
-        """Train the network."""
-
-
-class Score(Protocol):
-    """Scores the layers to prune of a network in one of the steps."""
-
-    def __call__(self, network: nn.Module, step: int, /) -> UnitScores:
-        """Return the scores."""
+Score: TypeAlias = Callable[[nn.Module, int], UnitScores]
+"""Scores the layers to prune of a network in one of the steps."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +59,9 @@ def pruned(
     model : nn.Module
         Only read.
     inputs : Tensor
-        The first reference samples, by which a checkpoint knows the data.
-    found : Prunable
-    schedule : Schedule
-    score : callable
-    origin : mapping
-        Of the edit.
+        The first reference samples, by which a checkpoint identifies the data.
+    found, schedule, score, origin
+        What is pruned, how, by which scores, and the origin of the edit.
     fold : callable
         Returns new values of whole parameters of a network, before and after fine-tuning.
     step_origin : callable

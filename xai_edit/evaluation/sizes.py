@@ -26,10 +26,8 @@ class Size:
     parameters : int
         Numbers in its parameters.
     operations : int
-        Multiply-accumulate operations of a sample as Torch-Pruning counts them: of linear,
-        convolution, recurrent and attention modules, one for each bias, value of an activation
-        module or input of a pooling, two for each input of an affine norm. Functions are not
-        counted.
+        Multiply-accumulate operations of a sample as Torch-Pruning counts them, in modules only;
+        activations, pooling, norms and biases count too.
     seconds : float
         Median wall-clock time of a forward pass of the whole batch in evaluation mode.
     """
@@ -119,12 +117,8 @@ def compare_sizes(
                 spent = _timed(network, inputs)
                 if passed >= WARM_UP:
                     times.append(spent)
-    large, small = (
-        _size(network, inputs, times)
-        for network, times in zip((before, after), seconds, strict=True)
-    )
-    threads = torch.get_num_threads()
-    return SizeComparison(large, small, len(inputs), rounds, threads, str(device))
+    sizes = _size(before, inputs, seconds[0]), _size(after, inputs, seconds[1])
+    return SizeComparison(*sizes, len(inputs), rounds, torch.get_num_threads(), str(device))
 
 
 def _size(network: nn.Module, inputs: Tensor, seconds: list[float]) -> Size:
