@@ -125,7 +125,7 @@ def metashift(folder: str | Path, split: str, side: int = 224) -> ImageSet:
 
 
 def parity_mnist(folder: str | Path, split: str) -> ImageSet:
-    """Read MNIST as even (0) and odd (1) digits; the attribute is the digit (Mahinpei et al. 2021)."""
+    """Read MNIST as even (0) and odd (1) digits (Mahinpei et al. 2021), the digit as attribute."""
     return mnist(folder, split).regrouped(lambda digit: digit % 2)
 
 
