@@ -92,7 +92,9 @@ def test_waterbirds_that_are_missing_are_named(birds, tmp_path_factory):
     assert len(waterbirds(birds, "test")) == 2
     with pytest.raises(FileNotFoundError, match=r"metadata.csv is missing; https://nlp.stanford"):
         waterbirds(tmp_path_factory.mktemp("empty"), "train")
-    with pytest.raises(ValueError, match="split: 'valid' given; it is train, val or test"):
+    with pytest.raises(
+        ValueError, match="split: 'valid' given; it is one of 'train', 'val', 'test'"
+    ):
         waterbirds(birds, "valid")
 
 

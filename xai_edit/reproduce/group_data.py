@@ -1,7 +1,8 @@
-"""Data sets whose images have a spurious attribute: the published folders, and digit parity.
+"""Readers of images with a spurious attribute: the published folders, and digit parity.
 
-Batches are ``(input, label, attribute)``. The files of a split are looked for when it is read, and
-each is opened when its batch is.
+Each reads ``split``, "train", "val" or "test", of a folder as images of ``side`` pixels. That all
+files are there is checked at once (FileNotFoundError), and so are the rows of tables (ValueError);
+an image is opened with its batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torchvision.datasets.folder import is_image_file
 
+from xai_edit.checks import one_of
 from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 from xai_edit.reproduce.image_data import mnist
 
@@ -35,22 +37,7 @@ def waterbirds(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     """Read Waterbirds (Sagawa et al. 2020): land birds (0) and water birds (1).
 
     The attribute is the background, land (0) or water (1). It agrees with the label in 95 % of the
-    training images.
-
-    Parameters
-    ----------
-    folder : str or Path
-        With the published ``waterbird_complete95_forest2water2``: images and ``metadata.csv``.
-    split : {"train", "val", "test"}
-    side : int
-        Size of the inputs.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the metadata or an image is missing.
-    ValueError
-        If there is no such split, or a row of the metadata is wrong.
+    training images. The folder has the published ``waterbird_complete95_forest2water2``.
     """
     number = _split_number(split)
     table = Path(folder, WATERBIRDS, "metadata.csv")
@@ -68,24 +55,10 @@ def waterbirds(folder: str | Path, split: str, side: int = 224) -> ImageSet:
 def celeba(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     """Read CelebA (Liu et al. 2015) as hair colour: not blond (0) or blond (1).
 
-    The attribute is the published label "Male", no (0) or yes (1).
-
-    Parameters
-    ----------
-    folder : str or Path
-        With ``celeba`` as torchvision keeps it (``list_attr_celeba.txt``,
-        ``list_eval_partition.txt`` and the images in ``img_align_celeba``) or as Kaggle does: both
-        lists as CSV files, and one folder ``img_align_celeba`` in another.
-    split : {"train", "val", "test"}
-    side : int
-        Size of the inputs, squares from the middle of the images.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a list or an image is missing.
-    ValueError
-        If there is no such split, a row is wrong, or the lists are not of the same images.
+    The attribute is the published label "Male", no (0) or yes (1). The folder has ``celeba`` as
+    torchvision keeps it (``list_attr_celeba.txt``, ``list_eval_partition.txt`` and the images in
+    ``img_align_celeba``) or as Kaggle does: both lists as CSV files, and one folder
+    ``img_align_celeba`` in another. Images are squares from the middle.
     """
     number = _split_number(split)
     place = Path(folder, "celeba")
@@ -126,22 +99,9 @@ def metashift(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     cats and dogs on shelves. Of these 15 % are for validation, the share of Wu et al. (2023), who
     drew them in the order of their disk; here they are drawn in alphabetical order.
 
-    Parameters
-    ----------
-    folder : str or Path
-        With ``metashifts/MetaDatasetCatDog``, which Wu et al. publish, or
-        ``Domain-Generalization-Cat-Dog``, which the script of Liang and Zou writes: in both,
-        folders such as ``train/cat/cat(sofa)``.
-    split : {"train", "val", "test"}
-    side : int
-        Size of the inputs.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a folder is missing.
-    ValueError
-        If there is no such split, or no image of it.
+    The folder has ``metashifts/MetaDatasetCatDog``, which Wu et al. publish, or
+    ``Domain-Generalization-Cat-Dog``, which the script of Liang and Zou writes: in both, folders
+    such as ``train/cat/cat(sofa)``.
     """
     _split_number(split)
     found = [place for name in METASHIFT if (place := Path(folder, name)).is_dir()]
@@ -165,17 +125,12 @@ def metashift(folder: str | Path, split: str, side: int = 224) -> ImageSet:
 
 
 def parity_mnist(folder: str | Path, split: str) -> ImageSet:
-    """Read MNIST as even (0) and odd (1) digits (Mahinpei et al. 2021).
-
-    The attribute is the digit; see `mnist` for the arguments.
-    """
+    """Read MNIST as even (0) and odd (1) digits (Mahinpei et al. 2021), the digit as attribute."""
     return mnist(folder, split).regrouped(lambda digit: digit % 2)
 
 
 def _split_number(split: str) -> int:
-    if split not in SPLITS:
-        raise ValueError(f"split: {split!r} given; it is train, val or test")
-    return SPLITS.index(split)
+    return SPLITS.index(one_of(split, SPLITS, "split"))
 
 
 def _require(path: Path, remedy: str) -> None:

@@ -91,8 +91,8 @@ class Training:
         step_size : float
             η of the groups' weights; 0 keeps them equal.
         adjustment : float
-            C of Section 3.3: the weights add C/√n_g to the loss of a group of n_g images, since
-            a small group generalises worse than its training loss says. The paper tries 0 to 5.
+            C of Section 3.3, which the paper tries from 0 to 5: a small group generalises worse
+            than its training loss says.
         """
         positive(step_size, "step_size", zero=True)
         positive(adjustment, "adjustment", zero=True)
@@ -116,19 +116,9 @@ class Training:
         """Train twice: the second time the errors of the first, brief training count more.
 
         Liu et al. 2021, *Just train twice: improving group robustness without training group
-        information*, Algorithm 1. Both trainings start from the same network. Only validation
-        needs groups.
-
-        Parameters
-        ----------
-        model : nn.Module
-        images : ImageSet
-        first_epochs : int
-            T, of the training that finds the errors. The method depends on it: the paper tunes it
-            by worst-group accuracy (1 on CelebA, 60 on Waterbirds).
-        upweight : int
-            λ_up: how often an error comes in each epoch of the second training (the paper: 50 on
-            CelebA, 100 on Waterbirds).
+        information*, Algorithm 1. Both trainings start from the same network: the first has T
+        epochs (``first_epochs``), which the paper tunes by worst-group accuracy; in each epoch of
+        the second an error comes λ_up times (``upweight``). Only validation needs groups.
 
         Raises
         ------

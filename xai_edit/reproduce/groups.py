@@ -95,10 +95,8 @@ class Neutralizing(Reproduction):
                 rows.append({"method": method, "refused": str(problem)})
                 continue
             figures = _figures(evaluate_head(held.edited(edit), train_samples=counts))
-            more: dict[str, Any] = {
-                key: edit.origin[key] for key in ("rows", "reason") if key in edit.origin
-            }
-            rows.append({"method": method, **figures, "weights_changed": edit.size, **more})
+            row = {"method": method, **figures, "weights_changed": edit.size}
+            rows.append(row | {k: v for k, v in edit.origin.items() if k in ("rows", "reason")})
         dro, jtt = (training(**one, validation=validation) for one in (self.group_dro, self.jtt))
         first = min(self.first_epochs, epochs)
         trained: dict[str, Callable[..., ModelEdit]] = {

@@ -191,16 +191,11 @@ FINE_TUNED_METHODS = (
 )
 
 Tuned = tuple[str, float | None, nn.Module, Callable[[], ModelEdit]]
+"""The name, the share, the network to edit, and what plans the edit."""
 
 
 def fine_tuned(context: Context) -> Iterator[Tuned]:
-    """Yield methods that prune step by step and fine-tune after each.
-
-    Yields
-    ------
-    str, float or None, nn.Module, callable
-        The name, the share, the network to edit, and what plans the edit.
-    """
+    """Yield methods that prune step by step and fine-tune after each: see `Tuned`."""
     layer, seed = context.layer, context.seed
     again = ContrastivePCA(RANK)
 

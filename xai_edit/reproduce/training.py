@@ -24,22 +24,10 @@ def fit(
 ) -> nn.Module:
     """Train with AdamW and a one-cycle schedule.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Changed in place and returned in evaluation mode.
-    batches : iterable
-        ``(inputs, labels)``, with or without groups, read once an epoch.
-    epochs : int
-    steps : int
-        At most so many batches an epoch, which sets the length of the schedule.
-    learning_rate : float
-        The highest of the schedule.
-    weight_decay : float
-        As in AdamW.
-    recording : callable, optional
-        ``recording(model, labels)`` gives a context for each step, such as
-        `xai_edit.AmnesiacLog.recording`.
+    ``batches`` are ``(inputs, labels)``, with or without an attribute, read once an epoch, at most
+    ``steps`` an epoch, which sets the length of the schedule; ``learning_rate`` is its highest.
+    ``recording(model, labels)`` gives a context for each step, such as
+    `xai_edit.AmnesiacLog.recording`. The model is changed in place and returned in evaluation mode.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
