@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xai_edit.attribution.coupling import channel_groups
 from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.silence import silenced_entries
+from xai_edit.edits.schedule import silenced_entries
 from xai_edit.edits.structural import to_smaller
 from xai_edit.errors import EditMismatchError
 from xai_edit.reproduce.networks import ResNet20, all_cnn

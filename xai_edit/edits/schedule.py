@@ -16,7 +16,7 @@ from xai_edit.attribution.coupling import ChannelGroup
 from xai_edit.attribution.units import UnitScores
 from xai_edit.edits.edit import ModelEdit
 from xai_edit.edits.ranking import Prunable, Ranking, channels_of, lowest_units, spared
-from xai_edit.edits.silence import silenced_entries
+from xai_edit.edits.silence import silencing_entries
 from xai_edit.files import checksum, clear_parts, read_sealed, sealed, write_safetensors
 from xai_edit.guard import copied, require_finite
 
@@ -198,3 +198,38 @@ class _Checkpoint:
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def silenced_entries(model: nn.Module, group: ChannelGroup, units: Tensor) -> dict[str, Tensor]:
+    """Return the entries to set to zero so that units of coupled layers are as if removed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model whose groups `channel_groups` found.
+    group : ChannelGroup
+    units : Tensor, int64, shape (n,)
+        Of the group, each in [0, ``group.units``).
+
+    Returns
+    -------
+    dict of Tensor
+        Parameter name → flat positions, int64: the incoming weights and biases in all layers of the
+        group, the scale and shift of its norms.
+
+    Raises
+    ------
+    ValueError
+        If the group's units have to stay.
+    """
+    if group.fixed is not None:
+        raise ValueError(
+            f"group: the units of layer {next(iter(group.layers))!r} have to stay: {group.fixed}"
+        )
+    entries: dict[str, Tensor] = {}
+    for layer, channels in group.layers.items():
+        entries |= silencing_entries(model, layer, channels[units].flatten())
+    for norm, channels in group.norms.items():
+        gone = channels[units].flatten()
+        entries |= {f"{norm}.weight": gone, f"{norm}.bias": gone}
+    return entries

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.coupling import ChannelGroup
 from xai_edit.attribution.layers import CONVOLUTIONS, INPUT_SUFFIX, TRANSPOSED, layer_module
 
 Noise = Literal["gaussian", "laplacian"]
@@ -90,38 +89,3 @@ def _drawn(noise: Noise, count: int, generator: torch.Generator) -> Tensor:
         return torch.randn(count, generator=generator, dtype=torch.float64)
     u = torch.rand(count, generator=generator, dtype=torch.float64) - 0.5
     return -u.sign() * torch.log1p(-2 * u.abs()) / 2**0.5
-
-
-def silenced_entries(model: nn.Module, group: ChannelGroup, units: Tensor) -> dict[str, Tensor]:
-    """Return the entries to set to zero so that units of coupled layers are as if removed.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model whose groups `channel_groups` found.
-    group : ChannelGroup
-    units : Tensor, int64, shape (n,)
-        Of the group, each in [0, ``group.units``).
-
-    Returns
-    -------
-    dict of Tensor
-        Parameter name → flat positions, int64: the incoming weights and biases in all layers of the
-        group, the scale and shift of its norms.
-
-    Raises
-    ------
-    ValueError
-        If the group's units have to stay.
-    """
-    if group.fixed is not None:
-        raise ValueError(
-            f"group: the units of layer {next(iter(group.layers))!r} have to stay: {group.fixed}"
-        )
-    entries: dict[str, Tensor] = {}
-    for layer, channels in group.layers.items():
-        entries |= silencing_entries(model, layer, channels[units].flatten())
-    for norm, channels in group.norms.items():
-        gone = channels[units].flatten()
-        entries |= {f"{norm}.weight": gone, f"{norm}.bias": gone}
-    return entries
