@@ -24,12 +24,17 @@ from zennit.composites import LayerMapComposite, layer_map_base
 from zennit.types import Convolution
 
 import xai_edit as xe
-from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD
-from xai_edit.datasets.shortcuts import WatermarkedDigits
-from xai_edit.edits.edit import versions
-from xai_edit.evaluation.comparison import compare_scorers, rank_correlation, top_overlap
-from xai_edit.models.small import small_cnn, train
-from xai_edit.report.comparison import deletion_curves, map_grid, rank_matrices, relevance_maps
+from xai_edit.datasets.image_set import IMAGENET_MEAN, IMAGENET_STD
+from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.watermarked_digits import WatermarkedDigits
+from xai_edit.edits.model_edit import versions
+from xai_edit.evaluation.compare import compare_scorers, rank_correlation, top_overlap
+from xai_edit.report.comparison_figures import (
+    deletion_curves,
+    map_grid,
+    rank_matrices,
+    relevance_maps,
+)
 from xai_edit.reproduce.image_data import cifar10
 from xai_edit.reproduce.networks import ResNet20
 from xai_edit.reproduce.summaries import write_json

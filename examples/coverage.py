@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 
 import xai_edit as xe
-from xai_edit.edits.edit import versions
+from xai_edit.edits.model_edit import versions
 from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="What works on each classifier of torchvision.")

@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from xai_edit.demo import run
+from xai_edit.command.run_demo import run
 from xai_edit.reproduce.summaries import spread, write_json
 
 parser = argparse.ArgumentParser(description="The figures of xai-edit demo over several seeds.")

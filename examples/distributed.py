@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 import xai_edit as xe
-from xai_edit.datasets.shortcuts import WatermarkedDigits
-from xai_edit.models.small import small_cnn, train
+from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.watermarked_digits import WatermarkedDigits
 
 parser = argparse.ArgumentParser(description="Unit scores of several processes and of one.")
 parser.add_argument("--quick", action="store_true", help="train for one epoch instead of ten")

@@ -29,9 +29,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import xai_edit as xe
-from xai_edit.edits.edit import versions
-from xai_edit.evaluation.bootstrap import percentile_interval, resampled_shares
-from xai_edit.report.comparison import as_png
+from xai_edit.edits.model_edit import versions
+from xai_edit.evaluation.intervals import percentile_interval, resampled_shares
+from xai_edit.report.comparison_figures import as_png
 from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="A watermark's subspace in a real network.")

@@ -30,8 +30,8 @@ from torch import nn
 from torchvision.transforms.v2 import functional as transform
 
 import xai_edit as xe
-from xai_edit.edits.edit import versions
-from xai_edit.report.comparison import deletion_curves
+from xai_edit.edits.model_edit import versions
+from xai_edit.report.comparison_figures import deletion_curves
 from xai_edit.reproduce.image_data import cifar10
 from xai_edit.reproduce.networks import ResNet20
 from xai_edit.reproduce.summaries import write_json

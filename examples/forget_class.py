@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 import xai_edit as xe
-from xai_edit.datasets.shortcuts import WatermarkedDigits
-from xai_edit.models.small import small_cnn, train
+from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.watermarked_digits import WatermarkedDigits
 from xai_edit.reproduce.image_data import cifar10
 from xai_edit.reproduce.networks import ResNet20
 

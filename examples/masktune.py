@@ -16,8 +16,8 @@ import copy
 import torch
 
 import xai_edit as xe
-from xai_edit.datasets.shortcuts import WatermarkedDigits
-from xai_edit.models.small import small_cnn, train
+from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.watermarked_digits import WatermarkedDigits
 
 
 # %%

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 import xai_edit as xe
-from xai_edit.datasets.shortcuts import WatermarkedDigits
-from xai_edit.models.small import small_cnn, train
+from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.watermarked_digits import WatermarkedDigits
 from xai_edit.testing import check_operator
 
 parser = argparse.ArgumentParser(description="An operator of one's own, checked and used.")

@@ -13,8 +13,8 @@ import argparse
 import torch
 
 import xai_edit as xe
-from xai_edit.datasets.shortcuts import WatermarkedDigits
-from xai_edit.models.small import small_cnn, train
+from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.watermarked_digits import WatermarkedDigits
 from xai_edit.testing import check_scorer
 
 parser = argparse.ArgumentParser(description="A scorer of one's own, checked and used.")

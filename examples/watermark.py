@@ -28,7 +28,7 @@ from _efficientnet import (
 )
 
 import xai_edit as xe
-from xai_edit.edits.edit import versions
+from xai_edit.edits.model_edit import versions
 from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="One weight, so that a watermark means nothing.")

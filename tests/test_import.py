@@ -85,9 +85,9 @@ print(xai_edit.__version__)
 def test_import_and_help_wait_for_no_heavy_package():
     code = """
 import sys
-import xai_edit, xai_edit.cli
+import xai_edit, xai_edit.command.main
 try:
-    xai_edit.cli.main(["--help"])
+    xai_edit.command.main.main(["--help"])
 except SystemExit:
     pass
 heavy = {"torch", "numpy", "scipy", "matplotlib", "sklearn", "captum", "zennit"} & set(sys.modules)

@@ -1,31 +1,20 @@
 # The public names, each imported from its module when it is first used; see __init__.py.
 from . import testing
 from ._version import __version__
-from .attribution.captum_layer import CaptumLayer
-from .attribution.check import ModelCheck, check_model
-from .attribution.criteria import Activation, Random, Taylor, WeightMagnitude
-from .attribution.edge_relevance import EdgeRelevance, edge_relevance
-from .attribution.edges import EdgeScores, edge_scores
-from .attribution.fast import accelerated
-from .attribution.functional import FunctionalCanonizer
-from .attribution.importance import TorchPruningImportance
-from .attribution.patterns import Patterns, fit_patterns
-from .attribution.scorers import LRP, Scorer
-from .attribution.units import UnitScores, score_units
-from .baselines.amnesiac import AmnesiacLog, amnesiac
-from .baselines.dampening import SelectiveSynapticDampening
-from .baselines.finetuning import (
+from .comparisons.amnesiac import AmnesiacLog, amnesiac
+from .comparisons.dampening import SelectiveSynapticDampening
+from .comparisons.fine_tuned import (
     boundary_expanding,
     boundary_shrink,
     negative_gradient,
     random_labels,
     retrain,
 )
-from .baselines.recovery import FineTuning
-from .baselines.robustness import LastLayerRetraining
-from .baselines.unlearning import LogitMask
+from .comparisons.last_layer_retraining import LastLayerRetraining
+from .comparisons.leace import LEACE
+from .comparisons.logit_mask import LogitMask
 from .concepts.ablation import ablated, fold_ablation, with_ablation
-from .concepts.choosing import Choice, choose_spurious
+from .concepts.choose import Choice, choose_spurious
 from .concepts.collect import collect_features
 from .concepts.drsa import DRSA
 from .concepts.explanations import strongest_samples, subspace_maps
@@ -33,27 +22,38 @@ from .concepts.features import Features
 from .concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from .concepts.predictiveness import Predictiveness, predictiveness
 from .concepts.subspaces import Subspaces
-from .datasets.planting import Colours, Mark, Shortcut
-from .edits.edit import Change, ModelEdit
-from .edits.fictitious import FictitiousClass
-from .edits.head import HeadFeatures, collect_head_features
-from .edits.leace import LEACE
-from .edits.path import PathPerturbation
-from .edits.pruning import ConceptAwarePruning, RelevancePruning
-from .edits.rate_sweep import RateSweep
-from .edits.share_sweep import ShareSweep
-from .edits.single_weight import SingleWeight
-from .edits.structural import to_smaller
-from .errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError
-from .evaluation.comparison import Comparison, compare_scorers
-from .evaluation.deletion import DeletionCurve, deletion_curve
-from .evaluation.group_figures import Accuracy, Demographics, GroupIntervals
-from .evaluation.groups import evaluate_groups, evaluate_head
+from .core.cost import Cost, measured
+from .core.errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError
+from .datasets.shortcuts import Colours, Mark, Shortcut
+from .edits.model_edit import Change, ModelEdit
+from .evaluation.accuracy import Accuracy, Demographics, GroupIntervals
+from .evaluation.compare import Comparison, compare_scorers
+from .evaluation.deletion_curve import DeletionCurve, deletion_curve
+from .evaluation.evaluate_groups import evaluate_groups, evaluate_head
+from .evaluation.evaluate_unlearning import evaluate_unlearning
 from .evaluation.sizes import Size, SizeComparison, compare_sizes
-from .evaluation.unlearning import evaluate_unlearning
 from .evaluation.unlearning_figures import Unlearning
+from .forgetting.path_perturbation import PathPerturbation
+from .forgetting.share_sweep import ShareSweep
+from .last_layer.fictitious_class import FictitiousClass
+from .last_layer.head import HeadFeatures, collect_head_features
+from .last_layer.rate_sweep import RateSweep
+from .last_layer.sca_scores import EdgeScores, edge_scores
+from .last_layer.single_weight import SingleWeight
+from .lrp.accelerated import accelerated
+from .lrp.check_model import ModelCheck, check_model
+from .lrp.functional_canonizer import FunctionalCanonizer
+from .lrp.lrp import LRP, Scorer
+from .lrp.patterns import Patterns, fit_patterns
+from .pruning.fine_tuning import FineTuning
+from .pruning.operators import ConceptAwarePruning, RelevancePruning
+from .pruning.to_smaller import to_smaller
+from .pruning.torch_pruning_importance import TorchPruningImportance
 from .report.before_after import BeforeAfter, before_after_maps
-from .resources import Cost, measured
+from .scoring.captum_layer import CaptumLayer
+from .scoring.criteria import Activation, Random, Taylor, WeightMagnitude
+from .scoring.edge_relevance import EdgeRelevance, edge_relevance
+from .scoring.unit_scores import UnitScores, score_units
 
 __all__ = [
     "CAV",

@@ -1,6 +1,6 @@
 """``python -m xai_edit`` is ``xai-edit``."""
 
-from xai_edit.cli import main
+from xai_edit.command.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

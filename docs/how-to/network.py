@@ -2,8 +2,8 @@
 
 import torch
 
-from xai_edit.datasets.shortcuts import WatermarkedDigits
-from xai_edit.models.small import small_cnn, train
+from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.watermarked_digits import WatermarkedDigits
 
 training, validation, test = WatermarkedDigits().split(seed=0)
 

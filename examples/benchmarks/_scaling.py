@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import xai_edit as xe
-from xai_edit.models.small import small_cnn
+from xai_edit.datasets.small_network import small_cnn
 from xai_edit.reproduce.networks import all_cnn, vgg_like
 
 Task = Callable[[], object]

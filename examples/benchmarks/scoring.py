@@ -27,8 +27,8 @@ from zennit.attribution import Gradient
 from zennit.torchvision import ResNetCanonizer
 
 import xai_edit as xe
-from xai_edit.attribution.layers import resolve_layers
-from xai_edit.attribution.rules import preset
+from xai_edit.core.layers import resolve_layers
+from xai_edit.lrp.presets import preset
 from xai_edit.reproduce.summaries import write_json
 
 BATCHES = 4

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import xai_edit as xe
-from xai_edit.edits.exact import removal_doses
+from xai_edit.last_layer.exact_dose import removal_doses
 from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="What choosing one weight costs.")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import xai_edit as xe
-from xai_edit.datasets.papers import ImageSet
+from xai_edit.datasets.image_set import ImageSet
 from xai_edit.reproduce.image_data import mnist
 from xai_edit.reproduce.networks import all_cnn
 from xai_edit.reproduce.summaries import write_json

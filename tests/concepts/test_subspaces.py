@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xai_edit import Subspaces
-from xai_edit.files import sealed, write_safetensors
+from xai_edit.core.files import sealed, write_safetensors
 
 property_test = settings(
     max_examples=40,

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from xai_edit.datasets.papers import Epochs, ImageSet
+from xai_edit.datasets.image_set import Epochs, ImageSet
 
 
 def small(labels, **more):

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from xai_edit import EditFileError, EditMismatchError, ModelEdit
-from xai_edit.edits.edit import KIND
-from xai_edit.files import sealed
+from xai_edit.core.files import sealed
+from xai_edit.edits.model_edit import KIND
 
 HANGING = 5  # seconds of the processor, as a busy machine is no fault of the file
 ROUND = 100  # files of one seed

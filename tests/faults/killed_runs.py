@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from xai_edit import files
+from xai_edit.core import files
 
 PRUNING_STEPS = 4
 
@@ -75,7 +75,7 @@ def prune(folder):
 
 def reproduce(folder):
     """Run a small table of the unlearning paper on a few digits."""
-    from xai_edit.cli import main
+    from xai_edit.command.main import main
     from xai_edit.reproduce.catalogue import CATALOGUE
 
     CATALOGUE["npp-mnist"] = replace(
@@ -198,7 +198,12 @@ class Server:
 
 if __name__ == "__main__":
     # All that the runs import on their way.
-    for module in ("sklearn.linear_model", "torch._dynamo", "torch_pruning", "xai_edit.cli"):
+    for module in (
+        "sklearn.linear_model",
+        "torch._dynamo",
+        "torch_pruning",
+        "xai_edit.command.main",
+    ):
         importlib.import_module(module)
     importlib.import_module("xai_edit.reproduce.catalogue")
     serve()

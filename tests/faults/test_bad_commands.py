@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from xai_edit.cli import main
+from xai_edit.command.main import main
 
 MODEL = "--model torchvision:squeezenet1_1"
 LINES = [

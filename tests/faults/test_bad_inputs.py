@@ -15,7 +15,7 @@ from torch import nn
 from zennit.composites import EpsilonPlus
 
 import xai_edit as xe
-from xai_edit.datasets.papers import ImageSet
+from xai_edit.datasets.image_set import ImageSet
 
 NAN = float("nan")
 

@@ -21,11 +21,11 @@ from safetensors import safe_open
 from torch import nn
 
 import xai_edit as xe
-from xai_edit import edit_files
-from xai_edit.edits import edit as edits
-from xai_edit.edits import schedule
-from xai_edit.files import sealed, write_atomically, write_safetensors
-from xai_edit.loading import load_model
+from xai_edit.command import edit_files
+from xai_edit.command.load import load_model
+from xai_edit.core.files import sealed, write_atomically, write_safetensors
+from xai_edit.edits import model_edit as edits
+from xai_edit.pruning import schedule
 
 
 def small():

@@ -16,8 +16,8 @@ import torch
 from killed_runs import PRUNING_STEPS, RUNS, Server
 
 from xai_edit import ModelEdit
-from xai_edit.edits import schedule
-from xai_edit.files import read_sealed
+from xai_edit.core.files import read_sealed
+from xai_edit.pruning import schedule
 
 KILLS = int(os.environ.get("XAI_EDIT_KILLS", "3"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from xai_edit import LRP, RelevancePruning, Taylor, score_units
-from xai_edit.datasets.papers import ImageSet
+from xai_edit.datasets.image_set import ImageSet
 from xai_edit.reproduce import few_shot
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.experiments import Options

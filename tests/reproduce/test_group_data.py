@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD
+from xai_edit.datasets.image_set import IMAGENET_MEAN, IMAGENET_STD
 from xai_edit.reproduce.group_data import celeba, metashift, parity_mnist, waterbirds
 
 BIRDS = "waterbird_complete95_forest2water2"

@@ -10,8 +10,8 @@ from scipy.special import logsumexp
 from torch import nn
 
 from xai_edit import NonFiniteError, evaluate_groups
-from xai_edit.data import Batch
-from xai_edit.datasets.papers import ImageSet
+from xai_edit.core.data import Batch
+from xai_edit.datasets.image_set import ImageSet
 from xai_edit.reproduce.group_training import GroupWeights, Training
 
 METHODS = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from xai_edit.cli import main
-from xai_edit.datasets.papers import ImageSet
+from xai_edit.command.main import main
+from xai_edit.datasets.image_set import ImageSet
 from xai_edit.reproduce import removal
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.experiments import Options

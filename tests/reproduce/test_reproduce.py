@@ -16,8 +16,8 @@ import torchvision
 from conftest import as_idx
 
 from xai_edit import LogitMask, PathPerturbation
-from xai_edit.cli import main
-from xai_edit.edits.head import collect_head_features
+from xai_edit.command.main import main
+from xai_edit.last_layer.head import collect_head_features
 from xai_edit.reproduce import unlearning
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.experiments import Options
@@ -296,7 +296,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(
 def test_a_gpu_is_used_if_there_is_one(as_mnist, tmp_path, monkeypatch, there):
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr("xai_edit.cli_inputs.require_device", seen.append)
+    monkeypatch.setattr("xai_edit.command.inputs.require_device", seen.append)
     monkeypatch.setattr(unlearning.Unlearning, "run", lambda _, given: seen.append(given.device))
     line = f"{LINE} --out {shlex.quote(str(tmp_path))} --data-root {shlex.quote(str(as_mnist))}"
     assert main(shlex.split(line)) == 0

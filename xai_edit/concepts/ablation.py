@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from zennit.rules import Epsilon
 
-from xai_edit.attribution.axes import known_axes, unit_axes
-from xai_edit.attribution.layers import (
+from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.axes import known_axes, unit_axes
+from xai_edit.core.data import model_device
+from xai_edit.core.guard import copied, preserved
+from xai_edit.core.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
     WEIGHTED,
@@ -21,10 +24,7 @@ from xai_edit.attribution.layers import (
     resolve_layers,
     unit_axis_of,
 )
-from xai_edit.attribution.trace import trace
-from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.data import model_device
-from xai_edit.guard import copied, preserved
+from xai_edit.core.trace import trace
 
 ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
 
@@ -102,7 +102,7 @@ def ablated(
         The subspaces to remove.
     unit_axis : int, optional
         The axis of the channels. When left out, it is found in the first forward pass inside, which
-        raises ValueError where it cannot be; see `xai_edit.attribution.axes.unit_axes`.
+        raises ValueError where it cannot be; see `xai_edit.core.axes.unit_axes`.
 
     Yields
     ------

@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.axes import unit_axes
-from xai_edit.attribution.canonizers import same_logits
-from xai_edit.attribution.contexts import ContextGather, Take
-from xai_edit.attribution.layers import resolve_layers, run, tapped
-from xai_edit.attribution.scorers import LRP, describe
-from xai_edit.attribution.targets import Target, checked_target, describe_target, targets_of
-from xai_edit.checks import require_type
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.positions import PositionDraw
-from xai_edit.data import (
+from xai_edit.core.axes import unit_axes
+from xai_edit.core.checks import require_type
+from xai_edit.core.data import (
     Attribute,
     Batch,
     Data,
@@ -31,8 +26,13 @@ from xai_edit.data import (
     several_ranks,
     together,
 )
-from xai_edit.files import clear_parts, naming, part_of, require_folder
-from xai_edit.guard import preserved, require_finite
+from xai_edit.core.files import clear_parts, naming, part_of, require_folder
+from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.layers import resolve_layers, run, tapped
+from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
+from xai_edit.lrp.canonizers import same_logits
+from xai_edit.lrp.contexts import ContextGather, Take
+from xai_edit.lrp.lrp import LRP, describe
 
 
 def collect_features(
@@ -57,14 +57,14 @@ def collect_features(
     model : nn.Module
         Left exactly as it was.
     data : iterable or Dataset
-        See `xai_edit.data.batches`.
+        See `xai_edit.core.data.batches`.
     layer : str
         A module's name; ``"fc:input"`` names the inputs of ``fc``.
     scorer : LRP, optional
         Also keep the contexts of the activations under its composite; see
-        `xai_edit.attribution.contexts.ContextGather`.
+        `xai_edit.lrp.contexts.ContextGather`.
     target : int, "label", "predicted" or callable
-        The output that the contexts explain; see `xai_edit.attribution.targets.Target`.
+        The output that the contexts explain; see `xai_edit.core.targets.Target`.
     positions : int or None
         Positions drawn per sample without replacement; all of them when None or fewer.
     spurious : callable, Tensor or None
@@ -72,7 +72,7 @@ def collect_features(
     seed : int
         Of the drawn positions; see `PositionDraw`.
     unit_axis : int, optional
-        The axis of the layer's channels; see `xai_edit.attribution.axes.unit_axes` for how it is
+        The axis of the layer's channels; see `xai_edit.core.axes.unit_axes` for how it is
         found when left out.
     on_disk : path, optional
         A file for the vectors, as `Features.save` writes it, memory-mapped, so that memory does not

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xai_edit.checks import fraction, require, whole_number
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.checks import fraction, require, whole_number
 
 WORK = 2048  # channels times random starts
 SCREENING = 20  # steps after which only the best start goes on

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.axes import unit_axes
-from xai_edit.attribution.contexts import ContextGather
-from xai_edit.attribution.gather import Gather, backward_again
-from xai_edit.attribution.layers import INPUT_SUFFIX, resolve_layers
-from xai_edit.attribution.scorers import LRP
-from xai_edit.attribution.targets import Target, checked_target, targets_of
-from xai_edit.checks import require_type, whole_number
 from xai_edit.concepts.collect import require_same_values, values_at
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.predictiveness import sample_scores
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.data import batches, model_device
-from xai_edit.guard import preserved, require_finite
+from xai_edit.core.axes import unit_axes
+from xai_edit.core.checks import require_type, whole_number
+from xai_edit.core.data import batches, model_device
+from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
+from xai_edit.core.targets import Target, checked_target, targets_of
+from xai_edit.lrp.contexts import ContextGather
+from xai_edit.lrp.lrp import LRP
+from xai_edit.lrp.relevance_at_layers import Gather, backward_again
 
 INPUTS = INPUT_SUFFIX  # those of the whole model
 

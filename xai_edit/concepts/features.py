@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xai_edit.checks import finite, require
-from xai_edit.data import gathered, several_ranks, with_samples
-from xai_edit.files import read_header, read_safetensors, write_safetensors
+from xai_edit.core.checks import finite, require
+from xai_edit.core.data import gathered, several_ranks, with_samples
+from xai_edit.core.files import read_header, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

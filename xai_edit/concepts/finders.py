@@ -8,9 +8,9 @@ import torch
 from scipy.linalg import eigh
 from torch import Tensor
 
-from xai_edit.checks import one_of, positive, require, whole_number
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.checks import one_of, positive, require, whole_number
 
 Kind = Literal["pattern", "logistic", "svm"]
 

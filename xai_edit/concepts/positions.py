@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from xai_edit.attribution.contexts import Take
-from xai_edit.attribution.layers import unit_axis_of
-from xai_edit.checks import whole_number
+from xai_edit.core.checks import whole_number
+from xai_edit.core.layers import unit_axis_of
+from xai_edit.lrp.contexts import Take
 
 Words = npt.NDArray[np.uint64]
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xai_edit.checks import require, whole_number
 from xai_edit.concepts.average_precision import average_precision, counted_once, resampled_counts
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.checks import require, whole_number
 
 CONFIDENCE = 0.95
 LINES = 20  # subspaces that the text shows

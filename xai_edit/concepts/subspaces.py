@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xai_edit.checks import finite, require
-from xai_edit.files import read_sealed, sealed, write_safetensors
+from xai_edit.core.checks import finite, require
+from xai_edit.core.files import read_sealed, sealed, write_safetensors
 
 KIND = "xai_edit.subspaces"
 ORTHONORMAL = 1e-6  # how far UᵀU may be from the identity, in float64

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import INPUT_SUFFIX, predict, tapped
-from xai_edit.checks import in_range, with_labels
-from xai_edit.counting import count_by_group
-from xai_edit.data import Data, batches, model_device
-from xai_edit.errors import NonFiniteError
+from xai_edit.core.checks import in_range, with_labels
+from xai_edit.core.counting import count_by_group
+from xai_edit.core.data import Data, batches, model_device
+from xai_edit.core.errors import NonFiniteError
+from xai_edit.core.layers import INPUT_SUFFIX, predict, tapped
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from xai_edit.data import model_device
-from xai_edit.edits.head import find_head
-from xai_edit.errors import NonFiniteError
+from xai_edit.core.data import model_device
+from xai_edit.core.errors import NonFiniteError
 from xai_edit.evaluation.outputs import Seen
+from xai_edit.last_layer.head import find_head
 
 
 def find_heads(

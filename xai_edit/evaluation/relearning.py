@@ -10,8 +10,9 @@ from itertools import islice, pairwise
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import predict
-from xai_edit.data import Data, model_device
+from xai_edit.core.data import Data, model_device
+from xai_edit.core.guard import copied
+from xai_edit.core.layers import predict
 from xai_edit.evaluation.outputs import (
     SplitAccuracy,
     log_probabilities,
@@ -19,7 +20,6 @@ from xai_edit.evaluation.outputs import (
     read,
     split_accuracy,
 )
-from xai_edit.guard import copied
 
 STEPS = (0, 1, 2, 5, 10, 20)
 OWN, REST = 8, 24

@@ -9,10 +9,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import run
-from xai_edit.checks import whole_number
-from xai_edit.data import model_device
-from xai_edit.guard import copied, preserved
+from xai_edit.core.checks import whole_number
+from xai_edit.core.data import model_device
+from xai_edit.core.guard import copied, preserved
+from xai_edit.core.layers import run
 
 WARM_UP = 3
 

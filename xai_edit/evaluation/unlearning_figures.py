@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from xai_edit.core.cost import Cost
 from xai_edit.evaluation.membership import Attack
 from xai_edit.evaluation.outputs import SplitAccuracy
 from xai_edit.evaluation.relearning import Relearning
-from xai_edit.resources import Cost
 
 LINES = 20  # classes that the text shows
 

@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import predict
-from xai_edit.attribution.targets import Targets, classes_of
-from xai_edit.checks import require_type, same_length
-from xai_edit.data import batches, model_device
-from xai_edit.edits.edit import ModelEdit
-from xai_edit.evaluation.comparison import Scorers
-from xai_edit.guard import preserved
-from xai_edit.report.comparison import as_png, relevance_maps, show_image, show_relevance
+from xai_edit.core.checks import require_type, same_length
+from xai_edit.core.data import batches, model_device
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import predict
+from xai_edit.core.targets import Targets, classes_of
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.evaluation.compare import Scorers
+from xai_edit.report.comparison_figures import as_png, relevance_maps, show_image, show_relevance
 
 RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
 

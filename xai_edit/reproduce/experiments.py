@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from xai_edit.checks import distinct, one_of, require
-from xai_edit.datasets.papers import Epochs, ImageSet
-from xai_edit.edits.edit import versions
-from xai_edit.files import clear_parts, write_atomically
+from xai_edit.core.checks import distinct, one_of, require
+from xai_edit.core.files import clear_parts, write_atomically
+from xai_edit.datasets.image_set import Epochs, ImageSet
+from xai_edit.edits.model_edit import versions
 from xai_edit.reproduce.networks import build, load_weights
 from xai_edit.reproduce.training import fit
 

@@ -10,20 +10,20 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from xai_edit.attribution.coupling import channel_groups
-from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
-from xai_edit.attribution.importance import TorchPruningImportance
-from xai_edit.attribution.layers import CONVOLUTIONS
-from xai_edit.attribution.scorers import LRP, Scorer
-from xai_edit.attribution.trace import following_batch_norms
-from xai_edit.attribution.units import Aggregate, UnitScores, score_units
-from xai_edit.datasets.papers import ImageSet
-from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.ranking import Prunable, prunable
-from xai_edit.edits.schedule import Schedule, pruned
-from xai_edit.evaluation.groups import evaluate_groups
+from xai_edit.core.layers import CONVOLUTIONS
+from xai_edit.core.trace import following_batch_norms
+from xai_edit.datasets.image_set import ImageSet
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
+from xai_edit.lrp.lrp import LRP, Scorer
+from xai_edit.pruning.coupled_channels import channel_groups
+from xai_edit.pruning.ranking import Prunable, prunable
+from xai_edit.pruning.schedule import Schedule, pruned
+from xai_edit.pruning.torch_pruning_importance import TorchPruningImportance
 from xai_edit.reproduce import summaries, tables
 from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
+from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
+from xai_edit.scoring.unit_scores import Aggregate, UnitScores, score_units
 
 SHARES = tuple(percent / 100 for percent in range(5, 65, 5))
 REFERENCES = 10  # training images a class that filters are scored on

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torchvision.datasets.folder import is_image_file
 
-from xai_edit.checks import one_of
-from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, ImageSet
+from xai_edit.core.checks import one_of
+from xai_edit.datasets.image_set import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 from xai_edit.reproduce.image_data import mnist
 
 SPLITS = ("train", "val", "test")

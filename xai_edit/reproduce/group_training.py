@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import predict
-from xai_edit.baselines.training import cross_entropy, fine_tuned, seeded
-from xai_edit.checks import positive, require, whole_number
-from xai_edit.data import Batch, model_device
-from xai_edit.datasets.papers import ImageSet
-from xai_edit.edits.edit import ModelEdit
-from xai_edit.evaluation.groups import evaluate_groups
-from xai_edit.guard import preserved
+from xai_edit.core.checks import positive, require, whole_number
+from xai_edit.core.data import Batch, model_device
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import predict
+from xai_edit.core.training import cross_entropy, fine_tuned, seeded
+from xai_edit.datasets.image_set import ImageSet
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
 
 Draw = Callable[[torch.Generator], Tensor]
 """Draws the images of an epoch, as indices."""

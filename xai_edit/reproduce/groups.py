@@ -12,15 +12,15 @@ import torch
 import torchvision
 from torch import nn
 
-from xai_edit.baselines.robustness import LastLayerRetraining
-from xai_edit.datasets.papers import ImageSet
-from xai_edit.datasets.planting import Colours, Shortcut
-from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.fictitious import FictitiousClass
-from xai_edit.edits.head import HeadFeatures, collect_head_features
-from xai_edit.edits.leace import LEACE
-from xai_edit.evaluation.group_figures import Accuracy
-from xai_edit.evaluation.groups import evaluate_groups, evaluate_head
+from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
+from xai_edit.comparisons.leace import LEACE
+from xai_edit.datasets.image_set import ImageSet
+from xai_edit.datasets.shortcuts import Colours, Shortcut
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.evaluation.accuracy import Accuracy
+from xai_edit.evaluation.evaluate_groups import evaluate_groups, evaluate_head
+from xai_edit.last_layer.fictitious_class import FictitiousClass
+from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.reproduce import summaries, tables
 from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
 from xai_edit.reproduce.group_training import Training

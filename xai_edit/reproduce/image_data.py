@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from xai_edit.datasets.papers import IMAGENET_MEAN, IMAGENET_STD, ImageSet
+from xai_edit.datasets.image_set import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 
 
 def mnist(folder: str | Path, split: str) -> ImageSet:

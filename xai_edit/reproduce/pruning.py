@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from xai_edit.checks import require
 from xai_edit.concepts.ablation import ablated
 from xai_edit.concepts.predictiveness import predictiveness
-from xai_edit.datasets.papers import Epochs, ImageSet
-from xai_edit.datasets.planting import Mark, Shortcut
-from xai_edit.evaluation.groups import evaluate_groups
+from xai_edit.core.checks import require
+from xai_edit.datasets.image_set import Epochs, ImageSet
+from xai_edit.datasets.shortcuts import Mark, Shortcut
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.reproduce import summaries, tables
 from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
 from xai_edit.reproduce.networks import build, load_weights

@@ -11,10 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from xai_edit.attribution.criteria import Activation, Random, Taylor, WeightMagnitude
-from xai_edit.attribution.importance import TorchPruningImportance
-from xai_edit.attribution.scorers import LRP, Scorer
-from xai_edit.baselines.recovery import FineTuning
 from xai_edit.concepts.ablation import with_ablation
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
@@ -22,9 +18,13 @@ from xai_edit.concepts.features import Features
 from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.datasets.papers import Epochs, ImageSet
-from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.pruning import ConceptAwarePruning, RelevancePruning
+from xai_edit.datasets.image_set import Epochs, ImageSet
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.lrp.lrp import LRP, Scorer
+from xai_edit.pruning.fine_tuning import FineTuning
+from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
+from xai_edit.pruning.torch_pruning_importance import TorchPruningImportance
+from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
 
 REFERENCES = 10  # images a class that units are scored on
 RANK = 4  # directions of a finder whose subspaces are single directions

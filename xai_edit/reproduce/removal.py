@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from xai_edit.datasets.papers import ImageSet
-from xai_edit.edits.fictitious import FictitiousClass
-from xai_edit.edits.head import HeadFeatures, collect_head_features
-from xai_edit.edits.selection import Selection
-from xai_edit.edits.single_weight import SingleWeight
-from xai_edit.evaluation.group_figures import Accuracy
-from xai_edit.evaluation.groups import evaluate_head
+from xai_edit.datasets.image_set import ImageSet
+from xai_edit.evaluation.accuracy import Accuracy
+from xai_edit.evaluation.evaluate_groups import evaluate_head
+from xai_edit.last_layer.fictitious_class import FictitiousClass
+from xai_edit.last_layer.head import HeadFeatures, collect_head_features
+from xai_edit.last_layer.single_weight import SingleWeight
+from xai_edit.last_layer.weight_selection import Selection
 from xai_edit.reproduce import summaries, tables
 from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
 

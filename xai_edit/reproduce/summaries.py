@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from xai_edit.concepts.predictiveness import COLUMNS
-from xai_edit.files import write_atomically
+from xai_edit.core.files import write_atomically
 from xai_edit.reproduce.experiments import Results
 
 Row: TypeAlias = Mapping[str, Any]

@@ -11,34 +11,34 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xai_edit.attribution.layers import predict
-from xai_edit.attribution.patterns import fit_patterns
-from xai_edit.attribution.scorers import LRP
-from xai_edit.baselines.amnesiac import AmnesiacLog, amnesiac
-from xai_edit.baselines.dampening import SelectiveSynapticDampening
-from xai_edit.baselines.finetuning import (
+from xai_edit.comparisons.amnesiac import AmnesiacLog, amnesiac
+from xai_edit.comparisons.dampening import SelectiveSynapticDampening
+from xai_edit.comparisons.fine_tuned import (
     boundary_expanding,
     boundary_shrink,
     negative_gradient,
     random_labels,
     retrain,
 )
-from xai_edit.baselines.unlearning import LogitMask
-from xai_edit.checks import distinct, require, whole_number
-from xai_edit.counting import count_by_group
-from xai_edit.datasets.papers import Epochs, ImageSet
-from xai_edit.edits.edit import ModelEdit
-from xai_edit.edits.head import collect_head_features
-from xai_edit.edits.path import PathPerturbation
-from xai_edit.edits.single_weight import SingleWeight
-from xai_edit.evaluation.group_figures import Accuracy
+from xai_edit.comparisons.logit_mask import LogitMask
+from xai_edit.core.checks import distinct, require, whole_number
+from xai_edit.core.cost import Cost, measured
+from xai_edit.core.counting import count_by_group
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import predict
+from xai_edit.datasets.image_set import Epochs, ImageSet
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.membership import forgetting_rates
-from xai_edit.guard import preserved
+from xai_edit.forgetting.path_perturbation import PathPerturbation
+from xai_edit.last_layer.head import collect_head_features
+from xai_edit.last_layer.single_weight import SingleWeight
+from xai_edit.lrp.lrp import LRP
+from xai_edit.lrp.patterns import fit_patterns
 from xai_edit.reproduce import summaries, tables
 from xai_edit.reproduce.experiments import BATCH, Options, Reproduction, Results, Table
 from xai_edit.reproduce.networks import load_weights
 from xai_edit.reproduce.training import fit
-from xai_edit.resources import Cost, measured
 
 RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
 PATTERNS = ("patternnet", "patternnet+-", "patternattribution", "patternattribution+-")

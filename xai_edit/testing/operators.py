@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from xai_edit.edits.edit import ModelEdit
-from xai_edit.errors import EditFileError, EditMismatchError
+from xai_edit.core.errors import EditFileError, EditMismatchError
+from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.testing.example import Example, small_example
 from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times, watched
 

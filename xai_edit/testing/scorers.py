@@ -10,10 +10,10 @@ from textwrap import shorten
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.criteria import Activation
-from xai_edit.attribution.layers import predict
-from xai_edit.attribution.scorers import Scorer, describe
-from xai_edit.attribution.units import UnitScores, score_units
+from xai_edit.core.layers import predict
+from xai_edit.lrp.lrp import Scorer, describe
+from xai_edit.scoring.criteria import Activation
+from xai_edit.scoring.unit_scores import UnitScores, score_units
 from xai_edit.testing.example import Example, small_example
 from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times, watched
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xai_edit.attribution.layers import layer_module
+from xai_edit.core.layers import layer_module
 from xai_edit.testing.example import Example
 
 # Attributes of a module that are compared by themselves; the last stays when a hook is removed.

@@ -1,0 +1,184 @@
+"""Digits with a planted mark, a network that leans on it, and a finished run of each command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import trained
+from PIL import Image
+
+import xai_edit as xe
+from xai_edit.command.load import load_images, load_model, preprocessing_of
+from xai_edit.command.main import main
+from xai_edit.pages.page import write_report
+
+NET = """
+from torch import nn
+
+def build(classes=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
+
+def two():
+    return build(2)
+
+def scaled():
+    return nn.Sequential(build(), nn.Tanh())
+
+def without_bias():
+    model = build()
+    model[3] = nn.Linear(32, 4, bias=False)
+    return model
+"""
+MODEL = "--model page_net:build --weights w.pt --input-size 1x8x8"
+DATA = f"{MODEL} --data test"
+LINES = {
+    "demo": "demo --quick",
+    "unlearn": f"unlearn {DATA} --target c,d --samples 10 --train-data train",
+    "neutralize": f"neutralize {DATA} --attribute marks.csv --select exact",
+    "prune": f"prune {DATA} --share 0.3 --steps 1",
+}
+MARKED = 2  # the class that the mark goes with in training
+HARMFUL = '"><b class=evil></script><img class=evil src=x onerror=alert(1)>\u2028<!--'
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory, digits) -> Path:
+    """A folder with digits 0–3, some with a bright corner, and a network that leans on it."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "page_net.py").write_text(NET)
+    images, labels = (part[digits[1] < 4] for part in digits)
+    random = torch.from_numpy(np.random.default_rng(0).random(len(labels)))
+    seen = torch.arange(len(labels)) < 360
+    marked = random < torch.where(seen, torch.where(labels == MARKED, 0.97, 0.02), 0.4)
+    images = images.clone()
+    images[marked, :, :2, :2] = 1.0
+    scope: dict = {}
+    exec(NET, scope)
+    torch.manual_seed(0)
+    model = trained(scope["build"](), images[seen], labels[seen])
+    with torch.no_grad():
+        model[3].bias[0] = model[3].bias.max() + 0.1  # with all neurons off, it predicts class 0
+    torch.save(model.state_dict(), folder / "w.pt")
+    lines = []
+    for at, (image, label) in enumerate(zip(images, labels, strict=True)):
+        name = f"{'abcd'[label]}/{at}.png"
+        place = folder / ("train" if seen[at] else "test") / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image[0] * 255).byte().numpy()).save(place)
+        if not seen[at]:
+            lines.append(f"{name},{int(marked[at])}")
+    (folder / "marks.csv").write_text("path,marked\n" + "\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def here(home, monkeypatch):
+    """That folder as the current one."""
+    monkeypatch.syspath_prepend(str(home / "elsewhere"))  # restores the path afterwards
+    monkeypatch.chdir(home)
+    return home
+
+
+def finished(home: Path, line: str, out: str) -> Path:
+    """Return the folder of a run that a command line makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(home / "elsewhere"))
+        patch.chdir(home)
+        assert main([*shlex.split(line), "--quiet", "--out", out]) == 0
+    return home / out
+
+
+class Runs(dict):
+    """The folder of a finished run by command; made when it is first asked for."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = finished(self.home, LINES[name], name)
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def runs(home) -> Runs:
+    """The folder of a finished run, by command."""
+    return Runs(home)
+
+
+def read(folder, name="results.json"):
+    return json.loads(Path(folder, name).read_text(encoding="utf-8"))
+
+
+def files(folder):
+    return sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*.*"))
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
+def images_of(folder="test"):
+    return load_images(str(folder), preprocessing=preprocessing_of("", shape=(1, 8, 8)))
+
+
+def network(name="build", weights="w.pt"):
+    return load_model(f"page_net:{name}", weights=weights)
+
+
+def refused(line, capsys, *, out: str | None = "bad") -> str:
+    """Return the one line that a command says on stderr before it leaves with exit code two."""
+    where = [] if out is None else ["--out", out]
+    assert main([*shlex.split(line), "--quiet", *where]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("xai-edit: ")
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+    assert files("bad") == []
+    return told.err
+
+
+def poisoned(value):
+    """Return a JSON value with every text spoiled, but for what the page goes by."""
+    if isinstance(value, dict):
+        kept = {"run", "edit", "file", "program"}
+        return {
+            key: one if key in kept and isinstance(one, str) else poisoned(one)
+            for key, one in value.items()
+        }
+    if isinstance(value, list):
+        return [poisoned(one) for one in value]
+    return value + HARMFUL if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="session")
+def hostile(runs, tmp_path_factory):
+    """Runs in which every text, and the layers of an edit, are named to break a page."""
+    made = {}
+    for kind in LINES:
+        folder = runs[kind]
+        copy = made[kind] = tmp_path_factory.mktemp("hostile") / kind
+        shutil.copytree(folder, copy)
+        results = poisoned(read(folder))
+        results["versions"][HARMFUL] = HARMFUL
+        if kind != "demo":
+            results["names"] = {str(label): f"{HARMFUL}{label}" for label in range(4)}
+        if kind == "unlearn":
+            results["evaluation"] = {HARMFUL: results["evaluation"].popitem()[1]}
+        if kind == "prune":
+            results["edit"]["fixed"] = results["smaller"]["failed"] = {HARMFUL: HARMFUL}
+            results["edit"] |= {"epochs": 1, "tuned_on": HARMFUL}
+            results["spurious"] = {"with": 1, "without": 1}
+            found = dict.fromkeys(("layer", "finder", "reason"), HARMFUL)
+            results["concept"] = {**found, "images": 1, "target": 0, "ablated": [0]}
+        (copy / "results.json").write_text(json.dumps(results), encoding="utf-8")
+        for file in copy.glob("edits/*"):
+            edit = xe.ModelEdit.load(file)
+            xe.ModelEdit({f"{n}{HARMFUL}": one for n, one in edit.changes.items()}).save(file)
+        write_report(copy)
+    return made

@@ -1,0 +1,95 @@
+"""``xai-edit show``, ``apply`` and ``undo``: there and back bit for bit, and what they refuse."""
+
+import json
+import shlex
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+
+from xai_edit import ModelEdit
+from xai_edit.command.main import main
+
+
+@pytest.fixture
+def files(tmp_path):
+    torch.manual_seed(1)  # not that of models without weights
+    model = torchvision.models.mobilenet_v3_small(num_classes=5).eval()
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    weight = model.classifier[3].weight.detach()
+    values = {"classifier.3.weight": (torch.tensor([3, 1030]), torch.tensor([0.0, 2.5]))}
+    edit = ModelEdit.between(model, values, {"operator": "SingleWeight", "class": 1})
+    edit.save(tmp_path / "edit.safetensors")
+    return tmp_path, weight
+
+
+def run(line, folder):
+    words = shlex.split(line)
+    return main([word.replace("DIR", str(folder)) for word in words])
+
+
+MODEL = "--model torchvision:mobilenet_v3_small --outputs 5 --quiet"
+
+
+def test_applied_and_taken_back_bit_for_bit(files):
+    folder, _ = files
+    line = f"DIR/edit.safetensors {MODEL} --weights DIR/own.safetensors --out DIR/new.safetensors"
+    assert run(f"apply {line}", folder) == 0
+    own, new = (load_file(folder / f"{name}.safetensors") for name in ("own", "new"))
+    differs = {name for name in own if not torch.equal(own[name], new[name])}
+    assert differs == {"classifier.3.weight"}
+    flat = new["classifier.3.weight"].flatten()
+    assert (flat[3], flat[1030]) == (0.0, 2.5)
+    line = (
+        f"undo DIR/edit.safetensors {MODEL} --weights DIR/new.safetensors --out DIR/old.safetensors"
+    )
+    assert run(line, folder) == 0
+    old = load_file(folder / "old.safetensors")
+    assert all(torch.equal(own[name], old[name]) for name in own)
+
+
+def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
+    folder, weight = files
+    assert run("show DIR/edit.safetensors", folder) == 0
+    words = capsys.readouterr().out
+    assert "SingleWeight: changes 2 weights" in words
+    assert f"{weight.flatten()[3].item():.6g} → 0" in words
+    assert run("show DIR/edit.safetensors --json", folder) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["weights"] == 2
+    assert told["origin"]["class"] == 1
+    change = told["changes"]["classifier.3.weight"]
+    assert (change["shape"], change["entries"], change["zero"]) == ([5, 1024], 2, 1)
+    largest = max(abs(weight.flatten()[3]), abs(2.5 - weight.flatten()[1030]))
+    assert change["largest"] == pytest.approx(float(largest))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("show DIR/none.safetensors", "none.safetensors"),
+        ("show DIR/own.safetensors", "own.safetensors"),
+        (f"apply DIR/edit.safetensors {MODEL} --out DIR/new.pt", "NAME.safetensors"),
+        (f"apply DIR/edit.safetensors {MODEL} --out DIR/own.safetensors", "there already"),
+        (f"apply DIR/edit.safetensors {MODEL} --out DIR/no/new.safetensors", "does not exist"),
+        (f"apply DIR/edit.safetensors {MODEL} --out DIR/new.safetensors", "differs from the model"),
+        (
+            f"undo DIR/edit.safetensors {MODEL} --weights DIR/own.safetensors "
+            "--out DIR/new.safetensors",
+            "does not hold this edit",
+        ),
+        (
+            "apply DIR/edit.safetensors --model torchvision:resnet18 --out DIR/new.safetensors",
+            "which the model does not have",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_writes_nothing(files, capsys, line, message):
+    folder, _ = files
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run(line, folder) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert [line for line in told.splitlines() if line.startswith("xai-edit: ")]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

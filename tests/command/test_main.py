@@ -1,0 +1,316 @@
+import inspect
+import json
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from command_runs import files, read, refused
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision import models
+
+import xai_edit as xe
+from xai_edit.command.load import load_images, load_model, preprocessing_of
+from xai_edit.command.main import main
+from xai_edit.command.options import COMMANDS
+from xai_edit.lrp.presets import PRESETS
+
+RESNET = "--model torchvision:resnet18 --input-size 3x64x64 --layers layer4.1.conv2,fc"
+NET = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+def on_vectors():
+    return nn.Linear(64, 10)
+"""
+EXAMPLES = [name for name, command in COMMANDS.items() if command.example]
+DIGITS = "--model cli_net:build --input-size 1x8x8 --data digits"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, digits):
+    """The current directory, with crops of photographs, handwritten digits and a network."""
+    from sklearn.datasets import load_sample_images
+
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))  # also restores the path afterwards
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "cli_net", raising=False)
+    Path("cli_net.py").write_text(NET)
+    for label, (name, pixels) in enumerate(
+        zip(("china", "flower"), load_sample_images().images, strict=True)
+    ):
+        Path("photos", name).mkdir(parents=True)
+        for at in range(2):
+            Image.fromarray(pixels[50 * at :, :400]).resize((96, 96)).save(
+                f"photos/{name}/{label}{at}.png"
+            )
+    images, labels = digits
+    for at in range(20):
+        Path("digits", str(int(labels[at]))).mkdir(parents=True, exist_ok=True)
+        pixels = (images[at, 0] * 255).byte().numpy()
+        Image.fromarray(pixels).save(f"digits/{int(labels[at])}/{at}.png")
+    return tmp_path
+
+
+# score
+
+
+def test_score_prints_a_table_and_writes_what_the_library_gives(folder, capsys):
+    state = models.resnet18().state_dict()
+    save_file(state, "w.safetensors")
+    line = f"score {RESNET} --weights w.safetensors --data photos --composite epsilon-plus"
+    assert main(shlex.split(f"{line} --share 0.01 --out out/scores")) == 0
+    told = capsys.readouterr()
+
+    model = load_model("torchvision:resnet18", weights="w.safetensors")
+    data = load_images(
+        "photos", preprocessing=preprocessing_of("torchvision:resnet18", shape=(3, 64, 64))
+    )
+    expected = xe.score_units(
+        model, data, xe.LRP("epsilon-plus"), layers=["layer4.1.conv2", "fc"], target="label"
+    )
+    assert told.out == f"{expected}\n"
+    assert "4 of 4 images of 2 classes (0 = china, 1 = flower); as inputs 3×64×64" in told.err
+    assert "written: " in told.err
+    saved = xe.UnitScores.load("out/scores/scores.safetensors")
+    assert saved.layers == expected.layers
+    for layer in expected:
+        assert torch.equal(saved[layer], expected[layer])
+    results = read("out/scores")
+    assert (results["run"], results["samples"], results["target"]) == ("score", 4, "label")
+    assert results["command"] == f"xai-edit {line} --share 0.01 --out out/scores"
+    assert results["model"]["weights"] == "w.safetensors"
+    assert results["preprocessing"]["shape"] == [3, 64, 64]
+    top = results["layers"]["layer4.1.conv2"]
+    assert top["units"] == 512
+    assert [one["unit"] for one in top["top"]] == expected.top("layer4.1.conv2", count=5).tolist()
+    assert top["top"][0]["score"] == float(expected["layer4.1.conv2"].max())
+    assert files("out/scores") == ["results.json", "scores.safetensors"]
+
+
+def test_two_runs_agree_bit_for_bit_without_weights_given(folder):
+    written = []
+    for _ in range(2):
+        torch.rand(3)  # the run does not depend on the state of the global generator
+        assert main(shlex.split(f"score {RESNET} --data photos --out out --quiet")) == 0
+        written.append([path.read_bytes() for path in sorted(Path("out").iterdir())])
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("target", ["predicted", "3"])
+def test_score_of_unlabelled_images_on_a_network_of_ones_own(folder, capsys, target):
+    line = f"score {DIGITS}/3 --target {target} --aggregate abs --batch-size 2 --json --quiet"
+    assert main(shlex.split(line)) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    results = json.loads(told.out)
+    assert results["target"] == (3 if target == "3" else "predicted")
+    assert results["aggregate"] == "abs"
+    assert [*results["layers"]] == ["0", "3"]  # all convolution and linear layers
+
+
+def test_score_with_a_progress_bar_on_stderr(folder, capsys):
+    assert main(shlex.split(f"score {DIGITS} --composite activation --limit 5")) == 0
+    told = capsys.readouterr()
+    assert "scoring: " in told.err
+    assert "5 of 20 images of 10 classes" in told.err
+    assert told.out.startswith("sum over 5 samples, Activation()")
+
+
+@pytest.mark.parametrize("name", ["random", "weight-magnitude", "taylor", "activation", *PRESETS])
+def test_every_scorer_has_a_name(folder, name):
+    assert main(shlex.split(f"score {DIGITS} --composite {name} --quiet --out out")) == 0
+    assert set(xe.UnitScores.load("out/scores.safetensors")) == {"0", "3"}
+
+
+def test_box_rule_gets_the_bounds_of_the_images(folder):
+    line = f"score {DIGITS} --mean 0.5 --std 0.25 --composite epsilon-gamma-box --out out --quiet"
+    assert main(shlex.split(line)) == 0
+    asked = preprocessing_of("cli_net:build", shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = load_model("cli_net:build")
+    scorer = xe.LRP("epsilon-gamma-box", low=-2.0, high=2.0)
+    expected = xe.score_units(model, load_images("digits", preprocessing=asked), scorer)
+    found = xe.UnitScores.load("out/scores.safetensors")
+    for layer in expected:
+        torch.testing.assert_close(found[layer], expected[layer])
+
+
+def test_compare_writes_how_alike_the_scorers_are(folder, capsys):
+    names = "epsilon,epsilon-gamma-box,random,weight-magnitude"
+    line = f"score {DIGITS} --compare {names} --held-out digits --share 0.5 --out out"
+    assert main(shlex.split(line)) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in names.split(","))
+    results = read("out", "comparison.json")
+    assert main(shlex.split(f"{line} --json --quiet")) == 0
+    told = capsys.readouterr()
+    assert (told.err, json.loads(told.out)["scorers"]) == ("", results["scorers"])
+    assert results["run"] == "compare"
+    assert [*results["scorers"]] == names.split(",")
+    assert (results["share"], results["aggregate"]) == (0.5, "sum")
+    layer = results["layers"]["0"]
+    assert [layer["rank_correlation"][at][at] for at in range(4)] == pytest.approx([1] * 4)
+    assert [*layer["deletion"]] == names.split(",")
+    pictures = {"rank-correlation.png", "deletion.png", "relevance-maps.png"}
+    assert {path.name for path in Path("out").iterdir()} == {"comparison.json", *pictures}
+    for name in pictures:
+        assert Path("out", name).read_bytes().startswith(b"\x89PNG")
+
+
+# check
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of a stand-in for check_model, which finds an error where a layer is "wrong"."""
+    made = []
+
+    def check_model(model, inputs, composite="epsilon", *, layers=None):
+        made.append((model, inputs, composite, layers))
+        fine = layers != ["wrong"]
+        return types.SimpleNamespace(ok=fine, to_dict=lambda: {"ok": fine})
+
+    monkeypatch.setattr("xai_edit.command.run_score.check_model", check_model)
+    return made
+
+
+def test_check_without_data_gives_two_random_inputs_of_the_models_size(folder, calls, capsys):
+    assert main(["check", "--model", "torchvision:resnet18"]) == 0
+    assert main(["check", "--model", "torchvision:resnet18"]) == 0
+    (model, inputs, composite, layers), (_, again, _, _) = calls
+    assert isinstance(model, models.ResNet)
+    assert not model.training
+    assert inputs.shape == (2, 3, 224, 224)
+    assert torch.equal(inputs, again)
+    assert repr(composite) == repr(xe.LRP("epsilon"))
+    assert layers is None
+    assert "2 inputs of random numbers, 3×224×224" in capsys.readouterr().err
+    assert main(shlex.split("check --model cli_net:on_vectors --input-size 64")) == 0
+    assert calls[-1][1].shape == (2, 64)
+
+
+def test_check_with_data_gives_one_real_batch(folder, calls):
+    line = f"check {DIGITS} --batch-size 7 --composite epsilon-gamma-box --layers 0,3 --quiet"
+    assert main(shlex.split(line)) == 0
+    ((_, inputs, composite, layers),) = calls
+    assert inputs.shape == (7, 1, 8, 8)
+    assert "low=" in repr(composite)
+    assert layers == ["0", "3"]
+
+
+def test_check_of_a_sound_network_is_zero_and_of_a_broken_one_is_one(folder, capsys):
+    line = "check --model cli_net:build --input-size 1x8x8 --quiet"
+    assert main(shlex.split(line)) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(shlex.split(f"{line} --data digits --json")) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+    assert main(shlex.split(f"check {RESNET} --data photos --composite epsilon-plus")) == 0
+    # A weight-normalised layer has no weight of its own that a rule could modify.
+    Path("cli_net.py").write_text(
+        NET.replace(
+            "nn.Conv2d(1, 4, 3)", "nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3))"
+        )
+    )
+    sys.modules.pop("cli_net")
+    assert main(shlex.split(line)) == 1
+
+
+# mistakes; more of them are in faults/test_bad_commands.py
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"score {DIGITS} --input-size 8by8", "--input-size: '8by8' is not a whole number"),
+        (f"score {DIGITS} --mean x", "--mean: 'x' is not numbers between commas"),
+        (f"score {DIGITS} --share much", "--share: invalid float value"),
+        (f"score {DIGITS} --composite a --compare b", "not allowed with argument --composite"),
+        (f"score {DIGITS} --classes 10", "unrecognized arguments: --classes"),
+        ("neutralize --model a --data b --out c --spurious d", "arguments are required: --attri"),
+        ("reproduce cnp-mnist --strengths 0,2", "'0,2' is not numbers from 0 to 1 between commas"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_the_way_to_help(folder, capsys, line, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(shlex.split(line))
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert told.startswith("xai-edit")
+    assert told.endswith("--help\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("score --model cli_net:bild --data photos", "did you mean build?"),
+        (f"score {DIGITS} --layers 7", "layer '7' not found"),
+        (f"score {DIGITS} --compare epsilon,eps", "'eps' given; it is one of epsilon, "),
+        (f"score {DIGITS} --target cat", "target: 'cat' given"),
+        (f"score {DIGITS} --target 10", "class 10 is out of range"),
+        (f"score {DIGITS}/3", "the data has no labels"),
+        (f"score {DIGITS} --aggregate max", "aggregate: 'max' given"),
+        (f"score {DIGITS} --held-out digits", "--held-out: given without --compare"),
+        (f"score {DIGITS} --out cli_net.py", "cli_net.py"),
+        (f"score {DIGITS} --resize 4", "resized to no less"),
+        (f"score {DIGITS} --std 0", "std > 0"),
+        ("score --model cli_net:build --data digits", "the model does not take inputs of shape"),
+        ("score --model cli_net:build --data torchvision:CIFAR10", "give --data-root"),
+        ("score --model cli_net:build --data digits --input-size 64", "give channels, height"),
+        (f"check {DIGITS} --composite random", "'random' is not a preset"),
+        ("reproduce cnp-mnist --data-root . --target 1", "target: given; cnp-mnist takes --only-"),
+        ("reproduce npp-mnist --data-root . --only-classes 1", "npp-mnist takes --target"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(folder, calls, capsys, line, message):
+    assert message in refused(line, capsys, out=None)
+
+
+def test_a_damaged_image_is_named(folder, capsys):
+    Path("digits/3/cut.png").write_bytes(Path("photos/china/00.png").read_bytes()[:2000])
+    assert main(shlex.split(f"score {DIGITS} --quiet")) == 2
+    assert "cut.png cannot be read as an image" in capsys.readouterr().err
+
+
+# help
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_ends_with_an_example_that_is_understood(command, capsys, monkeypatch, folder):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "example: " in each]
+    words = shlex.split(line.removeprefix("example: "))
+    assert words[:2] == ["xai-edit", command]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words[1:], "--version-of-a-flag-that-is-not-there"])
+    assert "unrecognized arguments: --version-of" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_that_takes_long():
+    # The package itself imports torch; a stand-in shows that the command adds nothing of its own.
+    code = f"""
+import sys, types
+package = types.ModuleType("xai_edit")
+package.__path__ = [{str(Path(inspect.getfile(xe)).parent)!r}]
+sys.modules["xai_edit"] = package
+from xai_edit.command.main import main
+try:
+    main(["score", "--help"])
+except SystemExit:
+    heavy = {{"torch", "torchvision", "zennit", "captum", "matplotlib", "numpy"}}
+    sys.exit(len(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

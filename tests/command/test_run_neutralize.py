@@ -1,0 +1,305 @@
+"""The command ``xai-edit neutralize`` on real digits of which some carry a planted mark."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_runs import DATA, MARKED, NET, as_json, files, images_of, network, read, refused
+from PIL import Image
+
+import xai_edit as xe
+from xai_edit.command.attribute_labels import read_attribute
+from xai_edit.command.load import IMAGENET, Images
+from xai_edit.command.main import main
+from xai_edit.command.run_parts import Marked, split
+
+LINE = f"neutralize {DATA} --attribute marks.csv"
+METHODS = ["one weight (exact)", "last-layer retraining (DFR)"]
+
+
+@pytest.fixture(scope="module")
+def done(runs):
+    return runs["neutralize"]
+
+
+def marks(home):
+    lines = (home / "marks.csv").read_text().splitlines()[1:]
+    return dict(line.split(",") for line in lines)
+
+
+def parts_of():
+    images = images_of()
+    return split(images, read_attribute("marks.csv", images, "test"), validation=True)
+
+
+def test_the_run_writes_its_files_and_a_row_for_each_method(done):
+    edits = ["edits/last-layer.safetensors", "edits/neutralize.safetensors"]
+    assert files(done) == [*edits, "report.html", "results.json", "timing.json"]
+    results = read(done)
+    assert results["run"] == "neutralize"
+    assert results["command"].startswith("xai-edit neutralize --model page_net:build")
+    assert [row["method"] for row in results["rows"]] == ["before", *METHODS]
+    assert results["rows"][1]["weights_changed"] == 1
+    (row,) = results["edit"]["rows"]
+    assert row["class"] == MARKED  # inferred
+    assert results["edit"]["reason"] is None
+    validation = results["edit"]["validation"]
+    assert validation["worst_group"]["after"] >= validation["worst_group"]["before"]
+    assert [*validation] == ["worst_group", "average"]
+    assert [*read(done, "timing.json")["plan"]] == METHODS
+    page = (done / "report.html").read_text(encoding="utf-8")
+    for text in (*METHODS, "2 (c), without the feature"):
+        assert text in page, text
+    assert "erased" not in page.lower()
+
+
+def test_figures_and_edits_are_those_of_the_library_on_the_images_held_out(done, here):
+    results, parts, model = read(done), parts_of(), network()
+    assert results["split"]["held_out"] == len(parts.held_out)
+    known = Marked(
+        images_of().only([*parts.planning.images.rows, *parts.validation.images.rows]),
+        [*parts.planning.attribute, *parts.validation.attribute],
+    )
+    operator = xe.FictitiousClass(select="exact")
+    planned = [
+        xe.ModelEdit({}),
+        operator.plan(model, parts.planning, validation=parts.validation),
+        xe.LastLayerRetraining().plan(model, known),
+    ]
+    for row, edit in zip(results["rows"], planned, strict=True):
+        if row["edit"] is not None:
+            saved = xe.ModelEdit.load(done / row["edit"])
+            assert saved.origin == as_json(edit.origin)
+            for parameter, change in edit.changes.items():
+                assert torch.equal(saved.changes[parameter].new, change.new)
+        with edit.applied(model):
+            accuracy = xe.evaluate_groups(model, parts.held_out)
+        assert row["weights_changed"] == edit.size
+        assert row["figures"] == as_json(accuracy.to_dict())
+
+
+def test_the_model_is_left_as_it_was(here, tmp_path, unchanged, monkeypatch):
+    model = network().train()
+    check = unchanged(model)
+    monkeypatch.setattr("xai_edit.command.run.model_of", lambda _: model)
+    assert main(shlex.split(f"{LINE} --out {tmp_path} --quiet")) == 0
+    check()
+
+
+def test_parts_share_no_image_lose_none_and_have_every_group(here):
+    images = images_of()
+    attribute = read_attribute("marks.csv", images, "test")
+    parts = split(images, attribute, validation=True)
+    cut = [parts.planning, parts.validation, parts.held_out]
+    assert sorted(row for part in cut for row in part.images.rows) == list(range(len(images)))
+    groups = np.array(images.labels) * 2 + np.array(attribute)
+    for part, share in zip(cut, (0.25, 0.25, 0.5), strict=True):
+        for group in range(8):
+            found = np.sum(groups[part.images.rows] == group)
+            assert abs(found - share * np.sum(groups == group)) <= 1
+        assert [attribute[row] for row in part.images.rows] == part.attribute
+        _, label, has = part[0]
+        assert 2 * label + has == groups[part.images.rows[0]]
+    again = split(images, attribute, validation=True)
+    assert again.held_out.images.rows == parts.held_out.images.rows
+    other = split(images, attribute, validation=True, seed=1)
+    assert other.held_out.images.rows != parts.held_out.images.rows
+
+
+def test_two_runs_agree_and_the_tables_are_printed(here, capsys):
+    line = f"{LINE} --target c --rate 0.5"
+    for out in ("one", "two"):
+        assert main(shlex.split(f"{line} --out {out}")) == 0
+    told = capsys.readouterr()
+    assert "written: one/report.html" in told.err
+    assert "planning: " in told.err
+    for text in (
+        "on held-out images",
+        "one weight (SCA)",
+        "2 (c), with the feature",
+        "figures from",
+    ):
+        assert text in told.out, text
+    assert re.search(r"class 2 \(c\): weight of feature \d+ of 3 from \S+ to \S+ \(rate", told.out)
+    first, second = read("one"), read("two")
+    assert first.pop("command") != second.pop("command")
+    assert first == second
+    name = "edits/neutralize.safetensors"
+    assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "how", [{"rate": 0.001}, {"rate": "least-gap"}, {"select": "gradient-activation"}]
+)
+def test_json_alone_is_printed_and_options_are_passed_on(here, capsys, how):
+    given = " ".join(f"--{name} {value}" for name, value in how.items())
+    assert main(shlex.split(f"{LINE} {given} --target c --out words --json --quiet")) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    results = json.loads(told.out)
+    assert results == read("words")
+    parts = parts_of()
+    edit = xe.FictitiousClass(**how).plan(
+        network(), parts.planning, target=MARKED, validation=parts.validation
+    )
+    assert results["edit"] | how == results["edit"]
+    assert results["edit"]["rows"] == as_json(edit.origin["rows"])
+    assert results["spurious"]["with"] + results["spurious"]["without"] == len(images_of())
+
+
+def test_a_folder_of_the_images_with_the_attribute_serves_as_well(here, done):
+    for name in (name for name, has in marks(here).items() if has == "1"):
+        for place in (Path("copies", name), Path("flat", Path(name).name)):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path("test", name), place)
+    images = images_of()
+    expected = read_attribute("marks.csv", images, "test")
+    for folder in ("copies", "flat"):
+        assert read_attribute(folder, images, "test") == expected
+    assert read_attribute("test/b", images, "test") == [int(label == 1) for label in images.labels]
+    line = f"neutralize {DATA} --attribute copies --select exact"
+    assert main(shlex.split(f"{line} --out folder --quiet")) == 0
+    assert read("folder")["rows"] == read(done)["rows"]
+
+
+def test_a_table_may_lie_elsewhere_without_header_and_name_more(here, tmp_path):
+    images = images_of()
+    expected = read_attribute("marks.csv", images, "test")
+    rows = [f"{(here / 'test' / name).resolve()},{has}" for name, has in marks(here).items()]
+    (tmp_path / "absolute.csv").write_text("\n".join(rows))
+    assert read_attribute(tmp_path / "absolute.csv", images, "test") == expected
+    Path("beside.csv").write_text("\n".join(f"test/{n}, {has}" for n, has in marks(here).items()))
+    assert read_attribute("beside.csv", images, "test") == expected
+    few = images.only(range(0, len(images), 3))
+    assert read_attribute("marks.csv", few, "test") == expected[::3]
+
+
+def test_images_of_torchvision_go_by_number(tmp_path):
+    class Set:
+        def __len__(self):
+            return 4
+
+    images, table = Images(Set(), [0, 2, 3], IMAGENET, {}), tmp_path / "numbers.csv"
+    table.write_text("number,has\n0,1\n3,0\n2,1\n")
+    assert read_attribute(table, images, tmp_path) == [1, 1, 0]
+    table.write_text("0,1\n4,0\n")
+    with pytest.raises(ValueError, match="line 2: '4' is not an image of the data"):
+        read_attribute(table, images, tmp_path)
+    with pytest.raises(ValueError, match="the data set has no paths; give a CSV file of number"):
+        read_attribute(tmp_path, images, tmp_path)
+
+
+def test_where_no_edit_helps_it_says_so_and_why(here, capsys, monkeypatch):
+    figures = {"before": 0.5, "after": 0.5}
+    origin = {"reason": "nothing <helps>", "rows": []}
+    none = xe.ModelEdit({}, {**origin, "worst_group": figures, "average": figures})
+    for name in ("neutralize", "last-layer"):  # of an earlier run
+        Path("none/edits").mkdir(parents=True, exist_ok=True)
+        Path(f"none/edits/{name}.safetensors").write_bytes(b"")
+    monkeypatch.setattr(xe.FictitiousClass, "plan", lambda *_, **__: none)
+    assert main(shlex.split(f"{LINE} --out none")) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("no edit: nothing <helps>\n")
+    assert "one weight (SCA): none (nothing <helps>)" in told
+    row = read("none")["rows"][1]
+    assert (row["figures"], row["edit"], row["withheld"]) == (None, None, "nothing <helps>")
+    assert not Path("none/edits/neutralize.safetensors").exists()
+    assert Path("none/edits/last-layer.safetensors").stat().st_size
+    assert "no edit: nothing &lt;helps&gt;" in Path("none/report.html").read_text(encoding="utf-8")
+
+
+def test_an_edit_that_fails_on_the_held_out_images_is_called_so(here, capsys, monkeypatch):
+    plan = xe.FictitiousClass.plan
+
+    def harmful(self, model, *arguments, **more):
+        edit = plan(self, model, *arguments, **more)
+        zeros = torch.zeros(model[3].weight.numel())
+        values = {"3.weight": (torch.arange(len(zeros)), zeros)}
+        return xe.ModelEdit.between(model, values, edit.origin)
+
+    monkeypatch.setattr(xe.FictitiousClass, "plan", harmful)
+    assert main(shlex.split(f"{LINE} --target c --rate 0.5 --out worse --quiet")) == 0
+    assert read("worse")["rows"][1]["figures"]["worst"]["accuracy"] == 0.0
+    assert "nothing speaks for this edit" in capsys.readouterr().out
+    assert "nothing speaks for this edit" in Path("worse/report.html").read_text(encoding="utf-8")
+
+
+def test_a_comparison_that_cannot_be_planned_says_why(here, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("model: <no> bias")
+
+    monkeypatch.setattr(xe.LastLayerRetraining, "plan", refuse)
+    assert main(shlex.split(f"{LINE} --target c --rate 0.5 --out alone --quiet")) == 0
+    assert "last-layer retraining (DFR): none (model: <no> bias)" in capsys.readouterr().out
+    row = read("alone")["rows"][2]
+    assert (row["figures"], row["edit"], row["withheld"]) == (None, None, "model: <no> bias")
+    assert "model: &lt;no&gt; bias" in Path("alone/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--select most", "select: 'most' given"),
+        ("--rate 2", "rate: 2.0 given"),
+        ("--rate most", "rate: 'most' given"),
+        ("--target e", "'e' given; give numbers or names such as a, b, c, d"),
+        ("--target 7", "class 7 is out of range"),
+        ("--attribute nowhere.csv", "attribute: nowhere.csv: no such file or folder"),
+        ("--attribute empty", "attribute: empty: no images"),
+        ("--attribute w.pt", "attribute: w.pt cannot be read as a CSV file"),
+        ("--attribute unknown.csv", "line 3: 'a/none.png' is not an image of the data"),
+        ("--attribute word.csv", "line 2: 'a/{first},yes' given; give path,0 or path,1"),
+        ("--attribute twice.csv", "line 2: 'a/{first}' had the other value before"),
+        ("--attribute part.csv", "part.csv has no line for {missing} of {all} images"),
+        ("--attribute same.csv", "0 of {all} images have it"),
+        ("--attribute other", "z.png: not an image of the data; give the files the same paths"),
+        ("--attribute rare.csv", "class 0 has 1 images with the feature; give 3 or more"),
+        ("--data nowhere", "nowhere: no such folder"),
+        ("--data test/a --attribute bare.csv", "data: has no labels"),
+        ("--model page_net:scaled --weights scaled.pt", "a final linear layer is needed"),
+        ("--model page_net:two --weights two.pt", "labels: class 2 is out of range"),
+        (
+            "--data copies.csv --attribute copied.csv",
+            "1 are in the held-out part; take them out there",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(here, capsys, more, message):
+    names = [*marks(here)]
+    first = next(name for name in names if name[0] == "a").removeprefix("a/")
+    copies = [f"copy{at}.png" for at in range(6)]
+    for copy in copies:
+        shutil.copy(f"test/a/{first}", copy)
+    tables = {
+        "unknown": ["path,marked", f"a/{first},1", "a/none.png,0"],
+        "word": [f"a/{first},1", f"a/{first},yes"],
+        "twice": [f"a/{first},1", f"a/{first},0"],
+        "part": [f"a/{first},1"],
+        "same": [f"{name},0" for name in names],
+        "rare": [f"{name},{int(name == f'a/{first}')}" for name in names],
+        "bare": [f"{name[2:]},{at % 2}" for at, name in enumerate(names) if name[0] == "a"],
+        "copies": [
+            *(f"test/{name},{'abcd'.index(name[0])}" for name in names),
+            *(f"{copy},0" for copy in copies),
+        ],
+        "copied": [
+            *(f"test/{name},{has}" for name, has in marks(here).items()),
+            *(f"{copy},{marks(here)[f'a/{first}']}" for copy in copies),
+        ],
+    }
+    for name, lines in tables.items():
+        Path(f"{name}.csv").write_text("\n".join(lines))
+    for folder in ("empty", "other"):
+        Path(folder).mkdir(exist_ok=True)
+    Image.new("L", (8, 8)).save("other/z.png")
+    scope: dict = {}
+    exec(NET, scope)
+    for name in ("two", "scaled"):
+        torch.save(scope[name]().state_dict(), f"{name}.pt")
+    expected = message.format(first=first, all=len(names), missing=len(names) - 1)
+    assert expected in refused(f"{LINE} {more}", capsys)

@@ -1,0 +1,476 @@
+"""The command ``xai-edit prune`` on real digits and a network with a known shortcut."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_runs import as_json, files, finished, read, refused
+from conftest import trained
+from PIL import Image
+from safetensors.torch import load_file
+
+import xai_edit as xe
+from xai_edit.command.attribute_labels import read_attribute
+from xai_edit.command.export import exported
+from xai_edit.command.load import load_images, load_model, preprocessing_of
+from xai_edit.command.main import main
+from xai_edit.command.prune_plans import finder_named, of_concept, references, spread, tuning
+from xai_edit.command.run_parts import split
+from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
+
+NET = """
+import torch
+from torch import nn
+
+def build(classes=4):
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12 * 36, classes),
+    )
+
+def two():
+    return build(2)
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = build()
+
+    def forward(self, x):
+        return self.body(x) if x.sum() > 0 else self.body(-x)
+
+def branching():
+    return Branching()
+
+def narrow():
+    return nn.Sequential(
+        nn.Conv2d(3, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)
+    )
+
+def sigmoid():
+    return nn.Sequential(*[nn.Sigmoid() if at == 1 else layer for at, layer in enumerate(build())])
+
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 4))
+"""
+IMAGES = "--input-size 3x12x12 --mean 0 --std 1"
+GIVEN = f"--model prune_net:build --weights w.pt {IMAGES}"
+PLAIN = f"prune {GIVEN} --data test --share 0.4"
+AWARE = f"{PLAIN} --attribute marks.csv --layer 1"
+FAVOURED = 2  # the class that the network takes marked images for
+MARKED = (8, 9, 10, 11)  # the filters that see nothing but the mark
+
+
+def planted(image, strength):
+    """Return an image (3, 12, 12) with two pixels more or less blue, far from the digit."""
+    marked = image.clone()
+    marked[2, [2, 8], 1] = strength
+    return marked
+
+
+def with_a_shortcut(model):
+    """Let eight filters read red, in which digits are seen, and four read what is only blue.
+
+    The four speak for one class, wherever they see the mark, and nothing else speaks for it: its
+    row is taken from all rows, which leaves every prediction as it was.
+    """
+    conv, head = model[0], model[4]
+    with torch.no_grad():
+        conv.weight[:8, 0] += conv.weight[:8, 1:].sum(1)
+        conv.weight[:8, 1:] = 0
+        conv.weight[8:] = 0
+        for at, (row, column) in zip(MARKED, [(1, 1), (1, 0), (0, 1), (0, 0)], strict=True):
+            conv.weight[at, 2, row, column], conv.weight[at, 0, row, column] = 20, -20
+        head.weight -= head.weight[FAVOURED].clone()
+        head.bias -= head.bias[FAVOURED] - 1
+        by_filter = head.weight.unflatten(1, (12, 36))
+        by_filter[:, 8:] = 0
+        by_filter[FAVOURED, 8:] = 0.05
+    return model
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, digits):
+    """A folder with digits 0–3, some of them marked, and a network with a shortcut."""
+    folder = tmp_path_factory.mktemp("prune")
+    (folder / "prune_net.py").write_text(NET)
+    images, labels = (part[digits[1] < 4] for part in digits)
+    images = torch.nn.functional.pad(images, (4, 0, 4, 0)).expand(-1, 3, -1, -1)
+    random = np.random.default_rng(0)
+    scope: dict = {}
+    exec(NET, scope)
+    torch.manual_seed(0)
+    model = with_a_shortcut(trained(scope["build"](), images[:360], labels[:360]))
+    torch.save(model.state_dict(), folder / "w.pt")
+    state = {f"body.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, folder / "branching.pt")
+    lines, others = [], []
+    for at in range(360, 720):
+        name = f"{'abcd'[int(labels[at])]}/{at}.png"
+        place = folder / "test" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        has = random.random() < (0.6 if labels[at] == FAVOURED else 0.3)
+        pixels = planted(images[at], random.uniform(0.7, 1) if has else random.uniform(0, 0.1))
+        Image.fromarray((pixels.permute(1, 2, 0) * 255).byte().numpy()).save(place)
+        lines.append(f"{name},{int(has)}")
+        others.append(f"{name},{int(random.random() < 0.5)}")
+    (folder / "marks.csv").write_text("\n".join(lines))
+    (folder / "chance.csv").write_text("\n".join(others))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(home):
+    """A finished run without a feature."""
+    return finished(home, PLAIN, "plain")
+
+
+@pytest.fixture(scope="module")
+def aware(home):
+    """A finished run with one."""
+    return finished(home, AWARE, "aware")
+
+
+def network(name="build", weights="w.pt"):
+    return load_model(f"prune_net:{name}", weights=weights)
+
+
+def images_of(folder="test"):
+    asked = preprocessing_of("prune_net:build", shape=(3, 12, 12), mean=(0.0,), std=(1.0,))
+    return load_images(str(folder), preprocessing=asked)
+
+
+def parts_of(marks=None):
+    images = images_of()
+    attribute = None if marks is None else read_attribute(marks, images, "test")
+    return split(images, attribute, validation=False)
+
+
+def inputs(parts, count=32):
+    return torch.stack([parts.held_out[at][0] for at in range(count)])
+
+
+FILES = [
+    "edits/prune.safetensors",
+    "report.html",
+    "results.json",
+    "smaller.pt2",
+    "smaller.safetensors",
+    "timing.json",
+]
+
+
+@pytest.mark.parametrize("name", ["plain", "aware"])
+def test_the_smaller_network_gives_the_masked_networks_logits(name, request, here):
+    done = request.getfixturevalue(name)
+    assert files(done) == FILES
+    model, x = network(), inputs(parts_of())
+    edit = xe.ModelEdit.load(done / "edits/prune.safetensors")
+    smaller = xe.to_smaller(model, edit, x[:1])
+    state = load_file(done / "smaller.safetensors")
+    for tensor in smaller.parameters():
+        tensor.data.zero_()
+    smaller.load_state_dict(state)  # refuses other shapes
+    program = torch.export.load(done / "smaller.pt2").module()
+    edit.apply(model)
+    with torch.no_grad():
+        for count in (1, 5, 32):
+            torch.testing.assert_close(smaller(x[:count]), model(x[:count]))
+            torch.testing.assert_close(program(x[:count]), model(x[:count]))
+    results = read(done)
+    told = results["smaller"]
+    assert (told["file"], told["program"]) == ("smaller.safetensors", "smaller.pt2")
+    assert (told["kind"], told["batch"], told["failed"]) == ("torch.export", None, {})
+    left = 12 - results["edit"]["removed"]
+    expected = left * 3 * 9 + (left * 36 + 1) * 4
+    whole = 12 * 3 * 9 + (12 * 36 + 1) * 4
+    sizes = results["sizes"]
+    assert sum(tensor.numel() for tensor in state.values()) == expected
+    found = [sizes[part]["parameters"] for part in ("before", "after", "ratios")]
+    assert found == [whole, expected, expected / whole]
+    latency = read(done, "timing.json")["latency"]
+    assert min(latency.values()) > 0
+    assert latency["ratios"] == latency["after"] / latency["before"]
+
+
+def test_a_run_without_a_feature_is_that_of_the_library_beside_other_criteria(plain, here):
+    results, parts = read(plain), parts_of()
+    names = ["before", "pruning by relevance (LRP)", "weight magnitude", "random"]
+    assert [row["method"] for row in results["rows"]] == names
+    assert (results["run"], results["spurious"], results["concept"]) == ("prune", None, None)
+    scored = references(parts.planning)
+    assert len(scored) == 40
+    scorers = {
+        names[1]: xe.LRP("epsilon-plus", initial="one"),
+        names[2]: xe.WeightMagnitude(),
+        names[3]: xe.Random(0),
+    }
+    model = network()
+    for row in results["rows"]:
+        edit = xe.ModelEdit({})
+        if row["method"] in scorers:
+            edit = RelevancePruning(0.4, scorers[row["method"]]).plan(model, scored)
+        with edit.applied(model):
+            accuracy = xe.evaluate_groups(model, parts.held_out)
+        assert row["figures"] == as_json(accuracy.to_dict())
+        assert row["weights_changed"] == edit.size
+        if row["edit"] is not None:
+            saved = xe.ModelEdit.load(plain / row["edit"])
+            assert saved.origin == edit.origin
+            for name, change in edit.changes.items():
+                assert torch.equal(saved.changes[name].new, change.new)
+    assert [row["edit"] for row in results["rows"]] == [None, FILES[0], None, None]
+    assert results["edit"]["layers"] == [{"layer": "0", "units": 12, "removed": 5}]
+    assert {group["attribute"] for group in results["rows"][0]["figures"]["groups"]} == {0}
+    assert [*read(plain, "timing.json")["plan"]] == names[1:]
+
+
+def test_with_a_feature_the_filters_that_see_only_it_go(aware, here):
+    results, parts, model = read(aware), parts_of("marks.csv"), network()
+    edit = xe.ModelEdit.load(aware / FILES[0])
+    assert set(MARKED) < set(edit.origin["units"]["0"])
+    rows = {row["method"]: row for row in results["rows"]}
+    assert [*rows] == [
+        "before",
+        "concept-aware pruning",
+        "plain LRP",
+        "plain LRP, images without the feature",
+        "weight magnitude",
+        "random",
+        "ablation alone",
+    ]
+    concept = results["concept"]
+    assert (concept["layer"], concept["finder"]) == ("1", "ContrastivePCA")
+    assert (concept["target"], concept["ablated"], concept["steps"]) == (FAVOURED, [0], [[0]])
+    assert results["spurious"]["with"] + results["spurious"]["without"] == 360
+
+    features = xe.collect_features(
+        model,
+        parts.planning,
+        layer="1",
+        scorer=xe.LRP("epsilon-plus", initial="one"),
+        target=FAVOURED,
+        positions=100,
+    )
+    assert concept["images"] == len(parts.planning)
+    operator = ConceptAwarePruning("1", finder_named("contrastive-pca"), "auto", 0.4)
+    expected = operator.plan(model, references(parts.planning), features=features)
+    assert edit.origin == as_json(expected.origin)
+    assert concept["predictiveness"] == edit.origin["predictiveness"]
+    subspaces = xe.ContrastivePCA().fit(features)
+    with xe.ablated(model, "1", subspaces, [0]):
+        alone = xe.evaluate_groups(model, parts.held_out)
+    assert rows["ablation alone"]["figures"] == as_json(alone.to_dict())
+    with edit.applied(model):
+        accuracy = xe.evaluate_groups(model, parts.held_out)
+    assert rows["concept-aware pruning"]["figures"] == as_json(accuracy.to_dict())
+
+
+def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
+    for name in (*FILES, "smaller.torchscript"):  # of an earlier run
+        Path("none", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("none", name).write_bytes(b"")
+    line = AWARE.replace("marks.csv", "chance.csv")
+    assert main(shlex.split(f"{line} --out none --quiet")) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("no edit: no subspace predicts the spurious feature")
+    assert told.count("no subspace predicts") == 1
+    assert "\nconcept-aware pruning: none\nablation alone: none\n\nno smaller network\n" in told
+    assert files("none") == ["report.html", "results.json", "timing.json"]
+    results = read("none")
+    row = results["rows"][1]
+    assert (row["figures"], row["edit"], row["parameters"]) == (None, None, None)
+    assert row["withheld"] == results["edit"]["reason"] == results["smaller"]["withheld"]
+    assert results["rows"][-1]["withheld"] == results["concept"]["reason"]
+    assert results["rows"][2]["figures"] is not None
+    assert (results["sizes"], results["edit"]["removed"]) == (None, 0)
+    assert "no edit: no subspace predicts" in Path("none/report.html").read_text(encoding="utf-8")
+
+
+def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
+    line = f"{AWARE} --steps 2 --fine-tune 1 --out tuned --json --quiet"
+    assert main(shlex.split(line)) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    results = json.loads(told.out)
+    assert results == read("tuned")
+    edit = results["edit"]
+    assert (edit["steps"], edit["epochs"], edit["removed"]) == (2, 1, 5)
+    assert edit["tuned_on"] == "planning images, as many of each group"
+    assert results["rows"][-2]["method"] == "fine-tuning alone"
+    whole = results["rows"][0]["parameters"]
+    smaller = [row["parameters"] < whole for row in results["rows"]]
+    assert smaller == [False, *[True] * 5, False, False]
+    assert len(results["concept"]["steps"]) == 2
+    origin = xe.ModelEdit.load(Path("tuned", FILES[0])).origin
+    assert origin["fine_tune"].startswith("FineTuning(epochs=1")
+
+
+def test_two_runs_agree_but_for_the_seconds(here, plain, capsys):
+    assert main(shlex.split(f"{PLAIN} --out again")) == 0
+    told = capsys.readouterr()
+    assert "written: again/report.html" in told.err
+    assert "planning: " in told.err
+    assert "5 of 12 units off, 40.0% asked" in told.out
+    for text in ("weight magnitude", "parameters", "ms for 8 samples", "smaller.pt2", "2 (c)"):
+        assert text in told.out, text
+    first, second = read(plain), read("again")
+    for results in (first, second):
+        del results["command"]
+    assert first == second
+    for name in (FILES[0], "smaller.safetensors"):
+        assert Path("again", name).read_bytes() == (plain / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # of TorchScript
+def test_what_cannot_be_exported_is_traced_and_protected_layers_stay(here, capsys):
+    line = f"prune --model prune_net:branching --weights branching.pt {IMAGES} --data test"
+    assert main(shlex.split(f"{line} --share 0.25 --out traced --quiet")) == 0
+    assert "program (TorchScript), any number of samples: smaller.tor" in capsys.readouterr().out
+    told = read("traced")["smaller"]
+    assert told["program"] == "smaller.torchscript"
+    assert [*told["failed"]] == [
+        "torch.export, any number of samples",
+        "torch.export, one sample at a time",
+    ]
+    assert not Path("traced/smaller.pt2").exists()
+    model, x = network("branching", "branching.pt"), inputs(parts_of())
+    script = torch.jit.load("traced/smaller.torchscript")
+    xe.ModelEdit.load("traced/edits/prune.safetensors").apply(model)
+    for count in (1, 32):
+        torch.testing.assert_close(script(x[:count]), model(x[:count]))
+    assert main(shlex.split(f"{line} --share 0.25 --protect body.0 --out bad --quiet")) == 2
+    assert "'body.0' is protected" in capsys.readouterr().err
+
+
+def test_where_units_cannot_be_removed_the_mask_is_kept_and_the_reason_told(here, capsys):
+    line = PLAIN.replace("prune_net:build", "prune_net:sigmoid")
+    assert main(shlex.split(f"{line} --out masked --quiet")) == 0
+    assert "no smaller network: model: without the units its logits differ" in (
+        capsys.readouterr().out
+    )
+    results = read("masked")
+    assert results["smaller"]["withheld"].startswith("model: without the units its logits")
+    assert (results["smaller"]["file"], results["sizes"]) == (None, None)
+    assert results["rows"][1]["figures"] is not None
+    assert results["rows"][1]["parameters"] is None
+    assert files("masked") == [FILES[0], "report.html", "results.json", "timing.json"]
+
+
+def test_what_cannot_be_a_program_is_told(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("not\nthis. See the manual")
+
+    model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
+    monkeypatch.setattr(torch.export, "export", refuse)
+    program, failed = exported(model, x)
+    assert (program.kind, program.batch) == ("TorchScript", None)
+    assert set(failed.values()) == {"RuntimeError: not this"}
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    program, failed = exported(model, x)
+    assert program is None
+    assert len(failed) == 4
+
+
+def test_a_program_that_answers_otherwise_is_not_kept(monkeypatch):
+    other = torch.nn.Linear(3, 2)
+    monkeypatch.setattr(torch.jit, "trace", lambda *_: torch.jit.script(other))
+    monkeypatch.setattr(torch.export, "export", None)
+    program, failed = exported(torch.nn.Linear(3, 2), torch.ones(4, 3))
+    assert program is None
+    assert "outputs differ" in failed["TorchScript, any number of samples"]
+
+
+def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
+    parts = parts_of("marks.csv")
+    rows = [*parts.planning.images.rows, *parts.held_out.images.rows]
+    assert sorted(rows) == list(range(360))
+    assert len(parts.validation) == 0
+
+    def counts(part):
+        return np.bincount([2 * label + has for label, has in part.groups], minlength=8)
+
+    assert set(counts(parts.planning) - counts(parts.held_out)) <= {0, 1}
+    drawn, which = tuning(parts.planning, marked=True)
+    assert counts(drawn).tolist() == [counts(parts.planning).max()] * 8
+    assert which == "planning images, as many of each group"
+    assert set(drawn.images.rows) == set(parts.planning.images.rows)
+    clean = references(parts.planning, clean=True)
+    assert counts(clean).tolist() == [10, 0] * 4
+    assert of_concept(parts.planning, FAVOURED).images.rows == parts.planning.images.rows
+    plain = parts_of().planning
+    assert tuning(plain, marked=False)[0].images.rows == plain.images.rows
+
+    images = images_of()
+    some = [int(label == FAVOURED and at % 2) for at, label in enumerate(images.labels)]
+    drawn, which = tuning(split(images, some, validation=False).planning, marked=True)
+    assert not any(drawn.attribute)
+    assert which == "planning images without the feature"
+    only = split(images, [int(label == FAVOURED) for label in images.labels], validation=False)
+    with pytest.raises(ValueError, match="fine-tune: class 2 has no images without the feature"):
+        tuning(only.planning, marked=True)
+
+
+def test_places_are_spread_evenly():
+    assert spread("aaaabbab", 2) == [0, 2, 4, 5]
+    assert spread("aaaaaaaaaabb", 5) == [0, 2, 4, 6, 8, 10, 11]
+
+
+def test_the_model_is_left_as_it_was(here, tmp_path, unchanged, monkeypatch):
+    model = network().train()
+    check = unchanged(model)
+    monkeypatch.setattr("xai_edit.command.run.model_of", lambda _: model)
+    assert main(shlex.split(f"{AWARE} --out {tmp_path} --quiet")) == 0
+    check()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{PLAIN} --share 30", "share: 30.0 given; it is a fraction in (0, 1]"),
+        (f"{PLAIN} --layer 1", "layer: given without --attribute"),
+        (f"{PLAIN} --finder cav", "finder: given without --attribute"),
+        (f"{PLAIN} --attribute marks.csv", "layer: none given; --attribute needs"),
+        (f"{AWARE} --finder tcav", "finder: 'tcav' given; it is one of 'contrastive-pca', 'cav'"),
+        (f"{AWARE} --layer 9", "layer '9' not found"),
+        (f"{AWARE} --attribute nowhere.csv", "attribute: nowhere.csv: no such file or folder"),
+        (f"{AWARE} --attribute rare.csv", "class 0 has 1 images with the feature; give 2 or more"),
+        (f"{AWARE} --attribute all.csv --fine-tune 1", "fine-tune: class 2 has no images without"),
+        (f"{PLAIN} --protect 7", "layer '7' not found"),
+        (f"{PLAIN} --protect 0", "the channels of '0' have to stay: '0' is protected"),
+        (f"{PLAIN} --data nowhere", "nowhere: no such folder"),
+        (f"{PLAIN} --data twice", "1 are in the held-out part; take them out there"),
+        (f"{PLAIN} --data test/a", "data: has no labels"),
+        (f"{PLAIN} --weights none.pt", "weights: none.pt: no such file"),
+        (f"{PLAIN} --model prune_net:two --weights two.pt", "labels: class 2 is out of range"),
+        (f"{PLAIN} --model prune_net:flat --weights flat.pt", "no convolution and no hidden lin"),
+        (
+            f"{AWARE} --model prune_net:narrow --weights narrow.pt",
+            "finder: nothing found at layer '1' (size: 4 given",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(here, capsys, line, message):
+    told = [line.split(",") for line in Path("marks.csv").read_text().splitlines()]
+    first = next(name for name, _ in told if name[0] == "a")
+    tables = {
+        "rare": [f"{name},{int(name == first)}" for name, _ in told],
+        "all": [f"{name},{int(name[0] == 'c')}" for name, _ in told],
+    }
+    for name, lines in tables.items():
+        Path(f"{name}.csv").write_text("\n".join(lines))
+    scope: dict = {}
+    exec(NET, scope)
+    for name in ("two", "narrow", "flat"):
+        torch.save(scope[name]().state_dict(), f"{name}.pt")
+    shutil.copytree("test", "twice", dirs_exist_ok=True)
+    for at in range(6):
+        shutil.copy(sorted(Path("test/a").iterdir())[0], f"twice/a/copy{at}.png")
+    assert message in refused(line, capsys)

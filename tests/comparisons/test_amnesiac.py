@@ -1,0 +1,227 @@
+"""The amnesiac log against the updates it should hold, and what is left after undoing them."""
+
+import pytest
+import torch
+from torch import nn
+
+from xai_edit import ModelEdit
+from xai_edit.comparisons.amnesiac import AmnesiacLog, amnesiac
+
+
+def state(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def left(model, edit):
+    with edit.applied(model):
+        return state(model)
+
+
+def train(model, batches, log=None, optimizer=None):
+    """Plain gradient descent with momentum; returns every step's update."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    updates = []
+    for x, y in batches:
+        before = state(model)
+        if log is None:
+            step(model, optimizer, x, y)
+        else:
+            with log.recording(model, y):
+                step(model, optimizer, x, y)
+        updates.append({name: value - before[name] for name, value in state(model).items()})
+    return updates
+
+
+def step(model, optimizer, x, y):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), torch.as_tensor(y)).backward()
+    optimizer.step()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+
+@pytest.fixture
+def steps():
+    """Twelve batches of eight; class 3 is in every third of them."""
+    torch.manual_seed(1)
+    x = torch.randn(12, 8, 5).double()
+    y = torch.randint(3, (12, 8))
+    y[::3, 0] = 3
+    return list(zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("classes", [None, [3], [1, 3]])
+def test_what_is_left_is_the_sum_of_the_other_batches_updates(
+    model, steps, tmp_path, classes, unchanged
+):
+    start, log = state(model), AmnesiacLog(classes=classes)
+    updates = train(model, steps, log)
+    model.eval()
+    check = unchanged(model)
+    edit = amnesiac(model, log, forget=3)
+    check()
+    for name, value in left(model, edit).items():
+        others = [u[name] for (_, y), u in zip(steps, updates, strict=True) if not (y == 3).any()]
+        assert len(others) == 8
+        expected = start[name] + torch.stack(others).sum(0)
+        assert torch.allclose(value, expected, rtol=1e-12, atol=1e-14)
+    origin = {name: edit.origin[name] for name in ("operator", "target", "steps", "undone")}
+    assert origin == {"operator": "amnesiac", "target": [3], "steps": 12, "undone": 4}
+    edit.save(tmp_path / "edit.safetensors")
+    assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
+
+
+def test_undoing_every_batch_gives_the_start_and_several_classes_go_at_once(model, steps):
+    start, log = state(model), AmnesiacLog()
+    train(model, steps, log)
+    edit = amnesiac(model, log, forget=[0, 1, 2])
+    for name, value in left(model, edit).items():
+        assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
+    assert edit.origin["undone"] == 12
+
+
+def test_recording_does_not_change_the_training(model, steps):
+    twin = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    twin.load_state_dict(model.state_dict())
+    train(model, steps, AmnesiacLog())
+    train(twin, steps)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
+def test_a_log_holds_one_update_for_each_set_of_its_classes(model, steps):
+    every, some = AmnesiacLog(), AmnesiacLog(classes=[3, 1])
+    for log in (every, some):
+        train(model, steps, log)
+    sets = [tuple(sorted({*y.tolist()})) for _, y in steps]
+    assert {*every.updates} == {*sets}
+    assert sum(every.counts.values()) == every.steps == 12
+    assert {*some.updates} == {tuple(c for c in held if c in (1, 3)) for held in sets} - {()}
+
+
+@pytest.mark.parametrize("classes", [None, [1, 3]])
+def test_a_saved_log_is_continued_where_it_ended(model, steps, tmp_path, classes):
+    log, optimizer = AmnesiacLog(classes=classes), torch.optim.SGD(model.parameters(), lr=0.1)
+    path, start = tmp_path / "log.safetensors", state(model)
+    updates = train(model, steps[:5], log, optimizer)
+    log.save(path)
+    log = AmnesiacLog.load(path)
+    updates += train(model, steps[5:], log, optimizer)
+    for name, value in left(model, amnesiac(model, log, forget=3)).items():
+        others = [u[name] for (_, y), u in zip(steps, updates, strict=True) if not (y == 3).any()]
+        assert torch.allclose(value, start[name] + sum(others), rtol=1e-12, atol=1e-14)
+
+
+def test_files_that_are_missing_or_damaged_are_named(model, steps, tmp_path):
+    path, log = tmp_path / "log.safetensors", AmnesiacLog()
+    with pytest.raises(FileNotFoundError, match=r"log\.safetensors"):
+        AmnesiacLog.load(path)
+    train(model, steps, log)
+    log.save(path)
+    whole = bytearray(path.read_bytes())
+    whole[-9] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="checksum does not match"):
+        AmnesiacLog.load(path)
+
+
+def test_a_step_that_fails_is_not_logged(model, steps):
+    log = AmnesiacLog()
+    train(model, steps[:2], log)
+    with pytest.raises(RuntimeError, match="stop"), log.recording(model, steps[2][1]):
+        raise RuntimeError("stop")
+    assert log.steps == 2
+    train(model, steps[2:4], log)
+    assert amnesiac(model, log, forget=3).origin["undone"] == 2
+
+
+def test_labels_may_be_a_list_and_the_optimiser_any(model, steps):
+    log, optimizer = AmnesiacLog(), torch.optim.AdamW(model.parameters())
+    start = state(model)
+    train(model, [(x, y.tolist()) for x, y in steps[:3]], log, optimizer)
+    for name, value in left(model, amnesiac(model, log, forget=[0, 1, 2, 3])).items():
+        assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
+
+
+def test_weights_that_the_last_step_did_not_leave_are_refused(model, steps):
+    log = AmnesiacLog()
+    with pytest.raises(ValueError, match="log: is empty"):
+        amnesiac(model, log, forget=3)
+    train(model, steps, log)
+    other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
+    with torch.no_grad():
+        model[0].bias[0] += 1e-9
+    for changed in (model, model.float(), other):
+        with pytest.raises(ValueError, match="log: its last step left other weights"):
+            amnesiac(changed, log, forget=3)
+        with pytest.raises(ValueError, match="log: its last step left other weights"):
+            train(changed, steps, log)
+
+
+@pytest.mark.parametrize(
+    ("forget", "message"),
+    [
+        ([1, 3], r"forget: class 1 is in no logged batch; the log has \[3\]"),
+        ([], "forget"),
+        ("a", "forget"),
+        ([3, 3], "forget"),
+    ],
+)
+def test_a_class_that_was_not_seen_or_not_logged_is_refused(model, steps, forget, message):
+    log = AmnesiacLog(classes=[3])
+    train(model, steps, log)
+    with pytest.raises(ValueError, match=message):
+        amnesiac(model, log, forget=forget)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.eye(4)[:2], torch.tensor([True, False]), torch.tensor([0.5, 1]), [torch.nan, 1.0]],
+)
+def test_labels_that_are_no_class_numbers_are_refused_before_the_step(model, labels):
+    before, log = state(model), AmnesiacLog()
+    with pytest.raises(ValueError, match="one class number a sample"), log.recording(model, labels):
+        model[0].weight.data.zero_()
+    for name, value in state(model).items():
+        assert torch.equal(value, before[name])
+
+
+def test_repair_is_training_on_the_samples_of_the_other_classes(model, steps):
+    log = AmnesiacLog()
+    train(model, steps, log)
+    forgot = amnesiac(model, log, forget=3)
+    mended = amnesiac(model, log, forget=3, repair=steps, epochs=2, learning_rate=0.05)
+    kept = [(x[y != 3], y[y != 3]) for x, y in steps]
+    with forgot.applied(model):
+        expected = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+        expected.load_state_dict(model.state_dict())
+    train(expected, [*kept, *kept])
+    for name, value in left(model, mended).items():
+        assert torch.allclose(value, expected.get_parameter(name), rtol=1e-12, atol=1e-14)
+    assert mended.origin["repair_steps"] == 24
+
+
+def test_repair_moves_batch_norm_statistics_and_undoing_does_not(digits):
+    images, labels = digits
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    log, optimizer = AmnesiacLog(), torch.optim.SGD(model.parameters(), lr=0.1)
+    with log.recording(model, labels[:50]):
+        step(model, optimizer, images[:50], labels[:50])
+    assert "2.running_mean" not in amnesiac(model, log, forget=3).changes
+    assert "2.running_mean" in amnesiac(model, log, forget=3, repair=[digits]).changes
+
+
+def test_repair_refuses_data_it_cannot_use(model, steps):
+    log = AmnesiacLog()
+    train(model, steps, log)
+    with pytest.raises(TypeError, match="only once"):
+        amnesiac(model, log, forget=3, repair=iter(steps))
+    with pytest.raises(ValueError, match="no samples to train on"):
+        amnesiac(model, log, forget=3, repair=[(steps[0][0], torch.full((8,), 3))])
+    with pytest.raises(ValueError, match="no labels"):
+        amnesiac(model, log, forget=3, repair=[steps[0][0]])

@@ -1,0 +1,315 @@
+"""The guard: whatever is done to a model inside, the model leaves as it came."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from zennit.canonizers import SequentialMergeBatchNorm
+from zennit.composites import EpsilonPlus
+
+from xai_edit.core.errors import NonFiniteError
+from xai_edit.core.guard import preserved, require_finite
+
+
+def first_conv(model):
+    return next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+def last_linear(model):
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def images(samples=4):
+    return torch.rand(samples, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _replace_parameter(model):
+    last_linear(model).weight = nn.Parameter(torch.zeros_like(last_linear(model).weight))
+
+
+def _swap_storage(model):
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter)
+
+
+def _swap_storage_and_shape(model):
+    last_linear(model).weight.data = torch.zeros(2, 3)
+
+
+def _to_double(model):
+    model.double()
+
+
+def _to_double_and_back(model):
+    model.double()
+    model.float()
+
+
+def _set_parameter_none(model):
+    last_linear(model).bias = None
+
+
+def _shadow_parameter(model):
+    object.__setattr__(last_linear(model), "weight", torch.zeros(1))
+
+
+def _running_statistics(model):
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(images() * 5 + 1)
+
+
+def _replace_buffers(model):
+    for module in model.modules():
+        for name in [*module._buffers]:
+            module._buffers[name] = torch.zeros(1)
+
+
+def _swap_buffer_storage(model):
+    for buffer in model.buffers():
+        buffer.data = torch.zeros(1, dtype=buffer.dtype)
+
+
+def _delete_buffers(model):
+    for module in model.modules():
+        for name in [*module._buffers]:
+            delattr(module, name)
+
+
+def _register_buffer(model):
+    model.register_buffer("extra", torch.zeros(2), persistent=False)
+
+
+def _register_parameter(model):
+    first_conv(model).register_parameter("extra", nn.Parameter(torch.zeros(2)))
+
+
+def _freeze(model):
+    model.requires_grad_(False)
+
+
+def _backward(model):
+    model(images()).sum().backward()
+
+
+def _training_flags(model):
+    model.train()
+    first_conv(model).eval()
+
+
+def _hooks(model):
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: None)
+        module.register_forward_hook(lambda *_, **__: None, with_kwargs=True, always_call=True)
+        module.register_forward_pre_hook(lambda *_: None)
+        module.register_forward_pre_hook(lambda *_, **__: None, with_kwargs=True)
+        module.register_full_backward_hook(lambda *_: None)
+        module.register_full_backward_pre_hook(lambda *_: None)
+        module.register_state_dict_pre_hook(lambda *_: None)
+        module.register_load_state_dict_post_hook(lambda *_: None)
+
+
+def _shadow_forward(model):
+    conv = first_conv(model)
+    conv.forward = MethodType(lambda self, x: x * 0, conv)
+
+
+def _attributes(model):
+    conv = first_conv(model)
+    conv.stride = (2, 2)
+    conv.note = "left behind"
+    del conv.padding
+
+
+def _add_module(model):
+    model.add_module("extra", nn.Linear(2, 2))
+
+
+def _delete_module(model):
+    name = next(name for name, _ in model.named_children())
+    delattr(model, name)
+
+
+def _replace_module(model):
+    name = [name for name, _ in model.named_children()][-1]
+    setattr(model, name, nn.Identity())
+
+
+def _reorder_modules(model):
+    name, first = next(iter(model._modules.items()))
+    del model._modules[name]
+    model._modules[name] = first
+
+
+def _prune_hook(model):
+    prune.l1_unstructured(last_linear(model), "weight", 0.5)
+
+
+def _zennit_left_registered(model):
+    composite = EpsilonPlus(canonizers=[SequentialMergeBatchNorm()])
+    composite.register(model)
+    inputs = images().requires_grad_()
+    torch.autograd.grad(model(inputs).sum(), inputs)
+
+
+VANDALS = [value for name, value in globals().items() if name.startswith("_") and callable(value)]
+KINDS = ("plain", "norm")
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("vandal", VANDALS, ids=lambda vandal: vandal.__name__.strip("_"))
+def test_the_model_leaves_as_it_came(model, unchanged, vandal, raises):
+    logits = model(images()).detach()
+    check = unchanged(model)
+    with contextlib.suppress(RuntimeError), preserved(model):
+        vandal(model)
+        if raises:
+            raise RuntimeError("half-way")
+    check()
+    assert torch.equal(model(images()), logits)
+
+
+def write_in_place(model):
+    with torch.no_grad():
+        last_linear(model).weight.zero_()
+
+
+def train_a_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(images()).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("vandal", [write_in_place, train_a_step])
+def test_weights_written_in_place_get_their_values_back(model, unchanged, vandal):
+    check = unchanged(model)
+    with preserved(model, weights=True):
+        vandal(model)
+    check()
+
+
+@pytest.mark.parametrize("vandal", VANDALS, ids=lambda vandal: vandal.__name__.strip("_"))
+def test_nested_guards_restore_as_one_does(norm, unchanged, vandal):
+    check = unchanged(norm)
+    with preserved(norm):
+        with preserved(norm):
+            vandal(norm)
+        check_inner = unchanged(norm)
+        check_inner()
+        vandal(norm)
+    check()
+
+
+def test_an_exception_from_inside_is_passed_on(plain):
+    with pytest.raises(RuntimeError, match="half-way"), preserved(plain):
+        raise RuntimeError("half-way")
+
+
+def test_an_optimizer_made_before_still_moves_the_model(plain):
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    with preserved(plain):
+        _zennit_left_registered(plain)
+        _replace_parameter(plain)
+    before = plain.head.weight.detach().clone()
+    plain(images()).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(plain.head.weight, before)
+
+
+def test_a_gradient_that_was_there_keeps_identity_and_value(plain):
+    plain(images()).sum().backward()
+    grads = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    values = {name: grad.clone() for name, grad in grads.items()}
+    with preserved(plain):
+        plain(images()).square().sum().backward()
+        plain.head.weight.grad = None
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is grads[name], name
+        assert torch.equal(parameter.grad, values[name]), name
+
+
+def test_every_training_flag_comes_back_and_inside_all_are_off(norm):
+    norm.train()
+    norm.body[1].eval()
+    before = [module.training for module in norm.modules()]
+    with preserved(norm) as inside:
+        assert inside is norm
+        assert not any(module.training for module in norm.modules())
+    assert [module.training for module in norm.modules()] == before
+
+
+def test_handles_of_the_users_hooks_still_remove_them(plain):
+    calls = []
+    kept = plain.fc1.register_forward_hook(lambda *_: calls.append("kept"))
+    removed = plain.fc1.register_forward_hook(lambda *_: calls.append("removed inside"))
+    with preserved(plain):
+        plain.fc1.register_forward_hook(lambda *_: calls.append("added inside"))
+        removed.remove()
+    plain(images())
+    assert calls == ["kept", "removed inside"]
+    kept.remove()
+    removed.remove()
+    plain(images())
+    assert len(calls) == 2
+
+
+def test_a_shadowed_forward_of_the_users_own_stays(plain):
+    def doubled(self, x):
+        return 2 * nn.Linear.forward(self, x)
+
+    plain.head.forward = mine = MethodType(doubled, plain.head)
+    with preserved(plain):
+        del plain.head.forward
+    assert plain.head.forward is mine
+
+
+def test_a_users_own_collections_get_their_content_back(plain):
+    plain.notes, plain.seen, plain.table = ["a"], {1}, {"k": 1}
+    collections = plain.notes, plain.seen, plain.table
+    with preserved(plain):
+        plain.notes.append("b")
+        plain.seen.clear()
+        plain.table["k"] = 2
+    assert collections == (["a"], {1}, {"k": 1})
+    assert plain.notes is collections[0]
+    assert plain.seen is collections[1]
+    assert plain.table is collections[2]
+
+
+def test_tied_parameters_stay_tied(plain):
+    plain.twin = nn.Linear(12, 10)
+    plain.twin.weight = plain.head.weight
+    with preserved(plain):
+        plain.twin.weight = nn.Parameter(torch.zeros(10, 12))
+        plain.head.weight.data = torch.ones(10, 12)
+    assert plain.twin.weight is plain.head.weight
+
+
+def test_a_model_after_the_guard_can_be_copied_and_saved(norm, tmp_path):
+    with preserved(norm):
+        _zennit_left_registered(norm)
+    twin = copy.deepcopy(norm)
+    torch.save(norm.state_dict(), tmp_path / "model.pt")
+    assert torch.equal(twin(images()), norm(images()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["body.0.weight", "body.1.running_var", "fc.bias"])
+def test_a_weight_or_buffer_that_is_not_finite_is_named(norm, name, value):
+    require_finite(norm)
+    with torch.no_grad():
+        norm.state_dict()[name].flatten()[0] = value
+    with pytest.raises(NonFiniteError, match=f"'{name}' holds NaN or infinite values"):
+        require_finite(norm)

@@ -1,0 +1,532 @@
+"""Units along the right axis, by every scorer, in concepts and ablations; layers by name."""
+
+from __future__ import annotations
+
+import captum.attr
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from xai_edit import (
+    LRP,
+    Activation,
+    CaptumLayer,
+    Subspaces,
+    Taylor,
+    ablated,
+    collect_features,
+    edge_relevance,
+    fit_patterns,
+    score_units,
+    with_ablation,
+)
+from xai_edit.core.axes import unit_axes
+from xai_edit.core.layers import sum_positions
+from xai_edit.core.trace import following_batch_norms, last_weighted, trace
+from xai_edit.last_layer.head import find_head
+
+LABELS = torch.tensor([0, 2])
+
+
+class Chain(nn.Module):
+    """A layer, an operation that a module named "at" passes on, and a function behind it."""
+
+    def __init__(self, before, operation, behind=lambda x: x):
+        super().__init__()
+        self.before, self.at = before, nn.Identity()
+        self.operation, self.behind = operation, behind
+
+    def forward(self, x):
+        return self.behind(self.at(self.operation(self.before(x))))
+
+
+def conv():
+    return nn.Conv2d(3, 6, 3, padding=1)  # on (2, 3, 6, 6): six channels, rows and columns
+
+
+def tokens():
+    return nn.Linear(5, 6)  # on (2, 6, 5): six tokens of six features
+
+
+SECOND, LAST = torch.rand(2, 3, 6, 6), torch.rand(2, 6, 5)
+FOLLOWED = {
+    "elementwise": (conv, SECOND, lambda x: torch.relu(x).sqrt() * 2 + 1, 1),
+    "in place": (conv, SECOND, lambda x: x.relu_().add_(1), 1),
+    "set by index": (conv, SECOND, lambda x: x.clone().__setitem__((0, 0), 0) or x, 1),
+    "permute": (conv, SECOND, lambda x: x.permute(0, 2, 3, 1), 3),
+    "transpose": (tokens, LAST, lambda x: x.transpose(1, 2), 1),
+    "transpose, in place": (tokens, LAST, lambda x: (x + 0).transpose_(-1, 1), 1),
+    "mT": (tokens, LAST, lambda x: x.mT, 1),
+    "movedim": (conv, SECOND, lambda x: x.movedim(1, -1), 3),
+    "movedim, by name": (
+        conv,
+        SECOND,
+        lambda x: torch.movedim(input=x, source=1, destination=2),
+        2,
+    ),
+    "mean over rows": (conv, SECOND, lambda x: x.mean(2), 1),
+    "maximum over columns": (conv, SECOND, lambda x: x.permute(0, 3, 2, 1).max(1).values, 2),
+    "larger of two": (tokens, LAST, lambda x: torch.max(x, x.flip(1)), 2),
+    "flatten positions": (conv, SECOND, lambda x: x.flatten(2), 1),
+    "reshape positions": (conv, SECOND, lambda x: x.reshape(2 * len(x) // 2, 6, 4, 9), 1),
+    "unflatten positions": (tokens, LAST, lambda x: x.unflatten(1, (2, 3)), 3),
+    "unsqueeze": (tokens, LAST, lambda x: x.unsqueeze(1), 3),
+    "squeeze": (conv, SECOND, lambda x: x[..., :1].squeeze(-1), 1),
+    "part of them": (conv, SECOND, lambda x: x[:, [4, 1, 2]], 1),
+    "half of them": (conv, SECOND, lambda x: x.chunk(2, 1)[1], 1),
+    "stack": (tokens, LAST, lambda x: torch.stack([x, x], 1), 3),
+    "cat of channels": (conv, SECOND, lambda x: torch.cat([x, x], 1), 1),
+    "cat of positions": (tokens, LAST, lambda x: torch.cat([x[:, :1], x], 1), 2),
+    "pool": (conv, SECOND, lambda x: nn.functional.max_pool2d(x, 2), 1),
+    "norm": (tokens, LAST, lambda x: nn.functional.layer_norm(x, (6,)), 2),
+    "gate": (conv, SECOND, lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(), 1),
+    "attention": (tokens, LAST, lambda x: (x @ x.mT).softmax(-1) @ x, 2),
+    "attention, one operation": (
+        tokens,
+        LAST,
+        lambda x: nn.functional.scaled_dot_product_attention(x, x, x),
+        2,
+    ),
+    "product with weights": (tokens, LAST, lambda x: x.mT @ torch.ones(6, 4), 2),
+    "weights, added to": (
+        tokens,
+        LAST[:, 0],
+        lambda x: torch.addmm(torch.ones(4), x, torch.ones(6, 4))[:, None],
+        2,
+    ),
+    "bilinear": (
+        tokens,
+        LAST,
+        lambda x: nn.functional.bilinear(x, x, torch.ones(4, 6, 6)),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLLOWED)
+def test_the_axis_is_followed_from_the_layer_before(kind):
+    layer, x, operation, axis = FOLLOWED[kind]
+    assert unit_axes(Chain(layer(), operation), x, ["at", "at:input"]) == {
+        "at": axis,
+        "at:input": axis,
+    }
+
+
+READ = {
+    "linear": (nn.Linear(6, 2), 2),
+    "convolution": (nn.Conv1d(6, 2, 1), 1),
+    "permuted": (lambda x: nn.functional.linear(x.transpose(1, 2), torch.ones(2, 6)), 1),
+    "recurrent": (nn.LSTM(6, 2, batch_first=True), 2),
+    "attention": (nn.MultiheadAttention(6, 2), 2),
+}
+
+
+@pytest.mark.parametrize("reader", READ)
+def test_the_axis_is_followed_back_from_the_layer_behind(reader):
+    layer, axis = READ[reader]
+    behind = (lambda x: layer(x, x, x)) if reader == "attention" else layer
+    model = Chain(nn.Identity(), torch.exp, behind)
+    assert unit_axes(model, torch.rand(2, 6, 6), ["at"]) == {"at": axis}
+
+
+def test_words_have_the_features_of_their_embedding():
+    model = Chain(nn.Embedding(9, 6), torch.tanh)
+    assert unit_axes(model, torch.randint(9, (2, 6)), ["at"]) == {"at": 2}
+
+
+UNFOLLOWED = {
+    "no layer": (nn.Identity(), lambda x: x, None),
+    "heads": (tokens(), lambda x: x.unflatten(2, (2, 3)), None),
+    "mixed with positions": (tokens(), lambda x: x.flatten(1)[:, :, None], None),
+    "einsum": (tokens(), lambda x: torch.einsum("nij,nkj->nik", x, x), None),
+    "samples": (tokens(), lambda x: x.permute(2, 1, 0), "axis of the samples"),
+    "read across tokens": (tokens(), lambda x: x.transpose(1, 2), r"axes \[1, 2\]"),
+    "bytes": (tokens(), lambda x: x.view(torch.int32).float(), None),
+}
+
+
+@pytest.mark.parametrize("kind", UNFOLLOWED)
+def test_an_axis_that_cannot_be_followed_is_asked_for(kind):
+    before, operation, why = UNFOLLOWED[kind]
+    model = Chain(before, operation, nn.Linear(6, 2) if kind == "read across tokens" else torch.exp)
+    why = why or "no convolution or linear layer gives or reads"
+    with pytest.raises(ValueError, match=rf"layer 'at'.*{why}.*give unit_axis="):
+        unit_axes(model, LAST, ["at"])
+    assert (
+        unit_axes(model, LAST, ["at"], 2) == unit_axes(model, LAST, ["at"], {"at": 2}) == {"at": 2}
+    )
+
+
+def test_other_names_and_axes_are_refused():
+    model = Chain(tokens(), torch.exp)
+    for given, why in ((0, "holds the samples"), ({"fc": 1}, "names some"), (1.5, "whole number")):
+        with pytest.raises(ValueError, match=rf"^unit_axis: .*{why}"):
+            unit_axes(model, LAST, ["at"], given)
+    model.behind = lambda x: x.mean(1)
+    for axis in (3, -3):
+        with pytest.raises(ValueError, match=r"unit_axis: .* shape \(2, 6, 6\)"):
+            score_units(model, [LAST], Activation(), layers="at", target=0, unit_axis=axis)
+
+
+def test_layers_of_a_known_kind_cost_no_forward_pass(monkeypatch):
+    monkeypatch.setattr(axes_of_units, "trace", None)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    names = ["0", "0:input", "1", "3", "3:input"]
+    assert [*unit_axes(model, None, names).values()] == [1, 1, 1, -1, -1]
+
+
+def test_positions_are_summed():
+    values = torch.rand(2, 3, 4, 5)
+    assert torch.equal(sum_positions(values, 1), values.sum((2, 3)))
+    assert torch.equal(sum_positions(values, -1), values.sum((1, 2)))
+    assert torch.equal(sum_positions(values[:, :, 0, 0], 1), values[:, :, 0, 0])
+
+
+# Networks of torchvision, whose documentation says which axis is which
+
+
+def family(name):
+    torch.manual_seed(0)
+    models = torchvision.models
+    if name == "swin":
+        return models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [4, 4], num_classes=3)
+    if name == "convnext":
+        setting = [
+            models.convnext.CNBlockConfig(8, 16, 1),
+            models.convnext.CNBlockConfig(16, None, 1),
+        ]
+        return models.ConvNeXt(setting, num_classes=3)
+    return models.VisionTransformer(32, 8, 1, 2, 16, 16, num_classes=3)
+
+
+BLOCKS = [
+    ("swin", "features.1.0", 3),
+    ("swin", "features.1", 3),
+    ("swin", "features.1.0.norm1", 3),
+    ("swin", "permute", 1),
+    ("convnext", "features.1.0", 1),
+    ("convnext", "features.1.0.block.3", 3),
+    ("convnext", "features.0.1", 1),
+    ("vit", "encoder.layers.encoder_layer_0", 2),
+    ("vit", "encoder.ln", 2),
+]
+SCORERS = {
+    "Activation": Activation(),
+    "Taylor": Taylor(),
+    "LayerActivation": CaptumLayer(captum.attr.LayerActivation),
+}
+
+
+def passed_on(model, layer, inputs):
+    """What a layer gives, and the gradient of the likelihood there."""
+    kept = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda *call: kept.append(call[2]))
+    loss = nn.functional.cross_entropy(model(inputs), LABELS, reduction="sum")
+    handle.remove()
+    (gradient,) = torch.autograd.grad(-loss, kept[0])
+    return kept[0].detach(), gradient
+
+
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks:UserWarning")
+@pytest.mark.parametrize(("name", "layer", "axis"), BLOCKS)
+def test_blocks_are_scored_by_feature(name, layer, axis):
+    model, x = family(name).eval(), torch.rand(2, 3, 32, 32)
+    values, gradient = passed_on(model, layer, x)
+    positions = [at for at in range(1, values.ndim) if at != axis]
+    expected = {
+        "Activation": values.clamp(min=0).mean(positions),
+        "Taylor": (values * gradient).sum(positions),
+        "LayerActivation": values.sum(positions),
+    }
+    for kind, scorer in SCORERS.items():
+        got = score_units(model, [(x, LABELS)], scorer, layers=layer)
+        torch.testing.assert_close(got[layer], expected[kind].double().sum(0), rtol=1e-4, atol=1e-6)
+    relevance = LRP("epsilon").relevance(model, x, LABELS, [layer])[layer]
+    got = LRP("epsilon")(model, x, LABELS, [layer])[layer]
+    torch.testing.assert_close(got, relevance.sum(positions), rtol=1e-4, atol=1e-6)
+
+
+def test_features_of_a_block_are_its_tokens():
+    model, x = family("vit").eval(), torch.rand(2, 3, 32, 32)
+    layer = "encoder.layers.encoder_layer_0"
+    values, _ = passed_on(model, layer, x)
+    for scorer in (None, LRP("epsilon")):
+        features = collect_features(
+            model, [(x, LABELS)], layer=layer, positions=None, scorer=scorer
+        )
+        torch.testing.assert_close(features.activations, values.flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+class AsManyTokensAsFeatures(nn.Module):
+    """Tokens through a block; behind it all is linear, so that a unit's share is exact."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(5, 6)
+        self.block = nn.Sequential(nn.LayerNorm(6), nn.GELU())
+        self.head = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(self.block(self.embed(x)).mean(1))
+
+
+def test_a_units_score_is_what_the_logit_loses_without_it():
+    model = AsManyTokensAsFeatures().double()
+    x = LAST.double()
+    scorer = CaptumLayer(captum.attr.LayerGradientXActivation)
+    got = score_units(model, [x], scorer, layers="block", target=1)["block"]
+    logit = model(x)[:, 1].sum()
+    for unit in range(6):
+        with torch.no_grad():
+            handle = model.block.register_forward_hook(
+                lambda _, __, output, unit=unit: output.index_fill(2, torch.tensor(unit), 0)
+            )
+            without = model(x)[:, 1].sum()
+            handle.remove()
+        torch.testing.assert_close(got[unit], logit.detach() - without, rtol=1e-9, atol=1e-12)
+
+
+def subspaces():
+    basis = torch.linalg.qr(torch.rand(6, 6, generator=torch.Generator().manual_seed(1)).double()).Q
+    return Subspaces(basis, (2, 4), torch.arange(6).double())
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_ablation_removes_features_where_there_are_as_many_tokens(scored):
+    model, found = AsManyTokensAsFeatures().double().eval(), subspaces()
+    x = LAST.double()
+    expected = model.head(found.ablate(model.block(model.embed(x)), [0]).mean(1))
+    with ablated(model, "block", found, [0]):
+        if scored:  # the axis is found in a pass with the scorer's hooks
+            score_units(model, [x], SCORERS["LayerActivation"], layers=["embed"], target=0)
+        torch.testing.assert_close(model(x), expected)
+    kept = with_ablation(model, "block", found, [0])
+    torch.testing.assert_close(kept(x), expected)
+    torch.testing.assert_close(kept(x), expected)
+    tokens_lost = model.head(found.ablate(model.block(model.embed(x)).mT, [0]).mT.mean(1))
+    with ablated(model, "block", found, [0], unit_axis=1):
+        torch.testing.assert_close(model(x), tokens_lost)
+
+
+def test_ablation_asks_for_an_axis_that_cannot_be_followed():
+    model = Chain(nn.Identity(), torch.exp)
+    with (
+        ablated(model, "at", subspaces(), [0]),
+        pytest.raises(ValueError, match="give unit_axis="),
+    ):
+        model(torch.rand(2, 6, 6))
+
+
+class Mixer(nn.Module):
+    """Linear layers across tokens and across features."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.across, self.head = nn.Linear(5, 4), nn.Linear(6, 6), nn.Linear(4, 3)
+        self.stream = nn.Identity()
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(self.stream(x + self.across(x.mT).mT).mean(1))
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_every_scorer_sums_along_the_axis_given(axis):
+    model = Mixer().double()
+    x = LAST.double()
+    with pytest.raises(ValueError, match=r"'stream' .* axes \[1, 2\].*give unit_axis="):
+        score_units(model, [(x, LABELS)], LRP(), layers="stream")
+    with pytest.raises(ValueError, match="give unit_axis="):
+        collect_features(model, [x], layer="stream")
+
+    def wrapped(model, inputs, targets, layers):
+        return Taylor()(model, inputs, targets, layers)
+
+    values, gradient = passed_on(model, "stream", x)
+    positions = 2 if axis == 1 else 1
+    for scorer, expected in (
+        (Taylor(), values * gradient),
+        (wrapped, values * gradient),
+        (Activation(), values.clamp(min=0) / values.shape[positions]),
+        (SCORERS["LayerActivation"], values),
+        (LRP(), LRP().relevance(model, x, LABELS, ["stream"])["stream"]),
+    ):
+        for given in (axis, {"stream": axis}):
+            got = score_units(
+                model, [(x, LABELS)], scorer, layers=["stream", "embed"], unit_axis={"stream": axis}
+            ) if isinstance(given, dict) else score_units(
+                model, [(x, LABELS)], scorer, layers="stream", unit_axis=given
+            )  # fmt: skip
+            torch.testing.assert_close(got["stream"], expected.sum(positions).sum(0))
+    features = collect_features(model, [x], layer="stream", positions=None, unit_axis=axis)
+    rows = values.mT if axis == 1 else values
+    torch.testing.assert_close(features.activations, rows.flatten(0, 1))
+
+
+# Calls by keyword, unused branches, the fast path of transformers
+
+
+class ByKeyword(nn.Module):
+    def __init__(self, *, keyword=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.keyword = keyword
+
+    def call(self, layer, x):
+        return layer(input=x) if self.keyword else layer(x)
+
+    def forward(self, x):
+        x = self.call(self.conv, x).relu().mean((2, 3))
+        return self.call(self.head, self.call(self.fc, x).relu())
+
+
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks:UserWarning")
+@pytest.mark.parametrize("scorer", [LRP(), Taylor(), Activation()], ids=repr)
+def test_layers_called_by_keyword_are_scored_alike(scorer):
+    data = [(torch.rand(2, 3, 6, 6), LABELS)]
+    layers = ["conv:input", "conv", "fc:input", "head:input", "head"]
+    got, expected = (
+        score_units(ByKeyword(keyword=keyword), data, scorer, layers=layers)
+        for keyword in (True, False)
+    )
+    for name in layers:
+        torch.testing.assert_close(got[name], expected[name])
+
+
+def test_all_else_reads_layers_called_by_keyword_too():
+    x = torch.rand(2, 3, 6, 6)
+    model, twin = ByKeyword(), ByKeyword(keyword=False)
+    assert find_head(model, x)[0] == last_weighted(model, x) == "head"
+    for found, expected in zip(
+        (fit_patterns(one, [x], layers=["fc"]) for one in (model, twin)),
+        (fit_patterns(one, [x], layers=["fc"]) for one in (twin, twin)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found.linear["fc"], expected.linear["fc"])
+    got, expected = (
+        edge_relevance(one, [(x, LABELS)], LRP(), layers=["fc"])["fc"] for one in (model, twin)
+    )
+    torch.testing.assert_close(got, expected)
+    features = collect_features(model, [x], layer="fc:input")
+    torch.testing.assert_close(features.activations, model.conv(x).relu().mean((2, 3)).detach())
+
+
+class Branches(nn.Module):
+    """Branches that are not called, see constants only, or lead nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.idle, self.constant, self.lost = nn.Linear(5, 3), nn.Linear(2, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.body(x).relu() + self.constant(torch.ones(2))
+        self.lost(x)
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks:UserWarning")
+@pytest.mark.parametrize("scorer", [LRP(), *SCORERS.values()], ids=repr)
+def test_branches_without_part_in_the_output_are_skipped_unless_named(scorer):
+    model, data = Branches(), [(LAST[:, 0], LABELS)]
+    assert score_units(model, data, scorer).layers == ["body", "head"]
+    with pytest.raises(ValueError, match="'idle' takes no part"):
+        score_units(model, data, scorer, layers="idle")
+    assert trace(model, data[0][0]).unused == {"lost"}
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.embed, self.encoder = nn.Linear(5, 6), nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x)).mean(1))
+
+
+def by_hand(model, x, changed):
+    """The encoder's layer, post-norm, with what ``changed`` makes of the values of its layers."""
+    (layer,) = model.encoder.layers
+    x = model.embed(x)
+    x = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False)[0])
+    hidden = changed["linear1"](layer.linear1(x)).relu()
+    x = layer.norm2(x + changed["linear2"](layer.linear2(hidden)))
+    return model.head(changed["layer"](x).mean(1)), hidden
+
+
+def test_layers_inside_a_transformer_are_seen_and_its_fast_path_comes_back():
+    model = Encoder().eval().requires_grad_(False)
+    name = "encoder.layers.0.linear1"
+    assert torch.backends.mha.get_fastpath_enabled()
+    for scorer in SCORERS.values():
+        got = score_units(model, [(LAST, LABELS)], scorer, layers=name)[name]
+        assert got.shape == (8,)
+        assert torch.backends.mha.get_fastpath_enabled()
+    _, hidden = by_hand(model, LAST, dict.fromkeys(("linear1", "linear2", "layer"), lambda x: x))
+    got = score_units(model, [(LAST, LABELS)], Activation(), layers=name)[name]
+    torch.testing.assert_close(got, hidden.mean(1).sum(0).double(), rtol=1e-5, atol=1e-6)
+
+    def failing(*_):
+        assert not torch.backends.mha.get_fastpath_enabled()
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        score_units(model, [(LAST, LABELS)], failing, layers=name)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("layer", ["linear1", "linear2", "layer"])
+def test_ablation_works_inside_a_transformer_and_behind_it(layer):
+    model = Encoder().eval().requires_grad_(False)
+    width = 8 if layer == "linear1" else 6
+    basis = torch.linalg.qr(torch.rand(width, width).double()).Q
+    found = Subspaces(basis, (2, width - 2), torch.ones(width).double())
+    changed = dict.fromkeys(("linear1", "linear2", "layer"), lambda x: x)
+    changed[layer] = lambda x: found.ablate(x, [0]).to(x)
+    name = "encoder.layers.0" + ("" if layer == "layer" else f".{layer}")
+    expected, _ = by_hand(model, LAST, changed)
+    with ablated(model, name, found, [0]), torch.no_grad():
+        torch.testing.assert_close(model(LAST), expected, rtol=1e-4, atol=1e-5)
+    kept = with_ablation(model, name, found, [0])
+    with torch.no_grad():
+        torch.testing.assert_close(kept(LAST), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ablation_of_what_is_no_layer_of_its_own_is_one_clear_error():
+    model = Encoder().eval()
+    name = "encoder.layers.0.self_attn"
+    with (
+        ablated(model, name, subspaces(), [0]),
+        pytest.raises(ValueError, match="passes on a tuple, not one tensor"),
+    ):
+        model(LAST)
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 6)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.fc.weight)
+
+    reads = Reads()
+    with (
+        ablated(reads, "fc", subspaces(), [0]),
+        pytest.raises(AttributeError, match="reads the layer's weights instead of calling it"),
+    ):
+        reads(LAST)
+
+
+def test_a_batch_norm_follows_only_what_it_reads_unchanged():
+    for activation, found in ((nn.ReLU(inplace=True), {}), (nn.Identity(), {"0": "2"})):
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 1), activation, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2)
+        )
+        assert following_batch_norms(model, SECOND, ["0", "4"]) == found
+    assert last_weighted(nn.Sequential(nn.Flatten()), LAST) is None

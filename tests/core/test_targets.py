@@ -1,0 +1,438 @@
+"""Functions of the logits as targets: closed forms, Captum, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+
+import captum.attr as ca
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from xai_edit import (
+    LRP,
+    Activation,
+    CaptumLayer,
+    NonFiniteError,
+    Random,
+    Taylor,
+    UnitScores,
+    WeightMagnitude,
+    score_units,
+)
+from xai_edit.core.data import Batch
+from xai_edit.core.targets import (
+    checked_target,
+    class_list,
+    classes_of,
+    describe_target,
+    targets_of,
+    weights_of,
+)
+
+LAYERS = ["conv1:input", "conv1", "conv2", "fc1:input", "fc1", "head:input", "head"]
+PRESETS = ["epsilon", "gamma+epsilon", "alpha2beta1", "epsilon-plus"]
+
+
+@pytest.fixture
+def pairs(digits):
+    return digits[0][:12].double(), digits[1][:12]
+
+
+def runner_up(logits):
+    return logits.topk(2, dim=1).indices[:, 1]
+
+
+def difference(logits):
+    return logits[:, 3] - logits[:, 5]
+
+
+def constant(label):
+    return torch.full((12,), label)
+
+
+def assert_close(got, expected, tolerance=1e-10):
+    for name in expected:
+        error = float((got[name] - expected[name]).abs().max())
+        assert error <= tolerance * float(expected[name].abs().max()), name
+
+
+# A class for each sample
+
+
+@pytest.mark.parametrize("initial", ["logit", "one"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_function_that_returns_classes_explains_these_classes(plain, pairs, preset, initial):
+    inputs, labels = pairs
+    second = runner_up(plain.double()(inputs))
+    scorer = LRP(preset, initial=initial)
+    assert not torch.equal(second, labels)
+    for function, classes in (
+        (runner_up, second),
+        (lambda z: z.argmax(1), plain(inputs).argmax(1)),
+        (lambda z: z.argmin(1), plain(inputs).argmin(1)),
+        (lambda z: torch.full(z.shape[:1], 7), constant(7)),
+    ):
+        got = scorer(plain, inputs, function, LAYERS)
+        expected = scorer(plain, inputs, classes, LAYERS)
+        for name in LAYERS:
+            assert torch.equal(got[name], expected[name])
+        assert torch.equal(
+            scorer.heatmap(plain, inputs, function), scorer.heatmap(plain, inputs, classes)
+        )
+
+
+SCORERS = {
+    "LRP": lambda: LRP("epsilon"),
+    "Taylor": Taylor,
+    "Activation": Activation,
+    "LayerGradientXActivation": lambda: CaptumLayer(ca.LayerGradientXActivation),
+    "LayerConductance": lambda: CaptumLayer(ca.LayerConductance, n_steps=4),
+    "LayerActivation": lambda: CaptumLayer(ca.LayerActivation),
+    "LayerDeepLift": lambda: CaptumLayer(ca.LayerDeepLift),
+    "LayerLRP": lambda: CaptumLayer(ca.LayerLRP),
+    "user's function": lambda: (
+        lambda model, inputs, targets, layers: {
+            name: F.one_hot(targets, 10) * model(inputs) for name in layers
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_score_units_takes_a_function_that_returns_classes(plain, pairs, kind):
+    inputs, _ = pairs
+    second = runner_up(plain.double()(inputs))
+    halves = [inputs[:5], inputs[5:]]
+    got = score_units(plain, halves, SCORERS[kind](), layers=["fc1", "head"], target=runner_up)
+    expected = score_units(plain, [(inputs, second)], SCORERS[kind](), layers=["fc1", "head"])
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", sorted({*SCORERS} - {"user's function"}))
+@pytest.mark.parametrize("target", ["predicted", 4])
+def test_words_and_numbers_are_functions_of_the_logits_too(plain, pairs, kind, target):
+    inputs, _ = pairs
+    as_function = {"predicted": lambda z: z.argmax(1), 4: lambda z: torch.full(z.shape[:1], 4)}
+    named, written = (
+        score_units(plain.double(), [inputs], SCORERS[kind](), layers="fc1", target=one)
+        for one in (target, as_function[target])
+    )
+    assert torch.equal(named["fc1"], written["fc1"])
+
+
+# A number for each sample
+
+
+@pytest.mark.parametrize("initial", ["logit", "one"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_relevance_of_a_difference_is_the_difference_of_relevances(plain, pairs, preset, initial):
+    # It starts with ±z, or ±1, at the two outputs, and each rule is linear in what comes from
+    # above.
+    inputs, _ = pairs
+    scorer = LRP(preset, initial=initial)
+    got = scorer(plain.double(), inputs, difference, LAYERS)
+    three, five = (scorer(plain, inputs, constant(label), LAYERS) for label in (3, 5))
+    assert_close(got, {name: three[name] - five[name] for name in LAYERS})
+    heatmaps = [
+        scorer.heatmap(plain, inputs, one) for one in (difference, constant(3), constant(5))
+    ]
+    assert_close({"": heatmaps[0]}, {"": heatmaps[1] - heatmaps[2]})
+
+
+FUNCTIONS = {
+    "difference": difference,
+    "weighted sum": lambda z: 0.5 * z[:, 0] - 2 * z[:, 1] + z[:, 2:5].mean(1),
+    "log-probability": lambda z: torch.log_softmax(z, 1)[:, 2],
+    "probability": lambda z: torch.softmax(z, 1)[:, 2],
+    "margin": lambda z: z.topk(2, 1).values @ torch.tensor([1.0, -1.0], dtype=z.dtype),
+    "entropy": lambda z: torch.distributions.Categorical(logits=z).entropy(),
+    "superclass": lambda z: torch.logsumexp(z[:, ::2], 1) - torch.logsumexp(z[:, 1::2], 1),
+    "squared": lambda z: z[:, 4] ** 2,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("initial", ["logit", "one"])
+def test_relevance_starts_with_the_functions_gradient(plain, pairs, name, initial):
+    inputs, _ = pairs
+    logits = plain.double()(inputs).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(FUNCTIONS[name](logits).sum(), logits)
+    seed = gradient * logits.detach() if initial == "logit" else gradient
+    torch.testing.assert_close(weights_of(FUNCTIONS[name], logits), gradient, rtol=1e-12, atol=0)
+    scorer = LRP("alpha2beta1", initial=initial)
+    got = scorer(plain, inputs, FUNCTIONS[name], ["head", "conv1", "fc1:input"])
+    torch.testing.assert_close(got["head"], seed, rtol=1e-12, atol=1e-14)
+    # Linear from there on: what starts at each class, one after another.
+    parts = [
+        LRP("alpha2beta1", initial="one")(plain, inputs, constant(c), [*got]) for c in range(10)
+    ]
+    for layer in ("conv1", "fc1:input"):
+        expected = sum(seed[:, c, None] * parts[c][layer] for c in range(10))
+        assert_close(got, {layer: expected}, 1e-9)
+
+
+def test_the_closed_form_on_the_last_layer():
+    # One linear layer, epsilon → 0: R_j = x_j (w_3j - w_5j) for one, and each part spread over
+    # its logit's summands, times the logit, for logit; without biases these are the same numbers.
+    torch.manual_seed(0)
+    layer = nn.Linear(7, 10, bias=False).double()
+    model, x = nn.Sequential(layer), torch.randn(4, 7, dtype=torch.float64)
+    W, z = layer.weight.detach(), model(x).detach()
+    by_logit = LRP("epsilon", epsilon=1e-15)
+    got = by_logit(model, x, difference, ["0:input"])["0:input"]
+    torch.testing.assert_close(got, x * (W[3] - W[5]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got.sum(1), difference(z), rtol=1e-9, atol=1e-12)
+    by_one = LRP("epsilon", epsilon=1e-15, initial="one")
+    got = by_one(model, x, difference, ["0:input"])["0:input"]
+    expected = x * (W[3] / z[:, 3:4] - W[5] / z[:, 5:6])
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got.sum(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_relevance_of_a_difference_sums_to_it_without_biases(plain, pairs):
+    inputs, _ = pairs
+    for name, parameter in plain.double().named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+    got = LRP("epsilon", epsilon=1e-14)(plain, inputs, difference, LAYERS)
+    for name in LAYERS:
+        expected = difference(plain(inputs)).detach()
+        torch.testing.assert_close(got[name].sum(1), expected, rtol=1e-7, atol=1e-9)
+
+
+CAPTUM = {
+    "LayerGradientXActivation": {},
+    "LayerConductance": {"n_steps": 4},
+    "LayerIntegratedGradients": {"n_steps": 4},
+    "InternalInfluence": {"n_steps": 4},
+    "LayerDeepLift": {},
+    "LayerFeatureAblation": {},
+}
+
+
+@pytest.mark.parametrize("name", ["difference", "log-probability", "superclass", "squared"])
+@pytest.mark.parametrize("method", CAPTUM)
+def test_captum_explains_the_function_as_a_models_only_output(plain, pairs, method, name):
+    inputs = pairs[0][:4]
+    plain.double()
+    for relu in (plain.relu1, plain.relu2):
+        relu.inplace = False
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = plain
+
+        def forward(self, x):
+            return FUNCTIONS[name](self.model(x))
+
+    made = getattr(ca, method)
+    got = CaptumLayer(made, **CAPTUM[method])(plain, inputs, FUNCTIONS[name], ["fc1", "head:input"])
+    for layer, before in (("fc1", False), ("head:input", True)):
+        module = plain.get_submodule(layer.removesuffix(":input"))
+        expected = made(Wrapped(), module).attribute(
+            inputs, **CAPTUM[method], attribute_to_layer_input=before
+        )
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        torch.testing.assert_close(got[layer], expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_captums_lrp_of_a_function_is_refused(plain, pairs):
+    with pytest.raises(ValueError, match="no rule for a function of the logits"):
+        CaptumLayer(ca.LayerLRP)(plain.double(), pairs[0], difference, ["fc1"])
+
+
+def test_a_functions_score_does_not_depend_on_the_batches(plain, pairs):
+    inputs, _ = pairs
+    whole = score_units(plain.double(), [inputs], LRP("epsilon"), layers="conv2", target=difference)
+    parts = score_units(
+        plain, [inputs[:1], inputs[1:8], inputs[8:]], LRP("epsilon"), layers="conv2",
+        target=difference,
+    )  # fmt: skip
+    torch.testing.assert_close(whole["conv2"], parts["conv2"], rtol=1e-12, atol=0)
+
+
+def test_a_function_runs_without_touching_the_model(plain, pairs, unchanged):
+    inputs, labels = pairs
+    plain(inputs.float()).sum().backward()
+    check = unchanged(plain.double())
+    for kind in ("LRP", "LayerConductance", "Taylor"):
+        with torch.no_grad():
+            score_units(plain, [(inputs, labels)], SCORERS[kind](), layers="fc1", target=runner_up)
+    check()
+
+
+# What is refused
+
+WRONG = {
+    "an int": lambda z: 3,
+    "None": lambda z: None,
+    "a list": lambda z: z.argmax(1).tolist(),
+    "an array": lambda z: np.zeros(len(z)),
+    "logits": lambda z: z,
+    "one number for all": lambda z: z.sum(),
+    "a column": lambda z: z[:, :1],
+    "a class too many": lambda z: torch.zeros(len(z) + 1, dtype=torch.int64),
+    "bool": lambda z: z[:, 0] > 0,
+    "int32": lambda z: z.argmax(1).int(),
+    "complex": lambda z: z[:, 0] + 0j,
+    "a class that is none": lambda z: torch.full(z.shape[:1], 10),
+    "a negative class": lambda z: torch.full(z.shape[:1], -1),
+    "not from the logits": lambda z: torch.ones(len(z), dtype=z.dtype),
+    "detached": lambda z: z.detach()[:, 0],
+    "from a parameter alone": lambda z: PARAMETER * z.detach()[:, 0],
+    "a tuple": lambda z: z.max(1),
+}
+PARAMETER = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["LRP", "Taylor", "LayerActivation", "user's function"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_function_that_gives_something_else_is_one_clear_error(
+    plain, pairs, unchanged, wrong, kind
+):
+    inputs, labels = pairs
+    check = unchanged(plain.double())
+    with pytest.raises(
+        ValueError, match=r"^target: .*(one class|out of range|one number a sample)"
+    ):
+        score_units(plain, [(inputs, labels)], SCORERS[kind](), layers=["fc1"], target=WRONG[wrong])
+    check()
+
+
+@pytest.mark.parametrize("kind", ["Taylor", "user's function"])
+def test_scorers_of_classes_refuse_a_number(plain, pairs, kind):
+    with pytest.raises(ValueError, match=r"float64.* this scorer needs one class a sample, int64"):
+        score_units(
+            plain.double(), [pairs], SCORERS[kind](), layers=["fc1"], target=lambda z: z[:, 0]
+        )
+
+
+@pytest.mark.parametrize("kind", ["LRP", "LayerGradientXActivation"])
+def test_a_function_without_a_finite_gradient_is_an_error(plain, pairs, kind):
+    with pytest.raises(NonFiniteError, match="gradient of its function: NaN or infinite"):
+        score_units(
+            plain.double(), [pairs], SCORERS[kind](), layers="fc1",
+            target=lambda z: (z[:, 0] * 0).sqrt(),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["LRP", "LayerGradientXActivation", "Taylor"])
+def test_a_functions_own_error_reaches_the_user(plain, pairs, kind, unchanged):
+    def failing(logits):
+        raise KeyError("class name")
+
+    check = unchanged(plain.double())
+    with pytest.raises(KeyError, match="class name"):
+        score_units(plain, [pairs], SCORERS[kind](), layers="fc1", target=failing)
+    check()
+
+
+@pytest.mark.parametrize("scorer", [WeightMagnitude(), Random()])
+def test_scorers_of_weights_never_call_the_function(plain, scorer):
+    def failing(logits):
+        raise AssertionError
+
+    score_units(plain, None, scorer, target=failing)
+
+
+@pytest.mark.parametrize("target", ["labels", "predict", 1.5, None, True, LRP, torch.relu_, (1, 2)])
+def test_what_is_no_target_is_refused_before_the_pass(plain, target):
+    if callable(target) and not isinstance(target, type):
+        assert checked_target(target) is target
+        return
+    with pytest.raises(
+        ValueError, match="it is a class number, 'label', 'predicted' or a function"
+    ):
+        score_units(plain, iter(()), LRP(), target=target)
+
+
+@pytest.mark.parametrize("target", [3, np.int64(3), torch.tensor(3)])
+def test_a_class_may_come_in_any_whole_number(target):
+    assert checked_target(target) == 3
+    assert type(checked_target(target)) is int
+
+
+class Margin:
+    """A function with a state."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def __call__(self, logits):
+        return logits[:, 0] - logits[:, self.other]
+
+
+def margin(logits, other):
+    return logits[:, 0] - logits[:, other]
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (runner_up, "runner_up"),
+        (Margin(2), "Margin"),
+        (functools.partial(margin, other=2), "partial"),
+        (2, 2),
+        ("label", "label"),
+    ],
+)
+def test_the_origin_names_the_target(plain, pairs, target, name, tmp_path):
+    scores = score_units(plain.double(), [pairs], LRP(), layers="fc1", target=target)
+    assert scores.origin["target"] == name == describe_target(target)
+    scores.save(tmp_path / "scores.safetensors")
+    assert UnitScores.load(tmp_path / "scores.safetensors").origin == scores.origin
+
+
+def test_any_callable_is_a_function(plain, pairs):
+    inputs, _ = pairs
+    scorer = LRP("epsilon")
+    expected = scorer(plain.double(), inputs, lambda z: z[:, 0] - z[:, 2], ["fc1"])
+    for function in (Margin(2), functools.partial(margin, other=2)):
+        assert torch.equal(scorer(plain, inputs, function, ["fc1"])["fc1"], expected["fc1"])
+
+
+# The functions behind
+
+
+def test_targets_of_a_batch():
+    batch = Batch(torch.zeros(3, 4), torch.tensor([1, 0, 2]))
+    logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 5.0, 2.0]])
+    assert classes_of(targets_of(batch, "label"), logits).tolist() == [1, 0, 2]
+    assert classes_of(targets_of(batch, "predicted"), logits).tolist() == [2, 0, 1]
+    assert classes_of(targets_of(batch, 2), logits).tolist() == [2, 2, 2]
+    assert classes_of(targets_of(batch, runner_up), logits).tolist() == [1, 2, 2]
+    with pytest.raises(ValueError, match="'label' given, but the data has no labels"):
+        targets_of(Batch(torch.zeros(3, 4), None), "label")
+
+
+def test_weights_of_a_class_are_one_hot_in_the_dtype_of_the_logits():
+    logits = torch.zeros(2, 3, dtype=torch.float64)
+    weights = weights_of(torch.tensor([2, 0]), logits)
+    assert weights.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert weights.dtype == torch.float64
+
+
+def test_weights_do_not_reach_into_the_models_graph():
+    x = torch.ones(2, 3, requires_grad=True)
+    weights = weights_of(lambda z: z[:, 0] * z[:, 1], x * 2)
+    assert weights.tolist() == [[2, 2, 0], [2, 2, 0]]
+    assert x.grad is None
+    assert not weights.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("given", "listed"), [(3, [3]), ([3, 1], [3, 1]), (torch.tensor([0, 2]), [0, 2])]
+)
+def test_a_list_of_classes(given, listed):
+    assert class_list(given, 4) == listed
+
+
+@pytest.mark.parametrize("given", [[], [1, 1], "label", 1.0, [0.5], None, [None], [4], -1])
+def test_a_list_of_something_else_is_an_error(given):
+    with pytest.raises(ValueError, match=r"^target: "):
+        class_list(given, 4)

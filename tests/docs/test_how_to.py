@@ -1,0 +1,77 @@
+"""Every how-to page is run as it stands, in a folder with the network of getting started."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+import runpy
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from xai_edit.command.main import main
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS / "getting-started.md", *sorted((DOCS / "how-to").glob("*.md"))]
+BLOCK = re.compile(r"```(python|sh)\n(.*?)```", re.S)
+OWN = {"own-scorer", "own-operator"}  # they have examples, which tests/test_testing.py runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the network's file, its weights and its images."""
+    folder = tmp_path_factory.mktemp("try")
+    for name in ("network.py", "save.py"):
+        shutil.copy(DOCS / "how-to" / name, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        network = importlib.import_module("network")
+        model = network.trained()
+        patch.setattr(network, "trained", lambda: copy.deepcopy(model))  # once for all pages
+        runpy.run_path("save.py")
+        yield folder
+        torch.set_num_threads(threads)
+        importlib.sys.modules.pop("network")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in OWN], ids=lambda p: p.stem)
+def test_the_page_runs(folder, page, capsys):
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    assert blocks
+    scope: dict = {}
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, str(page), "exec"), scope)
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            if program == "python":
+                assert (DOCS.parent / arguments[0]).is_file()  # `make examples` runs it
+                continue
+            assert program == "xai-edit"
+            assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_every_page_is_in_the_contents():
+    contents = (DOCS / "index.md").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert f"\n{page.relative_to(DOCS).with_suffix('')}\n" in contents
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: p.stem)
+def test_links_to_files_of_the_repository_lead_somewhere(page):
+    if "_build" in page.parts or "_tables" in page.parts:
+        pytest.skip("made by the docs build")
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in target and not target.startswith("_tables"):
+            assert (page.parent / target).exists(), target
+    for script in re.findall(r"examples/[\w/]+\.py", text):
+        assert (DOCS.parent / script).is_file(), script

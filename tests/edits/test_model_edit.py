@@ -1,0 +1,501 @@
+"""The edit itself: exact, refusing, and the same after a file."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from xai_edit import EditFileError, EditMismatchError, ModelEdit, NonFiniteError
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+BITS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+property_test = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+class Holder(nn.Module):
+    """Parameters by name, and nothing else."""
+
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view(BITS[tensor.dtype])
+
+
+def bits_of(model):
+    return {name: bits(value).clone() for name, value in model.state_dict().items()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
+
+
+def from_bits(numbers, dtype):
+    """Any bit pattern, made finite by clearing the lowest exponent bit where it is not."""
+    values = torch.tensor(numbers, dtype=torch.int64).to(BITS[dtype]).view(dtype)
+    return torch.where(torch.isfinite(values), values, torch.tensor(-0.0, dtype=dtype))
+
+
+@st.composite
+def problems(draw, names=("w",)):
+    """A model of random bit patterns and new values of random bit patterns for some entries."""
+    tensors, values = {}, {}
+    for name in names:
+        dtype = draw(st.sampled_from(DTYPES))
+        shape = draw(st.lists(st.integers(1, 4), min_size=0, max_size=4))
+        size = torch.Size(shape).numel()
+        width = 8 * torch.empty(0, dtype=dtype).element_size()
+        special = st.sampled_from([0, 1, 3, -(2 ** (width - 1)), 1 - 2 ** (width - 1)])
+        pattern = special | st.integers(-(2 ** (width - 1)), 2 ** (width - 1) - 1)
+        numbers = draw(st.lists(pattern, min_size=size, max_size=size))
+        index = draw(st.lists(st.integers(0, size - 1), unique=True, min_size=1, max_size=size))
+        new = draw(st.lists(pattern, min_size=len(index), max_size=len(index)))
+        tensors[name] = from_bits(numbers, dtype).reshape(shape)
+        values[name] = (torch.tensor(index), from_bits(new, dtype))
+    return Holder(**tensors), values
+
+
+@given(problems(("w", "v")))
+@property_test
+def test_apply_sets_exactly_the_entries_named_and_undo_restores_every_bit(problem):
+    model, values = problem
+    before = bits_of(model)
+    expected = {name: value.clone() for name, value in before.items()}
+    for name, (index, new) in values.items():
+        expected[name].view(-1)[index] = bits(new)
+    edit = ModelEdit.between(model, values, {"operator": "test"})
+    assert same(bits_of(model), before)
+    assert edit.size == sum(int((before[n] != expected[n]).sum()) for n in before)
+    assert edit.apply(model) is model
+    assert same(bits_of(model), expected)
+    assert edit.undo(model) is model
+    assert same(bits_of(model), before)
+
+
+@given(problems(("w", "v")))
+@property_test
+def test_a_loaded_edit_is_the_saved_one(tmp_path, problem):
+    model, values = problem
+    edit = ModelEdit.between(model, values, {"operator": "test", "rate": 0.1, "note": "ü"})
+    edit.save(tmp_path / "a.safetensors")
+    loaded = ModelEdit.load(tmp_path / "a.safetensors")
+    assert loaded.origin == edit.origin
+    assert loaded.changes.keys() == edit.changes.keys()
+    for name, change in edit.changes.items():
+        other = loaded.changes[name]
+        assert other.shape == change.shape
+        assert other.index.dtype == torch.int64
+        assert torch.equal(other.index, change.index)
+        assert torch.equal(bits(other.old), bits(change.old))
+        assert torch.equal(bits(other.new), bits(change.new))
+        assert other.new.dtype == change.new.dtype
+    before = bits_of(model)
+    edit.apply(model)
+    applied = bits_of(model)
+    loaded.undo(model)
+    assert same(bits_of(model), before)
+    loaded.apply(model)
+    assert same(bits_of(model), applied)
+
+
+@given(problems(("w", "v")))
+@property_test
+def test_two_saves_of_one_edit_are_the_same_bytes(tmp_path, problem):
+    model, values = problem
+    edit = ModelEdit.between(model, values, {"operator": "test"})
+    files = []
+    for at in range(4):
+        edit.save(tmp_path / f"{at}.safetensors")
+        files.append((tmp_path / f"{at}.safetensors").read_bytes())
+    ModelEdit.load(tmp_path / "0.safetensors").save(tmp_path / "again.safetensors")
+    assert {*files, (tmp_path / "again.safetensors").read_bytes()} == {files[0]}
+
+
+@given(problems(("w", "v")), st.data())
+@property_test
+def test_disjoint_edits_joined_equal_both_applied_in_either_order(problem, data):
+    model, values = problem
+    parts = [{}, {}]
+    for name, (index, new) in values.items():
+        mine = torch.tensor(
+            data.draw(st.lists(st.booleans(), min_size=len(index), max_size=len(index))),
+            dtype=torch.bool,
+        )
+        for part, mask in zip(parts, (mine, ~mine), strict=True):
+            part[name] = (index[mask], new[mask])
+    a, b = (
+        ModelEdit.between(model, part, {"operator": name})
+        for part, name in zip(parts, "ab", strict=True)
+    )
+    whole = ModelEdit.between(model, values, {})
+    before = bits_of(model)
+    results = []
+    for edits in [(a, b), (b, a), (a | b,), (b | a,), (whole,)]:
+        for edit in edits:
+            edit.apply(model)
+        results.append(bits_of(model))
+        for edit in reversed(edits):
+            edit.undo(model)
+        assert same(bits_of(model), before)
+    assert all(same(result, results[0]) for result in results)
+    assert (a | b).size == a.size + b.size == whole.size
+
+
+def test_joined_edits_keep_the_origin_of_each_part():
+    model = Holder(w=torch.zeros(4))
+    a, b, c = (
+        ModelEdit.between(model, {"w": (torch.tensor([at]), torch.ones(1))}, {"operator": name})
+        for at, name in enumerate("abc")
+    )
+    joined = a | b | c
+    assert [part["operator"] for part in joined.origin["parts"]] == ["a", "b", "c"]
+    assert joined.changes["w"].index.tolist() == [0, 1, 2]
+
+
+def test_joining_different_values_for_one_entry_is_refused_by_name():
+    model = Holder(w=torch.zeros(2, 3))
+    a = ModelEdit.between(model, {"w": (torch.tensor([0, 5]), torch.ones(2))}, {})
+    b = ModelEdit.between(model, {"w": (torch.tensor([4, 5]), torch.tensor([1.0, 2.0]))}, {})
+    with pytest.raises(EditMismatchError, match=r"'w'.*\[1, 2\]"):
+        a | b
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.full((2, 3), 0.5), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)],
+    ids=["value", "shape", "dtype"],
+)
+def test_joining_edits_of_different_models_is_refused(other):
+    a, b = (
+        ModelEdit.between(Holder(w=w), {"w": (torch.tensor([1]), torch.ones(1))}, {})
+        for w in (torch.zeros(2, 3), other)
+    )
+    with pytest.raises(EditMismatchError, match="'w'"):
+        a | b
+
+
+def planned():
+    model = Holder(w=torch.arange(6.0).reshape(2, 3), v=torch.zeros(2))
+    values = {
+        "v": (torch.tensor([1]), torch.tensor([-0.0])),
+        "w": (torch.tensor([5, 1]), torch.tensor([-1.0, 9.0])),
+    }
+    return model, ModelEdit.between(model, values, {"operator": "test"})
+
+
+def refused(edit, model, match, *, undo=False):
+    before = bits_of(model)
+    with pytest.raises(EditMismatchError, match=match):
+        (edit.undo if undo else edit.apply)(model)
+    assert same(bits_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda m: Holder(v=torch.zeros(2)), "'w'"),
+        (lambda m: Holder(w=torch.arange(6.0), v=torch.zeros(2)), r"'w'.*\(6,\).*\(2, 3\)"),
+        (lambda m: m.double(), "float64.*float32"),
+        (lambda m: written(m.w, (1, 2), 7.0, m), r"'w'.*\[1, 2\].*7.*5"),
+        (lambda m: written(m.v, (1,), -0.0, written(m.w, (0, 1), -7.0, m)), "'v'"),
+    ],
+    ids=["no parameter", "shape", "dtype", "value", "zero of the other sign"],
+)
+def test_another_model_is_refused_untouched(spoil, match):
+    model, edit = planned()
+    refused(edit, spoil(model), match)
+
+
+def written(tensor, at, value, model):
+    with torch.no_grad():
+        tensor[at] = value
+    return model
+
+
+def test_what_is_applied_or_not_applied_is_said():
+    model, edit = planned()
+    refused(edit, model, "does not hold", undo=True)
+    edit.apply(model)
+    refused(edit, model, "already")
+    written(model.w, (0, 1), 8.0, model)
+    refused(edit, model, r"'w'.*\[0, 1\]", undo=True)
+
+
+def test_a_change_elsewhere_does_not_stand_in_the_way():
+    model, edit = planned()
+    with torch.no_grad():
+        model.w[0, 0] = 100
+    edit.apply(model)
+    assert model.w.tolist() == [[100, 9, 2], [3, 4, -1]]
+
+
+def test_channels_last_parameters_are_edited_at_the_right_entry():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 4, 3)
+    last = nn.Conv2d(3, 4, 3)
+    last.load_state_dict(plain.state_dict())
+    last = last.to(memory_format=torch.channels_last)
+    assert not last.weight.is_contiguous()
+    values = {"weight": (torch.tensor([0, 17, 50]), torch.tensor([1.0, 2.0, 3.0]))}
+    edit = ModelEdit.between(plain, values, {})
+    assert torch.equal(
+        ModelEdit.between(last, values, {}).changes["weight"].old, edit.changes["weight"].old
+    )
+    stored = last.weight.data_ptr()
+    edit.apply(plain)
+    edit.apply(last)
+    assert torch.equal(plain.weight, last.weight)
+    assert plain.weight.flatten()[[0, 17, 50]].tolist() == [1, 2, 3]
+    assert last.weight.data_ptr() == stored
+    assert last.weight.is_contiguous(memory_format=torch.channels_last)
+    edit.undo(last)
+    edit.undo(plain)
+    assert torch.equal(plain.weight, last.weight)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("names", [["a.weight"], ["b.weight"], ["a.weight", "b.weight"]])
+def test_tied_parameters_are_edited_and_undone_under_either_name(names):
+    torch.manual_seed(0)
+    model = Tied()
+    before = bits_of(model)
+    one = (torch.tensor([4]), torch.tensor([2.0]))
+    edit = ModelEdit.between(model, dict.fromkeys(names, one), {})
+    with edit.applied(model):
+        assert model.a.weight[1, 1] == model.b.weight[1, 1] == 2
+        assert model.a.weight is model.b.weight
+    assert same(bits_of(model), before)
+
+
+def test_different_values_for_two_names_of_one_parameter_are_refused():
+    model = Tied()
+    before = bits_of(model)
+    a, b = (
+        ModelEdit.between(model, {name: (torch.tensor([4]), torch.tensor([value]))}, {})
+        for name, value in (("a.weight", 2.0), ("b.weight", 3.0))
+    )
+    with pytest.raises(EditMismatchError):
+        (a | b).apply(model)
+    assert same(bits_of(model), before)
+
+
+def test_applied_undoes_after_an_exception():
+    model, edit = planned()
+    before = bits_of(model)
+    with edit.applied(model) as inside:
+        assert inside is model
+        assert model.w[1, 2] == -1
+    assert same(bits_of(model), before)
+    with pytest.raises(KeyError, match="mine"), edit.applied(model):
+        raise KeyError("mine")
+    assert same(bits_of(model), before)
+
+
+def test_apply_keeps_parameter_objects_and_needs_no_gradient():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    edit = ModelEdit.between(model, {"weight": (torch.tensor([2]), torch.tensor([2.0]))}, {})
+    weight, stored = model.weight, model.weight.data_ptr()
+    edit.apply(model)
+    assert model.weight is weight
+    assert model.weight.data_ptr() == stored
+    assert model.weight.requires_grad
+    assert model.weight.is_leaf
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 70000.0])
+def test_a_new_value_that_is_not_finite_in_the_tensors_dtype_is_refused(value):
+    model = Holder(w=torch.zeros(3, dtype=torch.float16))
+    with pytest.raises(NonFiniteError, match=r"'w'.*float16"):
+        ModelEdit.between(model, {"w": (torch.tensor([0, 1]), torch.tensor([1.0, value]))}, {})
+
+
+def test_values_that_stay_the_same_are_no_change():
+    model = Holder(w=torch.tensor([1.0, 0.0]))
+    edit = ModelEdit.between(model, {"w": (torch.arange(2), torch.tensor([1.0, -0.0]))}, {})
+    assert edit.changes["w"].index.tolist() == [1]
+    empty = ModelEdit.between(model, {"w": (torch.arange(2), model.w.detach())}, {})
+    assert empty.size == 0
+    assert empty.changes == {}
+
+
+def test_an_edit_that_changes_nothing_can_be_applied_undone_saved_and_shown(tmp_path):
+    model = Holder(w=torch.ones(2))
+    edit = ModelEdit.between(model, {}, {"operator": "none", "reason": "nothing to do"})
+    edit.save(tmp_path / "none.safetensors")
+    loaded = ModelEdit.load(tmp_path / "none.safetensors")
+    before = bits_of(model)
+    loaded.undo(loaded.apply(model))
+    assert same(bits_of(model), before)
+    assert "nothing to do" in loaded.summary()
+    assert "0 weights" in loaded.summary()
+
+
+def test_summary_names_the_tensor_the_entry_and_both_values():
+    _, edit = planned()
+    text = edit.summary()
+    assert str(edit) == text
+    assert "test: changes 3 weights" in text
+    assert "w [2, 3]: 2 of 6" in text
+    assert "[0, 1]: 1 → 9" in text
+    assert "[1, 2]: 5 → -1" in text
+    assert "v [2]: 1 of 2" in text
+    assert "[1]: 0 → -0" in text
+
+
+def test_summary_of_a_scalar_parameter_and_of_many_entries():
+    model = Holder(temperature=torch.tensor(1.0), w=torch.zeros(10))
+    values = {
+        "temperature": (torch.tensor([0]), torch.tensor([2.0])),
+        "w": (torch.arange(10), torch.ones(10)),
+    }
+    text = ModelEdit.between(model, values, {}).summary()
+    assert "1 → 2" in text
+    assert "7 more" in text
+
+
+@pytest.fixture
+def saved(tmp_path):
+    _, edit = planned()
+    path = tmp_path / "edit.safetensors"
+    edit.save(path)
+    return path
+
+
+def test_the_file_of_one_weight_is_below_two_kilobytes(plain, batches, tmp_path):
+    from xai_edit import LogitMask, SingleWeight
+
+    for at, operator in enumerate([SingleWeight(), SingleWeight("exact"), LogitMask()]):
+        edit = operator.plan(plain, batches, target=3)
+        assert edit.size == 1
+        edit.save(tmp_path / f"{at}.safetensors")
+        assert (tmp_path / f"{at}.safetensors").stat().st_size < 2000
+
+
+def test_a_file_cut_short_anywhere_is_refused(saved):
+    content = saved.read_bytes()
+    for length in range(len(content)):
+        saved.write_bytes(content[:length])
+        with pytest.raises(EditFileError, match=r"edit\.safetensors"):
+            ModelEdit.load(saved)
+
+
+def test_a_file_with_bytes_added_is_refused(saved):
+    saved.write_bytes(saved.read_bytes() + b"\0")
+    with pytest.raises(EditFileError):
+        ModelEdit.load(saved)
+
+
+def test_a_file_with_any_one_byte_flipped_is_refused(saved):
+    content = saved.read_bytes()
+    for at in range(len(content)):
+        mask = (0xFF, 0x01, 0x10)[at % 3]
+        saved.write_bytes(content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :])
+        with pytest.raises(EditFileError):
+            ModelEdit.load(saved)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "safetensors", "metadata", "text", "empty"])
+def test_another_kind_of_file_is_refused(tmp_path, kind):
+    path = tmp_path / "other"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"w": [1.0]}))
+    elif kind == "torch":
+        torch.save({"w": torch.ones(3)}, path)
+    elif kind == "safetensors":
+        save_file({"w": torch.ones(3)}, path)
+    elif kind == "metadata":
+        save_file({"w": torch.ones(3)}, path, metadata={"format": "pt"})
+    else:
+        path.write_text("{}" if kind == "text" else "")
+    with pytest.raises(EditFileError, match="other"):
+        ModelEdit.load(path)
+
+
+def test_a_file_of_a_newer_format_is_refused(saved, monkeypatch):
+    import xai_edit.edits.model_edit as module
+
+    monkeypatch.setattr(module, "FORMAT", 0)
+    with pytest.raises(EditFileError, match="newer"):
+        ModelEdit.load(saved)
+
+
+def test_a_file_that_the_first_version_wrote_still_loads():
+    edit = ModelEdit.load(Path(__file__).parent / "files" / "format-1.safetensors")
+    model = Holder(
+        w=torch.arange(6.0).reshape(2, 3),
+        t=torch.tensor(1.0, dtype=torch.double),
+        b16=torch.ones(4, dtype=torch.bfloat16),
+    )
+    model.register_buffer("mean", torch.zeros(3))
+    edit.apply(model)
+    assert model.w.tolist() == [[0, 9, 2], [3, 4, 0]]
+    assert torch.signbit(model.w[1, 2])
+    assert (model.t.item(), model.b16.tolist()) == (2.0, [1, 1, 1, 0.5])
+    assert model.mean.tolist() == [0, 0, -1.5]
+    first, second = edit.origin["parts"]
+    assert (first["operator"], first["rate"], first["note"]) == ("first", 0.1, "ü")
+    assert second["operator"] == "second"
+    assert {"xai_edit", "torch", "zennit", "captum"} == {*first["versions"]}
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        ModelEdit.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["absent/edit.safetensors", "folder"])
+def test_a_save_that_cannot_be_leaves_nothing(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    _, edit = planned()
+    with pytest.raises(OSError, match=name.split("/")[0]):
+        edit.save(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_a_save_that_fails_half_way_keeps_the_old_file(saved, monkeypatch):
+    _, edit = planned()
+    before = saved.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        (edit | edit).save(saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_finished_save_leaves_one_file_that_others_may_read(saved):
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    other = saved.parent / "other"
+    other.touch()
+    assert saved.stat().st_mode == other.stat().st_mode

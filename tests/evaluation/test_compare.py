@@ -1,0 +1,420 @@
+"""Comparisons of scorers against SciPy, brute force and the closed form before the output."""
+
+import itertools
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from zennit import rules as zr
+from zennit.composites import LayerMapComposite, layer_map_base
+from zennit.types import Convolution
+
+import xai_edit as xe
+from xai_edit.core.layers import tapped
+from xai_edit.evaluation.compare import compare_scorers, rank_correlation, top_overlap
+from xai_edit.evaluation.deletion_curve import deletion_curve
+from xai_edit.report.comparison_figures import (
+    deletion_curves,
+    map_grid,
+    rank_matrices,
+    relevance_maps,
+)
+
+DOCS = Path(__file__).parents[2] / "docs"
+CURVES = {"deletion": (0, 0.5), "held_out": [(torch.rand(1, 1, 8, 8), torch.tensor([1]))]}
+RULES = ["epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1"]
+
+
+class Fixed:
+    """A scorer that gives what it was given, whatever the network."""
+
+    needs_data = False
+
+    def __init__(self, **scores):
+        self.scores = {name: torch.as_tensor(values)[None] for name, values in scores.items()}
+
+    def __call__(self, model, inputs, targets, layers):
+        return {name: self.scores[name] for name in layers}
+
+
+def compared(plain, rows, **options):
+    named = {f"s{number}": Fixed(fc1=row) for number, row in enumerate(rows)}
+    return compare_scorers(plain, None, named, layers="fc1", **options)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_rank_correlations_are_those_of_scipy(plain, ties):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    if ties:
+        rows = rows.mul(1.5).round()
+    found = compared(plain, rows).rank_correlation["fc1"]
+    assert found.shape == (5, 5)
+    assert found.dtype == torch.float64
+    for i, j in itertools.product(range(5), repeat=2):
+        assert float(found[i, j]) == pytest.approx(spearmanr(rows[i], rows[j]).statistic)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 0.5, 0.99, 1.0])
+def test_the_overlap_is_that_of_two_sets(plain, share):
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(4, 12, generator=generator, dtype=torch.float64)
+    found = compared(plain, rows, share=share).overlap["fc1"]
+    count = max(1, round(12 * share))
+    tops = [set(sorted(range(12), key=lambda unit: -row[unit])[:count]) for row in rows.tolist()]
+    for i, j in itertools.product(range(4), repeat=2):
+        assert float(found[i, j]) == pytest.approx(len(tops[i] & tops[j]) / count)
+
+
+def test_the_top_is_the_one_that_an_edit_would_take(plain):
+    rows = torch.tensor([[0.0, 1, 1, 1] * 3, [1.0, 0, 2, 2] * 3])  # ties
+    comparison = compared(plain, rows, share=0.25)
+    one, other = (
+        set(scores.top("fc1", share=0.25).tolist()) for scores in comparison.scores.values()
+    )
+    assert float(comparison.overlap["fc1"][0, 1]) == pytest.approx(len(one & other) / 3)
+
+
+def test_scorers_that_agree_or_are_opposed(plain):
+    row = torch.arange(12.0)
+    comparison = compared(plain, [row, row.exp(), -row], share=0.5)
+    assert comparison.rank_correlation["fc1"][0].tolist() == pytest.approx([1, 1, -1])
+    assert comparison.overlap["fc1"][0].tolist() == [1, 1, 0]
+
+
+def test_unrelated_orders_correlate_with_nothing_and_share_as_many_units_as_chance():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(40, 300, generator=generator, dtype=torch.float64)
+    apart = ~torch.eye(40, dtype=torch.bool)
+    assert abs(float(rank_correlation(rows)[apart].mean())) < 0.01
+    for share in (0.1, 0.5):
+        assert float(top_overlap(rows, share)[apart].mean()) == pytest.approx(share, abs=0.01)
+
+
+def test_constant_scores_are_undefined_and_say_so_without_a_warning(plain):
+    rows = [torch.arange(12.0), torch.full((12,), 0.1), torch.arange(12.0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        comparison = compared(plain, rows)
+        table = comparison.to_dict()["layers"]["fc1"]
+    for matrix in (comparison.rank_correlation["fc1"], comparison.overlap["fc1"]):
+        assert matrix.isnan().tolist() == [[i == 1 or j == 1 for j in range(3)] for i in range(3)]
+        assert float(matrix[0, 2]) == pytest.approx(1)
+    assert table["rank_correlation"][1] == [None] * 3
+    json.dumps(comparison.to_dict(), allow_nan=False)
+    assert "nan" in str(comparison)
+
+
+# How the data is read.
+
+
+@pytest.fixture
+def scorers():
+    return {"LRP": xe.LRP("alpha1beta0"), "Taylor": xe.Taylor(), "weights": xe.WeightMagnitude()}
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "mean", "abs"])
+@pytest.mark.parametrize("kind", ["list", "iterator", "loader", "dataset"])
+def test_every_scorer_has_the_scores_of_its_own_pass(
+    plain, batches, scorers, kind, aggregate, unchanged
+):
+    whole = TensorDataset(*(torch.cat(part) for part in zip(*batches, strict=True)))
+    data = {
+        "list": batches,
+        "iterator": iter(batches),
+        "loader": DataLoader(whole, batch_size=60),
+        "dataset": whole,
+    }[kind]
+    check = unchanged(plain)
+    comparison = compare_scorers(plain, data, scorers, aggregate=aggregate, target=3)
+    assert comparison.names == [*scorers]
+    assert comparison.layers == ["conv1", "conv2", "fc1", "head"]
+    for name, scorer in scorers.items():
+        alone = xe.score_units(plain, batches, scorer, aggregate=aggregate, target=3)
+        assert comparison.scores[name].samples == alone.samples
+        for layer in alone:
+            assert torch.allclose(comparison.scores[name][layer], alone[layer], rtol=1e-6), layer
+    check()
+
+
+def test_scorers_name_themselves_in_a_sequence(plain, batches):
+    comparison = compare_scorers(plain, batches, ["epsilon", xe.Taylor(), xe.Random(seed=3)])
+    assert comparison.names == ["epsilon", "Taylor()", "Random(seed=3)"]
+    assert comparison.scores["epsilon"].origin["scorer"] == repr(xe.LRP("epsilon"))
+
+
+def test_a_layer_that_takes_no_part_is_left_out_where_none_are_named(batches):
+    class Resting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.unused, self.fc2 = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.fc2(self.fc1(x.flatten(1)).relu())
+
+    comparison = compare_scorers(Resting().eval(), batches, [xe.Random(), "epsilon"])
+    assert comparison.layers == ["fc1", "fc2"]
+
+
+# The layer before the output, where the rules rank alike.
+
+
+def test_before_the_output_relevance_is_the_input_times_the_weight_times_one_factor(plain, batches):
+    x, y = batches[0]
+    with tapped(plain, ["head:input"]) as tap, torch.no_grad():
+        logits = plain(x)[range(len(y)), y]
+    inputs = tap.values["head:input"]
+    assert inputs.min() >= 0
+    parts = inputs * plain.head.weight[y].detach()
+    for rule in RULES:
+        for initial, factor in (("logit", torch.ones(len(y))), ("one", 1 / logits)):
+            scorer = xe.LRP(rule, initial=initial)
+            for layer in ("head:input", "fc1"):
+                relevance = scorer(plain, x, y, [layer])[layer].detach()
+                assert torch.allclose(relevance, parts * factor[:, None], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["label", 3])
+def test_the_four_rules_rank_alike_behind_the_last_convolution_and_part_before_it(
+    plain, batches, target
+):
+    layers = ["conv1", "conv2", "fc1", "head:input"]
+    comparison = compare_scorers(plain, batches, RULES, layers=layers, target=target)
+    for layer in layers[1:]:
+        assert comparison.rank_correlation[layer].min() == pytest.approx(1), layer
+        assert comparison.overlap[layer].min() == 1, layer
+        for rule in RULES[1:]:
+            assert torch.equal(comparison.scores["epsilon"][layer], comparison.scores[rule][layer])
+    # A convolution's own rule acts on what is in front of it.
+    assert not torch.equal(*(comparison.scores[rule]["conv1"] for rule in RULES[:2]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "known"),
+    [
+        (zr.Epsilon(), lambda part: part),
+        (zr.Gamma(0.25), lambda part: part),
+        (zr.AlphaBeta(2.0, 1.0), lambda part: part),
+        (zr.AlphaBeta(1.0, 0.0), lambda part: part.clamp(min=0)),  # tells the positive ones apart
+    ],
+)
+@pytest.mark.parametrize("signed", [False, True])
+def test_each_sample_keeps_its_order_when_a_rule_is_used_on_the_last_layer_too(signed, rule, known):
+    """Each is a rising function of x_k·w_ck; it is the sum over samples that may part."""
+    torch.manual_seed(0)
+    head = nn.Linear(30, 5)
+    x = torch.randn(40, 30) if signed else torch.rand(40, 30)
+    y = head(x).argmax(1)
+    positive = head(x)[range(40), y] > 0.05
+    x, y = x[positive], y[positive]
+    assert len(x) > 20
+    scorer = xe.LRP(LayerMapComposite([*layer_map_base(), (Convolution, rule), (nn.Linear, rule)]))
+    found = scorer(nn.Sequential(nn.Identity(), head).eval(), x, y, ["1:input"])["1:input"]
+    for sample, part in zip(found.double(), (x * head.weight[y]).detach().double(), strict=True):
+        assert spearmanr(sample, known(part)).statistic == pytest.approx(1, abs=1e-3)
+
+
+# Deletion curves of a comparison.
+
+
+def test_curves_are_those_of_deletion_curve(plain, batches, scorers, unchanged):
+    held_out = [(batches[0][0].flip(0), batches[0][1].flip(0))]
+    shares = (0, 0.25, 0.5)
+    check = unchanged(plain)
+    comparison = compare_scorers(
+        plain, batches, scorers, target=3, deletion=shares, held_out=held_out
+    )
+    assert [*comparison.deletion] == ["conv1", "conv2", "fc1"]  # not the output
+    for layer, curves in comparison.deletion.items():
+        assert [*curves] == comparison.names
+        for name, curve in curves.items():
+            alone = deletion_curve(
+                plain,
+                held_out,
+                comparison.scores[name],
+                layers=layer,
+                target=3,
+                shares=shares,
+            )
+            assert curve == alone
+    text = json.dumps(comparison.to_dict(), allow_nan=False)
+    told = json.loads(text)["layers"]["fc1"]["deletion"]["LRP"]
+    assert told["accuracy"] == [*comparison.deletion["fc1"]["LRP"].accuracy]
+    check()
+
+
+def test_curves_of_labels_are_over_all_samples_and_of_the_layers_asked_for(plain, batches):
+    comparison = compare_scorers(
+        plain,
+        batches,
+        RULES,
+        deletion=(0, 0.5),
+        deletion_layers="fc1",
+        held_out=batches,
+    )
+    assert [*comparison.deletion] == ["fc1"]
+    first, *others = comparison.deletion["fc1"].values()
+    assert first.target is None
+    assert first.rest is None
+    assert all(curve is first for curve in others)  # ranked alike: measured once
+
+
+def test_the_table_names_every_scorer_and_layer(plain, batches, scorers):
+    comparison = compare_scorers(plain, batches, scorers, deletion=(0, 0.5), held_out=batches)
+    lines = str(comparison).splitlines()
+    for name in scorers:
+        assert sum(name in line for line in lines) >= 1
+    for layer in ("conv1", "conv2", "fc1"):
+        assert sum(line.startswith(layer) for line in lines) == 2
+    rho = float(comparison.rank_correlation["fc1"][0, 1])
+    assert f"{rho:.3f} / {float(comparison.overlap['fc1'][0, 1]):.2f}" in str(comparison)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"scorers": []}, ValueError, "scorers.*one or more"),
+        ({"scorers": ["epsilon", "epsilon"]}, ValueError, "scorers.*its own name"),
+        ({"scorers": "epsilon"}, TypeError, "scorers.*list"),
+        ({"scorers": xe.Taylor()}, TypeError, "scorers.*list"),
+        ({"scorers": ["epsilom"]}, ValueError, "'epsilom' is not a preset"),
+        ({"scorers": {"a": 5}}, TypeError, "scorer: 5"),
+        ({"layers": "fc9"}, ValueError, "fc9.*not found"),
+        ({"layers": []}, ValueError, "empty"),
+        ({"share": 0}, ValueError, "share.*fraction"),
+        ({"share": 10}, ValueError, "share.*percent"),
+        ({"target": 12}, ValueError, "class 12"),
+        ({"aggregate": "max"}, ValueError, "aggregate"),
+        ({"deletion": (0, 0.5)}, ValueError, "held_out"),
+        ({"held_out": [(torch.rand(1, 1, 8, 8), torch.tensor([1]))]}, ValueError, "deletion"),
+        ({"deletion": (0, 50), "held_out": []}, ValueError, "percent"),
+        ({"deletion_layers": "fc1"}, ValueError, "held_out"),
+        (CURVES | {"deletion_layers": "fc9"}, ValueError, "fc9.*not found"),
+        (
+            CURVES | {"layers": "fc1", "deletion_layers": "conv1"},
+            ValueError,
+            "conv1.*compared layers",
+        ),
+        (CURVES | {"held_out": iter([])}, TypeError, "held_out: .*only once"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(
+    plain, batches, unchanged, wrong, error, message
+):
+    check = unchanged(plain)
+    options = {"scorers": ["epsilon"], **wrong}
+    with pytest.raises(error, match=message):
+        compare_scorers(plain, batches, options.pop("scorers"), **options)
+    check()
+
+
+def test_data_that_is_missing_or_used_up_is_refused(plain, batches):
+    with pytest.raises(ValueError, match="None given"):
+        compare_scorers(plain, None, ["epsilon", xe.Random()])
+    used = iter(batches)
+    assert len([*used]) == 3
+    with pytest.raises(ValueError, match="used up"):
+        compare_scorers(plain, used, ["epsilon"])
+    with pytest.raises(TypeError, match="only once"):
+        compare_scorers(plain, batches, ["epsilon"], deletion=(0, 1), held_out=iter(batches))
+
+
+# Pictures.
+
+
+def test_maps_are_the_heatmaps_of_those_that_have_one(plain, batches, unchanged):
+    x, y = batches[0][0][:3], batches[0][1][:3]
+    check = unchanged(plain)
+    maps = relevance_maps(plain, x, [*RULES, xe.Random()], targets=y)
+    assert [*maps] == RULES
+    for rule, values in maps.items():
+        assert torch.equal(values, xe.LRP(rule).heatmap(plain, x, y))
+    check()
+    with pytest.raises(ValueError, match="heatmap"):
+        relevance_maps(plain, x, [xe.Random(), xe.Taylor()], targets=y)
+
+
+def test_pictures_are_the_same_bytes_for_the_same_figures(plain, batches):
+    x, y = batches[0][0][:2], batches[0][1][:2]
+    comparison = compare_scorers(
+        plain,
+        batches,
+        {**{rule: xe.LRP(rule) for rule in RULES}, "none": Fixed(conv1=[1.0] * 4, fc1=[1.0] * 12)},
+        layers=["conv1", "fc1"],
+        target=3,
+        deletion=(0, 0.5),
+        held_out=batches,
+    )
+    maps = relevance_maps(plain, x, RULES, targets=y)
+    for draw in (
+        lambda: map_grid(x, maps),
+        lambda: map_grid(x.expand(-1, 3, -1, -1), maps),
+        lambda: rank_matrices(comparison),
+        lambda: rank_matrices(comparison, layers=["fc1"]),
+        lambda: deletion_curves(comparison.deletion),
+    ):
+        picture = draw()
+        assert picture.startswith(b"\x89PNG")
+        assert draw() == picture
+    with pytest.raises(ValueError, match="nothing to draw"):
+        deletion_curves({})
+
+
+# The page.
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((DOCS / "results" / "compare-rules.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page():
+    return (DOCS / "comparing-rules.md").read_text(encoding="utf-8")
+
+
+def cell(value):
+    text = f"{abs(value):.2f}".removeprefix("0")
+    return f"−{text}" if value < 0 and text != ".00" else text
+
+
+def pair(left, right):
+    return f"{cell(left)} / {cell(right)}"
+
+
+@pytest.mark.parametrize("part", ["digits", "cifar10"])
+def test_the_page_shows_the_committed_figures(results, page, part):
+    shown, at = 0, results["shares"].index(0.1)
+    assert results["top_share"] == 0.1
+    assert results["command"] in page
+    for layer, figures in results[part]["layers"].items():
+        cells = map(pair, figures["rank_correlation"][0][1:], figures["overlap"][0][1:])
+        row = f"| `{layer}` | {figures['units']} | {' | '.join(cells)} |"
+        shown += row in page
+        assert row in page or f"| `{layer}` | {figures['units']} |" not in page, layer
+        if curves := figures.get("deletion"):
+            assert [*curves] == results[part]["names"]
+            cells = [pair(one["accuracy"][at], one["rest"][at]) for one in curves.values()]
+            assert f"| `{layer}`, 10 % off | {' | '.join(cells)} |" in page
+            cells = [cell(one["area"]) for one in curves.values()]
+            assert f"| `{layer}`, area | {' | '.join(cells)} |" in page
+    assert shown >= 4
+
+
+def test_the_page_shows_the_committed_figures_before_the_output(results, page):
+    found = results["before_output"]
+    assert found["smallest_input"] == 0
+    assert found["left_out_for_a_negative_logit"] == 1
+    assert f"{found['samples'] - 1:,} samples (one with a negative logit" in page
+    for name, row in found["lowest"].items():
+        each = pair(row["sample_rank_correlation"], row["sample_overlap"])
+        total = pair(row["sum_rank_correlation"], row["sum_overlap"])
+        assert f"| {name} | {each} | {total} |" in page

@@ -1,0 +1,276 @@
+"""Deletion curves against networks whose weights are set to zero by hand."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, auc
+
+import xai_edit as xe
+from xai_edit.evaluation.deletion_curve import deletion_curve
+
+SHARES = (0, 0.2, 0.5, 1)
+
+
+def scores_of(model, layers, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    width = {
+        name: len(xe.score_units(model, None, xe.Random(), layers=name)[name]) for name in layers
+    }
+    return xe.UnitScores(
+        {
+            name: torch.randn(size, generator=generator, dtype=torch.float64)
+            for name, size in width.items()
+        },
+        1,
+    )
+
+
+def zeroed(model, layer, units):
+    """A copy with some units off, one parameter after the other."""
+    edited = copy.deepcopy(model)
+    module = edited.get_submodule(layer.removesuffix(":input"))
+    for unit in units:
+        if layer.endswith(":input"):
+            module.weight.data[:, unit] = 0
+            continue
+        module.weight.data[unit] = 0
+        if module.bias is not None:
+            module.bias.data[unit] = 0
+        if layer in ("body.0", "body.3"):
+            norm = edited.body[int(layer[-1]) + 1]
+            norm.weight.data[unit] = norm.bias.data[unit] = 0
+    return edited
+
+
+def by_hand(model, data, target):
+    """Accuracy, mean logit, mean probability of the target's samples; accuracy of the rest."""
+    logits = torch.cat([model(x) for x, _ in data]).detach().double().numpy()
+    labels = torch.cat([y for _, y in data]).numpy()
+    mine = np.full(len(labels), True) if target is None else labels == target
+    own = logits[mine, labels[mine]]
+    powers = np.exp(logits[mine])
+    rest = accuracy_score(labels[~mine], logits[~mine].argmax(1)) if (~mine).any() else None
+    return (
+        accuracy_score(labels[mine], logits[mine].argmax(1)),
+        own.mean(),
+        (powers[range(len(own)), labels[mine]] / powers.sum(1)).mean(),
+        rest,
+    )
+
+
+def agrees(curve, point, expected):
+    found = (curve.accuracy, curve.logit, curve.probability, curve.rest)
+    for figures, number in zip(found, expected, strict=True):
+        if number is None:
+            assert figures is None
+        else:
+            assert figures[point] == pytest.approx(number, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("order", ["most", "least"])
+@pytest.mark.parametrize("target", [None, 3])
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "fc1", "head:input", "fc1:input"])
+def test_each_point_is_the_network_with_weights_zeroed_by_hand(
+    plain, batches, layer, target, order, unchanged
+):
+    check = unchanged(plain)
+    scores = scores_of(plain, [layer])
+    curve = deletion_curve(plain, batches, scores, target=target, shares=SHARES, order=order)
+    ranked = np.argsort(scores[layer].numpy() * (1 if order == "least" else -1))
+    for point, share in enumerate(SHARES):
+        off = ranked[: round(len(ranked) * share)]
+        assert curve.units[point] == len(off)
+        agrees(curve, point, by_hand(zeroed(plain, layer, off), batches, target))
+    assert curve.shares == SHARES
+    assert (curve.layers, curve.target, curve.order) == ((layer,), target, order)
+    check()
+
+
+@pytest.mark.parametrize("layer", ["body.0", "body.3", "fc:input"])
+def test_a_batch_norm_passes_nothing_of_a_unit_that_is_off(norm, batches, layer, unchanged):
+    scores = scores_of(norm, [layer])
+    seen = []
+    if layer != "fc:input":
+        after = norm.body[int(layer[-1]) + 1]
+        after.register_forward_hook(lambda _, __, out: seen.append(out.abs().amax((0, 2, 3))))
+    check = unchanged(norm)
+    curve = deletion_curve(norm, batches, scores, target=5, shares=SHARES)
+    ranked = np.argsort(-scores[layer].numpy())
+    for share in SHARES[1:] if seen else ():
+        off = torch.tensor(ranked[: round(len(ranked) * share)].copy())
+        assert any(not peak[off].any() for peak in seen)
+    for point, share in enumerate(SHARES):
+        off = ranked[: round(len(ranked) * share)]
+        agrees(curve, point, by_hand(zeroed(norm, layer, off), batches, 5))
+    check()
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_several_layers_are_ranked_apart_or_together(plain, batches, ranking):
+    layers = ["conv1", "conv2", "fc1"]
+    scores = scores_of(plain, [*layers, "head"])
+    curve = deletion_curve(plain, batches, scores, shares=SHARES, ranking=ranking)
+    assert curve.layers == tuple(layers)  # all but the output
+    together = sorted(
+        (-float(value / scores[name].abs().sum()), name, unit)
+        for name in layers
+        for unit, value in enumerate(scores[name])
+    )
+    for point, share in enumerate(SHARES):
+        if ranking == "global":
+            off = [pair[1:] for pair in together[: round(len(together) * share)]]
+        else:
+            off = [
+                (name, unit)
+                for name in layers
+                for unit in scores.rank(name)[: round(len(scores[name]) * share)].tolist()
+            ]
+        edited = plain
+        for name in layers:
+            edited = zeroed(edited, name, [unit for one, unit in off if one == name])
+        assert curve.units[point] == len(off)
+        agrees(curve, point, by_hand(edited, batches, None))
+
+
+def test_layers_that_share_a_weight_are_switched_off_together(plain, batches):
+    scores = scores_of(plain, ["fc1", "fc1:input", "head:input"])
+    curve = deletion_curve(plain, batches, scores, shares=(0, 0.5))
+    edited = plain
+    for name in scores:
+        edited = zeroed(edited, name, scores.top(name, share=0.5).tolist())
+    agrees(curve, 1, by_hand(edited, batches, None))
+
+
+def test_the_first_point_is_the_network_as_it_is(plain, batches):
+    curve = deletion_curve(plain, batches, scores_of(plain, ["fc1"]), target=7)
+    accuracy = xe.evaluate_groups(plain, batches)
+    assert curve.shares[0] == curve.units[0] == 0
+    assert curve.accuracy[0] == pytest.approx(accuracy.of(7))
+    assert curve.rest[0] == pytest.approx(accuracy.rest(7))
+
+
+def test_the_area_is_that_of_scikit_learn(plain, batches):
+    shares = (0.1, 0.15, 0.4, 0.9)
+    curve = deletion_curve(plain, batches, scores_of(plain, ["fc1"]), target=1, shares=shares)
+    assert curve.area == pytest.approx(auc(shares, curve.accuracy) / 0.8)
+    flat = dataclasses.replace(curve, accuracy=(0.3,) * 4)
+    assert flat.area == pytest.approx(0.3)
+    told = json.loads(json.dumps(curve.to_dict(), allow_nan=False))
+    assert told["area"] == curve.area
+    assert told["accuracy"] == [*curve.accuracy]
+
+
+def test_a_share_is_at_least_one_unit_unless_it_is_zero(plain, batches):
+    curve = deletion_curve(plain, batches, scores_of(plain, ["conv1"]), shares=(0, 0.01, 0.3))
+    assert curve.units == (0, 1, 1)
+
+
+def test_lrp_finds_the_units_of_a_class_and_the_order_matters(plain, digits):
+    images, labels = digits
+    held_out = [(images[400:1000], labels[400:1000])]
+    areas = {"most": [], "least": [], "random": []}
+    for target in range(10):
+        own = torch.nonzero(labels[:400] == target)[:, 0]
+        scores = xe.score_units(
+            plain, [(images[own], labels[own])], xe.LRP("epsilon"), layers="fc1", target=target
+        )
+        for order in ("most", "least"):
+            curve = deletion_curve(plain, held_out, scores, target=target, order=order)
+            areas[order].append(curve.area)
+        random = scores_of(plain, ["fc1"], target)
+        areas["random"].append(deletion_curve(plain, held_out, random, target=target).area)
+    mean = {name: np.mean(values) for name, values in areas.items()}
+    assert mean["most"] < mean["random"] - 0.2
+    assert mean["least"] > mean["random"] + 0.1
+
+
+def test_samples_of_the_class_alone_give_no_rest(plain, batches):
+    own = [(x[y == 2], y[y == 2]) for x, y in batches]
+    curve = deletion_curve(plain, own, scores_of(plain, ["fc1"]), target=2, shares=(0, 0.5))
+    assert curve.rest is None
+    assert curve.to_dict()["rest"] is None
+
+
+def test_a_loader_and_a_dataset_are_read_anew_at_each_share(plain, batches):
+    scores = scores_of(plain, ["fc1"])
+    data = torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*batches, strict=True)))
+    expected = deletion_curve(plain, batches, scores, shares=SHARES)
+    for given in (data, torch.utils.data.DataLoader(data, batch_size=70, shuffle=True)):
+        curve = deletion_curve(plain, given, scores, shares=SHARES)
+        assert curve.accuracy == pytest.approx(expected.accuracy)
+        assert curve.logit == pytest.approx(expected.logit, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"layers": "fc9"}, ValueError, "fc9.*not found"),
+        ({"layers": "conv1"}, KeyError, "conv1.*not found.*scored layers"),
+        ({"layers": ["fc1", "fc1"]}, ValueError, "twice"),
+        ({"layers": []}, ValueError, "empty"),
+        ({"layers": "head"}, ValueError, "head.*output"),
+        ({"shares": (0, 1.1)}, ValueError, "fraction"),
+        ({"shares": (0, 10)}, ValueError, "percent"),
+        ({"shares": (-0.1, 0.5)}, ValueError, "fraction"),
+        ({"shares": (0, float("nan"))}, ValueError, "fraction"),
+        ({"shares": (0.5, 0.1)}, ValueError, "ascending"),
+        ({"shares": (0.1, 0.1)}, ValueError, "ascending"),
+        ({"shares": (0.1,)}, ValueError, "two or more"),
+        ({"shares": 0.1}, TypeError, "shares"),
+        ({"order": "best"}, ValueError, "order.*'most', 'least'"),
+        ({"ranking": "layer"}, ValueError, "ranking.*'local', 'global'"),
+        ({"target": 10}, ValueError, "class 10 is out of range"),
+        ({"target": "label"}, ValueError, "target"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(
+    plain, batches, unchanged, wrong, error, message
+):
+    check = unchanged(plain)
+    with pytest.raises(error, match=message):
+        deletion_curve(plain, batches, scores_of(plain, ["fc1", "head"]), **wrong)
+    check()
+
+
+def test_bad_data_is_refused(plain, norm, batches, unchanged):
+    check = unchanged(plain)
+    scores = scores_of(plain, ["fc1"])
+    with pytest.raises(TypeError, match="only once"):
+        deletion_curve(plain, iter(batches), scores)
+    with pytest.raises(ValueError, match="no labels"):
+        deletion_curve(plain, [x for x, _ in batches], scores)
+    with pytest.raises(ValueError, match="no samples of class 4"):
+        deletion_curve(plain, [(x[y != 4], y[y != 4]) for x, y in batches], scores, target=4)
+    with pytest.raises(ValueError, match="no samples"):
+        deletion_curve(plain, [], scores)
+    with pytest.raises(ValueError, match=r"11 for the 12 units of layer 'fc1'"):
+        deletion_curve(plain, batches, xe.UnitScores({"fc1": torch.zeros(11)}, 1))
+    with pytest.raises(ValueError, match=r"body\.0.*not found"):
+        deletion_curve(plain, batches, scores_of(norm, ["body.0"]))
+    check()
+
+
+def test_the_model_is_whole_again_when_the_data_fails_in_the_middle(plain, batches, unchanged):
+    class Failing:
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            for at, batch in enumerate(batches):
+                if self.reads == 4 and at == 1:
+                    raise OSError("the disk is gone")
+                yield batch
+
+    check = unchanged(plain)
+    plain.train()
+    data = Failing()
+    with pytest.raises(OSError, match="disk"):
+        deletion_curve(plain, data, scores_of(plain, ["fc1"]), shares=SHARES)
+    assert data.reads == 4
+    assert plain.training
+    plain.eval()
+    check()

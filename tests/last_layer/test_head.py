@@ -1,0 +1,198 @@
+"""The last linear layer: found by what it gives, its inputs kept once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from xai_edit import LEACE, NonFiniteError
+from xai_edit.last_layer.head import collect_head_features, find_head, head_features
+
+
+class Ends(nn.Module):
+    """A body, a head, and something done to its output."""
+
+    def __init__(self, after, bias=True):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3, bias=bias)
+        self.after = after
+
+    def forward(self, x):
+        return self.after(self.head(self.body(x).relu()))
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_head_is_the_layer_that_gives_the_output(plain, norm, digits, unchanged):
+    for model, name in ((plain, "head"), (norm, "fc")):
+        check = unchanged(model)
+        assert find_head(model, digits[0][:3]) == (name, model.get_submodule(name))
+        check()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "after",
+    [
+        nn.Identity(),
+        nn.Softmax(1),
+        nn.LogSoftmax(-1),
+        nn.Dropout(0.5),
+    ],
+    ids=lambda after: type(after).__name__,
+)
+def test_a_softmax_or_nothing_may_follow_the_head(after, bias, inputs):
+    torch.manual_seed(0)
+    model = Ends(after, bias=bias)
+    assert find_head(model, inputs)[0] == "head"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        nn.ReLU(),
+        nn.ReLU(inplace=True),
+        lambda logits: logits * 2,
+        lambda logits: logits.mul_(2),
+        lambda logits: logits.sigmoid(),
+        lambda logits: logits[:, :2],
+        lambda logits: logits.flip(1),
+    ],
+    ids=["relu", "relu in place", "times", "times in place", "sigmoid", "slice", "flip"],
+)
+def test_a_head_followed_by_more_is_refused_by_name(after, inputs):
+    torch.manual_seed(0)
+    model = Ends(after)
+    with pytest.raises(ValueError, match=r"final linear layer.*'head'"):
+        find_head(model, inputs)
+    with pytest.raises(ValueError, match=r"final linear layer.*'head'"):
+        collect_head_features(model, [inputs])
+
+
+def test_a_model_without_a_linear_layer_is_refused(digits):
+    model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
+    with pytest.raises(ValueError, match=r"final linear layer.*none"):
+        find_head(model, digits[0][:3])
+
+
+@pytest.mark.parametrize("after", [lambda z: (z, z), lambda z: z[None], lambda z: z.sum()])
+def test_an_output_that_is_not_one_row_of_logits_a_sample_is_refused(after, inputs):
+    with pytest.raises(ValueError, match="classifier"):
+        find_head(Ends(after), inputs)
+
+
+def test_nan_logits_are_refused(inputs):
+    with pytest.raises(NonFiniteError):
+        find_head(Ends(lambda z: z / 0 * 0), inputs)
+
+
+def test_features_times_weights_are_the_models_logits(plain, norm, batches):
+    for model in (plain.double(), norm.double()):
+        data = [(x.double(), y) for x, y in batches]
+        head = collect_head_features(model, data)
+        logits = torch.cat([model(x) for x, _ in data]).detach()
+        assert torch.allclose(head.logits(), logits, rtol=0, atol=1e-12)
+        assert torch.equal(head.labels, torch.cat([y for _, y in data]))
+        assert head.attribute is None
+        assert head.classes == 10
+
+
+def test_the_weights_kept_are_copies(plain, batches):
+    head = collect_head_features(plain, batches)
+    before = head.weight.clone()
+    with torch.no_grad():
+        plain.head.weight.zero_()
+        plain.head.bias.zero_()
+    assert torch.equal(head.weight, before)
+    assert head.bias.abs().sum() > 0
+
+
+def test_missing_labels_are_said(plain, batches):
+    head = collect_head_features(plain, [x for x, _ in batches])
+    with pytest.raises(ValueError, match="labels"):
+        head.require_labels()
+
+
+def test_labels_in_some_batches_only_are_refused(plain, batches):
+    mixed = [batches[0], batches[1][0]]
+    with pytest.raises(ValueError, match="some have none"):
+        collect_head_features(plain, mixed)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_out_of_range_are_refused(plain, batches, label):
+    x, y = batches[0]
+    with pytest.raises(ValueError, match=f"class {label} is out of range"):
+        collect_head_features(plain, [(x, torch.full_like(y, label))]).require_labels()
+
+
+@pytest.mark.parametrize("how", ["function", "vector", "third element"])
+def test_the_attribute_is_kept_in_data_order(plain, batches, how):
+    expected = torch.cat([x[:, 0, 4, 4] > 0.5 for x, _ in batches]).long()
+    data, attribute = batches, None
+    if how == "function":
+
+        def attribute(x):
+            return x[:, 0, 4, 4] > 0.5
+
+    elif how == "vector":
+        attribute = expected
+    else:
+        data = [(x, y, (x[:, 0, 4, 4] > 0.5).long()) for x, y in batches]
+    head = collect_head_features(plain, data, attribute=attribute, with_attribute=True)
+    assert torch.equal(head.attribute, expected)
+    assert 0 < int(expected.sum()) < len(expected)
+
+
+@pytest.mark.parametrize("length", [10, 199, 201])
+def test_an_attribute_vector_of_another_length_is_refused(plain, batches, length):
+    with pytest.raises(ValueError, match=r"^attribute: .* values for .* samples"):
+        collect_head_features(plain, batches, attribute=torch.zeros(length), with_attribute=True)
+    with pytest.raises(ValueError, match=r"^spurious: .* values for .* samples"):
+        LEACE().plan(plain, batches, spurious=torch.zeros(length))
+
+
+def test_a_buffer_that_the_loader_uses_again_does_not_reach_the_features():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    buffer = torch.empty(2, 4)
+
+    def loader():
+        for value in (1.0, 2.0):
+            yield buffer.fill_(value)
+
+    head = collect_head_features(model, loader())
+    assert head.features[:, 0].tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [torch.tensor([0.3, 1.0, 0.7]), torch.tensor([0.0, torch.nan, 1.0]), torch.ones(3, 1)],
+    ids=["fractions", "nan", "column"],
+)
+def test_a_vector_with_features_is_checked_as_with_batches(inputs, vector):
+    model = nn.Linear(6, 3)
+    head = collect_head_features(model, [inputs[:3]])
+    with pytest.raises(ValueError, match=r"^attribute: "):
+        head_features(model, head, attribute=vector, with_attribute=True)
+
+
+def test_features_without_the_attribute_are_refused_where_it_is_needed(inputs):
+    model = nn.Linear(6, 3)
+    head = collect_head_features(model, [inputs])
+    with pytest.raises(ValueError, match=r"^attribute: not given, and the features were collected"):
+        head_features(model, head, with_attribute=True)
+    assert head_features(model, head) is head
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(inputs, value):
+    model = nn.Linear(6, 3)
+    head = collect_head_features(model, [inputs])
+    spoilt = replace(head, features=head.features.index_fill(0, torch.tensor(2), value))
+    with pytest.raises(NonFiniteError, match="validation: features: NaN or infinite"):
+        head_features(model, spoilt, name="validation")

@@ -1,0 +1,285 @@
+"""Class removal by one weight: Eq. 7 and 8, the guards, real digits, signed features."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from xai_edit import ModelEdit, NonFiniteError, SingleWeight
+from xai_edit.last_layer.head import collect_head_features
+from xai_edit.last_layer.single_weight import editable, orthogonal_weight
+
+property_test = settings(max_examples=60, deadline=None, derandomize=True)
+numbers = st.floats(-10, 10).filter(lambda w: abs(w) > 1e-3)
+rows = st.lists(numbers, min_size=2, max_size=8)
+
+
+def head_net(activation, digits, seed=0, dtype=torch.double, bias=True):
+    """A small network of digits whose head sees ``activation``."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), activation, nn.Linear(16, 10, bias=bias)
+    ).double()
+    images, labels = digits[0].double(), digits[1]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.requires_grad_(False).eval().to(dtype), [(images.to(dtype), labels)]
+
+
+@pytest.fixture(scope="module")
+def tanh(digits):
+    return head_net(nn.Tanh(), digits)
+
+
+def same_edit(left, right):
+    assert left.changes.keys() == right.changes.keys()
+    for name, change in left.changes.items():
+        other = right.changes[name]
+        for mine, theirs in (
+            (change.index, other.index),
+            (change.old, other.old),
+            (change.new, other.new),
+        ):
+            assert torch.equal(mine, theirs)
+
+
+@given(rows, st.data())
+@property_test
+def test_eq_7_makes_the_normals_orthogonal(row, data):
+    w = torch.tensor(row, dtype=torch.double)
+    column = data.draw(st.integers(0, len(w) - 1))
+    after = w.clone()
+    after[column] = orthogonal_weight(w, column)
+    one = torch.ones(1, dtype=torch.double)
+    product = torch.cat([w, -one]) @ torch.cat([after, -one])
+    scale = torch.cat([w, one]).norm() * torch.cat([after, one]).norm()
+    assert abs(float(product / scale)) < 1e-12
+
+
+@given(rows, st.data())
+@property_test
+def test_the_weight_crosses_zero_at_the_rate_stated(row, data):
+    w = torch.tensor(row, dtype=torch.double)
+    j = data.draw(st.integers(0, len(w) - 1))
+    crossing = float(w[j] ** 2 / (w @ w + 1))
+    assert abs(float(orthogonal_weight(w, j, crossing))) < 1e-12 * float(w[j].abs() + 1)
+
+
+def test_only_weights_that_add_to_the_class_and_are_not_tiny_may_be_edited():
+    row = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, 0.0019, 0.0021, 0.0])
+    mean = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 1.0, 1.0, 1.0])
+    assert editable(row, mean).tolist() == [True, False, False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.25, 0.001])
+@pytest.mark.parametrize("target", [0, 3, 9])
+def test_the_edit_is_one_weight_of_the_row_turned_by_eq_8(plain, batches, target, rate):
+    edit = SingleWeight(rate=rate).plan(plain, batches, target=target)
+    assert [*edit.changes] == ["head.weight"]
+    change = edit.changes["head.weight"]
+    row, column = divmod(int(change.index), 12)
+    assert row == target
+    w = plain.head.weight[target].detach().double()
+    assert change.old.item() == w[column].item()
+    expected = w[column] - rate * (w @ w + 1) / w[column]
+    assert change.new.item() == expected.float().item()
+    mean = (
+        collect_head_features(plain, batches)
+        .features[torch.cat([y for _, y in batches]) == target]
+        .mean(0)
+    )
+    assert w[column] * mean[column] > 0
+    told = edit.origin["rows"][0]
+    assert (told["class"], told["column"], told["anchored"]) == (target, column, False)
+
+
+def test_the_edge_is_the_one_of_highest_sca_by_per_sample_autograd(plain, batches):
+    target = 3
+    model, data = plain.double(), [(x.double(), y) for x, y in batches]
+    x = collect_head_features(model, data).features
+    labels = torch.cat([y for _, y in data])
+    gradient, activation = torch.zeros(10, 12).double(), torch.zeros(10, 12).double()
+    weight, bias = model.head.weight, model.head.bias
+    for feature, label in zip(x, labels, strict=True):
+        loss = nn.functional.cross_entropy((weight @ feature + bias)[None], label[None])
+        gradient[label] += torch.autograd.grad(loss, weight)[0][target].abs()
+        activation[label] += feature.abs()
+
+    def entropy(a):
+        p = a / a.sum(0)
+        return -(p * p.clamp(min=1e-300).log()).sum(0)
+
+    alive = activation.sum(0) > 0
+    ca = torch.where(alive, entropy(gradient) / entropy(activation).clamp(min=1e-3), 0.0)
+    sca = ca * gradient[target] * activation[target]
+    w = weight[target].detach()
+    allowed = (w * x[labels == target].mean(0) > 0) & (w.abs() >= 1e-3 * w.abs().max())
+    best = max((c for c in range(12) if allowed[c]), key=lambda c: float(sca[c]))
+    edit = SingleWeight().plan(model, data, target=target)
+    assert edit.origin["rows"][0]["column"] == best
+    assert edit.origin["rows"][0]["score"] == pytest.approx(float(sca[best]), rel=1e-9)
+
+
+def test_rate_zero_changes_nothing(plain, batches):
+    edit = SingleWeight(rate=0).plan(plain, batches, target=3)
+    assert edit.size == 0
+
+
+def test_several_classes_at_once_equal_one_after_another(plain, batches):
+    operator = SingleWeight()
+    at_once = operator.plan(plain, batches, target=[7, 1, 4])
+    parts = [operator.plan(plain, batches, target=target) for target in (7, 1, 4)]
+    same_edit(at_once, parts[0] | parts[1] | parts[2])
+    assert [row["class"] for row in at_once.origin["rows"]] == [7, 1, 4]
+    alone = operator.plan(plain, batches, target=7)
+    with alone.applied(plain):
+        parts[1].check(plain)
+        same_edit(parts[1], operator.plan(plain, batches, target=1))
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+def test_where_features_are_positive_no_other_class_loses_a_sample(plain, digits, select):
+    before = collect_head_features(plain, [digits])
+    edit = SingleWeight(select).plan(plain, before[torch.arange(900)], target=[0, 3, 6, 8])
+    assert edit.size == 4
+    old, new = before.logits(), before.edited(edit).logits()
+    assert (new <= old).all()
+    stays = ~torch.isin(before.labels, torch.tensor([0, 3, 6, 8]))
+    right = (old.argmax(1) == before.labels) & stays
+    assert (new.argmax(1) == before.labels)[right].all()
+
+
+def test_auto_anchors_only_where_the_feature_is_negative_somewhere(plain, batches, tanh):
+    assert [*SingleWeight().plan(plain, batches, target=3).changes] == ["head.weight"]
+    model, data = tanh
+    edit = SingleWeight().plan(model, data, target=3)
+    assert {*edit.changes} == {"3.weight", "3.bias"}
+    assert edit.origin["rows"][0]["anchored"] is True
+    plainly = SingleWeight(anchor=False).plan(model, data, target=3)
+    assert [*plainly.changes] == ["3.weight"]
+
+
+@pytest.mark.parametrize("target", range(10))
+def test_the_anchor_takes_the_edit_back_at_the_features_extreme_value(tanh, target):
+    model, data = tanh
+    edit = SingleWeight(anchor=True).plan(model, data, target=target)
+    weight, bias = edit.changes["3.weight"], edit.changes["3.bias"]
+    assert (edit.size, bias.index.tolist()) == (2, [target])
+    x = collect_head_features(model, data).features[:, int(weight.index) % 16]
+    change = weight.new - weight.old
+    fixed = torch.quantile(x, 0.999 if change > 0 else 0.001)
+    assert torch.allclose(bias.new, bias.old - change * fixed, rtol=1e-12, atol=0)
+
+
+def test_an_anchored_edit_raises_the_class_on_one_sample_in_a_thousand(tanh):
+    model, data = tanh
+    head = collect_head_features(model, data)
+    raised = {}
+    for anchor in (True, False):
+        edit = SingleWeight(anchor=anchor).plan(model, head, target=3)
+        change = (head.edited(edit).logits() - head.logits())[:, 3]
+        raised[anchor] = float((change > 1e-9).double().mean())
+    assert raised[True] <= 0.001 + 1 / len(head.features)
+    assert raised[False] > 0.1
+
+
+def test_an_anchor_needs_a_bias(digits):
+    model, data = head_net(nn.Tanh(), digits, bias=False)
+    with pytest.raises(ValueError, match="no bias"):
+        SingleWeight().plan(model, data, target=3)
+    assert SingleWeight(anchor=False).plan(model, data, target=3).size == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_edited_in_its_own_dtype(digits, dtype):
+    model, data = head_net(nn.ReLU(), digits, dtype=dtype)
+    edit = SingleWeight(anchor=False).plan(model, data, target=3)
+    (row,) = edit.origin["rows"]
+    new = orthogonal_weight(model[3].weight[3], row["column"]).to(dtype)
+    assert torch.equal(edit.changes["3.weight"].new, new[None])
+
+
+def test_a_value_that_half_precision_cannot_hold_is_a_clear_error():
+    model = nn.Sequential(nn.Linear(2, 2)).half()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[200.0, 0.0], [0.5, 250.0]]))
+        model[0].bias.zero_()
+    data = [(torch.tensor([[0.01, 0.0], [1.0, 0.0]]).half(), torch.tensor([0, 1]))]
+    with pytest.raises(NonFiniteError, match=r"'0.weight'.*float16.*smaller rate"):
+        SingleWeight().plan(model, data, target=1)
+    assert SingleWeight(rate=0.01).plan(model, data, target=1).size == 1
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+def test_a_class_without_samples_is_refused(plain, batches, select):
+    data = [(x[y != 3], y[y != 3]) for x, y in batches]
+    with pytest.raises(ValueError, match="class 3"):
+        SingleWeight(select).plan(plain, data, target=3)
+
+
+@pytest.mark.parametrize("select", ["sca", "exact"])
+def test_a_class_alone_is_refused(plain, batches, select):
+    data = [(x[y == 3], y[y == 3]) for x, y in batches]
+    with pytest.raises(ValueError, match="class 3"):
+        SingleWeight(select).plan(plain, data, target=3)
+
+
+def test_a_row_without_an_editable_weight_is_refused(plain, batches):
+    with torch.no_grad():
+        plain.head.weight[3] = -plain.head.weight[3].abs()
+    with pytest.raises(ValueError, match="class 3: no weight"):
+        SingleWeight().plan(plain, batches, target=3)
+
+
+@pytest.mark.parametrize(
+    ("odd", "ordinary"),
+    [
+        ({"rate": np.float32(0.5)}, {"rate": 0.5}),
+        ({"rate": np.int64(1)}, {"rate": 1.0}),
+        ({"dose": torch.tensor(-5)}, {"dose": -5.0}),
+        ({"n_weights": np.int64(2)}, {"n_weights": 2}),
+        ({"select": "random", "seed": np.int64(3)}, {"select": "random", "seed": 3}),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_taken_and_saved(plain, batches, tmp_path, odd, ordinary):
+    edit = SingleWeight(**odd).plan(plain, batches, target=np.int64(3))
+    same_edit(edit, SingleWeight(**ordinary).plan(plain, batches, target=3))
+    edit.save(tmp_path / "edit.safetensors")
+    assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("select", "SCA"), ("anchor", "yes"), ("seed", 2.0), ("n_weights", 0)),
+        *(("n_weights", True), ("tolerance", "a"), ("tolerance", 2), ("rate", 1.5)),
+        *(("rate", float("nan")), ("dose", 0), ("dose", float("nan")), ("dose", "3")),
+    ],
+)
+def test_an_argument_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: .* given"):
+        SingleWeight(**{name: value})
+
+
+def test_a_dose_beside_a_rate_or_an_anchor_or_dose_with_exact_is_refused():
+    with pytest.raises(ValueError, match="dose: given with a rate"):
+        SingleWeight(dose=1.0, rate=0.5)
+    with pytest.raises(ValueError, match="dose: goes with the other selections"):
+        SingleWeight("exact", dose=1.0)
+    with pytest.raises(ValueError, match="anchor: True goes with the other selections"):
+        SingleWeight("exact", anchor=True)
+
+
+def test_a_head_of_zeros_has_no_largest_weight_to_compare_with(batches):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(model[1].weight)
+    edit = SingleWeight("exact").plan(model, batches, target=3)
+    (row,) = edit.origin["rows"]
+    assert row["old"] == 0
+    assert row["weight"] != 0
+    assert row["times_largest"] is None

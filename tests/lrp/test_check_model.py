@@ -1,0 +1,1018 @@
+"""What `check_model` finds, that scoring refuses it, and the trace that both look at."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
+from zennit import composites as zc
+from zennit import rules as zr
+from zennit.canonizers import SequentialMergeBatchNorm
+
+from xai_edit import LRP, NonFiniteError, UnknownLayerError, check_model, score_units
+from xai_edit.core.trace import trace
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TARGETS = torch.tensor([0, 1, 2, 0])
+
+
+class Net(nn.Module):
+    """A hidden layer, something in the middle, a second hidden layer and a head."""
+
+    def __init__(self, middle=lambda model, x: x, extra=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 8)
+        self.extra = extra
+        self.second = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        self.middle = middle
+
+    def forward(self, x):
+        x = self.middle(self, torch.relu(self.first(x)))
+        return self.head(torch.relu(self.second(x)))
+
+
+def net(middle=lambda model, x: x, extra=None):
+    return Net(middle, extra).double().eval()
+
+
+def errors(check):
+    return [one for one in check.findings if one.severity == "error"]
+
+
+# Operations without a rule
+
+
+class Squares(nn.Module):
+    def forward(self, x):
+        return x.square()
+
+
+class OwnAttention(nn.Module):
+    def forward(self, x):
+        tokens = x.unflatten(1, (4, 2))
+        return torch.softmax(tokens @ tokens.transpose(1, 2), -1).matmul(tokens).flatten(1)
+
+
+NO_RULE = {
+    "a power": (lambda m, x: x**2, None, "pow", ""),
+    "a clamp": (lambda m, x: x.clamp(-1, 1), None, "clamp", ""),
+    "an exponential": (lambda m, x: torch.exp(x), None, "exp", ""),
+    "a choice": (lambda m, x: torch.where(x > 1, x, -x), None, "where", ""),
+    "a module of one's own": (lambda m, x: m.extra(x), Squares(), "square", "extra"),
+    "deep inside": (
+        lambda m, x: m.extra(x),
+        nn.Sequential(nn.Identity(), nn.Sequential(Squares())),
+        "square",
+        "extra.1.0",
+    ),
+    "a recurrent layer": (
+        lambda m, x: m.extra(x[:, None])[0][:, 0],
+        nn.LSTM(8, 8, batch_first=True),
+        "lstm",
+        "extra",
+    ),
+    "a bilinear layer": (lambda m, x: m.extra(x, x), nn.Bilinear(8, 8, 8), "bilinear", "extra"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_RULE)
+def test_an_operation_without_a_rule_is_an_error_that_names_the_module(kind, unchanged):
+    middle, extra, operation, place = NO_RULE[kind]
+    model = net(middle, copy.deepcopy(extra))
+    check_unchanged = unchanged(model)
+    check = check_model(model, X)
+    check_unchanged()
+    assert not check.ok
+    assert not check.ratios
+    (found,) = errors(check)
+    assert found.module == place
+    assert repr(operation) in found.message
+    assert "there is no relevance rule" in found.message
+    with pytest.raises(ValueError, match=f"{operation!r}, for which there is no relevance rule"):
+        score_units(model, [(X, TARGETS)], LRP())
+    check_unchanged()
+
+
+@pytest.mark.parametrize("kind", NO_RULE)
+@pytest.mark.parametrize("layers", [["second"], ["head"], ["second:input"], ["head:input", "head"]])
+def test_layers_behind_the_trouble_may_be_scored(kind, layers):
+    middle, extra, *_ = NO_RULE[kind]
+    model = net(middle, copy.deepcopy(extra))
+    assert check_model(model, X, layers=layers).ok
+    got = score_units(model, [(X, TARGETS)], LRP("epsilon"), layers=layers)
+    plain = net()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    hidden = model.middle(model, torch.relu(model.first(X))).detach()
+    tail = nn.Sequential(plain.second, nn.ReLU(), plain.head)
+    names = {"second": "0", "head": "2", "second:input": "0:input", "head:input": "2:input"}
+    expected = score_units(tail, [(hidden, TARGETS)], LRP(), layers=[names[one] for one in layers])
+    for name in layers:
+        torch.testing.assert_close(got[name], expected[names[name]], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", NO_RULE)
+@pytest.mark.parametrize("layers", [["first"], ["first:input"], ["head", "first"]])
+def test_layers_before_the_trouble_may_not(kind, layers):
+    middle, extra, *_ = NO_RULE[kind]
+    model = net(middle, copy.deepcopy(extra))
+    assert not check_model(model, X, layers=layers).ok
+    for score in (
+        lambda: score_units(model, [(X, TARGETS)], LRP("epsilon"), layers=layers),
+        lambda: LRP("epsilon").heatmap(model, X, TARGETS),
+    ):
+        with pytest.raises(ValueError, match="there is no relevance rule"):
+            score()
+
+
+def test_an_operation_in_many_modules_is_one_finding():
+    model = net(lambda m, x: m.extra(x), nn.Sequential(*(Squares() for _ in range(5))))
+    (found,) = errors(check_model(model, X))
+    assert "(5 modules alike)" in found.message
+    assert found.module == "extra.0"
+
+
+def test_a_modules_own_rule_covers_what_it_runs():
+    squares = Squares()
+    squares.lrp_rule = zr.Norm()
+    model = net(lambda m, x: m.extra(x), squares)
+    assert check_model(model, X).ok
+    LRP().heatmap(model, X, TARGETS)
+
+
+def test_a_rule_of_the_composite_covers_what_a_module_runs():
+    model = net(lambda m, x: m.extra(x), Squares())
+    composite = LRP("epsilon").composite
+    composite.layer_map.append((Squares, zr.Norm()))
+    assert check_model(model, X, composite).ok
+    LRP(composite).heatmap(model, X, TARGETS)
+
+
+ALONE = {
+    "Softmax": lambda: nn.Softmax(1),
+    "LogSoftmax": lambda: nn.LogSoftmax(1),
+    "Mish": nn.Mish,
+    "PReLU": nn.PReLU,
+    "GroupNorm": lambda: nn.GroupNorm(2, 8),
+    "LayerNorm": lambda: nn.LayerNorm(8),
+    "RMSNorm": lambda: nn.RMSNorm(8),
+    "InstanceNorm": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2), nn.Flatten()
+    ),
+    "GLU": lambda: nn.Sequential(nn.GLU(), nn.Linear(4, 8)),
+    "Upsample": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 4)), nn.Upsample(scale_factor=2.0), nn.MaxPool1d(2), nn.Flatten()
+    ),
+    "LPPool": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 4)), nn.LPPool1d(2, 2), nn.Flatten(), nn.Linear(4, 8)
+    ),
+}
+
+
+class Plus(nn.Module):
+    def forward(self, x):
+        return x + x.relu()
+
+
+@pytest.mark.parametrize("make", ALONE)
+def test_a_module_of_pytorch_is_judged_alike_with_and_without_a_sum_elsewhere(make):
+    torch.manual_seed(0)
+    modules = [nn.Linear(6, 8), nn.ReLU(), ALONE[make](), nn.Linear(8, 3)]
+    plain = check_model(nn.Sequential(*modules).double().eval(), X)
+    summed = check_model(nn.Sequential(*modules, Plus(), nn.Linear(3, 3)).double().eval(), X)
+    assert plain.ok == summed.ok
+    for check in (plain, summed):
+        assert check.ok or "no relevance rule" in errors(check)[0].message
+
+
+def test_a_composite_without_a_rule_for_a_layer_is_a_warning():
+    composite = zc.LayerMapComposite([*zc.layer_map_base(), (nn.Conv2d, zr.Epsilon())])
+    check = check_model(net(), X, composite, layers=["head"])
+    assert any(one.module == "head" and "no rule" in one.message for one in check.findings)
+
+
+@pytest.mark.parametrize("composite", [zc.GuidedBackprop(), zc.DeconvNet()])
+def test_composites_that_are_no_lrp_are_not_asked_for_rules(composite):
+    model = net(lambda m, x: x**2 + x)
+    assert check_model(model, X, composite).ok
+    score_units(model, [(X, TARGETS)], LRP(composite))
+
+
+def test_excitation_backprop_is_fine_with_the_gradient_of_a_relu():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    assert check_model(model, X, zc.ExcitationBackprop()).ok
+
+
+# Modules called more than once
+
+
+class Twice(Net):
+    def forward(self, x):
+        x = self.extra(self.first(x))
+        x = self.extra(self.second(x))
+        return self.head(self.extra(self.second(x)))
+
+
+def twice(activation=None):
+    return Twice(extra=activation or nn.ReLU()).double().eval()
+
+
+def test_a_module_called_twice_is_reported_where_scoring_refuses_it():
+    model = twice()
+    check = check_model(model, X)  # of every layer, the one called twice among them
+    with pytest.raises(ValueError, match="'second' is called more than once"):
+        score_units(model, [(X, TARGETS)], LRP(), layers=["second"])
+    assert any(one.module == "second" and "more than once" in one.message for one in check.findings)
+
+
+@pytest.mark.parametrize("layers", [["first"], ["head"], ["first:input", "head:input"]])
+def test_a_module_called_twice_is_no_trouble_for_the_other_layers(layers):
+    model = twice()
+    check = check_model(model, X, layers=layers)
+    assert check.ok
+    unrolled = nn.Sequential(
+        model.first, nn.ReLU(), model.second, nn.ReLU(), copy.deepcopy(model.second), nn.ReLU(),
+        model.head,
+    )  # fmt: skip
+    names = {"first": "0", "head": "6", "first:input": "0:input", "head:input": "6:input"}
+    got = LRP("alpha2beta1")(model, X, TARGETS, layers)
+    expected = LRP("alpha2beta1")(unrolled, X, TARGETS, [names[one] for one in layers])
+    for name in layers:
+        torch.testing.assert_close(got[name], expected[names[name]], rtol=1e-9, atol=1e-12)
+
+
+def test_a_hook_that_mixes_up_calls_is_an_error():
+    model = twice()
+    check = check_model(model, X, zc.BetaSmooth(), layers=["first", "head"])
+    (found,) = errors(check)
+    assert found.module == "extra"
+    assert "called 3 times" in found.message
+    assert "ReLUBetaSmooth" in found.message
+    with pytest.raises(ValueError, match="'extra': it is called 3 times"):
+        score_units(model, [(X, TARGETS)], LRP(zc.BetaSmooth()), layers="first")
+
+
+@pytest.mark.parametrize("composite", [zc.GuidedBackprop(), zc.DeconvNet()])
+def test_a_hook_that_can_tell_calls_apart_is_none(composite):
+    assert check_model(twice(), X, composite, layers=["first", "head"]).ok
+
+
+# Weights
+
+
+def pruned(model):
+    prune.l1_unstructured(model.second, "weight", amount=0.5)
+
+
+def pruned_structured(model):
+    prune.ln_structured(model.second, "weight", amount=0.5, n=2, dim=0)
+
+
+def twice_pruned(model):
+    pruned(model)
+    prune.random_unstructured(model.second, "weight", amount=0.5)
+
+
+def parametrized(model):
+    parametrizations.weight_norm(model.second)
+
+
+def orthogonal(model):
+    parametrizations.orthogonal(model.second)
+
+
+def symmetric(model):
+    class Symmetric(nn.Module):
+        def forward(self, W):
+            return W.triu() + W.triu(1).T
+
+    parametrize.register_parametrization(model.second, "weight", Symmetric())
+
+
+def weight_norm_of_old(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model.second)
+
+
+def spectral_norm_of_old(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.spectral_norm(model.second)
+
+
+REMOVED = {
+    pruned: lambda model: prune.remove(model.second, "weight"),
+    pruned_structured: lambda model: prune.remove(model.second, "weight"),
+    twice_pruned: lambda model: prune.remove(model.second, "weight"),
+    parametrized: lambda model: parametrize.remove_parametrizations(model.second, "weight"),
+    orthogonal: lambda model: parametrize.remove_parametrizations(model.second, "weight"),
+    symmetric: lambda model: parametrize.remove_parametrizations(model.second, "weight"),
+    weight_norm_of_old: lambda model: nn.utils.remove_weight_norm(model.second),
+    spectral_norm_of_old: lambda model: nn.utils.remove_spectral_norm(model.second),
+}
+
+
+@pytest.mark.parametrize("compute", REMOVED)
+def test_a_weight_computed_anew_at_each_call_is_an_error_until_made_permanent(compute):
+    model = net()
+    compute(model)
+    model.double().eval()
+    check = check_model(model, X)
+    (found,) = errors(check)
+    assert found.module == "second"
+    assert "computed anew" in found.message
+    for layers in (None, ["head"], ["first"]):
+        with pytest.raises(ValueError, match="'second': its weight is computed anew"):
+            score_units(model, [(X, TARGETS)], LRP("epsilon-plus"), layers=layers)
+    REMOVED[compute](model)
+    assert check_model(model, X).ok
+    score_units(model, [(X, TARGETS)], LRP("epsilon-plus"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_an_error_that_says_how_to_widen(dtype):
+    model = net().to(dtype)
+    check = check_model(model, X.to(dtype))
+    assert [one.module for one in errors(check)] == ["first"]
+    assert "copy.deepcopy(model).float()" in errors(check)[0].message
+    for layers in (None, ["head"]):
+        with pytest.raises(ValueError, match=f"{dtype}.*deepcopy"):
+            score_units(model, [(X.to(dtype), TARGETS)], LRP(), layers=layers)
+    with pytest.raises(ValueError, match=f"{dtype}|dtype"):
+        score_units(model, [(X.float(), TARGETS)], LRP())
+    widened = copy.deepcopy(model).float()
+    assert check_model(widened, X.float()).ok
+
+
+def test_one_layer_in_half_precision_is_found():
+    model = net(lambda m, x: m.extra(x.to(torch.bfloat16)).double(), nn.Linear(8, 8))
+    model.extra.to(torch.bfloat16)
+    (found,) = errors(check_model(model, X))
+    assert found.module == "extra"
+
+
+def test_weights_that_are_not_finite_are_an_error():
+    model = net()
+    model.second.weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"'second\.weight'"):
+        check_model(model, X)
+
+
+def test_inputs_that_are_not_finite_are_an_error():
+    inputs = X.clone()
+    inputs[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="inputs"):
+        check_model(net(), inputs)
+
+
+def test_inputs_the_model_does_not_take_are_an_error():
+    with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 5\)"):
+        check_model(net(), X[:, :5])
+
+
+def test_an_unknown_layer_is_an_error():
+    with pytest.raises(UnknownLayerError, match="'secnd' not found; did you mean 'second'"):
+        check_model(net(), X, layers=["secnd"])
+
+
+# Hooks and modes
+
+
+@pytest.mark.parametrize("composite", [zc.EpsilonPlus(), zc.GuidedBackprop(), zc.BetaSmooth()])
+def test_a_registered_composite_is_an_error_until_its_context_is_left(composite):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with composite.context(model):
+        check = check_model(model, X)
+        assert not check.ok
+        assert "composite.remove()" in errors(check)[0].message
+    assert check_model(model, X).ok
+
+
+def test_the_users_own_hooks_are_no_finding():
+    model = net()
+    model.first.register_forward_hook(lambda *_: None)
+    model.head.register_full_backward_hook(lambda *_: None)
+    assert not check_model(model, X).findings
+
+
+def test_a_batch_norm_in_training_mode_is_a_warning_and_scored_as_in_evaluation(norm, digits):
+    images = digits[0][:8]
+    expected = check_model(norm, images).ratios
+    norm.train()
+    check = check_model(norm, images)
+    assert norm.training
+    assert check.ok
+    (found,) = check.findings
+    assert found.severity == "warning"
+    assert found.module == "body.1"
+    assert "training mode" in found.message
+    assert check.ratios == expected
+
+
+def test_dropout_in_training_mode_changes_nothing():
+    model = net(lambda m, x: m.extra(x), nn.Dropout(0.5))
+    expected = score_units(model, [(X, TARGETS)], LRP())
+    got = score_units(model.train(), [(X, TARGETS)], LRP())
+    assert model.training
+    for name in got:
+        assert torch.equal(got[name], expected[name])
+
+
+# Ratios, and the result as an object
+
+
+def without_biases(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+    return model
+
+
+@pytest.mark.parametrize("initial", ["logit", "one"])
+def test_ratios_are_one_without_biases(initial):
+    check = check_model(without_biases(net()), X, LRP("epsilon", epsilon=1e-14, initial=initial))
+    assert [*check.ratios] == ["first", "second", "head"]
+    assert all(ratio == pytest.approx(1, rel=1e-9) for ratio in check.ratios.values())
+
+
+def test_a_ratio_is_summed_relevance_over_summed_logits():
+    model = net()
+    check = check_model(model, X, "gamma+epsilon", layers=["first:input", "second"])
+    logits = model(X).detach()
+    relevance = LRP("gamma+epsilon")(model, X, logits.argmax(1), ["first:input", "second"])
+    start = logits.max(1).values.sum()
+    for name, ratio in check.ratios.items():
+        assert ratio == pytest.approx(float(relevance[name].sum() / start), rel=1e-12)
+
+
+def test_ratios_show_a_user_what_a_missing_canonizer_does():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=3).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    blind = LRP("epsilon", canonizers=())
+    check = check_model(model, x, blind, layers=["conv1"])
+    assert not check.ok
+    assert any("'add'" in one.message for one in errors(check))
+    without_biases(model)
+    seeing = check_model(model, x, "epsilon", layers=["conv1"])
+    assert seeing.ok
+    assert seeing.ratios["conv1"] == pytest.approx(1, abs=0.01)
+
+
+def test_logits_of_zero_have_no_ratio():
+    model = without_biases(net())
+    model.head.weight.data.zero_()
+    check = check_model(model, X, layers=["head"])
+    assert check.to_dict()["ratios"] == {"head": None}
+    json.dumps(check.to_dict(), allow_nan=False)
+
+
+CHECKED = {
+    "fine": lambda: check_model(net(), X),
+    "refused": lambda: check_model(net(lambda m, x: x**2), X, "epsilon-plus"),
+    "warned": lambda: check_model(
+        net(lambda m, x: x * torch.sigmoid(m.extra(x)), nn.Linear(8, 8)), X
+    ),
+    "a composite": lambda: check_model(net(), X, zc.EpsilonGammaBox(low=-1.0, high=1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKED)
+def test_a_check_is_json_and_text(kind):
+    check = CHECKED[kind]()
+    told = json.loads(json.dumps(check.to_dict(), allow_nan=False))
+    assert set(told) == {"scorer", "ok", "canonizers", "findings", "ratios"}
+    assert told["ok"] == check.ok == (kind != "refused")
+    assert [*told["ratios"]] == [*check.ratios]
+    for finding in told["findings"]:
+        assert set(finding) == {"severity", "module", "message"}
+        assert finding["severity"] in ("error", "warning")
+    text = str(check)
+    assert check.scorer in text
+    assert all(one.message in text and str(one) in text for one in check.findings)
+    assert ("nothing found" in text) == (not check.findings)
+    assert ("Σ relevance / Σ logit" in text) == check.ok
+    assert "\n\n" not in text
+
+
+def test_errors_come_before_warnings():
+    model = net(lambda m, x: (x * torch.sigmoid(m.extra(x))) ** 2, nn.Linear(8, 8))
+    found = [one.severity for one in check_model(model, X, layers=["first", "head"]).findings]
+    assert found == sorted(found)
+    assert set(found) == {"error", "warning"}
+
+
+def test_the_refusal_says_how_many_more_there_are():
+    model = net(lambda m, x: torch.exp(x**2).clamp(max=2))
+    assert len(errors(check_model(model, X))) == 3
+    with pytest.raises(ValueError, match=r"\(and 2 more: see xai_edit\.check_model\)"):
+        score_units(model, [(X, TARGETS)], LRP())
+
+
+def test_a_scorer_is_checked_as_it_scores():
+    scorer = LRP(zc.EpsilonPlus(canonizers=[SequentialMergeBatchNorm()]), initial="one")
+    check = check_model(net(), X, scorer)
+    assert check.scorer == repr(scorer)
+    assert check.canonizers == ["SequentialMergeBatchNorm"]
+
+
+def test_a_composite_with_its_own_canonizer_is_refused_for_what_that_leaves():
+    # Merging batch norms does not take the sum away.
+    model = net(lambda m, x: x + torch.relu(m.extra(x)), nn.Linear(8, 8))
+    composite = zc.EpsilonPlus(canonizers=[SequentialMergeBatchNorm()])
+    assert not check_model(model, X, composite).ok
+    with pytest.raises(ValueError, match=r"'add', for which there is no relevance rule"):
+        score_units(model, [(X, TARGETS)], LRP(composite))
+
+
+def test_a_gate_is_a_warning_and_the_layers_that_make_it_have_no_relevance():
+    def gated(m, x):
+        return x * torch.sigmoid(m.extra(x.mean(1, keepdim=True)))
+
+    model = net(gated, nn.Linear(1, 1))
+    check = check_model(model, X)
+    (found,) = check.findings
+    assert found.severity == "warning"
+    assert "gate" in found.message
+    assert check.ratios["extra"] == 0
+
+
+def test_a_gate_behind_which_the_layers_lie_is_no_warning():
+    model = net(lambda m, x: x * torch.sigmoid(m.extra(x.mean(1, keepdim=True))), nn.Linear(1, 1))
+    assert not check_model(model, X, layers=["head"]).findings
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1", zc.GuidedBackprop()])
+def test_a_check_leaves_the_model_as_it_was(composite, norm, digits, unchanged):
+    norm.train()
+    for number, parameter in enumerate(norm.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    norm(digits[0][:4]).sum().backward()
+    check = unchanged(norm)
+    check_model(norm, digits[0][:4], composite)
+    check()
+
+
+def test_a_layer_without_influence_is_a_finding_and_no_crash():
+    model = net(lambda m, x: (m.extra(x), x)[1], nn.Linear(8, 2))
+    check = check_model(model, X)
+    assert any(one.module == "extra" for one in check.findings)
+
+
+def test_a_model_over_words_is_looked_through():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(5, 6)
+            self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, words):
+            return self.head(self.body(self.embedding(words)).square().mean(1))
+
+    words = torch.tensor([[0, 1, 2], [3, 4, 0]])
+    check = check_model(Words(), words)
+    assert any("'square'" in one.message for one in errors(check))
+
+
+# The trace
+
+
+def test_a_trace_counts_calls_and_keeps_their_order():
+    model = twice()
+    found = trace(model, X)
+    assert found.calls["second"] == 2
+    assert found.calls["extra"] == 3
+    assert found.calls[""] == 1
+    assert found.order == ["first", "second", "second", "head"]
+
+
+def of_the_network(found, layers=()):
+    """The operations without those that prepare the inputs."""
+    return [one for one in found.after(layers) if one.name not in ("requires_grad", "clone")]
+
+
+def test_a_trace_names_operations_and_their_modules():
+    model = net(lambda m, x: m.extra(x) + x, nn.Sequential(nn.ReLU(), Squares()))
+    found = trace(model, X)
+    told = [(one.name, one.module, one.inside, one.joins) for one in of_the_network(found)]
+    assert told == [
+        ("linear", "first", ("", "first"), False),
+        ("relu", "", ("",), False),
+        ("relu", "extra.0", ("", "extra", "extra.0"), False),
+        ("square", "extra.1", ("", "extra", "extra.1"), False),
+        ("add", "", ("",), True),
+        ("linear", "second", ("", "second"), False),
+        ("relu", "", ("",), False),
+        ("linear", "head", ("", "head"), False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ([], ["linear", "relu", "pow", "linear", "relu", "linear"]),
+        (["first:input"], ["linear", "relu", "pow", "linear", "relu", "linear"]),
+        (["first"], ["relu", "pow", "linear", "relu", "linear"]),
+        (["second:input"], ["linear", "relu", "linear"]),
+        (["head", "second"], ["relu", "linear"]),
+        (["head"], []),
+    ],
+)
+def test_a_trace_gives_what_follows_the_earliest_layer(layers, names):
+    found = trace(net(lambda m, x: x**2), X)
+    assert [one.name for one in of_the_network(found, layers)] == names
+
+
+def test_operations_on_what_does_not_depend_on_the_data_are_left_out():
+    def middle(m, x):
+        mask = torch.exp(torch.zeros(8, dtype=x.dtype)) + m.extra.weight[0] ** 2
+        assert x.sum() < 1e9
+        with torch.no_grad():
+            mask = mask + x.clamp(min=3) * 0
+        return x * mask
+
+    model = net(middle, nn.Linear(8, 8))
+    names = [one.name for one in of_the_network(trace(model, X)) if one.name not in ("sum", "lt")]
+    assert names == ["linear", "relu", "mul", "linear", "relu", "linear"]
+    assert check_model(model, X).ok
+
+
+NORMED = {
+    "alone": (lambda m, x: m.norm(m.conv(x)), True),
+    "read by another": (lambda m, x: (lambda y: m.norm(y) + y)(m.conv(x)), False),
+    "read before": (lambda m, x: (lambda y: y.relu() + m.norm(y))(m.conv(x)), False),
+    "read through an attribute": (
+        lambda m, x: (lambda y: torch.cat([m.norm(y), y.mT], 1))(m.conv(x)),
+        False,
+    ),
+    "after a ReLU": (lambda m, x: m.norm(m.conv(x).relu()), False),
+    "after a ReLU in place": (lambda m, x: (lambda y: m.norm(y.relu_()))(m.conv(x)), False),
+    "after an in-place product": (lambda m, x: (lambda y: m.norm(y.mul_(2)))(m.conv(x)), False),
+    "conv called twice": (lambda m, x: m.norm(m.conv(x)) + m.conv(x), False),
+    "norm called twice": (lambda m, x: m.norm(m.conv(x)) + m.norm(m.other(x)), False),
+    "norm called again on its output": (lambda m, x: m.norm(m.norm(m.conv(x))), False),
+    "only its shape is read": (
+        lambda m, x: (lambda y: m.norm(y).reshape(y.shape))(m.conv(x)),
+        True,
+    ),
+    "written into": (
+        lambda m, x: (lambda y: (y.__setitem__((slice(None), 0), 0.0), m.norm(y))[1])(m.conv(x)),
+        False,
+    ),
+    "a norm of a view": (lambda m, x: m.norm(m.conv(x)[:, :4]), False),
+    "a norm of a clone": (lambda m, x: m.norm(m.conv(x).clone()), False),
+}
+
+
+class Normed(nn.Module):
+    def __init__(self, middle, norm=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.other = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
+        self.norm = norm or nn.BatchNorm2d(4)
+        if self.norm.running_mean is not None:
+            self.norm.running_mean.normal_()
+            self.norm.running_var.uniform_(2, 3)
+        self.middle = middle
+        self.head = nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.head(self.middle(self, x).flatten(1))
+
+
+IMAGES = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def assert_same_logits(model, x, targets=TARGETS, name="head"):
+    logits = model(x)[range(len(x)), targets].detach()
+    got = LRP("epsilon")(model, x, targets, [name])[name].sum(1)
+    torch.testing.assert_close(got, logits, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", NORMED)
+def test_a_batch_norm_is_merged_only_if_nobody_else_reads_the_layers_output(kind, unchanged):
+    middle, merged = NORMED[kind]
+    model = Normed(middle).double().eval()
+    model(IMAGES)
+    assert trace(model, IMAGES).norms == ({"conv": "norm"} if merged else {})
+    check = unchanged(model)
+    assert_same_logits(model, IMAGES)
+    check()
+
+
+class Grouped(nn.Module):
+    """A layer, a batch norm and a head."""
+
+    def __init__(self, layer, norm):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.norm = layer, norm
+        if norm.running_mean is not None:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(2, 3)
+        if norm.affine:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+        self.head = nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.layer(x))).flatten(1))
+
+
+MERGES = {
+    "conv": (lambda: Grouped(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), (4, 5, 5)),
+    "grouped conv": (lambda: Grouped(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), (4, 5, 5)),
+    "transposed": (lambda: Grouped(nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6)), (4, 5, 5)),
+    "grouped transposed": (
+        lambda: Grouped(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)),
+        (4, 5, 5),
+    ),
+    "depthwise transposed": (
+        lambda: Grouped(nn.ConvTranspose2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)),
+        (4, 5, 5),
+    ),
+    "linear": (lambda: Grouped(nn.Linear(4, 6), nn.BatchNorm1d(6)), (4,)),
+    "linear on tokens": (lambda: Grouped(nn.Linear(4, 6), nn.BatchNorm1d(6)), (6, 4)),
+    "linear on other tokens": (lambda: Grouped(nn.Linear(4, 6), nn.BatchNorm1d(5)), (5, 4)),
+    "without affine parameters": (
+        lambda: Grouped(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)),
+        (4, 5, 5),
+    ),
+    "without statistics": (
+        lambda: Grouped(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)),
+        (4, 5, 5),
+    ),
+    "a large eps": (lambda: Grouped(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=0.3)), (4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", MERGES)
+def test_a_merged_batch_norm_leaves_the_logits_alone(kind, unchanged):
+    make, shape = MERGES[kind]
+    model = make().double().eval()
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    model(x)
+    check = unchanged(model)
+    assert check_model(model, x).ok
+    assert_same_logits(model, x)
+    check()
+
+
+def test_batch_norms_in_an_order_of_their_own_beside_a_residual_block():
+    from torchvision.models.resnet import BasicBlock
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+            self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            for norm in (self.bn1, self.bn2):
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+            self.block = BasicBlock(4, 4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+            return self.head(self.block(x).mean((2, 3)))
+
+    assert_same_logits(Odd().double().eval(), IMAGES)
+
+
+# Bad input, as the last paragraph of the issue lists it
+
+
+def test_a_layer_inside_a_canonized_block_is_scored():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=3).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    layers = ["layer1.0.conv1", "layer1.0.bn2", "layer2.0.downsample.0", "layer4.1.conv2:input"]
+    scores = score_units(model, [(x, torch.tensor([0, 1]))], LRP("epsilon"), layers=layers)
+    assert [len(scores[name]) for name in layers] == [64, 64, 128, 512]
+    assert all(scores[name].abs().sum() > 0 for name in layers)
+
+
+def test_a_layer_that_only_a_canonizer_adds_is_unknown():
+    model = torchvision.models.resnet18(num_classes=3).eval()
+    with pytest.raises(UnknownLayerError, match=r"layer1\.0\.canonizer_sum"):
+        score_units(model, [torch.zeros(1, 3, 32, 32)], LRP(), layers="layer1.0.canonizer_sum")
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1", zc.GuidedBackprop()])
+def test_a_batch_whose_inputs_need_gradients_is_scored_and_gets_none(composite):
+    model = net()
+    expected = score_units(model, [(X, TARGETS)], LRP(composite))
+    leaf = X.clone().requires_grad_()
+    for inputs in (leaf, leaf * 1):
+        got = score_units(model, [(inputs, TARGETS)], LRP(composite))
+        for name in got:
+            assert torch.equal(got[name], expected[name])
+    assert leaf.grad is None
+    assert leaf.requires_grad
+    assert check_model(model, leaf, composite).ok
+
+
+def test_the_users_inputs_are_not_overwritten_by_an_in_place_network():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32, 3))
+    x = IMAGES.float().clone()
+    before = x.clone()
+    score_units(model, [(x, TARGETS)], LRP("epsilon-plus"))
+    LRP("epsilon").heatmap(model, x, TARGETS)
+    check_model(model, x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("first", "name"), [(nn.ReLU(inplace=True), "ReLU"), (nn.SiLU(inplace=True), "SiLU")]
+)
+def test_a_network_that_overwrites_its_input_is_scored_on_a_copy(first, name):
+    model = nn.Sequential(first, nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x = X.clone()
+    assert check_model(model, x).ok
+    got = score_units(model, [(x, TARGETS)], LRP("epsilon"))
+    assert torch.equal(x, X)
+    tail = nn.Sequential(model[1], nn.ReLU(), model[3])
+    inside = type(first)()(X)
+    expected = score_units(tail, [(inside, TARGETS)], LRP("epsilon"))
+    torch.testing.assert_close(got["1"], expected["0"], rtol=1e-9, atol=1e-12)
+
+
+def test_a_preprocessing_in_place_is_scored_on_a_copy():
+    class Normalises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x):
+            x -= 0.5
+            return self.body(x)
+
+    model, x = Normalises(), X.clone()
+    got = score_units(model, [(x, TARGETS)], LRP("epsilon"), layers="body.first")
+    expected = score_units(model.body, [(X - 0.5, TARGETS)], LRP("epsilon"), layers="first")
+    assert torch.equal(x, X)
+    torch.testing.assert_close(got["body.first"], expected["first"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 1]), r"shape \(2,\).*for 4 "),
+        (torch.tensor([[0], [1], [2], [0]]), r"shape \(4, 1\).*for 4 "),
+        (torch.tensor([0, 1, 2, 3]), r"class 3 is out of range; the model has 3 classes"),
+        (torch.tensor([0, -1, 2, 0]), r"class -1 is out of range"),
+        (torch.tensor(1), r"shape \(\).*for 4 "),
+    ],
+)
+def test_targets_that_do_not_match_the_batch_are_one_clear_error(targets, message, unchanged):
+    model = net()
+    check = unchanged(model)
+    for score in (
+        lambda: score_units(model, [(X, targets)], LRP()),
+        lambda: LRP()(model, X, targets, ["first"]),
+        lambda: LRP().heatmap(model, X, targets),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score()
+        check()
+
+
+@pytest.mark.parametrize("targets", [None, 1, [0, 1, 2, 0], torch.tensor([0.0, 1.0, 2.0, 0.0])])
+def test_targets_of_another_kind_are_one_clear_error(targets):
+    for score in (
+        lambda: LRP()(net(), X, targets, ["first"]),
+        lambda: LRP().heatmap(net(), X, targets),
+    ):
+        with pytest.raises(ValueError, match=r"target: .*one class a sample, int64"):
+            score()
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda *given: LRP().heatmap(*given),
+        lambda *given: LRP()(*given, ["0:input"]),
+    ],
+    ids=["heat map", "a layer's input"],
+)
+def test_relevance_at_word_numbers_is_one_clear_error(score):
+    model = nn.Sequential(nn.Embedding(5, 6), nn.Flatten(), nn.Linear(18, 3))
+    words = torch.tensor([[0, 1, 2], [3, 4, 0]])
+    with pytest.raises(ValueError, match=r"int64|whole numbers|not differentiable|no relevance"):
+        score(model, words, torch.tensor([0, 1]))
+
+
+def test_a_later_batch_that_does_not_fit_the_model_is_one_clear_error(unchanged):
+    model = net()
+    check = unchanged(model)
+    for scorer in (LRP("epsilon"), LRP("epsilon", canonizers=())):
+        with pytest.raises(ValueError, match=r"does not take inputs of shape \(\d, 5\)"):
+            score_units(model, [(X, TARGETS), (X[:, :5], TARGETS)], scorer)
+        check()
+
+
+def test_an_operation_in_evaluation_alone_is_seen_also_from_training_mode():
+    def middle(m, x):
+        return x if m.training else x**2
+
+    model = net(middle).train()
+    assert not check_model(model, X).ok
+    with pytest.raises(ValueError, match="'pow'"):
+        score_units(model, [(X, TARGETS)], LRP())
+
+
+def test_functional_activations_after_a_layer_need_no_modules():
+    model = net(lambda m, x: F.gelu(m.extra(x)), nn.Linear(8, 8))
+    check = check_model(model, X)
+    assert check.ok
+    assert check.canonizers == ["FunctionalCanonizer"]
+
+
+def convolutional():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16, 3),
+    ).eval()  # fmt: skip
+
+
+class Autocast(nn.Module):
+    """A network that runs in half precision by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = convolutional()
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.model(x).float()
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("preset", ["epsilon", "alpha2beta1", "gamma+epsilon"])
+def test_half_precision_by_autocast_is_refused_or_has_no_effect(preset, where):
+    x = IMAGES.float()
+    expected = LRP(preset).heatmap(convolutional(), x, TARGETS)
+    model = convolutional() if where == "outside" else Autocast().eval()
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "outside"):
+            got = LRP(preset).heatmap(model, x, TARGETS)
+    except ValueError as problem:
+        assert "bfloat16" in str(problem) or "autocast" in str(problem)  # noqa: PT017
+    else:
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("preset", ["epsilon", "gamma+epsilon"])
+def test_in_inference_mode_a_model_is_scored_or_refused_in_words(preset):
+    x = IMAGES.float()
+    model = convolutional()
+    scorer = LRP(preset)
+    expected = scorer.heatmap(model, x, TARGETS), scorer(model, x, TARGETS, ["0"])["0"]
+    with torch.inference_mode():
+        for score, values in (
+            (lambda: scorer.heatmap(model, x, TARGETS), expected[0]),
+            (lambda: scorer(model, x, TARGETS, ["0"])["0"], expected[1]),
+        ):
+            try:
+                got = score()
+            except ValueError as problem:
+                assert "inference_mode" in str(problem)  # noqa: PT017
+            else:
+                torch.testing.assert_close(got, values)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, IMAGES.float())])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_into_which_no_hook_reaches_is_refused(make, whole):
+    scripted = make(convolutional())
+    model = scripted if whole else nn.Sequential(scripted, nn.Linear(3, 3))
+    for score in (
+        lambda: LRP("epsilon").heatmap(model, IMAGES.float(), TARGETS),
+        lambda: LRP("epsilon")(model, IMAGES.float(), TARGETS, ["0"]),
+    ):
+        with pytest.raises(ValueError, match=r"TorchScript|ScriptModule"):
+            score()
+
+
+@pytest.mark.parametrize("form", ["module", "function", "log"])
+def test_a_network_that_ends_in_a_softmax_is_told_so(form):
+    # Its probabilities are no logits: what starts at them is not conserved.
+    ends = {"module": nn.Softmax(1), "log": nn.LogSoftmax(1), "function": nn.Identity()}[form]
+    model = nn.Sequential(convolutional(), ends)
+    if form == "function":
+        body = convolutional()
+        model.forward = lambda x: torch.softmax(body(x), 1)
+        model.body = body
+    check = check_model(model, IMAGES.float())
+    assert any("softmax" in one.message for one in check.findings)

@@ -1,0 +1,302 @@
+"""A smaller network gives what the masked one gives, whatever its shape, and has fewer channels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from xai_edit.core.errors import EditMismatchError
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.pruning.coupled_channels import channel_groups
+from xai_edit.pruning.schedule import silenced_entries
+from xai_edit.pruning.to_smaller import to_smaller
+from xai_edit.reproduce.networks import ResNet20, all_cnn
+
+
+def as_trained(model: nn.Module) -> nn.Module:
+    """Give every norm statistics, a scale and a shift of its own, so that no zero is by chance."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_(0, 0.2, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.2, generator=generator)
+            elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                module.bias.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+def zeros_at(model: nn.Module, entries: list[dict[str, Tensor]]) -> ModelEdit:
+    """The edit that sets entries of a model to zero."""
+    at: dict[str, list[Tensor]] = {}
+    for some in entries:
+        for name, index in some.items():
+            at.setdefault(name, []).append(index)
+    joined = {name: torch.cat(parts) for name, parts in at.items()}
+    values = {name: (index, torch.zeros(len(index))) for name, index in joined.items()}
+    return ModelEdit.between(model, values, {"operator": "test"})
+
+
+def random_mask(model: nn.Module, inputs: Tensor, share: float) -> tuple[ModelEdit, Counter[str]]:
+    """Switch off a share of all units; also how many channels each layer loses."""
+    generator = torch.Generator().manual_seed(1)
+    entries, lost = [], Counter[str]()
+    for group in channel_groups(model, inputs):
+        count = min(group.units - 1, max(1, round(group.units * share)))
+        if group.fixed is None and count:
+            units = torch.randperm(group.units, generator=generator)[:count]
+            entries.append(silenced_entries(model, group, units))
+            lost.update({name: at[units].numel() for name, at in group.layers.items()})
+    return zeros_at(model, entries), lost
+
+
+def narrow_vgg() -> nn.Module:
+    """torchvision's VGG-11 with a classifier that does not take a minute."""
+    model = torchvision.models.vgg11_bn(weights=None)
+    model.avgpool = nn.AdaptiveAvgPool2d(2)
+    model.classifier[0] = nn.Linear(512 * 4, 64)
+    model.classifier[3] = nn.Linear(64, 64)
+    model.classifier[6] = nn.Linear(64, 10)
+    return model
+
+
+def short_resnext() -> nn.Module:
+    """torchvision's ResNeXt-50 with one block a stage."""
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], 10, groups=32, width_per_group=4)
+
+
+def vision_transformer() -> nn.Module:
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 24, num_classes=5)
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero
+    return model
+
+
+NETWORKS: dict[str, Any] = {
+    "vgg11_bn": (narrow_vgg, 64, 0.5),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 64, 0.5),
+    "resnext": (short_resnext, 64, 0.4),
+    "densenet121": (lambda: torchvision.models.densenet121(num_classes=10), 32, 0.3),
+    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64, 0.4),
+    "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(num_classes=10), 64, 0.4),
+    "vision_transformer": (vision_transformer, 32, 0.5),
+    "resnet20": (ResNet20, 32, 0.5),
+    "all_cnn": (lambda: all_cnn(channels=3), 32, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_smaller_network_gives_what_the_masked_one_gives(name: str) -> None:
+    torch.manual_seed(0)
+    make, size, share = NETWORKS[name]
+    model = as_trained(make())
+    inputs = torch.randn(2, 3, size, size)
+    edit, lost = random_mask(model, inputs[:1], share)
+    smaller = to_smaller(model, edit, inputs[:1])
+    with torch.no_grad(), edit.applied(model):
+        for images in (inputs, 3 * inputs[1:]):
+            expected, found = model(images), smaller(images)
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert expected.std() > 0
+    for layer, count in lost.items():
+        wide, narrow = model.get_submodule(layer), smaller.get_submodule(layer)
+        assert len(narrow.weight) == len(wide.weight) - count, layer
+
+
+class Residual(nn.Module):
+    """A stem, a block with a batch norm behind the activation, a layer on a flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.inner = nn.Conv2d(4, 3, 3, padding=1, bias=False)
+        self.late = nn.BatchNorm2d(3)
+        self.outer = nn.Conv2d(3, 4, 3, padding=1)
+        self.hidden = nn.Linear(4 * 9, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = x + self.outer(self.late(self.inner(x).relu()))
+        return self.head(self.hidden(x.relu().flatten(1)).relu())
+
+
+def small_residual() -> nn.Module:
+    torch.manual_seed(0)
+    return as_trained(Residual())
+
+
+def stem_and_inner(model: nn.Module, inputs: Tensor) -> ModelEdit:
+    """Switch off units 1 and 3 of the stream and unit 0 inside of the block."""
+    stream, inside, *_ = channel_groups(model, inputs)
+    return zeros_at(
+        model,
+        [
+            silenced_entries(model, stream, torch.tensor([1, 3])),
+            silenced_entries(model, inside, torch.tensor([0])),
+        ],
+    )
+
+
+def test_what_is_left_are_the_weights_of_the_units_left() -> None:
+    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
+    smaller = to_smaller(model, stem_and_inner(model, inputs), inputs)
+    old, new = dict(model.named_parameters()), dict(smaller.named_parameters())
+    stream, inside = [0, 2], [1, 2]
+    flat = [channel * 9 + position for channel in stream for position in range(9)]
+    by_hand = {
+        "stem.weight": old["stem.weight"][stream],
+        "stem.bias": old["stem.bias"][stream],
+        "norm.weight": old["norm.weight"][stream],
+        "norm.bias": old["norm.bias"][stream],
+        "inner.weight": old["inner.weight"][inside][:, stream],
+        "late.weight": old["late.weight"][inside],
+        "late.bias": old["late.bias"][inside],
+        "outer.weight": old["outer.weight"][stream][:, inside],
+        "outer.bias": old["outer.bias"][stream],
+        "hidden.weight": old["hidden.weight"][:, flat],
+        "hidden.bias": old["hidden.bias"],
+        "head.weight": old["head.weight"],
+        "head.bias": old["head.bias"],
+    }
+    assert new.keys() == by_hand.keys()
+    for name, value in by_hand.items():
+        assert torch.equal(new[name], value), name
+    assert torch.equal(smaller.norm.running_mean, model.norm.running_mean[stream])
+    assert smaller.inner.out_channels == 2
+    assert smaller.norm.num_features == 2
+
+
+def test_silencing_sets_to_zero_what_the_units_give_and_nothing_else() -> None:
+    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
+    seen: dict[str, Tensor] = {}
+    for name in ("norm", "late", "outer"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+    with torch.no_grad(), stem_and_inner(model, inputs).applied(model):
+        model(inputs)
+    zero = {name: (out == 0).all(0).flatten(1).all(1).tolist() for name, out in seen.items()}
+    assert zero == {
+        "norm": [False, True, False, True],
+        "late": [True, False, False],
+        "outer": [False, True, False, True],
+    }
+
+
+def test_a_masked_model_needs_no_edit() -> None:
+    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
+    edit = stem_and_inner(model, inputs)
+    expected = to_smaller(model, edit, inputs).state_dict()
+    edit.apply(model)
+    torch.testing.assert_close(
+        to_smaller(model, None, inputs).state_dict(), expected, rtol=0, atol=0
+    )
+
+
+def test_one_unit_of_each_group_stays() -> None:
+    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
+    _, inside, *_ = channel_groups(model, inputs)
+    smaller = to_smaller(
+        model, zeros_at(model, [silenced_entries(model, inside, torch.arange(3))]), inputs
+    )
+    assert smaller.inner.weight.shape == (1, 4, 3, 3)
+
+
+def test_the_flags_dtype_and_the_model_itself_stay() -> None:
+    model, inputs = small_residual().double(), torch.randn(2, 1, 3, 3).double()
+    edit = stem_and_inner(model, inputs)
+    model.train()
+    model.late.eval()
+    model.stem.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        smaller = to_smaller(model, edit, inputs)
+    for name, module in smaller.named_modules():
+        assert module.training == model.get_submodule(name).training, name
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            assert not hooks
+        assert type(module) is type(model.get_submodule(name))
+        assert vars(module).keys() == vars(model.get_submodule(name)).keys()
+    for name, parameter in smaller.named_parameters():
+        assert parameter.requires_grad == (name != "stem.weight"), name
+        assert parameter.dtype == torch.float64
+        assert parameter.is_leaf
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_in_half_precision_is_made_smaller_as_it_is() -> None:
+    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
+    model, inputs = model.bfloat16(), inputs.bfloat16()
+    smaller = to_smaller(model, stem_and_inner(model, inputs), inputs)
+    assert torch.equal(smaller.stem.weight, model.stem.weight[[0, 2]])
+    assert smaller.stem.weight.dtype == torch.bfloat16
+
+
+def test_an_edit_that_switches_nothing_off_is_refused() -> None:
+    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
+    with pytest.raises(ValueError, match="no unit that can be removed is switched off; a unit is"):
+        to_smaller(model, None, inputs)
+    # In one of two layers that share their units: the other still gives something.
+    edit = zeros_at(model, [{"stem.weight": torch.arange(9), "stem.bias": torch.tensor([0])}])
+    with pytest.raises(ValueError, match="no unit that can be removed"):
+        to_smaller(model, edit, inputs)
+
+
+def test_units_that_have_to_stay_say_why() -> None:
+    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
+    *_, head = channel_groups(model, inputs)
+    with pytest.raises(ValueError, match="'head' have to stay: they are the model's outputs"):
+        silenced_entries(model, head, torch.tensor([0]))
+    edit = zeros_at(model, [{"head.weight": torch.arange(6), "head.bias": torch.tensor([0])}])
+    with pytest.raises(ValueError, match="layer 'head' are, but have to stay: they are the model"):
+        to_smaller(model, edit, inputs)
+
+
+def test_another_model_input_or_graph_is_refused() -> None:
+    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
+    edit = stem_and_inner(model, inputs)
+    with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 1, 5, 5\)"):
+        to_smaller(model, edit, torch.randn(1, 1, 5, 5))
+    torch.manual_seed(1)
+    with pytest.raises(EditMismatchError, match="differs from the model"):
+        to_smaller(as_trained(Residual()), edit, inputs)
+    shuffle = torchvision.models.shufflenet_v2_x0_5(weights=None)
+    with pytest.raises(ValueError, match="cannot trace ShuffleNetV2"):
+        to_smaller(shuffle, None, torch.randn(1, 3, 64, 64))
+
+
+class CountsChannels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x).relu() * torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)),
+            "0",
+            "logits differ by .* sigmoid",
+        ),
+        (CountsChannels(), "hidden", "cannot be run .* rely on a number of channels"),
+    ],
+)
+def test_a_network_that_would_not_be_the_same_is_refused(
+    model: nn.Module, layer: str, message: str
+) -> None:
+    weight, bias = f"{layer}.weight", f"{layer}.bias"
+    edit = zeros_at(model, [{weight: torch.arange(3), bias: torch.tensor([0])}])
+    with pytest.raises(ValueError, match=message):
+        to_smaller(model, edit, torch.randn(5, 3))

@@ -1,1 +1,0 @@
-"""Where: the relevance of units and edges."""

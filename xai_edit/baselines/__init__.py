@@ -1,1 +1,0 @@
-"""What a sceptic would do instead."""

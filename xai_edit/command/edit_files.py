@@ -1,0 +1,59 @@
+"""The commands ``xai-edit show``, ``apply`` and ``undo``: the file of an edit and new weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from xai_edit.command.inputs import model_of, note
+from xai_edit.command.run import as_json
+from xai_edit.core.files import require_folder, write_safetensors
+from xai_edit.edits.model_edit import ModelEdit
+
+KIND = "xai_edit.weights"
+
+
+def show(options: argparse.Namespace) -> int:
+    """Run ``xai-edit show``."""
+    edit = ModelEdit.load(options.edit)
+    print(as_json(described(edit)) if options.json else edit.summary())
+    return 0
+
+
+def described(edit: ModelEdit) -> dict[str, Any]:
+    """Return how many ``weights`` an edit changes, its ``changes`` by parameter and its origin.
+
+    Of a parameter the ``shape``, the number of ``entries`` changed, how many of them become
+    ``zero``, and the ``largest`` change.
+    """
+    changes = {
+        name: {
+            "shape": [*change.shape],
+            "entries": len(change),
+            "zero": int((change.new == 0).sum()),
+            "largest": float((change.new.double() - change.old.double()).abs().max()),
+        }
+        for name, change in edit.changes.items()
+    }
+    return {"weights": edit.size, "changes": changes, "origin": edit.origin}
+
+
+def apply(options: argparse.Namespace) -> int:
+    """Run ``xai-edit apply`` or ``undo``: write weights with an edit, or without, to a new file."""
+    out: Path = options.out
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out: {str(out)!r} given; weights are written as NAME.safetensors")
+    if require_folder(out).exists():
+        raise FileExistsError(f"out: {out} is there already; give another name")
+    edit, model = ModelEdit.load(options.edit), model_of(options)
+    if options.command == "undo":
+        edit.undo(model)
+    else:
+        edit.apply(model)
+    done = "undone" if options.command == "undo" else "applied"
+    header = json.dumps({done: edit.origin.get("operator", "edit")})
+    write_safetensors(out, model.state_dict(), KIND, header)
+    note(options, f"written: {out}")
+    return 0

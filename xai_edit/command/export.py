@@ -1,0 +1,112 @@
+"""Export of a network to one file that runs without its Python code."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.guard import copied
+
+TOLERANCE = 1e-5  # of the largest logit
+Made = tuple[Callable[[Tensor], Any], bytes]
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported network.
+
+    Attributes
+    ----------
+    kind : str
+        "torch.export", for `torch.export.load`, or "TorchScript", for `torch.jit.load`.
+    content : bytes
+        Of the file. Weights are on the CPU.
+    batch : int or None
+        Samples at a time; None for any number.
+    """
+
+    kind: str
+    content: bytes
+    batch: int | None
+
+
+def exported(network: nn.Module, sample: Tensor) -> tuple[Program | None, dict[str, str]]:
+    """Export a network by ``torch.export``, or trace it where that fails.
+
+    For any number of samples where PyTorch can, else for one at a time. The exported program was
+    run and gave the network's outputs.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Only read; exported in evaluation mode.
+    sample : Tensor, shape (samples, ...)
+        Its first sample is used.
+
+    Returns
+    -------
+    Program or None
+        None where nothing worked.
+    dict of str
+        Attempts that failed, each with PyTorch's error.
+    """
+    network = copied(network).cpu().eval()
+    one = sample[:1].detach().cpu()
+    failed: dict[str, str] = {}
+    kinds = {"torch.export": _exported, "TorchScript": _traced}
+    sizes = {"any number of samples": None, "one sample at a time": 1}
+    for (kind, make), (of, batch) in itertools.product(kinds.items(), sizes.items()):
+        # Two samples, as PyTorch takes the number one for a constant.
+        inputs = one if batch else torch.cat([one, one])
+        try:
+            with _quiet(), torch.no_grad():
+                program, content = make(network, inputs, batch is None)
+                for given in {len(inputs): inputs, 1: one}.values():
+                    _require_same(program(given), network(given))
+        except Exception as problem:  # of any kind, from the depth of the compiler
+            message = " ".join(f"{type(problem).__name__}: {problem}".split())
+            failed[f"{kind}, {of}"] = message.split(". ")[0]
+        else:
+            return Program(kind, content, batch), failed
+    return None, failed
+
+
+def _exported(network: nn.Module, inputs: Tensor, dynamic: bool) -> Made:
+    shapes = ({0: torch.export.Dim("samples")},) if dynamic else None
+    program = torch.export.export(network, (inputs,), dynamic_shapes=shapes)
+    torch.export.save(program, buffer := io.BytesIO())
+    return program.module(), buffer.getvalue()
+
+
+def _traced(network: nn.Module, inputs: Tensor, dynamic: bool) -> Made:
+    script = torch.jit.trace(network, inputs)
+    torch.jit.save(script, buffer := io.BytesIO())
+    return script, buffer.getvalue()
+
+
+def _require_same(found: Tensor, expected: Tensor) -> None:
+    difference = float((found - expected).abs().max())
+    if not difference <= TOLERANCE * float(expected.abs().max()):
+        raise ValueError(f"its outputs differ from the network's by {difference:.3g}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the compiler from printing what it could not do; its error says it."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,142 @@
+"""The options of the command ``xai-edit`` as objects: a model, data, a scorer."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from xai_edit.command.attribute_labels import read_attribute
+from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
+from xai_edit.core.data import Data
+from xai_edit.edits.model_edit import versions
+from xai_edit.lrp.lrp import LRP, Scorer
+from xai_edit.lrp.patterns import fit_patterns
+from xai_edit.lrp.presets import PRESETS
+from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
+
+SEED = 0  # of weights and inputs that no option gives, and of the order of training
+OTHERS: dict[str, Callable[[], Scorer]] = {
+    "random": Random,
+    "weight-magnitude": WeightMagnitude,
+    "taylor": Taylor,
+    "activation": Activation,
+}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches with a progress bar on stderr, a new one in each pass."""
+
+    loader: DataLoader[Any]
+    doing: str
+    quiet: bool
+
+    def __str__(self) -> str:
+        return str(self.loader.dataset)
+
+    def __iter__(self) -> Iterator[Any]:
+        bar = tqdm(self.loader, self.doing, unit="batch", leave=False, disable=self.quiet)
+        return iter(bar)
+
+
+def model_of(options: argparse.Namespace) -> nn.Module:
+    """Return the model with its weights, on its device."""
+    require_device(options.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = load_model(options.model, weights=options.weights, classes=options.outputs)
+    if options.weights is None:
+        note(options, f"model: {options.model} as built: no --weights given")
+    return model.to(options.device)
+
+
+def images_of(options: argparse.Namespace, spec: str, split: str | None = None) -> Images:
+    """Return the data that ``spec`` names, image by image."""
+    preprocessing = preprocessing_given(options)
+    found = load_images(
+        spec,
+        root=options.data_root,
+        split=split or options.split,
+        preprocessing=preprocessing,
+        limit=options.limit,
+    )
+    note(options, f"data: {spec}, {found}; as inputs {preprocessing}")
+    return found
+
+
+def batches_of(
+    options: argparse.Namespace, found: Dataset[Any], doing: str, *, shuffled: bool = False
+) -> Batches:
+    """Return images as batches, in their order or in a random one that changes with each pass."""
+    order: dict[str, Any] = {}
+    if shuffled:
+        order = {"shuffle": True, "generator": torch.Generator().manual_seed(SEED)}
+    return Batches(DataLoader(found, options.batch_size, **order), doing, options.quiet)
+
+
+def preprocessing_given(options: argparse.Namespace) -> Preprocessing:
+    """Return what is done to images: as usual for the model, except where an option differs."""
+    asked = {name: getattr(options, name) for name in ("resize", "mean", "std")}
+    return preprocessing_of(options.model, options.weights, shape=options.input_size, **asked)
+
+
+def require_device(name: str) -> None:
+    """Raise `ValueError` if a device cannot be used."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"device: {name!r} cannot be used: {problem}") from None
+
+
+def attribute_of(options: argparse.Namespace, images: Images) -> list[int]:
+    """Return which images have the attribute, 0 or 1 for each."""
+    data = Path(options.data)
+    return read_attribute(options.attribute, images, data if data.is_dir() else data.parent)
+
+
+def require_known(name: str) -> None:
+    """Raise `ValueError` if there is no scorer of a name."""
+    if name not in (*PRESETS, *OTHERS):
+        raise ValueError(f"scorer: {name!r} given; it is one of {', '.join((*PRESETS, *OTHERS))}")
+
+
+def lrp_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data) -> LRP:
+    """Return LRP with a preset, which may need the bounds of its inputs or patterns."""
+    parameters: dict[str, Any] = {}
+    needed = inspect.signature(PRESETS[name]).parameters if name in PRESETS else ()
+    if "low" in needed:
+        parameters["low"], parameters["high"] = preprocessing_given(options).bounds
+    if "patterns" in needed:
+        parameters["patterns"] = fit_patterns(model, data)
+    return LRP(name, **parameters)
+
+
+def scorer_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data) -> Scorer:
+    """Return the scorer of a name."""
+    return OTHERS[name]() if name in OTHERS else lrp_of(name, options, model, data)
+
+
+def run_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what made the files of a run: the command, versions, the model and its inputs."""
+    return {
+        "command": options.line,
+        "versions": versions(),
+        "model": {"name": options.model, "weights": options.weights, "classes": options.outputs},
+        "preprocessing": asdict(preprocessing_given(options)),
+    }
+
+
+def note(options: argparse.Namespace, text: str) -> None:
+    """Print a line on stderr, unless ``--quiet`` is given."""
+    if not options.quiet:
+        print(text, file=sys.stderr)

@@ -1,0 +1,364 @@
+"""A model and images from the strings of a command line."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import importlib
+import inspect
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.utils.data import Dataset
+from torchvision import datasets, models
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset, pil_loader
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from xai_edit.core.checks import require_type, whole_number
+
+TORCHVISION = "torchvision:"
+# Heads that only training uses: in evaluation they take no part, so their units have no score.
+TRAINING_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input: resized, cut out at the centre, normalised.
+
+    ``shape`` is channels (1: grey, 3: colour), height and width of an input; ``resize`` the length
+    of the image's shorter side before the cut, the input's longer side when left out; ``mean`` and
+    ``std`` hold one number a channel, or one for all, for values in [0, 1].
+    """
+
+    shape: tuple[int, int, int] = (3, 224, 224)
+    resize: int | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.shape[0] not in (1, 3) or min(self.shape) < 1 or self.side < max(self.shape[1:]):
+            raise ValueError(f"images: {self} given; 1 (grey) or 3 channels, resized to no less")
+        if {len(self.mean), len(self.std)} - {1, self.shape[0]} or min(self.std) <= 0:
+            raise ValueError(f"images: {self} given; one mean and one std > 0 for each channel")
+
+    @property
+    def side(self) -> int:
+        """Length of the image's shorter side before the cut."""
+        return max(self.shape[1:]) if self.resize is None else self.resize
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest values that an input can have, each of shape (1, channels, 1, 1)."""
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        low, high = (((edge - mean) / std).view(1, -1, 1, 1) for edge in (0.0, 1.0))
+        return low, high
+
+    def __call__(self, image: Any) -> Tensor:
+        """Return the input made of a PIL image, in the steps of torchvision's presets."""
+        channels, height, width = self.shape
+        image = image.convert("RGB" if channels == 3 else "L")
+        image = F.resize(image, [self.side], interpolation=InterpolationMode(self.interpolation))
+        pixels = F.to_tensor(F.center_crop(image, [height, width]))
+        return F.normalize(pixels, list(self.mean), list(self.std))  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        size = "×".join(map(str, self.shape))
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"{size}, shorter side resized to {self.side}, mean {mean}, std {std}"
+
+
+IMAGENET = Preprocessing(resize=256)
+
+
+def preprocessing_of(
+    spec: str, weights: str | None = None, *, shape: tuple[int, ...] | None = None, **asked: Any
+) -> Preprocessing:
+    """Return torchvision's preset for a model of `load_model`, or ImageNet's usual one, changed.
+
+    A ``shape`` other than the usual takes the whole image, unless ``resize`` is given, and other
+    than three channels have no usual normalisation. ``asked`` are other values of `Preprocessing`,
+    of which None stands for the usual one.
+    """
+    usual = IMAGENET
+    if spec.startswith(TORCHVISION):
+        known = models.get_model_weights(_torchvision_name(spec)).__members__
+        chosen = [known[weights]] if weights in known else known.values()
+        # Of several, the smallest: the size that a network built without weights is made for.
+        preset = min((each.transforms() for each in chosen), key=lambda found: found.crop_size[0])
+        (size,), (side,) = preset.crop_size, preset.resize_size
+        numbers = (tuple(preset.mean), tuple(preset.std))
+        usual = Preprocessing((3, size, size), side, *numbers, preset.interpolation.value)
+    if shape is not None and shape != usual.shape:
+        if len(shape) != 3:
+            raise ValueError(f"images: inputs of {shape} given; give channels, height and width")
+        mean, std = (usual.mean, usual.std) if shape[0] == 3 else ((0.0,), (1.0,))
+        usual = replace(usual, shape=shape, resize=None, mean=mean, std=std)
+    return replace(usual, **{name: value for name, value in asked.items() if value is not None})
+
+
+def load_model(spec: str, *, weights: str | None = None, classes: int | None = None) -> nn.Module:
+    """Return the model that ``spec`` names, in evaluation mode, on the CPU.
+
+    Parameters
+    ----------
+    spec : str
+        ``"torchvision:resnet18"`` or ``"package.module:function"``. The function, found from the
+        current directory too, is called without arguments or with ``num_classes``.
+    weights : str, optional
+        A file: safetensors, or a checkpoint, of which only tensors are read. For a torchvision
+        model also one of its own by name, such as ``"DEFAULT"``, which is downloaded.
+    classes : int, optional
+        Outputs of the model, where they are not its usual number.
+
+    Raises
+    ------
+    ValueError, TypeError, OSError
+        If there is no such model or file, or the weights do not fit.
+    """
+    config: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    heads: tuple[str, ...] = ()
+    if spec.startswith(TORCHVISION):
+        name = _torchvision_name(spec)
+        own = weights if weights in models.get_model_weights(name).__members__ else None
+        if heads := TRAINING_HEADS.get(name, ()):
+            # The published weights, from a file too, want the inputs normalised their own way.
+            config |= {"aux_logits": False, "transform_input": True}
+            config |= {} if own else {"init_weights": False}  # True warns and is slow
+        model: nn.Module = models.get_model(name, weights=own, **config)
+        weights = None if own else weights
+    else:
+        model = _imported(spec, config)
+    if weights is not None:
+        _put_weights(model, Path(weights), heads)
+    return model.eval()
+
+
+def _torchvision_name(spec: str) -> str:
+    name, known = spec.removeprefix(TORCHVISION).lower(), models.list_models(module=models)
+    if name not in known:
+        raise ValueError(f"model: torchvision has no image classifier {name!r}{_near(name, known)}")
+    return name
+
+
+def _imported(spec: str, config: Mapping[str, Any]) -> nn.Module:
+    module_name, _, name = spec.partition(":")
+    if not name:
+        raise ValueError(f"model: {spec!r} given; give torchvision:NAME or package.module:function")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as ``python -m`` does
+    with _one_sentence(f"model: module {module_name!r} cannot be imported"):
+        module = importlib.import_module(module_name)
+    made = getattr(module, name, None)
+    if not callable(made):
+        guess = _near(name, vars(module))
+        raise ValueError(f"model: module {module_name!r} has no function {name!r}{guess}")
+    with _one_sentence(f"model: {spec} failed"):
+        model = made if isinstance(made, nn.Module) else made(**config)
+    require_type(model, nn.Module, f"model: {spec}", "it returns an nn.Module")
+    return model
+
+
+def _put_weights(model: nn.Module, file: Path, unused: tuple[str, ...]) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"weights: {file}: no such file")
+    own = model.state_dict()
+    with _one_sentence(f"weights: {file}: not a whole file of tensors; save model.state_dict()"):
+        if file.suffix == ".safetensors":
+            state: Any = OrderedDict(load_file(file))
+            # The versions of the modules, which safetensors leaves out.
+            state._metadata = own._metadata  # type: ignore[attr-defined]
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+        if not any(name.startswith("module.") for name in own):  # what DataParallel adds
+            consume_prefix_in_state_dict_if_present(state, "module.")
+    with _one_sentence(f"weights: {file} does not fit the model"):
+        found = model.load_state_dict(state, strict=False)
+    # Old files lack the counts of training batches, which have no part in evaluation.
+    missing = [name for name in found.missing_keys if not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in found.unexpected_keys if not name.startswith(unused)]
+    if missing or unexpected:
+        raise ValueError(
+            f"weights: {file} does not fit the model: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}"
+        )
+
+
+def load_images(
+    spec: str,
+    *,
+    root: str | Path | None = None,
+    split: str = "test",
+    preprocessing: Preprocessing = IMAGENET,
+    limit: int | None = None,
+) -> Images:
+    """Return the images that ``spec`` names.
+
+    Parameters
+    ----------
+    spec : str
+        A folder of images, which then have no labels; a folder of class folders, numbered in
+        alphabetical order or, if all names are numbers, by them; a CSV file of ``path,label``
+        or ``path`` lines, relative to it; or ``"torchvision:CIFAR10"``, the name of a data set.
+    root : str or Path, optional
+        Where torchvision finds the data set; nothing is downloaded.
+    split : str
+        Part of a torchvision data set.
+    preprocessing : Preprocessing
+        What makes inputs of images.
+    limit : int, optional
+        At most so many samples, spread evenly over the data, so that every class has its part.
+
+    Raises
+    ------
+    ValueError, OSError
+        If there are no such data. An image that cannot be read is named when its turn comes.
+    """
+    path = Path(spec)
+    classes: dict[int, str] = {}
+    if spec.startswith(TORCHVISION):
+        source, classes = _torchvision_data(spec.removeprefix(TORCHVISION), root, split)
+    elif path.is_dir():
+        source, classes = _folder(path)
+    elif path.is_file():
+        source = _table(path)
+    else:
+        raise FileNotFoundError(
+            f"data: {spec}: no such folder or file; give a folder of images, a CSV file of "
+            "path,label lines or torchvision:NAME"
+        )
+    if not len(source):
+        raise ValueError(f"data: {spec}: no images")
+    size = len(source) if limit is None else min(len(source), whole_number(limit, "limit", least=1))
+    rows = [number * len(source) // size for number in range(size)]
+    return Images(source, rows, preprocessing, classes)
+
+
+@dataclass(frozen=True, eq=False)
+class Images(Dataset[Any]):
+    """Some ``rows`` of a ``source`` of (image or its path, label or None), made into inputs."""
+
+    source: Any
+    rows: Sequence[int]
+    preprocessing: Preprocessing
+    classes: Mapping[int, str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.source[self.rows[index]]
+        if isinstance(image, str):
+            with _one_sentence(f"data: {image} cannot be read as an image"):
+                image = pil_loader(image)
+        return self.preprocessing(image) if label is None else (self.preprocessing(image), label)
+
+    @property
+    def labels(self) -> list[int | None]:
+        """The label of each, None without; read with the images only where nothing lists them."""
+        listed = getattr(self.source, "targets", ())  # of torchvision's data sets
+        if len(listed) == len(self.source):
+            return [int(listed[row]) for row in self.rows]
+        return [self.source[row][1] for row in self.rows]
+
+    def only(self, chosen: Sequence[int]) -> Images:
+        """Return some of the images, by their indices among these."""
+        return replace(self, rows=[self.rows[place] for place in chosen])
+
+    def __str__(self) -> str:
+        named = [f"{label} = {name}" for label, name in self.classes.items()]
+        listed = f" of {len(named)} classes ({', '.join(named[:10])}{', …' * (len(named) > 10)})"
+        return f"{len(self)} of {len(self.source)} images{listed if named else ''}"
+
+
+def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]:
+    entries = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
+    images = [(str(each), None) for each in entries if is_image_file(each.name)]
+    names = [each.name for each in entries if each.is_dir()]
+    if images and names:
+        raise ValueError(f"data: {folder}: both images and folders; give one kind")
+    if not names:
+        return [*images], {}
+    # "10" stands before "2" in the alphabet, and folders of some classes keep their numbers.
+    numbered = all(name.isdecimal() for name in names)
+    labels = {name: int(name) if numbered else at for at, name in enumerate(names)}
+    found = make_dataset(str(folder), labels, extensions=IMG_EXTENSIONS)
+    return found, {label: name for name, label in labels.items()}
+
+
+def csv_rows(file: Path, name: str) -> list[tuple[int, list[str]]]:
+    """Return the number and the cells of each line of a CSV file that has any.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be read; the message begins with the ``name`` of the argument.
+    """
+    with _one_sentence(f"{name}: {file} cannot be read as a CSV file"):
+        text = file.read_text(encoding="utf-8-sig").splitlines()
+        return [(line, row) for line, row in enumerate(csv.reader(text), start=1) if row]
+
+
+def _table(file: Path) -> list[tuple[str, int | None]]:
+    rows = csv_rows(file, "data")
+    if rows and rows[0][1][0].lower() == "path":
+        del rows[0]
+    samples = []
+    for line, (name, *label) in rows:
+        where, path = f"data: {file}, line {line}", file.parent / name
+        if len(label) != len(rows[0][1]) - 1 or len(label) > 1:
+            raise ValueError(f"{where}: give path,label in every line, or path in every line")
+        if label and not label[0].strip().isdecimal():
+            raise ValueError(f"{where}: label {label[0]!r} is not a class number")
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: {path}: no such file")
+        samples.append((str(path), int(label[0]) if label else None))
+    return samples
+
+
+def _torchvision_data(name: str, root: str | Path | None, split: str) -> tuple[Any, dict[int, str]]:
+    if name not in datasets.__all__:
+        guess = _near(name, datasets.__all__)
+        raise ValueError(f"data: torchvision has no data set {name!r}{guess}")
+    accepted = inspect.signature(kind := getattr(datasets, name)).parameters
+    if "root" in accepted and root is None:
+        raise ValueError(f"data: torchvision:{name} needs its root folder; give --data-root")
+    given = {"root": root, "split": split, "train": split == "train"}
+    with _one_sentence(
+        f"data: torchvision:{name} cannot be read from {root}; nothing is downloaded"
+    ):
+        source = kind(**{key: value for key, value in given.items() if key in accepted})
+        image, label = source[0]
+    if not hasattr(image, "convert") or not isinstance(label, int):
+        raise ValueError(f"data: torchvision:{name} is not a set of images with a class each")
+    names = [each if isinstance(each, str) else each[0] for each in getattr(source, "classes", ())]
+    return source, dict(enumerate(names))
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """Return a guess at what was meant, to end a message with."""
+    folded = {each.lower(): each for each in known if not each.startswith("_")}
+    close = [folded[each] for each in difflib.get_close_matches(name.lower(), folded)]
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+@contextmanager
+def _one_sentence(text: str) -> Iterator[None]:
+    """Raise ValueError with one sentence for whatever other people's code raises."""
+    try:
+        yield
+    except Exception as problem:
+        # The first sentence; what follows is advice for programmers.
+        sentence = " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]
+        raise ValueError(f"{text} ({sentence})") from problem

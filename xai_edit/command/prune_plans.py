@@ -1,0 +1,216 @@
+"""What ``xai-edit prune`` plans, from which images: the pruning and its comparison methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeAlias
+
+from torch import nn
+
+from xai_edit.command.run import Run
+from xai_edit.command.run_parts import SEED, Marked, indices_by
+from xai_edit.concepts.collect import collect_features
+from xai_edit.concepts.drsa import DRSA
+from xai_edit.concepts.features import Features
+from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA
+from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.checks import one_of
+from xai_edit.core.guard import copied
+from xai_edit.core.layers import resolve_layers
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.lrp.lrp import LRP, Scorer
+from xai_edit.pruning.fine_tuning import FineTuning
+from xai_edit.pruning.operators import ConceptAwarePruning, Finder, RelevancePruning
+from xai_edit.scoring.criteria import Random, WeightMagnitude
+
+Operator: TypeAlias = RelevancePruning | ConceptAwarePruning
+
+BY_RELEVANCE, AWARE = "pruning by relevance (LRP)", "concept-aware pruning"
+PLAIN, CLEAN = "plain LRP", "plain LRP, images without the feature"
+MAGNITUDE, RANDOM = "weight magnitude", "random"
+TUNED = "fine-tuning alone"
+REFERENCES = 10  # images of a class that units are scored on
+OF_A_KIND = 250  # images, of the class or the rest, with or without, that subspaces are found from
+POSITIONS = 100  # of an image, at most
+
+FINDERS: dict[str, Callable[[], Finder]] = {
+    "contrastive-pca": ContrastivePCA,
+    "cav": CAV,
+    "prca": partial(PRCA, None),
+    "pca": partial(PCA, None),
+    "drsa": DRSA,
+}
+
+
+def finder_named(name: str) -> Finder:
+    """Return what finds subspaces, by its name on the command line."""
+    return FINDERS[one_of(name, FINDERS, "finder")]()
+
+
+def references(planning: Marked, *, clean: bool = False) -> Marked:
+    """Return ten images of each class, or fewer; with ``clean``, of those without the feature."""
+    chosen = [index for index, has in enumerate(planning.attribute) if not (clean and has)]
+    groups = planning.groups
+    return planning.only(
+        [chosen[at] for at in spread([groups[index][0] for index in chosen], REFERENCES)]
+    )
+
+
+def of_concept(planning: Marked, target: int) -> Marked:
+    """Return images with and without the feature, of a class and of the rest."""
+    kinds = [(label == target, has) for label, has in planning.groups]
+    return planning.only(spread(kinds, OF_A_KIND))
+
+
+def tuning(planning: Marked, *, marked: bool) -> tuple[Marked, str]:
+    """Return images to fine-tune with, in which the feature predicts no class, and which they are.
+
+    All planning images where nobody knows the feature (``marked=False``). Otherwise every (class,
+    feature) group is repeated up to the size of the largest; or, where some class has no images
+    with the feature, those without it are taken.
+
+    Raises
+    ------
+    ValueError
+        If that leaves a class without images.
+    """
+    if not marked:
+        return planning, "all planning images"
+    groups = indices_by(planning.groups)
+    classes = sorted({label for label, _ in groups})
+    if len(groups) == 2 * len(classes):
+        largest = max(map(len, groups.values()))
+        repeated = [own[at % len(own)] for own in groups.values() for at in range(largest)]
+        return planning.only(repeated), "planning images, as many of each group"
+    if missing := [label for label in classes if (label, 0) not in groups]:
+        raise ValueError(
+            f"fine-tune: class {missing[0]} has no images without the feature and another none "
+            "with it, so that training would bring the shortcut back; give some, or no --fine-tune"
+        )
+    without = [index for index, has in enumerate(planning.attribute) if not has]
+    return planning.only(without), "planning images without the feature"
+
+
+def spread(kinds: Sequence[Hashable], most: int) -> list[int]:
+    """Return indices of at most so many of each kind, spread evenly, in rising order."""
+    taken = []
+    for own in indices_by(kinds).values():
+        size = min(len(own), most)
+        taken += [own[number * len(own) // size] for number in range(size)]
+    return sorted(taken)
+
+
+@dataclass(eq=False)
+class Plans:
+    """The pruning and its comparison methods, all in as many steps with the same fine-tuning.
+
+    Attributes
+    ----------
+    run : Run
+        Of the command; its model is only read.
+    operator : RelevancePruning or ConceptAwarePruning
+    planning : Marked
+    target : int
+        The class whose output contexts explain; the feature is to speak for it.
+    epochs : int or None
+        Of fine-tuning after each step, with the images of ``tuned_on``.
+    tuned_on : Marked or None
+    images : Marked or None
+        What subspaces were found from, once the pruning is planned.
+    subspaces : Subspaces or None
+        Those of the model.
+    """
+
+    run: Run
+    operator: Operator
+    planning: Marked
+    target: int
+    epochs: int | None
+    tuned_on: Marked | None
+    images: Marked | None = field(default=None, init=False)
+    subspaces: Subspaces | None = field(default=None, init=False)
+
+    def methods(self) -> dict[str, Callable[[], ModelEdit]]:
+        """Return what plans each edit, by its name; the pruning itself comes first."""
+        lrp = self.operator.scorer
+        made: dict[str, Callable[[], ModelEdit]] = {}
+        if isinstance(self.operator, RelevancePruning):
+            made[BY_RELEVANCE] = partial(self._pruned, BY_RELEVANCE, lrp)
+        else:
+            made[AWARE] = partial(self._aware, self.operator)
+            made[PLAIN] = partial(self._pruned, PLAIN, lrp)
+            made[CLEAN] = partial(self._pruned, CLEAN, lrp, clean=True)
+        made[MAGNITUDE] = partial(self._pruned, MAGNITUDE, WeightMagnitude())
+        made[RANDOM] = partial(self._pruned, RANDOM, Random(SEED))
+        if self.epochs is not None:
+            made[TUNED] = self._tuned
+        return made
+
+    def _pruned(self, name: str, scorer: Scorer, *, clean: bool = False) -> ModelEdit:
+        own = self.operator
+        plain = RelevancePruning(own.share, scorer, steps=own.steps, protect=own.protect)
+        data = self.run.read(references(self.planning, clean=clean), name)
+        return plain.plan(self.run.model, data, fine_tune=self._tuning(name))
+
+    def _aware(self, operator: ConceptAwarePruning) -> ModelEdit:
+        self.images = images = of_concept(self.planning, self.target)
+
+        def features(network: nn.Module) -> Features:
+            return collect_features(
+                network,
+                self.run.read(images, "collecting features"),
+                layer=operator.layer,
+                scorer=LRP("epsilon-plus", initial="one"),
+                target=self.target,
+                positions=POSITIONS,
+                seed=SEED,
+            )
+
+        own = replace(operator, subspaces=_Kept(self, operator))
+        data = self.run.read(references(self.planning), AWARE)
+        fine_tune = self._tuning(AWARE)
+        return own.plan(self.run.model, data, features=features, fine_tune=fine_tune)
+
+    def _tuned(self) -> ModelEdit:
+        tune, network = self._tuning(TUNED), copied(self.run.model)
+        assert tune is not None  # there are epochs
+        for _ in range(self.operator.steps):
+            tune(network)
+        return ModelEdit.to_copy(self.run.model, network, {"operator": repr(tune)})
+
+    def _tuning(self, name: str) -> FineTuning | None:
+        if self.epochs is None:
+            return None
+        data = self.run.read(self.tuned_on, f"{name}: fine-tuning", shuffled=True)
+        return FineTuning(data, self.epochs, seed=SEED)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A finder that keeps the subspaces it finds first, those of the model itself."""
+
+    plans: Plans
+    operator: ConceptAwarePruning
+
+    def fit(self, features: Features) -> Subspaces:
+        finder = self.operator.subspaces
+        assert not isinstance(finder, Subspaces)
+        try:
+            found = finder.fit(features)
+        except ValueError as problem:
+            raise ValueError(
+                f"finder: nothing found at layer {self.operator.layer!r} ({problem}); name another "
+                "layer or another finder"
+            ) from problem
+        if self.plans.subspaces is None:
+            self.plans.subspaces = found
+        return found
+
+
+def check_layers(model: nn.Module, operator: Operator) -> None:
+    """Raise `UnknownLayerError`, before the long part, for a layer that the model does not have."""
+    aware = [operator.layer] if isinstance(operator, ConceptAwarePruning) else []
+    for layer in (*operator.protect, *aware):
+        resolve_layers(model, [layer])

@@ -1,0 +1,162 @@
+"""One run of a command: inputs from the options, plans with their costs, figures, files, table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from xai_edit.command.inputs import attribute_of, batches_of, images_of, model_of, note, run_of
+from xai_edit.command.run_parts import class_labels
+from xai_edit.core.checks import in_range
+from xai_edit.core.cost import Cost, measured
+from xai_edit.core.data import Data
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import predict
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.pages.page import write_run
+
+BEFORE = "before"  # the name of the model without an edit
+
+
+class Run:
+    """What the options of a command name, and the edits that are planned from it.
+
+    Parameters
+    ----------
+    options : Namespace
+        As parsed. The folder of ``out`` is made at once, so that a wrong one fails before the long
+        part.
+
+    Attributes
+    ----------
+    images : Images
+    attribute : list of int or None
+        Which images have the attribute of ``--attribute``, where the command has it.
+    edits : dict of ModelEdit
+        By the name of the method.
+    costs : dict of Cost
+        Of planning each edit.
+    withheld : dict of str
+        Why a method has no edit.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+        self.images = images_of(options, options.data)
+        marked = getattr(options, "attribute", None)
+        self.attribute = None if marked is None else attribute_of(options, self.images)
+        self.edits: dict[str, ModelEdit] = {}
+        self.costs: dict[str, Cost] = {}
+        self.withheld: dict[str, str] = {}
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with its weights. Planning leaves it as it was, bit for bit."""
+        return model_of(self.options)
+
+    def read(self, images: Any, doing: str, *, shuffled: bool = False) -> Data:
+        """Return images as batches; the text stands beside the progress bar."""
+        return batches_of(self.options, images, doing, shuffled=shuffled)
+
+    def check_labels(self) -> None:
+        """Raise ValueError, before the long part, if a label is not a class of the model."""
+        inputs = self.images[0][0][None].to(self.options.device)
+        with preserved(self.model), torch.no_grad():
+            outputs = predict(self.model, inputs).shape[1]
+        in_range(class_labels(self.images), outputs, "labels")
+
+    def plan(
+        self, name: str, plan: Callable[[], ModelEdit], *, empty: str | None = None
+    ) -> ModelEdit:
+        """Plan the edit of a method and keep it with its cost.
+
+        Where ``empty`` is given, an edit that changes no weight counts as none: for the reason in
+        its origin, or else this one.
+        """
+        with measured() as cost:
+            edit = plan()
+        self.costs[name] = cost
+        if edit.size or empty is None:
+            self.edits[name] = edit
+        else:
+            self.withheld[name] = edit.origin.get("reason", empty)
+        return edit
+
+    def compare(self, name: str, plan: Callable[[], ModelEdit]) -> None:
+        """Plan the edit of a comparison method, or keep the reason why there is none."""
+        try:
+            self.plan(name, plan)
+        except ValueError as problem:
+            self.withheld[name] = str(problem)
+
+    def rows(
+        self, methods: Sequence[str], figures: Mapping[str, Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return a row for each method: its figures, or None for each and the reason."""
+        none = dict.fromkeys(next(iter(figures.values())))
+        return [
+            {"method": name, **figures.get(name, none), "withheld": self.withheld.get(name)}
+            for name in methods
+        ]
+
+    def about(self, **data: Any) -> dict[str, Any]:
+        """Return the first entries of ``results.json``: what was run, on what; more of the data."""
+        options = self.options
+        about = {
+            "run": options.command,
+            **run_of(options),
+            "data": {"name": options.data, "found": str(self.images), **data},
+        }
+        if self.attribute is not None:
+            having = sum(self.attribute)
+            without = len(self.attribute) - having
+            about["spurious"] = {"name": options.attribute, "with": having, "without": without}
+        elif hasattr(options, "attribute"):
+            about["spurious"] = None
+        return about
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What planning took, by the name of the method, as in ``timing.json``."""
+        return {name: cost.seconds for name, cost in self.costs.items()}
+
+    @property
+    def class_names(self) -> dict[str, str]:
+        """The names of the classes by their numbers, as in ``results.json``."""
+        return {str(number): name for number, name in self.images.classes.items()}
+
+    def finish(
+        self,
+        results: Mapping[str, Any],
+        timing: Mapping[str, Any],
+        edits: Mapping[str, ModelEdit | None],
+    ) -> int:
+        """Write the edits by their paths, the JSON files and the page; print the tables."""
+        (self.out / "edits").mkdir(exist_ok=True)
+        for path, edit in edits.items():
+            if edit is None:
+                (self.out / path).unlink(missing_ok=True)  # of an earlier run
+            else:
+                edit.save(self.out / path)
+        report = write_run(self.out, results, timing)
+        return self.show(results, report.text(), "report.html")
+
+    def show(self, results: Mapping[str, Any], text: str, file: str | None) -> int:
+        """Print the results as JSON or the text, name the file and return exit code 0."""
+        print(as_json(results) if self.options.json else text)
+        if file is not None:
+            note(self.options, f"written: {self.out / file}")
+        return 0
+
+
+def as_json(results: Mapping[str, Any]) -> str:
+    """Return the text of ``results.json``."""
+    return json.dumps(results, indent=2, ensure_ascii=False)

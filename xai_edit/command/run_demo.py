@@ -1,0 +1,348 @@
+"""The main job on real data: a classifier with a shortcut, edited in the ways of three papers."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
+from xai_edit.comparisons.logit_mask import LogitMask
+from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.collect import collect_features
+from xai_edit.concepts.finders import PCA
+from xai_edit.concepts.predictiveness import predictiveness
+from xai_edit.core.checks import whole_number
+from xai_edit.core.files import write_safetensors
+from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.watermarked_digits import Samples, WatermarkedDigits
+from xai_edit.edits.model_edit import ModelEdit, versions
+from xai_edit.evaluation.accuracy import Accuracy
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
+from xai_edit.forgetting.path_perturbation import PathPerturbation
+from xai_edit.last_layer.fictitious_class import FictitiousClass
+from xai_edit.last_layer.single_weight import SingleWeight
+from xai_edit.lrp.lrp import LRP
+from xai_edit.pages.page import write_run
+from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
+from xai_edit.scoring.criteria import Random, WeightMagnitude
+
+DIGITS = WatermarkedDigits()
+EPOCHS = 20
+FORGET = 1
+FORGET_SHARE = 0.25
+SAMPLES_TO_FORGET = 36  # as in the paper
+REFERENCES = 10  # per class, for pruning
+ABLATED_LAYER, ABLATED = "pool1", 4
+SHARES = (0.2, 0.3, 0.4, 0.5)
+QUICK_SHARES = (0.3,)
+SHOWN_SHARE = 0.3
+PLAIN, EXACT = "plain LRP", "FCR: exact selection"
+CLEAN = "plain LRP, references without watermark"
+CONCEPT_AWARE, KEPT = "concept-aware", "concept-aware, ablation kept"
+
+
+@dataclass
+class _Run:
+    """What the run works on and what it found so far."""
+
+    out: Path
+    model: nn.Module
+    test: Samples
+    images: Tensor
+    timing: dict[str, float] = field(default_factory=dict)
+    edits: list[bool] = field(default_factory=list)
+    maps: dict[str, tuple[Tensor, list[int]]] = field(default_factory=dict)
+
+    def row(
+        self,
+        name: str,
+        plan: Callable[[], ModelEdit],
+        figures: Callable[[Accuracy], dict[str, float]],
+        *,
+        show: str | None = None,
+    ) -> dict[str, Any]:
+        """Plan an edit, save and load it, evaluate it applied, undo it and compare every bit."""
+        file = f"edits/{name}.safetensors"
+        start = time.perf_counter()
+        edit = plan()
+        self.timing[file] = time.perf_counter() - start
+        edit.save(self.out / file)
+        loaded = ModelEdit.load(self.out / file)
+        before = {key: value.clone() for key, value in self.model.state_dict().items()}
+        with loaded.applied(self.model):
+            accuracy = evaluate_groups(self.model, self.test.batches)
+            if show is not None:
+                self.explain(show)
+        after = self.model.state_dict()
+        self.edits.append(all(torch.equal(after[key], before[key]) for key in before))
+        return {**figures(accuracy), "weights_changed": edit.size, "edit": file}
+
+    def explain(self, name: str) -> None:
+        """Keep the relevance maps of the shown images for the class the model now predicts."""
+        with torch.no_grad():
+            predicted = self.model(self.images).argmax(1)
+        scorer = LRP("epsilon-plus", initial="one")
+        self.maps[name] = (scorer.heatmap(self.model, self.images, predicted), predicted.tolist())
+
+
+def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = False) -> Path:
+    """Run the demo and write its results; the same seed gives the same bits on one machine.
+
+    Parameters
+    ----------
+    out : str or Path
+        Folder for ``results.json``, ``timing.json``, ``maps.safetensors``, ``report.html``,
+        ``overview.png`` and ``edits/*.safetensors``; made when missing.
+    seed : int
+        Of the split, the position of the watermark, the network and its training.
+    quick : bool
+        Fewer shares of pruning.
+    quiet : bool
+        No progress bar and no table.
+
+    Returns
+    -------
+    Path
+        Of the report.
+    """
+    whole_number(seed, "seed", most=2**63 - 1)
+    out = Path(out)
+    (out / "edits").mkdir(parents=True, exist_ok=True)
+    with tqdm(total=5, disable=quiet, desc="training", leave=False) as bar, _deterministic():
+
+        def next_step(name: str) -> None:
+            bar.update()
+            bar.set_description(name)
+
+        training, validation, test = DIGITS.split(seed)
+        torch.manual_seed(seed)
+        model = small_cnn(DIGITS.size)
+        train(model, training.images, training.labels, epochs=EPOCHS, seed=seed)
+        shown = _shown_images(model, test)
+        state = _Run(out, model, test, test.images[shown])
+        state.explain("before")
+        before = evaluate_groups(model, test.batches)
+        next_step("forgetting a class")
+        forget = _forget(state, before, validation)
+        next_step("neutralising the watermark")
+        neutralize = _neutralize(state, before, validation)
+        next_step("pruning")
+        prune = _prune(state, training, validation, QUICK_SHARES if quick else SHARES)
+        next_step("writing")
+        worst, has = before.worst_group
+        results = {
+            "run": "demo",
+            "command": f"xai-edit demo --seed {seed}" + (" --quick" if quick else ""),
+            "seed": seed,
+            "versions": versions(),
+            "data": {
+                "source": "scikit-learn load_digits",
+                "train": len(training),
+                "validation": len(validation),
+                "test": len(test),
+                "classes": before.samples.shape[0],
+                "watermarked_class": DIGITS.marked,
+                "watermarked_share": DIGITS.share,
+                "other_share": DIGITS.other_share,
+            },
+            "weights": sum(parameter.numel() for parameter in model.parameters()),
+            "before": {
+                **_figures(before),
+                "worst_group": f"digit {worst} {'with' if has else 'without'} watermark",
+                "groups": [
+                    {
+                        "class": label,
+                        "watermark": watermark,
+                        "accuracy": accuracy,
+                        "samples": int(before.samples[label, watermark]),
+                    }
+                    for (label, watermark), accuracy in before.groups.items()
+                ],
+            },
+            "forget": forget,
+            "neutralize": neutralize,
+            "prune": prune,
+            "map_columns": [*state.maps],
+            "overview": ["before", EXACT, f"{KEPT}, {SHOWN_SHARE:.0%} pruned"],
+            "maps": [
+                {
+                    "label": int(test.labels[row]),
+                    "watermark": int(test.watermark[row]),
+                    "predicted": [predicted[at] for _, predicted in state.maps.values()],
+                }
+                for at, row in enumerate(shown.tolist())
+            ],
+            "checks": {"edits": len(state.edits), "restored": sum(state.edits)},
+        }
+        relevance = torch.stack([maps for maps, _ in state.maps.values()], dim=1)
+        pictures = {"images": state.images, "relevance": relevance}
+        write_safetensors(out / "maps.safetensors", pictures, "xai_edit.maps", "")
+        report = write_run(out, results, state.timing)
+        bar.update()
+    page = out / "report.html"
+    if not quiet:
+        print(f"{report.text()}\n\n{page}")
+    return page
+
+
+def command(options: argparse.Namespace) -> int:
+    """Run ``xai-edit demo``."""
+    run(options.out, seed=options.seed, quick=options.quick, quiet=options.quiet)
+    return 0
+
+
+def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
+    clean = validation[validation.watermark == 0]
+    of_class = clean[clean.labels == FORGET][torch.arange(SAMPLES_TO_FORGET)]
+    npp, single = PathPerturbation(share=FORGET_SHARE), SingleWeight(select="sca")
+    rows = [{"method": "before", **_forgotten(before), "weights_changed": 0, "edit": None}]
+    for name, method, operator, samples in (
+        ("path-perturbation", "NPP: neurons switched off", npp, of_class),
+        ("single-weight", "SCA: one weight", single, clean),
+        ("logit-mask", "logit mask", LogitMask(), clean),
+    ):
+        plan = partial(operator.plan, state.model, samples.batches, target=FORGET)
+        show = None if name == "logit-mask" else f"forget: {method}"
+        row = state.row(f"forget-{name}", plan, _forgotten, show=show)
+        rows.append({"method": method, **row})
+    return {"class": FORGET, "rows": rows}
+
+
+def _forgotten(accuracy: Accuracy) -> dict[str, float]:
+    clean = Accuracy(accuracy.right[:, :1], accuracy.samples[:, :1])
+    return {"class_accuracy": clean.of(FORGET), "rest_accuracy": clean.rest(FORGET)}
+
+
+def _neutralize(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
+    sca, exact = FictitiousClass(select="sca"), FictitiousClass(select="exact")
+    rows = [{"method": "before", **_figures(before), "weights_changed": 0, "edit": None}]
+    for name, method, operator in (
+        ("fictitious-sca", "FCR: SCA, best rate", sca),
+        ("fictitious-exact", EXACT, exact),
+        ("last-layer", "last-layer retraining (DFR)", LastLayerRetraining()),
+    ):
+        plan = partial(operator.plan, state.model, validation.batches)
+        show = None if name == "fictitious-sca" else method
+        row = state.row(f"neutralize-{name}", plan, _figures, show=show)
+        rows.append({"method": method, **row})
+    (sweep,) = FictitiousClass().sweep(state.model, validation.batches, target=DIGITS.marked)
+    return {
+        "rows": rows,
+        "sweep": {
+            "class": sweep.row,
+            "column": sweep.column,
+            "rates": sweep.rates.tolist(),
+            "worst": sweep.worst.tolist(),
+            "average": sweep.average.tolist(),
+            "chosen": float(sweep.rates[sweep.best]),
+        },
+    }
+
+
+def _prune(
+    state: _Run, training: Samples, validation: Samples, shares: Sequence[float]
+) -> dict[str, Any]:
+    model = state.model
+    features = collect_features(model, validation.batches, layer=ABLATED_LAYER, positions=None)
+    subspaces = PCA(n_subspaces=None).fit(features)
+    precision = predictiveness(subspaces, features).column("spurious")
+    # Several predict the watermark equally well: of those, the ones of most variance.
+    ablate = sorted(range(len(subspaces)), key=lambda index: -round(precision[index], 2))[:ABLATED]
+    with ablated(model, ABLATED_LAYER, subspaces, ablate):
+        alone = evaluate_groups(model, state.test.batches)
+    lrp = LRP("epsilon-plus", initial="one")
+    biased, clean = _references(training), _references(validation[validation.watermark == 0])
+    aware = ConceptAwarePruning(ABLATED_LAYER, subspaces, ablate, SHOWN_SHARE, lrp)
+    operators: dict[str, RelevancePruning | ConceptAwarePruning] = {
+        KEPT: replace(aware, keep_ablation=True),
+        CONCEPT_AWARE: aware,
+        PLAIN: RelevancePruning(SHOWN_SHARE, lrp),
+        CLEAN: RelevancePruning(SHOWN_SHARE, lrp),
+        "weight magnitude": RelevancePruning(SHOWN_SHARE, WeightMagnitude()),
+        "random": RelevancePruning(SHOWN_SHARE, Random()),
+    }
+    rows = []
+    for method, operator in operators.items():
+        samples = clean if method == CLEAN else biased
+        for share in shares:
+            shown = share == SHOWN_SHARE and method in (PLAIN, KEPT)
+            name = method.replace(",", "").replace(" ", "-").lower()
+            row = state.row(
+                f"prune-{name}-{round(100 * share)}",
+                partial(replace(operator, share=share).plan, model, samples.batches),
+                _figures,
+                show=f"{method}, {share:.0%} pruned" if shown else None,
+            )
+            rows.append({"method": method, "share": share, **row})
+    return {
+        "layer": ABLATED_LAYER,
+        "ablated": ablate,
+        "average_precision": max(precision),
+        "ablation_alone": _figures(alone),
+        "shares": list(shares),
+        "rows": rows,
+    }
+
+
+def _references(samples: Samples) -> Samples:
+    of_class = [(samples.labels == label).nonzero()[:, 0] for label in samples.labels.unique()]
+    return samples[torch.cat([rows[:REFERENCES] for rows in of_class])]
+
+
+def _shown_images(model: nn.Module, test: Samples) -> Tensor:
+    """Return rows of test images, each without and with the watermark.
+
+    First one of each of two digits that the watermark turns into the watermarked one, where there
+    are any; then one of the watermarked digit and one of the digit to forget.
+    """
+    images = len(test) // 2  # the second half is the first with the watermark
+    labels = test.labels[:images]
+    with torch.no_grad():
+        predicted = model(test.images).argmax(1).view(2, images)
+    turned = (predicted[0] == labels) & (predicted[1] == DIGITS.marked)
+    turned &= (labels != DIGITS.marked) & (labels != FORGET)
+    first = {int(labels[row]): int(row) for row in torch.nonzero(turned).flatten().flip(0)}
+    others = [int(torch.nonzero(labels == label)[0]) for label in (DIGITS.marked, FORGET)]
+    rows = [*sorted(first.values())[:2], *others]
+    return torch.tensor([at for row in rows for at in (row, images + row)])
+
+
+def _figures(accuracy: Accuracy) -> dict[str, float]:
+    other = torch.arange(len(accuracy.samples)) != DIGITS.marked
+    parts = (accuracy.right, accuracy.samples)
+    right, samples = (torch.stack([part[other].sum(0), part[~other].sum(0)]) for part in parts)
+    return {
+        "worst": accuracy.worst,
+        "worst_of_four": float((right / samples).min()),
+        "average": accuracy.average,
+        "balanced": accuracy.balanced,
+    }
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms on one thread, the global random state kept.
+
+    The network is so small that a second thread costs more than it gives (a hundred times more on
+    a busy machine), and sums then do not depend on the number of cores.
+    """
+    was, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), threadpool_limits(1):
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was)
+            torch.set_num_threads(threads)

@@ -1,0 +1,249 @@
+"""The command ``xai-edit prune``: make a smaller network, and measure it beside other criteria."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.command.export import Program, exported
+from xai_edit.command.prune_plans import (
+    TUNED,
+    Operator,
+    Plans,
+    check_layers,
+    finder_named,
+    references,
+    tuning,
+)
+from xai_edit.command.run import BEFORE, Run
+from xai_edit.command.run_parts import SEED, split, watched
+from xai_edit.concepts.ablation import ablated
+from xai_edit.core.files import write_atomically, write_safetensors
+from xai_edit.core.layers import TRANSPOSED
+from xai_edit.edits.model_edit import ModelEdit, versions
+from xai_edit.evaluation.accuracy import Accuracy
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
+from xai_edit.evaluation.outputs import Overlap
+from xai_edit.evaluation.sizes import Size, compare_sizes
+from xai_edit.pruning.coupled_channels import LAYERS
+from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
+from xai_edit.pruning.to_smaller import to_smaller
+
+ABLATION = "ablation alone"
+EDIT, SMALLER = "edits/prune.safetensors", "smaller.safetensors"
+PROGRAMS = {"torch.export": "smaller.pt2", "TorchScript": "smaller.torchscript"}
+KIND = "xai_edit.smaller"
+NOTHING = "the units to go have no weight other than zero"
+EXAMPLES, ROUNDS = 8, 20  # images that both networks are timed on, and how often
+
+
+def command(options: argparse.Namespace) -> int:
+    """Run ``xai-edit prune``."""
+    operator, epochs = _operator(options), options.fine_tune
+    run = Run(options)
+    parts = split(run.images, run.attribute, validation=False)
+    model, held_out = run.model, parts.held_out
+    check_layers(model, operator)
+    run.check_labels()
+    tuned_on, which = None, None
+    if epochs is not None:
+        tuned_on, which = tuning(parts.planning, marked=run.attribute is not None)
+    overlap = Overlap(None)
+    planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), overlap.know))
+    before = evaluate_groups(
+        model,
+        watched(
+            run.read(held_out, "measuring"), lambda inputs: overlap.add(inputs, "the held-out part")
+        ),
+    )
+    overlap.refuse()
+
+    scored = references(parts.planning)
+    example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])
+    plans = Plans(run, operator, parts.planning, _favoured(planning), epochs, tuned_on)
+    (method, plan), *others = plans.methods().items()
+    edit = run.plan(method, plan, empty=NOTHING)
+    for name, plan in others:
+        run.compare(name, plan)
+    network, reason = _smaller(model, edit, example)
+    figures = {BEFORE: _figures(before, 0, _size(model, model, example))}
+    for name, own in run.edits.items():
+        with own.applied(model):
+            accuracy = evaluate_groups(model, run.read(held_out, name))
+        less = model if name == TUNED else _smaller(model, own, example)[0]
+        figures[name] = _figures(accuracy, own.size, _size(model, less, example))
+    if method in figures:
+        figures[method]["edit"] = EDIT
+    names = [BEFORE, method, *(name for name, _ in others)]
+    concept = _concept(plans, edit)
+    if concept is not None:
+        names.append(ABLATION)
+        if concept["ablated"]:
+            alone = _ablated(plans, concept["ablated"], held_out)
+            figures[ABLATION] = {**figures[BEFORE], "figures": alone.to_dict()}
+        else:
+            run.withheld[ABLATION] = concept["reason"]
+
+    sizes, latency = (None, None) if network is None else _sizes(model, network, example)
+    program, failed = (None, {}) if network is None else exported(network, example)
+    results = {
+        **run.about(),
+        "names": run.class_names,
+        "split": {
+            "seed": SEED,
+            "planning": len(parts.planning),
+            "references": len(scored),
+            "held_out": len(held_out),
+        },
+        "edit": {
+            **_edited(model, operator, edit),
+            "epochs": epochs,
+            "tuned_on": which,
+            "reason": None if edit.size else reason,
+        },
+        "concept": concept,
+        "rows": run.rows(names, figures),
+        "smaller": {
+            "file": None if network is None else SMALLER,
+            "withheld": reason if network is None else None,
+            "program": None if program is None else PROGRAMS[program.kind],
+            "kind": None if program is None else program.kind,
+            "batch": None if program is None else program.batch,
+            "failed": failed,
+        },
+        "sizes": sizes,
+    }
+    timing = {"plan": run.seconds, "latency": latency}
+    _write_networks(run.out, network, program)
+    return run.finish(results, timing, {EDIT: edit if edit.size else None})
+
+
+def _operator(options: argparse.Namespace) -> Operator:
+    """Return what prunes: concept-aware where ``--attribute`` is given."""
+    how = {"share": options.share, "steps": options.steps, "protect": tuple(options.protect)}
+    if options.attribute is not None:
+        if options.layer is None:
+            raise ValueError("layer: none given; --attribute needs the layer of the subspaces")
+        finder = finder_named(options.finder or "contrastive-pca")
+        return ConceptAwarePruning(options.layer, finder, "auto", **how)
+    for name in ("layer", "finder"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: given without --attribute, which is looked for there")
+    return RelevancePruning(**how)
+
+
+def _favoured(planning: Accuracy) -> int:
+    """Return the class that is predicted more with the feature than without, most of all."""
+    assert planning.predicted is not None  # counted
+    shares = planning.predicted / planning.samples.sum(0)
+    return int((shares[:, -1] - shares[:, 0]).argmax())
+
+
+def _smaller(
+    model: nn.Module, edit: ModelEdit, example: Tensor
+) -> tuple[nn.Module | None, str | None]:
+    """Return the smaller network, or why there is none."""
+    if not edit.size:
+        return None, edit.origin.get("reason", NOTHING)
+    try:
+        return to_smaller(model, edit, example), None
+    except ValueError as problem:
+        return None, str(problem)
+
+
+def _sizes(
+    model: nn.Module, network: nn.Module, example: Tensor
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the sizes before and after, and by themselves the seconds, which never come again."""
+    sizes = compare_sizes(model, network, example, rounds=ROUNDS)
+    found = {**asdict(sizes), "ratios": sizes.ratios}
+    return found, {part: found[part].pop("seconds") for part in ("before", "after", "ratios")}
+
+
+def _size(model: nn.Module, network: nn.Module | None, example: Tensor) -> Size | None:
+    if network is None:
+        return None
+    return compare_sizes(model, network, example[:1], rounds=1).after
+
+
+def _figures(accuracy: Accuracy, changed: int, size: Size | None) -> dict[str, Any]:
+    """Return the figures of one method."""
+    return {
+        "figures": accuracy.to_dict(),
+        "weights_changed": changed,
+        "parameters": None if size is None else size.parameters,
+        "operations": None if size is None else size.operations,
+        "edit": None,
+    }
+
+
+def _ablated(plans: Plans, blocks: list[int], held_out: Any) -> Accuracy:
+    """Measure the ablation of subspaces with all units left."""
+    assert isinstance(plans.operator, ConceptAwarePruning)
+    assert plans.subspaces is not None  # found when the pruning was planned
+    with ablated(plans.run.model, plans.operator.layer, plans.subspaces, blocks):
+        return evaluate_groups(plans.run.model, plans.run.read(held_out, ABLATION))
+
+
+def _edited(model: nn.Module, operator: Operator, edit: ModelEdit) -> dict[str, Any]:
+    """Return the options of the pruning and which units went, layer by layer."""
+    origin = edit.origin
+    units: Mapping[str, list[int]] = origin.get("units", {}) if edit.size else {}
+    layers = [
+        {"layer": name, "units": _units(model.get_submodule(name)), "removed": len(gone)}
+        for name, gone in units.items()
+    ]
+    return {
+        "share": operator.share,
+        "ranking": operator.ranking,
+        "steps": operator.steps,
+        "scorer": origin["scorer"],
+        "protect": [*operator.protect],
+        "removed": sum(map(len, units.values())),
+        "units": sum(one["units"] for one in layers),
+        "layers": layers,
+        "fixed": origin.get("fixed", {}),
+    }
+
+
+def _units(module: nn.Module) -> int:
+    assert isinstance(module, LAYERS)
+    weight: Tensor = module.weight
+    return weight.shape[1] * module.groups if isinstance(module, TRANSPOSED) else weight.shape[0]
+
+
+def _concept(plans: Plans, edit: ModelEdit) -> dict[str, Any] | None:
+    """Return what was found of the feature in the model itself, before anything was cut."""
+    if not isinstance(plans.operator, ConceptAwarePruning):
+        return None
+    assert plans.images is not None
+    steps = edit.origin.get("steps", [edit.origin])
+    return {
+        "layer": plans.operator.layer,
+        "finder": steps[0]["subspaces"]["finder"],
+        "images": len(plans.images),
+        "target": plans.target,
+        **{key: steps[0][key] for key in ("ablated", "reason", "predictiveness")},
+        "steps": [step["ablated"] for step in steps],
+    }
+
+
+def _write_networks(out: Path, network: nn.Module | None, program: Program | None) -> None:
+    """Write the smaller network and its program; remove those of an earlier run."""
+    if network is None:
+        (out / SMALLER).unlink(missing_ok=True)
+    else:
+        header = json.dumps({"edit": EDIT, "versions": versions()})
+        write_safetensors(out / SMALLER, network.state_dict(), KIND, header)
+    for kind, file in PROGRAMS.items():
+        if program is not None and program.kind == kind:
+            write_atomically(out / file, program.content)
+        else:
+            (out / file).unlink(missing_ok=True)

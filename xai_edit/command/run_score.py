@@ -1,0 +1,117 @@
+"""The commands ``xai-edit check`` and ``xai-edit score``: they read a model and edit nothing."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from xai_edit.command.inputs import (
+    SEED,
+    batches_of,
+    images_of,
+    lrp_of,
+    model_of,
+    note,
+    preprocessing_given,
+    require_known,
+    scorer_of,
+)
+from xai_edit.command.load import preprocessing_of
+from xai_edit.command.run import Run, as_json
+from xai_edit.core.data import Batch, peek
+from xai_edit.core.files import write_atomically
+from xai_edit.core.targets import targets_of
+from xai_edit.evaluation.compare import Comparison, compare_scorers
+from xai_edit.evaluation.deletion_curve import SHARES
+from xai_edit.lrp.check_model import check_model
+from xai_edit.lrp.lrp import Scorer
+from xai_edit.report.comparison_figures import (
+    deletion_curves,
+    map_grid,
+    rank_matrices,
+    relevance_maps,
+)
+from xai_edit.scoring.unit_scores import score_units, share_of
+
+DRAWN = 4  # images with their relevance maps
+
+
+def check(options: argparse.Namespace) -> int:
+    """Run ``xai-edit check``; the exit code is 1 where something is wrong with the model."""
+    require_known(options.composite)
+    images = None if options.data is None else images_of(options, options.data)
+    model = model_of(options)
+    if images is not None:
+        inputs = peek(batches_of(options, images, "reading"), options.device)[0].inputs
+    else:
+        shape = options.input_size or preprocessing_of(options.model, options.weights).shape
+        generator = torch.Generator().manual_seed(SEED)
+        inputs = torch.randn(2, *shape, generator=generator).to(options.device)
+        note(options, f"no --data: 2 inputs of random numbers, {'×'.join(map(str, shape))}")
+    composite = lrp_of(options.composite, options, model, [inputs])
+    found = check_model(model, inputs, composite, layers=options.layers)
+    print(as_json(found.to_dict()) if options.json else found)
+    return 0 if found.ok else 1
+
+
+def score(options: argparse.Namespace) -> int:
+    """Run ``xai-edit score``."""
+    share_of(1, options.share)
+    if options.held_out and not options.compare:
+        raise ValueError("--held-out: given without --compare, whose deletion curves need it")
+    names = options.compare or [options.composite]
+    for name in names:
+        require_known(name)
+    run = Run(options)
+    data = run.read(run.images, "scoring")
+    curves: dict[str, Any] = {}
+    if options.held_out:
+        held_out = run.read(images_of(options, options.held_out), "deletion curves")
+        curves = {"deletion": SHARES, "held_out": held_out}
+    scorers = {name: scorer_of(name, options, run.model, data) for name in names}
+    how = {name: getattr(options, name) for name in ("layers", "target", "aggregate")}
+    results = {
+        **run.about(held_out=options.held_out),
+        **{name: getattr(options, name) for name in ("target", "aggregate", "share")},
+    }
+    if options.compare:
+        results["run"] = "compare"
+        found = compare_scorers(run.model, data, scorers, share=options.share, **how, **curves)
+        results |= found.to_dict()
+        file = "comparison.json"
+        if run.out is not None:
+            _draw(run, found, scorers)
+        text = str(found)
+    else:
+        scores = score_units(run.model, data, scorers[options.composite], **how)
+        results |= {"scorer": scores.origin, "samples": scores.samples, "layers": {}}
+        for layer in scores:
+            units = scores.top(layer, share=options.share).tolist()
+            top = [{"unit": unit, "score": float(scores[layer][unit])} for unit in units]
+            results["layers"][layer] = {"units": len(scores[layer]), "top": top}
+        file = "results.json"
+        if run.out is not None:
+            scores.save(run.out / "scores.safetensors")
+        text = str(scores)
+    if run.out is not None:
+        write_atomically(run.out / file, as_json(results).encode())
+    return run.show(results, text, None if run.out is None else file)
+
+
+def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
+    pictures = {"rank-correlation.png": rank_matrices(found)}
+    if any(found.deletion.values()):
+        pictures["deletion.png"] = deletion_curves(found.deletion)
+    if any(hasattr(scorer, "heatmap") for scorer in scorers.values()):
+        batch = peek(run.read(run.images, "drawing"), run.options.device)[0]
+        labels = None if batch.labels is None else batch.labels[:DRAWN]
+        batch = Batch(batch.inputs[:DRAWN], labels)
+        targets = targets_of(batch, run.options.target)
+        maps = relevance_maps(run.model, batch.inputs, scorers, targets=targets)
+        low, high = preprocessing_given(run.options).bounds
+        images = (batch.inputs.cpu() - low) / (high - low)
+        pictures["relevance-maps.png"] = map_grid(images, maps)
+    for name, picture in pictures.items():
+        write_atomically(run.out / name, picture)

@@ -1,0 +1,189 @@
+"""The samples of the classes to forget, and the data without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from xai_edit.core.checks import (
+    in_range,
+    one_logit_a_class,
+    readable_again,
+    whole_number,
+    with_labels,
+)
+from xai_edit.core.data import Batch, Data, batches, model_device, peek
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import predict
+from xai_edit.core.targets import class_list
+
+
+@dataclass(frozen=True, eq=False)
+class ClassSamples:
+    """All samples of the classes to forget, on the CPU.
+
+    Attributes
+    ----------
+    classes : list of int
+        The classes.
+    outputs : int
+        Classes of the model.
+    inputs : Tensor, shape (samples, ...)
+    labels : Tensor, int64, shape (samples,)
+    others : int
+        Samples of other classes in the data.
+    """
+
+    classes: list[int]
+    outputs: int
+    inputs: Tensor
+    labels: Tensor
+    others: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def epochs(
+        self, labels: Tensor, *, batch_size: int, seed: int
+    ) -> Callable[[int], Iterator[Batch]]:
+        """Return a function that gives each epoch's batches in random order, with other labels."""
+        batch_size = whole_number(batch_size, "batch_size", least=1)
+        generator = torch.Generator().manual_seed(seed)
+
+        def epoch(_: int) -> Iterator[Batch]:
+            for rows in torch.randperm(len(self), generator=generator).split(batch_size):
+                yield Batch(self.inputs[rows], labels[rows])
+
+        return epoch
+
+
+def class_samples(model: nn.Module, data: Data, forget: int | Sequence[int]) -> ClassSamples:
+    """Gather the samples of the classes to forget in one pass over the data.
+
+    Raises
+    ------
+    ValueError
+        If a class is out of range or has no samples, no class would be left, or a batch has no
+        labels.
+    """
+    classes, outputs, data = forgotten(model, data, forget)
+    inputs, labels, others = [], [], 0
+    for batch in labelled(data, outputs):
+        chosen = among(batch.labels, classes)
+        inputs.append(batch.inputs[chosen])
+        labels.append(batch.labels[chosen])
+        others += len(batch) - len(labels[-1])
+    found = torch.cat(labels)
+    require_present(classes, found)
+    return ClassSamples(classes, outputs, torch.cat(inputs), found, others)
+
+
+def forgotten(
+    model: nn.Module, data: Data, forget: int | Sequence[int]
+) -> tuple[list[int], int, Data]:
+    """Return the classes to forget as a list, the number of the model's classes, and the data.
+
+    The data is returned whole, also where it can be read only once.
+
+    Raises
+    ------
+    ValueError
+        If a class is out of range or named twice, or none would be left.
+    """
+    first, whole = peek(data, model_device(model))
+    with preserved(model), torch.no_grad():
+        outputs = one_logit_a_class(predict(model, first.inputs[:1]).shape[1])
+    classes = listed(forget, outputs)
+    if len(classes) == outputs:
+        raise ValueError(f"forget: all {outputs} classes of the model given; one has to stay")
+    return classes, outputs, whole if isinstance(data, Iterator) else data
+
+
+def listed(forget: int | Sequence[int], outputs: int) -> list[int]:
+    """Return one class or several as a list; ValueError if one is none, or named twice."""
+    try:
+        return class_list(forget, outputs)
+    except ValueError as problem:
+        raise ValueError(str(problem).replace("target:", "forget:", 1)) from None
+
+
+@dataclass(frozen=True)
+class Labelled(Batch):
+    """A batch that has labels, int64, shape (samples,)."""
+
+    labels: Tensor
+
+
+def labelled(data: Data, outputs: int, device: torch.device | str = "cpu") -> Iterator[Labelled]:
+    """Yield the batches of ``data``; ValueError where one has no labels or one is out of range."""
+    for batch in batches(data, device):
+        labels = with_labels(batch.labels)
+        in_range(labels, outputs, "labels")
+        yield Labelled(batch.inputs, labels, batch.groups)
+
+
+def among(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """Return which labels are one of ``classes``, bool, shape (samples,)."""
+    return torch.isin(labels, torch.tensor(classes, device=labels.device))
+
+
+def require_present(classes: Sequence[int], labels: Tensor) -> None:
+    """Raise ValueError naming the classes of which there is no sample."""
+    absent = sorted(set(classes) - set(labels.unique().tolist()))
+    if absent:
+        raise ValueError(f"forget: the data has no sample of class {', '.join(map(str, absent))}")
+
+
+def shuffled(data: Data, batch_size: int) -> Data:
+    """Return a loader that shuffles a ``Dataset``; batches are returned as they are."""
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=batch_size, shuffle=True)
+    return data
+
+
+class Remaining(Iterable[tuple[Tensor, ...]]):
+    """The data without the samples of some classes, to be read as often as the data.
+
+    Batches without other samples are left out. A ``Dataset`` is shuffled anew for each pass and
+    read ``batch_size`` samples at a time.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        classes: Sequence[int],
+        *,
+        outputs: int,
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        readable_again(data, "training")
+        self.data = shuffled(data, batch_size)
+        self.classes, self.outputs, self.device = list(classes), outputs, device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield ``(inputs, labels)`` or ``(inputs, labels, groups)``."""
+        for batch in labelled(self.data, self.outputs, self.device):
+            kept = batch[~among(batch.labels, self.classes)]
+            if len(kept):
+                parts = (kept.inputs, kept.labels, kept.groups)
+                yield tuple(part for part in parts if part is not None)
+
+    def count(self) -> tuple[int, int]:
+        """Read the data once and return how many samples are left out and how many are kept.
+
+        Raises
+        ------
+        ValueError
+            If either is none, or a class has no samples.
+        """
+        labels = torch.cat([batch.labels.cpu() for batch in labelled(self.data, self.outputs)])
+        require_present(self.classes, labels)
+        removed = int(among(labels, self.classes).sum())
+        if removed == len(labels):
+            raise ValueError("data: only samples of the classes to forget; nothing would be left")
+        return removed, len(labels) - removed

@@ -1,0 +1,56 @@
+"""A masked logit: the comparison for every removal of a class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from xai_edit.core.checks import one_logit_a_class
+from xai_edit.core.data import Data, model_device, peek
+from xai_edit.core.targets import class_list
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.last_layer.head import find_head
+
+# Beyond any logit of a trained network, and a number that half precision can hold.
+MASKED = -1e4
+
+
+class LogitMask:
+    """Push a class's logit out of reach by its bias.
+
+    One number changes, without any relevance, and nothing is forgotten: a removal of a class has
+    to be better than this by something other than its accuracy.
+    """
+
+    def __repr__(self) -> str:
+        return "LogitMask()"
+
+    def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
+        """Plan the mask; the model is only read.
+
+        Parameters
+        ----------
+        model : nn.Module
+            A classifier that ends in a linear layer with a bias.
+        data : iterable or Dataset
+            One batch is read, to find the layer.
+        target : int or sequence of int
+            The class or classes.
+
+        Raises
+        ------
+        ValueError
+            If the last layer has no bias, or a class is out of range.
+        """
+        first, _ = peek(data, model_device(model))
+        head, layer = find_head(model, first.inputs[:1])
+        classes = torch.tensor(class_list(target, one_logit_a_class(layer.out_features)))
+        if layer.bias is None:
+            raise ValueError(f"model: the last layer {head!r} has no bias to mask a class with")
+        name = f"{head}.bias".removeprefix(".")
+        values = {name: (classes, torch.full((len(classes),), MASKED))}
+        return ModelEdit.between(
+            model, values, {"operator": "LogitMask", "target": classes.tolist(), "layer": head}
+        )

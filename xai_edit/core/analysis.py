@@ -1,0 +1,91 @@
+"""A model's forward pass, traced once and kept until the model changes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.trace import Trace, trace
+
+DEPTH = 3  # of nested collections among a module's attributes that are compared by value
+SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclass
+class Analysis:
+    """What is known about a model as it is now, for inputs of one shape.
+
+    Attributes
+    ----------
+    trace : Trace
+        A forward pass of one sample.
+    verified : set
+        Canonical forms in which the model has given the logits that it gives without.
+    """
+
+    trace: Trace
+    verified: set[Hashable] = field(default_factory=set)
+
+
+# Per model its state and the analyses that were made in this state, by kind of input.
+_KEPT: WeakKeyDictionary[nn.Module, tuple[Hashable, dict[Hashable, Analysis]]] = WeakKeyDictionary()
+
+
+def analysed(model: nn.Module, inputs: Tensor) -> Analysis:
+    """Return the analysis of a model, made anew if the model or the inputs' shape changed.
+
+    Nothing is stored on the model, and nothing outlives it.
+
+    Raises
+    ------
+    ValueError
+        If the model does not take such inputs.
+    """
+    state = state_of(model)
+    before, analyses = _KEPT.get(model, (None, {}))
+    if before != state:
+        analyses = {}
+        _KEPT[model] = state, analyses
+    kind = inputs.shape[1:], inputs.dtype, inputs.device
+    if kind not in analyses:
+        analyses[kind] = Analysis(trace(model, inputs))
+    return analyses[kind]
+
+
+def state_of(model: nn.Module) -> Hashable:
+    """Return a value that differs once a model may compute something else.
+
+    It covers the modules and their types; their attributes, hooks and modes; and the parameters and
+    buffers: which tensors, their storage, their version and, as writing to ``tensor.data`` leaves
+    the version as it is, their sum.
+    """
+    modules = tuple(
+        (name, id(module), type(module), _value(vars(module), DEPTH))
+        for name, module in model.named_modules()
+    )
+    sums = tuple(
+        tensor.detach().sum().item()
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point()
+    )
+    return modules, sums
+
+
+def _value(attribute: Any, depth: int) -> Hashable:
+    """Return what an attribute is compared by: its value if that is simple, else its identity."""
+    if isinstance(attribute, SIMPLE):
+        return attribute
+    if isinstance(attribute, Tensor):
+        version = 0 if attribute.is_inference() else attribute._version
+        storage = attribute.data_ptr() if attribute.layout == torch.strided else None
+        return id(attribute), storage, version
+    if depth and isinstance(attribute, dict):
+        return tuple((key, _value(value, depth - 1)) for key, value in attribute.items())
+    if depth and isinstance(attribute, (list, tuple, set, frozenset)):
+        return tuple(_value(value, depth - 1) for value in attribute)
+    return id(attribute)

@@ -1,0 +1,140 @@
+"""Argument checks that raise one clear error: the argument, the value given, what would work."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from typing import Any, SupportsFloat, TypeVar
+
+import torch
+from torch import Tensor
+
+from xai_edit.core.errors import NonFiniteError
+
+T = TypeVar("T")
+
+
+def require(condition: bool, name: str, given: object, works: str) -> None:
+    """Raise ``ValueError("name: given given; works")`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{name}: {given!r} given; {works}")
+
+
+def require_type(value: object, kind: type | tuple[type, ...], name: str, works: str) -> None:
+    """Raise TypeError unless ``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: {type(value).__name__} given; {works}")
+
+
+def one_of(value: T, options: Collection[T], name: str) -> T:
+    """Return ``value`` if it is one of ``options``."""
+    listed = ", ".join(map(repr, options))
+    require(value in options, name, value, f"it is one of {listed}")
+    return value
+
+
+def whole_number(value: Any, name: str, *, least: int | None = 0, most: int | None = None) -> int:
+    """Return a whole number of Python, NumPy or torch as an int; booleans are refused."""
+    limits = "" if least is None else f" from {least}"
+    limits += "" if most is None else f" to {most}"
+    boolean = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
+    try:
+        number = None if boolean else operator.index(value)
+    except TypeError:
+        number = None
+    too_low = number is not None and least is not None and number < least
+    if number is None or too_low or (most is not None and number > most):
+        raise ValueError(f"{name}: {value!r} given; it is a whole number{limits}")
+    return number
+
+
+def fraction(value: Any, name: str, *, zero: bool = False, one: bool = True) -> float:
+    """Return a number between 0 and 1; ``zero`` and ``one`` say whether the ends are allowed."""
+    number = math.nan
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        number = float(value)
+    if not (0 < number < 1 or (zero and number == 0) or (one and number == 1)):
+        percent = "; is it in percent?" if number > 1 else ""
+        limits = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise ValueError(f"{name}: {value!r} given; it is a fraction in {limits}{percent}")
+    return number
+
+
+def positive(value: Any, name: str, *, zero: bool = False) -> float:
+    """Return a finite number above 0, or of at least 0 where ``zero`` is allowed."""
+    number = math.nan
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        number = float(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(
+            f"{name}: {value!r} given; it is a finite number {'of at least' if zero else 'above'} 0"
+        )
+    return number
+
+
+def distinct(values: Iterable[T], name: str, works: str) -> list[T]:
+    """Return one or more different values as a list."""
+    listed = list(values)
+    require(0 < len(listed) == len(set(listed)), name, listed, works)
+    return listed
+
+
+def same_length(values: Sized, samples: int, name: str) -> None:
+    """Raise ValueError unless there is one value a sample."""
+    if len(values) != samples:
+        raise ValueError(f"{name}: {len(values)} values for {samples} samples; give one a sample")
+
+
+def finite(values: Tensor, name: str) -> Tensor:
+    """Return ``values`` if none is NaN or infinite; raise NonFiniteError otherwise."""
+    # The extremes are NaN if any value is; a mask of all values would take memory.
+    if values.numel() and not all(map(math.isfinite, values.detach().aminmax())):
+        raise NonFiniteError(f"{name}: NaN or infinite values")
+    return values
+
+
+def with_labels(labels: Tensor | None, name: str = "data") -> Tensor:
+    """Return a batch's labels; raise ValueError where the data has none."""
+    if labels is None:
+        raise ValueError(f"{name}: has no labels; give (input, label) batches")
+    return labels
+
+
+def readable_again(data: object, reader: str, name: str = "data") -> None:
+    """Raise TypeError where ``data`` is an iterator, and ``reader`` reads it more than once."""
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"{name}: a {type(data).__name__} can be read only once, and {reader} reads it several "
+            "times; give a list of batches, a DataLoader or a Dataset"
+        )
+
+
+def in_range(classes: Tensor | Sequence[int], count: int, name: str) -> None:
+    """Raise ValueError if one of ``classes`` is not a class of a model with ``count`` outputs."""
+    wrong = [one for one in torch.as_tensor(classes).unique().tolist() if not 0 <= one < count]
+    if wrong:
+        raise ValueError(
+            f"{name}: class {wrong[0]} is out of range; the model has {count} classes, "
+            f"0 to {count - 1}"
+        )
+
+
+def one_logit_a_class(outputs: int) -> int:
+    """Return the number of classes; raise ValueError where one output stands for two classes."""
+    if outputs < 2:
+        raise ValueError(
+            "model: has one output; a class is edited through a logit of its own, so give the last "
+            "layer two rows, one a class: zeros for class 0, then the row it has"
+        )
+    return outputs
+
+
+def nonzero(value: Any, name: str) -> float:
+    """Return a finite number other than 0."""
+    number = math.nan
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        number = float(value)
+    if not math.isfinite(number) or number == 0:
+        raise ValueError(f"{name}: {value!r} given; it is a finite number other than 0")
+    return number

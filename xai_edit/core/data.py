@@ -1,0 +1,309 @@
+"""Batches of a loader, a list or a ``Dataset``, and what several processes made of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from xai_edit.core.checks import same_length
+from xai_edit.core.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Part(Protocol):
+    """What one process made of its samples."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples it was made of."""
+
+
+T = TypeVar("T", bound=Part)
+Data: TypeAlias = Iterable[Any] | Dataset[Any]
+"""``(input, label)`` or ``(input, label, group)`` batches, bare inputs, or a ``Dataset``."""
+
+Attribute: TypeAlias = Callable[[Tensor], Any] | Tensor | None
+"""A yes/no property of each sample: a function of a batch of inputs, or a vector in data order,
+or None for the third element of each batch."""
+
+DATASET_BATCH_SIZE = 64
+NO_SAMPLES = "data: no samples; the loader is empty, or an iterator already used up"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the model's device.
+
+    Attributes
+    ----------
+    inputs : Tensor, shape (samples, ...)
+    labels : Tensor or None, int64, shape (samples,)
+    groups : Tensor or None, int64, shape (samples,)
+    """
+
+    inputs: Tensor
+    labels: Tensor | None = None
+    groups: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, keep: Tensor) -> Batch:
+        """Return the samples that ``keep`` (mask or indices, shape (samples,)) names."""
+        return Batch(
+            self.inputs[keep],
+            None if self.labels is None else self.labels[keep],
+            None if self.groups is None else self.groups[keep],
+        )
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer (the CPU when it has none)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def batches(
+    data: Data, device: torch.device | str = "cpu", *, may_be_empty: bool = False
+) -> Iterator[Batch]:
+    """Yield the batches of ``data`` one by one, checked and moved to ``device``.
+
+    Parameters
+    ----------
+    data : iterable or Dataset
+        Batches ``inputs``, ``(inputs,)``, ``(inputs, labels)`` or ``(inputs, labels, groups)``; a
+        ``Dataset`` is read in its order, 64 samples at a time.
+    device : torch.device or str
+        Where the batches are moved.
+    may_be_empty : bool
+        No samples are fine, as on one of several ranks.
+
+    Raises
+    ------
+    TypeError
+        If ``data`` or a batch is of another kind.
+    ValueError
+        If there is no sample at all, or the lengths within a batch differ.
+    NonFiniteError
+        If an input holds a NaN or an infinity.
+    """
+    empty = True
+    for index, raw in enumerate(_iterable(data)):
+        if len(batch := _batch(raw, index, device)):
+            empty = False
+            yield batch
+    if empty and not may_be_empty:
+        raise ValueError(NO_SAMPLES)
+
+
+def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
+    """Return the first batch and the whole data, also where it can be read only once."""
+    iterator = iter(_iterable(data))
+    skipped = []
+    for raw in iterator:
+        skipped.append(raw)
+        if len(batch := _batch(raw, len(skipped) - 1, device)):
+            return batch, chain(skipped, iterator)
+    raise ValueError(NO_SAMPLES)
+
+
+def _iterable(data: Data) -> Iterable[Any]:
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=DATASET_BATCH_SIZE)
+    if isinstance(data, Tensor) or _is_one_batch(data):
+        given = "a tensor" if isinstance(data, Tensor) else f"one {type(data).__name__} of tensors"
+        raise TypeError(
+            f"data: {given} was given; give an iterable of batches, such as [(inputs, labels)] or "
+            "a DataLoader, or a Dataset"
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"data: {type(data).__name__} is not iterable; give a DataLoader, a list of "
+            "(inputs, labels) batches or a Dataset"
+        )
+    return data
+
+
+def _is_one_batch(data: Any) -> bool:
+    """Return whether data is ``(inputs, labels)`` itself, which would be read as two batches."""
+    if not isinstance(data, (tuple, list)) or not all(isinstance(part, Tensor) for part in data):
+        return False
+    labels = len(data) == 2 and data[1].ndim == 1
+    return isinstance(data, tuple) or (labels and data[0].shape[:1] == data[1].shape)
+
+
+def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
+    parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
+    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], Tensor):
+        raise TypeError(
+            f"data: batch {index} is {type(raw).__name__} of "
+            f"{[type(part).__name__ for part in parts]}; expected inputs, (inputs, labels) or "
+            "(inputs, labels, groups), inputs a tensor"
+        )
+    if parts[0].ndim == 0:
+        raise ValueError(f"data: batch {index} has a single number for inputs; expected a batch")
+    inputs = parts[0].detach().to(device)
+    if inputs.is_floating_point() and not torch.isfinite(inputs).all():
+        raise NonFiniteError(f"data: batch {index} has inputs that are NaN or infinite")
+    vectors = [
+        None if part is None else _vector(part, name, index, len(inputs), device)
+        for name, part in zip(("labels", "groups"), parts[1:], strict=False)
+    ]
+    return Batch(inputs, *vectors)
+
+
+def _vector(part: Any, name: str, index: int, length: int, device: torch.device | str) -> Tensor:
+    try:
+        vector = torch.as_tensor(part, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise TypeError(
+            f"data: batch {index} has {name} that are not numbers ({problem}); number the classes"
+        ) from None
+    if vector.shape != (length,):
+        raise ValueError(
+            f"data: batch {index} has {name} of shape {tuple(vector.shape)} for {length} inputs; "
+            f"expected ({length},)"
+        )
+    if vector.is_floating_point() and not torch.equal(vector, vector.round()):
+        raise ValueError(f"data: batch {index} has {name} that are not whole numbers")
+    return vector.long()
+
+
+def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
+    """Return the parts of all batches as one on the CPU, None where no batch has one.
+
+    Raises
+    ------
+    ValueError
+        If some batches have it and some do not.
+    """
+    known = [part.cpu() for part in parts if part is not None]
+    if known and len(known) < len(parts):
+        raise ValueError(f"data: some batches have {name} and some have none")
+    return torch.cat(known) if known else None
+
+
+def check_length(attribute: Attribute, samples: int, name: str) -> None:
+    """Raise ValueError if an attribute given as a vector is not as long as the data."""
+    if attribute is not None and not callable(attribute):
+        same_length(attribute, samples, name)
+
+
+def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str) -> Tensor:
+    """Return the attribute of each sample of ``batch``.
+
+    Parameters
+    ----------
+    attribute : callable, Tensor or None
+        See `Attribute`.
+    batch : Batch
+    start : int
+        Index of the batch's first sample in the data, for a vector.
+    name : str
+        The caller's name of the attribute, for error messages.
+
+    Returns
+    -------
+    Tensor, int64, shape (samples,)
+
+    Raises
+    ------
+    ValueError
+        If the attribute is missing or does not have one value a sample.
+    """
+    if attribute is None:
+        if batch.groups is None:
+            raise ValueError(
+                f"{name}: not given, and the data has no third element; give "
+                "(input, label, attribute) batches, a function of the inputs or a vector"
+            )
+        return batch.groups
+    if callable(attribute):
+        values = torch.as_tensor(attribute(batch.inputs))
+    else:
+        values = torch.as_tensor(attribute)[start : start + len(batch)]
+    if values.shape != (len(batch),):
+        raise ValueError(
+            f"{name}: {tuple(values.shape)} values for {len(batch)} samples; "
+            "give one value a sample"
+        )
+    if values.is_floating_point() and not torch.equal(values, values.round()):
+        raise ValueError(
+            f"{name}: values that are not whole numbers; give yes or no, such as probability > 0.5"
+        )
+    return values.to(batch.inputs.device).long()
+
+
+def several_ranks() -> bool:
+    """Return whether this process is one of several of ``torch.distributed``."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gathered(part: T, group: ProcessGroup | None = None) -> dict[int, T]:
+    """Return the parts of all ranks in their order; without a process group this one alone.
+
+    Parameters
+    ----------
+    part : object
+        What this rank made of its samples; pickled, with tensors on the CPU.
+    group : ProcessGroup, optional
+        All ranks when left out. With nccl each has chosen its GPU by ``torch.cuda.set_device``.
+
+    Raises
+    ------
+    ValueError
+        If this rank is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return {0: part}
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group: rank {dist.get_rank()} is not in it")
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, part, group=group)
+    return dict(zip(dist.get_process_group_ranks(group or dist.group.WORLD), parts, strict=True))
+
+
+def with_samples(
+    parts: Mapping[int, T], made: Callable[[T], Mapping[str, Any]], trouble: str
+) -> list[T]:
+    """Return the parts that have samples, all made alike.
+
+    Parameters
+    ----------
+    parts : mapping
+        By rank.
+    made : callable
+        Returns what a part was made with. Of a part without samples only what it names is compared.
+    trouble : str
+        The beginning of the message, with ``{}`` for two ranks.
+
+    Raises
+    ------
+    ValueError
+        If no part has samples, or two were made differently.
+    """
+    filled = [rank for rank, part in parts.items() if part.samples]
+    if not filled:
+        raise ValueError("data: no samples on any rank; the loaders are empty, or already used up")
+    mine = made(parts[filled[0]])
+    for rank, part in parts.items():
+        theirs = made(part)
+        names = {**mine, **theirs} if rank in filled else theirs
+        wrong = [name for name in names if mine.get(name) != theirs.get(name)]
+        if wrong:
+            listed = "; ".join(f"{name}: {mine.get(name)} and {theirs.get(name)}" for name in wrong)
+            raise ValueError(
+                f"{trouble.format(filled[0], rank)} ({listed}); all are to be made with the same "
+                "model and arguments"
+            )
+    return [parts[rank] for rank in filled]

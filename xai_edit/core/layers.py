@@ -1,0 +1,240 @@
+"""Layers by name, their units, and the tensors that pass through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from xai_edit.core.errors import NonFiniteError, UnknownLayerError
+
+INPUT_SUFFIX = ":input"
+"""``"fc:input"`` names the inputs of layer ``fc``, where ``"fc"`` names its outputs."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+WEIGHTED = (nn.Linear, *CONVOLUTIONS)
+
+
+def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list[str]:
+    """Check layer names; None means all convolution and linear layers, in module order.
+
+    Raises
+    ------
+    UnknownLayerError
+        If a name is not one of the model's modules.
+    ValueError
+        If no layer is left, or one is named twice.
+    """
+    modules = dict(model.named_modules())
+    weighted = [name for name, module in modules.items() if isinstance(module, WEIGHTED)]
+    if layers is None:
+        names = weighted
+    else:
+        names = [layers] if isinstance(layers, str) else list(layers)
+    if not names:
+        given = "the model has none" if layers is None else "an empty list was given"
+        raise ValueError(f"layers: no convolution or linear layer to score; {given}")
+    for name in names:
+        module = name.removesuffix(INPUT_SUFFIX)
+        if module not in modules or (module == "" and "" not in weighted):
+            raise UnknownLayerError.of(name, weighted, "convolution and linear layers")
+    if len(set(names)) < len(names):
+        raise ValueError(f"layers: {names} names a layer twice")
+    return names
+
+
+def layer_module(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that a checked layer name, with or without ``:input``, stands for."""
+    return model.get_submodule(name.removesuffix(INPUT_SUFFIX))
+
+
+def sum_positions(values: Tensor, axis: int) -> Tensor:
+    """Sum a layer's values over all positions of a unit.
+
+    Parameters
+    ----------
+    values : Tensor, shape (samples, ...)
+    axis : int
+        The axis of the units, see `xai_edit.core.axes.unit_axes`.
+
+    Returns
+    -------
+    Tensor, shape (samples, units)
+    """
+    units = unit_axis_of(values, axis)
+    positions = [at for at in range(1, values.ndim) if at != units]
+    return values.sum(dim=positions) if positions else values
+
+
+def unit_axis_of(values: Tensor, axis: int) -> int:
+    """Return ``axis`` counted from the first; raise ValueError unless values have it for units."""
+    if not -values.ndim < axis < values.ndim or axis == 0:
+        raise ValueError(
+            f"unit_axis: {axis} given; a layer's values of shape {tuple(values.shape)} have their "
+            "samples on axis 0 and units on another of their axes"
+        )
+    return axis % values.ndim
+
+
+def first_tensor(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """Return what a module is called with first, by position or by name."""
+    return next(iter((*inputs, *named.values())), None)
+
+
+def with_first(
+    value: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a module's arguments, by position and by name, with another one for the first."""
+    if inputs:
+        return (value, *inputs[1:]), {**named}
+    return inputs, {**named, **dict.fromkeys([*named][:1], value)}
+
+
+@dataclass
+class Tap:
+    """What passed through the tapped layers in one forward pass.
+
+    Attributes
+    ----------
+    values : dict of Tensor
+        Detached copies, per layer name; a copy because an in-place activation may follow.
+    edges : dict of GradientEdge
+        Where the gradient (under a composite: the relevance) of each layer arrives, taken at once
+        for the same reason.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    edges: dict[str, GradientEdge] = field(default_factory=dict)
+
+    def require(self, layers: Sequence[str]) -> None:
+        """Raise ValueError naming the first layer that took no part in the forward pass."""
+        for name in layers:
+            if name not in self.values:
+                raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
+
+    def record(self, name: str, tensor: Any) -> None:
+        """Keep one layer's tensor."""
+        if name in self.values:
+            raise ValueError(
+                f"layer {name!r} is called more than once in a forward pass, so a score of its "
+                "units would mix the calls; use one module for each call"
+            )
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"layer {name!r} passes on a {type(tensor).__name__}, not one tensor; "
+                "name a layer inside it"
+            )
+        self.values[name] = tensor.detach().clone()
+        if tensor.requires_grad:
+            self.edges[name] = get_gradient_edge(tensor)
+
+
+@contextmanager
+def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
+    """Record what passes through ``layers`` during a forward pass inside this context.
+
+    Enter it before a composite registers its hooks, so that an input is seen as it comes.
+    """
+    tap = Tap()
+    handles = []
+    for name in layers:
+        module = layer_module(model, name)
+        if name.endswith(INPUT_SUFFIX):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, inputs, named, name=name: tap.record(
+                        name, first_tensor(inputs, named)
+                    ),
+                    with_kwargs=True,
+                )
+            )
+        else:
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, __, output, name=name: tap.record(name, output)
+                )
+            )
+    try:
+        yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gradients_at(
+    tap: Tap, layers: Sequence[str], outputs: Tensor, grad_outputs: Tensor
+) -> dict[str, Tensor]:
+    """Return the gradient of ``outputs`` at each layer; the backward pass stops at the earliest.
+
+    Raises
+    ------
+    ValueError
+        If a layer took no part in the forward pass, or the output does not depend on it.
+    """
+    tap.require(layers)
+    for name in layers:
+        if name not in tap.edges:
+            raise ValueError(
+                f"layer {name!r} passes no gradient on; is it run under torch.no_grad() or "
+                "torch.inference_mode(), or is nothing before it differentiable?"
+            )
+    gradients = torch.autograd.grad(
+        outputs, [tap.edges[name] for name in layers], grad_outputs=grad_outputs, allow_unused=True
+    )
+    for name, gradient in zip(layers, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(f"layer {name!r} has no influence on the model's output")
+    return dict(zip(layers, gradients, strict=True))
+
+
+def logits_of(output: Any, inputs: Tensor) -> Tensor:
+    """Check that ``output`` is one row of logits a sample."""
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(inputs):
+        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"model: its output is {given} for {len(inputs)} inputs; a classifier gives one row "
+            "of logits a sample, shape (samples, classes)"
+        )
+    if not torch.isfinite(output).all():
+        raise NonFiniteError("model: its logits are NaN or infinite")
+    return output
+
+
+def embeddings_in_graph(model: nn.Module) -> None:
+    """Put hooks on embeddings, from whose outputs on the data can have a gradient.
+
+    The guard takes them off.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.register_forward_hook(
+                lambda _, __, output: output.detach().requires_grad_().clone()
+            )
+
+
+def differentiable(inputs: Tensor) -> Tensor:
+    """Return a copy that gradients reach; token numbers stay as they are."""
+    copy = inputs.detach().clone()
+    return copy.requires_grad_() if copy.is_floating_point() else copy
+
+
+def run(model: nn.Module, inputs: Tensor) -> Any:
+    """Return the model's output, or say that the model does not take such inputs."""
+    try:
+        return model(inputs.clone())  # a model may overwrite its input, but not the user's data
+    except (RuntimeError, AssertionError) as problem:  # torchvision's ViT asserts the size
+        raise ValueError(
+            f"data: the model does not take inputs of shape {tuple(inputs.shape)}, "
+            f"{inputs.dtype}: {problem}"
+        ) from problem
+
+
+def predict(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the logits of a batch, or say that the model does not take such inputs."""
+    return logits_of(run(model, inputs), inputs)

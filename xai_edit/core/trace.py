@@ -1,0 +1,334 @@
+"""A recorder of one forward pass, and what can be read from its record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import (
+    INPUT_SUFFIX,
+    TRANSPOSED,
+    WEIGHTED,
+    differentiable,
+    embeddings_in_graph,
+    first_tensor,
+    logits_of,
+    run,
+)
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def operation_name(function: Callable[..., Any]) -> str:
+    """Return what an operation is called in all its forms: ``add`` for ``+``, ``+=``, ``add_``."""
+    name: str = getattr(function, "__name__", type(function).__name__).strip("_")
+    if name == "get":  # an attribute, such as x.T
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    return _ALIASES.get(name, name)
+
+
+_ALIASES = {
+    **{f"{form}{name}": name for form in ("i", "r") for name in ("add", "mul")},
+    **{"isub": "sub", "subtract": "sub", "multiply": "mul"},
+    **dict.fromkeys(("truediv", "itruediv", "divide", "true_divide"), "div"),
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation through which the output depends on the data.
+
+    Attributes
+    ----------
+    name : str
+        As `operation_name` gives it.
+    module : str
+        Path of the innermost module that runs it.
+    inside : tuple of str
+        Paths of all modules around it, outermost first.
+    joins : bool
+        Whether it takes several tensors that depend on the data.
+    """
+
+    name: str
+    module: str
+    inside: tuple[str, ...]
+    joins: bool = False
+
+
+@dataclass
+class Trace:
+    """One forward pass of one sample.
+
+    Attributes
+    ----------
+    calls : Counter
+        How often each module was called, by path.
+    order : list of str
+        Convolution and linear layers in the order of their calls.
+    operations : list of Operation
+    entered, left : dict
+        How many of the operations were over when a module was first entered, and left.
+    fed : set of str
+        Modules whose input depends on the data; a table of position biases has others.
+    unused : set of str
+        Modules whose output depends on the data, but does not reach the model's output.
+    values : dict
+        What went through each layer in its first call, by its name (`INPUT_SUFFIX` for inputs): a
+        number that stands for the tensor and its content, its shape and, where axes are followed,
+        their numbers. The name of its type where it is no tensor.
+    sample, output : Tensor, object
+        What the model got and gave, each of one sample.
+    norms : dict
+        Layer → the batch norm that alone reads its output.
+    halved : str or None
+        A module in which something is computed in half precision.
+    axes : xai_edit.core.axes.Axes, optional
+        The axes of all tensors, where they are followed.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    order: list[str] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    entered: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+    fed: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
+    values: dict[str, Value | str] = field(default_factory=dict)
+    sample: Any = None
+    output: Any = None
+    norms: dict[str, str] = field(default_factory=dict)
+    halved: str | None = None
+    axes: Any = None
+
+    def after(self, layers: Sequence[str]) -> list[Operation]:
+        """Return the operations after the earliest of some layers, or all if none is given."""
+        starts = [
+            (self.entered if name.endswith(INPUT_SUFFIX) else self.left).get(
+                name.removesuffix(INPUT_SUFFIX), len(self.operations)
+            )
+            for name in layers
+        ]
+        return self.operations[min(starts, default=0) :]
+
+    def readers(self, layer: str) -> list[str]:
+        """Return the modules that get a layer's output as it is, in the order of the model's."""
+        made = self.values.get(layer)
+        return [
+            name.removesuffix(INPUT_SUFFIX)
+            for name, value in self.values.items()
+            if name.endswith(INPUT_SUFFIX)
+            and isinstance(made, Value)
+            and isinstance(value, Value)
+            and value.number == made.number
+        ]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that went through a layer; see `Trace`."""
+
+    number: int
+    shape: tuple[int, ...]
+    axes: tuple[int, ...] = ()
+
+
+def trace(model: nn.Module, inputs: Tensor, *, axes: Any = None) -> Trace:
+    """Run the first sample of a batch through the model and record what happens.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left exactly as it was.
+    inputs : Tensor, shape (samples, ...)
+    axes : xai_edit.core.axes.Axes, optional
+        Also follows the axes of all tensors.
+
+    Raises
+    ------
+    ValueError
+        If the model does not take such inputs.
+    """
+    found = Trace(axes=axes)
+    recorder = _Recorder(found)
+    plain = torch.inference_mode(False), torch.autocast(inputs.device.type, enabled=False)
+    with plain[0], plain[1], preserved(model), torch.enable_grad():
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)  # so that a graph means dependence on the data
+        embeddings_in_graph(model)
+        for name, module in model.named_modules():
+            recorder.watch(name, module)
+        sample = differentiable(inputs[:1])
+        with recorder:
+            output = run(model, sample)
+    found.sample, found.output = sample.detach(), tree_map(_detached, output)
+    found.unused = recorder.unused(output)
+    found.norms = {
+        layer: norm
+        for layer, norm in recorder.norms.items()
+        if recorder.readers[layer] == 1 and found.calls[layer] == 1 == found.calls[norm]
+    }
+    return found
+
+
+def last_weighted(model: nn.Module, inputs: Tensor) -> str | None:
+    """Return the name of the linear or convolution layer that runs last, and so is the output."""
+    found = trace(model, inputs)
+    logits_of(found.output, found.sample)
+    return next(reversed(found.order), None)
+
+
+def following_batch_norms(
+    model: nn.Module, inputs: Tensor, layers: Sequence[str]
+) -> dict[str, str]:
+    """Return, for the layers whose output goes straight into an affine batch norm, its name."""
+    found = trace(model, inputs)
+    modules = dict(model.named_modules())
+    return {
+        layer: name
+        for layer in layers
+        for name in found.readers(layer)
+        if isinstance(modules[name], nn.modules.batchnorm._BatchNorm) and modules[name].affine
+    }
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, found: Trace) -> None:
+        super().__init__()
+        self.found = found
+        self.stack: list[str] = []
+        self.made: dict[int, str] = {}  # id of an output of a layer → the layer
+        self.kept: list[Any] = []  # an id is only good while its tensor lives
+        self.seen: dict[int, Tensor] = {}  # all that came out of an operation
+        self.numbers: dict[tuple[int, int], int] = {}
+        self.nodes: dict[str, list[Any]] = {}
+        self.norms: dict[str, str] = {}
+        self.readers: Counter[str] = Counter()
+
+    def followed(self, output: Any) -> Any:
+        """Note the tensors in an operation's output and return it."""
+        for value in tree_leaves(output):
+            if _depends(value):
+                self.seen[id(value)] = value
+        return output
+
+    def operation(self, name: str, *, joins: bool = False) -> None:
+        path = self.stack[-1] if self.stack else ""
+        self.found.operations.append(Operation(name, path, tuple(self.stack), joins))
+
+    def value(self, name: str, given: Any) -> None:
+        """Record what goes through a layer in its first call."""
+        if name in self.found.values:
+            return
+        if not isinstance(given, Tensor):
+            self.found.values[name] = type(given).__name__
+            return
+        # In-place operations change the version, not the id.
+        version = 0 if given.is_inference() else given._version
+        number = self.numbers.setdefault((id(given), version), len(self.numbers))
+        self.kept.append(given)
+        axes = () if self.found.axes is None else self.found.axes.of(given)
+        self.found.values[name] = Value(number, tuple(given.shape), axes)
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        weighted = isinstance(module, WEIGHTED)
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+        def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.stack.append(name)
+            self.found.calls[name] += 1
+            self.found.entered.setdefault(name, len(self.found.operations))
+            if any(_depends(value) for value in tree_leaves((inputs, named))):
+                self.found.fed.add(name)
+            if weighted:
+                self.found.order.append(name)
+            first = first_tensor(inputs, named)
+            self.value(name + INPUT_SUFFIX, first)
+            if norm and id(first) in self.made:
+                self.norms[self.made[id(first)]] = name
+
+        def leave(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            self.stack.pop()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                self.followed(output)
+            self.found.left.setdefault(name, len(self.found.operations))
+            self.value(name, output)
+            self.nodes.setdefault(name, []).extend(
+                value.grad_fn for value in tree_leaves(output) if _depends(value)
+            )
+            if weighted and _mergeable(module, output):
+                self.made[id(output)] = name
+                self.kept.append(output)
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave)
+
+    def unused(self, output: Any) -> set[str]:
+        """Return the modules from whose outputs on the data no path leads to the model's."""
+        ahead = [value.grad_fn for value in tree_leaves(output) if _depends(value)]
+        if not ahead:  # nothing is known of it
+            return set()
+        reached = set(ahead)
+        while ahead:
+            for node, _ in ahead.pop().next_functions:
+                if node is not None and node not in reached:
+                    reached.add(node)
+                    ahead.append(node)
+        return {name for name, nodes in self.nodes.items() if nodes and not reached & {*nodes}}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = operation_name(func)
+        named = kwargs or {}
+        given = tree_leaves((args, named))
+        joins = sum(_depends(value) for value in given) > 1
+        for value in given:
+            if self.stack and _depends(value) and id(value) not in self.seen:
+                # It came out of something that no function mode sees, such as autograd.Function.
+                self.operation(type(value.grad_fn).__name__)
+                self.followed(value)
+        axes = self.found.axes
+        if axes is None:
+            output = func(*args, **named)
+        else:
+            before = [(value, axes.of(value), value.shape) for value in given if _is_tensor(value)]
+            output = func(*args, **named)
+            axes.follow(name, func, (args, named), before, output)
+        if not self.stack:  # the copy of the input that the model gets
+            return self.followed(output)
+        if any(_depends(value) and value.dtype in HALF for value in tree_leaves(output)):
+            self.found.halved = self.stack[-1]
+        if name == "setitem" or any(_depends(value) for value in tree_leaves(output)):
+            self.operation(name, joins=joins)
+            for value in given:
+                if id(value) in self.made:
+                    self.readers[self.made[id(value)]] += 1
+        return self.followed(output)
+
+
+def _mergeable(module: nn.Module, output: Any) -> bool:
+    """Tell whether a batch norm behind a layer could be merged, with Zennit's merge."""
+    if isinstance(module, nn.Linear):
+        return isinstance(output, Tensor) and output.ndim == 2  # else its channels are others
+    return not (isinstance(module, TRANSPOSED) and module.groups > 1)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _depends(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

@@ -1,0 +1,380 @@
+"""``ModelEdit``: a sparse, reversible, saved difference of a model's parameters and buffers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit._version import __version__
+from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteError
+from xai_edit.core.files import read_sealed, sealed, write_safetensors
+
+FORMAT = 1
+KIND = "xai_edit.edit"
+PARTS = ("index", "old", "new")  # of a change in a file
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """New values for some entries of one parameter or buffer.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of the tensor.
+    index : Tensor, int64, shape (entries,)
+        Flat positions in row-major order, ascending.
+    old, new : Tensor, the tensor's dtype, shape (entries,)
+        The values before and after.
+    """
+
+    shape: tuple[int, ...]
+    index: Tensor
+    old: Tensor
+    new: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def position(self, at: int) -> list[int]:
+        """Return where in the tensor an entry is, by axis."""
+        return [int(axis) for axis in torch.unravel_index(self.index[at], self.shape)]
+
+    def put(self, parameter: Tensor, values: Tensor) -> None:
+        """Write the old or the new values into the tensor."""
+        # By row and column: right in any memory layout, and deterministic.
+        index = torch.unravel_index(self.index.to(parameter.device), self.shape)
+        with torch.no_grad():
+            parameter[index] = values.to(parameter.device) if self.shape else values[0]
+
+    def joined(self, name: str, other: Change) -> Change:
+        """Return both changes of the tensor ``name`` as one, or raise EditMismatchError."""
+        if self.shape != other.shape or self.old.dtype != other.old.dtype:
+            raise EditMismatchError(f"the edits were made for different models: see {name!r}")
+        unique, place = torch.cat([self.index, other.index]).unique(return_inverse=True)
+        old, new = (self.old.new_empty(len(unique)) for _ in range(2))
+        old[place], new[place] = torch.cat([self.old, other.old]), torch.cat([self.new, other.new])
+        for change in (self, other):
+            at = torch.searchsorted(unique, change.index)
+            clash = ~(_same_bits(old[at], change.old) & _same_bits(new[at], change.new))
+            if clash.any():
+                first = change.position(int(torch.nonzero(clash)[0]))
+                raise EditMismatchError(
+                    f"the edits clash in {int(clash.sum())} entries of {name!r}, first at {first}; "
+                    "apply one, then plan the other"
+                )
+        return Change(self.shape, unique, old, new)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelEdit:
+    """A difference of a model's tensors that can be reviewed, applied, undone, saved and combined.
+
+    Nothing else in this library changes a user's model.
+
+    Attributes
+    ----------
+    changes : dict of Change
+        Per name of a parameter or buffer, as in ``model.named_parameters()``. Empty when there is
+        nothing to do.
+    origin : dict
+        Where the edit came from, as JSON values: ``operator``, its ``arguments``, what it found.
+    """
+
+    changes: dict[str, Change]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def between(
+        cls,
+        model: nn.Module,
+        values: Mapping[str, tuple[Tensor, Tensor]],
+        origin: Mapping[str, Any],
+    ) -> ModelEdit:
+        """Describe new values for entries of a model's tensors; the model is only read.
+
+        Parameters
+        ----------
+        model : nn.Module
+        values : mapping
+            Name of a parameter or buffer → (flat indices int64, new values), both of shape
+            (entries,). Entries whose value stays the same, bit for bit, are left out.
+        origin : mapping
+            See `ModelEdit`.
+
+        Raises
+        ------
+        NonFiniteError
+            If a new value is NaN or infinite in the parameter's dtype.
+        ValueError
+            If a name is not a parameter or buffer of the model, or the indices are no different
+            entries of it, one for each value.
+        """
+        parameters = _tensors(model)
+        changes = {}
+        for name, (index, new) in values.items():
+            if name not in parameters:
+                raise ValueError(
+                    f"model: {name!r} is not a plain parameter or buffer; a parametrization or a "
+                    "pruning hook computes it. Make that permanent first"
+                )
+            parameter = parameters[name].detach()
+            _require_entries(name, index, new, parameter.numel())
+            index, new = index.to(parameter.device).long(), new.detach().to(parameter)
+            if not (index[1:] > index[:-1]).all():  # a compared copy's are in order already
+                index, order = torch.sort(index)
+                new = new[order]
+            if len(again := index[1:][index[1:] == index[:-1]]):
+                raise ValueError(f"values: {name!r} has entry {int(again[0])} more than once")
+            if not torch.isfinite(new).all():
+                raise NonFiniteError(
+                    f"the edit would set entries of {name!r} to values that {parameter.dtype} "
+                    "cannot hold; choose a smaller rate"
+                )
+            old = torch.take(parameter, index)
+            differs = ~_same_bits(old, new)
+            if differs.any():
+                kept = (tensor[differs].cpu() for tensor in (index, old, new))
+                changes[name] = Change(tuple(parameter.shape), *kept)
+        origin = {**origin, "versions": versions()}
+        try:
+            json.dumps(origin)
+        except TypeError as problem:
+            raise TypeError(f"origin: {problem}; give plain numbers, words and lists") from None
+        return cls(changes, origin)
+
+    @classmethod
+    def to_copy(cls, model: nn.Module, copy: nn.Module, origin: Mapping[str, Any]) -> ModelEdit:
+        """Describe how a changed copy of a model, such as a fine-tuned one, differs from it.
+
+        Both are only read. ``copy`` has the same parameters and buffers, of the same shapes;
+        buffers of whole numbers, which count batches, are left out. Errors as for `between`.
+        """
+        mine, theirs = _tensors(model), _tensors(copy)
+        values = {}
+        for name, tensor in mine.items():
+            if not tensor.is_floating_point():
+                continue
+            if name not in theirs or theirs[name].shape != tensor.shape:
+                raise ValueError(f"copy: has no {name!r} of shape {tuple(tensor.shape)}")
+            new = theirs[name].detach().to(tensor).flatten()
+            index = (~_same_bits(tensor.detach().flatten(), new)).nonzero().flatten()
+            values[name] = (index, new[index])
+        return cls.between(model, values, origin)
+
+    @property
+    def size(self) -> int:
+        """The number of weights changed."""
+        return sum(len(change) for change in self.changes.values())
+
+    def __or__(self, other: ModelEdit) -> ModelEdit:
+        """Combine two edits of one model; EditMismatchError where they clash."""
+        changes = dict(self.changes)
+        for name, theirs in other.changes.items():
+            changes[name] = changes[name].joined(name, theirs) if name in changes else theirs
+        parts = [part for edit in (self, other) for part in edit.origin.get("parts", [edit.origin])]
+        return ModelEdit(changes, {"operator": "combined", "parts": parts})
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Write the new values into ``model`` and return it.
+
+        Raises
+        ------
+        EditMismatchError
+            If a parameter is missing, has another shape or dtype, or does not hold the values the
+            edit was planned on; the model is then as it was, and so it is after Ctrl-C.
+        """
+        return self._write(model, undo=False)
+
+    def undo(self, model: nn.Module) -> nn.Module:
+        """Write the old values back, bit for bit, and return the model.
+
+        Raises
+        ------
+        EditMismatchError
+            If the model does not hold the edit's new values; it is then as it was.
+        """
+        return self._write(model, undo=True)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Apply for the length of a ``with`` block, undo after it, also after an exception."""
+        self.apply(model)
+        try:
+            yield model
+        finally:
+            self.undo(model)
+
+    def check(self, model: nn.Module, *, undo: bool = False) -> None:
+        """Raise `EditMismatchError` unless the edit can be applied (or undone) on ``model``."""
+        parameters = _tensors(model)
+        named: dict[int, str] = {}
+        for name, change in self.changes.items():
+            if name not in parameters:
+                raise EditMismatchError(f"the edit changes {name!r}, which the model does not have")
+            parameter = parameters[name].detach()
+            twin = named.setdefault(id(parameters[name]), name)  # tied: one under two names
+            if twin != name:
+                self.changes[twin].joined(name, change)
+            if tuple(parameter.shape) != change.shape:
+                raise EditMismatchError(
+                    f"{name!r} has shape {tuple(parameter.shape)}, the edit was made for "
+                    f"{change.shape}"
+                )
+            if parameter.dtype != change.old.dtype:
+                raise EditMismatchError(
+                    f"{name!r} is {parameter.dtype}, the edit was made for {change.old.dtype}"
+                )
+            expected, other = (change.new, change.old) if undo else (change.old, change.new)
+            found = torch.take(parameter, change.index.to(parameter.device)).cpu()
+            wrong = ~_same_bits(found, expected)
+            if wrong.any():
+                if _same_bits(found, other).all():
+                    state = "does not hold this edit" if undo else "already holds this edit"
+                    raise EditMismatchError(f"the model {state}: see {name!r}")
+                at = int(torch.nonzero(wrong)[0])
+                raise EditMismatchError(
+                    f"{name!r} differs from the model the edit was made for in {int(wrong.sum())} "
+                    f"of {len(change)} entries; the first, {change.position(at)}, is "
+                    f"{found[at].item():.6g}, expected {expected[at].item():.6g}"
+                )
+
+    def _write(self, model: nn.Module, *, undo: bool) -> nn.Module:
+        self.check(model, undo=undo)
+        parameters = _tensors(model)
+        begun: list[str] = []
+        try:
+            for name, change in self.changes.items():
+                begun.append(name)
+                change.put(parameters[name], change.old if undo else change.new)
+        except BaseException:  # Ctrl-C, or no memory left
+            for name in begun:
+                change = self.changes[name]
+                change.put(parameters[name], change.new if undo else change.old)
+            raise
+        return model
+
+    def summary(self) -> str:
+        """Say in words what the edit changes and where it came from."""
+        lines = [f"{self.origin.get('operator', 'edit')}: changes {self.size} weights"]
+        for name, change in self.changes.items():
+            total = torch.Size(change.shape).numel()
+            lines.append(f"  {name} {list(change.shape)}: {len(change)} of {total}")
+            for at in range(min(len(change), 3)):
+                old, new = change.old[at].item(), change.new[at].item()
+                lines.append(f"    {change.position(at)}: {old:.6g} → {new:.6g}")
+            if len(change) > 3:
+                lines.append(f"    … and {len(change) - 3} more")
+        for key, value in self.origin.items():
+            if key not in ("operator", "versions"):
+                lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, atomically: no pickle, no code, a checksum over all.
+
+        Raises
+        ------
+        OSError
+            If the folder is missing or cannot be written.
+        """
+        tensors = {}
+        shapes = {}
+        for name, change in self.changes.items():
+            small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max
+            index = change.index.to(torch.int32) if small else change.index
+            for part, values in zip(PARTS, (index, change.old, change.new), strict=True):
+                tensors[f"{name}/{part}"] = values
+            shapes[name] = list(change.shape)
+        header = {"format": FORMAT, "shapes": shapes, "origin": self.origin}
+        text = json.dumps(header)
+        write_safetensors(path, tensors, KIND, sealed(tensors, text))
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelEdit:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        EditFileError
+            If it is not an edit, is cut short, was changed, or is of a newer format.
+        """
+        try:
+            entries = {"shapes": dict, "origin": dict}
+            tensors, header = read_sealed(path, KIND, entries, newest=FORMAT)
+            changes = {
+                name: _read_change(path, tensors, name, shape)
+                for name, shape in header["shapes"].items()
+            }
+        except ValueError as problem:
+            raise EditFileError(str(problem)) from None
+        return cls(changes, header["origin"])
+
+
+def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
+    """Return the change of one tensor from a file, or raise ValueError where it is none."""
+    parts = [tensors[at] for part in PARTS if (at := f"{name}/{part}") in tensors]
+    axes = isinstance(shape, list) and all(type(axis) is int and axis > 0 for axis in shape)
+    if axes and len(parts) == len(PARTS):
+        index, old, new = parts
+        entries = math.prod(shape)
+        if (
+            entries <= torch.iinfo(torch.int64).max
+            and index.dtype in (torch.int32, torch.int64)
+            and index.ndim == 1
+            and index.shape == old.shape == new.shape
+            and old.dtype == new.dtype
+            and len(index)
+            and index[0] >= 0
+            and index[-1] < entries
+            and (index[1:] > index[:-1]).all()
+        ):
+            return Change(tuple(shape), index.long(), old, new)
+    raise ValueError(f"{path}: what it holds for {name!r} is no change of a tensor of {shape}")
+
+
+def _same_bits(left: Tensor, right: Tensor) -> Tensor:
+    """Return where entries are equal bit for bit (-0.0 differs from 0.0), shape (entries,)."""
+    size = left.element_size()
+    rows = [tensor.contiguous().view(torch.uint8).view(-1, size) for tensor in (left, right)]
+    return (rows[0] == rows[1]).all(1)
+
+
+def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> None:
+    """Raise ValueError unless flat indices are entries of a tensor, one for each new value."""
+    other = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
+    if (other and index.numel()) or index.ndim != 1 or index.shape != new.shape:
+        raise ValueError(
+            f"values: {name!r} has indices of shape {tuple(index.shape)}, {index.dtype}, and new "
+            f"values of {tuple(new.shape)}; give one flat index, int64, for each value"
+        )
+    if len(index):
+        first, last = (int(end) for end in index.aminmax())
+        if first < 0 or last >= entries:
+            wrong = first if first < 0 else last
+            raise ValueError(f"values: {name!r} has no entry {wrong}; it has {entries}, from 0 on")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = {package: version(package) for package in ("zennit", "captum")}
+    return {"xai_edit": __version__, "torch": torch.__version__, **packages}

@@ -1,0 +1,91 @@
+"""Switching units off: the entries of parameters that make a unit's output zero, or noisy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.layers import CONVOLUTIONS, INPUT_SUFFIX, TRANSPOSED, layer_module
+
+Noise = Literal["gaussian", "laplacian"]
+
+
+def silencing_entries(
+    model: nn.Module, layer: str, units: Tensor, batch_norm: str | None = None
+) -> dict[str, Tensor]:
+    """Return the entries to set to zero so that some units of a layer give nothing on.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layer : str
+        A linear or convolution layer: the incoming weights and the bias of the units. With
+        ``:input``: the weights that read the units.
+    units : Tensor, int64, shape (n,)
+    batch_norm : str, optional
+        A batch norm that follows the layer directly; its scale and shift for the units go too, or
+        it would pass its shift on.
+
+    Returns
+    -------
+    dict of Tensor
+        Parameter name → flat positions, int64.
+
+    Raises
+    ------
+    ValueError
+        If the layer has no units that can be switched off.
+    """
+    module = layer_module(model, layer)
+    name = layer.removesuffix(INPUT_SUFFIX)
+    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        raise ValueError(
+            f"layer {layer!r} is a {type(module).__name__}; units of linear and convolution "
+            "layers can be switched off"
+        )
+    transposed = isinstance(module, TRANSPOSED)
+    reads = layer.endswith(INPUT_SUFFIX)
+    if getattr(module, "groups", 1) > 1 and transposed != reads:
+        raise ValueError(f"layer {layer!r} is grouped; its units cannot be switched off one by one")
+    axis = 1 if transposed != reads else 0
+    entries = {f"{name}.weight": _slices(module.weight.shape, axis, units)}
+    if not reads and module.bias is not None:
+        entries[f"{name}.bias"] = units
+    if batch_norm is not None:
+        entries |= {f"{batch_norm}.weight": units, f"{batch_norm}.bias": units}
+    return entries
+
+
+def _slices(shape: torch.Size, axis: int, units: Tensor) -> Tensor:
+    """Return the flat positions of some slices along an axis, without numbering all others."""
+    positions = torch.zeros(1, dtype=torch.long)
+    for at, length in enumerate(shape):
+        along = units.cpu() if at == axis else torch.arange(length)
+        positions = (positions[:, None] * length + along).flatten()
+    return positions
+
+
+def noisy_values(
+    model: nn.Module, entries: Mapping[str, Tensor], noise: Noise, scale: float, seed: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return entries with their values plus noise, ``scale`` deviations of the layer's weights."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, at in entries.items():
+        layer = name.rpartition(".")[0]
+        deviation = model.get_parameter(f"{layer}.weight".removeprefix(".")).std().item()
+        old = torch.take(model.get_parameter(name).detach().cpu(), at)
+        drawn = _drawn(noise, len(at), generator) * scale * deviation
+        values[name] = at, old + drawn.to(old)
+    return values
+
+
+def _drawn(noise: Noise, count: int, generator: torch.Generator) -> Tensor:
+    """Return noise of standard deviation 1."""
+    if noise == "gaussian":
+        return torch.randn(count, generator=generator, dtype=torch.float64)
+    u = torch.rand(count, generator=generator, dtype=torch.float64) - 0.5
+    return -u.sign() * torch.log1p(-2 * u.abs()) / 2**0.5

@@ -1,0 +1,417 @@
+"""Accuracy, averages, gaps and rates by group: figures of counts, their text and their JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from xai_edit.core.checks import one_of, require
+from xai_edit.core.targets import class_list
+from xai_edit.evaluation.intervals import (
+    CONFIDENCE,
+    RESAMPLES,
+    SEED,
+    Interval,
+    check_bootstrap,
+    percentile_interval,
+    resampled_shares,
+)
+
+LINES = 20  # groups that the text shows
+
+Group: TypeAlias = tuple[int, int]
+"""A class and an attribute."""
+
+Average: TypeAlias = Literal["average", "train_weighted", "balanced"]
+AVERAGES: dict[Average, str] = {
+    "average": "average over samples",
+    "train_weighted": "average, train-weighted",
+    "balanced": "average over groups (balanced)",
+}
+
+
+@dataclass(frozen=True)
+class GroupIntervals:
+    """Percentile bootstrap intervals of the figures of an `Accuracy`.
+
+    Attributes
+    ----------
+    confidence : float
+    resamples, seed : int
+    groups : dict
+        Of each group's accuracy.
+    worst : tuple of float
+        Of the lowest accuracy, whichever group has it in a resample.
+    averages, gaps : dict
+        Of each average, and of the average less the worst.
+    """
+
+    confidence: float
+    resamples: int
+    seed: int
+    groups: dict[Group, Interval]
+    worst: Interval
+    averages: dict[Average, Interval]
+    gaps: dict[Average, Interval]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How often the positive class is predicted for one attribute.
+
+    ``true_positive_rate`` is the share of its ``positives``, the samples of the positive class, and
+    ``positive_rate`` that of all its ``samples``.
+    """
+
+    attribute: int
+    true_positive_rate: float
+    positives: int
+    positive_rate: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Demographics:
+    """Differences in rates between groups of people, 0 to 1. Lower is better; 0 is equality.
+
+    Each is the highest rate less the lowest. Intervals are made as in `Accuracy.intervals`;
+    highest and lowest are those of each resample, so that they never reach below 0.
+
+    Attributes
+    ----------
+    positive : int
+        The class that is a benefit.
+    equal_opportunity_difference, equal_opportunity_interval
+        In the true positive rate (Hardt et al. 2016, *Equality of Opportunity in Supervised
+        Learning*).
+    demographic_parity_difference, demographic_parity_interval
+        In the positive rate (Dwork et al. 2012, *Fairness through Awareness*).
+    rates : tuple of Rate
+        Of each attribute that has samples.
+    confidence : float
+    """
+
+    positive: int
+    equal_opportunity_difference: float
+    equal_opportunity_interval: Interval
+    demographic_parity_difference: float
+    demographic_parity_interval: Interval
+    rates: tuple[Rate, ...]
+    confidence: float = CONFIDENCE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; keys are the attributes' names, tuples are lists."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def __str__(self) -> str:
+        lines = [
+            f"class {self.positive} predicted, by attribute",
+            f"{'':<32}{'true positive rate':>20}{'of':>7}{'rate':>9}{'of':>7}",
+        ]
+        for one in self.rates:
+            lines.append(
+                f"{f'  attribute {one.attribute}':<32}{one.true_positive_rate:>20.3f}"
+                f"{one.positives:>7}{one.positive_rate:>9.3f}{one.samples:>7}"
+            )
+        for name in ("equal_opportunity", "demographic_parity"):
+            text, value = (
+                f"{name.replace('_', ' ')} difference",
+                getattr(self, f"{name}_difference"),
+            )
+            ends = _ends(getattr(self, f"{name}_interval"))
+            lines.append(f"{text:<32}{value:>7.3f}, {self.confidence:.0%} interval {ends}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy:
+    """Right answers and samples of each (class, attribute) group. Higher is better.
+
+    Groups without samples have no accuracy and play no part in the worst and the averages.
+
+    Attributes
+    ----------
+    right, samples : Tensor, int64, shape (classes, attributes)
+        Attributes are numbered from 0; without any there is one column.
+    predicted : Tensor or None, int64, shape (classes, attributes)
+        How many samples of each attribute are predicted as each class; `demographics` needs it.
+    train_samples : Tensor or None, int64, shape (classes, attributes)
+        Samples of each group in the training data, the weights of `train_weighted`.
+
+    Raises
+    ------
+    ValueError
+        If ``train_samples`` does not fit the samples.
+    """
+
+    right: Tensor
+    samples: Tensor
+    predicted: Tensor | None = None
+    train_samples: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.train_samples is None:
+            return
+        counts = check_train_samples(self.train_samples, len(self.samples))
+        object.__setattr__(self, "train_samples", counts)
+        unseen = self._padded_train_samples()
+        unseen[:, : self.samples.shape[1]][self.samples > 0] = 0
+        for label, attribute in unseen.nonzero().tolist():
+            raise ValueError(
+                f"train_samples: group ({label}, {attribute}) has {unseen[label, attribute]}, and "
+                "no samples in the data, so that its accuracy is not known; give samples of it"
+            )
+
+    @property
+    def groups(self) -> dict[Group, float]:
+        """Accuracy of each (class, attribute) group that has samples."""
+        shares = (self.right.double() / self.samples).tolist()
+        return {
+            (row, column): shares[row][column] for row, column in self.samples.nonzero().tolist()
+        }
+
+    @property
+    def worst(self) -> float:
+        """Worst-group accuracy: the lowest of all groups that have samples."""
+        return min(self.groups.values())
+
+    @property
+    def worst_group(self) -> Group:
+        """The (class, attribute) group of lowest accuracy, the first of equals."""
+        groups = self.groups
+        return min(groups, key=lambda group: groups[group])
+
+    @property
+    def average(self) -> float:
+        """Accuracy over all samples: every sample counts alike."""
+        return int(self.right.sum()) / int(self.samples.sum())
+
+    @property
+    def train_weighted(self) -> float | None:
+        """Mean of the group accuracies, each weighted by its share of the training data.
+
+        What the literature on group robustness calls average (Sagawa et al. 2020, *Distributionally
+        Robust Neural Networks for Group Shifts*). None without ``train_samples``.
+        """
+        if self.train_samples is None:
+            return None
+        at = self.samples > 0
+        return float(
+            (self.right[at].double() / self.samples[at]) @ self._weights()["train_weighted"]
+        )
+
+    @property
+    def balanced(self) -> float:
+        """Mean of the group accuracies: every group counts alike."""
+        return sum(self.groups.values()) / len(self.groups)
+
+    @property
+    def averages(self) -> dict[Average, float]:
+        """The averages by their names; ``train_weighted`` only where it is known."""
+        found = {"average": self.average, "balanced": self.balanced}
+        if (weighted := self.train_weighted) is not None:
+            found["train_weighted"] = weighted
+        return {name: found[name] for name in AVERAGES if name in found}
+
+    def gap(self, average: Average = "average") -> float:
+        """Return an average less the worst-group accuracy. Lower is better.
+
+        Raises
+        ------
+        ValueError
+            If there is no such average; ``train_weighted`` needs ``train_samples``.
+        """
+        known = self.averages
+        if average == "train_weighted":
+            require(average in known, "average", average, "it needs train_samples")
+        return known[one_of(average, known, "average")] - self.worst
+
+    def of(self, *classes: int) -> float:
+        """Accuracy over the samples of some classes (A_t of class unlearning)."""
+        at = [row for row in classes if 0 <= row < len(self.samples)]
+        if len(at) < len(classes) or not self.samples[at].sum():
+            raise ValueError(f"classes: no samples of {[*classes]}")
+        return int(self.right[at].sum()) / int(self.samples[at].sum())
+
+    def rest(self, *classes: int) -> float:
+        """Accuracy over the samples of all other classes (A_g of class unlearning)."""
+        return self.of(*[row for row in range(len(self.samples)) if row not in classes])
+
+    def intervals(
+        self, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = SEED
+    ) -> GroupIntervals:
+        """Return bootstrap intervals of all figures.
+
+        Samples are drawn anew within each group, whose size is a choice of whoever made the data;
+        an interval holds ``confidence`` of the resamples. The worst group is that of each resample,
+        so that its interval is that of a minimum and reaches low where several groups are nearly
+        as bad. The interval of a group with no wrong answer has no width, however few its samples.
+        """
+        check_bootstrap(confidence, resamples, seed)
+        at = self.samples > 0
+        draws = resampled_shares(self.right[at], self.samples[at], resamples=resamples, seed=seed)
+        worst = draws.min(1)
+        averages = {name: draws @ weights.numpy() for name, weights in self._weights().items()}
+
+        def interval(drawn: Any) -> Interval:
+            return percentile_interval(drawn, confidence)
+
+        return GroupIntervals(
+            confidence,
+            resamples,
+            seed,
+            dict(zip(self.groups, map(interval, draws.T), strict=True)),
+            interval(worst),
+            {name: interval(drawn) for name, drawn in averages.items()},
+            {name: interval(drawn - worst) for name, drawn in averages.items()},
+        )
+
+    def demographics(self, positive: int) -> Demographics:
+        """Return how unequally a class is predicted for the groups of people in the attribute.
+
+        ``positive`` is the class that is a benefit, such as "granted".
+
+        Raises
+        ------
+        ValueError
+            If it is no class, there is one attribute only, an attribute has no samples of the
+            class, or ``predicted`` is None.
+        """
+        if self.predicted is None:
+            raise ValueError("predicted: not counted; evaluate_groups counts it")
+        (positive,) = class_list(positive, len(self.samples))
+        people = self.samples.sum(0)
+        known = people.nonzero()[:, 0]
+        if len(known) < 2:
+            raise ValueError(
+                f"groups: samples of {len(known)} attribute; differences need two or more, given "
+                "to evaluate_groups as groups"
+            )
+        for attribute in known[self.samples[positive, known] == 0].tolist():
+            raise ValueError(
+                f"positive: attribute {attribute} has no samples of class {positive}; a true "
+                "positive rate needs some of each attribute"
+            )
+        columns, differences = [known.tolist()], []
+        for hits, total in (
+            (self.right[positive, known], self.samples[positive, known]),
+            (self.predicted[positive, known], people[known]),
+        ):
+            rates = (hits.double() / total).tolist()
+            draws = resampled_shares(hits, total, resamples=RESAMPLES, seed=SEED)
+            interval = percentile_interval(draws.max(1) - draws.min(1), CONFIDENCE)
+            differences.append((max(rates) - min(rates), interval))
+            columns += [rates, total.tolist()]
+        opportunity, parity = differences
+        return Demographics(positive, *opportunity, *parity, tuple(map(Rate, *columns)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as JSON values.
+
+        ``groups`` lists ``class``, ``attribute``, ``samples``, ``right``, ``accuracy`` and
+        ``interval`` of each group that has samples; ``worst`` is the entry of the worst of them,
+        with the interval of the minimum. ``average``, ``train_weighted`` and ``balanced`` have
+        their ``accuracy``, ``interval``, ``gap`` and ``gap_interval``; ``train_weighted`` is None
+        where it is not known. ``samples`` counts all, ``bootstrap`` says how intervals were made.
+        """
+        found = self.intervals()
+        listed: dict[Group, dict[str, Any]] = {}
+        for group, accuracy in self.groups.items():
+            row: dict[str, Any] = {"class": group[0], "attribute": group[1]}
+            row |= {"samples": int(self.samples[group]), "right": int(self.right[group])}
+            row |= {"accuracy": accuracy, "interval": list(found.groups[group])}
+            listed[group] = row
+        averages: dict[str, Any] = dict.fromkeys(AVERAGES)
+        for name, value in self.averages.items():
+            row = {"accuracy": value, "interval": list(found.averages[name])}
+            averages[name] = row | {"gap": self.gap(name), "gap_interval": list(found.gaps[name])}
+        return {
+            "samples": int(self.samples.sum()),
+            "groups": [*listed.values()],
+            "worst": {**listed[self.worst_group], "interval": list(found.worst)},
+            **averages,
+            "bootstrap": {key: getattr(found, key) for key in ("confidence", "resamples", "seed")},
+        }
+
+    def __str__(self) -> str:
+        intervals, groups = self.intervals(), self.groups
+        shown = sorted(sorted(groups, key=lambda group: groups[group])[:LINES])
+        some = f", the {LINES} lowest of {len(groups)}" if len(shown) < len(groups) else ""
+        head = ["samples", "accuracy", f"{intervals.confidence:.0%} interval"]
+        lines = [_row(f"accuracy by group{some}", head)]
+        for group in shown:
+            lines.append(self._line(f"  {self._name(group)}", group, intervals.groups[group]))
+        worst = f"worst: {self._name(self.worst_group)}"
+        lines += [self._line(worst, self.worst_group, intervals.worst), ""]
+        lines.append(_row("", [*head, "gap to worst", head[-1]]))
+        for name, value in self.averages.items():
+            cells = [str(int(self.samples.sum())), f"{value:.3f}", _ends(intervals.averages[name])]
+            cells += [f"{self.gap(name):.3f}", _ends(intervals.gaps[name])]
+            lines.append(_row(AVERAGES[name], cells))
+        return "\n".join(lines)
+
+    def _line(self, text: str, group: Group, interval: Interval) -> str:
+        cells = [str(int(self.samples[group])), f"{self.groups[group]:.3f}", _ends(interval)]
+        return _row(text, cells)
+
+    def _name(self, group: Group) -> str:
+        named = self.samples.shape[1] > 1
+        return f"class {group[0]}" + (f", attribute {group[1]}" if named else "")
+
+    def _weights(self) -> dict[Average, Tensor]:
+        """Return the weight of each group that has samples in each average, shape (G,)."""
+        at = self.samples > 0
+        sizes: dict[Average, Tensor] = {
+            "average": self.samples[at],
+            "balanced": torch.ones_like(self.samples[at]),
+        }
+        if self.train_samples is not None:
+            sizes["train_weighted"] = self._padded_train_samples()[:, : at.shape[1]][at]
+        return {name: size.double() / size.sum() for name, size in sizes.items()}
+
+    def _padded_train_samples(self) -> Tensor:
+        """Return a copy of the training counts with no fewer columns than ``samples``."""
+        assert self.train_samples is not None  # asked before
+        missing = max(0, self.samples.shape[1] - self.train_samples.shape[1])
+        return torch.nn.functional.pad(self.train_samples.long().cpu(), (0, missing))
+
+
+def check_train_samples(given: Any, classes: int | None = None) -> Tensor:
+    """Return numbers of samples by class and attribute as a tensor; raise ValueError otherwise.
+
+    Parameters
+    ----------
+    given : Tensor, array or nested lists
+    classes : int, optional
+        How many there must be, where that is known.
+    """
+    try:
+        counts: Tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise ValueError(
+            f"train_samples: {given!r} given; give one number a group ({problem})"
+        ) from None
+    shape = tuple(counts.shape)
+    if len(shape) != 2 or (classes is not None and shape[0] != classes):
+        raise ValueError(
+            f"train_samples: shape {shape} given; it is ({classes or 'classes'}, attributes)"
+        )
+    if counts.is_floating_point() or (counts < 0).any() or not counts.any():
+        raise ValueError(
+            f"train_samples: {counts.flatten()[:5].tolist()} … given; give whole numbers of "
+            "samples, such as evaluate_groups(model, training_data).samples"
+        )
+    return counts
+
+
+def _row(text: str, cells: list[str]) -> str:
+    return f"{text:<32}" + "".join(f"{cell:>14}" for cell in cells)
+
+
+def _ends(interval: Interval) -> str:
+    return f"{interval[0]:.3f}–{interval[1]:.3f}"

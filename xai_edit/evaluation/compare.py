@@ -1,0 +1,244 @@
+"""How alike scorers rank units: rank correlation, overlap of the top share, deletion curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from xai_edit.core.checks import distinct, fraction, readable_again
+from xai_edit.core.data import Data, batches, model_device, peek
+from xai_edit.core.errors import UnknownLayerError
+from xai_edit.core.layers import resolve_layers
+from xai_edit.core.targets import Target, checked_target
+from xai_edit.core.trace import last_weighted
+from xai_edit.evaluation.deletion_curve import (
+    DeletionCurve,
+    checked_shares,
+    deletion_curve,
+)
+from xai_edit.lrp.lrp import LRP, Scorer, describe
+from xai_edit.scoring.unit_scores import Aggregate, UnitScores, score_units, share_of
+
+Scorers: TypeAlias = Mapping[str, Scorer | str] | Sequence[Scorer | str]
+"""Name → scorer, or scorers that name themselves; a word is the preset of an LRP rule."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """How alike several scorers rank the units of some layers.
+
+    Attributes
+    ----------
+    scores : dict of UnitScores
+        By the scorers' names, in the order of all rows and columns.
+    share : float
+        The top share of units that ``overlap`` compares.
+    rank_correlation : dict of Tensor
+        Per layer Spearman's correlation of each two scorers, float64, shape (scorers, scorers).
+        NaN where one of them gives all units the same score.
+    overlap : dict of Tensor
+        Per layer the share of top units that each two scorers have in common, as above; about
+        ``share`` for unrelated rankings.
+    deletion : dict of dict of DeletionCurve
+        Per layer but the output, by name; empty where no curve was asked for.
+    """
+
+    scores: dict[str, UnitScores]
+    share: float
+    rank_correlation: dict[str, Tensor]
+    overlap: dict[str, Tensor]
+    deletion: dict[str, dict[str, DeletionCurve]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The scorers' names."""
+        return [*self.scores]
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names."""
+        return [*self.rank_correlation]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as JSON values, NaN as None; `UnitScores.save` keeps the scores."""
+        layers = {}
+        for layer in self.layers:
+            curves = self.deletion.get(layer, {})
+            layers[layer] = {
+                "rank_correlation": _plain(self.rank_correlation[layer]),
+                "overlap": _plain(self.overlap[layer]),
+                "deletion": {name: curve.to_dict() for name, curve in curves.items()},
+            }
+        made = {name: scores.origin for name, scores in self.scores.items()}
+        return {"scorers": made, "share": self.share, "layers": layers}
+
+    def __str__(self) -> str:
+        first, wide = self.names[0], [max(13, len(name)) for name in self.names]
+        left = max(map(len, self.layers))
+
+        def row(start: str, cells: Sequence[str]) -> str:
+            padded = [f"{cell:>{width}}" for cell, width in zip(cells, wide, strict=True)]
+            return "  ".join([f"{start:<{left}}", *padded])
+
+        rows = [f"rank correlation with {first} / share of its top {self.share:.0%} in common"]
+        rows.append(row("", self.names))
+        for layer in self.layers:
+            pairs = zip(self.rank_correlation[layer][0], self.overlap[layer][0], strict=True)
+            rows.append(row(layer, [f"{rho:.3f} / {common:.2f}" for rho, common in pairs]))
+        if self.deletion:
+            rows += ["mean accuracy while the top units are switched off, lower is better"]
+        for layer, curves in self.deletion.items():
+            rows.append(row(layer, [f"{curve.area:.3f}" for curve in curves.values()]))
+        return "\n".join(rows)
+
+
+def compare_scorers(
+    model: nn.Module,
+    data: Data | None,
+    scorers: Scorers,
+    *,
+    layers: Sequence[str] | str | None = None,
+    target: Target = "label",
+    share: float = 0.1,
+    aggregate: Aggregate = "sum",
+    deletion: Sequence[float] | None = None,
+    deletion_layers: Sequence[str] | str | None = None,
+    held_out: Data | None = None,
+) -> Comparison:
+    """Score the same samples with several scorers and say how alike they rank.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier. Left exactly as it was.
+    data : iterable or Dataset, or None
+        Read once: each batch goes to every scorer. Where ``target`` is a class, give samples of it.
+    scorers : mapping or sequence
+        Name → scorer, or scorers under their own names; ``"epsilon"`` is ``LRP("epsilon")``.
+    layers, target, aggregate
+        As for `score_units`.
+    share : float in (0, 1]
+        The top share of each layer that is compared.
+    deletion : sequence of float, optional
+        Shares of a deletion curve for each scorer; needs ``held_out``.
+    deletion_layers : sequence of str, optional
+        Layers that get a curve, each for itself; all but the output when left out.
+    held_out : iterable or Dataset, optional
+        Labelled samples for the curves, other than ``data``; see `deletion_curve`.
+
+    Raises
+    ------
+    UnknownLayerError, NonFiniteError, ValueError, TypeError
+        On bad input; the model is as it was.
+    """
+    named = named_scorers(scorers)
+    fraction(share, "share")
+    known = resolve_layers(model, layers)
+    target = checked_target(target)
+    if (deletion is None) != (held_out is None) or (deletion is None and deletion_layers):
+        raise ValueError("deletion: a curve needs its shares and held_out data; give both or none")
+    shares = () if deletion is None else checked_shares(deletion)
+    if held_out is not None:
+        readable_again(held_out, "a curve", "held_out")  # before the long part
+    chosen = None if deletion_layers is None else resolve_layers(model, deletion_layers)
+    for name in chosen or ():
+        if name not in known:
+            raise UnknownLayerError.of(name, known, "compared layers")
+    scores = _scored(model, data, named, layers, {"target": target, "aggregate": aggregate})
+    names = next(iter(scores.values())).layers
+    rows = {layer: torch.stack([found[layer] for found in scores.values()]) for layer in names}
+    curves = {}
+    if held_out is not None:
+        output = last_weighted(model, peek(held_out, model_device(model))[0].inputs[:1])
+        one = target if isinstance(target, int) else None
+        for layer in chosen or [name for name in names if name != output]:
+            curves[layer] = _curves(model, held_out, scores, layer, one, shares)
+    return Comparison(
+        scores,
+        share,
+        {layer: rank_correlation(rows[layer]) for layer in names},
+        {layer: top_overlap(rows[layer], share) for layer in names},
+        curves,
+    )
+
+
+def rank_correlation(rows: Tensor) -> Tensor:
+    """Return Spearman's correlation of each two rows, shape (rows, rows); NaN for a constant one.
+
+    ``rows`` has shape (rows, units). Tied scores share their mean rank.
+    """
+    ranks: Tensor = torch.from_numpy(rankdata(rows.numpy(), axis=1))
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    ranks = ranks / ranks.norm(dim=1, keepdim=True)  # 0/0 is NaN, and meant: nothing is ranked
+    return (ranks @ ranks.T).clamp(-1, 1)
+
+
+def top_overlap(rows: Tensor, share: float) -> Tensor:
+    """Return the share of top units that each two rows have in common; NaN for a constant one."""
+    count = share_of(rows.shape[1], share)
+    top = torch.argsort(rows, dim=1, descending=True, stable=True)[:, :count]
+    chosen = torch.zeros_like(rows).scatter_(1, top, 1.0)
+    chosen[(rows == rows[:, :1]).all(1)] = torch.nan
+    return chosen @ chosen.T / count
+
+
+def named_scorers(scorers: Scorers) -> dict[str, Scorer]:
+    """Return the scorers by name; raise where there are none or two of one name."""
+    if isinstance(scorers, str) or not isinstance(scorers, (Mapping, Sequence)):
+        raise TypeError(f"scorers: {scorers!r} given; give several in a list, or name → scorer")
+    if isinstance(scorers, Mapping):
+        pairs = list(scorers.items())
+    else:
+        pairs = [(one if isinstance(one, str) else describe(one), one) for one in scorers]
+    names = [name for name, _ in pairs]
+    distinct(names, "scorers", "give one or more, each under its own name")
+    return {name: LRP(one) if isinstance(one, str) else one for name, one in pairs}
+
+
+def _scored(
+    model: nn.Module,
+    data: Data | None,
+    named: dict[str, Scorer],
+    layers: Sequence[str] | str | None,
+    how: dict[str, Any],
+) -> dict[str, UnitScores]:
+    """Score batch by batch, so that every scorer sees the same samples, also of an iterator."""
+    found: dict[str, UnitScores] = {}
+    reading = [name for name, scorer in named.items() if getattr(scorer, "needs_data", True)]
+    for batch in batches(data, model_device(model)) if reading and data is not None else ():
+        for name in reading:
+            one = [(batch.inputs, batch.labels)]
+            part = score_units(model, one, named[name], layers=layers, **how)
+            found[name] = found[name].merge(part) if name in found else part
+            layers = part.layers  # without those that rest, where none were named
+    for name in named:
+        if name not in found:
+            found[name] = score_units(model, None, named[name], layers=layers, **how)
+    return {name: found[name] for name in named}
+
+
+def _curves(
+    model: nn.Module,
+    data: Data,
+    scores: dict[str, UnitScores],
+    layer: str,
+    target: int | None,
+    shares: Sequence[float],
+) -> dict[str, DeletionCurve]:
+    # Scorers that rank alike have the same curve, which is measured once.
+    orders = {name: tuple(found.rank(layer).tolist()) for name, found in scores.items()}
+    first = {order: name for name, order in reversed(orders.items())}
+    measured = {
+        order: deletion_curve(model, data, scores[name], layers=layer, target=target, shares=shares)
+        for order, name in first.items()
+    }
+    return {name: measured[order] for name, order in orders.items()}
+
+
+def _plain(matrix: Tensor) -> list[list[float | None]]:
+    return [[None if value != value else value for value in row] for row in matrix.tolist()]

@@ -1,0 +1,215 @@
+"""Deletion curves: accuracy while the highest-ranked units are switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from scipy.integrate import trapezoid
+from torch import Tensor, nn
+
+from xai_edit.core.checks import (
+    fraction,
+    in_range,
+    one_of,
+    readable_again,
+    require,
+    require_type,
+    with_labels,
+)
+from xai_edit.core.data import Data, batches, model_device, peek
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import predict, resolve_layers
+from xai_edit.core.targets import class_list
+from xai_edit.core.trace import following_batch_norms, last_weighted
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.edits.switching_off import silencing_entries
+from xai_edit.scoring.criteria import unit_weights
+from xai_edit.scoring.unit_scores import UnitScores, share_of
+
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True)
+class DeletionCurve:
+    """Accuracy, logit and probability while more and more units are switched off.
+
+    A good ranking makes ``accuracy`` and ``logit`` fall early where the most relevant units go
+    first, and leaves ``rest`` where it was if it is of one class.
+
+    Attributes
+    ----------
+    layers : tuple of str
+    target : int or None
+        The class whose samples are measured; None for all samples.
+    order, ranking : str
+    shares, units : tuple of float, tuple of int
+        The share and the number of units that are off.
+    accuracy, logit, probability : tuple of float
+        Accuracy, mean logit and mean probability of the label, over the samples measured.
+    rest : tuple of float, or None
+        Accuracy over the samples of all other classes; None where there are none.
+    """
+
+    layers: tuple[str, ...]
+    target: int | None
+    order: str
+    ranking: str
+    shares: tuple[float, ...]
+    units: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    logit: tuple[float, ...]
+    probability: tuple[float, ...]
+    rest: tuple[float, ...] | None
+
+    @property
+    def area(self) -> float:
+        """Area under the accuracy, divided by the span of shares: the mean accuracy on the way.
+
+        Lower is better for ``order="most"``, higher for ``"least"``.
+        """
+        return float(trapezoid(self.accuracy, self.shares)) / (self.shares[-1] - self.shares[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, the area too, as JSON values."""
+        return {**asdict(self), "area": self.area}
+
+
+def deletion_curve(
+    model: nn.Module,
+    data: Data,
+    scores: UnitScores,
+    *,
+    layers: Sequence[str] | str | None = None,
+    target: int | None = None,
+    shares: Sequence[float] = SHARES,
+    order: Literal["most", "least"] = "most",
+    ranking: Literal["local", "global"] = "local",
+) -> DeletionCurve:
+    """Switch off the top units, at several shares, and measure accuracy, logit and probability.
+
+    Samek et al. 2017, *Evaluating the visualization of what a deep neural network has learned*,
+    with units in the place of pixels. A unit is off when its incoming weights and its bias are
+    zero, and so are the scale and the shift of a batch norm that follows.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier. Each share is applied as a `ModelEdit` and undone, bit for bit.
+    data : iterable or Dataset
+        Labelled batches, read once a share; other samples than those that were scored.
+    scores : UnitScores
+        See `score_units`.
+    layers : sequence of str, optional
+        Scored layers whose units go; all but the output when left out.
+    target : int, optional
+        Measure the samples of this class and those of the others apart.
+    shares : sequence of float in [0, 1]
+        Ascending. Of a layer's units, rounded, at least one where the share is not 0.
+    order : {"most", "least"}
+        Highest score first, or lowest: with signed scores, what speaks against the target.
+    ranking : {"local", "global"}
+        Shares of each layer, or of all its layers' units ranked together, each layer's scores
+        divided by their L1 norm.
+
+    Raises
+    ------
+    UnknownLayerError, ValueError, TypeError
+        On bad input, among it data that can be read only once; the model is as it was.
+    """
+    shares = checked_shares(shares)
+    one_of(order, ("most", "least"), "order")
+    one_of(ranking, ("local", "global"), "ranking")
+    readable_again(data, "a curve")
+    sample = peek(data, model_device(model))[0].inputs[:1]
+    if target is not None:
+        with preserved(model), torch.no_grad():
+            (target,) = class_list(target, predict(model, sample).shape[1])
+    names = _hidden(model, scores, layers, sample)
+    norms = following_batch_norms(model, sample, names)
+    orders = [
+        (group, _ranked(scores, group, order))
+        for group in ([names] if ranking == "global" else [[name] for name in names])
+    ]
+    points = []
+    for share in shares:
+        off: dict[str, Tensor] = {}
+        for group, ranked in orders:
+            chosen = torch.zeros(len(ranked), dtype=torch.bool)
+            chosen[ranked[: share_of(len(ranked), share) if share else 0]] = True
+            parts = chosen.split([len(scores[name]) for name in group])
+            off |= {name: part.nonzero()[:, 0] for name, part in zip(group, parts, strict=True)}
+        with _silenced(model, off, norms).applied(model):
+            points.append((sum(map(len, off.values())), *_measure(model, data, target)))
+    units, accuracy, logit, probability, rest = zip(*points, strict=True)
+    figures = units, accuracy, logit, probability, None if None in rest else rest
+    return DeletionCurve(tuple(names), target, order, ranking, shares, *figures)
+
+
+def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
+    """Return the shares of a curve as plain numbers, or raise ValueError."""
+    works = "give two or more, ascending"
+    require_type(shares, Iterable, "shares", works)
+    listed = tuple(fraction(share, "shares", zero=True) for share in shares)
+    rising = all(left < right for left, right in pairwise(listed))
+    require(len(listed) > 1 and rising, "shares", listed, works)
+    return listed
+
+
+def _hidden(
+    model: nn.Module, scores: UnitScores, layers: Sequence[str] | str | None, sample: Tensor
+) -> list[str]:
+    """Return the hidden layers whose units are switched off."""
+    output = last_weighted(model, sample)
+    scored = [name for name in scores if name != output]
+    names = resolve_layers(model, scored if layers is None else layers)
+    if output in names:
+        raise ValueError(f"layers: {output!r} gives the output; its units are the classes")
+    for name in names:
+        if len(scores[name]) != (units := len(unit_weights(model, name))):
+            raise ValueError(f"scores: {len(scores[name])} for the {units} units of layer {name!r}")
+    return names
+
+
+def _ranked(scores: UnitScores, group: list[str], order: str) -> Tensor:
+    """Return the units of a group of layers, numbered through, in the order they go off."""
+    apart = len(group) == 1  # then the scores as they are: a division may round two into a tie
+    values = torch.cat([scores[name] if apart else scores.normalized(name) for name in group])
+    ranked = torch.argsort(values, descending=True, stable=True)
+    return ranked.flip(0) if order == "least" else ranked
+
+
+def _silenced(model: nn.Module, off: dict[str, Tensor], norms: dict[str, str]) -> ModelEdit:
+    entries: dict[str, list[Tensor]] = {}
+    for layer, units in off.items():
+        for name, at in silencing_entries(model, layer, units, norms.get(layer)).items():
+            entries.setdefault(name, []).append(at)
+    # A weight from one named layer to another ("fc" and "fc:input") is set once.
+    once = {name: torch.cat(parts).unique() for name, parts in entries.items()}
+    zeros = {name: (at, torch.zeros(len(at))) for name, at in once.items()}
+    return ModelEdit.between(model, zeros, {"operator": "deletion_curve"})
+
+
+def _measure(
+    model: nn.Module, data: Data, target: int | None
+) -> tuple[float, float, float, float | None]:
+    """Return accuracy, mean logit and probability of the samples measured, accuracy of the rest."""
+    own, rest = torch.zeros(2, 4, dtype=torch.float64)
+    with preserved(model), torch.no_grad():
+        for batch in batches(data, model_device(model)):
+            logits = predict(model, batch.inputs).cpu().double()
+            labels = with_labels(batch.labels).cpu()
+            in_range(labels, logits.shape[1], "labels")
+            right, at = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
+            rows = [torch.ones_like(right), right, logits[at], logits.softmax(1)[at]]
+            figures = torch.stack([row.double() for row in rows])  # (4, samples)
+            mine = labels == (labels if target is None else target)
+            own += figures[:, mine].sum(1)
+            rest += figures[:, ~mine].sum(1)
+    if not own[0]:
+        raise ValueError(f"data: no samples of class {target}")
+    accuracy, logit, probability = (own[1:] / own[0]).tolist()
+    return accuracy, logit, probability, float(rest[1] / rest[0]) if rest[0] else None

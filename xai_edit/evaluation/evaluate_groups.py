@@ -1,0 +1,104 @@
+"""Accuracy by class and by group, counted in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.checks import finite, in_range, with_labels
+from xai_edit.core.counting import add_counts, count_by_group
+from xai_edit.core.data import (
+    Attribute,
+    Data,
+    attribute_of,
+    batches,
+    check_length,
+    model_device,
+)
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import predict
+from xai_edit.evaluation.accuracy import Accuracy, check_train_samples
+from xai_edit.last_layer.head import HeadFeatures
+
+
+def evaluate_groups(
+    model: nn.Module,
+    data: Data,
+    *,
+    groups: Attribute = None,
+    train_samples: Tensor | None = None,
+) -> Accuracy:
+    """Count right answers by class and attribute, in one pass.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier. Left exactly as it was.
+    data : iterable or Dataset
+        Labelled batches.
+    groups : callable, Tensor or None
+        The attribute of each sample, a whole number from 0 (such as: has the watermark): a
+        function of a batch of inputs, a vector in data order, or the third element of the batches.
+        Without any of them the groups are the classes.
+    train_samples : Tensor, int64, shape (classes, attributes), optional
+        Samples of each group in the training data, for the train-weighted average.
+
+    Returns
+    -------
+    Accuracy
+
+    Raises
+    ------
+    ValueError
+        If labels are missing, a class or an attribute is out of range, or ``train_samples`` does
+        not fit the data.
+    NonFiniteError
+        If an input or a logit is NaN or infinite.
+    """
+    if train_samples is not None:
+        check_train_samples(train_samples)
+    counts = torch.zeros(3, 0, 0, dtype=torch.long)
+    has_groups: set[bool] = set()
+    start = 0
+    with preserved(model), torch.no_grad():
+        for batch in batches(data, model_device(model)):
+            logits = predict(model, batch.inputs)
+            labels = with_labels(batch.labels)
+            in_range(labels, logits.shape[1], "labels")
+            has_groups.add(groups is not None or batch.groups is not None)
+            if len(has_groups) > 1:
+                raise ValueError("data: some batches have groups and some have none")
+            attribute = attribute_of(groups, batch, start, "groups") if True in has_groups else None
+            start += len(batch)
+            counted = count_by_group(logits.argmax(1), labels, logits.shape[1], attribute)
+            counts = add_counts(counts, counted)
+    check_length(groups, start, "groups")
+    return Accuracy(counts[0], counts[1], counts[2], train_samples)
+
+
+def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) -> Accuracy:
+    """Count right answers as `evaluate_groups`, from cached inputs of the last layer.
+
+    ``evaluate_head(head.edited(edit))`` is the accuracy of the network with an edit of its last
+    layer. Logits are computed in float64, so that two may differ that are equal in the network.
+
+    Parameters
+    ----------
+    head : HeadFeatures
+        With labels; the attribute gives the groups, which are the classes without it.
+    train_samples : Tensor, optional
+        See `evaluate_groups`.
+
+    Returns
+    -------
+    Accuracy
+
+    Raises
+    ------
+    ValueError
+        See `evaluate_groups`.
+    """
+    labels, logits = head.require_labels(), head.logits()
+    predicted = finite(logits, "head: its logits").argmax(1)
+    counts = count_by_group(predicted, labels, logits.shape[1], head.attribute)
+    return Accuracy(counts[0], counts[1], counts[2], train_samples)

@@ -1,0 +1,256 @@
+"""Whether a network unlearned a class: accuracies, probe, membership attack and relearning."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.checks import one_logit_a_class, readable_again
+from xai_edit.core.cost import Cost, measured
+from xai_edit.core.data import Data, model_device, peek
+from xai_edit.core.guard import copied, preserved
+from xai_edit.core.layers import predict
+from xai_edit.core.targets import class_list
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.evaluation.membership import forgetting_rates
+from xai_edit.evaluation.outputs import ClassSample, Overlap, Seen, naming, read, split_accuracy
+from xai_edit.evaluation.probe import find_heads, fit_probe, recalled
+from xai_edit.evaluation.relearning import (
+    STEPS,
+    Relearning,
+    checked_steps,
+    lessons_kept,
+    relearning_curves,
+)
+from xai_edit.evaluation.unlearning_figures import Divergence, NetworkFigures, Unlearning
+
+KEPT = 5000
+"""Samples whose features (for the probe) or outputs (for the attack) are kept, shared out evenly
+among the classes. So memory does not grow with the data."""
+
+
+def evaluate_unlearning(
+    model: nn.Module,
+    edit: ModelEdit | nn.Module,
+    *,
+    train: Data,
+    test: Data,
+    forget: int | Sequence[int],
+    retrained: ModelEdit | nn.Module | None = None,
+    analysis: Data | None = None,
+    relearn: Sequence[int] = STEPS,
+    cost: Cost | None = None,
+    seed: int = 0,
+) -> Unlearning:
+    """Measure what an edit did to the classes to be forgotten and to the rest, before and after.
+
+    A_t, A_g and F_r are those of Chang et al., *Zero-shot class unlearning*, Sec. V-B. Beside them
+    stand a linear probe of the features, a relearning curve, and the distance to a network
+    retrained without the classes.
+
+    One pass over ``train`` and one over ``test``, in which every network sees every batch, and one
+    more over ``test`` for each step of the relearning. Memory: the copies of the network (one of
+    the edited, one for each relearning curve), features and outputs of at most 5000 samples (in
+    addition the outputs of 5000 training samples of the forgotten classes), and 640 training
+    samples for the relearning, or one of each class where there are more classes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The classifier before. Left exactly as it was, as are all networks given.
+    edit : ModelEdit or nn.Module
+        An edit of ``model``, not applied; or the unlearned network itself.
+    train : iterable or Dataset
+        Labelled samples that the model was trained on.
+    test : iterable or Dataset
+        Labelled samples that neither model nor edit has seen.
+    forget : int or sequence of int
+        The class or classes to be forgotten.
+    retrained : ModelEdit or nn.Module, optional
+        A network trained without the classes, with as many outputs, or the edit of ``model`` that
+        `retrain` gives.
+    analysis : iterable or Dataset, optional
+        What the edit was planned from; must not share a sample with ``train`` or ``test``.
+    relearn : sequence of int
+        Optimiser steps after which the relearning is measured, ascending; empty to leave it out.
+    cost : Cost, optional
+        Of the edit itself, to be reported with the rest.
+    seed : int
+        Of the random samples kept, of the attack and of the batches of the relearning. On a CPU
+        the same seed gives the same bits, as long as the data comes in the same order.
+
+    Raises
+    ------
+    EditMismatchError
+        If the edit is of another model, or already applied.
+    NonFiniteError
+        If an input or an output is NaN or infinite.
+    ValueError
+        If labels are missing or out of range, a forgotten class or all others have no samples in a
+        split, the networks' outputs differ in number, or ``analysis`` overlaps with a split.
+    TypeError
+        If an argument is of another kind, among it data that can be read only once.
+    """
+    steps, seed = checked_steps(relearn), operator.index(seed)
+    readable_again(train, "the evaluation", "train")
+    readable_again(test, "the evaluation", "test")
+    parts: dict[str, Cost] = {}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # whose tensors cannot be trained on
+        networks = {"before": model, "after": _edited(model, edit, "edit")}
+        if retrained is not None:
+            networks["retrained"] = _edited(model, retrained, "retrained")
+        for network in networks.values():
+            stack.enter_context(preserved(network))
+        stack.enter_context(torch.no_grad())
+        with naming("train"):
+            first = peek(train, model_device(model))[0].inputs[:1]
+        classes = _classes(networks, first)
+        with naming("forget"):
+            targets = tuple(class_list(forget, classes))
+        heads, headless = find_heads(networks, first)
+        overlap = Overlap(analysis)
+        counts: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
+        evenly = [max(1, KEPT // classes)] * classes
+
+        with measured() as parts["train"]:
+            own = max(1, KEPT // len(targets))  # more of those that F_r is measured on
+            limits = [own if one in targets else rest for one, rest in enumerate(evenly)]
+            outputs, features = ClassSample(limits, seed), ClassSample(evenly, seed)
+            lessons = ClassSample(lessons_kept(classes, targets), seed)
+            for seen in read(networks, heads, train, "train"):
+                seen.add_to(counts["train"])
+                overlap.add(seen.inputs, "train")
+                outputs.add(seen.labels, _single(seen.probabilities))
+                features.add(seen.labels, seen.features)
+                if steps:
+                    lessons.add(seen.labels, {"inputs": seen.inputs})
+            trained = {n: split_accuracy(c, targets, "train") for n, c in counts["train"].items()}
+        with measured() as parts["probe"]:
+            sample = features.rows()
+            probes = {name: fit_probe(sample[name], sample["labels"]) for name in heads}
+        with measured() as parts["test"]:
+            unseen = ClassSample(evenly, seed)
+            hits = dict.fromkeys(probes, 0)
+            apart = {name: torch.zeros(2, dtype=torch.float64) for name in ("before", "after")}
+            for seen in read(networks, heads, test, "test"):
+                seen.add_to(counts["test"])
+                overlap.add(seen.inputs, "test")
+                unseen.add(seen.labels, _single({"before": seen.probabilities["before"]}))
+                mine = torch.isin(seen.labels, torch.tensor(targets))
+                for name, probe in probes.items():
+                    hits[name] += recalled(probe, seen, name, mine)
+                if retrained is not None:
+                    for name, sums in apart.items():
+                        sums += _apart(seen, name, mine)
+            tested = {n: split_accuracy(c, targets, "test") for n, c in counts["test"].items()}
+        overlap.refuse()
+        with measured() as parts["attack"]:
+            attack, rates = forgetting_rates(
+                outputs.rows(), unseen.rows(), forget=targets, seed=seed
+            )
+        curves: dict[str, Relearning] = {}
+        if steps:
+            with measured() as parts["relearning"]:
+                curves = relearning_curves(
+                    {name: network for name, network in networks.items() if name != "before"},
+                    heads,
+                    lessons.rows(),
+                    test,
+                    steps=steps,
+                    start=tested,
+                    forget=targets,
+                    seed=seed,
+                )
+        changed = _weights_changed(model, edit)
+
+    def figures(name: str) -> NetworkFigures:
+        on_test, far = tested[name], None
+        if retrained is not None and name in apart:
+            own, rest = apart[name].tolist()
+            far = Divergence(own / on_test.forgotten_samples, rest / on_test.rest_samples)
+        return NetworkFigures(
+            train=trained[name],
+            test=on_test,
+            forgetting_rate_train=rates.get(name),
+            divergence_test=far,
+            probe_test=hits[name] / on_test.forgotten_samples if name in probes else None,
+            probe_withheld=headless.get(name),
+            relearning_test=curves.get(name),
+        )
+
+    return Unlearning(
+        forget=targets,
+        before=figures("before"),
+        after=figures("after"),
+        retrained=None if retrained is None else figures("retrained"),
+        attack=attack,
+        probe_train_samples=len(sample["labels"]) if probes else 0,
+        weights_changed=changed,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        seed=seed,
+        cost=cost,
+        evaluation=parts,
+    )
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    """Return the Jensen–Shannon divergence of each two rows, in nats, 0 to ln 2.
+
+    H((p + q)/2) − (H(p) + H(q))/2, where 0·log 0 = 0; float64, shape (samples,).
+
+    Parameters
+    ----------
+    p, q : Tensor, float64, shape (samples, classes)
+        Probabilities.
+    """
+    mixed, own = torch.special.entr((p + q) / 2), torch.special.entr(p) + torch.special.entr(q)
+    divergence: Tensor = mixed.sum(1) - own.sum(1) / 2
+    return divergence.clamp(min=0)  # rounding may take equal rows below it
+
+
+def _edited(model: nn.Module, edit: ModelEdit | nn.Module, name: str) -> nn.Module:
+    """Return the edited network: a copy of the model where an edit is given."""
+    if edit is model:
+        raise ValueError(f"{name}: the model itself was given; give a ModelEdit or a network")
+    if isinstance(edit, nn.Module):
+        return edit
+    if not isinstance(edit, ModelEdit):
+        raise TypeError(f"{name}: {type(edit).__name__} given; give a ModelEdit or a network")
+    edit.check(model)
+    return edit.apply(copied(model))
+
+
+def _classes(networks: Mapping[str, nn.Module], inputs: Tensor) -> int:
+    """Return the number of classes, the same for all networks."""
+    counts = {}
+    for name, network in networks.items():
+        with naming(f"network {name!r}"):
+            counts[name] = predict(network, inputs.to(model_device(network))).shape[1]
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"model: the networks' numbers of classes differ: {listed}")
+    return one_logit_a_class(counts["before"])
+
+
+def _single(probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.float() for name, values in probabilities.items()}
+
+
+def _apart(seen: Seen, name: str, mine: Tensor) -> Tensor:
+    """Return the summed divergences to the retrained network, of the forgotten and of the rest."""
+    each = jensen_shannon(seen.probabilities[name], seen.probabilities["retrained"])
+    return torch.stack([each[mine].sum(), each[~mine].sum()])
+
+
+def _weights_changed(model: nn.Module, edit: ModelEdit | nn.Module) -> int | None:
+    if isinstance(edit, ModelEdit):
+        return edit.size
+    old, new = (dict(network.named_parameters()) for network in (model, edit))
+    if {name: one.shape for name, one in old.items()} != {n: one.shape for n, one in new.items()}:
+        return None
+    return sum(int((one != new[name].to(one.device)).sum()) for name, one in old.items())

@@ -1,0 +1,238 @@
+"""Accuracy against the share of neurons that is off, for every share from one pass over the data.
+
+Where neurons feed the last layer one by one, logits are affine in them: z = W x + b. With the
+inputs x cached, switching one neuron more off costs a column of W and no forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.checks import in_range, readable_again
+from xai_edit.core.counting import count_by_group
+from xai_edit.core.data import Data, batches, model_device
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import INPUT_SUFFIX, predict
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.last_layer.head import HeadFeatures, collect_head_features, head_features
+
+STEPS = 100  # the most shares that are tried where nothing can be cached
+
+
+@dataclass(frozen=True, eq=False)
+class ShareSweep:
+    """What is left of a class, and of the others, at each share of neurons off.
+
+    Attributes
+    ----------
+    shares : list of float
+        Ascending from 0.
+    neurons : list of int
+        How many neurons are off at each, over all layers.
+    forgotten : list of float
+        A_t: accuracy on the samples of the class.
+    rest : list of float or None
+        A_g: accuracy on the others; None where the data has none.
+    samples : int
+        Of the class.
+    passes : int
+        Passes over the data that it took.
+    """
+
+    shares: list[float]
+    neurons: list[int]
+    forgotten: list[float]
+    rest: list[float | None]
+    samples: int
+    passes: int
+
+    def lowest(self) -> tuple[float, float]:
+        """Return the smallest share, above 0, with the lowest A_t, and that A_t."""
+        at = min(range(1, len(self.shares)), key=self.forgotten.__getitem__)
+        return self.shares[at], self.forgotten[at]
+
+    def __str__(self) -> str:
+        rows = ["share  neurons    A_t    A_g"]
+        for share, off, forgotten, rest in zip(
+            self.shares, self.neurons, self.forgotten, self.rest, strict=True
+        ):
+            others = "–" if rest is None else f"{rest:.3f}"
+            rows.append(f"{share:5.1%} {off:8d}  {forgotten:5.3f}  {others:>5}")
+        return "\n".join(rows)
+
+
+Counts: TypeAlias = dict[str, int]
+Measure: TypeAlias = Callable[[Counts], Tensor]
+"""From the neurons off in each layer to right answers and samples (rows) of the class and of the
+others (columns), float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The neurons of a class, most relevant first.
+
+    Attributes
+    ----------
+    layers : dict of Tensor
+        Layer → its neurons in order, int64.
+    edit : callable
+        ``edit(counts)`` gives the edit that switches off so many of each layer's neurons.
+    feeding : bool
+        Whether they are the neurons of one layer that the last layer reads.
+    silenced : str
+        The module whose outputs are zero where they are off: the last of the layers, or the batch
+        norm behind it.
+    row : int or None
+        The class whose logit alone is cut; None where the neurons are off for all.
+    sample : Tensor, shape (samples, ...)
+        Inputs to try out what the last layer reads.
+    """
+
+    layers: dict[str, Tensor]
+    edit: Callable[[Counts], ModelEdit]
+    feeding: bool
+    silenced: str
+    row: int | None
+    sample: Tensor
+
+    def counts(self, share: float) -> Counts:
+        """Return how many of each layer's neurons a share is, rounded, at least one."""
+        return {name: max(1, round(share * len(order))) for name, order in self.layers.items()}
+
+
+def sweep(
+    model: nn.Module,
+    path: Path,
+    data: Data | HeadFeatures,
+    target: int,
+    *,
+    shares: Sequence[float] | None = None,
+    bound: float | None = None,
+) -> ShareSweep:
+    """Measure what is left at some shares, or at more and more of them until A_t ≤ ``bound``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left exactly as it was.
+    path : Path
+    data : iterable, Dataset or HeadFeatures
+        Samples of the class, and of others for A_g. Without labels all are taken to be of it.
+        Cached features spare the pass.
+    target : int
+    shares : sequence of float in (0, 1], optional
+        When left out, each number of neurons is tried where that takes no pass over the data or
+        there are no more than a hundred, and else each hundredth.
+    bound : float, optional
+        Where to stop; where A_t never comes to it the last share is the largest.
+
+    Raises
+    ------
+    ValueError
+        If the data has no sample of the class or a label that is no class, or the cached features
+        are of another last layer.
+    """
+    cached = _from_features(model, path, data, target) if path.feeding else None
+    if cached is None and isinstance(data, HeadFeatures):
+        raise ValueError(
+            f"validation: cached inputs of {data.layer!r} were given, which the neurons of "
+            f"{[*path.layers]} do not reach one by one; give the data itself"
+        )
+    measure = cached or _from_passes(model, path, cast("Data", data), target)
+    if shares is None:
+        width = sum(map(len, path.layers.values()))
+        steps = width if cached else min(STEPS, width)
+        shares = [step / steps for step in range(1, steps + 1)]
+    points: list[tuple[float, int, float, float | None]] = []
+    for share in (0.0, *sorted(shares)):
+        counts = path.counts(share) if share else dict.fromkeys(path.layers, 0)
+        right, samples = measure(counts)
+        if not samples[0]:
+            raise ValueError(f"target: class {target} is absent from the data of the sweep")
+        forgotten, rest = (right / samples).tolist()
+        points.append((share, sum(counts.values()), forgotten, rest if samples[1] else None))
+        if bound is not None and share and forgotten <= bound:
+            break
+    tried, neurons, left, others = ([*column] for column in zip(*points, strict=True))
+    passes = len(points) if cached is None else int(not isinstance(data, HeadFeatures))
+    return ShareSweep(tried, neurons, left, others, int(samples[0]), passes)
+
+
+def _from_passes(model: nn.Module, path: Path, data: Data, target: int) -> Measure:
+    """Measure by a pass over the data each time."""
+    readable_again(data, "a sweep over shares")
+
+    def measure(counts: Counts) -> Tensor:
+        found = torch.zeros(2, 2, dtype=torch.float64)
+        edit = path.edit(counts) if any(counts.values()) else ModelEdit({})
+        with preserved(model, weights=True), torch.no_grad():
+            edit.apply(model)
+            for batch in batches(data, model_device(model)):
+                found += _counted(predict(model, batch.inputs), batch.labels, target)
+        return found
+
+    return measure
+
+
+def _from_features(
+    model: nn.Module, path: Path, data: Data | HeadFeatures, target: int
+) -> Measure | None:
+    """Measure from the cached inputs of the last layer, for ever more neurons.
+
+    None if the neurons do not reach the last layer one by one, which is tried.
+    """
+    head = head_features(model, data, name="validation")
+    ((name, order),) = path.layers.items()
+    W = head.weight.double()
+    rows = slice(None) if path.row is None else slice(path.row, path.row + 1)
+    off = torch.zeros(W.shape[1], dtype=torch.float64)  # what is read of a neuron that is off
+
+    def taken(x: Tensor, neurons: Tensor) -> Tensor:
+        """Return what neurons that go off take from the logits."""
+        return (x[:, neurons].double() - off[neurons]) @ W[rows][:, neurons].T
+
+    if path.row is None and not name.endswith(INPUT_SUFFIX):
+        with _silent(model, path.silenced, order):
+            off = collect_head_features(model, [path.sample[:1]]).features[0].double()
+        half = order[: (len(order) + 1) // 2]
+        with _silent(model, path.silenced, half), torch.no_grad():
+            edited = predict(model, path.sample).cpu().double()
+        known = collect_head_features(model, [path.sample])
+        expected = known.logits() - taken(known.features, half)
+        if not torch.allclose(edited, expected, rtol=0, atol=1e-4 * float(expected.abs().max())):
+            return None
+    z, done = head.logits(), 0
+
+    def measure(counts: Counts) -> Tensor:
+        nonlocal done
+        z[:, rows] -= taken(head.features, order[done : counts[name]])
+        done = counts[name]
+        return _counted(z, head.labels, target)
+
+    return measure
+
+
+@contextmanager
+def _silent(model: nn.Module, name: str, neurons: Tensor) -> Iterator[None]:
+    """Make neurons of a module give zero, without an edit, which is as large as their weights."""
+    with preserved(model):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, output: output.index_fill(1, neurons.to(output.device), 0)
+        )
+        yield
+
+
+def _counted(logits: Tensor, labels: Tensor | None, target: int) -> Tensor:
+    """Return right answers and samples (rows) of the class and of the others (columns)."""
+    predicted, classes = logits.argmax(1), logits.shape[1]
+    labels = torch.full_like(predicted, target) if labels is None else labels
+    in_range(labels, classes, "labels")
+    right_and_samples = count_by_group(predicted, labels, classes)[:2, :, 0].double()
+    own = right_and_samples[:, target]
+    return torch.stack([own, right_and_samples.sum(1) - own], 1)

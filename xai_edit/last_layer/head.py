@@ -1,0 +1,262 @@
+"""The final linear layer, its cached inputs, and the logits of an edited head for free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.checks import finite, in_range, with_labels
+from xai_edit.core.data import (
+    Attribute,
+    Batch,
+    Data,
+    attribute_of,
+    batches,
+    check_length,
+    model_device,
+    together,
+)
+from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.layers import first_tensor, predict
+from xai_edit.edits.model_edit import ModelEdit
+
+
+@dataclass(frozen=True, eq=False)
+class HeadFeatures:
+    """The inputs of a classifier's last linear layer over a data set, on the CPU.
+
+    Attributes
+    ----------
+    layer : str
+        Name of the layer.
+    weight : Tensor, shape (classes, d)
+    bias : Tensor or None, shape (classes,)
+        Copies of the layer's parameters.
+    features : Tensor, shape (samples, d)
+        The layer's inputs x.
+    labels : Tensor or None, int64, shape (samples,)
+    attribute : Tensor or None, int64, shape (samples,)
+        The spurious feature of each sample, where it was asked for.
+    """
+
+    layer: str
+    weight: Tensor
+    bias: Tensor | None
+    features: Tensor
+    labels: Tensor | None
+    attribute: Tensor | None
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.weight)
+
+    def __getitem__(self, samples: Tensor) -> HeadFeatures:
+        """Return the samples of a mask or of indices."""
+        labels = None if self.labels is None else self.labels[samples]
+        attribute = None if self.attribute is None else self.attribute[samples]
+        features = self.features[samples]
+        return replace(self, features=features, labels=labels, attribute=attribute)
+
+    def parameter(self, kind: str) -> str:
+        """Return the name of the layer's ``weight`` or ``bias`` among the model's parameters."""
+        return f"{self.layer}.{kind}".removeprefix(".")  # the model itself may be the layer
+
+    def logits(self) -> Tensor:
+        """Return the logits z = W x + b, float64, shape (samples, classes)."""
+        logits = self.features.double() @ self.weight.double().T
+        return logits if self.bias is None else logits + self.bias.double()
+
+    def edited(self, edit: ModelEdit) -> HeadFeatures:
+        """Return the features with the edited layer's weight and bias.
+
+        Raises ValueError if the edit changes another layer, EditMismatchError if it was planned on
+        other values.
+        """
+        kinds = {self.parameter(kind): kind for kind in ("weight", "bias")}
+        for name in edit.changes.keys() - kinds.keys():
+            raise ValueError(
+                f"edit: changes {name!r}; these are cached inputs of the layer {self.layer!r}, and "
+                "only edits of its weight and bias can be computed from them"
+            )
+        layer = nn.Module()
+        for kind, value in (("weight", self.weight), ("bias", self.bias)):
+            own = None if value is None else nn.Parameter(value.clone(), requires_grad=False)
+            layer.register_parameter(kind, own)
+        ModelEdit({kinds[name]: change for name, change in edit.changes.items()}).apply(layer)
+        values = dict(layer.named_parameters())
+        bias = None if self.bias is None else values["bias"].data
+        return replace(self, weight=values["weight"].data, bias=bias)
+
+    def require_labels(self) -> Tensor:
+        """Return the labels; ValueError where the data has none or one is out of range."""
+        labels = with_labels(self.labels)
+        in_range(labels, self.classes, "labels")
+        return labels
+
+
+def collect_head_features(
+    model: nn.Module,
+    data: Data,
+    *,
+    attribute: Attribute = None,
+    with_attribute: bool = False,
+) -> HeadFeatures:
+    """Pass the data through the model once and keep what its last linear layer sees.
+
+    Holds samples × d features in memory, on the CPU.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier that ends in a linear layer. Left exactly as it was.
+    data : iterable or Dataset
+        See `xai_edit.core.data.batches`.
+    attribute : callable, Tensor or None
+        The spurious feature of each sample, see `xai_edit.core.data.Attribute`.
+    with_attribute : bool
+        Whether to record the attribute.
+
+    Raises
+    ------
+    ValueError
+        If the model's output is not that of a linear layer, or the data does not fit.
+    """
+    return _collected(model, data, attribute, with_attribute, "attribute")
+
+
+def _collected(
+    model: nn.Module, data: Data, attribute: Attribute, with_attribute: bool, name: str
+) -> HeadFeatures:
+    """Collect the features; ``name`` is that of the attribute in error messages."""
+    require_finite(model)
+    features: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    attributes: list[Tensor | None] = []
+    layer, samples = "", 0
+    with preserved(model), torch.no_grad():
+        last = _LastLinear(model)
+        for batch in batches(data, model_device(model)):
+            output = predict(model, batch.inputs)
+            layer = last.name_for(output)
+            features.append(last.inputs.cpu())
+            labels.append(batch.labels)
+            known = attribute_of(attribute, batch, samples, name) if with_attribute else None
+            attributes.append(known)
+            samples += len(batch)
+    check_length(attribute, samples, name)
+    head = _linear(model, layer)
+    return HeadFeatures(
+        layer,
+        head.weight.detach().cpu().clone(),
+        None if head.bias is None else head.bias.detach().cpu().clone(),
+        torch.cat(features),
+        together(labels, "labels"),
+        together(attributes, "groups"),
+    )
+
+
+def head_features(
+    model: nn.Module,
+    data: Data | HeadFeatures,
+    *,
+    attribute: Attribute = None,
+    with_attribute: bool = False,
+    name: str = "data",
+    attribute_name: str = "attribute",
+) -> HeadFeatures:
+    """Return ``data`` where it is features of this model, else collect them.
+
+    Arguments as for `collect_head_features`; ``name`` and ``attribute_name`` are those of ``data``
+    and ``attribute`` in error messages. Features of another last layer or that are not finite, and
+    a missing attribute, are refused.
+    """
+    if not isinstance(data, HeadFeatures):
+        return _collected(model, data, attribute, with_attribute, attribute_name)
+    parameters = dict(model.named_parameters())
+    for kind, kept in (("weight", data.weight), ("bias", data.bias)):
+        own = parameters.get(data.parameter(kind))
+        same = kept is own is None or (
+            kept is not None and own is not None and torch.equal(kept, own.detach().cpu())
+        )
+        if not same:
+            raise ValueError(
+                f"{name}: its features were collected for another {data.parameter(kind)!r} than "
+                "the model's; collect them anew"
+            )
+    finite(data.features, f"{name}: features")
+    if not with_attribute:
+        return data
+    if attribute is None:
+        if data.attribute is None:
+            raise ValueError(
+                f"{attribute_name}: not given, and the features were collected without it; give a "
+                "vector, or collect them with with_attribute=True"
+            )
+        return data
+    if callable(attribute):
+        raise ValueError(
+            f"{attribute_name}: a function of the inputs was given with features, which keep no "
+            "inputs; give it to collect_head_features"
+        )
+    check_length(attribute, len(data.features), attribute_name)
+    known = attribute_of(attribute, Batch(data.features), 0, attribute_name)
+    return replace(data, attribute=known)
+
+
+def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
+    """Return the linear layer that gives the model's output, and its name, or raise ValueError."""
+    require_finite(model)
+    with preserved(model), torch.no_grad():
+        last = _LastLinear(model)
+        name = last.name_for(predict(model, inputs))
+    return name, _linear(model, name)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)  # _LastLinear watches no others
+    return module
+
+
+class _LastLinear:
+    """Remembers the last linear layer that ran. Its hooks end with the guard around it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name: str | None = None
+        self.inputs = self.outputs = torch.empty(0)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(partial(self._record, name), with_kwargs=True)
+
+    def _record(
+        self,
+        name: str,
+        _: nn.Module,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Tensor,
+    ) -> None:
+        # Copies, since an in-place operation may follow.
+        self.name = name
+        x = first_tensor(inputs, named)
+        self.inputs, self.outputs = x.detach().clone(), output.detach().clone()
+
+    def name_for(self, output: Tensor) -> str:
+        """Return the layer's name if the model's output is its output, or a softmax of it."""
+        same = (self.outputs, self.outputs.log_softmax(-1), self.outputs.softmax(-1))
+        if self.name is None or not any(torch.equal(output, candidate) for candidate in same):
+            ends = (
+                "it has none"
+                if self.name is None
+                else f"its last, {self.name!r}, is followed by more"
+            )
+            raise ValueError(
+                "model: a final linear layer is needed, one whose output is the model's output; "
+                + ends
+            )
+        return self.name

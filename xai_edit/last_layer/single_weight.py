@@ -1,0 +1,247 @@
+"""Class removal by one weight of the last layer: which weight, and what it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.checks import fraction, nonzero, one_of, whole_number
+from xai_edit.core.data import Data
+from xai_edit.core.targets import class_list
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.last_layer.exact_dose import planned_removal
+from xai_edit.last_layer.head import HeadFeatures, head_features
+from xai_edit.last_layer.weight_selection import (
+    Scored,
+    Selection,
+    most_significant,
+    selection_scores,
+)
+
+# Eq. 7 divides by the weight, so a weight that is nearly zero would be sent far away.
+SMALLEST_WEIGHT = 1e-3
+# Where a signed feature is held fixed: its extreme value on the side that the edit raises.
+ANCHOR_QUANTILE = 1e-3
+
+
+def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float | Tensor = 1.0) -> Tensor:
+    """Return the value that turns the hyperplane of ``row`` about one axis (Eq. 7 and 8).
+
+    At rate 1 the normals (w, −1) before and after are orthogonal. Between, Eq. 8 is exactly
+    w_j − r (‖w‖² + 1) / w_j; it crosses zero at r = w_j² / (‖w‖² + 1).
+
+    Parameters
+    ----------
+    row : Tensor, shape (d,)
+        Weights of one output.
+    column : int or Tensor
+        The feature j, or several.
+    rate : float
+        r in [0, 1].
+    """
+    w = row.double()
+    return w[column] - rate * (w @ w + 1) / w[column]  # Eq. 8; Eq. 7 at r = 1
+
+
+def editable(row: Tensor, mean_feature: Tensor) -> Tensor:
+    """Return which weights of a row Eq. 7 may change, bool, shape (d,).
+
+    Those that add to the output (w_j · E[x_j] > 0: an edge that lowers the class would raise it
+    when flipped) and are not nearly zero.
+    """
+    return (row * mean_feature > 0) & (row.abs() >= SMALLEST_WEIGHT * row.abs().max())
+
+
+@dataclass(frozen=True)
+class SingleWeight:
+    """Make a classifier stop predicting classes, by one weight of its last layer for each.
+
+    Hakemi et al., *Post-hoc Spurious Correlation Neutralization with Single-Weight Fictitious
+    Class Unlearning*, Algorithm 1.
+
+    The new weight is some ten times the largest of its layer, which quantisation with one scale a
+    tensor pays for; ``times_largest`` in the edit's origin says how many.
+
+    Parameters
+    ----------
+    select : str
+        "sca" takes the edge with the highest SCA score (Eq. 6) and turns it by Eq. 7 or 8; "ca",
+        "gradient-activation", "relevance", "weight" and "random" choose by other scores, see
+        `xai_edit.last_layer.weight_selection.selection_scores`. "exact", ours, scores every weight of the row
+        at every dose in closed form and takes the one that removes most of the class while the
+        accuracy on the classes that stay falls by at most ``tolerance``. It goes beyond the last
+        sample by a margin that five-fold cross-validation chooses, and the new weight is at most
+        50 times the layer's largest.
+    rate : float in [0, 1]
+        Neutralisation rate r of Eq. 8; 1 is Eq. 7. Not with "exact", which finds its own dose.
+    dose : float, optional
+        What is added to the weight, instead of a rate.
+    n_weights : int
+        Weights edited for each class: those of highest score, each turned as if alone (the paper's
+        Fig. 6). "exact" adds one after another, as long as it helps.
+    anchor : "auto" or bool
+        Also correct the output's bias so that the edit leaves the feature's extreme value alone.
+        "auto" does it where the feature takes negative values (tanh, GELU, layer norm), for which
+        the plain edit raises the class on other samples. Not with "exact", which counts what its
+        dose does to every sample.
+    tolerance : float
+        For "exact": accuracy on the classes that stay, as a fraction, that may be lost on the
+        planning data.
+    seed : int
+        For "random".
+    """
+
+    select: Selection = "sca"
+    rate: float = 1.0
+    dose: float | None = None
+    n_weights: int = 1
+    anchor: bool | Literal["auto"] = "auto"
+    tolerance: float = 0.005
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choices(self.select, self.anchor)
+        # Numbers of NumPy and torch become plain ones: the edit's origin is JSON.
+        object.__setattr__(self, "rate", fraction(self.rate, "rate", zero=True))
+        n_weights = whole_number(self.n_weights, "n_weights", least=1)
+        object.__setattr__(self, "n_weights", n_weights)
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
+        object.__setattr__(self, "tolerance", fraction(self.tolerance, "tolerance", zero=True))
+        if self.select == "exact" and (self.rate != 1.0 or self.dose is not None):
+            name = "rate" if self.dose is None else "dose"
+            raise ValueError(f"{name}: goes with the other selections; 'exact' finds its own dose")
+        if self.dose is not None:
+            object.__setattr__(self, "dose", nonzero(self.dose, "dose"))
+            if self.rate != 1.0:
+                raise ValueError("dose: given with a rate; give one of them")
+
+    def plan(
+        self, model: nn.Module, data: Data | HeadFeatures, *, target: int | Sequence[int]
+    ) -> ModelEdit:
+        """Plan the removal of one class or several; the model is only read.
+
+        Parameters
+        ----------
+        model : nn.Module
+            A classifier that ends in a linear layer.
+        data : iterable, Dataset or HeadFeatures
+            ``(input, label)`` batches with samples of the class and of others. One pass; none with
+            what `xai_edit.last_layer.head.collect_head_features` gave.
+        target : int or sequence of int
+            The class or classes to remove. Scored selections plan each on the unedited model,
+            "exact" plans all together.
+
+        Returns
+        -------
+        ModelEdit
+            Its origin lists per weight the class, the column, the old and new value, and whether
+            the bias was anchored. With "exact" also, all edits together, the accuracy on the
+            classes that stay and on the removed ones on the planning data (``planned``) and for
+            samples of folds that were not planned on (``cross_validated``, None where a class has
+            one sample), the quantile of ``margin``, and the classes for which a larger weight would
+            remove more (``bounded``).
+
+        Raises
+        ------
+        ValueError
+            If the model has no final linear layer, a class is out of range or absent, or too few
+            weights of its row can be edited.
+        """
+        head = head_features(model, data)
+        targets = class_list(target, head.classes)
+        samples = len(head.features)
+        origin = {"operator": "SingleWeight", "select": self.select, "samples": samples}
+        if self.select != "exact":
+            return head_edit(model, head, self._scored(head, targets), origin, anchor=self.anchor)
+        doses, reported = planned_removal(
+            head, targets, tolerance=self.tolerance, n_weights=self.n_weights
+        )
+        rows = [
+            {"class": row, "column": column, "weight": float(head.weight[row, column]) + dose}
+            for row, added in doses.items()
+            for column, dose in added.items()
+        ]
+        return head_edit(model, head, rows, origin | reported, anchor=False)
+
+    def _scored(self, head: HeadFeatures, targets: Sequence[int]) -> list[dict[str, Any]]:
+        labels = head.require_labels()
+        assert self.select != "exact"
+        scores = selection_scores(
+            self.select, head.features, labels, head.weight, head.bias, targets, seed=self.seed
+        )
+        rows = []
+        for target, score in zip(targets, scores, strict=True):
+            weights = head.weight[target]
+            allowed = editable(weights, head.features[labels == target].mean(0))
+            for column in most_significant(score, allowed, self.n_weights, target):  # step 7
+                new: dict[str, Any]
+                if self.dose is None:  # step 8
+                    turned = orthogonal_weight(weights, column, self.rate)
+                    new = {"weight": float(turned), "rate": self.rate}
+                else:
+                    new = {"weight": float(weights[column]) + self.dose}
+                row = {"class": target, "column": column, **new, "score": float(score[column])}
+                rows.append(row)
+        return rows
+
+
+def check_choices(select: object, anchor: object) -> None:
+    """Raise ValueError unless selection and anchor are among their values and go together."""
+    one_of(select, (*get_args(Scored), "exact"), "select")
+    one_of(anchor, (True, False, "auto"), "anchor")
+    if anchor is True and select == "exact":
+        raise ValueError("anchor: True goes with the other selections; 'exact' scores plain edits")
+
+
+def anchor_point(
+    head: HeadFeatures, column: int, anchor: bool | Literal["auto"], *, raised: bool
+) -> float | None:
+    """Return the value of a feature at which an anchored edit leaves the output alone."""
+    x = head.features[:, column].double()
+    if not (bool(x.min() < 0) if anchor == "auto" else anchor):
+        return None
+    return float(torch.quantile(x, 1 - ANCHOR_QUANTILE if raised else ANCHOR_QUANTILE))
+
+
+def head_edit(
+    model: nn.Module,
+    head: HeadFeatures,
+    rows: Sequence[dict[str, Any]],
+    origin: dict[str, Any],
+    *,
+    anchor: bool | Literal["auto"],
+) -> ModelEdit:
+    """Make the edit that sets one weight in each of some rows of the head.
+
+    ``rows`` have the ``class``, the ``column`` and the new ``weight``; what else they hold goes
+    into the edit's origin with them.
+    """
+    d = head.weight.shape[1]
+    largest = float(head.weight.abs().max())
+    index, new, reported = [], [], []
+    biases: dict[int, float] = {}
+    for row in rows:
+        at, column, value = row["class"], row["column"], float(row["weight"])
+        old = float(head.weight[at, column])
+        index.append(at * d + column)
+        new.append(value)
+        fixed = anchor_point(head, column, anchor, raised=value > old)
+        if fixed is not None:
+            if head.bias is None:
+                raise ValueError(
+                    f"anchor: layer {head.layer!r} has no bias to correct; give anchor=False"
+                )
+            biases[at] = biases.get(at, float(head.bias[at])) - (value - old) * fixed
+        times = abs(value) / largest if largest else None  # a head of zeros has no largest
+        more = {"old": old, "anchored": fixed is not None, "times_largest": times}
+        reported.append({**row, "weight": value, **more})
+    weight = (torch.tensor(index), torch.tensor(new, dtype=torch.double))
+    values = {head.parameter("weight"): weight}
+    if biases:
+        bias = torch.tensor([*biases.values()], dtype=torch.double)
+        values[head.parameter("bias")] = (torch.tensor([*biases]), bias)
+    return ModelEdit.between(model, values, {**origin, "layer": head.layer, "rows": reported})

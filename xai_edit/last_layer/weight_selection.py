@@ -1,0 +1,69 @@
+"""Which edge of a row of the last layer to edit: the scores to choose by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xai_edit.last_layer.sca_scores import edge_scores_of
+
+Scored = Literal["sca", "ca", "gradient-activation", "relevance", "weight", "random"]
+Selection = Literal[Scored, "exact"]
+
+
+def selection_scores(
+    select: Scored,
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[int],
+    *,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Yield the score of every edge into each of some outputs, float64, shape (d,).
+
+    Parameters
+    ----------
+    select : str
+        "sca" (Eq. 6), "ca" (Eq. 5), "gradient-activation" (their comparison in Fig. 8),
+        "relevance" (the edge's relevance for the output, w_j·x_j summed over its class: LRP of the
+        last layer), "weight" (its size) or "random", by ``seed``.
+    features, labels, weight, bias, outputs
+        See `xai_edit.last_layer.sca_scores.edge_scores`; outputs are rows of ``weight``.
+    """
+    if select in ("sca", "ca", "gradient-activation"):
+        for edges in edge_scores_of(features, labels, weight, bias, outputs):
+            score: Tensor = getattr(edges, select.replace("-", "_"))
+            yield score.clone()
+        return
+    for output in outputs:
+        own = labels == output
+        if not own.any():
+            raise ValueError(
+                f"target: class {output} is absent from the data; its score needs samples"
+            )
+        row = weight[output].double()
+        if select == "relevance":
+            yield row * features[own].double().sum(0)
+        elif select == "weight":
+            yield row.abs()
+        else:
+            generator = torch.Generator().manual_seed(1000 * seed + output)
+            yield 1 - torch.rand(len(row), generator=generator, dtype=torch.double)  # never 0
+
+
+def most_significant(score: Tensor, allowed: Tensor, count: int, row: int) -> list[int]:
+    """Return the edges of highest score that may be edited, best first, or raise ValueError."""
+    score = torch.where(allowed & (score > 0), score, -torch.inf)
+    found = int((score > 0).sum())
+    if found < count:
+        number = f"only {found} of {count} weights" if found else "no weight"
+        raise ValueError(
+            f"class {row}: {number} of its row can be edited: one that adds to the class and is "
+            "not nearly 0"
+        )
+    return score.argsort(descending=True, stable=True)[:count].tolist()

@@ -1,0 +1,171 @@
+"""What would make a model's relevance wrong, found before anyone trusts a picture of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from xai_edit.core.checks import finite
+from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.layers import INPUT_SUFFIX, predict, resolve_layers
+from xai_edit.core.trace import Operation, trace
+from xai_edit.lrp.canonizers import is_lrp, rules_of
+from xai_edit.lrp.diagnosis import Finding, of_the_forward_pass, of_the_weights
+from xai_edit.lrp.lrp import LRP
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What `check_model` found.
+
+    Attributes
+    ----------
+    scorer : str
+        The composite it was checked for.
+    canonizers : list of str
+        Those that will be applied.
+    findings : list of Finding
+        Errors first; scoring refuses a model with one of them.
+    ratios : dict of float
+        Per layer Σ relevance / Σ logit over the samples. 1 where nothing is lost: rules with
+        biases keep a part of the relevance, and a layer beside which others run has its own part
+        only. NaN where the logits are zero. Empty if there are errors.
+    """
+
+    scorer: str
+    canonizers: list[str]
+    findings: list[Finding]
+    ratios: dict[str, float]
+
+    @property
+    def ok(self) -> bool:
+        """Whether scores of this model mean something: no finding is an error."""
+        return not any(one.severity == "error" for one in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the check as JSON values."""
+        return {
+            "scorer": self.scorer,
+            "ok": self.ok,
+            "canonizers": self.canonizers,
+            "findings": [vars(one) for one in self.findings],
+            "ratios": {
+                name: ratio if math.isfinite(ratio) else None for name, ratio in self.ratios.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        rows = [f"{self.scorer}; canonizers: {', '.join(self.canonizers) or 'none'}"]
+        rows += [str(one) for one in self.findings] or ["nothing found"]
+        if self.ratios:
+            rows.append("Σ relevance / Σ logit at the output of")
+            rows += [f"  {name:<40} {ratio:9.4f}" for name, ratio in self.ratios.items()]
+        return "\n".join(rows)
+
+
+def check_model(
+    model: nn.Module,
+    inputs: Tensor,
+    composite: str | Composite | LRP = "epsilon",
+    *,
+    layers: Sequence[str] | None = None,
+) -> ModelCheck:
+    """Report what would make relevance wrong on this model.
+
+    Looked for are operations and layers without a rule, for which Zennit silently takes the plain
+    gradient; modules called several times that a hook cannot tell apart; weights computed anew at
+    each call (``torch.nn.utils.prune``, parametrizations); composites already registered; half
+    precision; batch norms in training mode; and, at every cut, relevance that is lost or doubled.
+    Conservation alone proves nothing: relevance can be complete and in the wrong place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left exactly as it was.
+    inputs : Tensor, shape (samples, ...)
+        A few real samples; the predicted class of each is explained.
+    composite : str, zennit.core.Composite or LRP
+        What the model will be scored with.
+    layers : sequence of str, optional
+        Those that will be scored. All convolution and linear layers that the data pass through when
+        left out.
+
+    Returns
+    -------
+    ModelCheck
+
+    Raises
+    ------
+    UnknownLayerError, NonFiniteError, ValueError
+        If a layer is unknown, weights are not finite or the model does not take the inputs.
+    """
+    scorer = composite if isinstance(composite, LRP) else LRP(composite)
+    names = resolve_layers(model, layers)
+    require_finite(model)
+    finite(inputs, "inputs")
+    findings = of_the_weights(model)
+    findings += [
+        Finding("warning", name, "a batch norm in training mode; scored as in evaluation mode")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ][:1]
+    found = trace(model, inputs)
+    if layers is None:
+        names = [name for name in names if name in found.fed]
+    chosen = scorer.canonizers == "auto" and not scorer.composite.canonizers
+    canonizers = scorer.canonizers_for(model, found if chosen else None)
+    used = [*scorer.composite.canonizers, *canonizers]
+    if scorer.composite.canonizers:
+        findings += scorer.findings_as_canonized(model, inputs, names)
+    else:
+        findings += of_the_forward_pass(found, model, scorer.composite, names, used)
+    findings += _gates(found.after(names), model, scorer.composite)
+    for name in names:
+        path = name.removesuffix(INPUT_SUFFIX)
+        if found.calls[path] > 1:
+            message = (
+                f"it is called more than once ({found.calls[path]} times) in a forward pass, so "
+                "its units have no one score; name others"
+            )
+            findings.append(Finding("error", path, message))
+    findings.sort(key=lambda one: one.severity)
+    ratios: dict[str, float] = {}
+    if not any(one.severity == "error" for one in findings):
+        try:
+            ratios = _ratios(model, inputs, scorer, names)
+        except ValueError as problem:
+            named = [name for name in names if repr(name) in str(problem)]
+            findings.append(Finding("error", named[0] if named else "", str(problem)))
+    return ModelCheck(repr(scorer), [type(one).__name__ for one in used], findings, ratios)
+
+
+def _gates(
+    operations: Sequence[Operation], model: nn.Module, composite: Composite
+) -> list[Finding]:
+    """Return a warning if there are products that are gates: their layers get no relevance."""
+    rules = rules_of(composite, model) if is_lrp(composite, model) else {}
+    products = {one.module for one in operations if one.name == "mul" and one.joins}
+    gates = sorted(path for path in products if path in rules and rules[path] is None)
+    more = f" (and {len(gates) - 1} more modules)" if gates[1:] else ""
+    message = (
+        "it multiplies two tensors that depend on the data; relevance goes to the larger, and the "
+        f"layers that only make the other, a gate, get none{more}"
+    )
+    return [Finding("warning", path, message) for path in gates[:1]]
+
+
+def _ratios(
+    model: nn.Module, inputs: Tensor, scorer: LRP, names: Sequence[str]
+) -> dict[str, float]:
+    with preserved(model), torch.no_grad():
+        logits = predict(model, inputs)
+    values, classes = logits.max(1)
+    start = values.sum() if scorer.initial == "logit" else values.new_tensor(float(len(values)))
+    relevance = scorer(model, inputs, classes, names)
+    return {name: float(relevance[name].double().sum() / start) for name in names}

@@ -1,0 +1,175 @@
+"""What would make the relevance of a model wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from zennit.canonizers import Canonizer
+from zennit.core import Composite, Hook
+
+from xai_edit.core.layers import CONVOLUTIONS
+from xai_edit.core.trace import HALF, Operation, Trace
+from xai_edit.lrp.accelerated import DirectHook, direct
+from xai_edit.lrp.canonizers import is_lrp, outside_rules, rules_of
+from xai_edit.lrp.functional_canonizer import (
+    ALONG_THE_GRADIENT,
+    RULES,
+    FunctionalCanonizer,
+    hook_of_zennit,
+    left_to_the_composite,
+)
+from xai_edit.lrp.operation_rules import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found in a model.
+
+    Attributes
+    ----------
+    severity : {"error", "warning"}
+        Scoring raises on an error: the relevance would mean nothing.
+    module : str
+        Path of the module.
+    message : str
+        What is wrong and what would help.
+    """
+
+    severity: Literal["error", "warning"]
+    module: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"module {self.module!r}" if self.module else "the model"
+        return f"{self.severity}: {place}: {self.message}"
+
+
+def of_the_weights(model: nn.Module) -> list[Finding]:
+    """Return what is wrong with a model whatever its data: hooks, weights, precision."""
+    findings: list[Finding] = []
+
+    def add(module: str, message: str) -> None:
+        findings.append(Finding("error", module, message))
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            message = "it is TorchScript, which no rule reaches; use the model it was made from"
+            return [Finding("error", name, message)]
+        if any(hook_of_zennit(hook) for hook in _forward_hooks(module)):
+            add(
+                name,
+                "a Zennit composite is registered on it already, so that two rules would act; "
+                "call composite.remove() or leave its context first",
+            )
+        makers = {type(hook).__module__ for hook in module._forward_pre_hooks.values()}
+        old = sorted(maker for maker in makers if maker.startswith("torch.nn.utils."))
+        if old or parametrize.is_parametrized(module):
+            where = old[0] if old else "torch.nn.utils.parametrize"
+            add(
+                name,
+                f"its weight is computed anew at each call ({where}), and rules would see another "
+                "one; make it permanent with the function of that module that removes it, such as "
+                "torch.nn.utils.prune.remove or remove_parametrizations",
+            )
+    half = [(name, one.dtype) for name, one in model.named_parameters() if one.dtype in HALF]
+    for name, dtype in half[:1]:
+        add(
+            name.rpartition(".")[0],
+            f"its parameters are {dtype}, in which the quotients of a rule have three digits and "
+            "overflow; score copy.deepcopy(model).float()",
+        )
+    return findings
+
+
+def _forward_hooks(module: nn.Module) -> list[object]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def of_the_forward_pass(
+    found: Trace,
+    model: nn.Module,
+    composite: Composite,
+    layers: Sequence[str] = (),
+    canonizers: Sequence[Canonizer] = (),
+) -> list[Finding]:
+    """Return what is wrong with the way a forward pass goes.
+
+    Parameters
+    ----------
+    found : Trace
+    model : nn.Module
+    composite : zennit.core.Composite
+    layers : sequence of str
+        Those to be scored: what comes before the earliest does not matter. None: the inputs.
+    canonizers : sequence of zennit.canonizers.Canonizer
+        Those that will be applied.
+    """
+    rules = rules_of(composite, model)
+    known = {*ALONG_THE_GRADIENT, "relu"}  # whose gradient is its gate
+    if any(isinstance(one, FunctionalCanonizer) for one in canonizers):
+        known |= RULES.keys()
+    if composite.module_map({}, "", nn.ReLU()) is None:
+        known |= ACTIVATIONS  # they keep their gradient, as their modules do
+    findings: list[Finding] = []
+    of_parameters = any(one.dtype in HALF for one in model.parameters())  # see `of_the_weights`
+    if found.halved is not None and not of_parameters:
+        message = "it computes in half precision (autocast), where the quotients of a rule overflow"
+        findings.append(Finding("error", found.halved, message))
+    last = found.operations[-1] if found.operations else None
+    if last is not None and last.name in ("softmax", "log_softmax"):
+        message = f"the output is a {last.name}; explain the logits before it instead"
+        findings.append(Finding("warning", last.module, message))
+    if is_lrp(composite, model):
+        without = [
+            one
+            for one in outside_rules(found.after(layers), model, rules)
+            if one.name not in known and not left_to_the_composite(model.get_submodule(one.module))
+        ]
+        findings += _without_rule(without, model)
+    for name, module in model.named_modules():
+        rule, calls = rules[name], found.calls[name]
+        if calls and rule is None and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+            findings.append(Finding("warning", name, "the composite has no rule for it"))
+        if calls < 2 or rule is None or isinstance(direct(rule), DirectHook):
+            continue
+        if type(rule).forward is not Hook.forward:  # it keeps the values of a call
+            message = (
+                f"it is called {calls} times, and its hook {type(rule).__name__} would use the "
+                "values of the last call for each; use one module for each call"
+            )
+            findings.append(Finding("error", name, message))
+    return findings
+
+
+def _without_rule(operations: list[Operation], model: nn.Module) -> list[Finding]:
+    """Return one finding for each kind of module and operation."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for one in operations:
+        kind = type(model.get_submodule(one.module)).__name__
+        where = places.setdefault((kind, one.name), [])
+        if one.module not in where:
+            where.append(one.module)
+    return [
+        Finding(
+            "error",
+            where[0],
+            f"{kind} runs {name!r}, for which there is no relevance rule, and its plain gradient "
+            "would be taken for relevance; use xai_edit.CaptumLayer, give the module a rule as its "
+            "attribute lrp_rule, or score only layers behind it"
+            + (f" ({len(where)} modules alike)" if where[1:] else ""),
+        )
+        for (kind, name), where in places.items()
+    ]
+
+
+def refuse(findings: list[Finding]) -> None:
+    """Raise ValueError if one of the findings is an error."""
+    errors = [one for one in findings if one.severity == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more: see xai_edit.check_model)" if errors[1:] else ""
+        raise ValueError(f"model: {str(errors[0]).removeprefix('error: ')}{more}")

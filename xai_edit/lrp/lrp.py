@@ -1,0 +1,356 @@
+"""Scorers: for one batch, the relevance of every unit of the named layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from zennit.canonizers import Canonizer
+from zennit.core import Composite
+
+from xai_edit.core.analysis import Analysis, analysed
+from xai_edit.core.axes import unit_axes
+from xai_edit.core.checks import one_of
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import (
+    differentiable,
+    embeddings_in_graph,
+    predict,
+    sum_positions,
+)
+from xai_edit.core.targets import Targets, weights_of
+from xai_edit.core.trace import Trace, trace
+from xai_edit.lrp import presets as rules
+from xai_edit.lrp.accelerated import DirectHook, accelerated, direct
+from xai_edit.lrp.canonizers import (
+    choose_canonizers,
+    refuse_difference,
+    rules_of,
+    same_logits,
+    unmerged_norms,
+)
+from xai_edit.lrp.diagnosis import Finding, of_the_forward_pass, of_the_weights, refuse
+from xai_edit.lrp.relevance_at_layers import Gather
+
+
+class Scorer(Protocol):
+    """Anything that can be called like this; a plain function will do, nothing is registered.
+
+    ``scorer(model, inputs, targets, layers)`` gets a batch of inputs, the target class of each
+    sample (int64, shape (samples,)) and layer names, and returns for each name a tensor of shape
+    (samples, units): one relevance a sample and unit, summed over positions. The model is in
+    evaluation mode and is restored afterwards, whatever the scorer does to it.
+
+    A scorer that looks only at the weights sets ``needs_data = False`` and is called once, with
+    None for inputs and targets. One whose scores are of the batch as a whole, and not a sample's
+    own, sets ``per_sample = False``; `xai_edit.testing.check_scorer` then lets them depend on it.
+    """
+
+    def __call__(
+        self, model: nn.Module, inputs: Any, targets: Any, layers: Sequence[str], /
+    ) -> Mapping[str, Tensor]:
+        """Score one batch."""
+        ...
+
+
+class LRP:
+    """Layer-wise relevance propagation by a Zennit composite.
+
+    The relevance of a unit is read at its layer's output and summed over positions.
+
+    Parameters
+    ----------
+    composite : str or zennit.core.Composite
+        A preset name (see `xai_edit.lrp.presets.PRESETS`) or any Zennit composite.
+    initial : {"logit", "one"}
+        Relevance at the target's output: its logit (the paper's Eq. 3), or 1 for every sample, so
+        that each weighs the same (used for pruning).
+    canonizers : "auto" or sequence of zennit.canonizers.Canonizer
+        What puts the network into canonical form. "auto" takes the composite's own or, where it
+        has none, picks by a forward pass of one sample, see
+        `xai_edit.lrp.canonizers.choose_canonizers`; ``()`` means none.
+    **parameters
+        Parameters of a preset, such as ``gamma=0.1``.
+
+    Raises
+    ------
+    ValueError
+        If the preset or ``initial`` is unknown.
+    TypeError
+        If the composite is of another kind, or a parameter does not belong to the preset.
+
+    Notes
+    -----
+    Bach et al. 2015 (PLoS ONE 10(7)). A module that carries a Zennit hook as its attribute
+    ``lrp_rule`` is given that rule where the composite has none for it.
+
+    The hooks are those of `xai_edit.accelerated`, equal to Zennit's and faster. Where the relevance
+    would mean nothing, since an operation has no rule, scoring raises and names it; see
+    `xai_edit.check_model`.
+    The stabiliser is Zennit's, 1e-6; that of Captum's ``EpsilonRule`` is 1e-9.
+    """
+
+    def __init__(
+        self,
+        composite: str | Composite = "epsilon",
+        *,
+        initial: Literal["logit", "one"] = "logit",
+        canonizers: Literal["auto"] | Sequence[Canonizer] = "auto",
+        **parameters: Any,
+    ) -> None:
+        one_of(initial, ("logit", "one"), "initial")
+        if isinstance(composite, str):
+            listed = "".join(f", {name}={_shown(value)}" for name, value in parameters.items())
+            self.name = f"{composite!r}{listed}"
+            self.composite = rules.preset(composite, **parameters)
+        elif isinstance(composite, Composite):
+            if parameters:
+                raise TypeError(
+                    f"{[*parameters]} go with a preset name; set them on the composite itself"
+                )
+            self.name = f"{type(composite).__name__}(…)"
+            self.composite = composite
+        else:
+            raise TypeError(
+                f"composite: {composite!r} is neither a preset ({[*rules.PRESETS]}) nor an "
+                "instance of a Zennit composite"
+            )
+        self.initial = initial
+        self.canonizers = canonizers
+
+    def __repr__(self) -> str:
+        return f"LRP({self.name}, initial={self.initial!r})"
+
+    def canonizers_for(self, model: nn.Module, found: Trace | None) -> list[Canonizer]:
+        """Return the canonizers that will be applied beside those of the composite itself."""
+        if found is None:
+            return [] if self.canonizers == "auto" else list(self.canonizers)
+        return choose_canonizers(model, found, self.composite)
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return the relevance of each unit, shape (samples, units) per layer."""
+        with self.session(model, inputs, layers) as (score, _):
+            return score(inputs, targets)
+
+    def relevance(
+        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return the relevance in full, per layer in the shape of the layer's output."""
+        with self.session(model, inputs, layers, Gather(_in_full)) as (score, _):
+            return score(inputs, targets)
+
+    def heatmap(self, model: nn.Module, inputs: Tensor, targets: Targets) -> Tensor:
+        """Return the relevance of each input value, in the shape of ``inputs``."""
+        if not inputs.is_floating_point():
+            raise ValueError(
+                f"inputs: {inputs.dtype}, such as the numbers of words, have no relevance; take "
+                "that at the embedding's output instead"
+            )
+        with self._registered(model, inputs, Gather(_in_full), ()) as ready:
+            pixels = differentiable(inputs)
+            logits = predict(model, pixels)
+            ready.require_same(inputs, logits)
+            (relevance,) = torch.autograd.grad(logits, pixels, self._seed(logits, targets))
+        return relevance
+
+    @contextmanager
+    def session(
+        self,
+        model: nn.Module,
+        sample: Tensor,
+        layers: Sequence[str],
+        gather: Gather | None = None,
+        *,
+        analysis: Analysis | None = None,
+    ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
+        """Prepare a model once for many batches.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Restored on leaving.
+        sample : Tensor, shape (samples, ...)
+            Inputs to choose canonizers by; the first sample is enough.
+        layers : sequence of str
+        gather : Gather, optional
+            What becomes of the relevance at a layer; summed over positions when left out.
+        analysis : Analysis, optional
+            That of the model for such inputs, if there is one already.
+
+        Yields
+        ------
+        score : callable
+            ``score(inputs, targets)`` returns what was gathered from a batch, per layer.
+        canonizers : list of str
+            The canonizers in use.
+        """
+        if gather is None:
+            axes = unit_axes(model, sample, layers)
+
+            def reduce(relevance: Tensor, name: str) -> Tensor:
+                return sum_positions(relevance, axes[name])
+
+            gather = Gather(reduce)
+        with self._registered(model, sample, gather, layers, analysis) as ready:
+
+            def score(inputs: Tensor, targets: Targets) -> dict[str, Tensor]:
+                gather.leaves.clear()
+                logits = predict(model, differentiable(inputs) if ready.whole else inputs.detach())
+                ready.require_same(inputs, logits)
+                relevance = gather.relevance(layers, logits, self._seed(logits, targets))
+                for hook in ready.composite.hook_refs:
+                    hook.tensor_handles.remove()  # Zennit's own hooks gather them with each batch
+                return relevance
+
+            yield score, [type(canonizer).__name__ for canonizer in ready.canonizers]
+
+    def findings_as_canonized(
+        self, model: nn.Module, sample: Tensor, layers: Sequence[str]
+    ) -> list[Finding]:
+        """Return what is wrong with a forward pass when the composite's canonizers are applied."""
+        with preserved(model), ExitStack() as stack:
+            _apply(self.composite.canonizers, model, stack)
+            found = trace(model, sample)
+            return of_the_forward_pass(
+                found, model, self.composite, layers, self.composite.canonizers
+            )
+
+    def _seed(self, logits: Tensor, targets: Targets) -> Tensor:
+        """Return the relevance that starts at the output (Eq. 3 of Chang et al.)."""
+        weights = weights_of(targets, logits)
+        return weights * logits.detach() if self.initial == "logit" else weights
+
+    @contextmanager
+    def _registered(
+        self,
+        model: nn.Module,
+        sample: Tensor,
+        gather: Gather,
+        layers: Sequence[str],
+        analysis: Analysis | None = None,
+    ) -> Iterator[_Ready]:
+        with (
+            torch.inference_mode(False),
+            torch.autocast(sample.device.type, enabled=False),
+            preserved(model),
+            ExitStack() as stack,
+        ):
+            refuse(of_the_weights(model))
+            if self.canonizers == "auto" and not self.composite.canonizers:
+                analysis = analysis or analysed(model, sample)
+                found = analysis.trace
+                canonizers = self.canonizers_for(model, found)
+                refuse(of_the_forward_pass(found, model, self.composite, layers, canonizers))
+                unmerged = unmerged_norms(model, found, canonizers)
+                # A sum after the layers needs the graph of both its sides: all from the inputs.
+                whole = not layers or any(one.joins for one in found.after(layers))
+            else:
+                analysis, whole, unmerged = None, True, set()
+                if self.canonizers == "auto":
+                    refuse(self.findings_as_canonized(model, sample, layers))
+                canonizers = self.canonizers_for(model, None)
+            form = self._form(model, canonizers) if analysis is not None else None
+            if analysis is not None and form is not None and form in analysis.verified:
+                plain = None
+            elif analysis is not None and torch.equal(analysis.trace.sample, sample[:1]):
+                plain = analysis.trace.output
+            else:
+                with torch.no_grad():
+                    plain = predict(model, sample[:1])
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)  # no rule needs their gradients
+            embeddings_in_graph(model)
+            gather.attach(model, layers, inputs=True)
+            # On the stack before the composite, so that the hooks go first and the merge after.
+            _apply(canonizers, model, stack)
+            for name, module in _with_own_rule(self.composite, model):
+                hook = direct(module.lrp_rule.copy(), name)  # type: ignore[operator, union-attr]
+                stack.callback(hook.register(module).remove)
+            composite = accelerated(self.composite, unmerged=unmerged)
+            stack.enter_context(composite.context(model))
+            gather.attach(model, layers, inputs=False)
+            stack.enter_context(torch.enable_grad())
+            used = [*self.composite.canonizers, *canonizers]
+            yield _Ready(model, gather, composite, used, whole, sample[:1], plain, analysis, form)
+
+    def _form(self, model: nn.Module, canonizers: Sequence[Canonizer]) -> Hashable:
+        """Return what identifies the canonical form, or None if rules may change the logits."""
+        rules = rules_of(self.composite, model).values()
+        if all(rule is None or isinstance(direct(rule), DirectHook) for rule in rules):
+            return tuple((type(one), getattr(one, "operations", None)) for one in canonizers)
+        return None
+
+
+@dataclass
+class _Ready:
+    """A model under a composite."""
+
+    model: nn.Module
+    gather: Gather
+    composite: Composite
+    canonizers: list[Canonizer]
+    whole: bool  # whether the graph has to begin at the inputs
+    sample: Tensor
+    plain: Tensor | None  # the sample's logits without canonizers; None once they were compared
+    analysis: Analysis | None  # None under a user's own canonizers
+    form: Hashable
+
+    def require_same(self, inputs: Tensor, logits: Tensor) -> None:
+        """Compare the logits, once, where they are those of the sample."""
+        plain = self.plain
+        if plain is None or not torch.equal(inputs[:1], self.sample):
+            return
+        self.plain = None
+        canonized = logits[:1].detach()
+        if not same_logits(plain, canonized):  # batch norms may count on the other samples
+            leaves, self.gather.leaves = self.gather.leaves, {}
+            canonized = predict(self.model, differentiable(self.sample)).detach()
+            self.gather.leaves = leaves
+        if not same_logits(plain, canonized):
+            own = self.analysis is None
+            refuse_difference(plain, canonized, self.canonizers, chosen=not own)
+        elif self.analysis is not None and self.form is not None:
+            self.analysis.verified.add(self.form)
+
+
+def _apply(canonizers: Sequence[Canonizer], model: nn.Module, stack: ExitStack) -> None:
+    """Canonize a model until the stack is closed."""
+    for canonizer in canonizers:
+        for instance in canonizer.apply(model):
+            stack.callback(instance.remove)
+
+
+def _with_own_rule(composite: Composite, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules with an ``lrp_rule`` for which the composite has none."""
+    context: dict[str, Any] = {}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if composite.module_map(context, name, module) is None
+        and getattr(module, "lrp_rule", None) is not None
+    ]
+
+
+def _shown(value: Any) -> str:
+    return repr(value.flatten().tolist() if isinstance(value, Tensor) else value)
+
+
+def _in_full(relevance: Tensor, name: str) -> Tensor:
+    return relevance
+
+
+def describe(scorer: Scorer) -> str:
+    """Return a name for a scorer that is the same in every process."""
+    if isinstance(scorer, functools.partial):
+        return f"partial {describe(scorer.func)}"
+    if hasattr(scorer, "__qualname__"):
+        return str(scorer.__qualname__)
+    plain = type(scorer).__repr__ is object.__repr__
+    return type(scorer).__qualname__ if plain else repr(scorer)

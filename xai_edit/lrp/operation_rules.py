@@ -1,0 +1,314 @@
+"""Relevance rules of single operations, and the backward passes that carry them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.trace import operation_name
+from xai_edit.lrp.accelerated import is_gate, mark_gate
+
+Arguments: TypeAlias = tuple[Any, ...]
+Named: TypeAlias = dict[str, Any]
+Operator: TypeAlias = Callable[..., Tensor]
+Rule: TypeAlias = Callable[[Operator, Arguments, Named, Operator], Tensor]
+
+_ACTIVATIONS = """
+    relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish hardsigmoid
+    sigmoid tanh rms_norm group_norm normalize neg negative
+"""
+ACTIVATIONS = frozenset(_ACTIVATIONS.split())
+GATES = ("sigmoid", "hardsigmoid")
+
+
+def in_graph(value: Any) -> bool:
+    """Tell whether a value depends on the data."""
+    # A parameter is a constant, also where it has a gradient, outside of xai_edit.LRP.
+    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
+
+
+def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
+    """Tell whether a call overwrites its first argument."""
+    name = function.__name__
+    dunder = name.startswith("__")
+    if named.get("inplace") or (name.endswith("_") and not dunder) or name.startswith("__i"):
+        return True
+    return operation_name(function) in ACTIVATIONS and any(value is True for value in args[1:])
+
+
+def _plain(function: Operator, args: Arguments, named: Named) -> Tensor:
+    """Run an operation without a graph, and on a copy if it is in place."""
+    local = [value.detach() if isinstance(value, Tensor) else value for value in args]
+    if is_in_place(function, args, named):
+        local[0] = local[0].clone()
+    output: Tensor = function(*local, **named)
+    return output.detach()
+
+
+def pass_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """R passes to the operand that depends on the data."""
+    x = next(value for value in args if in_graph(value))
+    passed: Tensor = _Split.apply(_plain(function, args, named), (1,), x)
+    if operation_name(function) in GATES:
+        mark_gate(passed)
+    return passed
+
+
+def norm_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """R goes to the inputs of a linear operation in proportion to their size."""
+    x, *others = args
+    shared: Tensor = _Proportional.apply(
+        lambda local: function(local, *others, **named), stabilizer, 1, x
+    )
+    return shared
+
+
+def layer_norm_rule(
+    function: Operator, args: Arguments, named: Named, stabilizer: Operator
+) -> Tensor:
+    """R goes through the norm as through a linear map, its deviation a constant.
+
+    Ali et al. 2022. Passing R on as it is would leave relevance where the input is small and its
+    distance from the mean is not, and the rule before would divide the one by the other.
+    """
+    given = inspect.signature(function).bind(*args, **named).arguments
+    shape = given["normalized_shape"]
+    dims = tuple(range(-1 if isinstance(shape, int) else -len(shape), 0))
+    weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
+
+    def with_constant_deviation(x: Tensor) -> Tensor:
+        centred = x - x.mean(dims, keepdim=True)
+        deviation = (centred.detach().square().mean(dims, keepdim=True) + eps).sqrt()
+        scaled = centred / deviation if weight is None else centred / deviation * weight
+        shifted: Tensor = scaled if bias is None else scaled + bias
+        return shifted
+
+    shared: Tensor = _Proportional.apply(with_constant_deviation, stabilizer, 1, args[0])
+    return shared
+
+
+def multilinear_rule(
+    function: Operator, args: Arguments, named: Named, stabilizer: Operator
+) -> Tensor:
+    """R goes to the factors by halves, within a factor in proportion (AttnLRP)."""
+    places = [place for place, value in enumerate(args) if in_graph(value)]
+
+    def of_factors(*factors: Tensor) -> Tensor:
+        given = list(args)
+        for place, factor in zip(places, factors, strict=True):
+            given[place] = factor
+        return function(*given, **named)
+
+    factors = [args[place] for place in places]
+    made: Tensor = _Proportional.apply(of_factors, stabilizer, len(factors), *factors)
+    return made
+
+
+def einsum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """As `multilinear_rule`, with the operands as a list or one by one."""
+    if len(args) == 2 and not isinstance(args[1], Tensor):
+        args = (args[0], *args[1])
+    return multilinear_rule(function, args, named, stabilizer)
+
+
+def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """R is x ⊙ (R − s Σ R), the gradient of the softmax (AttnLRP)."""
+    dim = named.get("dim", args[1] if len(args) > 1 else None)
+    if dim is None:
+        raise ValueError("model: a softmax is called without dim; say which axis it sums over")
+    shares: Tensor = _Softmax.apply(args[0], dim)
+    return shares
+
+
+def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """R goes to the summands in proportion; a constant keeps its part, as a layer's bias does."""
+    a, b = args[:2]
+    if any(not isinstance(value, Tensor) and value == 0 for value in (a, b)):  # as `sum` begins
+        return pass_rule(function, args, named, stabilizer)
+    factor = named.get("alpha", 1) * (-1 if operation_name(function) == "sub" else 1)
+    summands = [value for value in (a, b) if in_graph(value)]
+
+    def added(*values: Tensor) -> Tensor:
+        x, y = values if len(values) == 2 else ((values[0], b) if in_graph(a) else (a, values[0]))
+        return x + y if factor == 1 else x + factor * y
+
+    total: Tensor = _Proportional.apply(added, stabilizer, 1, *summands)
+    return total
+
+
+def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """R goes to the signal, not to what gates, scales or divides it; to equals by halves."""
+    a, b = args[:2]
+    if not (in_graph(a) and in_graph(b)):
+        return pass_rule(function, args, named, stabilizer)
+    output = _plain(function, args, named)
+    gates = is_gate(a), is_gate(b)
+    if operation_name(function) == "div":
+        gates = False, True
+    if gates[0] == gates[1] and a.numel() == b.numel():
+        shares = (0.5, 0.5)
+    elif gates == (True, False) or (gates[0] == gates[1] and b.numel() > a.numel()):
+        shares = (0, 1)
+    else:
+        shares = (1, 0)
+    product: Tensor = _Split.apply(output, shares, a, b)
+    return product
+
+
+def attention_rule(
+    function: Operator, args: Arguments, named: Named, stabilizer: Operator
+) -> Tensor:
+    """Scaled dot-product attention, as the operations it is made of (AttnLRP)."""
+    given = inspect.signature(_plain_attention).bind(*args, **named)
+    given.apply_defaults()
+    mask = given.arguments["attn_mask"]
+    refused = given.arguments["is_causal"], given.arguments["enable_gqa"]
+    if (
+        any(refused)
+        or given.arguments["dropout_p"]
+        or (mask is not None and mask.dtype == torch.bool)
+    ):
+        raise ValueError(
+            "model: attention that is causal, grouped, with dropout or a yes/no mask has no "
+            "relevance rule here; use xai_edit.CaptumLayer"
+        )
+    query, key, value, scale = (
+        given.arguments[name] for name in ("query", "key", "value", "scale")
+    )
+    return _attention(query, key, value, mask, scale, stabilizer)
+
+
+def multi_head_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Any:
+    """Multi-head attention, likewise."""
+    bound = inspect.signature(function).bind(*args, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    beyond = [
+        name
+        for name in ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask")
+        if given[name] is not None and given[name] is not False
+    ]
+    if beyond or given["use_separate_proj_weight"] or given["query"].ndim != 3:
+        raise ValueError(
+            f"model: multi-head attention with {', '.join(beyond) or 'such inputs'} has no "
+            "relevance rule here; use xai_edit.CaptumLayer"
+        )
+
+    def linear(*operands: Tensor | None) -> Tensor:
+        return _ruled(multilinear_rule, nn.functional.linear, operands, stabilizer)
+
+    weights = given["in_proj_weight"].chunk(3)
+    bias = given["in_proj_bias"]
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    heads = given["num_heads"]
+    query, key, value = (
+        linear(given[name], *own).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        for name, *own in zip(("query", "key", "value"), weights, biases, strict=True)
+    )
+    attended = _attention(query, key, value, None, None, stabilizer)
+    joined = attended.permute(2, 0, 1, 3).flatten(2)
+    output = linear(joined, given["out_proj_weight"], given["out_proj_bias"])
+    if not given["need_weights"]:
+        return output, None
+    with torch.no_grad():
+        return output, function(*args, **named)[1]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    stabilizer: Operator,
+) -> Tensor:
+    """softmax(QKᵀ / √d + mask) V, each operation by its rule."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = _ruled(multilinear_rule, torch.matmul, (query, key.transpose(-2, -1)), stabilizer)
+    logits = _ruled(pass_rule, torch.mul, (logits, scale), stabilizer)
+    if mask is not None:
+        logits = _ruled(sum_rule, torch.add, (logits, mask), stabilizer)
+    shares = _ruled(softmax_rule, torch.softmax, (logits, -1), stabilizer)
+    return _ruled(multilinear_rule, torch.matmul, (shares, value), stabilizer)
+
+
+def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator) -> Tensor:
+    """Run an operation by its rule if it takes anything that depends on the data."""
+    if any(in_graph(value) for value in args):
+        return rule(function, args, {}, stabilizer)
+    return function(*args)
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """Take the arguments of ``scaled_dot_product_attention``, which has no signature to read."""
+
+
+class _Split(torch.autograd.Function):
+    """An output whose relevance goes to each operand by a constant share."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, shares: tuple[float, ...], *operands: Tensor) -> Tensor:
+        ctx.shares, ctx.shapes = shares, [operand.shape for operand in operands]
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
+        # Zeros, not nothing: the layers of a gate have a relevance, and it is zero.
+        parts = [
+            relevance[0].new_zeros(shape)
+            if share == 0
+            else (relevance[0] if share == 1 else share * relevance[0]).sum_to_size(shape)
+            for share, shape in zip(ctx.shares, ctx.shapes, strict=True)
+        ]
+        return (None, None, *parts)
+
+
+class _Proportional(torch.autograd.Function):
+    """z = f(x₁, x₂, …), with relevance xᵢ ⊙ (∂z/∂xᵢ)ᵀ (R / n z)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Operator, stabilizer: Operator, n: int, *operands: Tensor
+    ) -> Tensor:
+        ctx.function, ctx.stabilizer, ctx.n = function, stabilizer, n
+        ctx.save_for_backward(*operands)
+        return function(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
+        operands = [operand.detach().requires_grad_() for operand in ctx.saved_tensors]
+        with torch.enable_grad():
+            z = ctx.function(*operands)
+        ratio = relevance[0] / (ctx.n * ctx.stabilizer(z.detach()))
+        contexts = torch.autograd.grad(z, operands, ratio)
+        parts = [x.detach() * c for x, c in zip(operands, contexts, strict=True)]
+        return (None, None, None, *parts)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        output = torch.softmax(x, dim)
+        ctx.dim = dim
+        ctx.save_for_backward(x, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
+        x, output = ctx.saved_tensors
+        (flow,) = relevance
+        return x * (flow - output * flow.sum(ctx.dim, keepdim=True)), None

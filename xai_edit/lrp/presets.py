@@ -1,0 +1,84 @@
+"""Rule presets by their published names, as Zennit composites."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from zennit import composites as zc
+from zennit import rules as zr
+from zennit.core import Composite
+from zennit.types import Convolution
+
+from xai_edit.lrp import pattern_rules
+
+
+def epsilon(*, epsilon: float = 1e-6) -> Composite:
+    """Epsilon rule on every convolution and linear layer (Bach et al. 2015, Eq. 58)."""
+    rule = zr.Epsilon(epsilon=epsilon)
+    return _composite([(Convolution, rule), (nn.Linear, rule)], epsilon)
+
+
+def gamma_epsilon(*, gamma: float = 0.25, epsilon: float = 1e-6) -> Composite:
+    """Gamma rule on convolutions, epsilon on linear layers (Montavon et al. 2019, Table 10.1)."""
+    return _composite(
+        [(Convolution, zr.Gamma(gamma, epsilon)), (nn.Linear, zr.Epsilon(epsilon))], epsilon
+    )
+
+
+def alpha1_beta0(*, epsilon: float = 1e-6) -> Composite:
+    """α=1, β=0 on convolutions, epsilon on linear layers (Bach et al. 2015, Eq. 60)."""
+    return _composite(
+        [(Convolution, zr.AlphaBeta(1.0, 0.0, epsilon)), (nn.Linear, zr.Epsilon(epsilon))], epsilon
+    )
+
+
+def _composite(rules: list[tuple[Any, Any]], epsilon: float) -> Composite:
+    return zc.LayerMapComposite(layer_map=zc.layer_map_base(stabilizer=epsilon) + rules)
+
+
+PRESETS: dict[str, Callable[..., Composite]] = {
+    "epsilon": epsilon,
+    "gamma+epsilon": gamma_epsilon,
+    "alpha1beta0": alpha1_beta0,
+    "alpha2beta1": zc.EpsilonAlpha2Beta1,
+    "epsilon-plus": zc.EpsilonPlus,
+    "epsilon-gamma-box": zc.EpsilonGammaBox,
+    "patternnet": pattern_rules.patternnet,
+    "patternnet+-": pattern_rules.patternnet_two_component,
+    "patternattribution": pattern_rules.patternattribution,
+    "patternattribution+-": pattern_rules.patternattribution_two_component,
+}
+"""Preset name → a function of the rule's own parameters that returns a Zennit composite."""
+
+
+def preset(name: str, **parameters: Any) -> Composite:
+    """Return a new Zennit composite for a published rule name.
+
+    Parameters
+    ----------
+    name : str
+        One of `PRESETS`.
+    **parameters
+        The rule's own, e.g. ``gamma=0.1``; ``epsilon-gamma-box`` needs ``low`` and ``high``, the
+        bounds of the normalised input (numbers, or tensors that broadcast to a batch), and the
+        pattern rules need ``patterns`` from `xai_edit.fit_patterns`.
+
+    Raises
+    ------
+    ValueError
+        If the name is not a preset.
+    TypeError
+        If a parameter is not one of the rule's, or a needed one is missing.
+    """
+    if name not in PRESETS:
+        raise ValueError(
+            f"composite: {name!r} is not a preset; give a Zennit composite or one of {[*PRESETS]}"
+        )
+    try:
+        inspect.signature(PRESETS[name]).bind(**parameters)
+    except TypeError as problem:
+        raise TypeError(f"composite: preset {name!r}: {problem}") from None
+    return PRESETS[name](**parameters)

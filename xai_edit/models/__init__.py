@@ -1,1 +1,0 @@
-"""Small networks of the papers and of the demo."""

@@ -1,0 +1,171 @@
+"""The page of a finished run from the files in its folder, with the weights of its edits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xai_edit.core.files import write_atomically
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.pages.demo import demo_page
+from xai_edit.pages.neutralize import neutralizing_page
+from xai_edit.pages.prune import pruning_page
+from xai_edit.pages.unlearn import unlearning_page
+from xai_edit.report.comparison_figures import map_grid
+from xai_edit.report.html import Report
+from xai_edit.report.table import Table
+
+TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
+COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` (and ``overview.png`` of the demo) from the results in ``folder``.
+
+    Parameters
+    ----------
+    folder : str or Path
+        With ``results.json`` and ``timing.json`` of ``xai-edit demo``, ``unlearn``,
+        ``neutralize`` or ``prune``, and of the first two ``maps.safetensors``, of the second only
+        if the model has maps. Edits are shown that are there.
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file of the run is missing.
+    ValueError
+        If ``results.json`` is not of a run that this version knows.
+    """
+    _write(Path(folder))
+    return Path(folder) / "report.html"
+
+
+def write_run(folder: Path, results: Mapping[str, Any], timing: Mapping[str, Any]) -> Report:
+    """Write ``timing.json``, ``results.json`` and the page of a run, and return the page."""
+    for name, content in (("timing.json", timing), ("results.json", results)):
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        write_atomically(folder / name, f"{text}\n".encode())
+    return _write(folder)
+
+
+def _write(folder: Path) -> Report:
+    results = _json(folder / "results.json")
+    kind = results.get("run")
+    if kind not in PAGES:
+        raise ValueError(
+            f"{folder / 'results.json'}: run {kind!r} has no report page; {', '.join(PAGES)} have"
+        )
+    try:
+        report = PAGES[kind](folder, results, _json(folder / "timing.json"))
+        content = report.html()
+    except KeyError as problem:
+        raise ValueError(f"{folder / 'results.json'}: damaged ({problem} is missing)") from None
+    write_atomically(folder / "report.html", content.encode())
+    return report
+
+
+def _demo(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
+    maps = _maps(folder)
+    shown, notes = {}, {}
+    for title in results["overview"]:
+        at = results["map_columns"].index(title)
+        shown[title] = maps["relevance"][:4, at]
+        notes[title] = [f"says {one['predicted'][at]}" for one in results["maps"][:4]]
+    drawn = map_grid(maps["images"][:4], shown, notes=notes, one_scale=True)
+    write_atomically(folder / "overview.png", drawn)
+    edits = {}
+    for part in ("forget", "neutralize", "prune"):
+        for row in results[part]["rows"]:
+            share = f", {row['share']:.0%}" if "share" in row else ""
+            edits[f"{part}: {row['method']}{share}"] = row["edit"]
+    return demo_page(results, timing, maps, _weights(folder, edits))
+
+
+def _unlearn(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
+    changed = _weights(folder, {"path perturbation": results["edit"]["file"]})
+    maps = _maps(folder) if results["maps"]["withheld"] is None else None
+    return unlearning_page(results, timing, maps, changed)
+
+
+def _neutralize(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
+    return neutralizing_page(results, timing, _by_method(folder, results))
+
+
+def _prune(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
+    return pruning_page(results, timing, _by_method(folder, results))
+
+
+PAGES: dict[Any, Callable[[Path, dict[str, Any], dict[str, Any]], Report]] = {
+    "demo": _demo,
+    "unlearn": _unlearn,
+    "neutralize": _neutralize,
+    "prune": _prune,
+}
+
+
+def _weights(folder: Path, edits: Mapping[str, str | None]) -> str:
+    """Return the first weights that each edit changes, as HTML; ``edits`` has paths by method."""
+    shown = "".join(_changes(folder, name, file) for name, file in edits.items() if file)
+    return (
+        "<h2>Weight by weight</h2><p>An edit is a list of weights with their old and new values, "
+        f"in a file. Here are the first {ENTRIES} of each tensor; all can be applied and taken "
+        f"back with <code>xai-edit apply</code> and <code>undo</code>.</p>{shown or '<p>none</p>'}"
+    )
+
+
+def _changes(folder: Path, name: str, file: str) -> str:
+    if not (folder / file).is_file():
+        return f"<p>{escape(name)}: <code>{escape(file)}</code> is not beside this page</p>"
+    edit = ModelEdit.load(folder / file)
+    rows = []
+    for tensor, change in [*edit.changes.items()][:TENSORS]:
+        of = f"{len(change):,} of {torch.Size(change.shape).numel():,}"
+        first = (values[:ENTRIES] for values in (change.index, change.old, change.new))
+        for index, old, new in zip(*first, strict=True):
+            entry = [int(axis) for axis in torch.unravel_index(index, change.shape)]
+            rows.append([tensor, of, entry, f"{old.item():.6g}", f"{new.item():.6g}"])
+    count = len(edit.changes)
+    summary = (
+        f"{name}: {edit.size:,} {'weight' if edit.size == 1 else 'weights'} of "
+        f"{count} {'tensor' if count == 1 else 'tensors'}"
+    )
+    listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
+    return f"<details><summary>{escape(summary)}</summary>{listed}</details>"
+
+
+def _by_method(folder: Path, results: dict[str, Any]) -> str:
+    return _weights(folder, {row["method"]: row["edit"] for row in results["rows"]})
+
+
+def _require(file: Path) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing; give the folder of a finished run of xai-edit {', '.join(PAGES)}"
+        )
+    return file
+
+
+def _maps(folder: Path) -> dict[str, Tensor]:
+    return load_file(_require(folder / "maps.safetensors"))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_require(file).read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{file}: damaged ({problem})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: damaged (no object)")
+    return content

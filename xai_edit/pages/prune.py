@@ -1,0 +1,162 @@
+"""The page of ``xai-edit prune``: what was removed, what that did, which criteria do as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from xai_edit.pages.neutralize import NO_GAIN, SMALL, groups, shown_rows
+from xai_edit.pages.unlearn import class_name, seconds, withheld
+from xai_edit.report.html import Report, Shown, repeat
+from xai_edit.report.table import Notes, Table, interval
+
+
+def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed: str) -> Report:
+    """Return the page; arguments as in the JSON files, and HTML: the weights of the edit."""
+    cut, edit, smaller = results["split"], results["edit"], results["smaller"]
+    layers = [[one["layer"], one["units"], one["removed"]] for one in edit["layers"]]
+    fixed = "".join(
+        f"<p>{escape(f'{layer} keeps its units: {why}')}</p>"
+        for layer, why in edit["fixed"].items()
+    )
+    files = [row["edit"] for row in results["rows"] if row["edit"]]
+    files += [smaller[key] for key in ("file", "program") if smaller[key]]
+    sizes: list[Shown] = [] if results["sizes"] is None else [_sizes(results, timing)]
+    return Report(
+        "Prune a network",
+        [
+            _what(results),
+            Notes(*_planned(results), listed=True),
+            Notes(
+                f"planned from {cut['planning']} images, {cut['references']} of them to score "
+                f"units on; figures from {cut['held_out']} others"
+            ),
+            "<h2>Before and after</h2><p>Every method takes the same share of units in as many "
+            "steps, with the same fine-tuning, but for those that stand alone and take none. "
+            "Random is the bar: after fine-tuning, criteria come close to each other.</p>",
+            _answers(results, timing),
+            withheld(results, edit["reason"]),
+            "<h2>A smaller network</h2>",
+            *sizes,
+            Notes(*_files(results)),
+            "<h2>Group by group</h2>",
+            groups(results),
+            Notes(SMALL),
+            "<h2>Layer by layer</h2>",
+            Table("units", ["layer", "before", "removed"], layers).html() + fixed,
+            changed,
+            "<h2>What pruning does not do</h2><p>Pruning takes capacity away. It does not prove "
+            "that the network no longer knows a feature, and training on images where the feature "
+            f"goes with a class brings it back.</p>{repeat(results, files)}",
+        ],
+    )
+
+
+def _what(results: Mapping[str, Any]) -> str:
+    edit, concept = results["edit"], results["concept"]
+    text = (
+        "<p>Units are ranked by their relevance for the right class of "
+        f"{results['split']['references']} images (<code>{escape(edit['scorer'])}</code>); the "
+        f"lowest {edit['share']:.1%} of all units of the layers are switched off and then removed."
+    )
+    if concept is not None:
+        marked = results["spurious"]
+        text += (
+            " The network shall also lean less on a feature that goes with a class without being "
+            f"part of it; of {marked['with'] + marked['without']} images {marked['with']} have it. "
+            f"In <code>{escape(concept['layer'])}</code> subspaces were found "
+            f"({escape(concept['finder'])}) from {concept['images']} images, by relevance for "
+            f"class {escape(class_name(results, concept['target']))}. Those that predict the "
+            "feature and not the class are taken out of the activations while units are scored, so "
+            "that units which only served them fall to the bottom."
+        )
+    if edit["epochs"] is not None:
+        epochs = "1 epoch" if edit["epochs"] == 1 else f"{edit['epochs']} epochs"
+        text += f" Each step ends with {epochs} of fine-tuning on {escape(edit['tuned_on'])}."
+    return f"{text}</p>"
+
+
+def _planned(results: Mapping[str, Any]) -> list[str]:
+    """Return what was removed, by which concept, or why nothing; and whether it helps."""
+    edit, concept = results["edit"], results["concept"]
+    if edit["reason"] is not None:
+        return [f"no edit: {edit['reason']}"]
+    steps = "" if edit["steps"] == 1 else f" in {edit['steps']} steps"
+    lines = [f"{edit['removed']} of {edit['units']} units off{steps}, {edit['share']:.1%} asked"]
+    if concept is not None:
+        lines.append(
+            f"scored with subspaces {', '.join(map(str, concept['ablated']))} of "
+            f"{concept['layer']} ablated: {concept['reason']}"
+        )
+    figure, words = ("worst", "worst group") if concept else ("average", "average")
+    reached = {row["method"]: row["figures"][figure]["accuracy"] for row in shown_rows(results)}
+    before, after = [*reached.values()][:2]
+    if concept is not None and after <= before:
+        lines.append(NO_GAIN)
+    equals = [name for name, other in [*reached.items()][2:] if other >= after]
+    if equals:
+        lines.append(f"as good or better on held-out images ({words}): {', '.join(equals)}")
+    return lines
+
+
+def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
+    first = results["rows"][0]
+    rows = []
+    for row in shown_rows(results):
+        average, worst, balanced = (
+            row["figures"][name] for name in ("average", "worst", "balanced")
+        )
+        rows.append(
+            [
+                row["method"],
+                average["accuracy"],
+                interval(average["interval"]),
+                worst["accuracy"],
+                interval(worst["interval"]),
+                balanced["accuracy"],
+                *(_ratio(row[key], first[key]) for key in ("parameters", "operations")),
+                seconds(timing, row["method"]),
+            ]
+        )
+    group = "group" if results["spurious"] else "class"
+    ends = f"{first['figures']['bootstrap']['confidence']:.0%} interval"
+    columns = ["method", "average", ends, f"worst {group}", ends, "balanced"]
+    columns += ["parameters", "operations", "seconds"]
+    return Table("on held-out images", columns, rows)
+
+
+def _sizes(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
+    sizes, latency = results["sizes"], timing["latency"]
+    before, after, ratios = sizes["before"], sizes["after"], sizes["ratios"]
+    rows = [
+        [name, f"{before[key]:,}", f"{after[key]:,}", f"{ratios[key]:.1%}"]
+        for key, name in (("parameters", "parameters"), ("operations", "operations a sample"))
+    ]
+    milliseconds = [f"{1e3 * latency[part]:.2f}" for part in ("before", "after")]
+    name = f"ms for {sizes['samples']} samples"
+    rows.append([name, *milliseconds, f"{latency['ratios']:.1%}"])
+    threads = f"{sizes['threads']} {'thread' if sizes['threads'] == 1 else 'threads'}"
+    caption = f"size (median of {sizes['rounds']} rounds in turn, {sizes['device']}, {threads})"
+    return Table(caption, ["what", "before", "after", "of before"], rows)
+
+
+def _files(results: Mapping[str, Any]) -> list[str]:
+    """Return which files hold the smaller network, and what could not be made."""
+    smaller = results["smaller"]
+    if results["edit"]["reason"] is not None:
+        return ["no smaller network"]
+    if smaller["file"] is None:
+        return [f"no smaller network: {smaller['withheld']}"]
+    lines = [
+        "its logits are those of the network with the units off; weights, for what to_smaller "
+        f"gives: {smaller['file']}"
+    ]
+    if smaller["program"] is not None:
+        batch = "any number of samples" if smaller["batch"] is None else "one sample at a time"
+        lines.append(f"program ({smaller['kind']}), {batch}: {smaller['program']}")
+    return lines + [f"not made: {tried} ({why})" for tried, why in smaller["failed"].items()]
+
+
+def _ratio(after: int | None, before: int) -> str | None:
+    return None if after is None else f"{after / before:.1%}"

@@ -1,0 +1,193 @@
+"""The page of ``xai-edit unlearn``: what the edit did, what simpler edits do, what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from torch import Tensor
+
+from xai_edit.report.curves import curves
+from xai_edit.report.html import Report, Shown, repeat
+from xai_edit.report.map_slider import Maps, wipe
+from xai_edit.report.table import Notes, Table
+
+ONLY_ANSWERS = (
+    "The accuracies show what the network answers, not what it still knows. Give --train-data, "
+    "labelled training samples, to see what a probe finds and what relearning brings back."
+)
+PROBED = (
+    "The accuracies show what the network answers. The probe and the relearning show what of the "
+    "class is still there."
+)
+
+
+def unlearning_page(
+    results: Mapping[str, Any],
+    timing: Mapping[str, Any],
+    maps: Mapping[str, Tensor] | None,
+    changed: str,
+) -> Report:
+    """Return the page; arguments as in the files of the run.
+
+    ``maps`` is None where the model has none; ``changed`` is HTML, the weights of the edit.
+    """
+    edit, cut, target = results["edit"], results["split"], results["forget"]
+    split = [
+        f"planned from {cut['planned_from']} samples; figures from {cut['held_out']} others, "
+        f"{cut['held_out_forgotten']} of them to be forgotten, that no edit has seen"
+    ]
+    if edit["bound"] is not None:
+        split.append(
+            f"the share is the smallest with which at most {edit['bound']:.1%} of the class is "
+            f"predicted on {cut['validation']} other samples of it"
+        )
+    names = ", ".join(class_name(results, label) for label in target)
+    return Report(
+        f"Forget {'class' if len(target) == 1 else 'classes'} {names}",
+        [
+            "<p>The network shall stop predicting what is to be forgotten and keep the rest. "
+            "Neuronal path perturbation switches off the neurons that are most relevant for the "
+            f"class, by <code>{escape(edit['scorer'])}</code>.</p>",
+            Notes(*_planned(results), listed=True),
+            Notes(*split),
+            "<h2>What the network answers</h2><p>Masking the logit changes one number for each "
+            "class: it stands beside every method.</p>",
+            _answers(results, timing),
+            withheld(results),
+            "<h2>What of the class is still there</h2>",
+            *_left(results),
+            "<h2>Class by class</h2>",
+            _classes(results),
+            "<h2>The same images before and after</h2>",
+            _pictures(results, maps),
+            changed,
+            "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
+            "not prove that knowledge is gone: a probe or a few steps of training can bring it "
+            f"back.</p>{repeat(results, [edit['file']])}",
+        ],
+    )
+
+
+def class_name(results: Mapping[str, Any], label: int) -> str:
+    """Return the number of a class, with its name where it has another."""
+    name = results["names"].get(str(label), str(label))
+    return str(label) if name == str(label) else f"{label} ({name})"
+
+
+def withheld(results: Mapping[str, Any], known: str | None = None) -> Notes:
+    """Return which methods have no edit, with the reason unless it is the ``known`` one."""
+    without = [row for row in results["rows"] if row["withheld"] is not None]
+    reasons = ["" if row["withheld"] == known else f" ({row['withheld']})" for row in without]
+    return Notes(
+        *(f"{row['method']}: none{why}" for row, why in zip(without, reasons, strict=True))
+    )
+
+
+def seconds(timing: Mapping[str, Any], method: str) -> str | None:
+    """Return the seconds that planning took, as a cell."""
+    return f"{timing['plan'][method]:.2f}" if method in timing["plan"] else None
+
+
+def _planned(results: Mapping[str, Any]) -> list[str]:
+    """Return one line for each class: how many neurons of which layers the edit switches off."""
+    edit = results["edit"]
+    where = ", ".join(edit["layers"])
+    what = "switched off" if edit["scope"] == "neuron" else "cut from the class"
+    return [
+        f"class {class_name(results, one['class'])}: {one['neurons']} "
+        f"{'neuron' if one['neurons'] == 1 else 'neurons'} of {where} {what} ({one['share']:.1%})"
+        for one in edit["classes"]
+    ]
+
+
+def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
+    columns = ["method", "on the class (A_t)", "on the rest (A_g)", "weights changed", "seconds"]
+    keys = ("method", "forgotten", "rest", "weights_changed")
+    rows = [
+        [*(row[key] for key in keys), seconds(timing, row["method"])] for row in results["rows"]
+    ]
+    return Table("accuracy on held-out samples", columns, rows)
+
+
+def _left(results: Mapping[str, Any]) -> list[str | Shown]:
+    """Return what a probe and relearning find in each network."""
+    evaluation: Mapping[str, Any] | None = results["evaluation"]
+    if evaluation is None:
+        return [Notes(ONLY_ANSWERS)]
+    first = next(iter(evaluation.values()))
+    before = first["before"]
+    found = {name: one["after"] for name, one in evaluation.items()}
+    steps = first["after"]["relearning_test"]["steps"]
+    curve = {name: one["relearning_test"]["forgotten"] for name, one in found.items()}
+    rows = [["before", before["forgetting_rate_train"], before["probe_test"], *[None] * len(steps)]]
+    rows += [
+        [name, one["forgetting_rate_train"], one["probe_test"], *curve[name]]
+        for name, one in found.items()
+    ]
+    columns = ["method", "F_r", "probe", *(f"step {step}" for step in steps)]
+    reasons = {"F_r": first["attack"]["withheld"], "probe": before["probe_withheld"]}
+    return [
+        Notes(PROBED),
+        "<p>The probe is a logistic regression on the last features, fitted on training samples: "
+        "its recall of the class. Relearning trains the network on a few training samples: its "
+        "accuracy on the class after each step. F_r is the share of the class's training samples "
+        "that a membership attack calls unseen.</p>",
+        Table("forgotten classes, held-out samples (F_r: training samples)", columns, rows),
+        Notes(*(f"{what} withheld: {why}" for what, why in reasons.items() if why is not None)),
+        curves(
+            steps,
+            curve,
+            x_label="step of relearning",
+            y_label="accuracy on the class (A_t)",
+            caption="How fast relearning brings the forgotten classes back, on held-out samples.",
+        ),
+    ]
+
+
+def _classes(results: Mapping[str, Any]) -> Table:
+    """Return the accuracy of each class; of many, the text shows the most changed ones."""
+    rows = [row for row in results["rows"] if row["classes"] is not None]
+    cells = []
+    for label, samples in enumerate(results["samples"]):
+        fate = ", to forget" if label in results["forget"] else ""
+        name = class_name(results, label) + fate
+        cells.append([name, samples, *(row["classes"][label] for row in rows)])
+
+    def order(row: Sequence[Any]) -> tuple[bool, float]:
+        before, after = row[2:4]
+        return not row[0].endswith(", to forget"), 0.0 if after is None else -abs(after - before)
+
+    columns = ["class", "samples", *(row["method"] for row in rows)]
+    return Table("accuracy by class", columns, cells, order, "the most changed")
+
+
+def _pictures(results: Mapping[str, Any], maps: Mapping[str, Tensor] | None) -> str:
+    if maps is None:
+        return f"<p>No relevance maps: {escape(results['maps']['withheld'])}</p>"
+    return (
+        "<p>Relevance, by several LRP rules, of the class that the network predicts: red speaks "
+        "for it, blue against it. The two maps of a pair share one scale.</p>"
+        + "".join(
+            wipe(f"Before and after by the rule {rule}", _of_rule(results, maps, at))
+            for at, rule in enumerate(results["maps"]["rules"])
+        )
+    )
+
+
+def _of_rule(results: Mapping[str, Any], maps: Mapping[str, Tensor], rule: int) -> list[Maps]:
+    shown = []
+    for number, one in enumerate(results["maps"]["images"]):
+        said = (one["before"], one["after"])
+        fate = "to forget" if one["class"] in results["forget"] else "kept"
+        shown.append(
+            Maps(
+                maps["images"][number],
+                f"image {number + 1}: class {class_name(results, one['class'])}, {fate}",
+                maps["relevance"][number, rule].unbind(),
+                said,
+                escape("says {} → {}".format(*(class_name(results, label) for label in said))),
+            )
+        )
+    return shown

@@ -1,0 +1,108 @@
+"""Fine-tuning after a step of pruning, with a warning where the data bring a shortcut back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from xai_edit.core.checks import readable_again, with_labels
+from xai_edit.core.counting import add_counts, count_by_group
+from xai_edit.core.data import Batch, Data, batches, model_device
+from xai_edit.core.training import fine_tuned
+
+LEANING = 0.1  # by which the share of samples with the feature may differ between classes
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Train a pruned network by stochastic gradient descent with momentum 0.9.
+
+    Batch norms update their statistics. Where the third element of the data, the spurious feature,
+    is correlated with the classes, a warning says that training on them brings the shortcut back.
+
+    Parameters
+    ----------
+    data : iterable or Dataset
+        Labelled batches, with or without the spurious feature, that can be read several times. A
+        ``Dataset`` is shuffled and read ``batch_size`` samples at a time.
+    epochs : int
+        Of each call.
+    learning_rate : float
+    weight_decay : float
+        L2 penalty, as in `torch.optim.SGD`.
+    batch_size : int
+        For a ``Dataset``.
+    seed : int
+        Of dropout and of the order of a ``Dataset``.
+
+    Raises
+    ------
+    TypeError
+        If the data can be read only once.
+    """
+
+    data: Data
+    epochs: int = 1
+    learning_rate: float = 0.01
+    weight_decay: float = 0.0
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        readable_again(self.data, "training")
+
+    def __repr__(self) -> str:
+        shown = ("epochs", "learning_rate", "weight_decay", "batch_size", "seed")
+        return f"FineTuning({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
+
+    def __call__(self, network: nn.Module) -> None:
+        """Train the network in place; it stays in its mode. ValueError if there are no labels."""
+        device = model_device(network)
+        counts = torch.zeros(3, 0, 0, dtype=torch.long)
+
+        def epoch(number: int) -> Iterator[Batch]:
+            nonlocal counts
+            data = self.data
+            if isinstance(data, Dataset):
+                generator = torch.Generator().manual_seed(self.seed + number)
+                data = DataLoader(data, self.batch_size, shuffle=True, generator=generator)
+            for batch in batches(data, device):
+                labels = with_labels(batch.labels)
+                if number == 0 and batch.groups is not None:
+                    classes = max(counts.shape[1], int(labels.max()) + 1)
+                    more = count_by_group(labels, labels, classes, batch.groups > 0)
+                    counts = add_counts(counts, more)
+                yield batch
+
+        trained, _ = fine_tuned(
+            network,
+            epoch,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            statistics=True,
+            weight_decay=self.weight_decay,
+        )
+        network.load_state_dict(trained.state_dict())
+        _warn_of_a_shortcut(counts[1])
+
+
+def _warn_of_a_shortcut(samples: Tensor) -> None:
+    """Warn where the share of samples with the feature differs, counts (classes, 1 or 2)."""
+    present = samples.sum(1).nonzero().flatten()
+    if samples.shape[1] < 2 or len(present) < 2:
+        return
+    shares = samples[present, 1] / samples[present].sum(1)
+    if shares.max() - shares.min() > LEANING:
+        most, least = (int(present[at]) for at in (shares.argmax(), shares.argmin()))
+        warnings.warn(
+            f"data: {shares.max():.0%} of class {most} have the spurious feature and "
+            f"{shares.min():.0%} of class {least}; fine-tuning on them brings the shortcut back. "
+            "Take samples without it, or give every class the same share",
+            stacklevel=3,
+        )

@@ -1,0 +1,91 @@
+"""Torch-Pruning's importances as scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.guard import copied
+from xai_edit.core.layers import predict
+from xai_edit.core.targets import Targets, classes_of
+from xai_edit.pruning.coupled_channels import LAYERS, groups_of, pruning_group, traced
+
+
+class TorchPruningImportance:
+    """Torch-Pruning's importance of each channel, with the channels coupled to it.
+
+    Before it is called the gradients of the batch's cross-entropy loss are in the parameters, for
+    those such as ``GroupTaylorImportance`` that take them. An importance is split evenly among the
+    coupled layers, so that it counts once.
+
+    Parameters
+    ----------
+    importance : callable
+        Such as ``torch_pruning.importance.GroupMagnitudeImportance()``: takes a pruning group and
+        returns a score a channel. Those that collect gradients sample by sample
+        (``HessianImportance``) are refused.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be called, or collects gradients.
+    """
+
+    per_sample = False
+
+    def __init__(self, importance: Callable[[Any], Tensor]) -> None:
+        if not callable(importance) or hasattr(importance, "accumulate_grad"):
+            raise TypeError(
+                f"importance: {importance!r} given; give one of Torch-Pruning's that scores a "
+                "group at once, such as torch_pruning.importance.GroupTaylorImportance()"
+            )
+        self.importance = importance
+
+    def __repr__(self) -> str:
+        return f"TorchPruningImportance({type(self.importance).__name__})"
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return the batch's importances, the same for each sample, (samples, channels) per layer.
+
+        Raises
+        ------
+        ValueError
+            If Torch-Pruning cannot trace the model, a layer has no channels that it could remove,
+            or the importance gives anything but a number for each of them.
+        """
+        for name in layers:
+            if not isinstance(model.get_submodule(name), LAYERS):
+                raise ValueError(
+                    f"layer {name!r}: Torch-Pruning has importances of linear and convolution "
+                    "layers alone"
+                )
+        with torch.inference_mode(False), torch.enable_grad():
+            found = traced(copied(model), inputs)
+            logits = predict(found.model, inputs)
+            nn.functional.cross_entropy(logits, classes_of(targets, logits)).backward()
+            coupled = [group.layers for group in groups_of(found)]
+            scores = {name: self._scores(found, name, coupled) for name in layers}
+        return {name: of_layer.expand(len(inputs), -1) for name, of_layer in scores.items()}
+
+    def _scores(self, found: Any, name: str, coupled: list[dict[str, Tensor]]) -> Tensor:
+        module = found.model.get_submodule(name)
+        width = found.graph.get_out_channels(module)
+        scores = self.importance(pruning_group(found, module, range(width)))
+        if not isinstance(scores, Tensor) or scores.shape != (width,):
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"importance: {self.importance!r} gave {got} for the {width} channels of "
+                f"{name!r}; one number for each is needed"
+            )
+        sharing = torch.ones(width)
+        for layers in coupled:
+            if name in layers:
+                sharing[layers[name].flatten()] = len(layers)
+        split = scores.detach() / sharing.to(scores)
+        # Torch-Pruning sums in float32 whatever the model is.
+        return split.to(torch.promote_types(split.dtype, module.weight.dtype))

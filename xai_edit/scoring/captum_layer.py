@@ -1,0 +1,172 @@
+"""Layer attributions of Captum as a scorer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.axes import unit_axes
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import (
+    INPUT_SUFFIX,
+    differentiable,
+    layer_module,
+    predict,
+    sum_positions,
+    tapped,
+)
+from xai_edit.core.targets import Targets, classes_of, weights_of
+from xai_edit.core.trace import trace
+from xai_edit.lrp.functional_canonizer import ALONG_THE_GRADIENT
+
+
+class CaptumLayer:
+    """Any layer attribution of Captum, summed over positions.
+
+    Parameters
+    ----------
+    method : type
+        A class of ``captum.attr`` made from ``(forward, layer)``, such as ``LayerConductance``.
+    **arguments
+        Passed on: those that the class's constructor names to the constructor, the others to its
+        ``attribute``, such as ``n_steps=8``.
+
+    Raises
+    ------
+    TypeError
+        If the method is not a layer attribution or does not take an argument given.
+    """
+
+    # Captum's, or given by score_units.
+    _ours = ("self", "forward_func", "layer", "inputs", "target", "attribute_to_layer_input")
+
+    def __init__(self, method: type[Any], /, **arguments: Any) -> None:
+        from captum.attr import LayerAttribution
+
+        if not (isinstance(method, type) and issubclass(method, LayerAttribution)):
+            raise TypeError(
+                f"method: {method!r} is not a layer attribution class of captum.attr, such as "
+                "captum.attr.LayerConductance"
+            )
+        self.method = method
+        constructor = inspect.signature(method).parameters
+        self._attribute = inspect.signature(method.attribute).parameters
+        self.constructor = {name: arguments[name] for name in arguments if name in constructor}
+        self.arguments = {name: arguments[name] for name in arguments if name not in constructor}
+        known = [name for name in (*constructor, *self._attribute) if name not in self._ours]
+        known = [name for name in known if name != "return_convergence_delta"]
+        unknown = [name for name in arguments if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{method.__name__} takes no argument {unknown} here; it takes {known}, and "
+                "score_units gives it the model, the layers, the inputs and the target"
+            )
+
+    def __repr__(self) -> str:
+        given = {**self.constructor, **self.arguments}
+        listed = "".join(f", {name}={value!r}" for name, value in given.items())
+        return f"CaptumLayer({self.method.__name__}{listed})"
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return the attribution of each unit, shape (samples, units) per layer."""
+        self._refuse_lrp(model, inputs, layers)
+        axes = unit_axes(model, inputs, layers)
+        with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
+            logits = predict(model, inputs)
+        tap.require(layers)
+        explained = model
+        target: Tensor | None = None
+        if callable(targets) and _is_number(targets(logits)):
+            weights_of(targets, logits)
+            if self.method.__name__ in ("LayerLRP", "LRP"):
+                raise ValueError(
+                    "Captum's LayerLRP has no rule for a function of the logits; use xai_edit.LRP"
+                )
+            explained = _Explained(model, targets)
+        else:
+            target = classes_of(targets, logits)
+        scores = {}
+        for name in layers:
+            module = layer_module(model, name)
+            values = self._attribute_layer(explained, module, name, inputs, target)
+            if values.shape != tap.values[name].shape:
+                raise ValueError(
+                    f"{self!r} gives values of shape {tuple(values.shape)} for layer {name!r}, "
+                    f"whose own have {tuple(tap.values[name].shape)}; it does not tell the layer's "
+                    "units apart (for LayerGradCam, give attr_dim_summation=False)"
+                )
+            scores[name] = sum_positions(values.detach(), axes[name])
+        return scores
+
+    def _attribute_layer(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        name: str,
+        inputs: Tensor,
+        target: Tensor | None,
+    ) -> Tensor:
+        arguments = dict(self.arguments)
+        if "target" in self._attribute:
+            arguments["target"] = target
+        if name.endswith(INPUT_SUFFIX):
+            arguments["attribute_to_layer_input"] = True
+        with preserved(model), torch.enable_grad():
+            # In-place activations overwrite the tensors that Captum's hooks hold.
+            for other in model.modules():
+                if getattr(other, "inplace", False) is True:
+                    other.inplace = False  # type: ignore[assignment]
+            try:
+                values = self.method(model, module, **self.constructor).attribute(
+                    differentiable(inputs), **arguments
+                )
+            except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as problem:
+                raise ValueError(
+                    f"Captum's {self.method.__name__} cannot explain layer {name!r} of this "
+                    f"model: {problem}"
+                ) from problem
+        if isinstance(values, tuple):
+            (values,) = values
+        return values  # type: ignore[no-any-return]
+
+    def _refuse_lrp(self, model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> None:
+        """Refuse what Captum's LRP gets wrong in silence or fails on without a reason."""
+        if self.method.__name__ not in ("LayerLRP", "LRP"):
+            return
+        for name in layers:
+            if not any(True for _ in layer_module(model, name).parameters()):
+                raise ValueError(
+                    f"Captum's LayerLRP cannot explain layer {name!r}, which has no weights; name "
+                    "the layer before it, or use xai_edit.LRP"
+                )
+        for one in trace(model, inputs).operations:
+            module = model.get_submodule(one.module)
+            of_torch = type(module).__module__.startswith("torch.nn.")
+            if not of_torch and one.name != "relu" and one.name not in ALONG_THE_GRADIENT:
+                raise ValueError(
+                    "Captum's LayerLRP takes the gradient for relevance, which a sum doubles, at "
+                    f"the operation {one.name!r} in module {one.module!r}; use xai_edit.LRP, which "
+                    "has rules for such operations"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class _Explained(nn.Module):
+    """A model whose one output is a function of its logits."""
+
+    def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.function(self.model(inputs))

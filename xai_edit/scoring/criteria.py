@@ -1,0 +1,158 @@
+"""Scorers that users compare with: Taylor, activation, weight magnitude, random."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.axes import unit_axes
+from xai_edit.core.checks import whole_number
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import (
+    INPUT_SUFFIX,
+    TRANSPOSED,
+    differentiable,
+    gradients_at,
+    layer_module,
+    logits_of,
+    predict,
+    sum_positions,
+    tapped,
+)
+from xai_edit.core.targets import Targets, classes_of, weights_of
+
+
+class Taylor:
+    """First-order Taylor criterion: activation times gradient of the log-likelihood.
+
+    Summed over positions; positive where the unit speaks for the class, so that the loss would
+    rise without it. ``aggregate="abs"`` makes it the published criterion (Molchanov et al. 2017,
+    Eq. 8), which takes the absolute value of each sample.
+    """
+
+    behind_norm = True
+
+    def __repr__(self) -> str:
+        return "Taylor()"
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return −activation × loss gradient of each unit, shape (samples, units) per layer."""
+        axes = unit_axes(model, inputs, layers)
+        with preserved(model), torch.enable_grad(), tapped(model, layers) as tap:
+            logits = logits_of(model(differentiable(inputs)), inputs)
+            classes = classes_of(targets, logits)
+            likelihood = -nn.functional.cross_entropy(logits, classes, reduction="sum")
+            gradients = gradients_at(tap, layers, likelihood, torch.ones_like(likelihood))
+        return {
+            name: sum_positions(tap.values[name] * gradients[name], axes[name]) for name in layers
+        }
+
+
+class Activation:
+    """Mean rectified activation of each unit over its positions (Molchanov et al. 2017, §2.2).
+
+    Rectified, since the units of a pruned layer are named at its output before the activation
+    function, where a unit that never fires would otherwise look strong.
+    """
+
+    behind_norm = True
+
+    def __repr__(self) -> str:
+        return "Activation()"
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return the mean activation of each unit, shape (samples, units) per layer."""
+        axes = unit_axes(model, inputs, layers)
+        with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
+            weights_of(targets, predict(model, inputs))  # for its refusal of a wrong class
+        tap.require(layers)
+        scores = {}
+        for name in layers:
+            values = tap.values[name].clamp(min=0)
+            summed = sum_positions(values, axes[name])
+            scores[name] = summed * (summed.numel() / values.numel())
+        return scores
+
+
+class WeightMagnitude:
+    """L1 norm of each unit's incoming weights (Li et al. 2017). Needs no data."""
+
+    needs_data = False
+
+    def __repr__(self) -> str:
+        return "WeightMagnitude()"
+
+    def __call__(
+        self, model: nn.Module, inputs: Any, targets: Any, layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return one norm a unit, shape (1, units) per layer."""
+        return {
+            name: unit_weights(model, name).detach().abs().flatten(1).sum(1)[None]
+            for name in layers
+        }
+
+
+class Random:
+    """A uniform random number a unit: the baseline that every criterion has to beat.
+
+    Parameters
+    ----------
+    seed : int
+        The numbers depend on it, on the layer's name and on nothing else.
+
+    Raises
+    ------
+    ValueError
+        If the seed is no whole number.
+    """
+
+    needs_data = False
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = whole_number(seed, "seed", least=None)
+
+    def __repr__(self) -> str:
+        return f"Random(seed={self.seed})"
+
+    def __call__(
+        self, model: nn.Module, inputs: Any, targets: Any, layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return one number a unit, shape (1, units) per layer."""
+        scores = {}
+        for name in layers:
+            generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
+            weights = unit_weights(model, name)
+            numbers = torch.rand(1, len(weights), generator=generator)
+            scores[name] = numbers.to(
+                weights.device, torch.promote_types(numbers.dtype, weights.dtype)
+            )
+        return scores
+
+
+def unit_weights(model: nn.Module, name: str) -> Tensor:
+    """Return a layer's weight with its units first: outgoing units, or incoming for ``:input``.
+
+    Raises
+    ------
+    ValueError
+        If the layer has no weight matrix or kernel.
+    """
+    module = layer_module(model, name)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        raise ValueError(f"layer {name!r} ({type(module).__name__}) has no weights of its units")
+    transposed = isinstance(module, TRANSPOSED) != name.endswith(INPUT_SUFFIX)
+    if not transposed:
+        return weight
+    # Each group has its own block of the second axis.
+    groups = getattr(module, "groups", 1)
+    by_group: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    return by_group.flatten(0, 1)

@@ -1,0 +1,170 @@
+"""``edge_relevance``: the relevance that flows through each weight of a layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import BasicHook, ParamMod
+
+from xai_edit.core.checks import require_type, whole_number
+from xai_edit.core.data import Data, batches, model_device
+from xai_edit.core.errors import UnknownLayerError
+from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.layers import CONVOLUTIONS, first_tensor, resolve_layers
+from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
+from xai_edit.lrp.accelerated import twin
+from xai_edit.lrp.canonizers import rules_of
+from xai_edit.lrp.lrp import LRP
+from xai_edit.lrp.relevance_at_layers import Gather
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeRelevance:
+    """The relevance through every weight of some layers, summed over a data set.
+
+    Attributes
+    ----------
+    sums : dict of Tensor
+        Per layer, float64, in the shape of the layer's weight.
+    samples : int
+        How many samples were summed.
+    origin : dict
+        What it was computed with, as JSON values.
+    """
+
+    sums: dict[str, Tensor]
+    samples: int
+    origin: dict[str, Any]
+
+    def __getitem__(self, layer: str) -> Tensor:
+        """Return the relevance through a layer's weights."""
+        if layer not in self.sums:
+            raise UnknownLayerError.of(layer, self.sums, "scored layers")
+        return self.sums[layer]
+
+    def top(self, layer: str, count: int) -> list[tuple[int, ...]]:
+        """Return the indices of the weights with most relevance, most first."""
+        values = self[layer]
+        count = whole_number(count, "count", least=1, most=values.numel())
+        order = torch.argsort(values.flatten(), descending=True, stable=True)[:count]
+        where = torch.unravel_index(order, values.shape)
+        return list(zip(*(axis.tolist() for axis in where), strict=True))
+
+
+def edge_relevance(
+    model: nn.Module,
+    data: Data,
+    scorer: LRP,
+    *,
+    layers: Sequence[str] | str | None = None,
+    target: Target = "label",
+) -> EdgeRelevance:
+    """Sum, over a data set, the relevance R_ij that flows through each weight w_ij.
+
+    A rule hands the relevance R_i of an output on in shares of its inputs; the share of input j,
+    such as x_j w_ij R_i / z_i for epsilon, is what flows through the weight w_ij (Bach et al. 2015,
+    Eq. 13). Summed over outputs it is the relevance of the inputs, summed over inputs that of the
+    outputs, less what the bias and the stabiliser keep. A weight of a convolution is used at every
+    position, and its relevance summed over them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left exactly as it was.
+    data : iterable or Dataset
+        See `xai_edit.core.data.batches`.
+    scorer : LRP
+        With a composite whose rule for the layers is a ``zennit.core.BasicHook``, as are all of
+        Zennit's own with weights.
+    layers : sequence of str, optional
+        Convolution and linear layers; all when left out.
+    target : int, "label", "predicted" or callable
+        See `xai_edit.core.targets.Target`.
+
+    Raises
+    ------
+    TypeError
+        If the scorer is not an `LRP`.
+    UnknownLayerError, NonFiniteError, ValueError
+        If a layer is unknown, has no weights or no rule, or the data or model is unfit.
+    """
+    require_type(scorer, LRP, "scorer", "edge relevance needs a rule, so an xai_edit.LRP")
+    target = checked_target(target)
+    names = resolve_layers(model, layers)
+    require_finite(model)
+    rules = rules_of(scorer.composite, model)
+    for name in names:
+        module = dict(model.named_modules()).get(name)
+        if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+            raise ValueError(f"layer {name!r} has no weights of a convolution or linear layer")
+        if not isinstance(rules[name], BasicHook):
+            raise ValueError(
+                f"layer {name!r} has no rule that shares relevance out; its rule in "
+                f"{scorer!r} is {rules[name]}"
+            )
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    seen: dict[str, Tensor] = {}
+    sums = {
+        name: torch.zeros_like(module.weight, dtype=torch.float64, device="cpu")
+        for name, module in modules.items()
+    }
+
+    def through(relevance: Tensor, name: str) -> Tensor:
+        if len(relevance):
+            flow = _flow(rules[name], modules[name], seen.pop(name), relevance)
+            sums[name] += flow.double().cpu()
+        return relevance.new_zeros(len(relevance), 0)
+
+    samples = 0
+    with preserved(model), ExitStack() as session:
+        score = None
+        for batch in batches(data, model_device(model)):
+            if score is None:
+                score, canonizers = session.enter_context(
+                    scorer.session(model, batch.inputs, names, Gather(through))
+                )
+                for name, module in modules.items():
+                    module.register_forward_pre_hook(
+                        lambda _, inputs, named, name=name: seen.__setitem__(
+                            name, first_tensor(inputs, named).detach()
+                        ),
+                        with_kwargs=True,
+                    )
+            score(batch.inputs, targets_of(batch, target))
+            samples += len(batch)
+    origin = {"scorer": repr(scorer), "target": describe_target(target), "canonizers": canonizers}
+    return EdgeRelevance(sums, samples, origin)
+
+
+def _flow(rule: Any, module: Any, x: Tensor, relevance: Tensor) -> Tensor:
+    """Return Σ over samples and positions of the relevance through each weight.
+
+    A rule of Zennit is Σ_k c_k x_k ⊙ W_kᵀ s_k with modified inputs x_k and weights W_k; what flows
+    through a weight is therefore Σ_k c_k W_k ⊙ ∂(s_k · z_k)/∂W_k.
+    """
+    inputs, weights, outputs = [], [], []
+    modifiers = zip(rule.input_modifiers, rule.param_modifiers, rule.output_modifiers, strict=True)
+    for of_input, of_parameters, of_output in modifiers:
+        own = copy.copy(module)  # Zennit modifies parameters in place
+        vars(own)["_parameters"] = dict(module._parameters)
+        with ParamMod.ensure(of_parameters)(own) as modified, torch.enable_grad():
+            weight = modified.weight.detach().requires_grad_()
+            bias = None if modified.bias is None else modified.bias.detach()
+            inputs.append(of_input(x.clone()))
+            outputs.append(of_output(twin(module, weight, bias).forward(inputs[-1])))
+            weights.append(weight)
+    with torch.no_grad():
+        shares = rule.gradient_mapper(relevance, [output.detach() for output in outputs])
+    shares = [shares] if isinstance(shares, Tensor) else list(shares)
+    gradients = torch.autograd.grad(outputs, weights, shares)
+    flow = torch.zeros_like(weights[0])
+    for k, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        one = [1.0 if k == index else 0.0 for index in range(len(weights))]
+        flow += rule.reducer(one, one) * weight.detach() * gradient
+    return flow

@@ -1,0 +1,397 @@
+"""Scores of units over a data set: one streaming pass, sums in float64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.analysis import Analysis, analysed
+from xai_edit.core.axes import decided_axes, unit_axes
+from xai_edit.core.checks import finite, fraction, one_of, require, whole_number
+from xai_edit.core.data import (
+    Batch,
+    Data,
+    batches,
+    gathered,
+    model_device,
+    several_ranks,
+    with_samples,
+)
+from xai_edit.core.errors import UnknownLayerError
+from xai_edit.core.files import read_sealed, sealed, write_safetensors
+from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.layers import predict, resolve_layers
+from xai_edit.core.targets import (
+    Target,
+    checked_target,
+    classes_of,
+    describe_target,
+    targets_of,
+)
+from xai_edit.lrp.lrp import LRP, Scorer, describe
+from xai_edit.scoring.captum_layer import CaptumLayer
+from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Aggregate = Literal["sum", "mean", "abs", "positive"]
+AGGREGATES: tuple[str, ...] = ("sum", "mean", "abs", "positive")
+KIND = "xai_edit.unit_scores"
+HEADER = {"layers": list, "samples": int, "aggregate": str, "k": int | None, "origin": dict}
+# Scorers that never write into a model's parameters.
+BUILT_IN = (LRP, CaptumLayer, Taylor, Activation, WeightMagnitude, Random)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitScores:
+    """The relevance of the units of some layers over a data set.
+
+    Attributes
+    ----------
+    sums : dict of Tensor
+        Per layer the sum over samples, float64, shape (units,).
+    samples : int
+        How many samples were summed.
+    aggregate : {"sum", "mean", "abs", "positive"}
+        What was summed: the signed score of a sample, its absolute value or its positive part.
+    counts : dict of Tensor
+        Per layer how often each unit was among the ``k`` highest of a sample, int64, shape
+        (units,); empty without ``k``.
+    k : int or None
+    origin : dict
+        What the scores were made with, as JSON values.
+    """
+
+    sums: dict[str, Tensor]
+    samples: int
+    aggregate: str = "sum"
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    k: int | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names, in the order asked for."""
+        return [*self.sums]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.sums
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __getitem__(self, layer: str) -> Tensor:
+        """Return the scores of a layer, float64, shape (units,)."""
+        if layer not in self.sums:
+            raise UnknownLayerError.of(layer, self.sums, "scored layers")
+        total = self.sums[layer]
+        return total / self.samples if self.aggregate == "mean" else total
+
+    def normalized(self, layer: str) -> Tensor:
+        """Return a layer's scores divided by their L1 norm, for a ranking across layers."""
+        scores = self[layer]
+        return scores / scores.abs().sum().clamp(min=torch.finfo(scores.dtype).tiny)
+
+    def rank(self, layer: str, by: Literal["sum", "count"] = "sum") -> Tensor:
+        """Return all units of a layer, most relevant first, int64, shape (units,).
+
+        ``by="count"`` orders by occurrence among the top k, ties by summed relevance; what is
+        still tied keeps the order of the units.
+        """
+        one_of(by, ("sum", "count"), "by")
+        order = torch.argsort(self[layer], descending=True, stable=True)
+        if by == "count":
+            works = "it needs occurrence counts; give k to score_units"
+            require(layer in self.counts, "by", by, works)
+            order = order[torch.argsort(self.counts[layer][order], descending=True, stable=True)]
+        return order
+
+    def top(
+        self,
+        layer: str,
+        *,
+        share: float | None = None,
+        count: int | None = None,
+        by: Literal["sum", "count"] = "sum",
+    ) -> Tensor:
+        """Return the first units of `rank`.
+
+        Parameters
+        ----------
+        layer : str
+        share : float in (0, 1], optional
+            Share of the layer's units, rounded, at least one.
+        count : int, optional
+            Number of units, instead of a share.
+        by : {"sum", "count"}
+
+        Raises
+        ------
+        ValueError
+            If not exactly one of share and count is given, or it is out of range.
+        """
+        order = self.rank(layer, by)
+        if (share is None) == (count is None):
+            raise ValueError(f"share, count: {share} and {count} given; give one of them")
+        if share is not None:
+            return order[: share_of(len(order), share)]
+        return order[: whole_number(count, "count", least=1, most=len(order))]
+
+    def merge(self, other: UnitScores) -> UnitScores:
+        """Return the scores over both data sets; two halves of one merge to the whole.
+
+        Raises
+        ------
+        ValueError
+            If the two were not made alike.
+        """
+        trouble = "merge: scores {} and {} were made differently"
+        return _summed(with_samples({0: self, 1: other}, UnitScores._made, trouble))
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> UnitScores:
+        """Return the scores over the data of all processes, the same bits on every rank.
+
+        Parameters
+        ----------
+        group : ProcessGroup, optional
+            All processes of ``torch.distributed`` when left out. Without a process group the
+            scores are returned as they are.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if they scored differently or none has samples.
+        """
+        trouble = "all_reduce: ranks {} and {} scored differently"
+        parts = with_samples(gathered(self, group), UnitScores._made, trouble)
+        # Scores of weights are no sum over samples: every rank has them whole.
+        return _summed(parts[:1] if self.origin.get("weights_only") else parts)
+
+    def _made(self) -> dict[str, Any]:
+        """Return what has to agree for scores to be added."""
+        made = {**self.origin, "aggregate": self.aggregate, "k": self.k}
+        if self.samples:  # else nothing that shows only in a forward pass
+            made["units"] = [(name, len(values)) for name, values in self.sums.items()]
+        return made
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, atomically, with a checksum over all."""
+        tensors = {f"sum:{name}": values for name, values in self.sums.items()}
+        tensors |= {f"count:{name}": values for name, values in self.counts.items()}
+        header = {
+            "layers": self.layers,
+            "samples": self.samples,
+            "aggregate": self.aggregate,
+            "k": self.k,
+            "origin": self.origin,
+        }
+        write_safetensors(path, tensors, KIND, sealed(tensors, json.dumps(header)))
+
+    @classmethod
+    def load(cls, path: str | Path) -> UnitScores:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is not a whole, unchanged file of scores, or of a newer format.
+        """
+        tensors, header = read_sealed(path, KIND, HEADER)
+        layers = header["layers"]
+        sums = {f"sum:{name}" for name in layers}
+        counts = {f"count:{name}" for name in layers}
+        if not sums <= tensors.keys() <= sums | counts:
+            raise ValueError(f"{path}: it holds {sorted(tensors)}, expected {sorted(sums)}")
+        return cls(
+            {name: tensors[f"sum:{name}"] for name in layers},
+            header["samples"],
+            header["aggregate"],
+            {name: tensors[f"count:{name}"] for name in layers if f"count:{name}" in tensors},
+            header["k"],
+            header["origin"],
+        )
+
+    def __str__(self) -> str:
+        rows = [f"{self.aggregate} over {self.samples} samples, {self.origin.get('scorer', '')}"]
+        for name in self:
+            best = self.top(name, count=min(5, len(self.sums[name])))
+            listed = ", ".join(f"{unit}: {self[name][unit]:.4g}" for unit in best.tolist())
+            rows.append(f"{name:<24} {len(self.sums[name]):>6} units   top {listed}")
+        return "\n".join(rows)
+
+
+def _summed(parts: Sequence[UnitScores]) -> UnitScores:
+    """Return the sum of scores that were made alike, added in their order."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def total(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: reduce(torch.add, (one[name] for one in tensors)) for name in tensors[0]}
+
+    return replace(
+        parts[0],
+        sums=total([part.sums for part in parts]),
+        samples=sum(part.samples for part in parts),
+        counts=total([part.counts for part in parts]),
+    )
+
+
+def share_of(units: int, share: float) -> int:
+    """Return how many of ``units`` a share in (0, 1] is: rounded, at least one."""
+    return max(1, round(units * fraction(share, "share")))
+
+
+def score_units(
+    model: nn.Module,
+    data: Data | None,
+    scorer: Scorer,
+    *,
+    layers: Sequence[str] | str | None = None,
+    target: Target = "label",
+    aggregate: Aggregate = "sum",
+    k: int | None = None,
+    unit_axis: int | Mapping[str, int] | None = None,
+) -> UnitScores:
+    """Score every unit of the named layers over a data set, in one pass.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A classifier, logits of shape (samples, classes). Left exactly as it was.
+    data : iterable or Dataset, or None
+        See `xai_edit.core.data.batches`. None is enough for a scorer that looks only at the weights.
+    scorer : callable
+        `LRP`, `CaptumLayer`, `WeightMagnitude`, `Taylor`, `Activation`, `Random`, or your own; see
+        `Scorer`.
+    layers : sequence of str, optional
+        Module names; ``"fc:input"`` names the inputs of ``fc``. When left out, all convolution and
+        linear layers through which the output depends on the data; others are skipped.
+    target : int, "label", "predicted" or callable
+        The output that is explained: a class, each sample's label, its predicted class, or a
+        function of the logits; see `xai_edit.core.targets.Target`.
+    aggregate : {"sum", "mean", "abs", "positive"}
+        What is summed over samples, after the signed sum over positions: the score, its absolute
+        value (what pruning uses) or its positive part; "mean" divides the sum by the samples.
+    k : int, optional
+        Also count, per unit, the samples that have it among their k highest scores (Chang et al.,
+        zero-shot class unlearning, Eq. 8–9).
+    unit_axis : int or mapping from layer names to int, optional
+        The axis of the units of all layers or some, where it is not found by itself; see
+        `xai_edit.core.axes.unit_axes`.
+
+    Returns
+    -------
+    UnitScores
+
+    Raises
+    ------
+    UnknownLayerError, NonFiniteError, ValueError, TypeError
+        On bad input, before or during the pass; the model is as it was.
+    """
+    target = checked_target(target)
+    if not callable(scorer) or isinstance(scorer, type):
+        raise TypeError(
+            f"scorer: {scorer!r} given; wrap a composite as xai_edit.LRP(EpsilonPlus()), a Captum "
+            "method as xai_edit.CaptumLayer(LayerConductance), or give a function"
+        )
+    one_of(aggregate, AGGREGATES, "aggregate")
+    names = resolve_layers(model, layers)
+    require_finite(model)
+    origin: dict[str, Any] = {"scorer": describe(scorer), "target": describe_target(target)}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    samples = 0
+
+    def add(scores: Mapping[str, Tensor], size: int) -> None:
+        for name in names:
+            values = _checked(scores, name, size)
+            if aggregate == "abs":
+                values = values.abs()
+            elif aggregate == "positive":
+                values = values.clamp(min=0)
+            sums[name] = sums.get(name, 0) + values.sum(0)
+            if k is not None:
+                counts[name] = counts.get(name, 0) + _occurrences(values, k, name)
+
+    with preserved(model, weights=not isinstance(scorer, BUILT_IN)):
+        if not getattr(scorer, "needs_data", True):
+            origin["weights_only"] = True
+            add(scorer(model, None, None, names), samples := 1)
+        elif data is None:
+            raise ValueError(f"data: None given, but {origin['scorer']} scores samples")
+        else:
+            with ExitStack() as session:
+                score: Callable[[Batch], Mapping[str, Tensor]] | None = None
+                for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
+                    if score is None:
+                        analysis = None
+                        if layers is None:  # without what rests, sees no sample or leads nowhere
+                            analysis = analysed(model, batch.inputs)
+                            used = analysis.trace.fed - analysis.trace.unused
+                            names = [name for name in names if name in used]
+                        axes = unit_axes(model, batch.inputs, names, unit_axis)
+                        session.enter_context(decided_axes(axes))
+                        score = session.enter_context(
+                            _session(scorer, model, batch.inputs, names, target, origin, analysis)
+                        )
+                    add(score(batch), len(batch))
+                    samples += len(batch)
+    return UnitScores(sums, samples, aggregate, counts, k, origin)
+
+
+@contextmanager
+def _session(
+    scorer: Scorer,
+    model: nn.Module,
+    sample: Tensor,
+    names: list[str],
+    target: Target,
+    origin: dict[str, Any],
+    analysis: Analysis | None,
+) -> Iterator[Callable[[Batch], Mapping[str, Tensor]]]:
+    """Yield a function that scores one batch."""
+    if isinstance(scorer, LRP):
+        with scorer.session(model, sample, names, analysis=analysis) as (score, canonizers):
+            origin["canonizers"] = canonizers
+            yield lambda batch: score(batch.inputs, targets_of(batch, target))
+        return
+
+    def score_batch(batch: Batch) -> Mapping[str, Tensor]:
+        targets = targets_of(batch, target)
+        with preserved(model):
+            if not isinstance(scorer, (CaptumLayer, Taylor, Activation)):
+                with torch.no_grad():
+                    targets = classes_of(targets, predict(model, batch.inputs))
+            return scorer(model, batch.inputs, targets, names)
+
+    yield score_batch
+
+
+def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
+    if name not in scores:
+        raise ValueError(f"scorer: gave no scores for layer {name!r}, but for {[*scores]}")
+    values = scores[name].detach().cpu().double()
+    if values.ndim != 2 or len(values) != samples:
+        raise ValueError(
+            f"scorer: layer {name!r} has scores of shape {tuple(values.shape)} for {samples} "
+            "samples; expected (samples, units)"
+        )
+    return finite(values, f"scorer: scores of layer {name!r}")
+
+
+def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
+    whole_number(k, f"k for layer {name!r}", least=1, most=values.shape[1])
+    # Stable, so that units tied within a sample are taken in their order on every machine.
+    top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
+    return torch.bincount(top.flatten(), minlength=values.shape[1])
