@@ -65,7 +65,7 @@ def tiles(folder):
 
 def overlay(folder):
     """Return the watermark that the network takes for a sign of cartons."""
-    return xe.Mark(folder / "watermark" / "overlay_cjk_text_224.png")
+    return xe.datasets.Mark(folder / "watermark" / "overlay_cjk_text_224.png")
 
 
 def as_input(pixels):

@@ -378,8 +378,8 @@ for share in SHARES:
 
 # %%
 images = torch.cat([pixels for pixels, _, _ in measuring])
-strongest = xe.strongest_samples(subspaces, held, count=5)[index]
-maps, _ = xe.subspace_maps(
+strongest = xe.concepts.strongest_samples(subspaces, held, count=5)[index]
+maps, _ = xe.concepts.subspace_maps(
     network, as_input(images[strongest]), subspaces, layer=layer, scorer=scorer, target=CARTON
 )
 maps = maps[:, index].sum(1)
@@ -394,7 +394,7 @@ print(f"\nthe five strongest: {sum(with_watermark)} with a watermark, {sum(carto
 # %%
 some = sets["with"][: 4 if quick else 20]
 on_overlay = marked(torch.zeros(1, 3, 224, 224).byte(), 1)[0].sum(0) > 0
-parts, residue = xe.subspace_maps(
+parts, residue = xe.concepts.subspace_maps(
     network, some, subspaces, layer=layer, scorer=scorer, target=CARTON
 )
 

@@ -31,7 +31,7 @@ class Dampen:
     layer: str
     share: float = 0.2
     factor: float = 0.5
-    scorer: xe.Scorer = field(default_factory=xe.LRP)
+    scorer: xe.lrp.Scorer = field(default_factory=xe.LRP)
 
     def plan(self, model, data, *, target):
         scores = xe.score_units(model, data, self.scorer, layers=[self.layer], target=target)

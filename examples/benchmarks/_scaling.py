@@ -95,7 +95,7 @@ def one_weight(select: str, classes: int, features: int, samples: int = 2000) ->
     x = (normal(samples, features) + 6 * weight[labels]).clamp(min=0)
     layer = nn.Linear(features, classes)
     layer.load_state_dict({"weight": weight, "bias": torch.zeros(classes)})
-    head = xe.HeadFeatures("", weight, torch.zeros(classes), x, labels, None)
+    head = xe.last_layer.HeadFeatures("", weight, torch.zeros(classes), x, labels, None)
     return lambda: xe.SingleWeight(select).plan(layer, head, target=3)
 
 
@@ -120,7 +120,7 @@ def subspaces(vectors: int, channels: int) -> Task:
     block = torch.arange(vectors) % 4
     own = nn.functional.one_hot(block, 4).repeat_interleave(channels // 4, 1)
     shared, noise = normal(2, vectors, channels)
-    features = xe.Features(shared * own + 0.1 * noise, shared * own - 0.1 * noise)
+    features = xe.concepts.Features(shared * own + 0.1 * noise, shared * own - 0.1 * noise)
     return lambda: xe.DRSA(4, n_init=2, max_iter=10, tol=0).fit(features)
 
 

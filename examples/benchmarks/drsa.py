@@ -196,7 +196,7 @@ def planted(channels):
     shared = normal(VECTORS, channels) * own
     a = shared + 0.1 * normal(VECTORS, channels)
     c = shared + (0.3 * own + 0.1) * normal(VECTORS, channels)
-    return xe.Features((a @ basis.T).float(), (c @ basis.T).float()), basis
+    return xe.concepts.Features((a @ basis.T).float(), (c @ basis.T).float()), basis
 
 
 for channels in (64, 144) if quick else (64, 128, 512):

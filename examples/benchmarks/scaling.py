@@ -45,10 +45,10 @@ def measured(case: Case, size: int, budget: float) -> tuple[float, float]:
     case.task(case.warm)()
     torch.manual_seed(0)
     task = case.task(size)
-    with xe.measured() as before:
+    with xe.evaluation.measured() as before:
         pass
     times: list[float] = []
-    with xe.measured() as cost:
+    with xe.evaluation.measured() as cost:
         times.append(timed(task))
     while sum(times) < budget and len(times) < 20:
         times.append(timed(task))

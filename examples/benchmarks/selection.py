@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import xai_edit as xe
+from xai_edit.last_layer import edge_scores
 from xai_edit.last_layer.exact_dose import removal_doses
 from xai_edit.reproduce.summaries import write_json
 
@@ -51,7 +53,7 @@ def problem(classes, features, samples):
     labels = torch.arange(samples) % classes
     noise = torch.randn(samples, features, generator=generator)
     x = (noise + 6 * weight[labels]).clamp(min=0)  # logits of a few units
-    return xe.HeadFeatures("fc", weight, torch.zeros(classes), x, labels, None)
+    return xe.last_layer.HeadFeatures("fc", weight, torch.zeros(classes), x, labels, None)
 
 
 # %% [markdown]
@@ -92,16 +94,15 @@ for classes, features in SIZES:
     few = 64  # by autograd, whose cost grows with the samples
     each, _ = seconds(lambda: one_by_one(head, 16))  # noqa: B023
     batched, gradients = seconds(lambda: by_autograd(head, few))  # noqa: B023
-    fast, _ = seconds(
-        lambda: xe.edge_scores(head.features, head.labels, head.weight, None, output=TARGET)  # noqa: B023
-    )
+    scored = partial(edge_scores, head.features, head.labels, head.weight, None, output=TARGET)
+    fast, _ = seconds(scored)
     x, labels = head.features[:few], head.labels[:few]
-    scores = xe.edge_scores(x, labels, head.weight, None, output=TARGET)
+    scores = edge_scores(x, labels, head.weight, None, output=TARGET)
     difference = (gradients.double() - scores.gradients).abs().max() / scores.gradients.max()
-    with xe.measured() as before:
+    with xe.evaluation.measured() as before:
         pass
-    with xe.measured() as cost:
-        sca = xe.edge_scores(head.features, head.labels, head.weight, None, output=TARGET).sca
+    with xe.evaluation.measured() as cost:
+        sca = scored().sca
     told = {
         "a backward pass a sample over cached features": round(each / 16 * samples / fast, 1),
         "vmap of the gradient over cached features": round(batched / few * samples / fast, 1),

@@ -7,7 +7,7 @@ from scipy.linalg import null_space
 from sklearn.covariance import ledoit_wolf
 from torch import nn
 
-from xai_edit import LEACE
+from xai_edit.comparisons import LEACE
 from xai_edit.comparisons.leace import erasure
 
 

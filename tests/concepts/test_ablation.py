@@ -15,7 +15,6 @@ from xai_edit import (
     ConceptAwarePruning,
     RelevancePruning,
     Subspaces,
-    UnknownLayerError,
     ablated,
     collect_features,
     fold_ablation,
@@ -23,6 +22,7 @@ from xai_edit import (
     to_smaller,
     with_ablation,
 )
+from xai_edit.core import UnknownLayerError
 
 LAYERS = ["conv1", "conv2", "fc1"]
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from xai_edit import Features, Subspaces, choose_spurious, predictiveness
+from xai_edit import Subspaces, choose_spurious, predictiveness
+from xai_edit.concepts import Features
 
 SAMPLES = 400
 LABELS = torch.arange(SAMPLES) % 2

@@ -8,8 +8,8 @@ import torch
 from scipy.linalg import polar
 from scipy.optimize import linear_sum_assignment
 
-from xai_edit import DRSA, LRP, Features, collect_features
-from xai_edit.concepts import drsa
+from xai_edit import DRSA, LRP, collect_features
+from xai_edit.concepts import Features, drsa
 
 
 def planted(channels, K, vectors, noise=0.1, seed=1234):

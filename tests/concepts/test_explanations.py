@@ -15,10 +15,12 @@ from zennit.composites import (
 )
 from zennit.torchvision import ResNetCanonizer
 
-from xai_edit import LRP, Features, Subspaces, Taylor, UnknownLayerError, collect_features
+from xai_edit import LRP, Subspaces, Taylor, collect_features
+from xai_edit.concepts import Features
 from xai_edit.concepts import predictiveness as scores_module
 from xai_edit.concepts.explanations import strongest_samples, subspace_maps
 from xai_edit.concepts.predictiveness import sample_scores
+from xai_edit.core import UnknownLayerError
 
 
 def subspaces_of(channels, sizes):

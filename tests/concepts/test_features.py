@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xai_edit import Features, NonFiniteError, UnknownLayerError, collect_features
+from xai_edit import collect_features
+from xai_edit.concepts import Features
+from xai_edit.core import NonFiniteError, UnknownLayerError
 
 
 def layer_output(model, layer, inputs):

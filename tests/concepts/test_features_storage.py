@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from xai_edit import CAV, DRSA, LRP, PCA, PRCA, Features, NonFiniteError
+from xai_edit import CAV, DRSA, LRP, PCA, PRCA
 from xai_edit import collect_features as collect
+from xai_edit.concepts import Features
+from xai_edit.core import NonFiniteError
 
 property_test = settings(
     max_examples=40,

@@ -10,7 +10,8 @@ from sklearn.decomposition import PCA as ScikitPCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from xai_edit import CAV, PCA, PRCA, ContrastivePCA, Features, collect_features
+from xai_edit import CAV, PCA, PRCA, ContrastivePCA, collect_features
+from xai_edit.concepts import Features
 
 property_test = settings(max_examples=30, deadline=None, derandomize=True)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from xai_edit import Features, Subspaces, predictiveness
+from xai_edit import Subspaces, predictiveness
+from xai_edit.concepts import Features
 from xai_edit.concepts import predictiveness as module
 
 SAMPLE = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 9])

@@ -21,6 +21,7 @@ from xai_edit import (
     score_units,
     with_ablation,
 )
+from xai_edit.core import axes as axes_of_units
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.layers import sum_positions
 from xai_edit.core.trace import following_batch_norms, last_weighted, trace

@@ -15,13 +15,13 @@ from xai_edit import (
     LRP,
     Activation,
     CaptumLayer,
-    NonFiniteError,
     Random,
     Taylor,
     UnitScores,
     WeightMagnitude,
     score_units,
 )
+from xai_edit.core import NonFiniteError
 from xai_edit.core.data import Batch
 from xai_edit.core.targets import (
     checked_target,

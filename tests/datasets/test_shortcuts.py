@@ -221,7 +221,7 @@ def test_a_shortcut_of_a_users_own_is_planted():
             return torch.where(attribute[:, None, None, None] == 1, 255 - pixels, pixels)
 
     images = image_set([0, 1])
-    pixels, _, _ = shown(xe.Shortcut(Inverted(), 1.0).train(images, seed=0))
+    pixels, _, _ = shown(xe.datasets.Shortcut(Inverted(), 1.0).train(images, seed=0))
     assert torch.equal(pixels[1], 255 - images.source[1].int())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCALING = ROOT / "examples" / "benchmarks" / "scaling.py"
 COMMITTED = json.loads((ROOT / "docs" / "results" / "scaling.json").read_text(encoding="utf-8"))
 

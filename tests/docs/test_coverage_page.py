@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 CONTENT = json.loads((DOCS / "results" / "coverage.json").read_text(encoding="utf-8"))
 PAGE = (DOCS / "coverage.md").read_text(encoding="utf-8")
 ATTENTION = ("ViT", "Swin", "MaxViT")

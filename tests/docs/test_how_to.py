@@ -15,7 +15,7 @@ import torch
 
 from xai_edit.command.main import main
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "getting-started.md", *sorted((DOCS / "how-to").glob("*.md"))]
 BLOCK = re.compile(r"```(python|sh)\n(.*?)```", re.S)
 OWN = {"own-scorer", "own-operator"}  # they have examples, which tests/test_testing.py runs

@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).parents[1] / "examples" / "masktune.py"
+    path = Path(__file__).parents[2] / "examples" / "masktune.py"
     spec = importlib.util.spec_from_file_location("masktune_example", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SHARES = ("20%", "30%", "40%")
 ROWS = {
     "unedited": ["unedited"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def blocks():

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from xai_edit import EditFileError, EditMismatchError, ModelEdit, NonFiniteError
+from xai_edit import ModelEdit
+from xai_edit.core import EditFileError, EditMismatchError, NonFiniteError
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BITS = {

@@ -11,6 +11,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 from torch import nn
 
 import xai_edit as xe
+from xai_edit.evaluation import Accuracy
 
 # By hand: of class 0 9 of 10 and 3 of 5 are right, of class 1 40 of 80 and none of none.
 RIGHT, SAMPLES = torch.tensor([[9, 3], [40, 0]]), torch.tensor([[10, 5], [80, 0]])
@@ -40,7 +41,7 @@ def predictions(sampled):
 
 
 def test_averages_and_gaps_are_those_counted_by_hand():
-    accuracy = xe.Accuracy(RIGHT, SAMPLES, train_samples=TRAIN)
+    accuracy = Accuracy(RIGHT, SAMPLES, train_samples=TRAIN)
     assert accuracy.groups == {(0, 0): 0.9, (0, 1): 0.6, (1, 0): 0.5}
     expected = {
         "average": 52 / 95,
@@ -95,7 +96,7 @@ def test_without_training_counts_there_is_no_train_weighted_average(sampled):
 )
 def test_training_counts_that_do_not_fit_are_refused(train, message):
     with pytest.raises(ValueError, match=f"train_samples: .*{message}"):
-        xe.Accuracy(RIGHT, SAMPLES, train_samples=train)
+        Accuracy(RIGHT, SAMPLES, train_samples=train)
 
 
 def test_training_counts_of_no_kind_are_refused_before_the_data_is_read(sampled):
@@ -110,7 +111,7 @@ def test_training_counts_of_no_kind_are_refused_before_the_data_is_read(sampled)
 
 
 def test_training_counts_without_the_last_attributes_leave_them_no_weight():
-    accuracy = xe.Accuracy(RIGHT, SAMPLES, train_samples=torch.tensor([[3], [1]]))
+    accuracy = Accuracy(RIGHT, SAMPLES, train_samples=torch.tensor([[3], [1]]))
     assert accuracy.train_weighted == pytest.approx((3 * 0.9 + 0.5) / 4)
 
 
@@ -119,7 +120,7 @@ def test_training_counts_without_the_last_attributes_leave_them_no_weight():
 
 def test_group_intervals_are_exact_binomial_quantiles():
     right, samples = torch.tensor([[30, 7], [50, 20]]), torch.tensor([[40, 10], [50, 100]])
-    found = xe.Accuracy(right, samples).intervals(confidence=0.9, resamples=40_000)
+    found = Accuracy(right, samples).intervals(confidence=0.9, resamples=40_000)
     for (label, attribute), interval in found.groups.items():
         n, k = int(samples[label, attribute]), int(right[label, attribute])
         exact = scipy.stats.binom.ppf([0.05, 0.95], n, k / n) / n
@@ -131,7 +132,7 @@ def test_intervals_of_all_figures_are_those_of_scipys_bootstrap():
     """SciPy resamples the samples of each group themselves."""
     right, samples = torch.tensor([[80, 60], [65, 32]]), torch.tensor([[100, 100], [110, 40]])
     train = torch.tensor([[60, 3], [7, 30]])
-    accuracy = xe.Accuracy(right, samples, train_samples=train)
+    accuracy = Accuracy(right, samples, train_samples=train)
     found = accuracy.intervals(resamples=20_000)
     groups = [
         np.repeat([1.0, 0.0], [int(k), int(n - k)])
@@ -171,7 +172,7 @@ def test_intervals_of_all_figures_are_those_of_scipys_bootstrap():
 def test_the_interval_of_the_worst_is_that_of_a_minimum():
     """Two groups of one sample each, right half of the time: the minimum is 0 in 3 of 4."""
     one = torch.tensor([[1], [1]])
-    both = xe.Accuracy(50 * one, 100 * one).intervals(resamples=20_000)
+    both = Accuracy(50 * one, 100 * one).intervals(resamples=20_000)
     n = np.arange(101)
     minimum = 1 - (1 - scipy.stats.binom.cdf(n, 100, 0.5)) ** 2  # P(the lower of two ≤ n)
     exact = [n[np.searchsorted(minimum, end)] / 100 for end in (0.025, 0.975)]
@@ -180,7 +181,7 @@ def test_the_interval_of_the_worst_is_that_of_a_minimum():
 
 
 def test_intervals_repeat_with_the_seed_and_widen_with_the_confidence():
-    accuracy = xe.Accuracy(RIGHT, SAMPLES)
+    accuracy = Accuracy(RIGHT, SAMPLES)
     assert accuracy.intervals(seed=3) == accuracy.intervals(seed=3)
     assert accuracy.intervals(seed=3) != accuracy.intervals(seed=4)
     narrow, wide = (accuracy.intervals(confidence=share) for share in (0.5, 0.99))
@@ -200,7 +201,7 @@ def test_intervals_repeat_with_the_seed_and_widen_with_the_confidence():
 )
 def test_an_interval_that_cannot_be_had_is_refused(how, message):
     with pytest.raises(ValueError, match=message):
-        xe.Accuracy(RIGHT, SAMPLES).intervals(**how)
+        Accuracy(RIGHT, SAMPLES).intervals(**how)
 
 
 # demographic measures
@@ -229,7 +230,7 @@ def test_a_difference_between_many_groups_is_that_of_the_extremes():
     right = torch.tensor([[0, 0, 0, 0], [9, 5, 1, 0]])
     samples = torch.tensor([[10, 10, 10, 0], [10, 10, 10, 0]])
     predicted = torch.tensor([[1, 15, 9, 0], [19, 5, 11, 0]])
-    found = xe.Accuracy(right, samples, predicted).demographics(1)
+    found = Accuracy(right, samples, predicted).demographics(1)
     assert [one.attribute for one in found.rates] == [0, 1, 2]
     assert found.equal_opportunity_difference == pytest.approx(0.8)
     assert found.demographic_parity_difference == pytest.approx(14 / 20)
@@ -238,7 +239,7 @@ def test_a_difference_between_many_groups_is_that_of_the_extremes():
 def test_intervals_of_a_difference_are_those_of_scipys_bootstrap():
     right, samples = torch.tensor([[40, 10], [45, 15]]), torch.tensor([[50, 20], [60, 40]])
     predicted = torch.tensor([[55, 35], [55, 25]])
-    found = xe.Accuracy(right, samples, predicted).demographics(1)
+    found = Accuracy(right, samples, predicted).demographics(1)
     for interval, counts in (
         (found.equal_opportunity_interval, ((45, 60), (15, 40))),
         (found.demographic_parity_interval, ((55, 110), (25, 60))),
@@ -256,11 +257,19 @@ def test_intervals_of_a_difference_are_those_of_scipys_bootstrap():
 @pytest.mark.parametrize(
     ("accuracy", "positive", "message"),
     [
-        (xe.Accuracy(RIGHT, SAMPLES, SAMPLES), 1, "positive: attribute 1 has no samples of class"),
-        (xe.Accuracy(RIGHT, SAMPLES, SAMPLES), 2, "class 2 is out of range"),
-        (xe.Accuracy(RIGHT, SAMPLES, SAMPLES), "yes", "'yes' given"),
-        (xe.Accuracy(RIGHT[:, :1], SAMPLES[:, :1], SAMPLES[:, :1]), 1, "samples of 1 attribute"),
-        (xe.Accuracy(RIGHT, SAMPLES), 0, "predicted: not counted"),
+        (
+            Accuracy(RIGHT, SAMPLES, SAMPLES),
+            1,
+            "positive: attribute 1 has no samples of class",
+        ),
+        (Accuracy(RIGHT, SAMPLES, SAMPLES), 2, "class 2 is out of range"),
+        (Accuracy(RIGHT, SAMPLES, SAMPLES), "yes", "'yes' given"),
+        (
+            Accuracy(RIGHT[:, :1], SAMPLES[:, :1], SAMPLES[:, :1]),
+            1,
+            "samples of 1 attribute",
+        ),
+        (Accuracy(RIGHT, SAMPLES), 0, "predicted: not counted"),
     ],
 )
 def test_measures_that_cannot_be_had_are_refused(accuracy, positive, message):
@@ -309,14 +318,14 @@ def test_cached_features_know_nothing_of_other_layers(plain, batches):
     with pytest.raises(ValueError, match=r"edit: changes 'fc1.*inputs of the layer 'head'"):
         head.edited(edit)
     planned = xe.SingleWeight().plan(plain, batches, target=3)
-    with pytest.raises(xe.EditMismatchError, match="already holds this edit"):
+    with pytest.raises(xe.core.EditMismatchError, match="already holds this edit"):
         head.edited(planned).edited(planned)
 
 
 def test_logits_that_are_not_finite_are_refused(plain, batches):
     head = xe.collect_head_features(plain, batches)
     head.features[3, 0] = float("nan")
-    with pytest.raises(xe.NonFiniteError, match="NaN or infinite"):
+    with pytest.raises(xe.core.NonFiniteError, match="NaN or infinite"):
         xe.evaluate_head(head)
 
 
@@ -324,7 +333,7 @@ def test_logits_that_are_not_finite_are_refused(plain, batches):
 
 
 def test_the_text_has_every_figure_with_its_name():
-    accuracy = xe.Accuracy(RIGHT, SAMPLES, train_samples=TRAIN)
+    accuracy = Accuracy(RIGHT, SAMPLES, train_samples=TRAIN)
     text = str(accuracy)
     found = accuracy.intervals()
 
@@ -344,7 +353,7 @@ def test_the_text_has_every_figure_with_its_name():
 
 def test_the_text_without_attributes_names_classes_and_of_many_the_lowest():
     samples = torch.full((30, 1), 100)
-    text = str(xe.Accuracy(torch.arange(30)[:, None] + 50, samples))
+    text = str(Accuracy(torch.arange(30)[:, None] + 50, samples))
     assert "accuracy by group, the 20 lowest of 30" in text
     assert "\n  class 19 " in text
     assert "class 20" not in text
@@ -352,7 +361,7 @@ def test_the_text_without_attributes_names_classes_and_of_many_the_lowest():
 
 
 def test_the_json_has_every_figure():
-    accuracy = xe.Accuracy(RIGHT, SAMPLES, train_samples=TRAIN)
+    accuracy = Accuracy(RIGHT, SAMPLES, train_samples=TRAIN)
     found = json.loads(json.dumps(accuracy.to_dict()))
     assert found["samples"] == 95
     assert [(one["class"], one["attribute"]) for one in found["groups"]] == [(0, 0), (0, 1), (1, 0)]
@@ -367,7 +376,7 @@ def test_the_json_has_every_figure():
         assert found[name]["accuracy"] == value
         assert found[name]["gap"] == accuracy.gap(name)
     assert found["bootstrap"] == {"confidence": 0.95, "resamples": 2000, "seed": 0}
-    people = xe.Accuracy(RIGHT, SAMPLES, SAMPLES).demographics(0)
+    people = Accuracy(RIGHT, SAMPLES, SAMPLES).demographics(0)
     plain = json.loads(json.dumps(people.to_dict()))
     assert plain["equal_opportunity_difference"] == people.equal_opportunity_difference
     assert plain["rates"][1]["attribute"] == 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from xai_edit import NonFiniteError, evaluate_groups
+from xai_edit import evaluate_groups
+from xai_edit.core import NonFiniteError
 
 
 def attribute_of(images):

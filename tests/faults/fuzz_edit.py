@@ -27,7 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from xai_edit import EditFileError, EditMismatchError, ModelEdit
+from xai_edit import ModelEdit
+from xai_edit.core import EditFileError, EditMismatchError
 from xai_edit.core.files import sealed
 from xai_edit.edits.model_edit import KIND
 

@@ -48,7 +48,7 @@ def world():
         bare=[x for x, _, _ in data],
         features=features,
         plain_features=xe.collect_features(model, data, layer="relu1", positions=4),
-        unlabelled=xe.Features(features.activations, features.contexts, features.sample),
+        unlabelled=xe.concepts.Features(features.activations, features.contexts, features.sample),
         subspaces=xe.PCA(2).fit(features),
         wide=xe.Subspaces(torch.eye(7).double(), (7,), torch.zeros(7).double()),
         head=head,
@@ -108,11 +108,11 @@ def fictitious(w, data=None, model=None, **given):
 
 
 def dampen(w, alpha):
-    return xe.SelectiveSynapticDampening(alpha).plan(w.model, w.data, target=3)
+    return xe.comparisons.SelectiveSynapticDampening(alpha).plan(w.model, w.data, target=3)
 
 
 def rows(a, c=None, **given):
-    return xe.Features(torch.tensor(a), None if c is None else torch.tensor(c), **given)
+    return xe.concepts.Features(torch.tensor(a), None if c is None else torch.tensor(c), **given)
 
 
 def collect(w, **given):
@@ -130,7 +130,7 @@ def enter(context):
 
 def maps(w, **given):
     usual = {"inputs": w.images[:2], "subspaces": w.subspaces, "layer": "relu1"}
-    return xe.subspace_maps(w.model, **{**usual, "scorer": xe.LRP(), **given})
+    return xe.concepts.subspace_maps(w.model, **{**usual, "scorer": xe.LRP(), **given})
 
 
 def groups(w, **given):
@@ -143,14 +143,14 @@ def unlearning(w, edit=None, **given):
 
 
 def planted(w, what, images=None):
-    return xe.Shortcut(what, 0.9).train(w.grey if images is None else images, seed=0)
+    return xe.datasets.Shortcut(what, 0.9).train(w.grey if images is None else images, seed=0)
 
 
 EYE = torch.eye(3).double()
 E, N_E = [[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]
 PICTURE = torch.full((4, 3, 3), 255).byte()
-RED = xe.Colours([(255, 0, 0), (0, 255, 0)])
-T, V, N, L = TypeError, ValueError, xe.NonFiniteError, xe.UnknownLayerError
+RED = xe.datasets.Colours([(255, 0, 0), (0, 255, 0)])
+T, V, N, L = TypeError, ValueError, xe.core.NonFiniteError, xe.core.UnknownLayerError
 # What is wrong, the call, what is raised, a piece of what it says.
 # fmt: off
 SCORERS = [
@@ -197,7 +197,7 @@ EDITS = [
     ("undo", lambda w: w.edit.undo(w.model), V, "the model does not hold this edit"),
     ("folder", lambda w: w.edit.save("none/edit"), OSError, "the folder 'none' does not exist"),
     ("no file", lambda w: xe.ModelEdit.load("none"), OSError, "none: no such file"),
-    ("a folder", lambda w: xe.ModelEdit.load("."), xe.EditFileError, ".: cannot be read"),
+    ("a folder", lambda w: xe.ModelEdit.load("."), xe.core.EditFileError, ".: cannot be read"),
 ]
 OPERATORS = [
     ("share 0", lambda w: prune(w, 0), V, "share: 0 given; it is a fraction in (0, 1]"),
@@ -272,15 +272,15 @@ OPERATORS = [
     ("target 10", lambda w: fictitious(w, target=10),
      V, "target: class 10 is out of range; the model"),
     ("one output", lambda w: fictitious(w, model=w.one_output), V, "labels: class "),
-    ("LEACE", lambda w: xe.LEACE().plan(w.model, w.unmarked),
+    ("LEACE", lambda w: xe.comparisons.LEACE().plan(w.model, w.unmarked),
      V, "spurious: not given, and the data"),
-    ("LEACE, all", lambda w: xe.LEACE().plan(w.model, w.data, spurious=torch.ones(60)),
+    ("LEACE, all", lambda w: xe.comparisons.LEACE().plan(w.model, w.data, spurious=torch.ones(60)),
      V, "all 60 samples"),
     ("mask", lambda w: xe.LogitMask().plan(w.model, w.data, target=10),
      V, "target: class 10 is out"),
     ("no bias", lambda w: xe.LogitMask().plan(w.no_bias, w.data, target=1),
      V, "'1' has no bias to"),
-    ("alpha", lambda w: xe.SelectiveSynapticDampening(alpha=-1), V, "alpha: -1 given"),
+    ("alpha", lambda w: xe.comparisons.SelectiveSynapticDampening(alpha=-1), V, "alpha: -1 given"),
     ("alpha 99", lambda w: dampen(w, alpha=99), V, "alpha: 99 given; with 6 of 60 samples in the"),
     ("C", lambda w: xe.LastLayerRetraining(C=0),
      V, "C: 0 given; it is a finite number above 0"),
@@ -394,9 +394,9 @@ CONCEPTS = [
      V, "'relu1': its"),
     ("wide", lambda w: xe.with_ablation(w.model, "relu1", w.wide, [0])(w.images),
      V, "of 7 channels,"),
-    ("count 0", lambda w: xe.strongest_samples(w.subspaces, w.features, count=0),
+    ("count 0", lambda w: xe.concepts.strongest_samples(w.subspaces, w.features, count=0),
      V, "count: 0 given"),
-    ("count 99", lambda w: xe.strongest_samples(w.subspaces, w.features, count=99),
+    ("count 99", lambda w: xe.concepts.strongest_samples(w.subspaces, w.features, count=99),
      V, "count: 99 given; it is a whole number from 1 to 60"),
     ("maps", lambda w: maps(w, scorer=xe.Taylor()), T, "scorer: Taylor given; maps need a rule"),
     ("a list", lambda w: maps(w, inputs=[1]), T, "inputs: list given; give a batch as one tensor"),
@@ -450,41 +450,44 @@ TRAINING = [
      T, "data: a list_iterator can be read only once"),
     ("epochs", lambda w: xe.FineTuning(w.data, epochs=0)(w.model),
      V, "epochs: 0 given"),
-    ("forget", lambda w: xe.random_labels(w.model, w.data, forget=10),
+    ("forget", lambda w: xe.comparisons.random_labels(w.model, w.data, forget=10),
      V, "forget: class 10 is out of"),
-    ("rate", lambda w: xe.negative_gradient(w.model, w.data, forget=1, learning_rate=0),
+    ("rate", lambda w: xe.comparisons.negative_gradient(w.model, w.data, forget=1, learning_rate=0),
      V, "learning_rate: 0 given"),
-    ("all", lambda w: xe.random_labels(w.model, w.data, forget=range(10)),
+    ("all", lambda w: xe.comparisons.random_labels(w.model, w.data, forget=range(10)),
      V, "forget: all 10 classes"),
-    ("epsilon", lambda w: xe.boundary_shrink(w.model, w.data, forget=1, epsilon=0),
+    ("epsilon", lambda w: xe.comparisons.boundary_shrink(w.model, w.data, forget=1, epsilon=0),
      V, "epsilon: 0 given"),
-    ("no log", lambda w: xe.amnesiac(w.model, xe.AmnesiacLog(), forget=1), V, "log: is empty"),
-    ("log", lambda w: enter(xe.AmnesiacLog().recording(w.model, [0.5])),
+    ("no log", lambda w: xe.comparisons.amnesiac(w.model, xe.comparisons.AmnesiacLog(), forget=1),
+     V, "log: is empty"),
+    ("log", lambda w: enter(xe.comparisons.AmnesiacLog().recording(w.model, [0.5])),
      V, "labels: torch.float32"),
-    ("no net", lambda w: xe.retrain(w.model, w.data, forget=1, build=3, train=print),
+    ("no net", lambda w: xe.comparisons.retrain(w.model, w.data, forget=1, build=3, train=print),
      T, "build: int given"),
-    ("train", lambda w: xe.retrain(w.model, w.data, forget=1, build=PlainNet, train=3),
+    ("train", lambda w: xe.comparisons.retrain(w.model, w.data, forget=1, build=PlainNet, train=3),
      T, "train: int given"),
 ]
 SHORTCUTS = [
-    ("opacity", lambda w: xe.Mark(PICTURE, opacity=0),
+    ("opacity", lambda w: xe.datasets.Mark(PICTURE, opacity=0),
      V, "opacity: 0 given; it is above 0 and at most"),
-    ("place", lambda w: xe.Mark(PICTURE, place=(-1, 0)), V, "place: (-1, 0) given; row and column"),
-    ("size", lambda w: xe.Mark(PICTURE, size=(0, 3)),
+    ("place", lambda w: xe.datasets.Mark(PICTURE, place=(-1, 0)),
+     V, "place: (-1, 0) given; row and column"),
+    ("size", lambda w: xe.datasets.Mark(PICTURE, size=(0, 3)),
      V, "size: (0, 3) given; height and width are"),
-    ("picture", lambda w: xe.Mark(PICTURE[:3]), V, "picture: torch.uint8 of shape (3, 3, 3) given"),
-    ("no file", lambda w: xe.Mark("none.png"), OSError, "picture: none.png: no such file"),
-    ("outside", lambda w: planted(w, xe.Mark(PICTURE, place=(7, 7)), w.pair),
+    ("picture", lambda w: xe.datasets.Mark(PICTURE[:3]),
+     V, "picture: torch.uint8 of shape (3, 3, 3) given"),
+    ("no file", lambda w: xe.datasets.Mark("none.png"), OSError, "picture: none.png: no such file"),
+    ("outside", lambda w: planted(w, xe.datasets.Mark(PICTURE, place=(7, 7)), w.pair),
      V, "place: a mark of 3×3"),
-    ("colours", lambda w: xe.Colours([(1, 2, 3)]),
+    ("colours", lambda w: xe.datasets.Colours([(1, 2, 3)]),
      V, "colours: [(1, 2, 3)] given; give two or more"),
-    ("bright", lambda w: xe.Colours([(0, 0, 256)] * 2),
+    ("bright", lambda w: xe.datasets.Colours([(0, 0, 256)] * 2),
      V, "colours: [(0, 0, 256), (0, 0, 256)] given"),
     ("coloured", lambda w: planted(w, RED, w.colour),
      V, "images: 3 channels; only grey ones get a"),
-    ("what", lambda w: xe.Shortcut("mark", 0.9),
+    ("what", lambda w: xe.datasets.Shortcut("mark", 0.9),
      V, "planted: 'mark' given; give Mark(…), Colours(…)"),
-    ("strength", lambda w: xe.Shortcut(RED, 90),
+    ("strength", lambda w: xe.datasets.Shortcut(RED, 90),
      V, "strength: 90 given; it is a share of the images"),
     ("labels", lambda w: planted(w, RED),
      V, "goes_with: attribute 3 for a label, and what is planted"),

@@ -34,7 +34,7 @@ def small():
 
 
 class Edit:
-    kind, error = edits.KIND, xe.EditFileError
+    kind, error = edits.KIND, xe.core.EditFileError
 
     def save(self, path):
         new = {"0.weight": (torch.tensor([1, 4]), torch.tensor([2.0, 3.0]))}
@@ -145,7 +145,7 @@ def patterns(path):
 
 
 def log(path):
-    log, model = xe.AmnesiacLog(), small()
+    log, model = xe.comparisons.AmnesiacLog(), small()
     with log.recording(model, torch.tensor([0])):
         model[0].weight.data += 1
     log.save(path)
@@ -156,9 +156,9 @@ WRITTEN = [  # the kind that files had from the beginning, what writes one, what
     ("xai_edit.subspaces", Subspaces().save, xe.Subspaces.load),
     ("xai_edit.unit_scores", Scores().save, xe.UnitScores.load),
     ("xai_edit.pruning", Checkpoint().save, Checkpoint().load),
-    ("xai_edit.features", features, xe.Features.load),
-    ("xai_edit.patterns", patterns, xe.Patterns.load),
-    ("xai_edit.amnesiac", log, xe.AmnesiacLog.load),
+    ("xai_edit.features", features, xe.concepts.Features.load),
+    ("xai_edit.patterns", patterns, xe.lrp.Patterns.load),
+    ("xai_edit.comparisons.amnesiac", log, xe.comparisons.AmnesiacLog.load),
 ]
 
 
@@ -259,7 +259,7 @@ SEALED = {
 @pytest.mark.parametrize("case", [*SEALED])
 def test_an_edit_that_is_none_is_refused_though_its_checksum_is_right(kind, path, case):
     changed(path, kind, *SEALED[case])
-    with pytest.raises(xe.EditFileError, match=r"saved\.safetensors: "):
+    with pytest.raises(xe.core.EditFileError, match=r"saved\.safetensors: "):
         kind.load(path)
 
 
@@ -510,10 +510,10 @@ INTERRUPTED = {
     "LRP": lambda m, d, cut: xe.score_units(m, cut, xe.LRP("epsilon-plus")),
     "SingleWeight": lambda m, d, cut: xe.SingleWeight().plan(m, cut, target=3),
     "FictitiousClass": lambda m, d, cut: xe.FictitiousClass().plan(m, cut),
-    "LEACE": lambda m, d, cut: xe.LEACE().plan(m, cut),
-    "SelectiveSynapticDampening": lambda m, d, cut: xe.SelectiveSynapticDampening(2).plan(
-        m, cut, target=3
-    ),
+    "LEACE": lambda m, d, cut: xe.comparisons.LEACE().plan(m, cut),
+    "SelectiveSynapticDampening": lambda m, d, cut: xe.comparisons.SelectiveSynapticDampening(
+        2
+    ).plan(m, cut, target=3),
     "collect_features": lambda m, d, cut: xe.collect_features(
         m, cut, layer="relu1", scorer=xe.LRP(), on_disk="features"
     ),
@@ -522,8 +522,8 @@ INTERRUPTED = {
         m, xe.ModelEdit({}), train=d, test=cut, forget=3
     ),
     "fit_patterns": lambda m, d, cut: xe.fit_patterns(m, cut),
-    "random_labels": lambda m, d, cut: xe.random_labels(m, cut, forget=3),
-    "boundary_shrink": lambda m, d, cut: xe.boundary_shrink(m, cut, forget=3),
+    "random_labels": lambda m, d, cut: xe.comparisons.random_labels(m, cut, forget=3),
+    "boundary_shrink": lambda m, d, cut: xe.comparisons.boundary_shrink(m, cut, forget=3),
     "deletion_curve": lambda m, d, cut: xe.deletion_curve(
         m, cut, xe.score_units(m, d, xe.WeightMagnitude())
     ),
@@ -560,7 +560,7 @@ def test_an_edit_that_is_interrupted_half_way_is_taken_back(
     if undo:
         edit.apply(plain)
     check = unchanged(plain)
-    put, calls = xe.Change.put, []
+    put, calls = xe.edits.Change.put, []
 
     def interrupted(*arguments):
         put(*arguments)
@@ -568,7 +568,7 @@ def test_an_edit_that_is_interrupted_half_way_is_taken_back(
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(xe.Change, "put", interrupted)
+    monkeypatch.setattr(xe.edits.Change, "put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         (edit.undo if undo else edit.apply)(plain)
     check()

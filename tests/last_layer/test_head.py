@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from xai_edit import LEACE, NonFiniteError
+from xai_edit.comparisons import LEACE
+from xai_edit.core import NonFiniteError
 from xai_edit.last_layer.head import collect_head_features, find_head, head_features
 
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from xai_edit import (
-    LEACE,
     ConceptAwarePruning,
     FictitiousClass,
     LastLayerRetraining,
     LogitMask,
     ModelEdit,
-    NonFiniteError,
     PathPerturbation,
     RelevancePruning,
     SingleWeight,
     Subspaces,
 )
+from xai_edit.comparisons import LEACE
+from xai_edit.core import NonFiniteError
 
 OPERATORS = {
     "sca": lambda m, d: SingleWeight().plan(m, d, target=3),

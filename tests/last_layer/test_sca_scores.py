@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from xai_edit import EdgeScores, edge_scores
+from xai_edit.last_layer import EdgeScores, edge_scores
 
 
 def last_layer(seed, *, samples=60, classes=5, features=7, signed=False, scale=1.0):

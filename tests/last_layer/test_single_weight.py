@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from xai_edit import ModelEdit, NonFiniteError, SingleWeight
+from xai_edit import ModelEdit, SingleWeight
+from xai_edit.core import NonFiniteError
 from xai_edit.last_layer.head import collect_head_features
 from xai_edit.last_layer.single_weight import editable, orthogonal_weight
 

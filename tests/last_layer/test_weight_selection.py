@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from xai_edit import FictitiousClass, SingleWeight, Subspaces, edge_scores
+from xai_edit import FictitiousClass, SingleWeight, Subspaces
+from xai_edit.last_layer import edge_scores
 from xai_edit.last_layer import exact_dose as exact
 from xai_edit.last_layer.exact_dose import removal_doses
 from xai_edit.last_layer.fictitious_objective import concept_strength, split_point

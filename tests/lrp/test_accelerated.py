@@ -20,8 +20,9 @@ from zennit.core import BasicHook, Composite, Hook, Stabilizer
 from zennit.layer import Sum
 from zennit.torchvision import ResNetCanonizer
 
-from xai_edit import LRP, FunctionalCanonizer, accelerated, score_units
+from xai_edit import LRP, FunctionalCanonizer, score_units
 from xai_edit.core.layers import CONVOLUTIONS
+from xai_edit.lrp import accelerated
 from xai_edit.lrp import accelerated as fast
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -16,7 +16,8 @@ from zennit import composites as zc
 from zennit import rules as zr
 from zennit.canonizers import SequentialMergeBatchNorm
 
-from xai_edit import LRP, NonFiniteError, UnknownLayerError, check_model, score_units
+from xai_edit import LRP, check_model, score_units
+from xai_edit.core import NonFiniteError, UnknownLayerError
 from xai_edit.core.trace import trace
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -19,13 +19,13 @@ from xai_edit import (
     LRP,
     Activation,
     CaptumLayer,
-    NonFiniteError,
     PathPerturbation,
     Random,
     Taylor,
     WeightMagnitude,
     score_units,
 )
+from xai_edit.core import NonFiniteError
 
 # Zennit before 1.0 keeps the eps of a merged batch norm, so the logit is a little another one.
 SLACK_OF_MERGED_NORMS = 0.0 if int(version("zennit").split(".")[0]) >= 1 else 1e-4

@@ -18,6 +18,7 @@ from zennit.core import Composite
 from xai_edit import LRP
 from xai_edit.core.errors import NonFiniteError, UnknownLayerError
 from xai_edit.core.guard import preserved
+from xai_edit.lrp import patterns as module
 from xai_edit.lrp.pattern_rules import (
     patternattribution,
     patternattribution_two_component,

@@ -15,12 +15,12 @@ from xai_edit import (
     Random,
     RelevancePruning,
     Taylor,
-    UnknownLayerError,
     WeightMagnitude,
     collect_features,
     score_units,
     with_ablation,
 )
+from xai_edit.core import UnknownLayerError
 from xai_edit.reproduce.networks import ResNet20
 
 SCORERS = [LRP("epsilon-plus", initial="one"), Taylor(), Activation(), WeightMagnitude(), Random(1)]

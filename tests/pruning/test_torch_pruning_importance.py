@@ -6,7 +6,8 @@ import torch_pruning
 from torch import nn
 from torchvision.models import resnet18
 
-from xai_edit import RelevancePruning, TorchPruningImportance, score_units
+from xai_edit import RelevancePruning, score_units
+from xai_edit.pruning import TorchPruningImportance
 
 IMPORTANCE = torch_pruning.importance
 INPUTS = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -155,7 +155,7 @@ def test_the_same_network_or_an_edit_of_another_is_refused(plain, images, edit):
     with pytest.raises(ValueError, match="the model itself"):
         xe.before_after_maps(plain, plain, images)
     edit.apply(plain)
-    with pytest.raises(xe.EditMismatchError, match="already holds"):
+    with pytest.raises(xe.core.EditMismatchError, match="already holds"):
         xe.before_after_maps(plain, edit, images)
 
 

@@ -9,7 +9,8 @@ import torch
 from scipy.special import logsumexp
 from torch import nn
 
-from xai_edit import NonFiniteError, evaluate_groups
+from xai_edit import evaluate_groups
+from xai_edit.core import NonFiniteError
 from xai_edit.core.data import Batch
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.reproduce.group_training import GroupWeights, Training

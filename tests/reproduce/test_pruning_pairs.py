@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from xai_edit import Features
 from xai_edit.command.main import main
+from xai_edit.concepts import Features
 from xai_edit.reproduce import pruning
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.experiments import Options

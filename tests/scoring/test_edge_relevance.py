@@ -8,7 +8,8 @@ from torch import nn
 from zennit import composites as zc
 from zennit import rules as zr
 
-from xai_edit import LRP, CaptumLayer, UnknownLayerError, edge_relevance, score_units
+from xai_edit import LRP, CaptumLayer, edge_relevance, score_units
+from xai_edit.core import UnknownLayerError
 
 SCORERS = {
     "epsilon": lambda: LRP("epsilon"),

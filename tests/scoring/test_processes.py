@@ -16,13 +16,13 @@ import torch.distributed as dist
 from xai_edit import (
     LRP,
     Activation,
-    Features,
     Taylor,
     UnitScores,
     WeightMagnitude,
     collect_features,
     score_units,
 )
+from xai_edit.concepts import Features
 from xai_edit.datasets.small_network import small_cnn
 
 LIMIT = 600  # seconds for one torchrun on a busy machine, imports included

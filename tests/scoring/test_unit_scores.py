@@ -9,17 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from xai_edit import (
-    LRP,
-    Activation,
-    NonFiniteError,
-    Random,
-    Taylor,
-    UnitScores,
-    UnknownLayerError,
-    WeightMagnitude,
-    score_units,
-)
+from xai_edit import LRP, Activation, Random, Taylor, UnitScores, WeightMagnitude, score_units
+from xai_edit.core import NonFiniteError, UnknownLayerError
 
 
 def echo(model, inputs, targets, layers):

@@ -17,9 +17,10 @@ from zennit.composites import EpsilonGammaBox
 
 import xai_edit as xe
 from xai_edit import testing
+from xai_edit.pruning import TorchPruningImportance
 from xai_edit.testing import Example, check_operator, check_scorer, small_example
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +59,11 @@ SCORERS = {
     "taylor": xe.Taylor,
     "activation": xe.Activation,
     "random": xe.Random,
-    "torch-pruning magnitude": lambda: xe.TorchPruningImportance(
+    "torch-pruning magnitude": lambda: TorchPruningImportance(
         importance.GroupMagnitudeImportance()
     ),
-    "torch-pruning taylor": lambda: xe.TorchPruningImportance(importance.GroupTaylorImportance()),
-    "torch-pruning lamp": lambda: xe.TorchPruningImportance(importance.LAMPImportance()),
+    "torch-pruning taylor": lambda: TorchPruningImportance(importance.GroupTaylorImportance()),
+    "torch-pruning lamp": lambda: TorchPruningImportance(importance.LAMPImportance()),
 }
 
 
@@ -90,7 +91,7 @@ OPERATORS = {
     "pruning": xe.RelevancePruning(0.3),
     "pruning in steps": xe.RelevancePruning(0.3, steps=2, scorer=xe.Activation()),
     "pruning, torch-pruning": xe.RelevancePruning(
-        0.3, scorer=xe.TorchPruningImportance(importance.GroupTaylorImportance())
+        0.3, scorer=TorchPruningImportance(importance.GroupTaylorImportance())
     ),
     "concept pruning": xe.ConceptAwarePruning("conv1", axes(6), [0], 0.3),
     "fictitious": xe.FictitiousClass(),
@@ -98,8 +99,8 @@ OPERATORS = {
     "mask": xe.LogitMask(),
     "last layer": xe.LastLayerRetraining(repeats=2),
     "last layer tuned": xe.LastLayerRetraining(repeats=1, C="auto"),
-    "leace": xe.LEACE(),
-    "dampening": xe.SelectiveSynapticDampening(alpha=2),
+    "leace": xe.comparisons.LEACE(),
+    "dampening": xe.comparisons.SelectiveSynapticDampening(alpha=2),
 }
 
 
@@ -433,7 +434,7 @@ class Halves:
             self.after(model)
         old = model.fc1.weight.detach()[target, :5].clone()
         at = torch.arange(5) + target * model.fc1.in_features
-        change = xe.Change(tuple(model.fc1.weight.shape), at, old, old / 2)
+        change = xe.edits.Change(tuple(model.fc1.weight.shape), at, old, old / 2)
         if self.change is not None:
             change = self.change(change)
         return self.edit({"fc1.weight": change}, self.origin)
@@ -473,7 +474,7 @@ class HidesErrors(Halves):
 class OfModes(Halves):
     def plan(self, model, data, *, target):
         times = 1 if model.training else 2
-        self.change = lambda c: xe.Change(c.shape, c.index, c.old, c.new * times)
+        self.change = lambda c: xe.edits.Change(c.shape, c.index, c.old, c.new * times)
         return super().plan(model, data, target=target)
 
 
@@ -507,7 +508,7 @@ class Near(xe.ModelEdit):
         for name, change in self.changes.items():
             found = model.get_parameter(name).detach().view(-1)[change.index]
             if not torch.allclose(found, change.new if undo else change.old):
-                raise xe.EditMismatchError(name)
+                raise xe.core.EditMismatchError(name)
 
 
 class Stumbles(xe.ModelEdit):
@@ -540,16 +541,16 @@ BROKEN_OPERATORS = [
      "its forward pass number 1"),
     (WritesData(), "planning changes the data it was given (tensor 0)"),
     (HidesErrors(), "plans an edit when reading batch number 1 of the data raises, and hides"),
-    (Halves(change=lambda c: xe.Change(c.shape, c.index, c.old, c.new + torch.rand(5) / 10)),
+    (Halves(change=lambda c: xe.edits.Change(c.shape, c.index, c.old, c.new + torch.rand(5) / 10)),
      "planning again with the same model and data gives other values: new of 'fc1.weight'"),
     (OfModes(), "a model in training mode, with hooks, gradients and a frozen parameter, gives "
      "other values: new of 'fc1.weight'"),
     (Halves(edit=lambda changes, origin: changes), "plans a dict, not a ModelEdit"),
     (Halves(edit=lambda changes, origin: xe.ModelEdit({}, origin)),
      "plans an edit without changes, of which nothing can be checked"),
-    (Halves(change=lambda c: xe.Change(c.shape, c.index, c.old + 1, c.new)),
+    (Halves(change=lambda c: xe.edits.Change(c.shape, c.index, c.old + 1, c.new)),
      "the edit does not fit the model it was planned on: 'fc1.weight' differs from the model"),
-    (Halves(change=lambda c: xe.Change(c.shape, c.index[TWICE], c.old[TWICE], c.new[TWICE])),
+    (Halves(change=lambda c: xe.edits.Change(c.shape, c.index[TWICE], c.old[TWICE], c.new[TWICE])),
      "the edit names entries of 'fc1.weight' twice or not in their order"),
     (Halves(edit=Lax), "the edit does not refuse a model that holds it already"),
     (Halves(edit=WritesElsewhere), "applying the edit gives 'conv2.bias' other values than it"),

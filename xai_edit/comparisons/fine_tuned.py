@@ -43,8 +43,8 @@ def retrain(
     model : nn.Module
         A classifier; only read.
     data : iterable or Dataset
-        Labelled batches, see `xai_edit.core.data.batches`, that can be read several times. Batches keep
-        their order and lose the samples of the class; those left without any are dropped. A
+        Labelled batches that can be read several times; see `xai_edit.core.data.batches`. Batches
+        keep their order and lose the samples of the class; empty ones are dropped. A
         ``Dataset`` is shuffled anew for each pass and read ``batch_size`` samples at a time.
     forget : int or sequence of int
         The class or classes.

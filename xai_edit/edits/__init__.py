@@ -1,1 +1,8 @@
-"""Action: operators that plan edits of a model, and the edit itself."""
+"""ModelEdit, a reversible difference of parameters."""
+
+from xai_edit.edits.model_edit import Change, ModelEdit
+
+__all__ = [
+    "Change",
+    "ModelEdit",
+]

@@ -1,1 +1,29 @@
-"""Proof: figures of a model, never edits."""
+"""Figures about a model or an edit; nothing here edits."""
+
+from xai_edit.core.cost import Cost, measured
+from xai_edit.evaluation.accuracy import Accuracy, Demographics, GroupIntervals
+from xai_edit.evaluation.compare import Comparison, compare_scorers
+from xai_edit.evaluation.deletion_curve import DeletionCurve, deletion_curve
+from xai_edit.evaluation.evaluate_groups import evaluate_groups, evaluate_head
+from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning
+from xai_edit.evaluation.sizes import Size, SizeComparison, compare_sizes
+from xai_edit.evaluation.unlearning_figures import Unlearning
+
+__all__ = [
+    "Accuracy",
+    "Comparison",
+    "Cost",
+    "DeletionCurve",
+    "Demographics",
+    "GroupIntervals",
+    "Size",
+    "SizeComparison",
+    "Unlearning",
+    "compare_scorers",
+    "compare_sizes",
+    "deletion_curve",
+    "evaluate_groups",
+    "evaluate_head",
+    "evaluate_unlearning",
+    "measured",
+]

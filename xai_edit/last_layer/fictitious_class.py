@@ -119,7 +119,7 @@ class FictitiousClass:
         model : nn.Module
             A classifier that ends in a linear layer.
         data : iterable, Dataset or HeadFeatures
-            Labelled batches, or what `xai_edit.last_layer.head.collect_head_features` gave. One pass.
+            Labelled batches, read once, or the result of `collect_head_features`.
         spurious : callable, Tensor, Subspaces or None
             The spurious feature of each sample: a function of a batch of inputs (a value a
             sample), a vector in the order of the data, a concept subspace of the last layer's
@@ -130,7 +130,7 @@ class FictitiousClass:
             one target 1; with several the value with which each is predicted more often.
         target : int or sequence of int, optional
             The classes the feature speaks for. When left out, of a feature that is yes or no, every
-            class whose logit it moves, see `xai_edit.last_layer.fictitious_objective.moved_classes`; for
+            class whose logit it moves (`fictitious_objective.moved_classes`); for
             ``aim="removal"`` and of a feature of more values, the class whose share of the model's
             predictions rises most with each value of ``fictitious``.
         validation : iterable, Dataset or HeadFeatures, optional

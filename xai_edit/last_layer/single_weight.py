@@ -71,7 +71,7 @@ class SingleWeight:
     select : str
         "sca" takes the edge with the highest SCA score (Eq. 6) and turns it by Eq. 7 or 8; "ca",
         "gradient-activation", "relevance", "weight" and "random" choose by other scores, see
-        `xai_edit.last_layer.weight_selection.selection_scores`. "exact", ours, scores every weight of the row
+        `weight_selection.selection_scores`. "exact", ours, scores every weight of the row
         at every dose in closed form and takes the one that removes most of the class while the
         accuracy on the classes that stay falls by at most ``tolerance``. It goes beyond the last
         sample by a margin that five-fold cross-validation chooses, and the new weight is at most

@@ -89,8 +89,8 @@ class LRP:
     Bach et al. 2015 (PLoS ONE 10(7)). A module that carries a Zennit hook as its attribute
     ``lrp_rule`` is given that rule where the composite has none for it.
 
-    The hooks are those of `xai_edit.accelerated`, equal to Zennit's and faster. Where the relevance
-    would mean nothing, since an operation has no rule, scoring raises and names it; see
+    The hooks are those of `xai_edit.lrp.accelerated`, equal to Zennit's and faster. Where the
+    relevance would mean nothing, since an operation has no rule, scoring raises and names it; see
     `xai_edit.check_model`.
     The stabiliser is Zennit's, 1e-6; that of Captum's ``EpsilonRule`` is 1e-9.
     """

@@ -114,8 +114,8 @@ def fit_patterns(
         A classifier, logits of shape (samples, classes). Left exactly as it was. Batch norms are
         merged for the fit as they are for LRP, so that w is a layer's weight after the merge.
     data : iterable or Dataset
-        See `xai_edit.core.data.batches`; labels are not needed. Where a neuron is active on a handful of
-        inputs only, and barely, its a₊ is large: take enough samples.
+        See `xai_edit.core.data.batches`; labels are not needed. Where a neuron is active on a
+        handful of inputs only, and barely, its a₊ is large: take enough samples.
     layers : sequence of str, optional
         Convolution and linear layers; all of them when left out, as the composites need.
 

@@ -1,1 +1,1 @@
-""" """
+"""One HTML page for each command's run."""

@@ -1,1 +1,1 @@
-"""Tables and figures of the papers, run anew, with the papers' figures beside ours."""
+"""Tables and figures of the papers, with the networks and data they need."""

@@ -27,7 +27,8 @@ def fit(
     ``batches`` are ``(inputs, labels)``, with or without an attribute, read once an epoch, at most
     ``steps`` an epoch, which sets the length of the schedule; ``learning_rate`` is its highest.
     ``recording(model, labels)`` gives a context for each step, such as
-    `xai_edit.AmnesiacLog.recording`. The model is changed in place and returned in evaluation mode.
+    `xai_edit.comparisons.AmnesiacLog.recording`. The model is changed in place and returned in
+    evaluation mode.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
