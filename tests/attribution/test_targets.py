@@ -242,9 +242,7 @@ def test_captum_explains_the_function_as_a_models_only_output(plain, pairs, meth
 
 
 def test_captums_lrp_of_a_function_is_refused(plain, pairs):
-    with pytest.raises(
-        ValueError, match="no rule for a function of the logits"
-    ):
+    with pytest.raises(ValueError, match="no rule for a function of the logits"):
         CaptumLayer(ca.LayerLRP)(plain.double(), pairs[0], difference, ["fc1"])
 
 
