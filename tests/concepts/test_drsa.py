@@ -238,7 +238,7 @@ def test_bad_input_is_refused():
         DRSA(9).fit(features)
     with pytest.raises(ValueError, match="3 of 3 directions asked for"):
         DRSA(3, size=3).fit(features)
-    with pytest.raises(ValueError, match="7 vectors given; to find 8 directions"):
+    with pytest.raises(ValueError, match="features: 7 given; 8 directions need"):
         DRSA(2).fit(Features(a[:7], features.contexts[:7]))
     for contexts in (-a, 0 * a):
         with pytest.raises(ValueError, match="no positive relevance in any subspace"):
