@@ -62,7 +62,7 @@ def test_what_is_left_is_the_sum_of_the_other_batches_updates(
     updates = train(model, steps, log)
     model.eval()
     check = unchanged(model)
-    edit = amnesiac(model, log, forget=3)
+    edit = amnesiac(model, log, target=3)
     check()
     for name, value in left(model, edit).items():
         others = [u[name] for (_, y), u in zip(steps, updates, strict=True) if not (y == 3).any()]
@@ -78,7 +78,7 @@ def test_what_is_left_is_the_sum_of_the_other_batches_updates(
 def test_undoing_every_batch_gives_the_start_and_several_classes_go_at_once(model, steps):
     start, log = state(model), AmnesiacLog()
     train(model, steps, log)
-    edit = amnesiac(model, log, forget=[0, 1, 2])
+    edit = amnesiac(model, log, target=[0, 1, 2])
     for name, value in left(model, edit).items():
         assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
     assert edit.origin["undone"] == 12
@@ -112,7 +112,7 @@ def test_a_saved_log_is_continued_where_it_ended(model, steps, tmp_path, classes
     log.save(path)
     log = AmnesiacLog.load(path)
     updates += train(model, steps[5:], log, optimizer)
-    for name, value in left(model, amnesiac(model, log, forget=3)).items():
+    for name, value in left(model, amnesiac(model, log, target=3)).items():
         others = [u[name] for (_, y), u in zip(steps, updates, strict=True) if not (y == 3).any()]
         assert torch.allclose(value, start[name] + sum(others), rtol=1e-12, atol=1e-14)
 
@@ -137,46 +137,46 @@ def test_a_step_that_fails_is_not_logged(model, steps):
         raise RuntimeError("stop")
     assert log.steps == 2
     train(model, steps[2:4], log)
-    assert amnesiac(model, log, forget=3).origin["undone"] == 2
+    assert amnesiac(model, log, target=3).origin["undone"] == 2
 
 
 def test_labels_may_be_a_list_and_the_optimiser_any(model, steps):
     log, optimizer = AmnesiacLog(), torch.optim.AdamW(model.parameters())
     start = state(model)
     train(model, [(x, y.tolist()) for x, y in steps[:3]], log, optimizer)
-    for name, value in left(model, amnesiac(model, log, forget=[0, 1, 2, 3])).items():
+    for name, value in left(model, amnesiac(model, log, target=[0, 1, 2, 3])).items():
         assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
 
 
 def test_weights_that_the_last_step_did_not_leave_are_refused(model, steps):
     log = AmnesiacLog()
     with pytest.raises(ValueError, match="log: is empty"):
-        amnesiac(model, log, forget=3)
+        amnesiac(model, log, target=3)
     train(model, steps, log)
     other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
     with torch.no_grad():
         model[0].bias[0] += 1e-9
     for changed in (model, model.float(), other):
         with pytest.raises(ValueError, match="log: its last step left other weights"):
-            amnesiac(changed, log, forget=3)
+            amnesiac(changed, log, target=3)
         with pytest.raises(ValueError, match="log: its last step left other weights"):
             train(changed, steps, log)
 
 
 @pytest.mark.parametrize(
-    ("forget", "message"),
+    ("target", "message"),
     [
-        ([1, 3], r"forget: class 1 is in no logged batch; the log has \[3\]"),
-        ([], "forget"),
-        ("a", "forget"),
-        ([3, 3], "forget"),
+        ([1, 3], r"target: class 1 is in no logged batch; the log has \[3\]"),
+        ([], "target"),
+        ("a", "target"),
+        ([3, 3], "target"),
     ],
 )
-def test_a_class_that_was_not_seen_or_not_logged_is_refused(model, steps, forget, message):
+def test_a_class_that_was_not_seen_or_not_logged_is_refused(model, steps, target, message):
     log = AmnesiacLog(classes=[3])
     train(model, steps, log)
     with pytest.raises(ValueError, match=message):
-        amnesiac(model, log, forget=forget)
+        amnesiac(model, log, target=target)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_labels_that_are_no_class_numbers_are_refused_before_the_step(model, lab
 def test_repair_is_training_on_the_samples_of_the_other_classes(model, steps):
     log = AmnesiacLog()
     train(model, steps, log)
-    forgot = amnesiac(model, log, forget=3)
-    mended = amnesiac(model, log, forget=3, repair=steps, epochs=2, learning_rate=0.05)
+    forgot = amnesiac(model, log, target=3)
+    mended = amnesiac(model, log, target=3, repair=steps, epochs=2, learning_rate=0.05)
     kept = [(x[y != 3], y[y != 3]) for x, y in steps]
     with forgot.applied(model):
         expected = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
@@ -212,16 +212,16 @@ def test_repair_moves_batch_norm_statistics_and_undoing_does_not(digits):
     log, optimizer = AmnesiacLog(), torch.optim.SGD(model.parameters(), lr=0.1)
     with log.recording(model, labels[:50]):
         step(model, optimizer, images[:50], labels[:50])
-    assert "2.running_mean" not in amnesiac(model, log, forget=3).changes
-    assert "2.running_mean" in amnesiac(model, log, forget=3, repair=[digits]).changes
+    assert "2.running_mean" not in amnesiac(model, log, target=3).changes
+    assert "2.running_mean" in amnesiac(model, log, target=3, repair=[digits]).changes
 
 
 def test_repair_refuses_data_it_cannot_use(model, steps):
     log = AmnesiacLog()
     train(model, steps, log)
     with pytest.raises(TypeError, match="only once"):
-        amnesiac(model, log, forget=3, repair=iter(steps))
+        amnesiac(model, log, target=3, repair=iter(steps))
     with pytest.raises(ValueError, match="no samples to train on"):
-        amnesiac(model, log, forget=3, repair=[(steps[0][0], torch.full((8,), 3))])
+        amnesiac(model, log, target=3, repair=[(steps[0][0], torch.full((8,), 3))])
     with pytest.raises(ValueError, match="no labels"):
-        amnesiac(model, log, forget=3, repair=[steps[0][0]])
+        amnesiac(model, log, target=3, repair=[steps[0][0]])

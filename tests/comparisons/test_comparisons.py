@@ -87,7 +87,7 @@ def test_one_repeat_is_the_scikit_learn_pipeline(plain, digits, seed, C):
     rng = np.random.default_rng(seed)
     smallest, scaler, fitted = rederived(model, images, labels, marked(images), rng, C)
     data = [(images[:900], labels[:900]), (images[900:], labels[900:])]
-    edit = LastLayerRetraining(repeats=1, C=C, seed=seed).plan(model, data, spurious=marked)
+    edit = LastLayerRetraining(repeats=1, C=C, seed=seed).plan(model, data, attribute=marked)
     assert edit.origin["per_group"] == smallest
     assert {*edit.changes} == {"head.weight", "head.bias"}
     expected = fitted.decision_function(scaler.transform(head_inputs(model, images)))
@@ -105,7 +105,7 @@ def test_several_repeats_are_averaged_over_their_own_subsets(plain, digits):
     for _ in range(3):
         _, scaler, fitted = rederived(model, images, labels, marked(images), rng)
         logits.append(fitted.decision_function(scaler.transform(x)))
-    edit = LastLayerRetraining(repeats=3).plan(model, [(images, labels)], spurious=marked)
+    edit = LastLayerRetraining(repeats=3).plan(model, [(images, labels)], attribute=marked)
     with edit.applied(model):
         assert np.allclose(
             model(images).detach().numpy(), np.mean(logits, axis=0), rtol=1e-6, atol=1e-6
@@ -114,7 +114,7 @@ def test_several_repeats_are_averaged_over_their_own_subsets(plain, digits):
 
 def test_only_the_head_changes(plain, digits):
     before = {name: value.clone() for name, value in plain.state_dict().items()}
-    with LastLayerRetraining(repeats=1).plan(plain, [digits], spurious=marked).applied(plain):
+    with LastLayerRetraining(repeats=1).plan(plain, [digits], attribute=marked).applied(plain):
         changed = [n for n, v in plain.state_dict().items() if not torch.equal(v, before[n])]
     assert changed == ["head.weight", "head.bias"]
 
@@ -123,7 +123,7 @@ def test_the_feature_may_be_a_function_a_vector_or_the_third_element(plain, digi
     images, labels = digits
     operator = LastLayerRetraining(repeats=1)
     new = [
-        operator.plan(plain, data, spurious=spurious).changes["head.weight"].new
+        operator.plan(plain, data, attribute=spurious).changes["head.weight"].new
         for data, spurious in (
             ([digits], marked),
             ([digits], marked(images)),
@@ -141,9 +141,9 @@ def test_retraining_refuses_what_it_cannot_use(plain, digits):
         operator.plan(plain, [digits])
     some = labels != 3
     with pytest.raises(ValueError, match="9 classes"):
-        operator.plan(plain, [(images[some], labels[some])], spurious=marked)
+        operator.plan(plain, [(images[some], labels[some])], attribute=marked)
     with pytest.raises(ValueError, match="labels"):
-        operator.plan(plain, [images], spurious=marked)
+        operator.plan(plain, [images], attribute=marked)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
     with pytest.raises(ValueError, match="no bias"):
-        operator.plan(model, [digits], spurious=marked)
+        operator.plan(model, [digits], attribute=marked)

@@ -108,7 +108,7 @@ def test_what_it_cannot_use_is_refused(plain, digits, unchanged):
     images, labels = digits
     check = unchanged(plain)
     operator = SelectiveSynapticDampening(alpha=2)
-    for target, message in ((10, "out of range"), ([], "forget"), (range(10), "has to stay")):
+    for target, message in ((10, "out of range"), ([], "target"), (range(10), "has to stay")):
         with pytest.raises(ValueError, match=message):
             operator.plan(plain, [digits], target=target)
     with pytest.raises(ValueError, match="no sample of class 3"):

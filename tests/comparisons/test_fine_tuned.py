@@ -35,8 +35,8 @@ def by_hand(model, batches):
             optimizer.step()
 
 
-def retrained(model, data, *, forget):
-    return retrain(model, data, forget=forget, build=type(model), train=by_hand)
+def retrained(model, data, *, target):
+    return retrain(model, data, target=target, build=type(model), train=by_hand)
 
 
 def in_batches(digits, size=64):
@@ -87,15 +87,15 @@ class Sgd:
 # retraining
 
 
-@pytest.mark.parametrize("forget", [4, [0, 7]])
-def test_retraining_is_training_on_the_filtered_data_bit_for_bit(plain, digits, forget):
+@pytest.mark.parametrize("target", [4, [0, 7]])
+def test_retraining_is_training_on_the_filtered_data_bit_for_bit(plain, digits, target):
     batches = in_batches(digits)
-    gone = torch.isin(digits[1], torch.tensor(forget))
+    gone = torch.isin(digits[1], torch.tensor(target))
     filtered = [(x[~at], y[~at]) for (x, y), at in zip(batches, gone.split(64), strict=True)]
     torch.manual_seed(3)
     expected = type(plain)()
     by_hand(expected, filtered)
-    edit = retrain(plain, batches, forget=forget, build=type(plain), train=by_hand, seed=3)
+    edit = retrain(plain, batches, target=target, build=type(plain), train=by_hand, seed=3)
     left = after(plain, edit)
     assert all(torch.equal(left[name], value) for name, value in expected.state_dict().items())
     told = {name: edit.origin[name] for name in ("operator", "removed", "samples", "seed")}
@@ -112,7 +112,7 @@ def test_batches_of_the_class_alone_are_left_out_and_groups_come_along(plain, di
     def twice(_, batches):
         seen.extend([*batches, *batches])
 
-    retrain(plain, data, forget=4, build=type(plain), train=twice)
+    retrain(plain, data, target=4, build=type(plain), train=twice)
     assert len(seen) == 2
     kept = labels[:50] != 4
     assert torch.equal(seen[0][0], images[:50][kept])
@@ -128,7 +128,7 @@ def test_a_dataset_is_shuffled_and_the_network_that_training_returns_is_kept(pla
 
     order = digits[1].argsort()  # sorted by class on disk
     data = TensorDataset(digits[0][order], digits[1][order])
-    edit = retrain(plain, data, forget=0, build=type(plain), train=train)
+    edit = retrain(plain, data, target=0, build=type(plain), train=train)
     assert torch.equal(after(plain, edit)["fc1.weight"], other.fc1.weight)
     assert min(sizes) > 3
 
@@ -136,7 +136,7 @@ def test_a_dataset_is_shuffled_and_the_network_that_training_returns_is_kept(pla
 def test_a_network_of_another_kind_is_no_edit_of_the_model(plain, norm, digits):
     for build in (type(norm), lambda: 3, norm, 3):
         with pytest.raises((TypeError, ValueError), match=r"build: |copy: has no 'conv1.weight'"):
-            retrain(plain, [digits], forget=0, build=build, train=by_hand)
+            retrain(plain, [digits], target=0, build=build, train=by_hand)
 
 
 # one step at a time
@@ -145,7 +145,7 @@ def test_a_network_of_another_kind_is_no_edit_of_the_model(plain, norm, digits):
 def test_random_labels_are_gradient_descent_on_the_new_labels(linear):
     model, x, y = linear
     data = [(x[:16], y[:16]), (x[16:], y[16:])]
-    edit = random_labels(model, data, forget=[0, 1, 3], epochs=2, learning_rate=0.1)
+    edit = random_labels(model, data, target=[0, 1, 3], epochs=2, learning_rate=0.1)
     sgd = Sgd.on(model, 0.1)
     for _ in range(2):
         for part, _ in data:  # with three of four classes gone, 2 is the only label
@@ -164,7 +164,7 @@ def test_random_labels_are_drawn_once_among_the_classes_that_stay(digits, monkey
     original = F.cross_entropy
     monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    random_labels(model, in_batches(digits), forget=[3, 5], epochs=2)
+    random_labels(model, in_batches(digits), target=[3, 5], epochs=2)
     first, second = torch.cat(seen).chunk(2)
     assert torch.equal(first, second)
     relabelled = torch.isin(digits[1], torch.tensor([3, 5]))
@@ -177,7 +177,7 @@ def test_random_labels_are_drawn_once_among_the_classes_that_stay(digits, monkey
 def test_the_negative_gradient_is_ascent_on_the_class(linear):
     model, x, y = linear
     settings = {"epochs": 3, "learning_rate": 0.1, "batch_size": 100}
-    edit = negative_gradient(model, [(x, y)], forget=1, **settings)
+    edit = negative_gradient(model, [(x, y)], target=1, **settings)
     sgd = Sgd.on(model, 0.1)
     for _ in range(3):
         sgd.step(x[y == 1].numpy(), np.ones(15, int), sign=-1)
@@ -188,21 +188,21 @@ def test_the_negative_gradient_is_ascent_on_the_class(linear):
         assert F.cross_entropy(model(own[0]), own[1]) > before
 
 
-@pytest.mark.parametrize("forget", [[1], [1, 3]])
+@pytest.mark.parametrize("target", [[1], [1, 3]])
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
-def test_the_nearest_class_of_a_linear_model_in_closed_form(linear, forget, clip):
+def test_the_nearest_class_of_a_linear_model_in_closed_form(linear, target, clip):
     model, x, y = linear
-    samples = class_samples(model, [(x, y)], forget)
+    samples = class_samples(model, [(x, y)], target)
     found = nearest_classes(model, samples, epsilon=0.4, clip=clip, batch_size=7)
     w, b = model.weight.detach().numpy(), model.bias.detach().numpy()
-    chosen = np.isin(y.numpy(), forget)
+    chosen = np.isin(y.numpy(), target)
     inputs, labels = x.numpy()[chosen], y.numpy()[chosen]
     gradient = (softmax(inputs @ w.T + b, axis=1) - np.eye(4)[labels]) @ w
     beside = inputs + 0.4 * np.sign(gradient)
     if clip:
         beside = beside.clip(*clip)
     logits = beside @ w.T + b
-    stay = np.setdiff1d(range(4), forget)
+    stay = np.setdiff1d(range(4), target)
     assert found.tolist() == stay[logits[:, stay].argmax(1)].tolist()
     assert len({*found.tolist()}) == 2  # the test tells classes apart
 
@@ -222,7 +222,7 @@ def test_the_nearest_class_of_a_network_sample_by_sample(plain, digits, unchange
 def test_shrinking_is_gradient_descent_on_the_nearest_labels(linear):
     model, x, y = linear
     settings = {"epochs": 1, "learning_rate": 0.1, "batch_size": 99}
-    edit = boundary_shrink(model, [(x, y)], forget=2, epsilon=0.4, **settings)
+    edit = boundary_shrink(model, [(x, y)], target=2, epsilon=0.4, **settings)
     samples = class_samples(model, [(x, y)], 2)
     sgd = Sgd.on(model, 0.1)
     nearest = nearest_classes(model, samples, epsilon=0.4)
@@ -238,7 +238,7 @@ def test_expanding_is_gradient_descent_towards_a_class_that_is_then_cut_off(line
     torch.manual_seed(1)
     model = nn.Linear(6, 4, bias=bias).double()
     settings = {"epochs": 1, "learning_rate": 0.1, "batch_size": 99, "seed": 5}
-    edit = boundary_expanding(model, [(x, y)], forget=[2, 3], **settings)
+    edit = boundary_expanding(model, [(x, y)], target=[2, 3], **settings)
     torch.manual_seed(5)
     shadow = nn.Linear(6, 1, bias=bias)
     w, b = (
@@ -268,7 +268,7 @@ def test_the_model_is_left_alone_and_the_edit_is_one_of_it(
     next(model.parameters()).requires_grad_(False)
     [*model.children()][1].train()
     check = unchanged(model)
-    edit = method(model, in_batches(digits, 600), forget=2)
+    edit = method(model, in_batches(digits, 600), target=2)
     check()
     assert (edit.origin["operator"], edit.origin["target"]) == (
         "retrain" if method is retrained else method.__name__,
@@ -287,7 +287,7 @@ def test_only_training_on_all_classes_moves_batch_norm_statistics(norm, digits):
     data = [*in_batches(digits), (digits[0][:1], digits[1][:1])]  # one sample has no statistics
     statistics = {f"body.{at}.running_{kind}" for at in (1, 4) for kind in ("mean", "var")}
     for method in METHODS:
-        moved = statistics & {*method(norm, data, forget=2).changes}
+        moved = statistics & {*method(norm, data, target=2).changes}
         assert moved == (statistics if method is random_labels else set())
 
 
@@ -313,11 +313,11 @@ def test_a_seed_gives_the_same_bits_and_the_random_state_comes_back(digits, meth
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Dropout(0.5), nn.Linear(20, 10))
     data = DataLoader(TensorDataset(*digits), batch_size=100, shuffle=True)
     state = torch.get_rng_state()
-    one = method(model, data, forget=2, seed=1, epochs=1)
+    one = method(model, data, target=2, seed=1, epochs=1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert same(one, method(model, data, forget=2, seed=1, epochs=1))
-    assert not same(one, method(model, data, forget=2, seed=2, epochs=1))
+    assert same(one, method(model, data, target=2, seed=1, epochs=1))
+    assert not same(one, method(model, data, target=2, seed=2, epochs=1))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -326,7 +326,7 @@ def test_it_trains_in_half_precision_and_where_gradients_are_off(digits, method,
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to(torch.bfloat16)
     data = [(digits[0].to(torch.bfloat16), digits[1])]
     with mode():
-        edit = method(model, data, forget=2, learning_rate=0.1)
+        edit = method(model, data, target=2, learning_rate=0.1)
     assert edit.changes["1.weight"].new.dtype == torch.bfloat16
 
 
@@ -346,7 +346,7 @@ class Auxiliary(nn.Module):
 def test_parameters_that_take_no_part_in_the_output_stay(digits, method):
     model = Auxiliary().eval()
     model.register_parameter("steps", nn.Parameter(torch.tensor(7), requires_grad=False))
-    edit = method(model, [digits], forget=2, learning_rate=0.1)
+    edit = method(model, [digits], target=2, learning_rate=0.1)
     assert {*edit.changes} == {"body.weight", "body.bias", "head.weight", "head.bias"}
 
 
@@ -357,23 +357,23 @@ def test_what_cannot_be_copied_is_named(digits, method):
         nn.utils.weight_norm(model[1])
     model(digits[0][:2])  # its weight is now computed, no leaf
     with pytest.raises(ValueError, match="model: it cannot be copied"):
-        method(model, [digits], forget=2)
+        method(model, [digits], target=2)
 
 
 @pytest.mark.parametrize("method", [*METHODS, retrained])
 def test_bad_classes_and_bad_data_are_refused(plain, digits, method, unchanged):
     images, labels = digits
     some, check = labels != 3, unchanged(plain)
-    for forget, message in (
-        (10, "forget.*range"),
-        (-1, "forget.*range"),
-        ([], "forget"),
-        ([2, 2], "forget"),
+    for target, message in (
+        (10, "target.*range"),
+        (-1, "target.*range"),
+        ([], "target"),
+        ([2, 2], "target"),
         (range(10), "one has to stay"),
-        ("a", "forget"),
+        ("a", "target"),
     ):
         with pytest.raises(ValueError, match=message):
-            method(plain, [digits], forget=forget)
+            method(plain, [digits], target=target)
     for data, message in (
         ([(images[some], labels[some])], "no sample of class 3"),
         ([images], "no labels"),
@@ -381,7 +381,7 @@ def test_bad_classes_and_bad_data_are_refused(plain, digits, method, unchanged):
         ([], "no samples"),
     ):
         with pytest.raises(ValueError, match=message):
-            method(plain, data, forget=[2, 3])
+            method(plain, data, target=[2, 3])
     check()
 
 
@@ -389,22 +389,22 @@ def test_bad_classes_and_bad_data_are_refused(plain, digits, method, unchanged):
 def test_methods_that_need_the_other_classes_say_so(plain, digits, method):
     images, labels = digits
     with pytest.raises(ValueError, match="only samples of the classes to forget"):
-        method(plain, [(images[labels == 3], labels[labels == 3])], forget=3)
+        method(plain, [(images[labels == 3], labels[labels == 3])], target=3)
     with pytest.raises(TypeError, match="only once"):
-        method(plain, iter([digits]), forget=3)
+        method(plain, iter([digits]), target=3)
 
 
 def test_methods_that_need_the_class_alone_read_the_data_once(plain, digits):
     for method in (negative_gradient, boundary_shrink, boundary_expanding):
-        one = method(plain, iter(in_batches(digits)), forget=3, epochs=1)
-        assert same(one, method(plain, in_batches(digits), forget=3, epochs=1))
+        one = method(plain, iter(in_batches(digits)), target=3, epochs=1)
+        assert same(one, method(plain, in_batches(digits), target=3, epochs=1))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loss_that_explodes_is_one_clear_error(plain, batches, method, unchanged):
     check = unchanged(plain)
     with pytest.raises(NonFiniteError, match="learning rate 1e\\+30"):
-        method(plain, batches, forget=2, learning_rate=1e30, epochs=2)
+        method(plain, batches, target=2, learning_rate=1e30, epochs=2)
     check()
 
 
@@ -420,18 +420,18 @@ def test_a_loss_that_explodes_is_one_clear_error(plain, batches, method, unchang
 )
 def test_arguments_out_of_range_are_refused(plain, batches, arguments, error, message):
     with pytest.raises(error, match=message):
-        boundary_shrink(plain, batches, forget=3, **arguments)
+        boundary_shrink(plain, batches, target=3, **arguments)
 
 
 def test_words_have_no_nearest_class_and_can_be_expanded():
     words = nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.Linear(8, 3))
     data = [(torch.randint(20, (30, 2)), torch.arange(30) % 3)]
     with pytest.raises(TypeError, match="floating"):
-        boundary_shrink(words, data, forget=1)
-    assert "0.weight" in boundary_expanding(words, data, forget=1, learning_rate=0.1).changes
+        boundary_shrink(words, data, target=1)
+    assert "0.weight" in boundary_expanding(words, data, target=1, learning_rate=0.1).changes
 
 
 def test_expanding_needs_a_final_linear_layer(digits):
     model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
     with pytest.raises(ValueError, match="final linear layer"):
-        boundary_expanding(model, [digits], forget=3)
+        boundary_expanding(model, [digits], target=3)

@@ -73,9 +73,9 @@ def test_the_covariance_is_that_of_ledoit_and_wolf(eye):
     x, a = correlated(samples=12)
     covariance, shrinkage = ledoit_wolf(x.numpy())
     assert shrinkage > 0.05
-    w, _ = whole(eye, [x], spurious=a)
+    w, _ = whole(eye, [x], attribute=a)
     assert np.allclose(w, projection(covariance, moments(x, a)[1]), atol=1e-9)
-    assert LEACE().plan(eye, [x], spurious=a).origin["shrinkage"] == pytest.approx(shrinkage)
+    assert LEACE().plan(eye, [x], attribute=a).origin["shrinkage"] == pytest.approx(shrinkage)
 
 
 def test_features_without_variance_or_that_repeat_others_do_no_harm():
@@ -100,7 +100,9 @@ def test_the_edited_model_gives_the_logits_of_the_erased_features(plain, digits)
     x = seen[0].numpy()
     covariance, cross = ledoit_wolf(x)[0], moments(seen[0], marked.long())[1]
     erased = x.mean(0) + (x - x.mean(0)) @ projection(covariance, cross).T
-    edit = LEACE().plan(model, [images[:900], images[900:]], spurious=lambda b: b[:, 0, 3, 3] > 0.4)
+    edit = LEACE().plan(
+        model, [images[:900], images[900:]], attribute=lambda b: b[:, 0, 3, 3] > 0.4
+    )
     assert {*edit.changes} == {"head.weight", "head.bias"}
     assert edit.origin["values"] == {"0": int((~marked).sum()), "1": int(marked.sum())}
     assert edit.origin["directions"] == 1
@@ -117,7 +119,7 @@ def test_a_rare_attribute_is_erased_too(eye):
     rare = torch.zeros(20_000).long()
     rare[:20] = 1
     x[:20, 0] += 1
-    w, b = whole(eye, [x], spurious=rare)
+    w, b = whole(eye, [x], attribute=rare)
     after = x.numpy() @ w.T + b
     assert x[:20, 0].mean() > 0.5
     assert np.allclose(after[:20].mean(0), after[20:].mean(0), atol=1e-9)
@@ -125,16 +127,16 @@ def test_a_rare_attribute_is_erased_too(eye):
 
 def test_nothing_to_erase_is_an_edit_of_nothing(eye):
     x = torch.randn(50, 6).double().repeat(2, 1)
-    edit = LEACE().plan(eye, [x], spurious=torch.arange(100) // 50)
+    edit = LEACE().plan(eye, [x], attribute=torch.arange(100) // 50)
     assert edit.size == 0
     assert edit.origin["directions"] == 0
 
 
 def test_what_cannot_be_erased_is_refused(eye):
     x, a = correlated()
-    with pytest.raises(ValueError, match="spurious: all 400 samples have the value 1"):
-        LEACE().plan(eye, [x], spurious=torch.ones(400))
-    with pytest.raises(ValueError, match="spurious: not given"):
+    with pytest.raises(ValueError, match="attribute: all 400 samples have the value 1"):
+        LEACE().plan(eye, [x], attribute=torch.ones(400))
+    with pytest.raises(ValueError, match="attribute: not given"):
         LEACE().plan(eye, [x])
     with pytest.raises(ValueError, match="no bias"):
-        LEACE().plan(nn.Linear(6, 2, bias=False).double(), [x], spurious=a)
+        LEACE().plan(nn.Linear(6, 2, bias=False).double(), [x], attribute=a)

@@ -91,7 +91,7 @@ def test_the_attribute_is_kept_in_data_order(plain, batches, how):
     expected = torch.cat([bright(x) for x, _ in batches]).long()
     data = [(x, y, bright(x).long()) for x, y in batches] if how == "third element" else batches
     spurious = {"function": bright, "vector": expected, "third element": None}[how]
-    features = collect_features(plain, data, layer="conv1", spurious=spurious)
+    features = collect_features(plain, data, layer="conv1", attribute=spurious)
     assert torch.equal(features.attribute, expected)
 
 

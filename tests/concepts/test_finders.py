@@ -217,7 +217,7 @@ def test_without_labels_all_samples_are_compared():
     first = torch.eye(24).double()[:, :1]  # the class's energy enters
     assert np.cos(subspace_angles(found.basis.numpy(), first.numpy())).min() > 0.7
     unnamed = Features(bare.activations, sample=bare.sample)
-    again = ContrastivePCA(4).fit(unnamed, spurious=features.attribute)
+    again = ContrastivePCA(4).fit(unnamed, attribute=features.attribute)
     assert torch.equal(found.basis, again.basis)
 
 
@@ -310,7 +310,7 @@ def test_bad_arguments_are_refused():
     wrong = (None, torch.ones(200), torch.arange(200), torch.tensor([0, 1]), torch.rand(200))
     for finder in (CAV(), ContrastivePCA()):
         for spurious in wrong:
-            with pytest.raises(ValueError, match="spurious: one yes"):
+            with pytest.raises(ValueError, match="attribute: one yes"):
                 finder.fit(bare, spurious)
     with pytest.raises(ValueError, match="kind: 'ridge'"):
         CAV("ridge")

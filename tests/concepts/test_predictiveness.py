@@ -136,7 +136,7 @@ def test_what_is_given_goes_before_the_features_own(problem, spurious):
     subspaces, a, c = problem
     expected = predictiveness(subspaces, Features(a, c, SAMPLE, LABELS, HAS))
     features = Features(a, c, SAMPLE, LABELS.flip(0), 1 - HAS)
-    found = predictiveness(subspaces, features, spurious=spurious, labels=LABELS)
+    found = predictiveness(subspaces, features, attribute=spurious, labels=LABELS)
     assert found == expected
 
 
@@ -202,7 +202,7 @@ def test_of_many_subspaces_the_text_shows_those_that_tell_the_feature_best():
 def test_a_feature_that_is_missing_or_not_yes_or_no_is_refused(problem, spurious):
     subspaces, a, c = problem
     with pytest.raises(ValueError, match="spurious"):
-        predictiveness(subspaces, Features(a, c, SAMPLE), spurious=spurious)
+        predictiveness(subspaces, Features(a, c, SAMPLE), attribute=spurious)
 
 
 def test_bad_labels_targets_and_numbers_are_refused(problem):

@@ -106,12 +106,12 @@ def counted(model, data):
     return right, total
 
 
-@pytest.mark.parametrize("forget", [3, (3, 7)])
-def test_accuracies_are_those_counted_by_hand_on_each_split(network, splits, forget):
-    edit = xe.LogitMask().plan(network, splits["test"], target=forget)
-    account = evaluate_unlearning(network, edit, **splits, forget=forget, relearn=())
-    targets = account.forget
-    assert targets == ((3,) if forget == 3 else (3, 7))
+@pytest.mark.parametrize("target", [3, (3, 7)])
+def test_accuracies_are_those_counted_by_hand_on_each_split(network, splits, target):
+    edit = xe.LogitMask().plan(network, splits["test"], target=target)
+    account = evaluate_unlearning(network, edit, **splits, target=target, relearn=())
+    targets = account.target
+    assert targets == ((3,) if target == 3 else (3, 7))
     edited = edit.apply(copy.deepcopy(network))
     rest = {*range(10)} - {*targets}
     for model, figures in ((network, account.before), (edited, account.after)):
@@ -129,7 +129,7 @@ def test_accuracies_are_those_counted_by_hand_on_each_split(network, splits, for
 
 
 def test_a_mask_changes_answers_and_leaves_the_class_in_the_features(network, splits, mask):
-    account = evaluate_unlearning(network, mask, **splits, forget=FORGET)
+    account = evaluate_unlearning(network, mask, **splits, target=FORGET)
     assert account.after.test.forgotten == account.after.train.forgotten == 0
     assert account.after.test.rest >= account.before.test.rest
     assert account.after.probe_test == account.before.probe_test
@@ -140,7 +140,7 @@ def test_a_mask_changes_answers_and_leaves_the_class_in_the_features(network, sp
 
 
 def test_an_unlearned_network_counts_like_the_edit_that_makes_it(network, splits, mask):
-    given = {**splits, "forget": FORGET, "relearn": (0, 1)}
+    given = {**splits, "target": FORGET, "relearn": (0, 1)}
     from_edit = evaluate_unlearning(network, mask, **given, retrained=mask)
     edited = mask.apply(copy.deepcopy(network))
     assert evaluate_unlearning(network, edited, **given, retrained=edited) == from_edit
@@ -149,7 +149,7 @@ def test_an_unlearned_network_counts_like_the_edit_that_makes_it(network, splits
 
 def test_weights_are_not_counted_where_the_network_has_others(network, splits):
     other = small_cnn(8, channels=(8, 8), hidden=32).eval()
-    account = evaluate_unlearning(network, other, **splits, forget=FORGET, relearn=())
+    account = evaluate_unlearning(network, other, **splits, target=FORGET, relearn=())
     assert account.weights_changed is None
     assert "not counted" in str(account)
 
@@ -158,7 +158,7 @@ def test_divergence_is_that_of_scipy(network, splits, mask):
     torch.manual_seed(1)
     retrained = small_cnn(8, channels=(16, 32)).eval()
     account = evaluate_unlearning(
-        network, mask, **splits, forget=FORGET, retrained=retrained, relearn=(0, 2)
+        network, mask, **splits, target=FORGET, retrained=retrained, relearn=(0, 2)
     )
     inputs, labels = joined(splits["test"])
     edited = mask.apply(copy.deepcopy(network))
@@ -190,7 +190,7 @@ def test_divergence_is_bounded_and_takes_zeros():
 
 def test_the_probe_is_that_of_scikit_learn(network, splits):
     edit = xe.PathPerturbation(layer="fc1", share=0.3).plan(network, splits["test"], target=FORGET)
-    account = evaluate_unlearning(network, edit, **splits, forget=FORGET, relearn=())
+    account = evaluate_unlearning(network, edit, **splits, target=FORGET, relearn=())
     assert account.probe_train_samples == 800
     edited = edit.apply(copy.deepcopy(network))
     for model, figures in ((network, account.before), (edited, account.after)):
@@ -220,7 +220,7 @@ def test_without_a_last_linear_layer_only_the_probe_is_missing(network, splits):
     model, edited = Scaled(network), Scaled(copy.deepcopy(network))
     with torch.no_grad():
         edited.network.fc2.bias[FORGET] -= 30
-    account = evaluate_unlearning(model, edited, **splits, forget=FORGET, relearn=(0, 1))
+    account = evaluate_unlearning(model, edited, **splits, target=FORGET, relearn=(0, 1))
     assert account.before.probe_test is None
     assert "linear layer" in account.before.probe_withheld
     assert account.probe_train_samples == 0
@@ -231,21 +231,21 @@ def test_without_a_last_linear_layer_only_the_probe_is_missing(network, splits):
 def test_where_samples_are_memorised_the_forgetting_rate_is_given(memorised):
     model, data = memorised
     edit = xe.LogitMask().plan(model, data["test"], target=FORGET)
-    account = evaluate_unlearning(model, edit, **data, forget=FORGET, relearn=())
+    account = evaluate_unlearning(model, edit, **data, target=FORGET, relearn=())
     assert account.attack.withheld is None
     assert account.attack.accuracy == 1  # the label's probability is 1 or a tenth
-    assert account.before.forgetting_rate_train == 0
-    assert account.after.forgetting_rate_train == 1
+    assert account.before.targetting_rate_train == 0
+    assert account.after.targetting_rate_train == 1
 
 
 def test_where_trained_and_unseen_samples_are_alike_the_forgetting_rate_is_withheld(
     network, splits, mask
 ):
     alike = {"train": splits["test"], "test": splits["test"]}
-    account = evaluate_unlearning(network, mask, **alike, forget=FORGET, relearn=())
+    account = evaluate_unlearning(network, mask, **alike, target=FORGET, relearn=())
     assert account.attack.accuracy == 0.5
     assert "chance" in account.attack.withheld
-    assert account.before.forgetting_rate_train is account.after.forgetting_rate_train is None
+    assert account.before.targetting_rate_train is account.after.targetting_rate_train is None
     assert "F_r withheld" in str(account)
 
 
@@ -259,7 +259,7 @@ def test_the_attack_is_that_of_scikit_learn_on_samples_it_was_not_fitted_on():
         return {"labels": labels, "before": logits.softmax(1), "after": logits.flip(1).softmax(1)}
 
     trained, unseen = outputs(500, 3.0), outputs(300, 1.0)
-    attack, rates = forgetting_rates(trained, unseen, forget=[1], seed=0)
+    attack, rates = forgetting_rates(trained, unseen, target=[1], seed=0)
 
     x, y, u, v, own = [], [], [], [], []
     for label in range(3):
@@ -289,7 +289,7 @@ def test_luck_with_few_samples_is_not_taken_for_an_attack():
         labels = torch.arange(40) % 2
         sides = [torch.rand(40, 2, generator=generator).softmax(1) for _ in range(2)]
         trained, unseen = ({"labels": labels, "before": side} for side in sides)
-        attack, rates = forgetting_rates(trained, unseen, forget=[1], seed=0)
+        attack, rates = forgetting_rates(trained, unseen, target=[1], seed=0)
         given += attack.withheld is None
         assert bool(rates) == (attack.withheld is None)
     assert given <= 5  # more than two standard errors above chance: one draw in forty
@@ -304,7 +304,7 @@ def test_too_few_samples_for_an_attack_are_said(network, digits, mask):
     images, labels = digits
     one_each = torch.stack([(labels == label).nonzero()[0, 0] for label in range(10)])
     tiny = [(images[one_each], labels[one_each])]
-    account = evaluate_unlearning(network, mask, train=tiny, test=tiny, forget=FORGET)
+    account = evaluate_unlearning(network, mask, train=tiny, test=tiny, target=FORGET)
     assert account.attack.accuracy is None
     assert "too few" in account.attack.withheld
     assert "too few" in str(account)
@@ -313,9 +313,9 @@ def test_too_few_samples_for_an_attack_are_said(network, digits, mask):
 def test_a_sample_that_the_edit_was_planned_from_is_refused(network, splits, mask, held_out):
     images, _ = held_out
     kept = evaluate_unlearning(
-        network, mask, **splits, forget=FORGET, relearn=(), analysis=[images]
+        network, mask, **splits, target=FORGET, relearn=(), analysis=[images]
     )
-    assert kept.forget == (FORGET,)
+    assert kept.target == (FORGET,)
     inside, last = splits["test"][0][0][:2], splits["train"][-1][0][-1:]
     for planned in (
         [(torch.cat([images, inside, last]),)],
@@ -324,7 +324,7 @@ def test_a_sample_that_the_edit_was_planned_from_is_refused(network, splits, mas
         with pytest.raises(
             ValueError, match=rf"of {len(images) + 3} .* 1 are in train and 2 are in test"
         ):
-            evaluate_unlearning(network, mask, **splits, forget=FORGET, analysis=planned)
+            evaluate_unlearning(network, mask, **splits, target=FORGET, analysis=planned)
 
 
 def test_all_networks_are_as_before_also_after_an_error(network, norm, splits, mask, unchanged):
@@ -332,12 +332,12 @@ def test_all_networks_are_as_before_also_after_an_error(network, norm, splits, m
     network.fc1.weight.requires_grad_(False)
     norm.train()
     checks = [unchanged(network), unchanged(norm)]
-    evaluate_unlearning(network, mask, **splits, forget=FORGET, retrained=norm, relearn=(0, 2))
-    evaluate_unlearning(norm, network, **splits, forget=FORGET, relearn=(1,))
+    evaluate_unlearning(network, mask, **splits, target=FORGET, retrained=norm, relearn=(0, 2))
+    evaluate_unlearning(norm, network, **splits, target=FORGET, relearn=(1,))
     broken = [*splits["test"][:1], (splits["test"][1][0] / 0, splits["test"][1][1])]
     with pytest.raises(xe.core.NonFiniteError, match="test: data: batch 1"):
         evaluate_unlearning(
-            network, mask, train=splits["train"], test=broken, forget=FORGET, retrained=norm
+            network, mask, train=splits["train"], test=broken, target=FORGET, retrained=norm
         )
     for check in checks:
         check()
@@ -348,20 +348,20 @@ def test_the_same_seed_gives_the_same_bits(memorised):
     edit = xe.LogitMask().plan(model, data["test"], target=FORGET)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = evaluate_unlearning(model, edit, **data, forget=FORGET, seed=4)
+    first = evaluate_unlearning(model, edit, **data, target=FORGET, seed=4)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert evaluate_unlearning(model, edit, **data, forget=FORGET, seed=4) == first
-    other = evaluate_unlearning(model, edit, **data, forget=FORGET, seed=5)
+    assert evaluate_unlearning(model, edit, **data, target=FORGET, seed=4) == first
+    other = evaluate_unlearning(model, edit, **data, target=FORGET, seed=5)
     assert other != first
     assert other.after.test == first.after.test
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_relearns_where_gradients_are_off(network, splits, mask, mode):
-    account = evaluate_unlearning(network, mask, **splits, forget=FORGET, relearn=(0, 2))
+    account = evaluate_unlearning(network, mask, **splits, target=FORGET, relearn=(0, 2))
     with mode():
-        other = evaluate_unlearning(network, mask, **splits, forget=FORGET, relearn=(0, 2))
+        other = evaluate_unlearning(network, mask, **splits, target=FORGET, relearn=(0, 2))
     assert other == account
 
 
@@ -373,7 +373,7 @@ def test_batches_and_data_sets_do_not_matter(network, splits):
     sets = {name: TensorDataset(*joined(data)) for name, data in splits.items()}
     loaders = {name: DataLoader(data, batch_size=33) for name, data in sets.items()}
     accounts = [
-        evaluate_unlearning(network, mask, **given, forget=FORGET, relearn=())
+        evaluate_unlearning(network, mask, **given, target=FORGET, relearn=())
         for given in (splits, whole, sets, loaders)
     ]
     for account in accounts[1:]:
@@ -392,10 +392,10 @@ def test_one_pass_over_train_and_one_over_test(network, splits, mask):
             return iter(self.data)
 
     watched = {name: Watched(data) for name, data in splits.items()}
-    evaluate_unlearning(network, mask, **watched, forget=FORGET, relearn=())
+    evaluate_unlearning(network, mask, **watched, target=FORGET, relearn=())
     assert watched["train"].reads == 2  # one of them a look at the first batch
     assert watched["test"].reads == 1
-    evaluate_unlearning(network, mask, **watched, forget=FORGET, relearn=(0, 1, 3))
+    evaluate_unlearning(network, mask, **watched, target=FORGET, relearn=(0, 1, 3))
     assert watched["test"].reads == 1 + 3
 
 
@@ -433,25 +433,25 @@ def test_outputs_that_are_probabilities_already_are_taken_as_they_are():
 
 def test_the_relearning_curve_is_that_of_training_by_hand(digits):
     images, labels = 40 * digits[0], digits[1]  # large inputs, for long gradients
-    own, steps, forget = 160, (0, 1, 2, 5), [3, 7]
+    own, steps, target = 160, (0, 1, 2, 5), [3, 7]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
     train(model, images[:900], labels[:900], epochs=3, seed=0)
     model, images = model.double(), images.double()
     x, y = images[900:], labels[900:]
-    edit = xe.LogitMask().plan(model, [(x, y)], target=forget)
+    edit = xe.LogitMask().plan(model, [(x, y)], target=target)
     data = {"train": cut(images[:900], labels[:900]), "test": cut(x, y)}
-    found = evaluate_unlearning(model, edit, **data, forget=forget, relearn=steps, seed=1)
+    found = evaluate_unlearning(model, edit, **data, target=target, relearn=steps, seed=1)
 
     # Twenty batches' worth: of each class the samples that draw the lowest numbers.
     keys, rows = np.random.default_rng(1).random(900), []
-    for target in range(10):
-        mine = np.flatnonzero(labels[:900].numpy() == target)
-        most = own // 2 if target in forget else 20 * 24 // 8
+    for label in range(10):
+        mine = np.flatnonzero(labels[:900].numpy() == label)
+        most = own // 2 if label in target else 20 * 24 // 8
         rows += mine[np.argsort(keys[mine])][:most].tolist()
     lessons, answers = images[rows], labels[rows]
     generator, queues = torch.Generator().manual_seed(1), {True: [], False: []}
-    known = torch.isin(answers, torch.tensor(forget))
+    known = torch.isin(answers, torch.tensor(target))
 
     def drawn(side, count):
         while len(queues[side]) < count:
@@ -460,13 +460,13 @@ def test_the_relearning_curve_is_that_of_training_by_hand(digits):
         taken, queues[side] = queues[side][:count], queues[side][count:]
         return taken
 
-    network, kept = edit.apply(copy.deepcopy(model)), [c for c in range(10) if c not in forget]
+    network, kept = edit.apply(copy.deepcopy(model)), [c for c in range(10) if c not in target]
     curve, lengths = [], []
     for step in range(6):
         if step == 1:
             with torch.no_grad():
                 for parameter in network[3].parameters():
-                    parameter[forget] = parameter[kept].mean(0)
+                    parameter[target] = parameter[kept].mean(0)
             speed = [torch.zeros_like(p) for p in network.parameters()]
         if step:
             batch = [*drawn(True, 8), *drawn(False, 24)]
@@ -478,7 +478,7 @@ def test_the_relearning_curve_is_that_of_training_by_hand(digits):
                     speed[at] = 0.9 * speed[at] + g * min(1.0, 5 / lengths[-1])
                     p -= 0.01 * speed[at]
         if step in steps:
-            right, mine = network(x).argmax(1) == y, torch.isin(y, torch.tensor(forget))
+            right, mine = network(x).argmax(1) == y, torch.isin(y, torch.tensor(target))
             curve.append((float(right[mine].double().mean()), float(right[~mine].double().mean())))
     assert max(lengths) > 5
     after = found.after.relearning_test
@@ -489,7 +489,7 @@ def test_the_relearning_curve_is_that_of_training_by_hand(digits):
 
 def test_the_text_names_splits_and_promises_nothing(network, splits, mask):
     text = str(
-        evaluate_unlearning(network, mask, **splits, forget=FORGET, cost=Cost(1.5, 2 * 10**9))
+        evaluate_unlearning(network, mask, **splits, target=FORGET, cost=Cost(1.5, 2 * 10**9))
     )
     assert "erase" not in text.lower()
     for part in ("A_t", "A_g", "test", "train", "1.50 s, 2.00 GB", "1 of ", "3  forgotten"):
@@ -498,10 +498,10 @@ def test_the_text_names_splits_and_promises_nothing(network, splits, mask):
 
 
 def test_the_dictionary_holds_json_and_every_figure(network, splits, mask):
-    settings = {"forget": FORGET, "cost": Cost(1.5, 2), "seed": np.int64(3)}
+    settings = {"target": FORGET, "cost": Cost(1.5, 2), "seed": np.int64(3)}
     told = evaluate_unlearning(network, mask, **splits, **settings).to_dict()
     assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert (told["forget"], told["seed"]) == ([FORGET], 3)
+    assert (told["target"], told["seed"]) == ([FORGET], 3)
     assert told["after"]["test"]["forgotten"] == 0
     assert len(told["before"]["train"]["classes"]) == 10
     assert told["after"]["relearning_test"]["steps"] == [0, 1, 2, 5, 10, 20]
@@ -515,14 +515,14 @@ def test_a_long_table_shows_the_classes_that_matter():
     images, labels = torch.rand(120, 1, 8, 8), torch.arange(120) % 60
     data = {"train": [(images, labels)], "test": [(images.flip(0), labels)]}
     edit = xe.LogitMask().plan(model, data["test"], target=59)
-    text = str(evaluate_unlearning(model, edit, **data, forget=59, relearn=()))
+    text = str(evaluate_unlearning(model, edit, **data, target=59, relearn=()))
     assert "20 of 60" in text
     assert "59  forgotten" in text
 
 
 BAD = {
-    "class out of range": ({"forget": 10}, ValueError, "forget: .*class 10 is out of range"),
-    "no class": ({"forget": ()}, ValueError, "forget"),
+    "class out of range": ({"target": 10}, ValueError, "target: .*class 10 is out of range"),
+    "no class": ({"target": ()}, ValueError, "target"),
     "single use": ({"test": iter([])}, TypeError, "test: .*only once"),
     "single-use training data": ({"train": iter([])}, TypeError, "train: .*only once"),
     "no samples": ({"test": []}, ValueError, "test: data: no samples"),
@@ -541,7 +541,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_in_words(network, splits, mask, case):
     given, error, text = BAD[case]
-    arguments = {"edit": mask, **splits, "forget": FORGET, **given}
+    arguments = {"edit": mask, **splits, "target": FORGET, **given}
     with pytest.raises(error, match=text):
         evaluate_unlearning(network, **arguments)
 
@@ -559,16 +559,16 @@ def test_a_split_without_the_class_or_without_labels_is_refused(network, splits,
         (beyond, "class 10 is out of range"),
     ):
         with pytest.raises(ValueError, match=f"{split}: .*{text}"):
-            evaluate_unlearning(network, mask, **{**splits, split: data}, forget=FORGET)
+            evaluate_unlearning(network, mask, **{**splits, split: data}, target=FORGET)
 
 
 def test_an_edit_of_another_model_or_applied_already_is_refused(network, plain, splits, mask):
     with pytest.raises(xe.core.EditMismatchError, match="does not have"):
-        evaluate_unlearning(plain, mask, **splits, forget=FORGET)
+        evaluate_unlearning(plain, mask, **splits, target=FORGET)
     with mask.applied(network), pytest.raises(xe.core.EditMismatchError, match="already holds"):
-        evaluate_unlearning(network, mask, **splits, forget=FORGET)
+        evaluate_unlearning(network, mask, **splits, target=FORGET)
     with pytest.raises(ValueError, match="the model itself"):
-        evaluate_unlearning(network, network, **splits, forget=FORGET)
+        evaluate_unlearning(network, network, **splits, target=FORGET)
 
 
 def test_outputs_that_are_not_finite_name_the_network(network, splits):
@@ -576,4 +576,4 @@ def test_outputs_that_are_not_finite_name_the_network(network, splits):
     with torch.no_grad():
         broken.fc2.weight[0, 0] = float("inf")
     with pytest.raises(xe.core.NonFiniteError, match="network 'after'"):
-        evaluate_unlearning(network, broken, **splits, forget=FORGET)
+        evaluate_unlearning(network, broken, **splits, target=FORGET)

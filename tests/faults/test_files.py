@@ -519,11 +519,11 @@ INTERRUPTED = {
     ),
     "evaluate_groups": lambda m, d, cut: xe.evaluate_groups(m, cut),
     "evaluate_unlearning": lambda m, d, cut: xe.evaluate_unlearning(
-        m, xe.ModelEdit({}), train=d, test=cut, forget=3
+        m, xe.ModelEdit({}), train=d, test=cut, target=3
     ),
     "fit_patterns": lambda m, d, cut: xe.fit_patterns(m, cut),
-    "random_labels": lambda m, d, cut: xe.comparisons.random_labels(m, cut, forget=3),
-    "boundary_shrink": lambda m, d, cut: xe.comparisons.boundary_shrink(m, cut, forget=3),
+    "random_labels": lambda m, d, cut: xe.comparisons.random_labels(m, cut, target=3),
+    "boundary_shrink": lambda m, d, cut: xe.comparisons.boundary_shrink(m, cut, target=3),
     "deletion_curve": lambda m, d, cut: xe.deletion_curve(
         m, cut, xe.score_units(m, d, xe.WeightMagnitude())
     ),

@@ -125,7 +125,7 @@ def test_a_class_that_only_goes_with_the_feature_is_not_moved():
     logits, labels, _ = logits_moved([0.0, 0, 0], samples=900)
     has = ((labels == 1) ^ (torch.arange(900) % 10 == 0)).long()
     assert (logits[has == 1].mean(0) - logits[has == 0].mean(0))[1] > 1
-    with pytest.raises(ValueError, match="spurious: no class is moved; the most is class"):
+    with pytest.raises(ValueError, match="attribute: no class is moved; the most is class"):
         moved_classes(logits, labels, has, [0, 1])
 
 
@@ -139,7 +139,7 @@ def test_a_mark_that_moves_nothing_is_refused_whatever_the_aim(shortcut):
     model = copy.deepcopy(model)
     model[3].weight[:, 0] = 0.0
     for aim in ("worst-group", "indifference"):
-        with pytest.raises(ValueError, match="spurious: no class is moved"):
+        with pytest.raises(ValueError, match="attribute: no class is moved"):
             FictitiousClass(aim=aim).plan(model, batched(*planning))
 
 
@@ -210,10 +210,10 @@ def test_the_feature_may_be_a_function_a_vector_or_the_third_element(shortcut, s
     operator = FictitiousClass(select)
     third = changed(operator.plan(model, batched(*planning), target=MARKED))
     assert third[HEAD][0]
-    assert changed(operator.plan(model, without, target=MARKED, spurious=marked)) == third
-    assert changed(operator.plan(model, without, target=MARKED, spurious=planning[2])) == third
+    assert changed(operator.plan(model, without, target=MARKED, attribute=marked)) == third
+    assert changed(operator.plan(model, without, target=MARKED, attribute=planning[2])) == third
     yes = planning[2].bool()
-    assert changed(operator.plan(model, without, target=MARKED, spurious=yes)) == third
+    assert changed(operator.plan(model, without, target=MARKED, attribute=yes)) == third
 
 
 def test_the_rate_is_judged_on_validation_data_and_the_column_on_planning_data(shortcut):
@@ -233,7 +233,7 @@ def test_the_rate_is_judged_on_validation_data_and_the_column_on_planning_data(s
         model,
         batched(*planning, third=False),
         target=MARKED,
-        spurious=marked,
+        attribute=marked,
         validation=batched(*test, third=False),
     )
     assert changed(by_function) == changed(edit)
@@ -243,7 +243,7 @@ def test_a_vector_is_not_taken_for_the_validation_data(shortcut):
     model, planning, test = shortcut
     plan = batched(*planning, third=False)
     with_vector = FictitiousClass().plan(
-        model, plan, target=MARKED, spurious=planning[2], validation=batched(*test)
+        model, plan, target=MARKED, attribute=planning[2], validation=batched(*test)
     )
     without = FictitiousClass().plan(
         model, batched(*planning), target=MARKED, validation=batched(*test)
@@ -254,7 +254,7 @@ def test_a_vector_is_not_taken_for_the_validation_data(shortcut):
             model,
             plan,
             target=MARKED,
-            spurious=planning[2],
+            attribute=planning[2],
             validation=batched(*test, third=False),
         )
 
@@ -273,7 +273,7 @@ def test_no_improvement_is_an_empty_edit_with_the_reason(shortcut, select):
 
 def test_a_missing_feature_is_refused(shortcut):
     model, planning, _ = shortcut
-    with pytest.raises(ValueError, match="spurious: not given"):
+    with pytest.raises(ValueError, match="attribute: not given"):
         FictitiousClass().plan(model, batched(*planning, third=False), target=MARKED)
 
 

@@ -153,8 +153,8 @@ def test_the_attribute_is_kept_in_data_order(plain, batches, how):
 def test_an_attribute_vector_of_another_length_is_refused(plain, batches, length):
     with pytest.raises(ValueError, match=r"^attribute: .* values for .* samples"):
         collect_head_features(plain, batches, attribute=torch.zeros(length), with_attribute=True)
-    with pytest.raises(ValueError, match=r"^spurious: .* values for .* samples"):
-        LEACE().plan(plain, batches, spurious=torch.zeros(length))
+    with pytest.raises(ValueError, match=r"^attribute: .* values for .* samples"):
+        LEACE().plan(plain, batches, attribute=torch.zeros(length))
 
 
 def test_a_buffer_that_the_loader_uses_again_does_not_reach_the_features():

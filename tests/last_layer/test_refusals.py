@@ -43,8 +43,8 @@ def test_neurons_that_no_relevance_reaches_are_not_switched_off(batches, plain):
 @pytest.mark.parametrize("values", [0.9, float("nan")])
 def test_a_feature_between_yes_and_no_is_refused(batches, plain, values):
     data = [(x, y) for x, y in batches]
-    with pytest.raises(ValueError, match="spurious: values that are not whole numbers"):
-        xe.FictitiousClass().plan(plain, data, spurious=lambda x: torch.full((len(x),), values))
+    with pytest.raises(ValueError, match="attribute: values that are not whole numbers"):
+        xe.FictitiousClass().plan(plain, data, attribute=lambda x: torch.full((len(x),), values))
     with pytest.raises(ValueError, match="groups: values that are not whole numbers"):
         xe.evaluate_groups(plain, data, groups=lambda x: torch.full((len(x),), values))
 

@@ -313,7 +313,7 @@ def test_a_subspace_tells_the_feature():
     basis = torch.zeros(6, 1, dtype=torch.double)
     basis[1] = 1
     subspace = Subspaces(basis, (1,), head.features.mean(0))
-    told = FictitiousClass().plan(model_of(head), head, spurious=subspace, target=1)
+    told = FictitiousClass().plan(model_of(head), head, attribute=subspace, target=1)
     known = FictitiousClass().plan(model_of(head), head, target=1)
     assert told.origin["rows"] == known.origin["rows"]
     strength = concept_strength(subspace, head.features)
@@ -323,11 +323,11 @@ def test_a_subspace_tells_the_feature():
 def test_a_subspace_that_cannot_tell_is_refused():
     head = both_ways()
     two = Subspaces(torch.eye(6, 2).double(), (1, 1), torch.zeros(6).double())
-    with pytest.raises(ValueError, match="spurious: 2 subspaces given; give one"):
-        FictitiousClass().plan(model_of(head), head, spurious=two)
+    with pytest.raises(ValueError, match="attribute: 2 subspaces given; give one"):
+        FictitiousClass().plan(model_of(head), head, attribute=two)
     other = Subspaces(torch.eye(5, 1).double(), (1,), torch.zeros(5).double())
     with pytest.raises(ValueError, match="a subspace of 5 channels"):
-        FictitiousClass().plan(model_of(head), head, spurious=other)
+        FictitiousClass().plan(model_of(head), head, attribute=other)
     with pytest.raises(ValueError, match="equally strong"):
         split_point(torch.ones(4))
 

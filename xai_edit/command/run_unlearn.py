@@ -235,7 +235,7 @@ def _evaluated(run: Run, parts: Parts, known: Images, train: Images) -> dict[str
             edit,
             train=run.read(train, f"{name}: training data"),
             test=run.read(parts.held_out, f"{name}: held-out data"),
-            forget=parts.target,
+            target=parts.target,
             analysis=run.read(known, "planning data"),
         )
         for name, edit in run.edits.items()

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.comparisons.class_samples import Remaining, forgotten, listed
+from xai_edit.comparisons.class_samples import Remaining, forgotten
 from xai_edit.core.data import Batch, Data, model_device
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import copied, require_finite
+from xai_edit.core.targets import class_list
 from xai_edit.core.training import fine_tuned
 from xai_edit.edits.model_edit import ModelEdit
 
@@ -143,7 +144,7 @@ def amnesiac(
     model: nn.Module,
     log: AmnesiacLog,
     *,
-    forget: int | Sequence[int],
+    target: int | Sequence[int],
     repair: Data | None = None,
     epochs: int = 1,
     learning_rate: float = 3e-3,
@@ -161,7 +162,7 @@ def amnesiac(
     model : nn.Module
         As it was after the last recorded step. Only read.
     log : AmnesiacLog
-    forget : int or sequence of int
+    target : int or sequence of int
         The class or classes.
     repair : iterable or Dataset, optional
         Labelled batches to fine-tune on afterwards, without the samples of the class.
@@ -181,12 +182,12 @@ def amnesiac(
     """
     with torch.inference_mode(False):
         log.require_left(model)
-        classes = listed(forget, sys.maxsize)  # the log says which there are
+        classes = class_list(target, sys.maxsize)  # the log says which there are
         logged_classes = {one for logged in log.updates for one in logged}
         for one in classes:
             if one not in logged_classes:
                 raise ValueError(
-                    f"forget: class {one} is in no logged batch; the log has "
+                    f"target: class {one} is in no logged batch; the log has "
                     f"{sorted(logged_classes)}"
                 )
         require_finite(model)

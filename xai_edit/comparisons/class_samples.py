@@ -61,7 +61,7 @@ class ClassSamples:
         return epoch
 
 
-def class_samples(model: nn.Module, data: Data, forget: int | Sequence[int]) -> ClassSamples:
+def class_samples(model: nn.Module, data: Data, target: int | Sequence[int]) -> ClassSamples:
     """Gather the samples of the classes to forget in one pass over the data.
 
     Raises
@@ -70,7 +70,7 @@ def class_samples(model: nn.Module, data: Data, forget: int | Sequence[int]) -> 
         If a class is out of range or has no samples, no class would be left, or a batch has no
         labels.
     """
-    classes, outputs, data = forgotten(model, data, forget)
+    classes, outputs, data = forgotten(model, data, target)
     inputs, labels, others = [], [], 0
     for batch in labelled(data, outputs):
         chosen = among(batch.labels, classes)
@@ -83,7 +83,7 @@ def class_samples(model: nn.Module, data: Data, forget: int | Sequence[int]) -> 
 
 
 def forgotten(
-    model: nn.Module, data: Data, forget: int | Sequence[int]
+    model: nn.Module, data: Data, target: int | Sequence[int]
 ) -> tuple[list[int], int, Data]:
     """Return the classes to forget as a list, the number of the model's classes, and the data.
 
@@ -97,18 +97,10 @@ def forgotten(
     first, whole = peek(data, model_device(model))
     with preserved(model), torch.no_grad():
         outputs = one_logit_a_class(predict(model, first.inputs[:1]).shape[1])
-    classes = listed(forget, outputs)
+    classes = class_list(target, outputs)
     if len(classes) == outputs:
-        raise ValueError(f"forget: all {outputs} classes of the model given; one has to stay")
+        raise ValueError(f"target: all {outputs} classes of the model given; one has to stay")
     return classes, outputs, whole if isinstance(data, Iterator) else data
-
-
-def listed(forget: int | Sequence[int], outputs: int) -> list[int]:
-    """Return one class or several as a list; ValueError if one is none, or named twice."""
-    try:
-        return class_list(forget, outputs)
-    except ValueError as problem:
-        raise ValueError(str(problem).replace("target:", "forget:", 1)) from None
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ def require_present(classes: Sequence[int], labels: Tensor) -> None:
     """Raise ValueError naming the classes of which there is no sample."""
     absent = sorted(set(classes) - set(labels.unique().tolist()))
     if absent:
-        raise ValueError(f"forget: the data has no sample of class {', '.join(map(str, absent))}")
+        raise ValueError(f"target: the data has no sample of class {', '.join(map(str, absent))}")
 
 
 def shuffled(data: Data, batch_size: int) -> Data:

@@ -30,7 +30,7 @@ def retrain(
     model: nn.Module,
     data: Data,
     *,
-    forget: int | Sequence[int],
+    target: int | Sequence[int],
     build: Callable[[], nn.Module],
     train: Callable[[nn.Module, Iterable[Any]], object],
     batch_size: int = 64,
@@ -46,7 +46,7 @@ def retrain(
         Labelled batches that can be read several times; see `xai_edit.core.data.batches`. Batches
         keep their order and lose the samples of the class; empty ones are dropped. A
         ``Dataset`` is shuffled anew for each pass and read ``batch_size`` samples at a time.
-    forget : int or sequence of int
+    target : int or sequence of int
         The class or classes.
     build : callable
         Gives an untrained network with the parameters of ``model``.
@@ -69,7 +69,7 @@ def retrain(
     TypeError
         If ``build`` or ``train`` is not such a function, or the data can be read only once.
     ValueError
-        If the data has no labels, no sample of a class of ``forget`` or no others, or the network
+        If the data has no labels, no sample of a class of ``target`` or no others, or the network
         has other parameters than the model.
     NonFiniteError
         If the trained weights are not finite.
@@ -81,7 +81,7 @@ def retrain(
     with seeded(seed), torch.inference_mode(False):
         network = build()
         require_type(network, nn.Module, "build", "it returns a network")
-        classes, outputs, _ = forgotten(model, data, forget)
+        classes, outputs, _ = forgotten(model, data, target)
         device = model_device(network)
         remaining = Remaining(data, classes, outputs=outputs, device=device, batch_size=batch_size)
         removed, kept = remaining.count()
@@ -95,7 +95,7 @@ def random_labels(
     model: nn.Module,
     data: Data,
     *,
-    forget: int | Sequence[int],
+    target: int | Sequence[int],
     epochs: int = 1,
     learning_rate: float = 3e-3,
     batch_size: int = 64,
@@ -115,7 +115,7 @@ def random_labels(
         Labelled batches, of training data in the paper, that can be read several times. Batches
         are taken as they come, so shuffle them in the loader; a ``Dataset`` is shuffled here. The
         class's samples are read once and held on the CPU.
-    forget : int or sequence of int
+    target : int or sequence of int
         The class or classes.
     epochs, learning_rate, seed
         The same seed gives the same bits.
@@ -134,7 +134,7 @@ def random_labels(
     """
     readable_again(data, "training")
     with seeded(seed), torch.inference_mode(False):
-        chosen = class_samples(model, data, forget)
+        chosen = class_samples(model, data, target)
         if chosen.others == 0:
             raise ValueError("data: only samples of the classes to forget; others are needed too")
         generator = torch.Generator().manual_seed(seed)
@@ -163,7 +163,7 @@ def negative_gradient(
     model: nn.Module,
     data: Data,
     *,
-    forget: int | Sequence[int],
+    target: int | Sequence[int],
     epochs: int = 1,
     learning_rate: float = 1e-4,
     batch_size: int = 64,
@@ -182,7 +182,7 @@ def negative_gradient(
     settings: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
     settings |= {"batch_size": batch_size, "seed": seed}
     with seeded(seed), torch.inference_mode(False):
-        chosen = class_samples(model, data, forget)
+        chosen = class_samples(model, data, target)
         made, origin = _on_class(model, chosen, chosen.labels, settings, ascend=True)
         return _edit(model, made, "negative_gradient", chosen.classes, origin)
 
@@ -191,7 +191,7 @@ def boundary_shrink(
     model: nn.Module,
     data: Data,
     *,
-    forget: int | Sequence[int],
+    target: int | Sequence[int],
     epsilon: float = 0.1,
     clip: tuple[float, float] | None = None,
     epochs: int = 10,
@@ -211,7 +211,7 @@ def boundary_shrink(
     settings: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
     settings |= {"batch_size": batch_size, "seed": seed}
     with seeded(seed), torch.inference_mode(False):
-        chosen = class_samples(model, data, forget)
+        chosen = class_samples(model, data, target)
         nearest = nearest_classes(model, chosen, epsilon=epsilon, clip=clip, batch_size=batch_size)
         made, origin = _on_class(model, chosen, nearest, settings)
         origin |= {"epsilon": epsilon, "clip": None if clip is None else list(clip)}
@@ -224,7 +224,7 @@ def boundary_expanding(
     model: nn.Module,
     data: Data,
     *,
-    forget: int | Sequence[int],
+    target: int | Sequence[int],
     epochs: int = 10,
     learning_rate: float = 1e-5,
     batch_size: int = 64,
@@ -241,7 +241,7 @@ def boundary_expanding(
     settings: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
     settings |= {"batch_size": batch_size, "seed": seed}
     with seeded(seed), torch.inference_mode(False):
-        chosen = class_samples(model, data, forget)
+        chosen = class_samples(model, data, target)
         name, _ = find_head(model, chosen.inputs[:1].to(model_device(model)))
         wide = copied(model)
         with seeded(seed):

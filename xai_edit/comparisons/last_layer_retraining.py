@@ -63,7 +63,7 @@ class LastLayerRetraining:
             object.__setattr__(self, "C", positive(self.C, "C"))
 
     def plan(
-        self, model: nn.Module, data: Data | HeadFeatures, *, spurious: Attribute = None
+        self, model: nn.Module, data: Data | HeadFeatures, *, attribute: Attribute = None
     ) -> ModelEdit:
         """Plan the new head; the model is only read.
 
@@ -73,7 +73,7 @@ class LastLayerRetraining:
             A classifier that ends in a linear layer.
         data : iterable, Dataset or HeadFeatures
             Labelled batches with samples of every group, held out from training.
-        spurious : callable, Tensor or None
+        attribute : callable, Tensor or None
             See `xai_edit.core.data.Attribute`; it may have more than two values.
 
         Returns
@@ -88,9 +88,7 @@ class LastLayerRetraining:
             If a class has no samples, the last layer has no bias, or a group has only one sample
             where the strength is tuned.
         """
-        head = head_features(
-            model, data, attribute=spurious, with_attribute=True, attribute_name="spurious"
-        )
+        head = head_features(model, data, attribute=attribute, with_attribute=True)
         labels = head.require_labels()
         if len(labels.unique()) < head.classes or head.classes < 2:
             raise ValueError(

@@ -45,7 +45,7 @@ class LEACE:
     """
 
     def plan(
-        self, model: nn.Module, data: Data | HeadFeatures, *, spurious: Attribute = None
+        self, model: nn.Module, data: Data | HeadFeatures, *, attribute: Attribute = None
     ) -> ModelEdit:
         """Plan the erasure from one pass over the data; the model is only read.
 
@@ -55,7 +55,7 @@ class LEACE:
             A classifier that ends in a linear layer with a bias.
         data : iterable, Dataset or HeadFeatures
             Batches; labels are not needed.
-        spurious : callable, Tensor or None
+        attribute : callable, Tensor or None
             What is erased, see `xai_edit.core.data.Attribute`; it may have more than two values.
 
         Returns
@@ -72,16 +72,14 @@ class LEACE:
         """
         from sklearn.covariance import ledoit_wolf
 
-        head = head_features(
-            model, data, attribute=spurious, with_attribute=True, attribute_name="spurious"
-        )
+        head = head_features(model, data, attribute=attribute, with_attribute=True)
         if head.bias is None:
             raise ValueError(f"model: the last layer {head.layer!r} has no bias")
         assert head.attribute is not None  # asked for above
         values, place, counts = head.attribute.unique(return_inverse=True, return_counts=True)
         if len(values) < 2:
             raise ValueError(
-                f"spurious: all {len(place)} samples have the value {int(values)}; samples with "
+                f"attribute: all {len(place)} samples have the value {int(values)}; samples with "
                 "and without the feature are needed"
             )
         x, z = head.features.double(), nn.functional.one_hot(place).double()

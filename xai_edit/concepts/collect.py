@@ -43,7 +43,7 @@ def collect_features(
     scorer: LRP | None = None,
     target: Target = "label",
     positions: int | None = 20,
-    spurious: Attribute = None,
+    attribute: Attribute = None,
     seed: int = 0,
     unit_axis: int | None = None,
     on_disk: str | Path | None = None,
@@ -67,7 +67,7 @@ def collect_features(
         The output that the contexts explain; see `xai_edit.core.targets.Target`.
     positions : int or None
         Positions drawn per sample without replacement; all of them when None or fewer.
-    spurious : callable, Tensor or None
+    attribute : callable, Tensor or None
         Which samples have the spurious feature; the data's third element when left out.
     seed : int
         Of the drawn positions; see `PositionDraw`.
@@ -124,12 +124,12 @@ def collect_features(
                     path = None if folder is None else folder / name
                     vectors.setdefault(name, _Rows(path)).append(taken.flatten(0, 1))
                 labels.append(batch.labels)
-                attribute = None
-                if spurious is not None or batch.groups is not None:
-                    attribute = attribute_of(spurious, batch, samples, "spurious")
-                attributes.append(attribute)
+                known = attribute is not None or batch.groups is not None
+                attributes.append(
+                    attribute_of(attribute, batch, samples, "attribute") if known else None
+                )
                 samples += len(batch)
-        check_length(spurious, samples, "spurious")
+        check_length(attribute, samples, "attribute")
         if not samples:  # on one of several ranks
             return Features(torch.empty(0, 0), origin=origin)
         features = Features(

@@ -96,12 +96,12 @@ class Features:
             )
         return self.contexts
 
-    def require_spurious(self, spurious: Tensor | None = None) -> Tensor:
+    def require_attribute(self, attribute: Tensor | None = None) -> Tensor:
         """Return which samples have the spurious feature, bool, shape (samples,), on the CPU.
 
         Parameters
         ----------
-        spurious : Tensor, optional
+        attribute : Tensor, optional
             Yes or no a sample; the features' own attribute when left out.
 
         Raises
@@ -109,10 +109,10 @@ class Features:
         ValueError
             If it is missing, or the same in every sample.
         """
-        given = self.attribute if spurious is None else torch.as_tensor(spurious)
+        given = self.attribute if attribute is None else torch.as_tensor(attribute)
         if given is None or given.shape != (self.samples,) or given.unique().tolist() != [0, 1]:
             raise ValueError(
-                f"spurious: one yes (1) or no (0) for each of {self.samples} samples is needed, "
+                f"attribute: one yes (1) or no (0) for each of {self.samples} samples is needed, "
                 "and some of each"
             )
         return given.cpu() > 0

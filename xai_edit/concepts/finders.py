@@ -113,14 +113,14 @@ class ContrastivePCA:
     def __init__(self, size: int = 4) -> None:
         self.size = whole_number(size, "size", least=1)
 
-    def fit(self, features: Features, spurious: Tensor | None = None) -> Subspaces:
+    def fit(self, features: Features, attribute: Tensor | None = None) -> Subspaces:
         """Find the subspace.
 
         Parameters
         ----------
         features : Features
             Of samples with and without the feature.
-        spurious : Tensor, optional
+        attribute : Tensor, optional
             Yes or no a sample, shape (samples,); the features' own attribute when left out.
 
         Raises
@@ -129,7 +129,7 @@ class ContrastivePCA:
             If the feature is missing or the same in every sample, no class has samples of both
             kinds, or fewer directions than asked for vary more with it.
         """
-        has = features.by_vector(features.require_spurious(spurious))
+        has = features.by_vector(features.require_attribute(attribute))
         a = _activations(features)
         labels = torch.zeros(len(a)).long()
         if features.labels is not None:
@@ -179,9 +179,9 @@ class CAV:
         self.kind = one_of(kind, get_args(Kind), "kind")
         self.C = positive(C, "C")
 
-    def fit(self, features: Features, spurious: Tensor | None = None) -> Subspaces:
+    def fit(self, features: Features, attribute: Tensor | None = None) -> Subspaces:
         """Find the direction; as `ContrastivePCA.fit`, ValueError if activations do not differ."""
-        has = features.by_vector(features.require_spurious(spurious))
+        has = features.by_vector(features.require_attribute(attribute))
         a = _activations(features)
         direction = self._direction(a, has)
         length = direction.norm()

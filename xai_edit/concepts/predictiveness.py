@@ -190,7 +190,7 @@ def predictiveness(
     subspaces: Subspaces,
     features: Features,
     *,
-    spurious: Tensor | None = None,
+    attribute: Tensor | None = None,
     labels: Tensor | None = None,
     target: int | None = None,
     resamples: int = 1000,
@@ -208,7 +208,7 @@ def predictiveness(
     subspaces : Subspaces
     features : Features
         Of samples with and without the feature, all classes.
-    spurious : Tensor, optional
+    attribute : Tensor, optional
         Yes or no a sample, shape (samples,); the features' own attribute when left out.
     labels : Tensor, optional
         The class of each sample, shape (samples,); the features' own labels when left out. Without
@@ -228,7 +228,7 @@ def predictiveness(
     """
     resamples = whole_number(resamples, "resamples", least=1)
     seed = whole_number(seed, "seed")
-    has = features.require_spurious(spurious)
+    has = features.require_attribute(attribute)
     of_class, target = _of_class(features, labels, has, target)
     group_of = 2 * (~of_class).long() + (~has).long()
     members = [torch.nonzero(group_of == group).flatten() for group in range(len(GROUPS))]

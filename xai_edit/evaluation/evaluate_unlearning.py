@@ -39,7 +39,7 @@ def evaluate_unlearning(
     *,
     train: Data,
     test: Data,
-    forget: int | Sequence[int],
+    target: int | Sequence[int],
     retrained: ModelEdit | nn.Module | None = None,
     analysis: Data | None = None,
     relearn: Sequence[int] = STEPS,
@@ -68,7 +68,7 @@ def evaluate_unlearning(
         Labelled samples that the model was trained on.
     test : iterable or Dataset
         Labelled samples that neither model nor edit has seen.
-    forget : int or sequence of int
+    target : int or sequence of int
         The class or classes to be forgotten.
     retrained : ModelEdit or nn.Module, optional
         A network trained without the classes, with as many outputs, or the edit of ``model`` that
@@ -110,8 +110,7 @@ def evaluate_unlearning(
         with naming("train"):
             first = peek(train, model_device(model))[0].inputs[:1]
         classes = _classes(networks, first)
-        with naming("forget"):
-            targets = tuple(class_list(forget, classes))
+        targets = tuple(class_list(target, classes))
         heads, headless = find_heads(networks, first)
         overlap = Overlap(analysis)
         counts: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
@@ -151,7 +150,7 @@ def evaluate_unlearning(
         overlap.refuse()
         with measured() as parts["attack"]:
             attack, rates = forgetting_rates(
-                outputs.rows(), unseen.rows(), forget=targets, seed=seed
+                outputs.rows(), unseen.rows(), target=targets, seed=seed
             )
         curves: dict[str, Relearning] = {}
         if steps:
@@ -163,7 +162,7 @@ def evaluate_unlearning(
                     test,
                     steps=steps,
                     start=tested,
-                    forget=targets,
+                    target=targets,
                     seed=seed,
                 )
         changed = _weights_changed(model, edit)
@@ -184,7 +183,7 @@ def evaluate_unlearning(
         )
 
     return Unlearning(
-        forget=targets,
+        target=targets,
         before=figures("before"),
         after=figures("after"),
         retrained=None if retrained is None else figures("retrained"),

@@ -42,7 +42,7 @@ def forgetting_rates(
     trained: Mapping[str, Tensor],
     unseen: Mapping[str, Tensor],
     *,
-    forget: Sequence[int],
+    target: Sequence[int],
     seed: int,
 ) -> tuple[Attack, dict[str, float]]:
     """Fit the attack on the unedited network and ask it about each network.
@@ -63,7 +63,7 @@ def forgetting_rates(
         (samples, classes) on training samples, in random order within each class.
     unseen : mapping
         ``labels`` and the probabilities of ``before`` on test samples.
-    forget : sequence of int
+    target : sequence of int
         The forgotten classes.
     seed : int
         Of the SVM.
@@ -78,7 +78,7 @@ def forgetting_rates(
     from sklearn.svm import LinearSVC
 
     fitted, held_out = _halves(trained["labels"], unseen["labels"])
-    mine = torch.isin(trained["labels"], torch.tensor(list(forget)))
+    mine = torch.isin(trained["labels"], torch.tensor(list(target)))
     mine[fitted[0]] = False
     sizes = (len(held_out[0]), len(held_out[1]), int(mine.sum()))
     if not len(fitted[0]) or not sizes[2]:
@@ -120,8 +120,8 @@ def _halves(trained: Tensor, unseen: Tensor) -> tuple[tuple[Tensor, Tensor], tup
     """
     fitted: tuple[list[Tensor], list[Tensor]] = ([], [])
     held_out: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for target in trained.unique():
-        rows = [(labels == target).nonzero()[:, 0] for labels in (trained, unseen)]
+    for one in trained.unique():
+        rows = [(labels == one).nonzero()[:, 0] for labels in (trained, unseen)]
         pairs = min(map(len, rows))
         for side in (0, 1):
             fitted[side].append(rows[side][: pairs // 2])

@@ -131,7 +131,7 @@ class SplitAccuracy:
     samples: tuple[int, ...]
 
 
-def split_accuracy(counts: Tensor, forget: Sequence[int], split: str) -> SplitAccuracy:
+def split_accuracy(counts: Tensor, target: Sequence[int], split: str) -> SplitAccuracy:
     """Return a model's figures on a split from its right answers and samples by class.
 
     Raises
@@ -140,13 +140,13 @@ def split_accuracy(counts: Tensor, forget: Sequence[int], split: str) -> SplitAc
         If a forgotten class, or all the rest, has no samples.
     """
     right, samples = counts.tolist()
-    for target in forget:
-        if not samples[target]:
-            raise ValueError(f"{split}: no samples of class {target}, which is to be forgotten")
-    own_right, own = counts[:, list(forget)].sum(1).tolist()
+    for one in target:
+        if not samples[one]:
+            raise ValueError(f"{split}: no samples of class {one}, which is to be forgotten")
+    own_right, own = counts[:, list(target)].sum(1).tolist()
     rest_right, rest = sum(right) - own_right, sum(samples) - own
     if not rest:
-        raise ValueError(f"{split}: no samples of any class but {list(forget)}")
+        raise ValueError(f"{split}: no samples of any class but {list(target)}")
     pairs = zip(right, samples, strict=True)
     classes = tuple(hits / total if total else None for hits, total in pairs)
     return SplitAccuracy(own_right / own, rest_right / rest, classes, own, rest, tuple(samples))

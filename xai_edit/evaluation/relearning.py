@@ -46,14 +46,14 @@ class Relearning:
     rest: tuple[float, ...]
 
 
-def lessons_kept(classes: int, forget: Sequence[int]) -> list[int]:
+def lessons_kept(classes: int, target: Sequence[int]) -> list[int]:
     """Return how many training samples of each class to keep: those of twenty batches in all.
 
     One of each class at least.
     """
-    own = max(1, STEPS[-1] * OWN // len(forget))
-    rest = max(1, STEPS[-1] * REST // max(1, classes - len(forget)))
-    return [own if target in forget else rest for target in range(classes)]
+    own = max(1, STEPS[-1] * OWN // len(target))
+    rest = max(1, STEPS[-1] * REST // max(1, classes - len(target)))
+    return [own if one in target else rest for one in range(classes)]
 
 
 def checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ def relearning_curves(
     *,
     steps: tuple[int, ...],
     start: Mapping[str, SplitAccuracy],
-    forget: Sequence[int],
+    target: Sequence[int],
     seed: int,
 ) -> dict[str, Relearning]:
     """Fine-tune a copy of each network on the same batches and measure it on the way.
@@ -104,7 +104,7 @@ def relearning_curves(
         See `checked_steps`.
     start : mapping
         Name → accuracy at step 0, which is known.
-    forget : sequence of int
+    target : sequence of int
         The forgotten classes.
     seed : int
         Of the order of the batches.
@@ -121,19 +121,19 @@ def relearning_curves(
         name: torch.optim.SGD(copy.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
         for name, copy in copies.items()
     }
-    order = _batches(train["labels"], forget, seed)
+    order = _batches(train["labels"], target, seed)
     points: dict[str, list[SplitAccuracy]] = {name: [] for name in copies}
     for step in range(max(steps, default=0) + 1):
         if step == 1:
             for name, copy in copies.items():
-                _open(copy, heads.get(name), forget)
+                _open(copy, heads.get(name), target)
         with naming(f"relearning, step {step} (relearn=() leaves it out)"):
             if step:
                 rows = next(order)
                 for name, copy in copies.items():
                     _learn(copy, optimizers[name], train["inputs"][rows], train["labels"][rows])
             if step in steps:
-                now = _measure(copies, test, forget) if step else start
+                now = _measure(copies, test, target) if step else start
                 for name, found in points.items():
                     found.append(now[name])
     return {
@@ -146,13 +146,13 @@ def relearning_curves(
     }
 
 
-def _open(copy: nn.Module, head: str | None, forget: Sequence[int]) -> None:
+def _open(copy: nn.Module, head: str | None, target: Sequence[int]) -> None:
     """Give the forgotten classes the mean row of the others, in the last linear layer."""
     if head is None:
         return
     layer = copy.get_submodule(head)
     mine = torch.zeros(len(layer.weight), dtype=torch.bool)  # type: ignore[arg-type]
-    mine[list(forget)] = True
+    mine[list(target)] = True
     with torch.no_grad():
         for parameter in layer.parameters(recurse=False):
             parameter[mine] = parameter[~mine].mean(0)
@@ -172,18 +172,18 @@ def _learn(
 
 
 def _measure(
-    copies: Mapping[str, nn.Module], test: Data, forget: Sequence[int]
+    copies: Mapping[str, nn.Module], test: Data, target: Sequence[int]
 ) -> dict[str, SplitAccuracy]:
     counts: dict[str, Tensor] = {}
     with torch.no_grad():
         for seen in read(copies, {}, test, "test"):
             seen.add_to(counts)
-    return {name: split_accuracy(counts[name], forget, "test") for name in copies}
+    return {name: split_accuracy(counts[name], target, "test") for name in copies}
 
 
-def _batches(labels: Tensor, forget: Sequence[int], seed: int) -> Iterator[Tensor]:
+def _batches(labels: Tensor, target: Sequence[int], seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    mine = torch.isin(labels, torch.tensor(list(forget)))
+    mine = torch.isin(labels, torch.tensor(list(target)))
     own, rest = (_shuffled(side.nonzero()[:, 0], generator) for side in (mine, ~mine))
     while True:
         yield torch.tensor([*islice(own, OWN), *islice(rest, REST)])

@@ -73,7 +73,7 @@ class Unlearning:
 
     Attributes
     ----------
-    forget : tuple of int
+    target : tuple of int
         The forgotten classes.
     before, after : NetworkFigures
         Of the network as it was, and of the edited one.
@@ -97,7 +97,7 @@ class Unlearning:
         ``attack``, ``relearning``.
     """
 
-    forget: tuple[int, ...]
+    target: tuple[int, ...]
     before: NetworkFigures
     after: NetworkFigures
     retrained: NetworkFigures | None
@@ -128,7 +128,7 @@ class Unlearning:
 
     def __str__(self) -> str:
         lines = [
-            f"{'class' if len(self.forget) == 1 else 'classes'} {_listed(self.forget)}: "
+            f"{'class' if len(self.target) == 1 else 'classes'} {_listed(self.target)}: "
             f"{_of(self.before.train)} training samples, {_of(self.before.test)} test samples",
             "",
             *self._table(),
@@ -198,21 +198,21 @@ class Unlearning:
         before, after = self.before, self.after
         classes = range(len(before.test.classes))
 
-        def change(target: int) -> tuple[bool, float]:
-            old, new = before.test.classes[target], after.test.classes[target]
+        def change(one: int) -> tuple[bool, float]:
+            old, new = before.test.classes[one], after.test.classes[one]
             moved = 0.0 if old is None or new is None else abs(new - old)
-            return target not in self.forget, -moved
+            return one not in self.target, -moved
 
         shown = sorted(sorted(classes, key=change)[:LINES])
         text = "accuracy by class"
         if len(shown) < len(classes):
             text += f" ({len(shown)} of {len(classes)}, the most changed)"
         lines = [_row(text, ["train", "after", "test", "after"])]
-        for target in shown:
+        for one in shown:
             columns = (before.train, after.train, before.test, after.test)
-            mark = "  forgotten" if target in self.forget else ""
-            numbers = [_number(column.classes[target]) for column in columns]
-            lines.append(_row(f"  {target}{mark}", numbers))
+            mark = "  forgotten" if one in self.target else ""
+            numbers = [_number(column.classes[one]) for column in columns]
+            lines.append(_row(f"  {one}{mark}", numbers))
         return lines
 
     def _changed(self) -> str:

@@ -107,7 +107,7 @@ class FictitiousClass:
         model: nn.Module,
         data: Data | HeadFeatures,
         *,
-        spurious: Attribute | Subspaces = None,
+        attribute: Attribute | Subspaces = None,
         fictitious: int | Sequence[int] | None = None,
         target: int | Sequence[int] | None = None,
         validation: Data | HeadFeatures | None = None,
@@ -120,7 +120,7 @@ class FictitiousClass:
             A classifier that ends in a linear layer.
         data : iterable, Dataset or HeadFeatures
             Labelled batches, read once, or the result of `collect_head_features`.
-        spurious : callable, Tensor, Subspaces or None
+        attribute : callable, Tensor, Subspaces or None
             The spurious feature of each sample: a function of a batch of inputs (a value a
             sample), a vector in the order of the data, a concept subspace of the last layer's
             inputs (its stronger half by two means), or the third element of the batches.
@@ -151,7 +151,7 @@ class FictitiousClass:
             If the model has no final linear layer, labels or feature are missing, no sample or
             every sample has the feature, or it moves no class.
         """
-        task = self._prepared(model, data, spurious, fictitious, target, validation)
+        task = self._prepared(model, data, attribute, fictitious, target, validation)
         if self.select == "exact":
             chosen, reported = self._by_margin(task)
         else:
@@ -191,7 +191,7 @@ class FictitiousClass:
         model: nn.Module,
         data: Data | HeadFeatures,
         *,
-        spurious: Attribute | Subspaces = None,
+        attribute: Attribute | Subspaces = None,
         fictitious: int | Sequence[int] | None = None,
         target: int | Sequence[int] | None = None,
         validation: Data | HeadFeatures | None = None,
@@ -204,7 +204,7 @@ class FictitiousClass:
 
         Parameters
         ----------
-        model, data, spurious, fictitious, target, validation
+        model, data, attribute, fictitious, target, validation
             As for `plan`.
         rates : sequence of float in [0, 1], optional
             To measure at. When left out, a grid over [0, 1] and a logarithmic one about the rate
@@ -215,7 +215,7 @@ class FictitiousClass:
             require(bool(rates), "rates", rates, "give one or more, or leave it out for a grid")
         if self.select == "exact":
             raise ValueError("select: 'exact' finds its own dose; a sweep needs another selection")
-        task = self._prepared(model, data, spurious, fictitious, target, validation)
+        task = self._prepared(model, data, attribute, fictitious, target, validation)
         return [self._sweep(task, row, task.logits({}), rates) for row in task.values]
 
     def _prepared(self, *given: Any) -> Task:

@@ -152,7 +152,7 @@ class Task:
 def prepared(
     model: nn.Module,
     data: Data | HeadFeatures,
-    spurious: Attribute | Subspaces,
+    attribute: Attribute | Subspaces,
     fictitious: int | Sequence[int] | None,
     target: int | Sequence[int] | None,
     validation: Data | HeadFeatures | None,
@@ -161,7 +161,7 @@ def prepared(
     tolerance: float,
 ) -> Task:
     """Collect the features and infer which classes are edited; see `FictitiousClass.plan`."""
-    head, judged = _collected(model, data, spurious, validation)
+    head, judged = _collected(model, data, attribute, validation)
     attribute = _checked(head.attribute)
     judged_attribute = _checked(judged.attribute, "validation", fewest=1)
     labels = head.require_labels()
@@ -206,7 +206,7 @@ def _affected(
             require(value in kinds, "fictitious", value, f"the values are {kinds[:10]}")
     elif len(kinds) > 2 or max(kinds) > 1:
         raise ValueError(
-            f"spurious: values {kinds[:5]} given; it is yes or no (1 or 0), or name the value to "
+            f"attribute: values {kinds[:5]} given; it is yes or no (1 or 0), or name the value to "
             "act on by fictitious="
         )
     elif rows is None:
@@ -281,7 +281,7 @@ def moved_classes(
     if not moved:
         row = int(change.abs().argmax())
         raise ValueError(
-            f"spurious: no class is moved; the most is class {row}, {left_alone[str(row)]}; name "
+            f"attribute: no class is moved; the most is class {row}, {left_alone[str(row)]}; name "
             "target"
         )
     return moved, left_alone
@@ -290,43 +290,39 @@ def moved_classes(
 def _collected(
     model: nn.Module,
     data: Data | HeadFeatures,
-    spurious: Attribute | Subspaces,
+    attribute: Attribute | Subspaces,
     validation: Any,
 ) -> tuple[HeadFeatures, HeadFeatures]:
     """Return the features to plan on and to judge by, with the spurious feature."""
-    if isinstance(spurious, Subspaces):
+    if isinstance(attribute, Subspaces):
         head = head_features(model, data)
-        point = split_point(concept_strength(spurious, head.features))
+        point = split_point(concept_strength(attribute, head.features))
 
         judged = head if validation is None else head_features(model, validation, name="validation")
-        strong = [concept_strength(spurious, one.features) > point for one in (head, judged)]
+        strong = [concept_strength(attribute, one.features) > point for one in (head, judged)]
         return replace(head, attribute=strong[0].long()), replace(
             judged, attribute=strong[1].long()
         )
-    if spurious is not None and not callable(spurious):
-        spurious = torch.as_tensor(spurious)
-    head = head_features(
-        model, data, attribute=spurious, with_attribute=True, attribute_name="spurious"
-    )
+    if attribute is not None and not callable(attribute):
+        attribute = torch.as_tensor(attribute)
+    head = head_features(model, data, attribute=attribute, with_attribute=True)
     if validation is None:
         return head, head
     if isinstance(validation, HeadFeatures):
         return head, head_features(model, validation, name="validation")
     # A vector counts the samples of the planning data, so validation carries its own.
-    own = None if isinstance(spurious, Tensor) else spurious
-    if isinstance(spurious, Tensor):
+    own = None if isinstance(attribute, Tensor) else attribute
+    if isinstance(attribute, Tensor):
         first, validation = peek(validation)
         if first.groups is None:
             raise ValueError(
                 "validation: needs the feature as its third element, since the vector given as "
-                "spurious counts the samples of data"
+                "attribute counts the samples of data"
             )
-    return head, head_features(
-        model, validation, attribute=own, with_attribute=True, attribute_name="spurious"
-    )
+    return head, head_features(model, validation, attribute=own, with_attribute=True)
 
 
-def _checked(attribute: Tensor | None, name: str = "spurious", *, fewest: int = 2) -> Tensor:
+def _checked(attribute: Tensor | None, name: str = "attribute", *, fewest: int = 2) -> Tensor:
     if attribute is None or len(attribute.unique()) < fewest:
         raise ValueError(
             f"{name}: samples with and without the feature are needed; "
@@ -345,7 +341,9 @@ def _favoured(predicted: Tensor, has: Tensor, classes: int) -> int:
     ]
     rise = shares[0] - shares[1]
     if not rise.max() > 0:
-        raise ValueError("spurious: no class is predicted more often with the feature; name target")
+        raise ValueError(
+            "attribute: no class is predicted more often with the feature; name target"
+        )
     return int(rise.argmax())
 
 
@@ -380,13 +378,13 @@ def concept_strength(subspaces: Subspaces, activations: Tensor) -> Tensor:
     """
     if len(subspaces) != 1:
         raise ValueError(
-            f"spurious: {len(subspaces)} subspaces given; give one, "
+            f"attribute: {len(subspaces)} subspaces given; give one, "
             "Subspaces(s.block(k), (s.sizes[k],), s.mean)"
         )
     channels = len(subspaces.basis)
     if activations.shape[1] != channels:
         raise ValueError(
-            f"spurious: a subspace of {channels} channels given, and the activations have "
+            f"attribute: a subspace of {channels} channels given, and the activations have "
             f"{activations.shape[1]}; collect the features of its own layer"
         )
     (projection,) = subspaces.project(activations.double())
@@ -399,6 +397,6 @@ def split_point(strength: Tensor) -> float:
 
     ends = torch.stack([strength.min(), strength.max()])
     if ends[0] == ends[1]:
-        raise ValueError("spurious: the concept is equally strong in all samples")
+        raise ValueError("attribute: the concept is equally strong in all samples")
     fitted = KMeans(2, init=ends[:, None].numpy(), n_init=1).fit(strength[:, None].numpy())
     return float(fitted.cluster_centers_.mean())

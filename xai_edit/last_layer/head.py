@@ -126,13 +126,6 @@ def collect_head_features(
     ValueError
         If the model's output is not that of a linear layer, or the data does not fit.
     """
-    return _collected(model, data, attribute, with_attribute, "attribute")
-
-
-def _collected(
-    model: nn.Module, data: Data, attribute: Attribute, with_attribute: bool, name: str
-) -> HeadFeatures:
-    """Collect the features; ``name`` is that of the attribute in error messages."""
     require_finite(model)
     features: list[Tensor] = []
     labels: list[Tensor | None] = []
@@ -145,10 +138,11 @@ def _collected(
             layer = last.name_for(output)
             features.append(last.inputs.cpu())
             labels.append(batch.labels)
-            known = attribute_of(attribute, batch, samples, name) if with_attribute else None
-            attributes.append(known)
+            attributes.append(
+                attribute_of(attribute, batch, samples, "attribute") if with_attribute else None
+            )
             samples += len(batch)
-    check_length(attribute, samples, name)
+    check_length(attribute, samples, "attribute")
     head = _linear(model, layer)
     return HeadFeatures(
         layer,
@@ -167,16 +161,16 @@ def head_features(
     attribute: Attribute = None,
     with_attribute: bool = False,
     name: str = "data",
-    attribute_name: str = "attribute",
 ) -> HeadFeatures:
     """Return ``data`` where it is features of this model, else collect them.
 
-    Arguments as for `collect_head_features`; ``name`` and ``attribute_name`` are those of ``data``
-    and ``attribute`` in error messages. Features of another last layer or that are not finite, and
-    a missing attribute, are refused.
+    Arguments as for `collect_head_features`; ``name`` is that of ``data`` in error messages.
+    Features of another last layer or that are not finite, and a missing attribute, are refused.
     """
     if not isinstance(data, HeadFeatures):
-        return _collected(model, data, attribute, with_attribute, attribute_name)
+        return collect_head_features(
+            model, data, attribute=attribute, with_attribute=with_attribute
+        )
     parameters = dict(model.named_parameters())
     for kind, kept in (("weight", data.weight), ("bias", data.bias)):
         own = parameters.get(data.parameter(kind))
@@ -194,17 +188,17 @@ def head_features(
     if attribute is None:
         if data.attribute is None:
             raise ValueError(
-                f"{attribute_name}: not given, and the features were collected without it; give a "
+                "attribute: not given, and the features were collected without it; give a "
                 "vector, or collect them with with_attribute=True"
             )
         return data
     if callable(attribute):
         raise ValueError(
-            f"{attribute_name}: a function of the inputs was given with features, which keep no "
+            "attribute: a function of the inputs was given with features, which keep no "
             "inputs; give it to collect_head_features"
         )
-    check_length(attribute, len(data.features), attribute_name)
-    known = attribute_of(attribute, Batch(data.features), 0, attribute_name)
+    check_length(attribute, len(data.features), "attribute")
+    known = attribute_of(attribute, Batch(data.features), 0, "attribute")
     return replace(data, attribute=known)
 
 

@@ -219,7 +219,7 @@ class OneNetwork:
         yield "path perturbation (auto class row)", partial(smallest.plan, self.model, own, **auto)
         for name, (operator, data) in operators.items():
             yield name, partial(operator.plan, self.model, data, target=target)
-        tune: dict[str, Any] = {"forget": target, "seed": self.seed}
+        tune: dict[str, Any] = {"target": target, "seed": self.seed}
         # Rates were tried on two classes of MNIST; the papers give none that fit all networks.
         relabel: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-2, **tune}
         yield "random labels", partial(random_labels, self.model, self.tuning, **relabel)
@@ -322,7 +322,7 @@ class OneNetwork:
             "before": self.before.test[chosen].softmax(1).float(),
             "labels": self.held.labels[chosen],
         }
-        attack, rates = forgetting_rates(trained, unseen, forget=[target], seed=self.seed)
+        attack, rates = forgetting_rates(trained, unseen, target=[target], seed=self.seed)
         self.figures["attack"][str(target)] = attack.accuracy
         return rates
 
