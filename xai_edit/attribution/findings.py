@@ -135,8 +135,9 @@ def of_the_forward_pass(
         rule, calls = rules[name], found.calls[name]
         if calls and rule is None and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             findings.append(Finding("warning", name, "the composite has no rule for it"))
-        keeps_values = not isinstance(direct(rule), DirectHook) if rule is not None else False
-        if calls > 1 and keeps_values and type(rule).forward is not Hook.forward:
+        if calls < 2 or rule is None or isinstance(direct(rule), DirectHook):
+            continue
+        if type(rule).forward is not Hook.forward:
             message = (
                 f"it is called {calls} times, and its hook {type(rule).__name__} would use the "
                 "values of the last call for each; use one module for each call"
