@@ -20,6 +20,7 @@ ONE_BY_ONE = {
     *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Sqrt", "Square", "Erf", "Where", "NativeDropout"),
     *("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeLayerNorm", "ToCopy", "Clone"),
     *("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias"),
+    "BackwardHookFunction",  # of a user's backward hook on a module
 }
 
 

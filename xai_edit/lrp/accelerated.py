@@ -201,7 +201,10 @@ class _Step:
     """What one call of a module needs to propagate relevance from its output to its input."""
 
     def __init__(self, rule: Any, module: Any, x: Tensor, output: Tensor) -> None:
-        self.rule, self.module, self.x = rule, module, x
+        self.rule, self.module = rule, module
+        if is_pass(rule):
+            return  # and keep no tensor
+        self.x = x
         self.z = output if isinstance(rule, (zr.Epsilon, zr.Gamma)) else x  # others need no output
         self.versions = (x._version, self.z._version)
 

@@ -137,7 +137,7 @@ def of_the_forward_pass(
             findings.append(Finding("warning", name, "the composite has no rule for it"))
         if calls < 2 or rule is None or isinstance(direct(rule), DirectHook):
             continue
-        if type(rule).forward is not Hook.forward:  # it keeps the values of a call
+        if type(rule).forward is not Hook.forward:
             message = (
                 f"it is called {calls} times, and its hook {type(rule).__name__} would use the "
                 "values of the last call for each; use one module for each call"

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 from zennit import types as zt
 from zennit.canonizers import Canonizer
 from zennit.core import Hook, RemovableHandleList, Stabilizer
@@ -95,7 +96,7 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
         forward = module.forward
 
         def canonized(*arguments: Any, **named: Any) -> Any:
-            RULED.depth, RULED.replaced = 0, {}
+            RULED.depth, RULED.replaced = 0, WeakTensorKeyDictionary()
             try:
                 with _Rules(self.stabilizer, self.operations):
                     return RULED.latest(forward(*arguments, **named))
@@ -164,7 +165,7 @@ class _Rules(TorchFunctionMode):
         if RULED.replaced:
             args, named = tree_map(RULED.latest, (args, named))
             for value in tree_leaves((args, named)):
-                if isinstance(value, Tensor) and id(value._base) in RULED.replaced:
+                if isinstance(value, Tensor) and value._base in RULED.replaced:
                     raise ValueError(
                         "model: a tensor is overwritten in place after a view of it was taken, and "
                         "the view used; relevance cannot follow that, write it out of place"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,8 @@ class _Ruled(threading.local):
     ----------
     depth : int
         How many modules with a rule of their own it is in.
-    replaced : dict or None
-        Tensors that an operation should have overwritten, by id, each with what to use instead.
+    replaced : mapping or None
+        Tensors that an operation should have overwritten, weakly, each with what to use instead.
         None outside of a `xai_edit.FunctionalCanonizer`.
     again : bool
         Whether several backward passes will go through the graph, so that layers keep their part.
@@ -34,18 +34,18 @@ class _Ruled(threading.local):
 
     depth = 0
     again = False
-    replaced: dict[int, tuple[Tensor, Tensor]] | None = None
+    replaced: MutableMapping[Tensor, Tensor] | None = None
 
     def latest(self, value: Any) -> Any:
         """Return what a tensor would be by now if operations in place had overwritten it."""
-        while self.replaced and id(value) in self.replaced:
-            value = self.replaced[id(value)][1]
+        while self.replaced and isinstance(value, Tensor) and value in self.replaced:
+            value = self.replaced[value]
         return value
 
     def replace(self, value: Tensor, by: Tensor) -> None:
         """Note that what reads ``value`` from now on has to read ``by``."""
         if self.replaced is not None:
-            self.replaced[id(value)] = value, by
+            self.replaced[value] = by
 
 
 RULED = _Ruled()
