@@ -89,9 +89,11 @@ def test_folders_of_imagenet_are_read_and_the_real_watermark_is_planted(
     results, told = run(name, as_imagenet, tmp_path, **more)
     assert {row["method"] for row in results["seeds"]["0"]["0.9"]["rows"]} >= {*methods}
     assert "ablation alone: PRCA" in told
-    classes = [sorted(WNIDS)[at] for at in results["classes"]]
-    crates = name == "cnp-crate-packet"
-    assert classes == [WNIDS[3], WNIDS[2]] if crates else [WNIDS[0], WNIDS[1]]
+    expected = [WNIDS[3], WNIDS[2]] if name == "cnp-crate-packet" else [WNIDS[0], WNIDS[1]]
+    assert results["classes"] == expected
+    entry, train = CATALOGUE[name], CATALOGUE[name].read(as_imagenet, "train", 32)
+    numbers = entry._numbered(Options(as_imagenet, tmp_path), train)
+    assert [sorted(WNIDS)[at] for at in numbers] == expected
 
 
 def test_a_network_of_all_classes_is_cut_to_two():
