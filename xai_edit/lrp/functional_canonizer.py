@@ -162,17 +162,18 @@ class _Rules(TorchFunctionMode):
         for first in ("input", "self", "tensor"):
             if first in named and not args:
                 args = (named.pop(first),)
+        tensors = [one for one in tree_leaves((args, named)) if isinstance(one, Tensor)]
         if RULED.replaced:
-            args, named = tree_map(RULED.latest, (args, named))
-            for value in tree_leaves((args, named)):
-                if isinstance(value, Tensor) and value._base in RULED.replaced:
-                    raise ValueError(
-                        "model: a tensor is overwritten in place after a view of it was taken, and "
-                        "the view used; relevance cannot follow that, write it out of place"
-                    )
+            if any(one in RULED.replaced for one in tensors):
+                args, named = tree_map(RULED.latest, (args, named))
+                tensors = [RULED.latest(one) for one in tensors]
+            if any(one._base in RULED.replaced for one in tensors):
+                raise ValueError(
+                    "model: a tensor is overwritten in place after a view of it was taken, and "
+                    "the view used; relevance cannot follow that, write it out of place"
+                )
         name = operation_name(func)
-        follows = any(in_graph(value) for value in tree_leaves((args, named)))
-        if name not in self.operations or RULED.depth or not follows:
+        if name not in self.operations or RULED.depth or not any(map(in_graph, tensors)):
             return func(*args, **named)
         if "other" in named:
             args = (*args, named.pop("other"))
