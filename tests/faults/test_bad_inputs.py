@@ -546,7 +546,7 @@ TRAINING = [
 SHORTCUTS = [
     ("opacity", lambda w: xe.Mark(PICTURE, opacity=0),
      V, "opacity: 0 given; it is a fraction in (0, 1]"),
-    ("place", lambda w: xe.Mark(PICTURE, place=(-1, 0)), V, "place: -1 given; it is a whole number"),
+    ("place", lambda w: xe.Mark(PICTURE, place=(-1, 0)), V, "place: -1 given; it is a whole"),
     ("size", lambda w: xe.Mark(PICTURE, size=(0, 3)),
      V, "size: 0 given; it is a whole number from 1"),
     ("picture", lambda w: xe.Mark(PICTURE[:3]), V, "picture: torch.uint8 of shape (3, 3, 3) given"),
