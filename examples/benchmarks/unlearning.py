@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import xai_edit as xe
-from xai_edit.datasets.image_set import ImageSet
+from xai_edit.datasets.image_set import Epochs, ImageSet
 from xai_edit.reproduce.image_data import mnist
 from xai_edit.reproduce.networks import all_cnn
 from xai_edit.reproduce.summaries import write_json
@@ -65,7 +65,7 @@ def seconds(task, times=rounds):
     return best, result
 
 
-batches = train.shuffled(0, BATCH)
+batches = Epochs(train, 0, BATCH)
 steps = -(-len(train) // BATCH)
 epochs = 8 if arguments.quick else 2
 training, _ = seconds(lambda: fit(model, batches, epochs=epochs, steps=steps), times=1)

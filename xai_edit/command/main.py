@@ -14,17 +14,17 @@ from pathlib import Path
 from xai_edit.command.options import parser
 
 RUN = {
-    "demo": "demo:command",
-    "check": "score:check",
-    "score": "score:score",
-    "unlearn": "unlearn:command",
-    "neutralize": "neutralize:command",
-    "prune": "prune:command",
+    "demo": "run_demo:command",
+    "check": "run_score:check",
+    "score": "run_score:score",
+    "unlearn": "run_unlearn:command",
+    "neutralize": "run_neutralize:command",
+    "prune": "run_prune:command",
     "show": "edit_files:show",
     "apply": "edit_files:apply",
     "undo": "edit_files:apply",
-    "reproduce": "cli:reproduce",
-    "report": "cli:report",
+    "reproduce": "main:reproduce",
+    "report": "main:report",
 }
 
 
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.line = shlex.join(["xai-edit", *arguments])
     module, function = RUN[options.command].split(":")
     try:
-        code: int = getattr(importlib.import_module(f"xai_edit.{module}"), function)(options)
+        code: int = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)(
+            options
+        )
     except (ValueError, TypeError, OSError) as problem:
         # Messages of other libraries may have several lines.
         print(f"xai-edit: {' '.join(str(problem).split())}", file=sys.stderr)
