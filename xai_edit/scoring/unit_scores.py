@@ -391,7 +391,7 @@ def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
 
 
 def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
-    whole_number(k, f"k for layer {name!r}", least=1, most=values.shape[1])
+    whole_number(k, "k", least=1, most=values.shape[1])
     # Stable, so that units tied within a sample are taken in their order on every machine.
     top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
     return torch.bincount(top.flatten(), minlength=values.shape[1])
