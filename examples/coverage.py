@@ -226,13 +226,13 @@ def snapshot(model):
     """Return a function that tells whether anything about a model changed since."""
 
     def state():
-        told = []
+        figures = []
         for name, module in model.named_modules():
             registries = {key: [*held] for key, held in vars(module).items() if "hooks" in key}
-            told.append((name, id(module), module.training, sorted(vars(module)), registries))
+            figures.append((name, id(module), module.training, sorted(vars(module)), registries))
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            told.append((name, id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.grad))
-        return told
+            figures.append((name, id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.grad))
+        return figures
 
     def bits(tensor):
         return tensor.detach().view(torch.int32 if tensor.is_floating_point() else tensor.dtype)
@@ -251,15 +251,15 @@ def attempt(function, *given):
         warnings.simplefilter("always")
         start = time.process_time()
         try:
-            told = {"works": True, **function(*given)}
+            figures = {"works": True, **function(*given)}
         except (ValueError, TypeError) as problem:
-            told = {"works": False, "refused": str(problem)}
+            figures = {"works": False, "refused": str(problem)}
         except Exception as problem:  # a flaw of the library, to be seen on the page
-            told = {"works": False, "fails": f"{type(problem).__name__}: {problem}"}
-    told["seconds"] = round(time.process_time() - start, 2)
+            figures = {"works": False, "fails": f"{type(problem).__name__}: {problem}"}
+    figures["seconds"] = round(time.process_time() - start, 2)
     if caught:
-        told["warnings"] = sorted({str(one.message) for one in caught})
-    return told
+        figures["warnings"] = sorted({str(one.message) for one in caught})
+    return figures
 
 
 @torch.no_grad()
@@ -291,8 +291,8 @@ def check(model, images):
 def lrp(model, images):
     scores = xe.score_units(model, [images[:EXPLAINED]], xe.LRP(), target="predicted")
     empty = sum(not scores[name].any() for name in scores)
-    told = {"layers": len(scores.layers), "layers_without_relevance": empty}
-    return {**told, "canonizers": scores.origin["canonizers"]}
+    figures = {"layers": len(scores.layers), "layers_without_relevance": empty}
+    return {**figures, "canonizers": scores.origin["canonizers"]}
 
 
 def captum(model, images, layers):
@@ -351,7 +351,7 @@ def study(name):
         labels[len(labels) // 2 :] = logits[0].topk(2).indices[1]
     planning = model, images, labels, logits, target
     unchanged = snapshot(model)
-    told = {
+    figures = {
         "family": family_of(name),
         "side": images.shape[-1],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -365,23 +365,23 @@ def study(name):
         "path": (edit, xe.PathPerturbation(), *planning),
     }
     for part, given in parts.items():
-        told[part] = attempt(*given)
+        figures[part] = attempt(*given)
         if not unchanged():
-            told["changed_by"].append(part)
+            figures["changed_by"].append(part)
             unchanged = snapshot(model)
-    if not told["single_weight"]["works"]:
-        told["single_weight_exact"] = attempt(edit, xe.SingleWeight(select="exact"), *planning)
+    if not figures["single_weight"]["works"]:
+        figures["single_weight_exact"] = attempt(edit, xe.SingleWeight(select="exact"), *planning)
     del unchanged
-    if told["lrp"]["works"]:
+    if figures["lrp"]["works"]:
         model.double().requires_grad_(False)
         images = images.double()
         few = images[:EXPLAINED]
-        told["gradient"] = attempt(difference, model, few)
+        figures["gradient"] = attempt(difference, model, few)
         without_biases(model, images)
-        told["float64"] = attempt(conservation, model, few, first, 1e-14)
+        figures["float64"] = attempt(conservation, model, few, first, 1e-14)
         model.float()
-        told["float32"] = attempt(conservation, model, few.float(), first, 1e-6)
-    return told
+        figures["float32"] = attempt(conservation, model, few.float(), first, 1e-6)
+    return figures
 
 
 # %% [markdown]
@@ -403,17 +403,17 @@ class Reasons(dict):
         return f"({self.setdefault(text, chr(ord('a') + len(self)))})"
 
 
-def by_exact_selection(told):
+def by_exact_selection(figures):
     """Return what to add where another way of selecting the weight works."""
-    one = told.get("single_weight_exact", {"works": False})
+    one = figures.get("single_weight_exact", {"works": False})
     return f', `"exact"` {one["weights"]}' if one["works"] else ""
 
 
-def row(name, told, reasons):
+def row(name, figures, reasons):
     """Return a network's row of the table."""
 
     def cell(part, text):
-        one = told.get(part)
+        one = figures.get(part)
         return "–" if one is None else text(one) if one["works"] else reasons.letter(one)
 
     def findings(one):
@@ -424,16 +424,16 @@ def row(name, told, reasons):
 
     cells = [
         name,
-        str(told["side"]),
+        str(figures["side"]),
         cell("check", findings),
         cell("lrp", lambda one: str(one["layers"])),
         cell("gradient", lambda one: f"{one['difference']:.0e}"),
         cell("float64", lambda one: f"{one['deviation']:.0e}"),
         cell("float32", lambda one: f"{one['deviation']:.0e}"),
         cell("captum", lambda one: " + ".join(map(str, one["units"].values()))),
-        cell("single_weight", lambda one: str(one["weights"])) + by_exact_selection(told),
+        cell("single_weight", lambda one: str(one["weights"])) + by_exact_selection(figures),
         cell("path", lambda one: f"{one['weights']:,}"),
-        f"{told['seconds']:.0f}",
+        f"{figures['seconds']:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -441,7 +441,7 @@ def row(name, told, reasons):
 def page(content):
     networks = content["networks"]
     reasons = Reasons()
-    rows = [row(name, told, reasons) for name, told in networks.items()]
+    rows = [row(name, figures, reasons) for name, figures in networks.items()]
     head = [f"| {COLUMNS} |", "|---" * len(COLUMNS.split("|")) + "|"]
     used = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
     refused = [f"- ({letter}) {text}" for text, letter in reasons.items()]
@@ -457,7 +457,7 @@ def page(content):
         *rows,
         "",
         *(["Refused:", "", *refused, ""] if refused else []),
-        *told_of_families(networks),
+        *rows_of_families(networks),
     ]
     return "\n".join(text)
 
@@ -508,7 +508,7 @@ def left_as_found(networks):
 ATTENTION = ("ViT", "Swin", "MaxViT")
 
 
-def told_of_families(networks):
+def rows_of_families(networks):
     """Return a paragraph on each group of networks about which there is more to say."""
 
     def of(*families, other=False):
@@ -604,8 +604,8 @@ def on_attention(attending, extremes):
     return [text]
 
 
-def max_deviation(told):
-    parts = [told.get(part, {}).get("deviation", math.inf) for part in ("float64", "float32")]
+def max_deviation(figures):
+    parts = [figures.get(part, {}).get("deviation", math.inf) for part in ("float64", "float32")]
     return max(parts)
 
 
@@ -614,33 +614,33 @@ chosen = arguments.networks or (QUICK.split() if arguments.quick else models.lis
 networks = {}
 for name in chosen:
     start = time.process_time()
-    networks[name] = told = study(name)
-    told["seconds"] = round(time.process_time() - start, 1)
+    networks[name] = figures = study(name)
+    figures["seconds"] = round(time.process_time() - start, 1)
     gc.collect()
-    print(f"{time.time() - STARTED:5.0f} s ", row(name, told, reasons := Reasons()), flush=True)
+    print(f"{time.time() - STARTED:5.0f} s ", row(name, figures, reasons := Reasons()), flush=True)
     for text, letter in reasons.items():
         print(f"        ({letter}) {text}")
-    for key, part in told.items():
+    for key, part in figures.items():
         if isinstance(part, dict) and "warnings" in part:
             print(f"        {key} warns: {part['warnings']}")
-    if told["changed_by"]:
-        print(f"        the network is not as it was after {told['changed_by']}")
+    if figures["changed_by"]:
+        print(f"        the network is not as it was after {figures['changed_by']}")
 
 UNSHOWN = {"seconds", "canonizers", "target_logit", "smallest_logit", "layer"}  # of a part
 
 
-def shown(told):
+def shown(figures):
     """Return what the page shows of a network."""
-    parts = {k: one for k, one in told.items() if isinstance(one, dict)}
+    parts = {k: one for k, one in figures.items() if isinstance(one, dict)}
     cut = {k: {a: b for a, b in one.items() if a not in UNSHOWN} for k, one in parts.items()}
-    return {k: cut.get(k, one) for k, one in told.items() if k != "parameters"}
+    return {k: cut.get(k, one) for k, one in figures.items() if k != "parameters"}
 
 
 content = {
     "command": "python examples/coverage.py --out docs",
     "versions": {**versions(), "torchvision": version("torchvision")},
     "listed": len(models.list_models(models)),
-    "networks": {name: shown(told) for name, told in networks.items()},
+    "networks": {name: shown(figures) for name, figures in networks.items()},
 }
 if arguments.out:
     write_json(arguments.out / "results" / "coverage.json", content)

@@ -205,18 +205,18 @@ def rounded(values, digits=4):
     return [round(float(value), digits) for value in values]
 
 
-found, told = {}, {}
+found, figures = {}, {}
 for block in BLOCKS:
     photographed = features(found_from, block)
     seen = photographed.merge(features(chosen_from, block))
-    told[f"block {block}"] = {}
+    figures[f"block {block}"] = {}
     for name, finder in finders.items():
         subspaces = finder.fit(photographed)
         table = xe.predictiveness(subspaces, seen, target=CARTON, resamples=RESAMPLES)
         best = max(range(len(table)), key=lambda at: of_rest(table, at).interval[0])
         found[block, name] = subspaces, best
         choice = xe.choose_spurious(table)
-        told[f"block {block}"][name] = {
+        figures[f"block {block}"][name] = {
             "subspaces": len(subspaces),
             "best": best,
             **entries(table, best),
@@ -227,7 +227,7 @@ for block in BLOCKS:
 
 
 def lower_end(at):
-    return told[f"block {at[0]}"][at[1]]["spurious_in_rest"]["interval"][0]
+    return figures[f"block {at[0]}"][at[1]]["spurious_in_rest"]["interval"][0]
 
 
 block, chosen = max(found, key=lower_end)
@@ -419,7 +419,7 @@ if arguments.out:
         "photographs": {"planning": len(planning), "held_out": len(held_out)},
         "logits_differ_from_published": off,
         "references": {"photographs": len(photographed), "cartons": len(shown)},
-        "planning": told,
+        "planning": figures,
         "chosen": {"block": block, "finder": chosen, "subspace": index},
         "held_out": {"samples": table.groups, **held_told},
         "rows": rows,

@@ -113,10 +113,10 @@ def lines(each):
 
 def figures(each):
     """Return a panel as JSON values."""
-    told = {}
+    summary = {}
     for name, (found, weights) in each.items():
         line = mean(found, weights)
-        told[name] = {
+        summary[name] = {
             "shares": line.shares,
             "units": line.units,
             "accuracy": rounded(line.accuracy),
@@ -124,9 +124,9 @@ def figures(each):
             "rest": rounded(line.rest),
         }
         if len(found) > 1:  # over classes; over seeds for random units
-            told[name]["highest_accuracy"] = rounded(np.max([one.accuracy for one in found], 0))
-            told[name]["lowest_accuracy"] = rounded(np.min([one.accuracy for one in found], 0))
-    return told
+            summary[name]["highest_accuracy"] = rounded(np.max([one.accuracy for one in found], 0))
+            summary[name]["lowest_accuracy"] = rounded(np.min([one.accuracy for one in found], 0))
+    return summary
 
 
 def rounded(values):
@@ -209,8 +209,8 @@ for name, biased in {"biases kept": True, "biases zeroed": False}.items():
     few = centres[1 : 2 if quick else 4].double()
     found = xe.check_model(double, few, xe.LRP(epsilon=1e-12), layers=cuts)
     ratios[name] = found.ratios
-    told = ", ".join(f"{cut} {ratio:.4f}" for cut, ratio in found.ratios.items())
-    print(f"Σ relevance / logit, {name}: {told}")
+    summary = ", ".join(f"{cut} {ratio:.4f}" for cut, ratio in found.ratios.items())
+    print(f"Σ relevance / logit, {name}: {summary}")
 
 # %% [markdown]
 # ## EfficientNet-Lite0: one class at a time
@@ -238,11 +238,11 @@ rest = (centres[others], labels[others])
 blocks = [] if quick else [15, 11, 7]
 layers = ["_conv_head", *(f"_blocks.{number}._expand_conv" for number in blocks)]
 scores = ranked(network, known, layers)
-shown, told = {}, {}
+shown, summary = {}, {}
 for layer in layers:
     each = panel(network, [layer], scores, held, rest)
     shown[f"EfficientNet-Lite0: {layer}"] = lines(each)
-    told[layer] = figures(each)
+    summary[layer] = figures(each)
 results = {
     "efficientnet_lite0": {
         "images": images,
@@ -258,7 +258,7 @@ results = {
         "scored": f"{SCORED} random crops of the class's image",
         "held_out": f"{MEASURED} other random crops of the same image",
         "rest": f"{len(others)} images of other classes",
-        "layers": told,
+        "layers": summary,
     }
 }
 
@@ -281,16 +281,16 @@ if quick:  # three of each class
 known = cropped(numbers, SCORED, 0)
 held = {target: (small[wanted == target], wanted[wanted == target]) for target in known}
 scores = ranked(network, known, layers[:3])
-told = {}
+summary = {}
 for layer in layers[:3]:
     each = panel(network, [layer], scores, held, (small, wanted), (0, 0.1))
-    told[layer] = figures(each)
+    summary[layer] = figures(each)
 results["other_images"] = {
     "classes": ["carton", "crate", "envelope", "packet"],
     "scored": f"{SCORED} random crops of the class's ImageNet image",
     "held_out": f"{len(small)} small images from another source, the mean over images",
     "rest": "those of the other three classes",
-    "layers": told,
+    "layers": summary,
 }
 
 # %% [markdown]
@@ -320,17 +320,17 @@ groups = {
     "layer3, each of its 6 layers": [name for name in convolutions if name.startswith("layer3")],
     "each of the 19 convolutions": convolutions,
 }
-told = {}
+summary = {}
 for title in list(groups)[2:3] if quick else groups:
     each = panel(network, groups[title], scores, held, rest)
     shown[f"ResNet-20: {title}"] = lines(each)
-    told[title] = figures(each)
+    summary[title] = figures(each)
 results["resnet20"] = {
     "classes": 10,
     "scored": f"{len(known[0][1])} training images a class",
     "held_out": f"{len(held[0][1])} test images a class",
     "rest": f"{len(rest[1]) // 10} of them of each other class",
-    "layers": told,
+    "layers": summary,
 }
 
 # %% [markdown]

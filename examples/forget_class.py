@@ -99,8 +99,10 @@ print(f"{'epsilon, share found':<34}{edit.origin['share']:>7.3f}")
 # ## What the edit did, and what is still there
 
 # %%
-told = xe.evaluate_unlearning(network, edit, train=training, test=test, target=FORGET, analysis=own)
-print(told)
+figures = xe.evaluate_unlearning(
+    network, edit, train=training, test=test, target=FORGET, analysis=own
+)
+print(figures)
 
 # %% [markdown]
 # ## What a sceptic would do

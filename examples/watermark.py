@@ -76,7 +76,7 @@ edit = xe.FictitiousClass(aim="indifference").plan(network, features, target=CAR
 print(edit.summary())
 
 
-def told(head):
+def figures(head):
     """Return the mean p(carton) and the top-1 accuracy, without and with the watermark."""
     probability = head.logits().softmax(1)[:, CARTON]
     right = (head.logits().argmax(1) == head.labels).double()
@@ -91,9 +91,9 @@ def told(head):
 
 results = {
     "photographs": {"planning": len(planning), "held_out": len(held_out)},
-    "before": told(held),
-    "after": told(held.edited(edit)),
-    "planning": {"before": told(features), "after": told(features.edited(edit))},
+    "before": figures(held),
+    "after": figures(held.edited(edit)),
+    "planning": {"before": figures(features), "after": figures(features.edited(edit))},
     "edit": edit.origin["rows"],
     "versions": versions(),
 }

@@ -5,7 +5,7 @@
 #
 # `DRSA` as it is by default, with 4 subspaces, beside the published procedure: 3 random starts of
 # 2,500 steps U ← V(VᵀV)^{-½}, V = U + ∇J, of which the best is kept. In full up to 128 channels;
-# above, its time follows from 20 steps, and the objective is told that one start reaches with these
+# above, its time follows from 20 steps, and the objective is what one start reaches with these
 # and 60 steps of rate 25, which is help it does not have as published. Both have the same data,
 # (a) planted subspaces and (b) activations and contexts of real images, from the folder that
 # `XAI_EDIT_DATA` names. J is computed again in double precision from each basis. Wall and CPU time
@@ -110,18 +110,18 @@ def published(features):
     if a.shape[1] <= MOST:
         steps = 30 if quick else STEPS
         wall, cpu, ends = clocked(lambda: [climbed(U, a, c, steps) for U in starts])
-        told = {"starts": STARTS, "steps of a start": steps, "J": max_objective(ends, features)}
+        summary = {"starts": STARTS, "steps of a start": steps, "J": max_objective(ends, features)}
         taken = STARTS * steps
     else:
         wall, cpu, end = clocked(lambda: climbed(starts[0], a, c, TIMED))
         further = climbed(end, a, c, HELPED, RATE)
-        told = {
+        summary = {
             "steps timed": TIMED,
             "J after these": objective(end, features),
             f"J after {HELPED} more of rate {RATE:g}": objective(further, features),
         }
         taken = TIMED
-    return told | {
+    return summary | {
         "all steps run": taken == STARTS * STEPS,
         "wall s of all": round(wall / taken * STARTS * STEPS, 2),
         "CPU s of all": round(cpu / taken * STARTS * STEPS, 2),
@@ -144,7 +144,7 @@ def ours(features, basis=None):
     xe.DRSA(K, max_iter=1, n_init=1).fit(features)  # the first calls take longer
     wall, cpu, found = clocked(lambda: xe.DRSA(K, seed=SEEDS[0]).fit(features))
     reached = objective(found.basis, features)
-    told = {
+    summary = {
         "wall s": round(wall, 2),
         "CPU s": round(cpu, 2),
         "steps of the best start": len(found.origin["course"]) - 1,
@@ -152,27 +152,27 @@ def ours(features, basis=None):
     }
     if channels <= MOST:
         others = [xe.DRSA(K, seed=seed).fit(features) for seed in SEEDS[1:]]
-        told["J of each seed"] = [reached] + [objective(one.basis, features) for one in others]
+        summary["J of each seed"] = [reached] + [objective(one.basis, features) for one in others]
     if basis is not None:
         a, c = scaled(features.activations), scaled(features.contexts)
-        told["J of the planted subspaces"] = objective(basis, features)
+        summary["J of the planted subspaces"] = objective(basis, features)
         top = climbed(basis, a, c, 3 if quick else 20, RATE)
-        told["J of the maximum beside them"] = objective(top, features)
-    return told
+        summary["J of the maximum beside them"] = objective(top, features)
+    return summary
 
 
 def compared(name, features, basis=None):
     channels = features.activations.shape[1]
-    told = {
+    summary = {
         "vectors": len(features.activations),
         "channels": channels,
         "ours": ours(features, basis),
         "published": published(features),
     }
-    shown.append({"case": name} | told)
-    print(f"{name}, {channels} channels, {told['vectors']} vectors")
+    shown.append({"case": name} | summary)
+    print(f"{name}, {channels} channels, {summary['vectors']} vectors")
     for who in ("ours", "published"):
-        print(f"  {who}: {told[who]}", flush=True)
+        print(f"  {who}: {summary[who]}", flush=True)
 
 
 # %% [markdown]
@@ -234,7 +234,7 @@ if folder is not None and not quick:
 
 if arguments.out is not None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    told = {
+    summary = {
         "command": "python examples/benchmarks/drsa.py --out docs/results/drsa.json",
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
         "versions": {name: metadata.version(name) for name in ("xai_edit", "torch", "numpy")},
@@ -243,4 +243,4 @@ if arguments.out is not None:
         "subspaces": K,
         "cases": shown,
     }
-    write_json(arguments.out, told)
+    write_json(arguments.out, summary)

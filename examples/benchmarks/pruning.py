@@ -102,7 +102,7 @@ for name, model, inputs, labels in networks():
         nn.functional.cross_entropy(model(inputs), labels).backward()
         model.zero_grad(set_to_none=True)
 
-    told = {}
+    figures = {}
     for ranking in ("local", "global"):
         operator = xe.RelevancePruning(SHARE, ranking=ranking)
         edit = operator.plan(model, data)
@@ -110,22 +110,22 @@ for name, model, inputs, labels in networks():
         smaller = xe.to_smaller(model, edit, inputs[:1])
         removal = time.process_time() - start
         sizes = xe.compare_sizes(model, smaller, inputs, rounds=ROUNDS)
-        told |= {f"{key}, {ranking}": round(value, 3) for key, value in sizes.ratios.items()}
+        figures |= {f"{key}, {ranking}": round(value, 3) for key, value in sizes.ratios.items()}
         with torch.no_grad(), edit.applied(model):
             masked = model(inputs)
             difference = (smaller(inputs) - masked).abs().max() / masked.abs().max()
-        told[f"difference of logits, {ranking}"] = float(difference)
+        figures[f"difference of logits, {ranking}"] = float(difference)
     planning = seconds(lambda: operator.plan(model, data), 2)  # noqa: B023
     step = seconds(passed)
-    told["planning over a forward and backward pass"] = round(planning / step, 2)
-    told["removal over a forward and backward pass"] = round(removal / step, 2)
+    figures["planning over a forward and backward pass"] = round(planning / step, 2)
+    figures["removal over a forward and backward pass"] = round(removal / step, 2)
     peer = theirs(deepcopy(model), inputs)
     left = sum(p.numel() for p in peer.parameters()) / sum(p.numel() for p in model.parameters())
-    told["parameters, Torch-Pruning's pruner"] = round(left, 3)
-    ratios[name] = told
-    print(f"{name}: {told}")
+    figures["parameters, Torch-Pruning's pruner"] = round(left, 3)
+    ratios[name] = figures
+    print(f"{name}: {figures}")
 
 if arguments.out is not None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    told = {"torch": torch.__version__, "threads": 1, "share": SHARE, "ratios": ratios}
-    write_json(arguments.out, told)
+    figures = {"torch": torch.__version__, "threads": 1, "share": SHARE, "ratios": ratios}
+    write_json(arguments.out, figures)

@@ -86,17 +86,17 @@ def figures(case: Case, quick: bool) -> dict[str, object]:
     sizes = case.sizes[:3] if quick else case.sizes
     found = [apart(case, size, 0.0 if quick else 1.0) for size in sizes]
     seconds, megabytes = zip(*found, strict=True)
-    told: dict[str, object] = {"what": case.what, "axis": case.axis, "fixed": case.fixed}
-    told |= {"sizes": list(sizes), "seconds": list(seconds), "megabytes": list(megabytes)}
+    figures: dict[str, object] = {"what": case.what, "axis": case.axis, "fixed": case.fixed}
+    figures |= {"sizes": list(sizes), "seconds": list(seconds), "megabytes": list(megabytes)}
     for name, values in (("time", seconds), ("memory", megabytes)):
         slope, error = exponent(sizes, values)
-        told[name] = {"exponent": slope, "error": error, "expected": getattr(case, name)}
+        figures[name] = {"exponent": slope, "error": error, "expected": getattr(case, name)}
         print(
             f"{case.what:<25} {case.axis:<18} {name:<6} {slope:5.2f} ± {error:.2f}, expected "
             f"{getattr(case, name)}: {', '.join(f'{value:.3g}' for value in values)}",
             flush=True,
         )
-    return told
+    return figures
 
 
 # %%
@@ -108,7 +108,7 @@ def main() -> None:
     given = parser.parse_args()
     for name in dir(xe):
         getattr(xe, name)  # loaded once, before processes part
-    told = {
+    figures = {
         "command": "python examples/benchmarks/scaling.py --out docs/results/scaling.json",
         "versions": {name: metadata.version(name) for name in ("xai_edit", "torch", "numpy")},
         "threads": 1,
@@ -121,7 +121,7 @@ def main() -> None:
         ],
     }
     if given.out is not None:
-        write_json(given.out, told)
+        write_json(given.out, figures)
 
 
 if __name__ == "__main__":

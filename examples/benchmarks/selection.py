@@ -103,7 +103,7 @@ for classes, features in SIZES:
         pass
     with xe.evaluation.measured() as cost:
         sca = scored().sca
-    told = {
+    figures = {
         "a backward pass a sample over cached features": round(each / 16 * samples / fast, 1),
         "vmap of the gradient over cached features": round(batched / few * samples / fast, 1),
         "largest relative difference": float(difference),
@@ -112,8 +112,8 @@ for classes, features in SIZES:
         ),
         "seconds, all samples": round(cost.seconds, 3),
     }
-    ratios[f"{classes} × {features}"] = told
-    print(f"{classes} × {features}: {told}")
+    ratios[f"{classes} × {features}"] = figures
+    print(f"{classes} × {features}: {figures}")
 
 # %% [markdown]
 # ## Exact selection
@@ -141,5 +141,5 @@ print(f"exact: {ratios['exact']}")
 
 if arguments.out is not None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    told = {"torch": torch.__version__, "threads": 1, "ratios": ratios}
-    write_json(arguments.out, told)
+    figures = {"torch": torch.__version__, "threads": 1, "ratios": ratios}
+    write_json(arguments.out, figures)

@@ -101,6 +101,6 @@ print(f"ALL-CNN with an eighth of the filters, {len(train)} and {len(held)} imag
 for name, ratio in ratios.items():
     print(f"  {name:<55} {ratio:8.1f}")
 if arguments.out:
-    told = {"command": "python examples/benchmarks/unlearning.py --out FILE"}
-    told |= {"images": {"train": len(train), "held_out": len(held)}, "ratios": ratios}
-    write_json(arguments.out, told | {"torch": torch.__version__})
+    figures = {"command": "python examples/benchmarks/unlearning.py --out FILE"}
+    figures |= {"images": {"train": len(train), "held_out": len(held)}, "ratios": ratios}
+    write_json(arguments.out, figures | {"torch": torch.__version__})

@@ -29,7 +29,7 @@ def test_the_table_shows_the_committed_means():
         if isinstance(names, str):
             names = [f"prune: {names}, {share}" for share in SHARES]
         cells = [
-            " / ".join(f"{figures[name][figure][0]:.3f}"[1:] for name in names)
+            " / ".join(f"{figures[name][figure][0]:.3f}" for name in names)
             for figure in ("worst", "worst_of_four", "balanced")
         ]
         assert f"| {label} | {' | '.join(cells)} |" in page

@@ -382,8 +382,8 @@ def page():
 
 
 def cell(value):
-    text = f"{abs(value):.2f}".removeprefix("0")
-    return f"−{text}" if value < 0 and text != ".00" else text
+    text = f"{abs(value):.2f}"
+    return f"−{text}" if value < 0 and text != "0.00" else text
 
 
 def pair(left, right):
