@@ -311,5 +311,5 @@ def test_a_weight_or_buffer_that_is_not_finite_is_named(norm, name, value):
     require_finite(norm)
     with torch.no_grad():
         norm.state_dict()[name].flatten()[0] = value
-    with pytest.raises(NonFiniteError, match=f"'{name}' holds NaN or infinite values"):
+    with pytest.raises(NonFiniteError, match=f"'{name}': NaN or infinite values"):
         require_finite(norm)

@@ -22,9 +22,10 @@ from xai_edit import (
     with_ablation,
 )
 from xai_edit.core import axes as axes_of_units
+from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.layers import sum_positions
-from xai_edit.core.trace import following_batch_norms, last_weighted, trace
+from xai_edit.core.trace import trace
 from xai_edit.last_layer.head import find_head
 
 LABELS = torch.tensor([0, 2])

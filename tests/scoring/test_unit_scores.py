@@ -422,7 +422,7 @@ def test_bad_input_is_one_clear_error_and_the_model_stays(plain, unchanged, kind
 def test_a_weight_that_is_nan_is_named(plain, batches, unchanged, name, scorer):
     with torch.no_grad():
         plain.get_parameter(name).view(-1)[1] = float("nan")
-    with pytest.raises(NonFiniteError, match=f"model: '{name}' holds NaN or infinite values"):
+    with pytest.raises(NonFiniteError, match=f"model: '{name}': NaN or infinite values"):
         score_units(plain, batches, scorer)
 
 
