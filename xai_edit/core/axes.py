@@ -103,14 +103,13 @@ def _followed(found: Trace, name: str, kind: type[nn.Module]) -> int:
     units: list[int] = found.axes.units(value.axes)
     if len(units) == 1 and units[0] > 0:
         return units[0]
+    why = "no convolution or linear layer gives or reads one of its axes as it is"
     if len(units) > 1:
-        why = f"axes {units} all hold the units of one convolution or linear layer or another"
+        why = f"axes {units} all hold the units of a convolution or linear layer"
     elif units:
         why = "they lie on the axis of the samples"
-    else:
-        why = "no convolution or linear layer gives or reads one of its axes as it is"
     raise ValueError(
-        f"layer {name!r} ({kind.__name__}): the axis of its units cannot be told from its values "
+        f"layer {name!r} ({kind.__name__}): the axis of its units cannot be followed in its values "
         f"of shape {value.shape} for one sample: {why}; give unit_axis="
     )
 
@@ -201,7 +200,12 @@ class Axes:
         elif name == "multi_head_attention_forward":
             self._units += [axes[-1], self.of(made[0])[-1]]
         elif name in ("matmul", "mm", "bmm", "addmm") and others:
-            self._product(given[-2:], made[0])
+            (_, left, _), (factor, right, _) = given[-2:]
+            now = self.of(made[0])
+            if not factor.requires_grad and len(right) == 2:  # a linear layer
+                self._units += [left[-1], now[-1]]
+            elif len(left) == len(right):
+                self._join_all((*left[:-1], right[-1]), now)
         elif name == "scaled_dot_product_attention":
             values = others[1][1]
             self._join_all((*axes[:-1], values[-1]), self.of(made[0]))
@@ -220,17 +224,6 @@ class Axes:
                 for numbers in (axes, *(one[1] for one in others if name == "stack")):
                     for before, after in pairs:
                         self._join(numbers[before], now[after])
-
-    def _product(
-        self, factors: Sequence[tuple[Tensor, tuple[int, ...], torch.Size]], made: Tensor
-    ) -> None:
-        """Follow a matrix product; one with weights is a linear layer."""
-        (_, left, _), (right_factor, right, _) = factors
-        now = self.of(made)
-        if not right_factor.requires_grad and len(right) == 2:
-            self._units += [left[-1], now[-1]]
-        elif len(left) == len(right):
-            self._join_all((*left[:-1], right[-1]), now)
 
     def _anew(self, tensor: Tensor) -> tuple[int, ...]:
         start = len(self._joined)

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 
 class Part(Protocol):
-    """The result of one process, such as the scores of its samples."""
+    """The result of one process, made of a number of samples."""
 
     @property
-    def samples(self) -> int:
-        """The number of samples that it was made of."""
+    def samples(self) -> int: ...  # noqa: D102
 
 
 T = TypeVar("T", bound=Part)
@@ -67,7 +66,7 @@ class Batch:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter or buffer (the CPU when it has none)."""
+    """Return the device of the model's first parameter or buffer, or else the CPU."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

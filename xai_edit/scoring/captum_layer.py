@@ -79,7 +79,8 @@ class CaptumLayer:
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
             logits = predict(model, inputs)
         tap.require(layers)
-        explained, target = model, None
+        explained = model
+        target: Tensor | None = None
         value = targets(logits) if callable(targets) else None
         if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
             weights_of(targets, logits)  # raises if it has no gradient

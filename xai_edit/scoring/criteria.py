@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from xai_edit.core.layers import (
 from xai_edit.core.targets import Targets, classes_of, weights_of
 
 
+@dataclass(frozen=True)
 class Taylor:
     """First-order Taylor criterion: activation times gradient of the log-likelihood.
 
@@ -34,9 +36,6 @@ class Taylor:
     """
 
     behind_norm = True
-
-    def __repr__(self) -> str:
-        return "Taylor()"
 
     def __call__(
         self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
@@ -53,6 +52,7 @@ class Taylor:
         }
 
 
+@dataclass(frozen=True)
 class Activation:
     """Mean rectified activation of each unit over its positions (Molchanov et al. 2017, §2.2).
 
@@ -60,9 +60,6 @@ class Activation:
     """
 
     behind_norm = True
-
-    def __repr__(self) -> str:
-        return "Activation()"
 
     def __call__(
         self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
@@ -80,13 +77,11 @@ class Activation:
         return scores
 
 
+@dataclass(frozen=True)
 class WeightMagnitude:
     """L1 norm of each unit's incoming weights (Li et al. 2017). Needs no data."""
 
     needs_data = False
-
-    def __repr__(self) -> str:
-        return "WeightMagnitude()"
 
     def __call__(
         self, model: nn.Module, inputs: Any, targets: Any, layers: Sequence[str]
@@ -98,16 +93,15 @@ class WeightMagnitude:
         }
 
 
+@dataclass(frozen=True)
 class Random:
     """A uniform random number a unit, which depends only on the seed and the layer's name."""
 
+    seed: int = 0
     needs_data = False
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = whole_number(seed, "seed", least=None)
-
-    def __repr__(self) -> str:
-        return f"Random(seed={self.seed})"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed", least=None))
 
     def __call__(
         self, model: nn.Module, inputs: Any, targets: Any, layers: Sequence[str]

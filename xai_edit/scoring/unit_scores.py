@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Aggregate = Literal["sum", "mean", "abs", "positive"]
-AGGREGATES: tuple[str, ...] = ("sum", "mean", "abs", "positive")
+AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 KIND = "xai_edit.unit_scores"
 HEADER = {"layers": list, "samples": int, "aggregate": str, "k": int | None, "origin": dict}
 # Scorers that never write into a model's parameters.
