@@ -129,7 +129,7 @@ def test_no_sample_at_all_is_an_error(empty, read):
     [
         (X, "a tensor was given; give an iterable of batches"),
         ((X, Y), "one tuple of tensors was given; give an iterable of batches"),
-        (3, "int is not iterable; give a DataLoader"),
+        (3, "int is not iterable; give an iterable of batches"),
         (nn.Linear(2, 2), "Linear is not iterable"),
         ([(X.numpy(), Y)], r"batch 0 is tuple of ['ndarray', 'Tensor']; expected inputs,"),
         ([{"x": X}], "batch 0 is dict of ['dict']; expected inputs"),

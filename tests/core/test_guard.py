@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from types import MethodType
 
 import pytest
@@ -38,32 +37,10 @@ def _swap_storage(model):
         parameter.data = torch.zeros_like(parameter)
 
 
-def _swap_storage_and_shape(model):
-    last_linear(model).weight.data = torch.zeros(2, 3)
-
-
-def _to_double(model):
-    model.double()
-
-
-def _to_double_and_back(model):
-    model.double()
-    model.float()
-
-
-def _set_parameter_none(model):
-    last_linear(model).bias = None
-
-
-def _shadow_parameter(model):
-    object.__setattr__(last_linear(model), "weight", torch.zeros(1))
-
-
 def _running_statistics(model):
     model.train()
     with torch.no_grad():
-        for _ in range(3):
-            model(images() * 5 + 1)
+        model(images() * 5 + 1)
 
 
 def _replace_buffers(model):
@@ -83,27 +60,6 @@ def _delete_buffers(model):
             delattr(module, name)
 
 
-def _register_buffer(model):
-    model.register_buffer("extra", torch.zeros(2), persistent=False)
-
-
-def _register_parameter(model):
-    first_conv(model).register_parameter("extra", nn.Parameter(torch.zeros(2)))
-
-
-def _freeze(model):
-    model.requires_grad_(False)
-
-
-def _backward(model):
-    model(images()).sum().backward()
-
-
-def _training_flags(model):
-    model.train()
-    first_conv(model).eval()
-
-
 def _hooks(model):
     for module in model.modules():
         module.register_forward_hook(lambda *_: None)
@@ -116,40 +72,20 @@ def _hooks(model):
         module.register_load_state_dict_post_hook(lambda *_: None)
 
 
-def _shadow_forward(model):
-    conv = first_conv(model)
-    conv.forward = MethodType(lambda self, x: x * 0, conv)
-
-
 def _attributes(model):
     conv = first_conv(model)
+    conv.forward = MethodType(lambda self, x: x * 0, conv)
     conv.stride = (2, 2)
     conv.note = "left behind"
     del conv.padding
 
 
-def _add_module(model):
+def _children(model):
+    (first, module), *_, (last, _) = model.named_children()
+    delattr(model, first)
+    setattr(model, last, nn.Identity())
     model.add_module("extra", nn.Linear(2, 2))
-
-
-def _delete_module(model):
-    name = next(name for name, _ in model.named_children())
-    delattr(model, name)
-
-
-def _replace_module(model):
-    name = [name for name, _ in model.named_children()][-1]
-    setattr(model, name, nn.Identity())
-
-
-def _reorder_modules(model):
-    name, first = next(iter(model._modules.items()))
-    del model._modules[name]
-    model._modules[name] = first
-
-
-def _prune_hook(model):
-    prune.l1_unstructured(last_linear(model), "weight", 0.5)
+    model.add_module(first, module)  # at the end
 
 
 def _zennit_left_registered(model):
@@ -159,17 +95,45 @@ def _zennit_left_registered(model):
     torch.autograd.grad(model(inputs).sum(), inputs)
 
 
-VANDALS = [value for name, value in globals().items() if name.startswith("_") and callable(value)]
-KINDS = ("plain", "norm")
+VANDALS = {
+    "parameter": _replace_parameter,
+    "no parameter": lambda model: setattr(last_linear(model), "bias", None),
+    "storage": _swap_storage,
+    "storage and shape": lambda model: setattr(
+        last_linear(model).weight, "data", torch.zeros(2, 3)
+    ),
+    "double": lambda model: model.double(),
+    "double and back": lambda model: model.double().float(),
+    "shadowed parameter": lambda model: object.__setattr__(
+        last_linear(model), "weight", torch.zeros(1)
+    ),
+    "running statistics": _running_statistics,
+    "buffers": _replace_buffers,
+    "storage of buffers": _swap_buffer_storage,
+    "no buffers": _delete_buffers,
+    "added buffer": lambda model: model.register_buffer("extra", torch.zeros(2), persistent=False),
+    "added parameter": lambda model: first_conv(model).register_parameter(
+        "extra", nn.Parameter(torch.zeros(2))
+    ),
+    "frozen": lambda model: model.requires_grad_(False),
+    "backward": lambda model: model(images()).sum().backward(),
+    "training": lambda model: first_conv(model.train()).eval(),
+    "hooks": _hooks,
+    "attributes": _attributes,
+    "children": _children,
+    "pruned": lambda model: prune.l1_unstructured(last_linear(model), "weight", 0.5),
+    "zennit": _zennit_left_registered,
+}
+every_vandal = pytest.mark.parametrize("vandal", VANDALS.values(), ids=[*VANDALS])
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["plain", "norm"])
 def model(request):
     return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("raises", [False, True])
-@pytest.mark.parametrize("vandal", VANDALS, ids=lambda vandal: vandal.__name__.strip("_"))
+@every_vandal
 def test_the_model_leaves_as_it_came(model, unchanged, vandal, raises):
     logits = model(images()).detach()
     check = unchanged(model)
@@ -200,7 +164,7 @@ def test_weights_written_in_place_get_their_values_back(model, unchanged, vandal
     check()
 
 
-@pytest.mark.parametrize("vandal", VANDALS, ids=lambda vandal: vandal.__name__.strip("_"))
+@every_vandal
 def test_nested_guards_restore_as_one_does(norm, unchanged, vandal):
     check = unchanged(norm)
     with preserved(norm):
@@ -210,11 +174,6 @@ def test_nested_guards_restore_as_one_does(norm, unchanged, vandal):
         check_inner()
         vandal(norm)
     check()
-
-
-def test_an_exception_from_inside_is_passed_on(plain):
-    with pytest.raises(RuntimeError, match="half-way"), preserved(plain):
-        raise RuntimeError("half-way")
 
 
 def test_an_optimizer_made_before_still_moves_the_model(plain):
@@ -297,19 +256,11 @@ def test_tied_parameters_stay_tied(plain):
     assert plain.twin.weight is plain.head.weight
 
 
-def test_a_model_after_the_guard_can_be_copied_and_saved(norm, tmp_path):
-    with preserved(norm):
-        _zennit_left_registered(norm)
-    twin = copy.deepcopy(norm)
-    torch.save(norm.state_dict(), tmp_path / "model.pt")
-    assert torch.equal(twin(images()), norm(images()))
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["body.0.weight", "body.1.running_var", "fc.bias"])
 def test_a_weight_or_buffer_that_is_not_finite_is_named(norm, name, value):
     require_finite(norm)
     with torch.no_grad():
         norm.state_dict()[name].flatten()[0] = value
-    with pytest.raises(NonFiniteError, match=f"'{name}' holds NaN or infinite values"):
+    with pytest.raises(NonFiniteError, match=f"'{name}': NaN or infinite values"):
         require_finite(norm)

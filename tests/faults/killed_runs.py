@@ -1,8 +1,7 @@
-"""Long runs in small, and a server that forks one, kills it after a while and says how it ended.
+"""Small runs, and a server that forks one, kills it after a while and reports how it ended.
 
 As a script it reads orders from its input, one JSON object a line, and answers each with another.
-It imports everything and computes nothing, so that a fork costs milliseconds and finds no threads
-to miss.
+It imports everything and computes nothing, so that a fork costs milliseconds and has no threads.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def batches(count=6, size=16):
 
 
 class Counted:
-    """Fine-tuning that leaves a mark on the disk each time it is begun."""
+    """Fine-tuning that appends to a file each time it begins."""
 
     def __init__(self, train, marks):
         self.train, self.marks = train, marks
@@ -151,17 +150,13 @@ def serve():
         number = os.fork()
         if number == 0:
             child(order)
-        status = None
-        while status is None:
-            ended, code = os.waitpid(number, os.WNOHANG)
+        ended, passed = 0, 0.0
+        while not ended:
+            time.sleep(0.0005)
             passed = time.monotonic() - started
-            if ended:
-                status = code
-            elif order["seconds"] is not None and passed > order["seconds"]:
-                os.kill(number, signal.SIGKILL)
-                status = os.waitpid(number, 0)[1]
-            else:
-                time.sleep(0.0005)
+            if order["seconds"] is not None and passed > order["seconds"]:
+                os.kill(number, signal.SIGKILL)  # a zombie too, until it is waited for
+            ended, status = os.waitpid(number, os.WNOHANG)
         code = os.waitstatus_to_exitcode(status)
         print(json.dumps({"code": code, "seconds": passed}), flush=True)
 
@@ -174,16 +169,10 @@ class Server:
 
     @classmethod
     def started(cls, errors):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-        )
-        return cls(process)
+        command = [sys.executable, __file__]
+        return cls(subprocess.Popen(command, **pipes, text=True, env=environment))
 
     def run(self, name, folder, *, seconds=None, call=None, number=1):
         """Run until done or killed; return whether it was done, and the seconds it took."""
@@ -191,19 +180,14 @@ class Server:
         order |= {"call": call, "number": number}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        told = json.loads(self.process.stdout.readline())
-        assert told["code"] in (0, -signal.SIGKILL), told  # what it said is on the server's stderr
-        return told["code"] == 0, told["seconds"]
+        answer = json.loads(self.process.stdout.readline())
+        assert answer["code"] in (0, -signal.SIGKILL), answer  # its error is on the server's stderr
+        return answer["code"] == 0, answer["seconds"]
 
 
 if __name__ == "__main__":
-    # All that the runs import on their way.
-    for module in (
-        "sklearn.linear_model",
-        "torch._dynamo",
-        "torch_pruning",
-        "xai_edit.command.main",
-    ):
+    # All that the runs import.
+    modules = ["sklearn.linear_model", "torch._dynamo", "torch_pruning"]
+    for module in [*modules, "xai_edit.command.main", "xai_edit.reproduce.catalogue"]:
         importlib.import_module(module)
-    importlib.import_module("xai_edit.reproduce.catalogue")
     serve()

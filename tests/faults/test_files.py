@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,14 +84,13 @@ class Checkpoint:
         return schedule._Checkpoint(Path(path), model, torch.zeros(1, 2), plan, {"operator": "x"})
 
     def save(self, path):
-        state = schedule._State([torch.tensor([1])], [{"share": 0.25, "removed": 1}])
-        self.at(path, small()).write(small(), state)
+        self.at(path, small()).write(small(), [torch.tensor([1])], [{"share": 0.25, "removed": 1}])
 
     def load(self, path):
         self.use(path, small())
 
     def use(self, path, model):
-        self.at(path, model).restore(model, schedule._State([torch.zeros(0)]))
+        self.at(path, model).restored(model, [torch.zeros(0)])
 
 
 KINDS = [Edit(), Subspaces(), Scores(), Checkpoint()]
@@ -113,9 +111,9 @@ def changed(path, kind, header=None, tensors=None):
     with safe_open(path, "pt") as file:
         own = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         text = file.metadata()[kind.kind].partition("\n")[2]
-    told = json.dumps({**json.loads(text), **(header or {})})
+    text = json.dumps({**json.loads(text), **(header or {})})
     own |= tensors or {}
-    write_safetensors(path, own, kind.kind, sealed(own, told))
+    write_safetensors(path, own, kind.kind, sealed(own, text))
 
 
 @every_kind
@@ -237,38 +235,37 @@ def test_a_file_of_another_model_is_refused_and_the_model_stays(tmp_path, unchan
         check()
 
 
-SEALED = {
-    "no shapes": ({"shapes": []}, {}),
-    "no such tensor": ({"shapes": {"w": [2]}}, {}),
-    "a shape of words": ({"shapes": {"0.weight": ["3", 2]}}, {}),
-    "a shape too small": ({"shapes": {"0.weight": [2]}}, {}),
-    "a shape beyond all numbers": ({"shapes": {"0.weight": [2**40, 2**40]}}, {}),
-    "negative axes": ({"shapes": {"0.weight": [-3, -2]}}, {}),
-    "positions that fall": ({}, {"0.weight/index": torch.tensor([4, 1])}),
-    "positions below 0": ({}, {"0.weight/index": torch.tensor([-1, 1])}),
-    "one position twice": ({}, {"0.weight/index": torch.tensor([1, 1])}),
-    "positions that are no numbers": ({}, {"0.weight/index": torch.tensor([1.0, 4.0])}),
-    "more positions than values": ({}, {"0.weight/index": torch.tensor([0, 1, 4])}),
-    "another dtype": ({}, {"0.weight/old": torch.zeros(2).double()}),
-    "a header without end": ({"origin": 0}, {}),
-    "a format that is no number": ({"format": "1"}, {}),
-}
+WRONG_HEADERS = [
+    {"shapes": []},
+    {"shapes": {"w": [2]}},
+    {"shapes": {"0.weight": ["3", 2]}},
+    {"shapes": {"0.weight": [2]}},
+    {"shapes": {"0.weight": [2**40, 2**40]}},
+    {"shapes": {"0.weight": [-3, -2]}},
+    {"origin": 0},
+    {"format": "1"},
+]
+WRONG_INDICES = [[4, 1], [-1, 1], [1, 1], [1.0, 4.0], [0, 1, 4]]
+WRONG = [(header, {}) for header in WRONG_HEADERS]
+WRONG += [({}, {"0.weight/index": torch.tensor(index)}) for index in WRONG_INDICES]
+WRONG += [({}, {"0.weight/old": torch.zeros(2).double()})]
 
 
 @pytest.mark.parametrize("kind", [Edit()], ids=["Edit"])
-@pytest.mark.parametrize("case", [*SEALED])
-def test_an_edit_that_is_none_is_refused_though_its_checksum_is_right(kind, path, case):
-    changed(path, kind, *SEALED[case])
-    with pytest.raises(xe.core.EditFileError, match=r"saved\.safetensors: "):
-        kind.load(path)
+def test_an_edit_that_is_none_is_refused_though_its_checksum_is_right(kind, path):
+    for header, tensors in WRONG:
+        kind.save(path)
+        changed(path, kind, header, tensors)
+        with pytest.raises(xe.core.EditFileError, match=r"saved\.safetensors: "):
+            kind.load(path)
 
 
 @every_kind
 def test_what_was_loaded_stays_when_the_file_is_written_over(kind, path):
     loaded = kind.load(path)
-    told = str(loaded) if isinstance(kind, (Edit, Scores)) else None
+    printed = str(loaded)
     path.write_bytes(b"")  # a mapped file would end the process with a bus error
-    assert told is None or str(loaded) == told
+    assert str(loaded) == printed
     if isinstance(kind, Subspaces):
         assert torch.isfinite(loaded.basis).all()
 
@@ -282,23 +279,14 @@ class Evil:
 
 
 @every_kind
-@pytest.mark.parametrize("wrapped", ["pickle", "torch"])
-def test_a_pickle_is_never_opened(kind, tmp_path, monkeypatch, wrapped):
+def test_a_pickle_is_never_opened(kind, tmp_path):
     path, mark = tmp_path / "evil.safetensors", tmp_path / "mark"
-    if wrapped == "pickle":
-        path.write_bytes(pickle.dumps(Evil(mark)))
-    else:
-        torch.save({"w": Evil(mark)}, path)
-
-    def opened(*_, **__):
-        raise AssertionError("a pickle was opened")
-
-    for name in ("Unpickler", "load", "loads"):
-        monkeypatch.setattr(pickle, name, opened)
-    monkeypatch.setattr(torch, "load", opened)
-    with pytest.raises(kind.error, match=r"evil\.safetensors"):
-        kind.load(path)
-    assert not mark.exists()
+    torch.save(Evil(mark), tmp_path / "torch")
+    for content in (pickle.dumps(Evil(mark)), (tmp_path / "torch").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(kind.error, match=r"evil\.safetensors"):
+            kind.load(path)
+        assert not mark.exists()
 
 
 def test_weights_that_are_a_pickle_of_code_are_refused_and_nothing_runs(tmp_path, monkeypatch):
@@ -313,42 +301,14 @@ def test_weights_that_are_a_pickle_of_code_are_refused_and_nothing_runs(tmp_path
 
 
 @contextmanager
-def limited(folder, size=64):
-    """Let no file grow beyond a size."""
+def no_room():
+    """Let no file grow beyond 64 bytes."""
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, kept[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-
-
-@contextmanager
-def filled(folder, size=0):
-    """Fill the file system of a folder."""
-    with open(folder / "filler", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(256))
-        except OSError:
-            pass
-    yield
-    (folder / "filler").unlink()
-
-
-@pytest.fixture(params=["size limit", "full disk"])
-def full(request, tmp_path):
-    """A folder, and a block in which nothing can be written there."""
-    if request.param == "size limit":
-        yield tmp_path, limited
-        return
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount here")
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if subprocess.run(mounted, capture_output=True).returncode:
-        pytest.skip("a file system may not be mounted here")
-    yield tmp_path, filled
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def plan_with_checkpoint(path, model, batches):
@@ -373,20 +333,26 @@ every_writer = pytest.mark.parametrize(
 )
 
 
-@every_writer
-def test_a_full_disk_leaves_the_old_file_and_no_part(full, write, plain, batches, unchanged):
-    folder, without_room = full
-    old = b"" if write is plan_with_checkpoint else b"old"
+def old_file(folder, write):
+    """Write a file that is to be written over, except where it would be read first."""
     path = folder / "saved.safetensors"
-    if old:
-        path.write_bytes(old)
-    check = unchanged(plain)
-    with without_room(folder), pytest.raises(OSError, match=r"saved\.safetensors|activations"):
+    if write is not plan_with_checkpoint:
+        path.write_bytes(b"old")
+    return path
+
+
+def contents(folder):
+    return {each.name: each.read_bytes() for each in folder.iterdir()}
+
+
+@every_writer
+def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path, write, plain, batches, unchanged):
+    path = old_file(tmp_path, write)
+    check, before = unchanged(plain), contents(tmp_path)
+    with no_room(), pytest.raises(OSError, match=r"saved\.safetensors|activations"):
         write(path, plain, batches)
     check()
-    assert [(each.name, each.read_bytes()) for each in folder.iterdir()] == (
-        [(path.name, old)] if old else []
-    )
+    assert contents(tmp_path) == before
 
 
 @contextmanager
@@ -431,8 +397,7 @@ def test_a_path_below_a_file_is_told(tmp_path, write, plain, batches):
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(OSError, match=r"file.*does not exist"):
         write(tmp_path / "file" / "saved.safetensors", plain, batches)
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert contents(tmp_path) == {"file": b"old"}
 
 
 # Ctrl-C
@@ -451,21 +416,14 @@ def ctrl_c():
 def test_an_interrupted_write_leaves_the_old_file_and_no_part(
     tmp_path, write, call, plain, batches, unchanged, monkeypatch
 ):
-    path = tmp_path / "saved.safetensors"
-    old = b"" if write is plan_with_checkpoint else b"old"
-    if old:
-        path.write_bytes(old)
-    check = unchanged(plain)
-
-    def interrupted(*_, **__):
-        signal.raise_signal(signal.SIGINT)
-
+    path = old_file(tmp_path, write)
+    check, before = unchanged(plain), contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, interrupted)
+        patch.setattr(os, call, lambda *_, **__: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             write(path, plain, batches)
     check()
-    assert [each.read_bytes() for each in tmp_path.iterdir()] == ([old] if old else [])
+    assert contents(tmp_path) == before
 
 
 def scribbling(model, inputs, targets, layers):
@@ -489,44 +447,24 @@ class Twice:
         signal.raise_signal(signal.SIGINT)
 
 
-def marked(batches):
-    return [(x, y, torch.arange(len(y)) % 2) for x, y in batches]
-
-
-def subspaces_of(model, batches):
-    return xe.PCA(2).fit(xe.collect_features(model, batches, layer="relu1"))
-
-
+PATH = xe.PathPerturbation("fc1", scorer=scribbling)
+DAMPENING = xe.comparisons.SelectiveSynapticDampening(2)
+COLLECTED = {"layer": "relu1", "scorer": xe.LRP(), "on_disk": "features"}
 INTERRUPTED = {
     "score_units": lambda m, d, cut: xe.score_units(m, d, scribbling),
     "compare_scorers": lambda m, d, cut: xe.compare_scorers(m, d, {"a": scribbling}),
     "RelevancePruning": lambda m, d, cut: xe.RelevancePruning(0.5, scribbling).plan(m, d),
-    "PathPerturbation": lambda m, d, cut: xe.PathPerturbation("fc1", scorer=scribbling).plan(
-        m, d, target=3
-    ),
-    "ConceptAwarePruning": lambda m, d, cut: xe.ConceptAwarePruning(
-        "relu1", subspaces_of(m, d), [0], 0.5, scribbling
-    ).plan(m, d),
+    "PathPerturbation": lambda m, d, cut: PATH.plan(m, d, target=3),
     "LRP": lambda m, d, cut: xe.score_units(m, cut, xe.LRP("epsilon-plus")),
     "SingleWeight": lambda m, d, cut: xe.SingleWeight().plan(m, cut, target=3),
     "FictitiousClass": lambda m, d, cut: xe.FictitiousClass().plan(m, cut),
     "LEACE": lambda m, d, cut: xe.comparisons.LEACE().plan(m, cut),
-    "SelectiveSynapticDampening": lambda m, d, cut: xe.comparisons.SelectiveSynapticDampening(
-        2
-    ).plan(m, cut, target=3),
-    "collect_features": lambda m, d, cut: xe.collect_features(
-        m, cut, layer="relu1", scorer=xe.LRP(), on_disk="features"
-    ),
+    "SelectiveSynapticDampening": lambda m, d, cut: DAMPENING.plan(m, cut, target=3),
+    "collect_features": lambda m, d, cut: xe.collect_features(m, cut, **COLLECTED),
     "evaluate_groups": lambda m, d, cut: xe.evaluate_groups(m, cut),
-    "evaluate_unlearning": lambda m, d, cut: xe.evaluate_unlearning(
-        m, xe.ModelEdit({}), train=d, test=cut, target=3
-    ),
     "fit_patterns": lambda m, d, cut: xe.fit_patterns(m, cut),
     "random_labels": lambda m, d, cut: xe.comparisons.random_labels(m, cut, target=3),
     "boundary_shrink": lambda m, d, cut: xe.comparisons.boundary_shrink(m, cut, target=3),
-    "deletion_curve": lambda m, d, cut: xe.deletion_curve(
-        m, cut, xe.score_units(m, d, xe.WeightMagnitude())
-    ),
 }
 
 
@@ -535,7 +473,7 @@ def test_a_model_stays_as_it_was_after_ctrl_c(
     name, plain, batches, unchanged, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    data = marked(batches)
+    data = [(x, y, torch.arange(len(y)) % 2) for x, y in batches]
     check = unchanged(plain)
     with pytest.raises(KeyboardInterrupt):
         INTERRUPTED[name](plain, data, Twice(data))
@@ -544,7 +482,7 @@ def test_a_model_stays_as_it_was_after_ctrl_c(
 
 
 def test_ctrl_c_within_an_ablation_takes_it_off(plain, batches, unchanged):
-    subspaces = subspaces_of(plain, batches)
+    subspaces = xe.PCA(2).fit(xe.collect_features(plain, batches, layer="relu1"))
     check = unchanged(plain)
     with pytest.raises(KeyboardInterrupt), xe.ablated(plain, "relu1", subspaces, [0]):
         signal.raise_signal(signal.SIGINT)

@@ -51,7 +51,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(server, root):
-    """Run each run once in one go: its folder, and how long it takes."""
+    """Do each run once in one go; return its folder and its seconds."""
     found = {}
 
     def of(name):
@@ -77,12 +77,12 @@ def content(folder):
     }
 
 
-def untimed(told):
-    """What a run found, without how long it took and where it was."""
-    if isinstance(told, dict):
+def untimed(results):
+    """Results without seconds, memory and command line."""
+    if isinstance(results, dict):
         timed = ("seconds", "memory", "gpu_memory", "command")
-        return {key: untimed(value) for key, value in told.items() if key not in timed}
-    return [untimed(each) for each in told] if isinstance(told, list) else told
+        return {key: untimed(value) for key, value in results.items() if key not in timed}
+    return [untimed(each) for each in results] if isinstance(results, list) else results
 
 
 def require_same(name, folder, whole):
@@ -94,7 +94,7 @@ def require_same(name, folder, whole):
 
 
 class Pruning:
-    """What a cut pruning has done: steps in the checkpoint, and calls of the fine-tuning."""
+    """The progress of a cut pruning: steps in the checkpoint, and calls of the fine-tuning."""
 
     def __init__(self, folder, whole):
         self.folder, self.whole = folder, whole
@@ -102,10 +102,9 @@ class Pruning:
 
     def look(self, done):
         before, calls = self.steps, self.calls
-        if (self.folder / "prune.safetensors").exists():
-            entries = {"plan": str, "history": list}
-            path = self.folder / "prune.safetensors"
-            _, header = read_sealed(path, schedule.KIND, entries)
+        path = self.folder / "prune.safetensors"
+        if path.exists():
+            _, header = read_sealed(path, schedule.KIND, {"plan": str, "history": list})
             self.steps = len(header["history"])
         if (self.folder / "edit.safetensors").exists():
             ModelEdit.load(self.folder / "edit.safetensors")
@@ -118,7 +117,7 @@ class Pruning:
 
 
 class Reproducing:
-    """What a cut run of a table has found."""
+    """The rows of a cut run of a table."""
 
     def __init__(self, folder, whole):
         self.folder, self.whole = folder, whole

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import runpy
 import sys
 from pathlib import Path
 
-import captum.attr
+import captum.attr as ca
 import pytest
 import torch
 from torch import nn
-from torch_pruning import importance
+from torch_pruning import importance as tp
 from zennit.composites import EpsilonGammaBox
 
 import xai_edit as xe
@@ -33,42 +32,31 @@ def _one_thread():
 
 # Ours.
 
-CAPTUM = {
-    "LayerActivation": {},
-    "LayerConductance": {"n_steps": 4},
-    "LayerDeepLift": {},
-    "LayerGradCam": {"attr_dim_summation": False},
-    "LayerGradientXActivation": {},
-    "LayerIntegratedGradients": {"n_steps": 4},
-    "LayerLRP": {},
-}
+
+def patterns():
+    return xe.fit_patterns(small_example().model, small_example().batches(40))
+
+
 SCORERS = {
     "epsilon": lambda: xe.LRP("epsilon"),
     "epsilon-plus from one": lambda: xe.LRP("epsilon-plus", initial="one"),
     "gamma+epsilon": lambda: xe.LRP("gamma+epsilon", gamma=0.1),
     "alpha2beta1": lambda: xe.LRP("alpha2beta1"),
     "a composite": lambda: xe.LRP(EpsilonGammaBox(low=0.0, high=6.8)),
-    "patterns": lambda: xe.LRP(
-        "patternattribution", patterns=xe.fit_patterns(small_example().model, data())
-    ),
-    **{
-        name: functools.partial(xe.CaptumLayer, getattr(captum.attr, name), **arguments)
-        for name, arguments in CAPTUM.items()
-    },
+    "patterns": lambda: xe.LRP("patternattribution", patterns=patterns()),
+    "layer activation": lambda: xe.CaptumLayer(ca.LayerActivation),
+    "conductance": lambda: xe.CaptumLayer(ca.LayerConductance, n_steps=4),
+    "deep lift": lambda: xe.CaptumLayer(ca.LayerDeepLift),
+    "grad cam": lambda: xe.CaptumLayer(ca.LayerGradCam, attr_dim_summation=False),
+    "gradient x activation": lambda: xe.CaptumLayer(ca.LayerGradientXActivation),
+    "captum's lrp": lambda: xe.CaptumLayer(ca.LayerLRP),
     "weight magnitude": xe.WeightMagnitude,
     "taylor": xe.Taylor,
     "activation": xe.Activation,
     "random": xe.Random,
-    "torch-pruning magnitude": lambda: TorchPruningImportance(
-        importance.GroupMagnitudeImportance()
-    ),
-    "torch-pruning taylor": lambda: TorchPruningImportance(importance.GroupTaylorImportance()),
-    "torch-pruning lamp": lambda: TorchPruningImportance(importance.LAMPImportance()),
+    "torch-pruning magnitude": lambda: TorchPruningImportance(tp.GroupMagnitudeImportance()),
+    "torch-pruning taylor": lambda: TorchPruningImportance(tp.GroupTaylorImportance()),
 }
-
-
-def data():
-    return small_example().batches(40)
 
 
 @pytest.mark.parametrize("make", SCORERS.values(), ids=[*SCORERS])
@@ -84,21 +72,16 @@ OPERATORS = {
     "path": xe.PathPerturbation(),
     "path auto": xe.PathPerturbation(share="auto"),
     "path count": xe.PathPerturbation(rank="count", k=2, scope="class_row"),
-    "path conv": xe.PathPerturbation(layer="conv1", scorer=xe.Taylor()),
     "path noise": xe.PathPerturbation(noise="gaussian"),
     "sca": xe.SingleWeight(),
     "exact": xe.SingleWeight("exact"),
-    "pruning": xe.RelevancePruning(0.3),
     "pruning in steps": xe.RelevancePruning(0.3, steps=2, scorer=xe.Activation()),
-    "pruning, torch-pruning": xe.RelevancePruning(
-        0.3, scorer=TorchPruningImportance(importance.GroupTaylorImportance())
-    ),
+    "pruning": xe.RelevancePruning(0.3, scorer=TorchPruningImportance(tp.GroupTaylorImportance())),
     "concept pruning": xe.ConceptAwarePruning("conv1", axes(6), [0], 0.3),
     "fictitious": xe.FictitiousClass(),
     "fictitious exact": xe.FictitiousClass("exact"),
     "mask": xe.LogitMask(),
-    "last layer": xe.LastLayerRetraining(repeats=2),
-    "last layer tuned": xe.LastLayerRetraining(repeats=1, C="auto"),
+    "last layer": xe.LastLayerRetraining(repeats=1, C="auto"),
     "leace": xe.comparisons.LEACE(),
     "dampening": xe.comparisons.SelectiveSynapticDampening(alpha=2),
 }
@@ -119,7 +102,7 @@ def test_an_operator_that_finds_its_subspaces_is_checked_with_a_plan_of_its_own(
     check_operator(operator, plan)
 
 
-@pytest.mark.parametrize("name", ["path", "pruning", "leace", "dampening", "exact"])
+@pytest.mark.parametrize("name", ["path", "leace", "exact"])
 def test_operators_keep_their_promises_in_double_precision(name):
     check_operator(OPERATORS[name], example=lambda _: small_example(torch.float64))
 
@@ -151,40 +134,28 @@ def sequences(dtype):
     class Reader(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed = nn.Linear(3, 8)
+            self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 5)
             self.mix = nn.Conv1d(8, 8, 3, padding=1)
-            self.head = nn.Linear(8, 5)
 
         def forward(self, x):
             x = torch.relu(self.embed(x)).transpose(1, 2)
             return self.head(torch.relu(self.mix(x)).mean(2))
 
-    generator = torch.Generator().manual_seed(1)
-    model = Reader()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    inputs = torch.randn(30, 6, 3, generator=generator)
-    labels = model(inputs).argmax(1)
-    return Example(model.to(dtype).eval(), inputs.to(dtype), labels, ["embed", "mix:input"])
+    torch.manual_seed(1)
+    model, inputs = Reader().to(dtype).eval(), torch.randn(30, 6, 3, dtype=dtype)
+    return Example(model, inputs, torch.arange(30) % 5, ["embed", "mix:input"])
 
 
-@pytest.mark.parametrize(
-    "scorer", [xe.LRP("epsilon"), xe.Taylor(), xe.Activation(), xe.WeightMagnitude()]
-)
-def test_a_network_of_ones_own_can_be_given(scorer):
-    check_scorer(scorer, example=sequences)
-
-
-def test_an_operator_is_checked_on_a_network_of_ones_own():
-    operator = xe.RelevancePruning(0.3, layers=["mix"])
-    check_operator(operator, example=sequences)
+def test_a_network_of_ones_own_can_be_given():
+    check_scorer(xe.LRP("epsilon"), example=sequences)
+    check_scorer(xe.WeightMagnitude(), example=sequences)
+    check_operator(xe.RelevancePruning(0.3, layers=["mix"]), example=sequences)
 
 
 # Scorers that break a promise.
 
 
-def good(model, inputs, targets, layers, change=None, clean=True):
+def good(model, inputs, targets, layers, change=None):
     """Positive outputs; ``change`` is what a broken scorer does on the way."""
     kept, handles = {}, []
     for name in layers:
@@ -198,9 +169,8 @@ def good(model, inputs, targets, layers, change=None, clean=True):
         with torch.no_grad():
             model(inputs)
     finally:
-        if clean:
-            for handle in handles:
-                handle.remove()
+        for handle in handles:
+            handle.remove()
     if change is not None:
         change(model, kept)
     return kept
@@ -226,10 +196,6 @@ def write(model, scores=None):
         model.conv2.bias[3] += 1
 
 
-def leaves_hooks(model, inputs, targets, layers):
-    return good(model, inputs, targets, layers, clean=False)
-
-
 def leaves_hooks_after_an_error(model, inputs, targets, layers):
     handle = model.fc1.register_full_backward_hook(lambda *_: None)
     scores = good(model, inputs, targets, layers)
@@ -238,25 +204,16 @@ def leaves_hooks_after_an_error(model, inputs, targets, layers):
 
 
 def leaves_hooks_after_a_wrong_target(model, inputs, targets, layers):
-    scores = good(model, inputs, targets, layers)
     handle = model.pool2.register_forward_pre_hook(lambda *_: None)
     torch.zeros(len(inputs), 4)[torch.arange(len(inputs)), targets].sum()
     handle.remove()
-    return scores
+    return good(model, inputs, targets, layers)
 
 
 def backward(model, inputs, targets, layers):
     with torch.enable_grad():
         nn.functional.cross_entropy(model(inputs), targets).backward()
     return good(model, inputs, targets, layers)
-
-
-def batch_norms_in_training(model, inputs, targets, layers):
-    model.norm.train()
-    try:
-        return good(model, inputs, targets, layers)
-    finally:
-        model.norm.eval()
 
 
 def hides_errors(model, inputs, targets, layers):
@@ -282,12 +239,6 @@ def writes_into_inputs(model, inputs, targets, layers):
     return good(model, inputs, targets, layers)
 
 
-def seeds(model, inputs, targets, layers):
-    torch.manual_seed(0)
-    scores = good(model, inputs, targets, layers)
-    return {name: values + torch.rand(values.shape[1]) for name, values in scores.items()}
-
-
 class Counting:
     calls = 0
 
@@ -309,19 +260,15 @@ def replace_parameter(model, scores):
     model.conv2.weight = nn.Parameter(model.conv2.weight.detach().clone())
 
 
-def move_parameter(model, scores):
-    model.fc1.weight.data = model.fc1.weight.data.clone()
-
-
 GLOBAL_HOOK = nn.modules.module.register_module_forward_hook
 AGAIN = "gives other scores of layer 'conv1' when it is called again with the same batch"
 MIXED = "gives other scores of a sample: layer 'conv1' in batches of 1"
 NOT_EQUAL = "gives other scores of layer 'conv1' where the model has hooks, gradients of an earlier"
-SHAPE = "scores of layer 'conv2' are ({}, torch.float32, 'cpu'), expected ((7, 8), torch.float32, "
-FC1 = "scores of layer 'fc1' are ((7, 12), {}), expected ((7, 12), {}, 'cpu')"
-F32, F64 = "torch.float32", "torch.float64"
+SHAPE = "scores of layer 'conv2' are ((7, 7), torch.float32, 'cpu'), expected ((7, 8), torch.float"
+DTYPE = (
+    "scores of layer 'fc1' are ((7, 12), torch.float32, 'cpu'), expected ((7, 12), torch.float64"
+)
 BROKEN = [
-    (leaves_hooks, "changes the forward hooks of layer 'conv1'"),
     (leaves_hooks_after_an_error, "changes the backward hooks of layer 'fc1' when the model raises "
      "in its forward pass number 1"),
     (leaves_hooks_after_a_wrong_target, "changes the forward pre hooks of layer 'pool2' when there "
@@ -330,32 +277,23 @@ BROKEN = [
      "changes the global forward hooks of all modules"),
     (does(lambda model, _: model.conv2.weight.register_hook(lambda grad: grad)),
      "changes the hooks of parameter 'conv2.weight'"),
-    (does(lambda model, _: model.head._forward_hooks.clear()),
-     "changes the forward hooks of layer 'head'"),
     (does(write), "changes the values of parameter 'conv2.bias'"),
     (does(replace_parameter), "changes parameter 'conv2.weight'"),
-    (does(move_parameter), "changes parameter 'fc1.weight'"),
     (does(lambda model, _: model.dropout.train()), "changes the training mode of layer 'dropout'"),
-    (batch_norms_in_training, "changes the values of buffer 'norm.running_mean'"),
+    (does(lambda model, _: model.norm.running_mean.add_(1)),
+     "changes the values of buffer 'norm.running_mean'"),
     (backward, "changes the gradient of parameter 'conv1.weight'"),
     (does(lambda model, _: model.fc1.requires_grad_(False)),
      "changes requires_grad of parameter 'fc1.weight'"),
     (does(lambda model, _: setattr(model.fc1, "seen", True)),
      "leaves behind the attribute 'seen' of layer 'fc1'"),
-    (does(lambda model, _: setattr(model.relu1, "inplace", False)),
-     "changes the attribute 'inplace' of layer 'relu1'"),
     (does(lambda model, _: setattr(model, "relu3", nn.Softplus())), "changes the module 'relu3'"),
     (does(lambda model, _: delattr(model, "relu3")), "takes away the module 'relu3'"),
-    (does(lambda model, _: model.register_buffer("extra", torch.zeros(1))),
-     "leaves behind buffer 'extra'"),
     (does(lambda model, _: torch.set_grad_enabled(False)),
      "changes whether gradients are computed"),
     (writes_into_inputs, "changes the data it was given (tensor 0)"),
-    (seeds, "changes PyTorch's global random generator"),
-    (of_all(lambda values: values + torch.rand(values.shape[1])), AGAIN),
+    (does(lambda model, _: torch.rand(1)), "changes PyTorch's global random generator"),
     (Counting(), AGAIN),
-    (xe.CaptumLayer(captum.attr.LayerGradientShap, baselines=torch.zeros(3, 1, 8, 8)), AGAIN),
-    (of_all(lambda values: values - values.mean(0)), MIXED),
     (of_all(lambda values: values.sort(0).values), MIXED),  # the sums are right, not the rows
     (BatchMean(), MIXED),
     (hides_errors, "gives scores when the model raises in its forward pass number 1, and hides"),
@@ -363,11 +301,8 @@ BROKEN = [
      "fails on a model that has hooks, gradients and a frozen parameter (RuntimeError: One of"),
     (of_what_has_a_gradient, NOT_EQUAL),
     (gives("fc1", lambda values: values / 0), "scores of layer 'fc1' are NaN or infinite"),
-    (gives("conv2", lambda values: values[:, :-1]), SHAPE.format((7, 7))),
-    (gives("conv2", lambda values: values.sum(0)), SHAPE.format((8,))),
-    (gives("fc1", lambda values: values.long()), FC1.format("torch.int64, 'cpu'", F32)),
-    (gives("fc1", lambda values: values.float()), FC1.format(f"{F32}, 'cpu'", F64)),
-    (gives("fc1", lambda values: values.to("meta")), FC1.format(f"{F32}, 'meta'", F32)),
+    (gives("conv2", lambda values: values[:, :-1]), SHAPE),
+    (gives("fc1", lambda values: values.float()), DTYPE),
     (gives("head", lambda values: values.tolist()), "gives a list for layer 'head', not a tensor"),
     (does(lambda model, scores: scores.pop("conv2")),
      "gives nothing for layer 'conv2', not a tensor"),
@@ -411,8 +346,8 @@ def test_an_error_of_the_scorer_itself_comes_through():
 class Halves:
     """Halves some weights of the last hidden layer; the functions given break a promise."""
 
-    def __init__(self, before=None, after=None, origin=None, change=None, edit=xe.ModelEdit):
-        self.before, self.after, self.change, self.edit = before, after, change, edit
+    def __init__(self, after=None, origin=None, change=None, edit=xe.ModelEdit):
+        self.after, self.change, self.edit = after, change, edit
         self.origin = {"operator": "Halves"} if origin is None else origin
 
     def plan(self, model, data, *, target):
@@ -425,8 +360,6 @@ class Halves:
                 module.training = training
 
     def planned(self, model, data, target):
-        if self.before is not None:
-            self.before(model)
         for inputs, *_ in data:
             with torch.no_grad():
                 model(inputs)
@@ -443,13 +376,6 @@ class Halves:
 class InTraining(Halves):
     def plan(self, model, data, *, target):
         return self.planned(model, data, target)
-
-
-class WritesData(Halves):
-    def plan(self, model, data, *, target):
-        for inputs, *_ in data:
-            inputs.clamp_(max=1)
-        return super().plan(model, data, target=target)
 
 
 class ReadsFirst(Halves):
@@ -496,11 +422,6 @@ class WritesElsewhere(xe.ModelEdit):
         return model
 
 
-class StaysApplied(xe.ModelEdit):
-    def undo(self, model):
-        return model
-
-
 class Near(xe.ModelEdit):
     """An edit that takes a model for its own whose values are close."""
 
@@ -516,14 +437,6 @@ class Stumbles(xe.ModelEdit):
         return super().apply(model if isinstance(model.fc1, nn.Linear) else None)
 
 
-def hooked_until_the_end():
-    handles = []
-    return Halves(
-        before=lambda model: handles.append(model.fc1.register_forward_hook(lambda *_: None)),
-        after=lambda model: handles.pop().remove(),
-    )
-
-
 def origin(**entries):
     return Halves(origin={"operator": "x", **entries})
 
@@ -535,11 +448,8 @@ BROKEN_OPERATORS = [
     (InTraining(), "planning changes the values of buffer 'norm.running_mean'"),
     (Halves(after=lambda model: setattr(model, "x", 1)),
      "planning leaves behind the attribute 'x' of the model"),
-    (hooked_until_the_end(), "planning changes the forward hooks of layer 'fc1' when reading batch "
-     "number 1 of the data raises"),
     (ReadsFirst(), "planning changes the forward hooks of layer 'conv2' when the model raises in "
      "its forward pass number 1"),
-    (WritesData(), "planning changes the data it was given (tensor 0)"),
     (HidesErrors(), "plans an edit when reading batch number 1 of the data raises, and hides"),
     (Halves(change=lambda c: xe.edits.Change(c.shape, c.index, c.old, c.new + torch.rand(5) / 10)),
      "planning again with the same model and data gives other values: new of 'fc1.weight'"),
@@ -554,15 +464,13 @@ BROKEN_OPERATORS = [
      "the edit names entries of 'fc1.weight' twice or not in their order"),
     (Halves(edit=Lax), "the edit does not refuse a model that holds it already"),
     (Halves(edit=WritesElsewhere), "applying the edit gives 'conv2.bias' other values than it"),
-    (Halves(edit=StaysApplied),
+    (Halves(edit=type("StaysApplied", (xe.ModelEdit,), {"undo": lambda self, model: model})),
      "applying and undoing the edit changes the values of parameter 'fc1.weight'"),
     (Halves(edit=Near), "the edit does not refuse a model whose 'fc1.weight' differs in one bit"),
     (Halves(edit=Stumbles), "the edit does not refuse a model without the parameters that it "
      "changes with EditMismatchError, but raises AttributeError"),
     (origin(units=(1, 2)), f"{NOT_JSON}'units' comes back as [1, 2], it was (1, 2)"),
-    (origin(rate={3: 0.5}), f"{NOT_JSON}'rate' comes back as {{'3': 0.5}}, it was {{3: 0.5}}"),
     (origin(rate=float("nan")), f"{NOT_JSON}Out of range float values"),
-    (origin(score=nn.ReLU()), f"{NOT_JSON}Object of type ReLU is not JSON serializable"),
     (Halves(origin={"rate": 1}), "the edit's origin does not name its operator"),
 ]  # fmt: skip
 
@@ -599,6 +507,6 @@ def test_the_code_of_a_page_is_that_of_its_example_which_runs(kind, monkeypatch,
     assert all(block in code for block in blocks)
     monkeypatch.setattr(sys, "argv", [str(example), "--quick"])
     runpy.run_path(str(example), run_name="__main__")
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     sentences = re.findall(r"^    (\w+: .*)$", page, re.M)
-    assert any(sentence in told for sentence in sentences)
+    assert any(sentence in printed for sentence in sentences)

@@ -1,8 +1,8 @@
-"""A model's forward pass, traced once and kept until the model changes."""
+"""A model's forward pass, traced once and kept until the model changes, and what it shows."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.layers import logits_of
 from xai_edit.core.trace import Trace, trace
 
 DEPTH = 3  # of nested collections among a module's attributes that are compared by value
@@ -25,14 +26,14 @@ class Analysis:
     trace : Trace
         A forward pass of one sample.
     verified : set
-        Canonical forms in which the model has given the logits that it gives without.
+        Canonical forms in which the model gave the same logits.
     """
 
     trace: Trace
     verified: set[Hashable] = field(default_factory=set)
 
 
-# Per model its state and the analyses that were made in this state, by kind of input.
+# Per model its state and the analyses made in this state, by the shape and dtype of the inputs.
 _KEPT: WeakKeyDictionary[nn.Module, tuple[Hashable, dict[Hashable, Analysis]]] = WeakKeyDictionary()
 
 
@@ -57,12 +58,33 @@ def analysed(model: nn.Module, inputs: Tensor) -> Analysis:
     return analyses[kind]
 
 
+def last_weighted(model: nn.Module, inputs: Tensor) -> str | None:
+    """Return the name of the linear or convolution layer that runs last, and so is the output."""
+    found = analysed(model, inputs).trace
+    logits_of(found.output, found.sample)
+    return next(reversed(found.order), None)
+
+
+def following_batch_norms(
+    model: nn.Module, inputs: Tensor, layers: Sequence[str]
+) -> dict[str, str]:
+    """Return, for the layers whose output goes straight into an affine batch norm, its name."""
+    found = analysed(model, inputs).trace
+    modules = dict(model.named_modules())
+    return {
+        layer: name
+        for layer in layers
+        for name in found.readers(layer)
+        if isinstance(modules[name], nn.modules.batchnorm._BatchNorm) and modules[name].affine
+    }
+
+
 def state_of(model: nn.Module) -> Hashable:
     """Return a value that differs once a model may compute something else.
 
-    It covers the modules and their types; their attributes, hooks and modes; and the parameters and
-    buffers: which tensors, their storage, their version and, as writing to ``tensor.data`` leaves
-    the version as it is, their sum.
+    It covers modules, their types, attributes, hooks and modes; and parameters and buffers: which
+    tensors, their storage, their version and, as writing to ``tensor.data`` leaves the version as
+    it is, their sum.
     """
     modules = tuple(
         (name, id(module), type(module), _value(vars(module), DEPTH))

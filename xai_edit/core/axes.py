@@ -23,7 +23,7 @@ _DECIDED: ContextVar[Mapping[str, int]] = ContextVar("unit axes", default=Mappin
 
 @contextmanager
 def decided_axes(axes: Mapping[str, int]) -> Iterator[None]:
-    """Have `unit_axes` answer with these for the layers they name, in whatever scorer asks it."""
+    """Fix the axes of some layers for all calls of `unit_axes` inside this context."""
     token = _DECIDED.set({**_DECIDED.get(), **axes})
     try:
         yield
@@ -39,18 +39,16 @@ def unit_axes(
 ) -> dict[str, int]:
     """Return which axis of each layer's values holds its units.
 
-    The second of a convolution, a batch norm or an instance norm, the last of a linear layer. For
-    all others it is a property of the tensor at that point of the network: one forward pass of one
-    sample is recorded, and the axis followed from the convolution or linear operations before and
-    after, through elementwise operations, norms, pools, permutations, and reshapes that leave it
-    whole. There is no such pass where all layers are of the kinds above.
+    The second of a convolution, a batch norm or an instance norm, the last of a linear layer. Of
+    other layers it is followed, in a traced forward pass of one sample, from the convolution or
+    linear operations before and after, through elementwise operations, norms, pools, permutations,
+    and reshapes that leave it whole.
 
     Parameters
     ----------
     model : nn.Module
         Left exactly as it was.
     inputs : Tensor, shape (samples, ...)
-        The first sample is enough.
     layers : sequence of str
         Checked names, with or without ``:input``.
     given : int or mapping from layer names to int, optional
@@ -59,8 +57,8 @@ def unit_axes(
     Raises
     ------
     ValueError
-        If the axis cannot be followed, two axes hold units of one layer or another, a layer takes
-        no part in the forward pass or has no tensor for its values, or ``given`` is out of range.
+        If the axis cannot be followed, several axes hold units, a layer takes no part in the
+        forward pass or gives no tensor, or ``given`` is out of range.
     """
     decided = {name: axis for name, axis in _DECIDED.get().items() if name in layers}
     axes = known_axes(model, layers, decided if given is None else given)
@@ -74,7 +72,7 @@ def unit_axes(
 def known_axes(
     model: nn.Module, layers: Sequence[str], given: int | Mapping[str, int] | None = None
 ) -> dict[str, int]:
-    """Return the axes of `unit_axes` that are given or follow from the kind of the layer."""
+    """Return the axes of `unit_axes` that need no forward pass."""
     named = given if isinstance(given, Mapping) else dict.fromkeys(layers, given)
     unknown = [name for name in named if name not in layers]
     require(not unknown, "unit_axis", unknown, f"it names some of the layers {[*layers]}")
@@ -92,7 +90,7 @@ def known_axes(
 
 
 def _followed(found: Trace, name: str, kind: type[nn.Module]) -> int:
-    """Return the axis of a layer's units in the record of a forward pass."""
+    """Return the axis of a layer's units in a traced forward pass."""
     if name not in found.values:
         raise ValueError(f"layer {name!r} takes no part in the model's forward pass")
     value = found.values[name]
@@ -105,22 +103,21 @@ def _followed(found: Trace, name: str, kind: type[nn.Module]) -> int:
     units: list[int] = found.axes.units(value.axes)
     if len(units) == 1 and units[0] > 0:
         return units[0]
+    why = "no convolution or linear layer gives or reads one of its axes as it is"
     if len(units) > 1:
-        why = f"axes {units} all hold the units of one convolution or linear layer or another"
+        why = f"axes {units} all hold the units of a convolution or linear layer"
     elif units:
         why = "they lie on the axis of the samples"
-    else:
-        why = "no convolution or linear layer gives or reads one of its axes as it is"
     raise ValueError(
-        f"layer {name!r} ({kind.__name__}): the axis of its units cannot be told from its values "
+        f"layer {name!r} ({kind.__name__}): the axis of its units cannot be followed in its values "
         f"of shape {value.shape} for one sample: {why}; give unit_axis="
     )
 
 
 _LAST = frozenset(["linear", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu"])
-"""Operations whose inputs and outputs have their units on the last axis."""
+"""Operations of layers whose units are on the last axis."""
 _SECOND = frozenset(f"conv{of}{n}d" for of in ("", "_transpose") for n in (1, 2, 3))
-"""Those that have them on the second axis."""
+"""Operations of layers whose units are on the second axis."""
 
 _ALIGNED_NAMES = """
     batch_norm instance_norm group_norm layer_norm rms_norm local_response_norm normalize softmax
@@ -134,7 +131,7 @@ _ALIGNED_NAMES = """
     boolean_dispatch interpolate upsample setitem
 """
 _ALIGNED = frozenset(_ALIGNED_NAMES.split())
-"""Operations whose output has the axes of the input in the same order, whatever their sizes."""
+"""Operations that keep the order of the axes, whatever their sizes."""
 _BY_ARGUMENTS_NAMES = """
     permute transpose swapaxes swapdims movedim moveaxis t T mT H mH adjoint unsqueeze mean sum
     amax amin max min std var std_mean var_mean norm logsumexp prod median nanmean nansum
@@ -152,24 +149,24 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17)
 
 
 class Axes:
-    """The axes of all tensors of a forward pass; those that are one and the same are joined.
+    """The numbered axes of all tensors of a forward pass, those with the same content joined.
 
-    A convolution or linear operation ends what came before: the axis of its inputs' units and that
-    of its outputs' are marked as such, and its other axes are not followed through it.
+    A convolution or linear operation marks the axis of its inputs' units and that of its outputs';
+    no axis is followed through it.
     """
 
     def __init__(self) -> None:
-        self._joined: list[int] = []  # of each axis another one that it is joined with, or itself
+        self._joined: list[int] = []  # for each axis one that it is joined with, or itself
         self._units: list[int] = []
         self._of: dict[int, tuple[tuple[int, ...], Tensor]] = {}  # the tensor keeps its id valid
 
     def of(self, tensor: Tensor) -> tuple[int, ...]:
-        """Return the number of each axis of a tensor."""
+        """Return the numbers of a tensor's axes."""
         numbers, _ = self._of.get(id(tensor), ((), tensor))
         return numbers if len(numbers) == tensor.ndim else self._anew(tensor)
 
     def units(self, numbers: Sequence[int]) -> list[int]:
-        """Return which of a tensor's axes are joined with one that holds units."""
+        """Return which of a tensor's axes hold units."""
         roots = {self._root(number) for number in self._units}
         return [at for at, number in enumerate(numbers) if self._root(number) in roots]
 
@@ -183,16 +180,8 @@ class Axes:
     ) -> None:
         """Join the axes of an operation's inputs with those of its outputs.
 
-        Parameters
-        ----------
-        name : str
-            As `xai_edit.core.trace.operation_name` gives it.
-        function, arguments
-            The operation, its arguments by position and by name.
-        given : sequence
-            The tensors among the arguments, with their axes and shapes before the operation.
-        output : object
-            What it gave.
+        ``given`` are the tensors among the arguments, each with its axes and its shape before the
+        operation, whose ``name`` is that of `xai_edit.core.trace.operation_name`.
         """
         made = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
         if name == "setitem":
@@ -211,7 +200,12 @@ class Axes:
         elif name == "multi_head_attention_forward":
             self._units += [axes[-1], self.of(made[0])[-1]]
         elif name in ("matmul", "mm", "bmm", "addmm") and others:
-            self._product(given[-2:], made[0])
+            (_, left, _), (factor, right, _) = given[-2:]
+            now = self.of(made[0])
+            if not factor.requires_grad and len(right) == 2:  # a linear layer
+                self._units += [left[-1], now[-1]]
+            elif len(left) == len(right):
+                self._join_all((*left[:-1], right[-1]), now)
         elif name == "scaled_dot_product_attention":
             values = others[1][1]
             self._join_all((*axes[:-1], values[-1]), self.of(made[0]))
@@ -230,17 +224,6 @@ class Axes:
                 for numbers in (axes, *(one[1] for one in others if name == "stack")):
                     for before, after in pairs:
                         self._join(numbers[before], now[after])
-
-    def _product(
-        self, factors: Sequence[tuple[Tensor, tuple[int, ...], torch.Size]], made: Tensor
-    ) -> None:
-        """Follow a matrix product; one with weights is a linear layer."""
-        (_, left, _), (right_factor, right, _) = factors
-        now = self.of(made)
-        if not right_factor.requires_grad and len(right) == 2:
-            self._units += [left[-1], now[-1]]
-        elif len(left) == len(right):
-            self._join_all((*left[:-1], right[-1]), now)
 
     def _anew(self, tensor: Tensor) -> tuple[int, ...]:
         start = len(self._joined)
@@ -272,7 +255,7 @@ class Axes:
 
 @functools.cache
 def _is_elementwise(name: str) -> bool:
-    """Tell whether PyTorch has an operation of this name that works value by value."""
+    """Return whether PyTorch has an elementwise operation of this name."""
     packet = getattr(torch.ops.aten, name, None)
     overloads = packet.overloads() if packet is not None else ()
     return any(torch.Tag.pointwise in getattr(packet, one).tags for one in overloads)
@@ -287,8 +270,8 @@ def _moves_of(
 ) -> list[list[tuple[int, int]]]:
     """Return, for each output of an operation, which axis of ``x`` goes where.
 
-    The operation runs anew: on a tensor of sizes that are all different or, where it depends on
-    the sizes, on the positions of the values.
+    The operation runs again, on a tensor whose sizes are all different or, where the result depends
+    on the sizes, on the positions of the values.
     """
     by_sizes = name in _BY_SIZES
     if len(shape) > len(_PRIMES) or not math.prod(shape):
@@ -316,14 +299,14 @@ def _moves_of(
 
 
 def _unmixed(positions: Tensor, shape: torch.Size) -> list[tuple[int, int]]:
-    """Return the axes along which the values of one axis alone lie, (before, after)."""
+    """Return the pairs (axis before, axis after) that are not mixed with other axes."""
     if not positions.numel() or positions.dtype != torch.int64:
         return []
     along: list[list[int]] = []  # for each axis, the former axes that vary along it
     for axis in range(positions.ndim):
         line = positions[tuple(slice(None) if at == axis else 0 for at in range(positions.ndim))]
         before = torch.unravel_index(line.cpu(), shape)
-        along.append([at for at, place in enumerate(before) if (place != place[0]).any()])
+        along.append([at for at, index in enumerate(before) if (index != index[0]).any()])
     varying = [at for former in along for at in former]
     return [
         (former[0], axis)

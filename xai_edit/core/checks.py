@@ -49,11 +49,15 @@ def whole_number(value: Any, name: str, *, least: int | None = 0, most: int | No
     return number
 
 
+def real_number(value: Any) -> float:
+    """Return a number as a float, and NaN for anything else, also for booleans."""
+    is_number = isinstance(value, SupportsFloat) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan
+
+
 def fraction(value: Any, name: str, *, zero: bool = False, one: bool = True) -> float:
     """Return a number between 0 and 1; ``zero`` and ``one`` say whether the ends are allowed."""
-    number = math.nan
-    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
-        number = float(value)
+    number = real_number(value)
     if not (0 < number < 1 or (zero and number == 0) or (one and number == 1)):
         percent = "; is it in percent?" if number > 1 else ""
         limits = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
@@ -63,13 +67,9 @@ def fraction(value: Any, name: str, *, zero: bool = False, one: bool = True) -> 
 
 def positive(value: Any, name: str, *, zero: bool = False) -> float:
     """Return a finite number above 0, or of at least 0 where ``zero`` is allowed."""
-    number = math.nan
-    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
-        number = float(value)
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise ValueError(
-            f"{name}: {value!r} given; it is a finite number {'of at least' if zero else 'above'} 0"
-        )
+    number = real_number(value)
+    works = f"it is a finite number {'of at least' if zero else 'above'} 0"
+    require(0 < number < math.inf or (zero and number == 0), name, value, works)
     return number
 
 
@@ -78,6 +78,13 @@ def distinct(values: Iterable[T], name: str, works: str) -> list[T]:
     listed = list(values)
     require(0 < len(listed) == len(set(listed)), name, listed, works)
     return listed
+
+
+def whole_numbers(values: Any, name: str, works: str) -> list[int]:
+    """Return one whole number or several different ones as a list of int."""
+    single = not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0
+    listed = [values] if single else values
+    return distinct([whole_number(one, name, least=None) for one in listed], name, works)
 
 
 def same_length(values: Sized, samples: int, name: str) -> None:
@@ -128,13 +135,3 @@ def one_logit_a_class(outputs: int) -> int:
             "layer two rows, one a class: zeros for class 0, then the row it has"
         )
     return outputs
-
-
-def nonzero(value: Any, name: str) -> float:
-    """Return a finite number other than 0."""
-    number = math.nan
-    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
-        number = float(value)
-    if not math.isfinite(number) or number == 0:
-        raise ValueError(f"{name}: {value!r} given; it is a finite number other than 0")
-    return number

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,7 @@ class Cost:
     seconds : float
         Wall-clock time.
     memory : int
-        Peak memory of the process, resident, in bytes. Where the system cannot start a new peak
-        (other than Linux), it is the peak since the process began.
+        Peak resident memory of the process in bytes; except on Linux, since the process began.
     gpu_memory : int or None
         Peak memory that PyTorch held on the GPU, in bytes; None without a GPU in use.
     """
@@ -45,7 +44,8 @@ def measured() -> Iterator[Cost]:
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    _start_new_peak()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # starts a new peak
     start = time.perf_counter()
     try:
         yield cost
@@ -55,13 +55,6 @@ def measured() -> Iterator[Cost]:
             cost.gpu_memory = torch.cuda.max_memory_allocated()
         cost.seconds = time.perf_counter() - start
         cost.memory = _peak()
-
-
-def _start_new_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
 
 
 def _peak() -> int:

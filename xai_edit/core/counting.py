@@ -1,4 +1,4 @@
-"""Samples and right answers counted by class and attribute."""
+"""Counts of samples and right answers by class and attribute."""
 
 from __future__ import annotations
 
@@ -14,37 +14,31 @@ def count_by_group(
     Parameters
     ----------
     predicted, labels : Tensor, int64, shape (samples,)
-        Classes.
     classes : int
-        Of the model.
+        The model's number of classes.
     attribute : Tensor, int64, shape (samples,), optional
-        Numbered from 0; without it the groups are the classes.
+        Values from 0; without it the groups are the classes.
 
     Returns
     -------
     Tensor, int64, shape (3, classes, attributes)
         Right answers, samples, and samples that are predicted as the class.
-
-    Raises
-    ------
-    ValueError
-        If an attribute is negative.
     """
     predicted, labels = predicted.cpu(), labels.cpu()
     attribute = torch.zeros_like(labels) if attribute is None else attribute.cpu().long()
     if attribute.min() < 0:
         raise ValueError(f"groups: {int(attribute.min())} given; they are numbered from 0")
     attributes = int(attribute.max()) + 1
-    own, said = labels * attributes + attribute, predicted * attributes + attribute
-    counted = [
+    group, as_predicted = (part * attributes + attribute for part in (labels, predicted))
+    counts = [
         torch.bincount(cells, minlength=classes * attributes)
-        for cells in (own[predicted == labels], own, said)
+        for cells in (group[predicted == labels], group, as_predicted)
     ]
-    return torch.stack(counted).view(3, classes, attributes)
+    return torch.stack(counts).view(3, classes, attributes)
 
 
 def add_counts(first: Tensor, second: Tensor) -> Tensor:
-    """Add counts of which one may know more attributes, or nothing yet, than the other."""
+    """Add counts of different numbers of classes or attributes."""
     attributes = max(first.shape[2], second.shape[2])
     padded = [
         torch.nn.functional.pad(

@@ -1,4 +1,4 @@
-"""Batches of a loader, a list or a ``Dataset``, and what several processes made of theirs."""
+"""Checked batches of any data, an attribute of each sample, and the parts of several ranks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 
 class Part(Protocol):
-    """What one process made of its samples."""
+    """The result of one process, made of a number of samples."""
 
     @property
-    def samples(self) -> int:
-        """How many samples it was made of."""
+    def samples(self) -> int: ...  # noqa: D102
 
 
 T = TypeVar("T", bound=Part)
@@ -32,7 +31,7 @@ Data: TypeAlias = Iterable[Any] | Dataset[Any]
 """``(input, label)`` or ``(input, label, group)`` batches, bare inputs, or a ``Dataset``."""
 
 Attribute: TypeAlias = Callable[[Tensor], Any] | Tensor | None
-"""A yes/no property of each sample: a function of a batch of inputs, or a vector in data order,
+"""An attribute of each sample: a function of a batch of inputs, a vector in the order of the data,
 or None for the third element of each batch."""
 
 DATASET_BATCH_SIZE = 64
@@ -58,7 +57,7 @@ class Batch:
         return len(self.inputs)
 
     def __getitem__(self, keep: Tensor) -> Batch:
-        """Return the samples that ``keep`` (mask or indices, shape (samples,)) names."""
+        """Return the samples of a mask or of indices, shape (samples,)."""
         return Batch(
             self.inputs[keep],
             None if self.labels is None else self.labels[keep],
@@ -67,7 +66,7 @@ class Batch:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter or buffer (the CPU when it has none)."""
+    """Return the device of the model's first parameter or buffer, or else the CPU."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -84,9 +83,8 @@ def batches(
         Batches ``inputs``, ``(inputs,)``, ``(inputs, labels)`` or ``(inputs, labels, groups)``; a
         ``Dataset`` is read in its order, 64 samples at a time.
     device : torch.device or str
-        Where the batches are moved.
     may_be_empty : bool
-        No samples are fine, as on one of several ranks.
+        Accept data without samples, as on one of several ranks.
 
     Raises
     ------
@@ -107,7 +105,7 @@ def batches(
 
 
 def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
-    """Return the first batch and the whole data, also where it can be read only once."""
+    """Return the first batch, and the whole data with it where it can be read only once."""
     iterator = iter(_iterable(data))
     skipped = []
     for raw in iterator:
@@ -120,18 +118,18 @@ def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
 def _iterable(data: Data) -> Iterable[Any]:
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=DATASET_BATCH_SIZE)
-    if isinstance(data, Tensor) or _is_one_batch(data):
-        given = "a tensor" if isinstance(data, Tensor) else f"one {type(data).__name__} of tensors"
-        raise TypeError(
-            f"data: {given} was given; give an iterable of batches, such as [(inputs, labels)] or "
-            "a DataLoader, or a Dataset"
-        )
-    if not isinstance(data, Iterable):
-        raise TypeError(
-            f"data: {type(data).__name__} is not iterable; give a DataLoader, a list of "
-            "(inputs, labels) batches or a Dataset"
-        )
-    return data
+    if isinstance(data, Tensor):
+        trouble = "a tensor was given"
+    elif _is_one_batch(data):
+        trouble = f"one {type(data).__name__} of tensors was given"
+    elif not isinstance(data, Iterable):
+        trouble = f"{type(data).__name__} is not iterable"
+    else:
+        return data
+    raise TypeError(
+        f"data: {trouble}; give an iterable of batches, such as [(inputs, labels)] or a "
+        "DataLoader, or a Dataset"
+    )
 
 
 def _is_one_batch(data: Any) -> bool:
@@ -180,13 +178,7 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
 
 
 def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
-    """Return the parts of all batches as one on the CPU, None where no batch has one.
-
-    Raises
-    ------
-    ValueError
-        If some batches have it and some do not.
-    """
+    """Return the parts of all batches as one on the CPU, None where no batch has one."""
     known = [part.cpu() for part in parts if part is not None]
     if known and len(known) < len(parts):
         raise ValueError(f"data: some batches have {name} and some have none")
@@ -200,21 +192,9 @@ def check_length(attribute: Attribute, samples: int, name: str) -> None:
 
 
 def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str) -> Tensor:
-    """Return the attribute of each sample of ``batch``.
+    """Return the attribute of each sample of ``batch``, int64, shape (samples,).
 
-    Parameters
-    ----------
-    attribute : callable, Tensor or None
-        See `Attribute`.
-    batch : Batch
-    start : int
-        Index of the batch's first sample in the data, for a vector.
-    name : str
-        The caller's name of the attribute, for error messages.
-
-    Returns
-    -------
-    Tensor, int64, shape (samples,)
+    ``start`` is the index of the batch's first sample in the data; errors begin with ``name``.
 
     Raises
     ------
@@ -255,7 +235,7 @@ def gathered(part: T, group: ProcessGroup | None = None) -> dict[int, T]:
     Parameters
     ----------
     part : object
-        What this rank made of its samples; pickled, with tensors on the CPU.
+        The result of this rank; pickled, with tensors on the CPU.
     group : ProcessGroup, optional
         All ranks when left out. With nccl each has chosen its GPU by ``torch.cuda.set_device``.
 
@@ -276,14 +256,15 @@ def gathered(part: T, group: ProcessGroup | None = None) -> dict[int, T]:
 def with_samples(
     parts: Mapping[int, T], made: Callable[[T], Mapping[str, Any]], trouble: str
 ) -> list[T]:
-    """Return the parts that have samples, all made alike.
+    """Return the parts that have samples, all made with the same model and arguments.
 
     Parameters
     ----------
     parts : mapping
         By rank.
     made : callable
-        Returns what a part was made with. Of a part without samples only what it names is compared.
+        Returns what a part was made with. Of a part without samples only its own entries are
+        compared.
     trouble : str
         The beginning of the message, with ``{}`` for two ranks.
 

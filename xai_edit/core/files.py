@@ -35,7 +35,7 @@ def require_folder(path: str | Path) -> Path:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Make an OSError that names no file, such as that of a full disk, name this one."""
+    """Add the file's name to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as problem:
@@ -57,10 +57,7 @@ def part_of(path: str | Path) -> Iterator[Path]:
 
 
 def clear_parts(folder: str | Path, name: str | None = None) -> None:
-    """Remove the unfinished parts of a file, or of all files, that killed processes left.
-
-    For folders where no other process writes.
-    """
+    """Remove what killed processes left of a file, or of all files; no other may write there."""
     written = "*" if name is None else glob.escape(name)
     for part in Path(folder).glob(f".{written}.????????{PART}"):
         shutil.rmtree(part, ignore_errors=True)
@@ -68,7 +65,7 @@ def clear_parts(folder: str | Path, name: str | None = None) -> None:
 
 @contextmanager
 def _written(path: str | Path) -> Iterator[Path]:
-    """Yield the name of a file that is made, and rename it to ``path`` on leaving."""
+    """Yield the name of a temporary file, renamed to ``path`` on leaving."""
     with naming(path), part_of(path) as folder:
         temporary = folder / "whole"
         yield temporary
@@ -81,13 +78,7 @@ def _written(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to a temporary file, then rename it to ``path``.
-
-    Raises
-    ------
-    OSError
-        If the folder is missing or cannot be written; ``path`` is then as it was.
-    """
+    """Write a file atomically; after an OSError, ``path`` is as it was before."""
     with _written(path) as temporary:
         temporary.write_bytes(content)
 
@@ -97,8 +88,8 @@ def write_safetensors(
 ) -> None:
     """Write tensors and a header text to a safetensors file, atomically.
 
-    The metadata has one entry, ``kind``: safetensors writes several in random order, and equal
-    content shall give equal bytes. Memory-mapped tensors are not read into memory.
+    The metadata has one entry, ``kind``, so that equal content gives equal bytes: safetensors
+    writes several in random order. Memory-mapped tensors are not read into memory.
     """
     contiguous: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -148,26 +139,24 @@ def read_sealed(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file with a header that `sealed` made: the tensors, in memory, and the header.
 
-    Arguments as for `read_header`.
+    Arguments as for `read_header`, errors as of `read_safetensors`.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
     ValueError
-        If it is not a whole file of this kind, a bit of it differs, or it is of a newer format.
+        Also if a bit of the file differs, or it is of a newer format.
     """
     tensors, content = read_safetensors(path, kind)
-    given, _, text = content.partition("\n")
-    if given != checksum(tensors, text):
+    expected, _, text = content.partition("\n")
+    if expected != checksum(tensors, text):
         raise ValueError(f"{path}: the checksum does not match; the file was changed")
-    # Copies: what is mapped would change, or end the process, with a file that is written over.
+    # Copies: a mapped tensor would change, or end the process, with a file that is written over.
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     return copies, read_header(path, text, entries, newest=newest)
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Return a digest of tensors, with their names, kinds and shapes, and a text."""
+    """Return a digest of a text and of tensors with their names, dtypes and shapes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -179,22 +168,14 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 def read_header(
     path: str | Path, text: str, entries: Mapping[str, Kind], *, newest: int = 1
 ) -> dict[str, Any]:
-    """Read a header text that is a JSON object with these entries, each of its type.
+    """Read a header text that is a JSON object with these entries (name → type).
 
-    Parameters
-    ----------
-    path : str or Path
-        For error messages.
-    text : str
-    entries : mapping
-        Name → type. ``format``, a number, may stand beside them; a file without it is of the first.
-    newest : int
-        The newest format that can be read.
+    A number ``format`` may stand beside them, at most ``newest``; without it, the format is 1.
 
     Raises
     ------
     ValueError
-        If it is not, has other entries, or is of a newer format.
+        If it is no such object, or of a newer format; the message begins with ``path``.
     """
     try:
         header = json.loads(text)
@@ -202,10 +183,10 @@ def read_header(
         raise ValueError(
             f"{path}: the header is no JSON ({problem}); the file is damaged"
         ) from None
-    given = header.pop("format", 1) if isinstance(header, dict) else 1
-    if type(given) is not int or given > newest:
+    version = header.pop("format", 1) if isinstance(header, dict) else 1
+    if type(version) is not int or version > newest:
         raise ValueError(
-            f"{path}: format {given!r} is newer than this xai_edit {__version__} (format "
+            f"{path}: format {version!r} is newer than this xai_edit {__version__} (format "
             f"{newest}); update xai_edit"
         )
     if not isinstance(header, dict) or header.keys() != entries.keys():

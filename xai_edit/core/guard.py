@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,37 +9,30 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from xai_edit.core.errors import NonFiniteError
+from xai_edit.core.checks import finite
 
-# The registries a module keeps beside its plain attributes; copied one level deep.
-_REGISTRIES = (dict, set, list)
+_REGISTRIES = (dict, set, list)  # attributes of a module whose content is restored too
 
 
 @contextmanager
 def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]:
     """Restore ``model`` exactly on leaving, also after an exception.
 
-    Every module's attributes come back by identity: parameters and buffers (the same objects with
-    the same storage), child modules, hooks, the training flag, attributes that shadow a method
+    Every module's attributes are restored by identity: parameters and buffers (the same objects
+    with the same storage), child modules, hooks, the training flag, attributes that shadow a method
     (a canonizer's ``forward``); and every parameter's ``requires_grad`` and ``grad``. Zennit 1.0
-    leaves new parameter objects and merged batch-norm weights behind (zennit#237); this is why
-    each pass runs in here. Transformer layers take their slow path meanwhile: the fast one calls
-    none of the modules inside, so that hooks on them would see nothing.
+    leaves new parameter objects and merged batch-norm weights behind (zennit#237). Transformer
+    layers take their slow path meanwhile, as the fast one does not call the modules inside.
 
     Parameters
     ----------
     model : nn.Module
-        The user's model. Set to evaluation mode, without gradients, while inside.
+        In evaluation mode, without gradients, while inside.
     weights : bool
         Also undo what is written into a parameter in place, at the price of a copy of them all:
-        for code that is not ours.
-
-    Yields
-    ------
-    nn.Module
-        The same object.
+        for a user's own scorer.
     """
     modules = [(module, _attributes(module)) for module in model.modules()]
     tensors = [
@@ -70,7 +62,7 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
 
 
 class _FastPath:
-    """How many guards hold PyTorch's fast path for transformer layers off, in all threads."""
+    """The number of guards, in all threads, that switch PyTorch's fast path off."""
 
     lock = threading.Lock()
     holders = 0
@@ -79,7 +71,7 @@ class _FastPath:
 
 @contextmanager
 def _every_module_called() -> Iterator[None]:
-    """Have transformer layers call the modules inside them."""
+    """Make transformer layers call the modules inside them."""
     fast_path = torch.backends.mha
     with _FastPath.lock:
         if not _FastPath.holders:
@@ -99,8 +91,8 @@ def _every_module_called() -> Iterator[None]:
 def attributes_kept(module: nn.Module) -> Iterator[None]:
     """Restore one module's attributes on leaving.
 
-    A rule of Zennit 1.0 registers the weights that it finds as new parameters. Weights that a batch
-    norm was merged into are no parameters; they have to be there for the next batch.
+    A rule of Zennit 1.0 registers the weights as new parameters; weights that a batch norm was
+    merged into are no parameters, and the next batch needs them.
     """
     attributes = _attributes(module)
     try:
@@ -124,7 +116,7 @@ def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
         now[name] = value
         if content is None:
             continue
-        # The registry object itself stays, since handles of the user's hooks refer to it.
+        # The same registry object, since handles of the user's hooks refer to it.
         value.clear()
         if isinstance(value, list):
             value.extend(content)
@@ -145,12 +137,6 @@ def copied(model: nn.Module) -> nn.Module:
 
 def require_finite(model: nn.Module) -> None:
     """Raise `NonFiniteError` naming the first parameter or buffer with a NaN or an infinity."""
-    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
-        # The extremes are NaN if any value is; a mask would take as much memory as the weights.
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and not all(math.isfinite(extreme) for extreme in tensor.detach().aminmax())
-        ):
-            raise NonFiniteError(f"model: {name!r} holds NaN or infinite values")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            finite(tensor, f"model: {name!r}")

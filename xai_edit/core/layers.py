@@ -22,14 +22,12 @@ WEIGHTED = (nn.Linear, *CONVOLUTIONS)
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list[str]:
-    """Check layer names; None means all convolution and linear layers, in module order.
+    """Return checked layer names; None means all convolution and linear layers, in module order.
 
     Raises
     ------
-    UnknownLayerError
-        If a name is not one of the model's modules.
-    ValueError
-        If no layer is left, or one is named twice.
+    UnknownLayerError, ValueError
+        If a name is not one of the model's modules, no layer is left, or one is named twice.
     """
     modules = dict(model.named_modules())
     weighted = [name for name, module in modules.items() if isinstance(module, WEIGHTED)]
@@ -50,22 +48,14 @@ def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list
 
 
 def layer_module(model: nn.Module, name: str) -> nn.Module:
-    """Return the module that a checked layer name, with or without ``:input``, stands for."""
+    """Return the module of a checked layer name, with or without ``:input``."""
     return model.get_submodule(name.removesuffix(INPUT_SUFFIX))
 
 
 def sum_positions(values: Tensor, axis: int) -> Tensor:
-    """Sum a layer's values over all positions of a unit.
+    """Sum values of shape (samples, ...) over all positions of a unit, to (samples, units).
 
-    Parameters
-    ----------
-    values : Tensor, shape (samples, ...)
-    axis : int
-        The axis of the units, see `xai_edit.core.axes.unit_axes`.
-
-    Returns
-    -------
-    Tensor, shape (samples, units)
+    ``axis`` is that of the units, see `xai_edit.core.axes.unit_axes`.
     """
     units = unit_axis_of(values, axis)
     positions = [at for at in range(1, values.ndim) if at != units]
@@ -73,7 +63,7 @@ def sum_positions(values: Tensor, axis: int) -> Tensor:
 
 
 def unit_axis_of(values: Tensor, axis: int) -> int:
-    """Return ``axis`` counted from the first; raise ValueError unless values have it for units."""
+    """Return ``axis`` counted from the first; raise ValueError if it cannot hold the units."""
     if not -values.ndim < axis < values.ndim or axis == 0:
         raise ValueError(
             f"unit_axis: {axis} given; a layer's values of shape {tuple(values.shape)} have their "
@@ -90,7 +80,7 @@ def first_tensor(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
 def with_first(
     value: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a module's arguments, by position and by name, with another one for the first."""
+    """Return a module's arguments, by position and by name, with the first one replaced."""
     if inputs:
         return (value, *inputs[1:]), {**named}
     return inputs, {**named, **dict.fromkeys([*named][:1], value)}
@@ -98,15 +88,14 @@ def with_first(
 
 @dataclass
 class Tap:
-    """What passed through the tapped layers in one forward pass.
+    """The tensors of the tapped layers in one forward pass.
 
     Attributes
     ----------
     values : dict of Tensor
         Detached copies, per layer name; a copy because an in-place activation may follow.
     edges : dict of GradientEdge
-        Where the gradient (under a composite: the relevance) of each layer arrives, taken at once
-        for the same reason.
+        Where the gradient of each layer (under a composite: the relevance) arrives.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -137,30 +126,24 @@ class Tap:
 
 @contextmanager
 def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
-    """Record what passes through ``layers`` during a forward pass inside this context.
+    """Record the tensors of ``layers`` during a forward pass inside this context.
 
-    Enter it before a composite registers its hooks, so that an input is seen as it comes.
+    Enter it before a composite registers its hooks, which may replace an input.
     """
     tap = Tap()
     handles = []
-    for name in layers:
-        module = layer_module(model, name)
-        if name.endswith(INPUT_SUFFIX):
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, inputs, named, name=name: tap.record(
-                        name, first_tensor(inputs, named)
-                    ),
-                    with_kwargs=True,
-                )
-            )
-        else:
-            handles.append(
-                module.register_forward_hook(
-                    lambda _, __, output, name=name: tap.record(name, output)
-                )
-            )
+
+    def watch(name: str, module: nn.Module) -> Any:
+        if not name.endswith(INPUT_SUFFIX):
+            return module.register_forward_hook(lambda _, __, output: tap.record(name, output))
+
+        def record(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            tap.record(name, first_tensor(inputs, named))
+
+        return module.register_forward_pre_hook(record, with_kwargs=True)
+
     try:
+        handles += [watch(name, layer_module(model, name)) for name in layers]
         yield tap
     finally:
         for handle in handles:
@@ -170,13 +153,7 @@ def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
 def gradients_at(
     tap: Tap, layers: Sequence[str], outputs: Tensor, grad_outputs: Tensor
 ) -> dict[str, Tensor]:
-    """Return the gradient of ``outputs`` at each layer; the backward pass stops at the earliest.
-
-    Raises
-    ------
-    ValueError
-        If a layer took no part in the forward pass, or the output does not depend on it.
-    """
+    """Return the gradient of ``outputs`` at each layer; the backward pass stops at the earliest."""
     tap.require(layers)
     for name in layers:
         if name not in tap.edges:
@@ -194,7 +171,7 @@ def gradients_at(
 
 
 def logits_of(output: Any, inputs: Tensor) -> Tensor:
-    """Check that ``output`` is one row of logits a sample."""
+    """Return ``output`` if it is one row of finite logits a sample."""
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(inputs):
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
@@ -207,10 +184,7 @@ def logits_of(output: Any, inputs: Tensor) -> Tensor:
 
 
 def embeddings_in_graph(model: nn.Module) -> None:
-    """Put hooks on embeddings, from whose outputs on the data can have a gradient.
-
-    The guard takes them off.
-    """
+    """Register hooks that let gradients start at embeddings; the guard removes them."""
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.register_forward_hook(
@@ -225,7 +199,7 @@ def differentiable(inputs: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, inputs: Tensor) -> Any:
-    """Return the model's output, or say that the model does not take such inputs."""
+    """Return the model's output; raise ValueError if it does not take such inputs."""
     try:
         return model(inputs.clone())  # a model may overwrite its input, but not the user's data
     except (RuntimeError, AssertionError) as problem:  # torchvision's ViT asserts the size
@@ -236,5 +210,5 @@ def run(model: nn.Module, inputs: Tensor) -> Any:
 
 
 def predict(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the logits of a batch, or say that the model does not take such inputs."""
+    """Return the logits of a batch, checked as by `run` and `logits_of`."""
     return logits_of(run(model, inputs), inputs)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from xai_edit.core.checks import distinct, finite, in_range, whole_number
+from xai_edit.core.checks import finite, in_range, whole_number, whole_numbers
 from xai_edit.core.data import Batch
 
 Target: TypeAlias = int | Literal["label", "predicted"] | Callable[[Tensor], Tensor]
@@ -37,23 +37,18 @@ def checked_target(target: Any) -> Target:
 
 def describe_target(target: Target) -> int | str:
     """Return a name for a target that is the same in every process."""
-    return (
-        getattr(target, "__qualname__", type(target).__qualname__) if callable(target) else target
-    )
+    if not callable(target):
+        return target
+    name: str = getattr(target, "__qualname__", type(target).__qualname__)
+    return name
 
 
 def targets_of(batch: Batch, target: Target) -> Targets:
-    """Return the targets of one batch; what depends on the logits is left to `classes_of`.
-
-    Raises
-    ------
-    ValueError
-        If labels are asked for and missing.
-    """
+    """Return the targets of one batch; what depends on the logits is left to `classes_of`."""
     if callable(target):
         return target
     if target == "predicted":
-        return _predicted
+        return lambda logits: logits.argmax(1)
     if target == "label":
         if batch.labels is None:
             raise ValueError(
@@ -61,10 +56,6 @@ def targets_of(batch: Batch, target: Target) -> Targets:
             )
         return batch.labels
     return torch.full((len(batch),), int(target), device=batch.inputs.device)
-
-
-def _predicted(logits: Tensor) -> Tensor:
-    return logits.argmax(1)
 
 
 def classes_of(targets: Targets, logits: Tensor) -> Tensor:
@@ -75,31 +66,21 @@ def classes_of(targets: Targets, logits: Tensor) -> Tensor:
     ValueError
         If there is not one class a sample, or one is not the model's.
     """
-    given = targets
-    if callable(targets):
-        given = targets(logits.detach())
-    if (
-        not isinstance(given, Tensor)
-        or given.dtype != torch.int64
-        or given.shape != logits.shape[:1]
-    ):
+    classes = targets(logits.detach()) if callable(targets) else targets
+    is_tensor = isinstance(classes, Tensor)
+    if not is_tensor or classes.dtype != torch.int64 or classes.shape != logits.shape[:1]:
         raise ValueError(
-            f"target: {_described(given)} for {len(logits)} samples; this scorer needs one class a "
-            "sample, int64"
+            f"target: {_described(classes)} for {len(logits)} samples; this scorer needs one class "
+            "a sample, int64"
         )
-    classes = given.to(logits.device)
     in_range(classes, logits.shape[1], "target")
-    return classes
+    return classes.to(logits.device)
 
 
 def weights_of(targets: Targets, logits: Tensor) -> Tensor:
     """Return the gradient of the explained number with respect to the logits.
 
-    For a class it is 1 at the class and 0 elsewhere.
-
-    Returns
-    -------
-    Tensor, shape (samples, classes)
+    Shape (samples, classes); for a class it is 1 at the class and 0 elsewhere.
 
     Raises
     ------
@@ -138,24 +119,8 @@ def _described(value: Any) -> str:
     return type(value).__name__
 
 
-def whole_list(given: int | Sequence[int], name: str) -> list[int]:
-    """Return one class number or several as a list of int."""
-    single = not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
-    listed: Iterable[Any] = [given] if single else given  # type: ignore[assignment]
-    return [whole_number(one, name, least=None) for one in listed]
-
-
 def class_list(target: int | Sequence[int], classes: int) -> list[int]:
-    """Return one class or several different ones as a list, checked against a model's classes.
-
-    Raises
-    ------
-    ValueError
-        If none is given, one is named twice, is not a number or is out of range.
-    """
-    listed = whole_list(target, "target")
+    """Return one class or several different ones as a list, checked against a model's classes."""
+    listed = whole_numbers(target, "target", "give one class or several different ones")
     in_range(listed, classes, "target")
-    return distinct(listed, "target", "give one class or several different ones")
-
-
-check_classes = in_range
+    return listed

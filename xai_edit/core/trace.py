@@ -1,4 +1,4 @@
-"""A recorder of one forward pass, and what can be read from its record."""
+"""A recorder of one forward pass: modules, operations, and the tensors between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import (
@@ -20,7 +20,6 @@ from xai_edit.core.layers import (
     differentiable,
     embeddings_in_graph,
     first_tensor,
-    logits_of,
     run,
 )
 
@@ -49,7 +48,7 @@ class Operation:
     Attributes
     ----------
     name : str
-        As `operation_name` gives it.
+        See `operation_name`.
     module : str
         Path of the innermost module that runs it.
     inside : tuple of str
@@ -76,17 +75,16 @@ class Trace:
         Convolution and linear layers in the order of their calls.
     operations : list of Operation
     entered, left : dict
-        How many of the operations were over when a module was first entered, and left.
+        The number of operations before a module was first entered, and left.
     fed : set of str
         Modules whose input depends on the data; a table of position biases has others.
     unused : set of str
         Modules whose output depends on the data, but does not reach the model's output.
-    values : dict
-        What went through each layer in its first call, by its name (`INPUT_SUFFIX` for inputs): a
-        number that stands for the tensor and its content, its shape and, where axes are followed,
-        their numbers. The name of its type where it is no tensor.
+    values : dict of Value or str
+        The output of each layer in its first call, by its name (`INPUT_SUFFIX` for inputs); the
+        name of its type where it is no tensor.
     sample, output : Tensor, object
-        What the model got and gave, each of one sample.
+        The model's input and output for one sample.
     norms : dict
         Layer → the batch norm that alone reads its output.
     halved : str or None
@@ -110,23 +108,22 @@ class Trace:
     axes: Any = None
 
     def after(self, layers: Sequence[str]) -> list[Operation]:
-        """Return the operations after the earliest of some layers, or all if none is given."""
-        starts = [
-            (self.entered if name.endswith(INPUT_SUFFIX) else self.left).get(
-                name.removesuffix(INPUT_SUFFIX), len(self.operations)
-            )
-            for name in layers
-        ]
+        """Return the operations after the earliest of some layers, or all without layers."""
+        starts = []
+        for name in layers:
+            over = self.entered if name.endswith(INPUT_SUFFIX) else self.left
+            starts.append(over.get(name.removesuffix(INPUT_SUFFIX), len(self.operations)))
         return self.operations[min(starts, default=0) :]
 
     def readers(self, layer: str) -> list[str]:
-        """Return the modules that get a layer's output as it is, in the order of the model's."""
+        """Return the modules that get a layer's output as it is, in the order of their calls."""
         made = self.values.get(layer)
+        if not isinstance(made, Value):
+            return []
         return [
             name.removesuffix(INPUT_SUFFIX)
             for name, value in self.values.items()
             if name.endswith(INPUT_SUFFIX)
-            and isinstance(made, Value)
             and isinstance(value, Value)
             and value.number == made.number
         ]
@@ -134,7 +131,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor that went through a layer; see `Trace`."""
+    """The number of a tensor with its content, its shape and, if followed, its axes' numbers."""
 
     number: int
     shape: tuple[int, ...]
@@ -159,17 +156,16 @@ def trace(model: nn.Module, inputs: Tensor, *, axes: Any = None) -> Trace:
     """
     found = Trace(axes=axes)
     recorder = _Recorder(found)
-    plain = torch.inference_mode(False), torch.autocast(inputs.device.type, enabled=False)
-    with plain[0], plain[1], preserved(model), torch.enable_grad():
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)  # so that a graph means dependence on the data
+    full_precision = torch.autocast(inputs.device.type, enabled=False)
+    with torch.inference_mode(False), full_precision, preserved(model), torch.enable_grad():
+        model.requires_grad_(False)  # so that a graph means dependence on the data
         embeddings_in_graph(model)
         for name, module in model.named_modules():
             recorder.watch(name, module)
         sample = differentiable(inputs[:1])
         with recorder:
             output = run(model, sample)
-    found.sample, found.output = sample.detach(), tree_map(_detached, output)
+    found.sample, found.output = sample.detach(), tree_map_only(Tensor, Tensor.detach, output)
     found.unused = recorder.unused(output)
     found.norms = {
         layer: norm
@@ -177,27 +173,6 @@ def trace(model: nn.Module, inputs: Tensor, *, axes: Any = None) -> Trace:
         if recorder.readers[layer] == 1 and found.calls[layer] == 1 == found.calls[norm]
     }
     return found
-
-
-def last_weighted(model: nn.Module, inputs: Tensor) -> str | None:
-    """Return the name of the linear or convolution layer that runs last, and so is the output."""
-    found = trace(model, inputs)
-    logits_of(found.output, found.sample)
-    return next(reversed(found.order), None)
-
-
-def following_batch_norms(
-    model: nn.Module, inputs: Tensor, layers: Sequence[str]
-) -> dict[str, str]:
-    """Return, for the layers whose output goes straight into an affine batch norm, its name."""
-    found = trace(model, inputs)
-    modules = dict(model.named_modules())
-    return {
-        layer: name
-        for layer in layers
-        for name in found.readers(layer)
-        if isinstance(modules[name], nn.modules.batchnorm._BatchNorm) and modules[name].affine
-    }
 
 
 class _Recorder(TorchFunctionMode):
@@ -214,7 +189,7 @@ class _Recorder(TorchFunctionMode):
         self.readers: Counter[str] = Counter()
 
     def followed(self, output: Any) -> Any:
-        """Note the tensors in an operation's output and return it."""
+        """Remember the tensors in an operation's output, and return the output."""
         for value in tree_leaves(output):
             if _depends(value):
                 self.seen[id(value)] = value
@@ -225,7 +200,7 @@ class _Recorder(TorchFunctionMode):
         self.found.operations.append(Operation(name, path, tuple(self.stack), joins))
 
     def value(self, name: str, given: Any) -> None:
-        """Record what goes through a layer in its first call."""
+        """Record a layer's input or output in its first call."""
         if name in self.found.values:
             return
         if not isinstance(given, Tensor):
@@ -274,7 +249,7 @@ class _Recorder(TorchFunctionMode):
     def unused(self, output: Any) -> set[str]:
         """Return the modules from whose outputs on the data no path leads to the model's."""
         ahead = [value.grad_fn for value in tree_leaves(output) if _depends(value)]
-        if not ahead:  # nothing is known of it
+        if not ahead:  # the output has no graph
             return set()
         reached = set(ahead)
         while ahead:
@@ -293,14 +268,15 @@ class _Recorder(TorchFunctionMode):
         joins = sum(_depends(value) for value in given) > 1
         for value in given:
             if self.stack and _depends(value) and id(value) not in self.seen:
-                # It came out of something that no function mode sees, such as autograd.Function.
+                # Made by what no function mode sees, such as an autograd.Function.
                 self.operation(type(value.grad_fn).__name__)
                 self.followed(value)
         axes = self.found.axes
         if axes is None:
             output = func(*args, **named)
         else:
-            before = [(value, axes.of(value), value.shape) for value in given if _is_tensor(value)]
+            tensors = [value for value in given if isinstance(value, Tensor)]
+            before = [(value, axes.of(value), value.shape) for value in tensors]
             output = func(*args, **named)
             axes.follow(name, func, (args, named), before, output)
         if not self.stack:  # the copy of the input that the model gets
@@ -316,19 +292,11 @@ class _Recorder(TorchFunctionMode):
 
 
 def _mergeable(module: nn.Module, output: Any) -> bool:
-    """Tell whether a batch norm behind a layer could be merged, with Zennit's merge."""
+    """Return whether Zennit could merge a batch norm behind a layer."""
     if isinstance(module, nn.Linear):
         return isinstance(output, Tensor) and output.ndim == 2  # else its channels are others
     return not (isinstance(module, TRANSPOSED) and module.groups > 1)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _depends(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

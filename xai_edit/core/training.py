@@ -19,7 +19,7 @@ MOMENTUM = 0.9
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Set PyTorch's seed for the length of a block; the random state comes back after it."""
+    """Set PyTorch's seed inside this context, and restore the random state after it."""
     on_gpu = device is not None and device.type == "cuda"
     gpus = [device if on_gpu else "cuda"] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=gpus):
@@ -47,40 +47,36 @@ def fine_tuned(
 ) -> tuple[nn.Module, int]:
     """Train a copy of a model; the model is only read.
 
-    Stochastic gradient descent with momentum 0.9 on all parameters, also those that are frozen in
-    the model. Dropout is active. Batch norms (any norm with running statistics) are in evaluation
-    mode unless ``statistics`` is set: their scale and shift are trained, but they keep their
-    statistics, which the samples of one class alone would ruin for all others. Of several outputs,
-    such as those of GoogLeNet's auxiliary heads, the first is trained on.
+    Stochastic gradient descent with momentum 0.9 on all parameters, also the frozen ones, with
+    dropout. Batch norms (any norm with running statistics) are in evaluation mode unless
+    ``statistics`` is set: scale and shift are trained, but the samples of one class alone would
+    spoil the statistics. Of several outputs, such as GoogLeNet's, the first is trained on.
 
     Parameters
     ----------
     model : nn.Module
         A classifier that gives logits.
     epoch_batches : callable
-        Gives the labelled batches of an epoch by its number.
+        Returns the labelled batches of an epoch by its number.
     epochs : int
-        At least 1.
     learning_rate : float
-        Positive.
     seed : int
         Of dropout and of loaders that shuffle.
     ascend : bool
-        Climb the loss instead.
+        Maximise the loss.
     statistics : bool
-        Batch norms are in training mode and follow the batches, as they did when the model was
-        trained; except in a batch of one sample, which has no statistics.
+        Batch norms are in training mode, except in a batch of one sample.
     weight_decay : float
         L2 penalty, as in `torch.optim.SGD`.
     loss : callable
-        Gives the number to descend from a batch's logits and the batch.
+        Returns the loss of a batch's logits and the batch.
     after_epoch : callable, optional
         Called with the copy after each epoch; it leaves the copy as it is.
 
     Returns
     -------
     nn.Module
-        The copy; which of its parts train and which parameters do is as in the model.
+        The copy, with training modes and ``requires_grad`` as in the model.
     int
         Steps taken.
 

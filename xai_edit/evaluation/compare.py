@@ -10,12 +10,12 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from xai_edit.core.analysis import last_weighted
 from xai_edit.core.checks import distinct, fraction, readable_again
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.layers import resolve_layers
 from xai_edit.core.targets import Target, checked_target
-from xai_edit.core.trace import last_weighted
 from xai_edit.evaluation.deletion_curve import (
     DeletionCurve,
     checked_shares,

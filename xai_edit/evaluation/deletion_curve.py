@@ -11,6 +11,7 @@ import torch
 from scipy.integrate import trapezoid
 from torch import Tensor, nn
 
+from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.checks import (
     fraction,
     in_range,
@@ -24,7 +25,6 @@ from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.targets import class_list
-from xai_edit.core.trace import following_batch_norms, last_weighted
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.edits.switching_off import silencing_entries
 from xai_edit.scoring.criteria import unit_weights

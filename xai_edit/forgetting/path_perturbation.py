@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.analysis import following_batch_norms
 from xai_edit.core.checks import fraction, one_logit_a_class, one_of, positive, readable_again
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.core.targets import class_list
-from xai_edit.core.trace import following_batch_norms
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.edits.switching_off import Noise, noisy_values, silencing_entries
 from xai_edit.forgetting.feeding_layer import feeding_layer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.core.checks import distinct, require
+from xai_edit.core.checks import require, whole_numbers
 from xai_edit.core.data import Attribute, Data, peek
-from xai_edit.core.targets import class_list, whole_list
+from xai_edit.core.targets import class_list
 from xai_edit.last_layer.exact_dose import Objective, removal, strongest_other, wins, with_margin
 from xai_edit.last_layer.head import HeadFeatures, head_features
 from xai_edit.last_layer.rate_sweep import RateSweep
@@ -201,7 +201,7 @@ def _affected(
     yes_or_no = len(kinds) == 2 and max(kinds) == 1
     if fictitious is not None:
         bare = int(fictitious) if isinstance(fictitious, bool) else fictitious
-        wanted = distinct(whole_list(bare, "fictitious"), "fictitious", "give different values")
+        wanted = whole_numbers(bare, "fictitious", "give different values")
         for value in wanted:
             require(value in kinds, "fictitious", value, f"the values are {kinds[:10]}")
     elif len(kinds) > 2 or max(kinds) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import fraction, nonzero, one_of, whole_number
+from xai_edit.core.checks import fraction, one_of, real_number, require, whole_number
 from xai_edit.core.data import Data
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
@@ -115,7 +116,10 @@ class SingleWeight:
             name = "rate" if self.dose is None else "dose"
             raise ValueError(f"{name}: goes with the other selections; 'exact' finds its own dose")
         if self.dose is not None:
-            object.__setattr__(self, "dose", nonzero(self.dose, "dose"))
+            dose = real_number(self.dose)
+            works = "it is a finite number other than 0"
+            require(math.isfinite(dose) and dose != 0, "dose", self.dose, works)
+            object.__setattr__(self, "dose", dose)
             if self.rate != 1.0:
                 raise ValueError("dose: given with a rate; give one of them")
 

@@ -15,11 +15,11 @@ from xai_edit.concepts.choose import choose_spurious
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.checks import fraction, one_of, readable_again, require, whole_number
 from xai_edit.core.data import Data, model_device, peek
 from xai_edit.core.layers import CONVOLUTIONS, resolve_layers
 from xai_edit.core.targets import Target, describe_target
-from xai_edit.core.trace import following_batch_norms, last_weighted
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.lrp.lrp import LRP, Scorer, describe
 from xai_edit.pruning.coupled_channels import channel_groups

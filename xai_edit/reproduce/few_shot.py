@@ -10,8 +10,8 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
+from xai_edit.core.analysis import following_batch_norms
 from xai_edit.core.layers import CONVOLUTIONS
-from xai_edit.core.trace import following_batch_norms
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_groups

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.analysis import analysed
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import (
@@ -20,8 +21,11 @@ from xai_edit.core.layers import (
     tapped,
 )
 from xai_edit.core.targets import Targets, classes_of, weights_of
-from xai_edit.core.trace import trace
 from xai_edit.lrp.functional_canonizer import ALONG_THE_GRADIENT
+
+# Arguments that the scorer sets, or that a result of another form comes from.
+OURS = ["self", "forward_func", "layer", "inputs", "target", "attribute_to_layer_input"]
+OURS += ["return_convergence_delta"]
 
 
 class CaptumLayer:
@@ -32,17 +36,13 @@ class CaptumLayer:
     method : type
         A class of ``captum.attr`` made from ``(forward, layer)``, such as ``LayerConductance``.
     **arguments
-        Passed on: those that the class's constructor names to the constructor, the others to its
-        ``attribute``, such as ``n_steps=8``.
+        Of the class's constructor or, such as ``n_steps=8``, of its method ``attribute``.
 
     Raises
     ------
     TypeError
-        If the method is not a layer attribution or does not take an argument given.
+        If the method is not a layer attribution or does not take such an argument.
     """
-
-    # Captum's, or given by score_units.
-    _ours = ("self", "forward_func", "layer", "inputs", "target", "attribute_to_layer_input")
 
     def __init__(self, method: type[Any], /, **arguments: Any) -> None:
         from captum.attr import LayerAttribution
@@ -57,8 +57,7 @@ class CaptumLayer:
         self._attribute = inspect.signature(method.attribute).parameters
         self.constructor = {name: arguments[name] for name in arguments if name in constructor}
         self.arguments = {name: arguments[name] for name in arguments if name not in constructor}
-        known = [name for name in (*constructor, *self._attribute) if name not in self._ours]
-        known = [name for name in known if name != "return_convergence_delta"]
+        known = [name for name in (*constructor, *self._attribute) if name not in OURS]
         unknown = [name for name in arguments if name not in known]
         if unknown:
             raise TypeError(
@@ -82,8 +81,9 @@ class CaptumLayer:
         tap.require(layers)
         explained = model
         target: Tensor | None = None
-        if callable(targets) and _is_number(targets(logits)):
-            weights_of(targets, logits)
+        value = targets(logits) if callable(targets) else None
+        if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
+            weights_of(targets, logits)  # raises if it has no gradient
             if self.method.__name__ in ("LayerLRP", "LRP"):
                 raise ValueError(
                     "Captum's LayerLRP has no rule for a function of the logits; use xai_edit.LRP"
@@ -136,7 +136,7 @@ class CaptumLayer:
         return values  # type: ignore[no-any-return]
 
     def _refuse_lrp(self, model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> None:
-        """Refuse what Captum's LRP gets wrong in silence or fails on without a reason."""
+        """Raise ValueError where Captum's LRP is silently wrong or fails without a reason."""
         if self.method.__name__ not in ("LayerLRP", "LRP"):
             return
         for name in layers:
@@ -145,7 +145,7 @@ class CaptumLayer:
                     f"Captum's LayerLRP cannot explain layer {name!r}, which has no weights; name "
                     "the layer before it, or use xai_edit.LRP"
                 )
-        for one in trace(model, inputs).operations:
+        for one in analysed(model, inputs).trace.operations:
             module = model.get_submodule(one.module)
             of_torch = type(module).__module__.startswith("torch.nn.")
             if not of_torch and one.name != "relu" and one.name not in ALONG_THE_GRADIENT:
@@ -154,10 +154,6 @@ class CaptumLayer:
                     f"the operation {one.name!r} in module {one.module!r}; use xai_edit.LRP, which "
                     "has rules for such operations"
                 )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class _Explained(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,18 +27,15 @@ from xai_edit.core.layers import (
 from xai_edit.core.targets import Targets, classes_of, weights_of
 
 
+@dataclass(frozen=True)
 class Taylor:
     """First-order Taylor criterion: activation times gradient of the log-likelihood.
 
-    Summed over positions; positive where the unit speaks for the class, so that the loss would
-    rise without it. ``aggregate="abs"`` makes it the published criterion (Molchanov et al. 2017,
-    Eq. 8), which takes the absolute value of each sample.
+    Positive where the unit is evidence for the class. The published criterion (Molchanov et al.
+    2017, Eq. 8) takes the absolute value of each sample's sum over positions: ``aggregate="abs"``.
     """
 
     behind_norm = True
-
-    def __repr__(self) -> str:
-        return "Taylor()"
 
     def __call__(
         self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
@@ -54,17 +52,14 @@ class Taylor:
         }
 
 
+@dataclass(frozen=True)
 class Activation:
     """Mean rectified activation of each unit over its positions (Molchanov et al. 2017, §2.2).
 
-    Rectified, since the units of a pruned layer are named at its output before the activation
-    function, where a unit that never fires would otherwise look strong.
+    Rectified, as a layer's output is scored before the activation function.
     """
 
     behind_norm = True
-
-    def __repr__(self) -> str:
-        return "Activation()"
 
     def __call__(
         self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
@@ -72,7 +67,7 @@ class Activation:
         """Return the mean activation of each unit, shape (samples, units) per layer."""
         axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
-            weights_of(targets, predict(model, inputs))  # for its refusal of a wrong class
+            weights_of(targets, predict(model, inputs))  # raises for a wrong class
         tap.require(layers)
         scores = {}
         for name in layers:
@@ -82,13 +77,11 @@ class Activation:
         return scores
 
 
+@dataclass(frozen=True)
 class WeightMagnitude:
     """L1 norm of each unit's incoming weights (Li et al. 2017). Needs no data."""
 
     needs_data = False
-
-    def __repr__(self) -> str:
-        return "WeightMagnitude()"
 
     def __call__(
         self, model: nn.Module, inputs: Any, targets: Any, layers: Sequence[str]
@@ -100,27 +93,15 @@ class WeightMagnitude:
         }
 
 
+@dataclass(frozen=True)
 class Random:
-    """A uniform random number a unit: the baseline that every criterion has to beat.
+    """A uniform random number a unit, which depends only on the seed and the layer's name."""
 
-    Parameters
-    ----------
-    seed : int
-        The numbers depend on it, on the layer's name and on nothing else.
-
-    Raises
-    ------
-    ValueError
-        If the seed is no whole number.
-    """
-
+    seed: int = 0
     needs_data = False
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = whole_number(seed, "seed", least=None)
-
-    def __repr__(self) -> str:
-        return f"Random(seed={self.seed})"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed", least=None))
 
     def __call__(
         self, model: nn.Module, inputs: Any, targets: Any, layers: Sequence[str]
@@ -138,19 +119,12 @@ class Random:
 
 
 def unit_weights(model: nn.Module, name: str) -> Tensor:
-    """Return a layer's weight with its units first: outgoing units, or incoming for ``:input``.
-
-    Raises
-    ------
-    ValueError
-        If the layer has no weight matrix or kernel.
-    """
+    """Return a layer's weight with its outgoing units first, or the incoming for ``:input``."""
     module = layer_module(model, name)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         raise ValueError(f"layer {name!r} ({type(module).__name__}) has no weights of its units")
-    transposed = isinstance(module, TRANSPOSED) != name.endswith(INPUT_SUFFIX)
-    if not transposed:
+    if isinstance(module, TRANSPOSED) == name.endswith(INPUT_SUFFIX):
         return weight
     # Each group has its own block of the second axis.
     groups = getattr(module, "groups", 1)

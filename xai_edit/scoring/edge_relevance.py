@@ -33,9 +33,8 @@ class EdgeRelevance:
     sums : dict of Tensor
         Per layer, float64, in the shape of the layer's weight.
     samples : int
-        How many samples were summed.
     origin : dict
-        What it was computed with, as JSON values.
+        Scorer and arguments, as JSON values.
     """
 
     sums: dict[str, Tensor]
@@ -67,11 +66,10 @@ def edge_relevance(
 ) -> EdgeRelevance:
     """Sum, over a data set, the relevance R_ij that flows through each weight w_ij.
 
-    A rule hands the relevance R_i of an output on in shares of its inputs; the share of input j,
-    such as x_j w_ij R_i / z_i for epsilon, is what flows through the weight w_ij (Bach et al. 2015,
-    Eq. 13). Summed over outputs it is the relevance of the inputs, summed over inputs that of the
-    outputs, less what the bias and the stabiliser keep. A weight of a convolution is used at every
-    position, and its relevance summed over them.
+    A rule distributes the relevance R_i of an output over the inputs; the share of input j, such as
+    x_j w_ij R_i / z_i for epsilon, flows through the weight w_ij (Bach et al. 2015, Eq. 13). Summed
+    over outputs it is the relevance of the inputs, summed over inputs that of the outputs, less the
+    shares of bias and stabiliser. In a convolution it is summed over positions.
 
     Parameters
     ----------
@@ -80,8 +78,7 @@ def edge_relevance(
     data : iterable or Dataset
         See `xai_edit.core.data.batches`.
     scorer : LRP
-        With a composite whose rule for the layers is a ``zennit.core.BasicHook``, as are all of
-        Zennit's own with weights.
+        Its rule for the layers is a ``zennit.core.BasicHook``, as are Zennit's.
     layers : sequence of str, optional
         Convolution and linear layers; all when left out.
     target : int, "label", "predicted" or callable
@@ -92,7 +89,7 @@ def edge_relevance(
     TypeError
         If the scorer is not an `LRP`.
     UnknownLayerError, NonFiniteError, ValueError
-        If a layer is unknown, has no weights or no rule, or the data or model is unfit.
+        If a layer is unknown, has no weights or no rule, or on bad data or a bad model.
     """
     require_type(scorer, LRP, "scorer", "edge relevance needs a rule, so an xai_edit.LRP")
     target = checked_target(target)
@@ -145,8 +142,8 @@ def edge_relevance(
 def _flow(rule: Any, module: Any, x: Tensor, relevance: Tensor) -> Tensor:
     """Return Σ over samples and positions of the relevance through each weight.
 
-    A rule of Zennit is Σ_k c_k x_k ⊙ W_kᵀ s_k with modified inputs x_k and weights W_k; what flows
-    through a weight is therefore Σ_k c_k W_k ⊙ ∂(s_k · z_k)/∂W_k.
+    A rule of Zennit is Σ_k c_k x_k ⊙ W_kᵀ s_k with modified inputs x_k and weights W_k, so that the
+    relevance through a weight is Σ_k c_k W_k ⊙ ∂(s_k · z_k)/∂W_k.
     """
     inputs, weights, outputs = [], [], []
     modifiers = zip(rule.input_modifiers, rule.param_modifiers, rule.output_modifiers, strict=True)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Aggregate = Literal["sum", "mean", "abs", "positive"]
-AGGREGATES: tuple[str, ...] = ("sum", "mean", "abs", "positive")
+AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 KIND = "xai_edit.unit_scores"
 HEADER = {"layers": list, "samples": int, "aggregate": str, "k": int | None, "origin": dict}
 # Scorers that never write into a model's parameters.
@@ -62,13 +62,13 @@ class UnitScores:
     samples : int
         How many samples were summed.
     aggregate : {"sum", "mean", "abs", "positive"}
-        What was summed: the signed score of a sample, its absolute value or its positive part.
+        See `score_units`.
     counts : dict of Tensor
-        Per layer how often each unit was among the ``k`` highest of a sample, int64, shape
-        (units,); empty without ``k``.
+        Per layer in how many samples each unit is among the ``k`` highest, int64, shape (units,);
+        empty without ``k``.
     k : int or None
     origin : dict
-        What the scores were made with, as JSON values.
+        Scorer and arguments of the scores, as JSON values.
     """
 
     sums: dict[str, Tensor]
@@ -80,7 +80,7 @@ class UnitScores:
 
     @property
     def layers(self) -> list[str]:
-        """The layers' names, in the order asked for."""
+        """The layers' names, in their order."""
         return [*self.sums]
 
     def __contains__(self, layer: object) -> bool:
@@ -104,8 +104,8 @@ class UnitScores:
     def rank(self, layer: str, by: Literal["sum", "count"] = "sum") -> Tensor:
         """Return all units of a layer, most relevant first, int64, shape (units,).
 
-        ``by="count"`` orders by occurrence among the top k, ties by summed relevance; what is
-        still tied keeps the order of the units.
+        ``by="count"`` orders by occurrence among the top k, ties by summed relevance, then by the
+        order of the units.
         """
         one_of(by, ("sum", "count"), "by")
         order = torch.argsort(self[layer], descending=True, stable=True)
@@ -123,16 +123,7 @@ class UnitScores:
         count: int | None = None,
         by: Literal["sum", "count"] = "sum",
     ) -> Tensor:
-        """Return the first units of `rank`.
-
-        Parameters
-        ----------
-        layer : str
-        share : float in (0, 1], optional
-            Share of the layer's units, rounded, at least one.
-        count : int, optional
-            Number of units, instead of a share.
-        by : {"sum", "count"}
+        """Return the first units of `rank`: a share in (0, 1], see `share_of`, or a number of them.
 
         Raises
         ------
@@ -147,24 +138,15 @@ class UnitScores:
         return order[: whole_number(count, "count", least=1, most=len(order))]
 
     def merge(self, other: UnitScores) -> UnitScores:
-        """Return the scores over both data sets; two halves of one merge to the whole.
-
-        Raises
-        ------
-        ValueError
-            If the two were not made alike.
-        """
+        """Return the scores over both data sets, or raise ValueError if they differ in origin."""
         trouble = "merge: scores {} and {} were made differently"
         return _summed(with_samples({0: self, 1: other}, UnitScores._made, trouble))
 
     def all_reduce(self, group: ProcessGroup | None = None) -> UnitScores:
         """Return the scores over the data of all processes, the same bits on every rank.
 
-        Parameters
-        ----------
-        group : ProcessGroup, optional
-            All processes of ``torch.distributed`` when left out. Without a process group the
-            scores are returned as they are.
+        ``group`` is the default group of ``torch.distributed`` when left out. Without a process
+        group the scores are returned as they are.
 
         Raises
         ------
@@ -177,49 +159,32 @@ class UnitScores:
         return _summed(parts[:1] if self.origin.get("weights_only") else parts)
 
     def _made(self) -> dict[str, Any]:
-        """Return what has to agree for scores to be added."""
+        """Return what has to be equal for scores to be added."""
         made = {**self.origin, "aggregate": self.aggregate, "k": self.k}
-        if self.samples:  # else nothing that shows only in a forward pass
+        if self.samples:  # the number of units shows in a forward pass
             made["units"] = [(name, len(values)) for name, values in self.sums.items()]
         return made
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically, with a checksum over all."""
+        """Write to a safetensors file, atomically, with a checksum."""
         tensors = {f"sum:{name}": values for name, values in self.sums.items()}
         tensors |= {f"count:{name}": values for name, values in self.counts.items()}
-        header = {
-            "layers": self.layers,
-            "samples": self.samples,
-            "aggregate": self.aggregate,
-            "k": self.k,
-            "origin": self.origin,
-        }
+        header = {name: getattr(self, name) for name in HEADER}
         write_safetensors(path, tensors, KIND, sealed(tensors, json.dumps(header)))
 
     @classmethod
     def load(cls, path: str | Path) -> UnitScores:
-        """Read a file that `save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If it is not a whole, unchanged file of scores, or of a newer format.
-        """
+        """Read a file that `save` wrote; errors as of `xai_edit.core.files.read_sealed`."""
         tensors, header = read_sealed(path, KIND, HEADER)
-        layers = header["layers"]
+        layers = header.pop("layers")
         sums = {f"sum:{name}" for name in layers}
         counts = {f"count:{name}" for name in layers}
         if not sums <= tensors.keys() <= sums | counts:
             raise ValueError(f"{path}: it holds {sorted(tensors)}, expected {sorted(sums)}")
         return cls(
-            {name: tensors[f"sum:{name}"] for name in layers},
-            header["samples"],
-            header["aggregate"],
-            {name: tensors[f"count:{name}"] for name in layers if f"count:{name}" in tensors},
-            header["k"],
-            header["origin"],
+            sums={name: tensors[f"sum:{name}"] for name in layers},
+            counts={n: tensors[f"count:{n}"] for n in layers if f"count:{n}" in tensors},
+            **header,
         )
 
     def __str__(self) -> str:
@@ -232,7 +197,7 @@ class UnitScores:
 
 
 def _summed(parts: Sequence[UnitScores]) -> UnitScores:
-    """Return the sum of scores that were made alike, added in their order."""
+    """Return the sum of scores of the same origin, added in their order."""
     if len(parts) == 1:
         return parts[0]
 
@@ -272,11 +237,11 @@ def score_units(
     data : iterable or Dataset, or None
         See `xai_edit.core.data.batches`. None is enough for a scorer that reads only weights.
     scorer : callable
-        `LRP`, `CaptumLayer`, `WeightMagnitude`, `Taylor`, `Activation`, `Random`, or your own; see
+        `LRP`, `CaptumLayer`, `WeightMagnitude`, `Taylor`, `Activation`, `Random`, or your own
         `Scorer`.
     layers : sequence of str, optional
         Module names; ``"fc:input"`` names the inputs of ``fc``. When left out, all convolution and
-        linear layers through which the output depends on the data; others are skipped.
+        linear layers through which the output depends on the data.
     target : int, "label", "predicted" or callable
         The output that is explained: a class, each sample's label, its predicted class, or a
         function of the logits; see `xai_edit.core.targets.Target`.
@@ -287,12 +252,7 @@ def score_units(
         Also count, per unit, the samples that have it among their k highest scores (Chang et al.,
         zero-shot class unlearning, Eq. 8–9).
     unit_axis : int or mapping from layer names to int, optional
-        The axis of the units of all layers or some, where it is not found by itself; see
-        `xai_edit.core.axes.unit_axes`.
-
-    Returns
-    -------
-    UnitScores
+        The axis of the units where it cannot be followed, see `xai_edit.core.axes.unit_axes`.
 
     Raises
     ------
@@ -336,7 +296,7 @@ def score_units(
                 for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                     if score is None:
                         analysis = None
-                        if layers is None:  # without what rests, sees no sample or leads nowhere
+                        if layers is None:  # those between the data and the output
                             analysis = analysed(model, batch.inputs)
                             used = analysis.trace.fed - analysis.trace.unused
                             names = [name for name in names if name in used]

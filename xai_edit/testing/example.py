@@ -78,13 +78,9 @@ def small_example(dtype: torch.dtype = torch.float32) -> Example:
     less than a second, on images of which all of class 0 have the mark and no others.
     """
     model, images, labels, marked = _trained()
-    return Example(
-        deepcopy(model).to(dtype),
-        images.to(dtype, copy=True),
-        labels.clone(),
-        ("conv1", "conv2", "fc1", "head"),
-        marked.clone(),
-    )
+    model, images = deepcopy(model).to(dtype), images.to(dtype, copy=True)
+    layers = "conv1", "conv2", "fc1", "head"
+    return Example(model, images, labels.clone(), layers, marked.clone())
 
 
 @functools.cache
@@ -92,11 +88,7 @@ def _trained() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(SAMPLES) % CLASSES
     shortcut = _images(labels, (labels == 0).long(), generator)
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         model = Network().train()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -35,9 +35,8 @@ def check_operator(
 ) -> None:
     """Check that an operator keeps its promises; it takes about as long as some twelve plans.
 
-    - Planning leaves the model, the data and the random generators of the process as they were:
-      hooks, parameters, buffers, gradients, ``requires_grad``, training modes, attributes. So it
-      does where reading the data or a forward pass of the model raises.
+    - Planning leaves the model, the data and the random generators of the process as they were,
+      as in `check_scorer`, also where reading the data or a forward pass of the model raises.
     - The same model and data give the same edit, bit for bit; hooks, gradients of an earlier step,
       frozen parameters and training mode, with dropout, make no difference.
     - The edit changes on the model what it says and nothing else, and undoing it restores every
@@ -48,10 +47,9 @@ def check_operator(
     Parameters
     ----------
     operator : object
-        What to check.
     plan : callable, optional
-        Plans with it: ``plan(model, data)`` returns a `ModelEdit`. When left out,
-        ``operator.plan(model, data)``, with ``target=1`` where it requires a target.
+        ``plan(model, data)`` returns a `ModelEdit`. When left out, ``operator.plan(model, data)``,
+        with ``target=1`` where it requires a target.
     example : callable
         Returns the model and data, for operators that need others than those of `small_example`.
         Data is a list of batches ``(inputs, labels, groups)``.
@@ -127,13 +125,12 @@ class _Check(Promises):
         self.require(names == others, f"{sentence} names: {names} and {others}")
         for name, change in mine.changes.items():
             theirs = other.changes[name]
+            self.require(change.shape == theirs.shape, f"{sentence} shapes: {name!r}")
             for part in ("index", "old", "new"):
-                left, right = (getattr(one, part) for one in (change, theirs))
+                left, right = getattr(change, part), getattr(theirs, part)
                 alike = left.dtype == right.dtype and bits(left) == bits(right)
                 self.require(alike, f"{sentence} values: {part} of {name!r}")
-            self.require(change.shape == theirs.shape, f"{sentence} shapes: {name!r}")
-        keys = [key for key in mine.origin if mine.origin[key] != other.origin.get(key)]
-        what = f"{sentence} origins: see {keys or [*other.origin]}"
+        what = f"{sentence} origins: {mine.origin} and {other.origin}"
         self.require(mine.origin == other.origin, what)
 
     def leaves_no_trace(self) -> None:
@@ -195,25 +192,23 @@ class _Check(Promises):
         self.refused(edit.apply, nn.Identity(), "a model without the parameters that it changes")
 
     def refused(self, act: Callable[[nn.Module], object], model: nn.Module, what: str) -> None:
-        changed, raised = watched(model), None
+        changed, sentence = watched(model), f"the edit does not refuse {what}"
         try:
             act(model)
+        except EditMismatchError:
+            self.require_none(changed(), f"the edit refuses {what}, but")
         except Exception as problem:
-            raised = problem
-        sentence = f"the edit does not refuse {what}"
-        self.require(raised is not None, sentence)
-        kind = type(raised).__name__
-        sentence = f"{sentence} with EditMismatchError, but raises {kind}: {raised}"
-        self.require(isinstance(raised, EditMismatchError), sentence)
-        self.require_none(changed(), f"the edit refuses {what}, but")
+            error = f"but raises {type(problem).__name__}: {problem}"
+            self.require(False, f"{sentence} with EditMismatchError, {error}")
+        else:
+            self.require(False, sentence)
 
     def survives_a_file(self, edit: ModelEdit) -> None:
-        origin = edit.origin
-        named = isinstance(origin.get("operator"), str)
+        named = isinstance(edit.origin.get("operator"), str)
         self.require(named, "the edit's origin does not name its operator")
         with self.naming((TypeError, ValueError), "the edit's origin is not JSON"):
-            read = json.loads(json.dumps(origin, allow_nan=False))
-        for key, value in origin.items():
+            read = json.loads(json.dumps(edit.origin, allow_nan=False))
+        for key, value in edit.origin.items():
             found = read.get(key)
             what = f"{key!r} comes back as {found!r}, it was {value!r}"
             self.require(found == value, f"the edit's origin is not JSON: {what}")

@@ -32,28 +32,26 @@ def check_scorer(
       and of the model's dtype, for float32 and float64.
     - The same batch gives the same bits again; hooks, gradients of an earlier step and frozen
       parameters make no difference.
-    - It leaves the model, the data and the random generators of the process as they were: hooks,
-      parameters, buffers, gradients, ``requires_grad``, training modes, attributes. So it does
-      where the model raises in one of its forward passes, or a target is no class of the model.
-      `score_units` also restores a model that a scorer did not; a scorer that passes here may be
-      called without it.
-    - A sample's scores do not depend on its batch: in float64, batches of one and of three samples
-      and of all agree within 1e-9 of the layer's largest score, and `score_units` returns their
-      sum. A scorer whose scores are of a batch says ``per_sample = False``.
+    - It leaves the model (hooks, parameters, buffers, gradients, modes, attributes), the data and
+      the random generators of the process as they were, also where the model raises in one of its
+      forward passes or a target is no class of the model. `score_units` restores a model anyway;
+      a scorer that passes here may be called without it.
+    - A sample's scores do not depend on its batch: in float64, batches of one, of three and of all
+      samples agree within 1e-9 of the layer's largest score, and `score_units` returns their sum.
+      A scorer whose scores are of a batch says ``per_sample = False``.
 
     Parameters
     ----------
     scorer : callable
-        What to check.
     example : callable
-        Called with a dtype, returns a model and inputs of it and the layers to score, for scorers
+        Called with a dtype, returns the model, its inputs and the layers to score, for scorers
         that need another kind of model than that of `small_example`.
 
     Raises
     ------
     AssertionError
         If a promise is broken; the message is one sentence that names the layer or parameter. An
-        error that the scorer raises where nothing is wrong comes through as it is.
+        error that the scorer raises where nothing is wrong is passed on.
     """
     for dtype in (torch.float32, torch.float64):
         whole = example(dtype)
@@ -75,10 +73,8 @@ class _Check(Promises):
         self.needs_data: bool = getattr(self.scorer, "needs_data", True)
 
     def call(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        layers = self.example.layers
-        if self.needs_data:
-            return self.scorer(model, inputs, targets, layers)
-        return self.scorer(model, None, None, layers)
+        data = (inputs, targets) if self.needs_data else (None, None)
+        return self.scorer(model, *data, self.example.layers)
 
     def scores(
         self, part: slice = slice(None), model: nn.Module | None = None
@@ -117,27 +113,25 @@ class _Check(Promises):
             self.require(bits(first[name]) == bits(second[name]), f"{what}batch")
 
     def leaves_no_trace(self) -> None:
-        fuse = Fuse()
-        raised = self.trace("", fuse)
+        fuse, labels = Fuse(), self.example.labels
+        raised = self.untouched("", fuse)
         what = "fails on a model that has hooks, gradients and a frozen parameter"
         self.require(raised is None, f"{what} ({type(raised).__name__}: {raised})")
         for at in times(fuse.count):
             fuse = Fuse(at)
             when = f"when the model raises in its forward pass number {at}"
-            hidden = self.trace(when, fuse) is None and fuse.blown
+            hidden = self.untouched(when, fuse) is None and fuse.blown
             self.require(not hidden, f"gives scores {when}, and hides the error")
-        if not self.needs_data:
-            return
-        labels = self.example.labels
-        self.trace("when there are fewer targets than samples", Fuse(), labels[:-1])
-        if labels.device.type == "cpu":  # a GPU would take no more orders after it
+        if self.needs_data:
+            self.untouched("when there are fewer targets than samples", Fuse(), labels[:-1])
+        if self.needs_data and labels.device.type == "cpu":  # a GPU would take no more orders
             with torch.no_grad():
                 logits = predict(deepcopy(self.example.model), self.example.inputs)
             missing = torch.cat([labels[:-1], torch.tensor([logits.shape[1]])])
-            self.trace("when a target is no class of the model", Fuse(), missing)
+            self.untouched("when a target is no class of the model", Fuse(), missing)
 
-    def trace(self, when: str, fuse: Fuse, labels: Tensor | None = None) -> Exception | None:
-        """Score with a model that has hooks and gradients; return the error that is raised."""
+    def untouched(self, when: str, fuse: Fuse, labels: Tensor | None = None) -> Exception | None:
+        """Score a model with hooks and gradients; return the error that the scorer raises."""
         model, raised = lived_in(self.example, fuse), None
         inputs = self.example.inputs.clone()
         targets = (self.example.labels if labels is None else labels).clone()

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from xai_edit.core.layers import layer_module
 from xai_edit.testing.example import Example
 
-# Attributes of a module that are compared by themselves; the last stays when a hook is removed.
+# Attributes of a module that are compared elsewhere; the last stays when a hook is removed.
 COMPARED = ("training", "_parameters", "_buffers", "_modules", "_is_full_backward_hook")
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class Fuse:
-    """A function that counts its calls and raises at one of them; a deep copy of it is itself."""
+    """A hook that counts its calls and raises at one of them; a deep copy of it is itself."""
 
     def __init__(self, at: int | None = None) -> None:
         self.at, self.count, self.blown = at, 0, False
 
     def __call__(self, *_: object) -> None:
-        """Count one more call; as a hook it changes nothing."""
+        """Count a call; as a hook it changes nothing."""
         self.count += 1
         if self.count == self.at:
             self.blown = True
@@ -67,10 +67,10 @@ def watched(
     packages that draw numbers.
     """
     data = list(data)
-    before = _facts(model, data, generators)
+    before = _state(model, data, generators)
 
     def changed() -> str | None:
-        after = _facts(model, data, generators)
+        after = _state(model, data, generators)
         for what in [*after, *before]:
             if what not in after:
                 return f"takes away {what}"
@@ -85,7 +85,7 @@ def watched(
 
 @dataclass
 class Promises:
-    """The promises of what is checked, under the name that begins each message."""
+    """The promises of a scorer or an operator, whose name begins each message."""
 
     who: str
 
@@ -94,9 +94,9 @@ class Promises:
         if not kept:
             raise AssertionError(f"{self.who}: {sentence}")
 
-    def require_none(self, what: str | None, doing: str = "", when: str = "") -> None:
+    def require_none(self, change: str | None, doing: str = "", when: str = "") -> None:
         """Raise AssertionError where something has changed, as `watched` names it."""
-        self.require(what is None, f"{doing} {what} {when}".strip())
+        self.require(change is None, f"{doing} {change} {when}".strip())
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -105,7 +105,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 class _Same:
-    """Equal where the object is the same one; holds it, so that its identity stays its own."""
+    """Equal where the object is the same one; keeps the object alive."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -116,48 +116,51 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _facts(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, Any]:
-    """Return what is compared, by its name in a sentence."""
-    facts: dict[str, Any] = {}
+def _state(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, Any]:
+    """Return all that is compared, by its name in a sentence."""
+    state: dict[str, Any] = {
+        "whether gradients are computed": torch.is_grad_enabled(),
+        "the default dtype": torch.get_default_dtype(),
+        "the number of threads": torch.get_num_threads(),
+    }
     for name, module in model.named_modules():
         layer = f"layer {name!r}" if name else "the model"
-        facts[f"the module {name!r}"] = _Same(module), type(module)
-        facts[f"the training mode of {layer}"] = module.training
+        state[f"the module {name!r}"] = _Same(module), type(module)
+        state[f"the training mode of {layer}"] = module.training
         for attribute, value in vars(module).items():
-            if "hooks" in attribute and isinstance(value, Mapping):
-                facts[f"the {attribute.strip('_').replace('_', ' ')} of {layer}"] = _content(value)
-            elif attribute not in COMPARED:
-                facts[f"the attribute {attribute!r} of {layer}"] = _content(value)
+            if attribute not in COMPARED:
+                kind = _words(attribute) if "hooks" in attribute else f"attribute {attribute!r}"
+                state[f"the {kind} of {layer}"] = _content(value)
     for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
         for key, tensor in named(remove_duplicate=False):
             name = f"{kind} {key!r}"
-            form = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
-            facts[name] = _Same(tensor), form
-            facts[f"the values of {name}"] = bits(tensor)
-            facts[f"requires_grad of {name}"] = tensor.requires_grad
-            facts[f"the gradient of {name}"] = _content(tensor.grad)
-            facts[f"the hooks of {name}"] = [
-                [
-                    (number, _Same(hook))
-                    for number, hook in (getattr(tensor, of, None) or {}).items()
-                ]
-                for of in TENSOR_HOOKS
-            ]
+            layout = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
+            state[name] = _Same(tensor), layout
+            state[f"the values of {name}"] = bits(tensor)
+            state[f"requires_grad of {name}"] = tensor.requires_grad
+            state[f"the gradient of {name}"] = _content(tensor.grad)
+            hooks = [getattr(tensor, registry, None) or {} for registry in TENSOR_HOOKS]
+            state[f"the hooks of {name}"] = [_entries(registry) for registry in hooks]
     for at, tensor in enumerate(data):
         content = bits(tensor), tensor.shape, tensor.requires_grad
-        facts[f"the data it was given (tensor {at})"] = content
+        state[f"the data it was given (tensor {at})"] = content
     for name, value in vars(nn.modules.module).items():
         if name.startswith("_global") and isinstance(value, Mapping):
-            facts[f"the {name.strip('_').replace('_', ' ')} of all modules"] = _content(value)
-    facts["whether gradients are computed"] = torch.is_grad_enabled()
-    facts["the default dtype"] = torch.get_default_dtype()
-    facts["the number of threads"] = torch.get_num_threads()
+            state[f"the {_words(name)} of all modules"] = _content(value)
     if generators:
-        facts["PyTorch's global random generator"] = bits(torch.get_rng_state())
-        facts["Python's global random generator"] = random.getstate()
-        state = np.random.get_state(legacy=False)  # noqa: NPY002  # the global one is meant
-        facts["NumPy's global random generator"] = repr(state)
-    return facts
+        state["PyTorch's global random generator"] = bits(torch.get_rng_state())
+        state["Python's global random generator"] = random.getstate()
+        numbers = np.random.get_state(legacy=False)  # noqa: NPY002  # the global one is meant
+        state["NumPy's global random generator"] = repr(numbers)
+    return state
+
+
+def _words(attribute: str) -> str:
+    return attribute.strip("_").replace("_", " ")
+
+
+def _entries(registry: Mapping[Any, object]) -> list[tuple[Any, _Same]]:
+    return [(key, _Same(value)) for key, value in registry.items()]
 
 
 def _content(value: object) -> Any:
@@ -167,7 +170,7 @@ def _content(value: object) -> Any:
     if isinstance(value, Tensor):
         return _Same(value), bits(value)
     if isinstance(value, Mapping):
-        return _Same(value), [(key, _Same(one)) for key, one in value.items()]
+        return _Same(value), _entries(value)
     if isinstance(value, (list, set, tuple)):
         return _Same(value), [_Same(one) for one in value]
     return _Same(value)
