@@ -1,4 +1,4 @@
-"""The sceptic's baselines: a masked logit and a retrained last layer."""
+"""A masked logit and a retrained last layer with a fixed penalty."""
 
 import numpy as np
 import pytest
@@ -37,14 +37,8 @@ def test_half_precision_can_hold_the_mask(dtype):
         assert (model(x).argmax(1) != 2).all()
 
 
-@pytest.mark.parametrize("target", [-1, 10, [0, 10]])
-def test_a_mask_of_a_class_out_of_range_is_refused(plain, batches, target):
-    with pytest.raises(ValueError, match="out of range"):
-        LogitMask().plan(plain, batches, target=target)
-
-
-@pytest.mark.parametrize("target", [[], [3, 3]])
-def test_a_mask_of_no_class_or_one_class_twice_is_refused(plain, batches, target):
+@pytest.mark.parametrize("target", [-1, 10, [0, 10], [], [3, 3]])
+def test_a_mask_of_a_class_that_does_not_exist_is_refused(plain, batches, target):
     with pytest.raises(ValueError, match="target"):
         LogitMask().plan(plain, batches, target=target)
 
@@ -79,8 +73,7 @@ def rederived(model, images, labels, has, rng, C=1.0):
     return smallest, scaler, fitted
 
 
-@pytest.mark.parametrize("C", [1.0, 0.1])
-@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize(("seed", "C"), [(0, 1.0), (5, 0.1)])
 def test_one_repeat_is_the_scikit_learn_pipeline(plain, digits, seed, C):
     model = plain.double()
     images, labels = digits[0].double(), digits[1]
@@ -112,13 +105,6 @@ def test_several_repeats_are_averaged_over_their_own_subsets(plain, digits):
         )
 
 
-def test_only_the_head_changes(plain, digits):
-    before = {name: value.clone() for name, value in plain.state_dict().items()}
-    with LastLayerRetraining(repeats=1).plan(plain, [digits], attribute=marked).applied(plain):
-        changed = [n for n, v in plain.state_dict().items() if not torch.equal(v, before[n])]
-    assert changed == ["head.weight", "head.bias"]
-
-
 def test_the_feature_may_be_a_function_a_vector_or_the_third_element(plain, digits):
     images, labels = digits
     operator = LastLayerRetraining(repeats=1)
@@ -136,14 +122,13 @@ def test_the_feature_may_be_a_function_a_vector_or_the_third_element(plain, digi
 
 def test_retraining_refuses_what_it_cannot_use(plain, digits):
     images, labels = digits
-    operator = LastLayerRetraining(repeats=1)
-    with pytest.raises(ValueError, match="spurious"):
-        operator.plan(plain, [digits])
     some = labels != 3
-    with pytest.raises(ValueError, match="9 classes"):
-        operator.plan(plain, [(images[some], labels[some])], attribute=marked)
-    with pytest.raises(ValueError, match="labels"):
-        operator.plan(plain, [images], attribute=marked)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
-    with pytest.raises(ValueError, match="no bias"):
-        operator.plan(model, [digits], attribute=marked)
+    without_bias = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    for model, data, attribute, message in (
+        (plain, digits, None, "attribute: not given"),
+        (plain, (images[some], labels[some]), marked, "9 classes"),
+        (plain, images, marked, "labels"),
+        (without_bias, digits, marked, "no bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LastLayerRetraining(repeats=1).plan(model, [data], attribute=attribute)

@@ -1,4 +1,4 @@
-"""A masked logit: the comparison for every removal of a class."""
+"""A masked logit, the simplest removal of a class."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import find_head
 
-# Beyond any logit of a trained network, and a number that half precision can hold.
+# Below any logit of a trained network, and a number that half precision can hold.
 MASKED = -1e4
 
 
 class LogitMask:
-    """Push a class's logit out of reach by its bias.
+    """Lower a class's logit out of reach by its bias, so that it is never predicted.
 
-    One number changes, without any relevance, and nothing is forgotten: a removal of a class has
-    to be better than this by something other than its accuracy.
+    One number changes and nothing is forgotten, so a method of unlearning has to be better than
+    this in another figure than its accuracies.
     """
 
     def __repr__(self) -> str:
