@@ -77,20 +77,18 @@ def test_what_is_left_is_the_sum_of_the_other_batches_updates(
     assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
 
 
-def test_undoing_every_batch_gives_the_start_with_any_optimiser(model, steps):
-    start, log, optimizer = state(model), AmnesiacLog(), torch.optim.AdamW(model.parameters())
-    train(model, [(x, y.tolist()) for x, y in steps], log, optimizer)
-    edit = amnesiac(model, log, target=[0, 1, 2])
-    for name, value in left(model, edit).items():
-        assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
-    assert edit.origin["undone"] == 12
-
-
 def test_recording_does_not_change_the_training(model, steps):
     twin = copy.deepcopy(model)
     train(model, steps, AmnesiacLog())
     train(twin, steps)
     assert all(torch.equal(one, state(twin)[name]) for name, one in state(model).items())
+
+
+def test_any_optimiser_and_labels_in_a_list_will_do(model, steps):
+    start, log, optimizer = state(model), AmnesiacLog(), torch.optim.AdamW(model.parameters())
+    train(model, [(x, y.tolist()) for x, y in steps], log, optimizer)
+    for name, value in left(model, amnesiac(model, log, target=[0, 1, 2])).items():
+        assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
 
 
 def test_a_log_holds_one_update_for_each_set_of_its_classes(model, steps):
@@ -192,9 +190,11 @@ def test_repair_moves_batch_norm_statistics_and_undoing_does_not(digits):
 def test_repair_refuses_data_it_cannot_use(model, steps):
     log = AmnesiacLog()
     train(model, steps, log)
-    with pytest.raises(TypeError, match="only once"):
-        amnesiac(model, log, target=3, repair=iter(steps))
-    with pytest.raises(ValueError, match="no samples to train on"):
-        amnesiac(model, log, target=3, repair=[(steps[0][0], torch.full((8,), 3))])
-    with pytest.raises(ValueError, match="no labels"):
-        amnesiac(model, log, target=3, repair=[steps[0][0]])
+    x, _ = steps[0]
+    for repair, error, message in (
+        (iter(steps), TypeError, "repair: .*only once"),
+        ([(x, torch.full((8,), 3))], ValueError, "no samples to train on"),
+        ([x], ValueError, "no labels"),
+    ):
+        with pytest.raises(error, match=message):
+            amnesiac(model, log, target=3, repair=repair)

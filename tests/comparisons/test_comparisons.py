@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from xai_edit import LastLayerRetraining, LogitMask, evaluate_groups
+from xai_edit import LastLayerRetraining, LogitMask, collect_head_features, evaluate_groups
 
 
 @pytest.mark.parametrize("target", [0, 9, [3], [1, 4, 6]])
@@ -43,22 +43,12 @@ def test_a_mask_of_a_class_that_does_not_exist_is_refused(plain, batches, target
         LogitMask().plan(plain, batches, target=target)
 
 
-def test_a_mask_needs_a_bias(batches):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
-    with pytest.raises(ValueError, match="no bias"):
-        LogitMask().plan(model, batches, target=3)
-
-
 def marked(images):
     return images[:, 0, 3, 3] > 0.4
 
 
 def head_inputs(model, images):
-    seen = []
-    handle = model.head.register_forward_pre_hook(lambda _, read: seen.append(read[0].detach()))
-    model(images)
-    handle.remove()
-    return seen[0].double().numpy()
+    return collect_head_features(model, [images]).features.double().numpy()
 
 
 def rederived(model, images, labels, has, rng, C=1.0):
@@ -73,36 +63,22 @@ def rederived(model, images, labels, has, rng, C=1.0):
     return smallest, scaler, fitted
 
 
-@pytest.mark.parametrize(("seed", "C"), [(0, 1.0), (5, 0.1)])
-def test_one_repeat_is_the_scikit_learn_pipeline(plain, digits, seed, C):
+@pytest.mark.parametrize(("repeats", "seed", "C"), [(1, 5, 0.1), (3, 0, 1.0)])
+def test_repeats_average_the_scikit_learn_pipelines(plain, digits, repeats, seed, C):
     model = plain.double()
     images, labels = digits[0].double(), digits[1]
-    rng = np.random.default_rng(seed)
-    smallest, scaler, fitted = rederived(model, images, labels, marked(images), rng, C)
+    rng, x = np.random.default_rng(seed), head_inputs(model, images)
+    logits = []
+    for _ in range(repeats):
+        smallest, scaler, fitted = rederived(model, images, labels, marked(images), rng, C)
+        logits.append(fitted.decision_function(scaler.transform(x)))
     data = [(images[:900], labels[:900]), (images[900:], labels[900:])]
-    edit = LastLayerRetraining(repeats=1, C=C, seed=seed).plan(model, data, attribute=marked)
+    edit = LastLayerRetraining(repeats=repeats, C=C, seed=seed).plan(model, data, attribute=marked)
     assert edit.origin["per_group"] == smallest
     assert {*edit.changes} == {"head.weight", "head.bias"}
-    expected = fitted.decision_function(scaler.transform(head_inputs(model, images)))
     with edit.applied(model):
-        logits = model(images).detach().numpy()
-    assert np.allclose(logits, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_several_repeats_are_averaged_over_their_own_subsets(plain, digits):
-    model = plain.double()
-    images, labels = digits[0].double(), digits[1]
-    rng = np.random.default_rng(0)
-    x = head_inputs(model, images)
-    logits = []
-    for _ in range(3):
-        _, scaler, fitted = rederived(model, images, labels, marked(images), rng)
-        logits.append(fitted.decision_function(scaler.transform(x)))
-    edit = LastLayerRetraining(repeats=3).plan(model, [(images, labels)], attribute=marked)
-    with edit.applied(model):
-        assert np.allclose(
-            model(images).detach().numpy(), np.mean(logits, axis=0), rtol=1e-6, atol=1e-6
-        )
+        found = model(images).detach().numpy()
+    assert np.allclose(found, np.mean(logits, axis=0), rtol=1e-6, atol=1e-6)
 
 
 def test_the_feature_may_be_a_function_a_vector_or_the_third_element(plain, digits):
@@ -124,6 +100,8 @@ def test_retraining_refuses_what_it_cannot_use(plain, digits):
     images, labels = digits
     some = labels != 3
     without_bias = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    with pytest.raises(ValueError, match="no bias"):
+        LogitMask().plan(without_bias, [images], target=3)
     for model, data, attribute, message in (
         (plain, digits, None, "attribute: not given"),
         (plain, (images[some], labels[some]), marked, "9 classes"),

@@ -311,16 +311,6 @@ def test_parameters_that_take_no_part_in_the_output_stay(digits, method):
     assert {*edit.changes} == {"head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_cannot_be_copied_is_named(digits, method):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    with pytest.warns(FutureWarning):
-        nn.utils.weight_norm(model[1])
-    model(digits[0][:2])  # its weight is now computed, no leaf
-    with pytest.raises(ValueError, match="model: it cannot be copied"):
-        method(model, [digits], target=2)
-
-
 @pytest.mark.parametrize("method", [*METHODS, retrained])
 def test_bad_classes_and_bad_data_are_refused(plain, digits, method, unchanged):
     images, labels = digits
@@ -383,9 +373,3 @@ def test_words_have_no_nearest_class_and_can_be_expanded():
     with pytest.raises(TypeError, match="floating"):
         boundary_shrink(words, data, target=1)
     assert "0.weight" in boundary_expanding(words, data, target=1, learning_rate=0.1).changes
-
-
-def test_expanding_needs_a_final_linear_layer(digits):
-    model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
-    with pytest.raises(ValueError, match="final linear layer"):
-        boundary_expanding(model, [digits], target=3)

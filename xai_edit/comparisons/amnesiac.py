@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.comparisons.class_samples import Remaining, classes_to_forget
-from xai_edit.core.checks import require
+from xai_edit.comparisons.class_samples import Remaining, classes_to_forget, shuffled
+from xai_edit.core.checks import readable_again, require
 from xai_edit.core.data import Batch, Data, model_device
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import copied, require_finite
@@ -161,20 +161,18 @@ def amnesiac(
     target : int or sequence of int
         The class or classes.
     repair : iterable or Dataset, optional
-        Labelled batches to fine-tune on afterwards, without the samples of the class.
+        Labelled batches that can be read several times, to fine-tune on afterwards, without the
+        samples of the class.
     epochs, learning_rate, batch_size, seed
-        Of the repair; see `xai_edit.core.training.fine_tuned`. ``batch_size`` is for a
-        ``Dataset``.
+        Of the repair, as for `random_labels`.
 
     Raises
     ------
-    TypeError
-        If ``repair`` can be read only once.
     ValueError
         If the log is empty, ends in other weights than the model's, or has no step that saw the
         class.
-    NonFiniteError
-        If a weight, or the loss of the repair, is not finite.
+    TypeError, NonFiniteError
+        As for `random_labels`.
     """
     with torch.inference_mode(False):
         log.require_last_weights(model)
@@ -194,18 +192,14 @@ def amnesiac(
         origin: dict[str, Any] = {"operator": "amnesiac", "target": classes, "steps": log.steps}
         origin["undone"] = sum(log.counts[logged] for logged in undone)
         if repair is not None:
+            readable_again(repair, "training", "repair")
             _, outputs, _ = classes_to_forget(edited, repair, classes)
-            device = model_device(edited)
-            data = Remaining(repair, classes, outputs=outputs, device=device, batch_size=batch_size)
-            settings = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-            origin |= settings
+            data = Remaining(shuffled(repair, batch_size), classes, outputs, model_device(edited))
+            options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
+            options["seed"] = seed
+            origin |= options
             edited, origin["repair_steps"] = fine_tuned(
-                edited,
-                lambda _: (Batch(*parts) for parts in data),
-                epochs=epochs,
-                learning_rate=learning_rate,
-                seed=seed,
-                statistics=True,
+                edited, lambda _: (Batch(*parts) for parts in data), statistics=True, **options
             )
         return ModelEdit.to_copy(model, edited, origin)
 

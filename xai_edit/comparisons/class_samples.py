@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from xai_edit.core.checks import in_range, one_logit_a_class, readable_again, with_labels
+from xai_edit.core.checks import in_range, one_logit_a_class, with_labels
 from xai_edit.core.data import Batch, Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
@@ -20,15 +20,8 @@ from xai_edit.core.targets import class_list
 class ClassSamples:
     """All samples of the classes to forget, on the CPU.
 
-    Attributes
-    ----------
-    classes : list of int
-    outputs : int
-        Classes of the model.
-    inputs : Tensor, shape (samples, ...)
-    labels : Tensor, int64, shape (samples,)
-    others : int
-        Samples of other classes in the data.
+    ``outputs`` is the number of the model's classes, ``others`` that of samples of other classes in
+    the data. ``labels`` is int64, shape (samples,).
     """
 
     classes: list[int]
@@ -42,14 +35,7 @@ class ClassSamples:
 
 
 def class_samples(model: nn.Module, data: Data, target: int | Sequence[int]) -> ClassSamples:
-    """Collect the samples of the classes to forget in one pass over the data.
-
-    Raises
-    ------
-    ValueError
-        If a class is out of range or has no samples, no class would be left, or a batch has no
-        labels.
-    """
+    """Collect the samples of the classes to forget in one pass over the data."""
     classes, outputs, data = classes_to_forget(model, data, target)
     inputs, labels, others = [], [], 0
     for batch, batch_labels in labelled(data, outputs):
@@ -67,10 +53,7 @@ def classes_to_forget(
 ) -> tuple[list[int], int, Data]:
     """Return the classes as a list, the number of the model's classes, and the unread data.
 
-    Raises
-    ------
-    ValueError
-        If a class is out of range or named twice, or none would be left.
+    ValueError if a class is out of range or named twice, or none would be left.
     """
     first, whole = peek(data, model_device(model))
     with preserved(model), torch.no_grad():
@@ -110,25 +93,14 @@ def shuffled(data: Data, batch_size: int) -> Data:
     return data
 
 
-class Remaining(Iterable[tuple[Tensor, ...]]):
-    """The data without the samples of some classes, which can be read as often as the data.
+@dataclass(frozen=True)
+class Remaining:
+    """The data without the samples of some classes; batches without others are left out."""
 
-    Batches without other samples are left out. A ``Dataset`` is shuffled in each pass and read
-    ``batch_size`` samples at a time.
-    """
-
-    def __init__(
-        self,
-        data: Data,
-        classes: Sequence[int],
-        *,
-        outputs: int,
-        device: torch.device,
-        batch_size: int,
-    ) -> None:
-        readable_again(data, "training")
-        self.data = shuffled(data, batch_size)
-        self.classes, self.outputs, self.device = list(classes), outputs, device
+    data: Data
+    classes: list[int]
+    outputs: int
+    device: torch.device
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield ``(inputs, labels)`` or ``(inputs, labels, groups)``."""

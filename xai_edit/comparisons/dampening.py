@@ -60,7 +60,7 @@ class SelectiveSynapticDampening:
         Parameters
         ----------
         model : nn.Module
-            A classifier that gives logits.
+            A classifier that returns logits.
         data : iterable or Dataset
             Labelled batches of all classes; training data in the paper.
         target : int or sequence of int
@@ -70,22 +70,21 @@ class SelectiveSynapticDampening:
         ------
         ValueError
             If a class is out of range or has no samples, the data has no labels, ``alpha`` is too
-            large for the data to select any weight, or the model cannot be differentiated per
-            sample.
+            large for any weight, or the model cannot be differentiated per sample.
         NonFiniteError
-            If a gradient is not finite.
+            If a weight or a gradient is not finite.
         """
         classes, outputs, data = classes_to_forget(model, data, target)
         with torch.inference_mode(False):
             importances, (samples, forget_samples) = importance(
                 model, data, classes=classes, outputs=outputs, chunk_size=self.chunk_size
             )
-        share = samples / forget_samples
-        if self.alpha >= share:
+        most = samples / forget_samples
+        if self.alpha >= most:
             raise ValueError(
                 f"alpha: {self.alpha:g} given; with {forget_samples} of {samples} samples in the "
-                f"class no weight is more than {share:.3g} times as important to it, so choose a "
-                f"smaller one, such as {share / 2:.2g}"
+                f"class no weight is more than {most:.3g} times as important to it, so choose a "
+                f"smaller one, such as {most / 2:.2g}"
             )
         values = {}
         for name, both in importances.items():
@@ -115,25 +114,11 @@ def importance(
 ) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """Return the diagonal of the Fisher information over all samples and over those of classes.
 
-    The model has ``outputs`` classes and is left exactly as it was; ``chunk_size`` samples are
-    differentiated at a time.
-
-    Returns
-    -------
-    dict of Tensor, shape (2, *parameter)
-        Parameter name → mean squared gradient of the cross-entropy over all samples, and over those
-        of ``classes``; float32 or the parameter's dtype if that is wider. Zero where the parameter
-        takes no part in the output.
-    tuple of int
-        Numbers of samples of both.
-
-    Raises
-    ------
-    ValueError
-        If a class has no samples, the data has no labels, or the model cannot be differentiated
-        per sample.
-    NonFiniteError
-        If the model or a gradient is not finite.
+    By parameter, the mean squared gradient of the cross-entropy over all samples and over those of
+    ``classes``, shape (2, *parameter), float32 or wider; zero where the parameter takes no part in
+    the output. Then the numbers of samples of both. The model is left exactly as it was;
+    ``chunk_size`` samples are differentiated at a time. Errors as for
+    `SelectiveSynapticDampening.plan`.
     """
     require_finite(model)
     named = model.named_parameters()

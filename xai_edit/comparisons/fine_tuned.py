@@ -47,8 +47,8 @@ def retrain(
         A classifier; only read.
     data : iterable or Dataset
         Labelled batches that can be read several times. Batches keep their order and lose the
-        samples of the class; empty ones are dropped. A ``Dataset`` is shuffled in each pass and
-        read ``batch_size`` samples at a time.
+        samples of the class. A ``Dataset`` is shuffled in each pass and read ``batch_size`` samples
+        at a time.
     target : int or sequence of int
         The class or classes.
     build : callable
@@ -57,8 +57,6 @@ def retrain(
         Trains the network in place on an iterable of ``(inputs, labels)`` or ``(inputs, labels,
         groups)`` batches on its device, which it may read once an epoch. If it returns a network,
         that one is used.
-    batch_size : int
-        For a ``Dataset``.
     seed : int
         Set before ``build``; the caller's random state is restored afterwards.
 
@@ -85,9 +83,9 @@ def retrain(
         network = build()
         require_type(network, nn.Module, "build", "it returns a network")
         classes, outputs, _ = classes_to_forget(model, data, target)
-        device = model_device(network)
-        remaining = Remaining(data, classes, outputs=outputs, device=device, batch_size=batch_size)
-        labels = torch.cat([batch_labels for _, batch_labels in labelled(remaining.data, outputs)])
+        batches = shuffled(data, batch_size)
+        remaining = Remaining(batches, classes, outputs, model_device(network))
+        labels = torch.cat([batch_labels for _, batch_labels in labelled(batches, outputs)])
         require_present(classes, labels)
         removed = int(among(labels, classes).sum())
         if removed == len(labels):
@@ -120,13 +118,12 @@ def random_labels(
         A classifier; only read.
     data : iterable or Dataset
         Labelled batches, of training data in the paper, that can be read several times. Shuffle
-        them in the loader; a ``Dataset`` is shuffled here. The class's samples are held on the CPU.
+        them in the loader; a ``Dataset`` is shuffled here and read ``batch_size`` samples at a
+        time. The class's samples are held on the CPU.
     target : int or sequence of int
         The class or classes.
     epochs, learning_rate, seed
         The same seed gives the same bits.
-    batch_size : int
-        For a ``Dataset``.
 
     Raises
     ------
@@ -270,26 +267,16 @@ def nearest_classes(
     """Return the class across the nearest boundary, by one step of the fast gradient sign method.
 
     x' = x + ε · sign(∇ₓ L(x, y)); of the classes that stay, the one of highest logit at x'; int64,
-    shape (samples,).
+    shape (samples,). The model is left exactly as it was.
 
     Parameters
     ----------
-    model : nn.Module
-        Left exactly as it was.
-    samples : ClassSamples
     epsilon : float
         The step ε, in units of the inputs; the paper's images are in [0, 1].
     clip : (float, float), optional
         The range of x', such as (0, 1).
     batch_size : int
         Samples at a time.
-
-    Raises
-    ------
-    ValueError
-        If ``epsilon`` or ``batch_size`` is not positive, or the ends of ``clip`` are not in order.
-    TypeError
-        If the inputs are not floating.
     """
     epsilon = positive(epsilon, "epsilon")
     batch_size = whole_number(batch_size, "batch_size", least=1)

@@ -76,17 +76,11 @@ class LastLayerRetraining:
         attribute : callable, Tensor or None
             See `xai_edit.core.data.Attribute`; it may have more than two values.
 
-        Returns
-        -------
-        ModelEdit
-            Changes all weights and biases of the last layer. With ``C="auto"``,
-            ``origin["tuned"]`` has the worst-group accuracy of each strength.
-
         Raises
         ------
         ValueError
             If a class has no samples, the last layer has no bias, or a group has only one sample
-            where the strength is tuned.
+            with ``C="auto"``, whose accuracies are in ``origin["tuned"]``.
         """
         head = head_features(model, data, attribute=attribute, with_attribute=True)
         assert head.attribute is not None  # with_attribute

@@ -48,6 +48,8 @@ class LEACE:
     ) -> ModelEdit:
         """Plan the erasure from one pass over the data; the model is only read.
 
+        The edit is empty where the features are uncorrelated with the attribute.
+
         Parameters
         ----------
         model : nn.Module
@@ -57,12 +59,6 @@ class LEACE:
         attribute : callable, Tensor or None
             The attribute to erase, see `xai_edit.core.data.Attribute`; it may have more than two
             values.
-
-        Returns
-        -------
-        ModelEdit
-            Changes weights and biases of the last layer; none where the features are uncorrelated
-            with the attribute.
 
         Raises
         ------
@@ -108,13 +104,8 @@ def erasure(covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factors W⁺ U and Uᵀ W of the projection I − A = W⁺ P W (Thm. 4.3).
 
     The columns of U span those of W Σ_xz; float64, shapes (d, directions) and (directions, d).
-
-    Parameters
-    ----------
-    covariance : Tensor, float64, shape (d, d)
-        Σ_xx; directions without variance are not changed.
-    cross : Tensor, float64, shape (d, k)
-        Σ_xz, of an attribute of about unit scale.
+    ``covariance`` is Σ_xx, float64, shape (d, d), ``cross`` Σ_xz, shape (d, k), of an attribute of
+    about unit scale. Directions without variance are not changed.
     """
     variances, v = torch.linalg.eigh(covariance)
     kept = variances > variances[-1].clamp(min=0) * len(variances) * torch.finfo(torch.double).eps

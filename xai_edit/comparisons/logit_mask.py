@@ -20,29 +20,17 @@ MASKED = -1e4
 class LogitMask:
     """Lower a class's logit out of reach by its bias, so that it is never predicted.
 
-    One number changes and nothing is forgotten, so a method of unlearning has to be better than
-    this in another figure than its accuracies.
+    Nothing is forgotten, so a method of unlearning has to be better in another figure than
+    accuracy.
     """
 
     def __repr__(self) -> str:
         return "LogitMask()"
 
     def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
-        """Plan the mask; the model is only read.
+        """Plan the mask; the model is only read, and one batch of the data, to find the layer.
 
-        Parameters
-        ----------
-        model : nn.Module
-            A classifier that ends in a linear layer with a bias.
-        data : iterable or Dataset
-            One batch is read, to find the layer.
-        target : int or sequence of int
-            The class or classes.
-
-        Raises
-        ------
-        ValueError
-            If the last layer has no bias, or a class is out of range.
+        ValueError if the last layer has no bias, or a class of ``target`` is out of range.
         """
         first, _ = peek(data, model_device(model))
         head, layer = find_head(model, first.inputs[:1])
