@@ -1,5 +1,7 @@
 """The amnesiac log against the updates it should hold, and what is left after undoing them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -75,23 +77,18 @@ def test_what_is_left_is_the_sum_of_the_other_batches_updates(
     assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
 
 
-def test_undoing_every_batch_gives_the_start_and_several_classes_go_at_once(model, steps):
-    start, log = state(model), AmnesiacLog()
-    train(model, steps, log)
-    edit = amnesiac(model, log, target=[0, 1, 2])
-    for name, value in left(model, edit).items():
-        assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
-    assert edit.origin["undone"] == 12
-
-
 def test_recording_does_not_change_the_training(model, steps):
-    twin = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    twin.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
     train(model, steps, AmnesiacLog())
     train(twin, steps)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
-    )
+    assert all(torch.equal(one, state(twin)[name]) for name, one in state(model).items())
+
+
+def test_any_optimiser_and_labels_in_a_list_will_do(model, steps):
+    start, log, optimizer = state(model), AmnesiacLog(), torch.optim.AdamW(model.parameters())
+    train(model, [(x, y.tolist()) for x, y in steps], log, optimizer)
+    for name, value in left(model, amnesiac(model, log, target=[0, 1, 2])).items():
+        assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
 
 
 def test_a_log_holds_one_update_for_each_set_of_its_classes(model, steps):
@@ -117,19 +114,6 @@ def test_a_saved_log_is_continued_where_it_ended(model, steps, tmp_path, classes
         assert torch.allclose(value, start[name] + sum(others), rtol=1e-12, atol=1e-14)
 
 
-def test_files_that_are_missing_or_damaged_are_named(model, steps, tmp_path):
-    path, log = tmp_path / "log.safetensors", AmnesiacLog()
-    with pytest.raises(FileNotFoundError, match=r"log\.safetensors"):
-        AmnesiacLog.load(path)
-    train(model, steps, log)
-    log.save(path)
-    whole = bytearray(path.read_bytes())
-    whole[-9] ^= 1
-    path.write_bytes(whole)
-    with pytest.raises(ValueError, match="checksum does not match"):
-        AmnesiacLog.load(path)
-
-
 def test_a_step_that_fails_is_not_logged(model, steps):
     log = AmnesiacLog()
     train(model, steps[:2], log)
@@ -138,14 +122,6 @@ def test_a_step_that_fails_is_not_logged(model, steps):
     assert log.steps == 2
     train(model, steps[2:4], log)
     assert amnesiac(model, log, target=3).origin["undone"] == 2
-
-
-def test_labels_may_be_a_list_and_the_optimiser_any(model, steps):
-    log, optimizer = AmnesiacLog(), torch.optim.AdamW(model.parameters())
-    start = state(model)
-    train(model, [(x, y.tolist()) for x, y in steps[:3]], log, optimizer)
-    for name, value in left(model, amnesiac(model, log, target=[0, 1, 2, 3])).items():
-        assert torch.allclose(value, start[name], rtol=0, atol=1e-14)
 
 
 def test_weights_that_the_last_step_did_not_leave_are_refused(model, steps):
@@ -166,7 +142,7 @@ def test_weights_that_the_last_step_did_not_leave_are_refused(model, steps):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ([1, 3], r"target: class 1 is in no logged batch; the log has \[3\]"),
+        ([1, 3], r"target: 1 given; the log has batches with classes \[3\]"),
         ([], "target"),
         ("a", "target"),
         ([3, 3], "target"),
@@ -184,11 +160,8 @@ def test_a_class_that_was_not_seen_or_not_logged_is_refused(model, steps, target
     [torch.eye(4)[:2], torch.tensor([True, False]), torch.tensor([0.5, 1]), [torch.nan, 1.0]],
 )
 def test_labels_that_are_no_class_numbers_are_refused_before_the_step(model, labels):
-    before, log = state(model), AmnesiacLog()
-    with pytest.raises(ValueError, match="one class number a sample"), log.recording(model, labels):
-        model[0].weight.data.zero_()
-    for name, value in state(model).items():
-        assert torch.equal(value, before[name])
+    with pytest.raises(ValueError, match="one class number a sample"):
+        AmnesiacLog().recording(model, labels).__enter__()
 
 
 def test_repair_is_training_on_the_samples_of_the_other_classes(model, steps):
@@ -197,9 +170,7 @@ def test_repair_is_training_on_the_samples_of_the_other_classes(model, steps):
     forgot = amnesiac(model, log, target=3)
     mended = amnesiac(model, log, target=3, repair=steps, epochs=2, learning_rate=0.05)
     kept = [(x[y != 3], y[y != 3]) for x, y in steps]
-    with forgot.applied(model):
-        expected = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-        expected.load_state_dict(model.state_dict())
+    expected = forgot.apply(copy.deepcopy(model))
     train(expected, [*kept, *kept])
     for name, value in left(model, mended).items():
         assert torch.allclose(value, expected.get_parameter(name), rtol=1e-12, atol=1e-14)
@@ -219,9 +190,11 @@ def test_repair_moves_batch_norm_statistics_and_undoing_does_not(digits):
 def test_repair_refuses_data_it_cannot_use(model, steps):
     log = AmnesiacLog()
     train(model, steps, log)
-    with pytest.raises(TypeError, match="only once"):
-        amnesiac(model, log, target=3, repair=iter(steps))
-    with pytest.raises(ValueError, match="no samples to train on"):
-        amnesiac(model, log, target=3, repair=[(steps[0][0], torch.full((8,), 3))])
-    with pytest.raises(ValueError, match="no labels"):
-        amnesiac(model, log, target=3, repair=[steps[0][0]])
+    x, _ = steps[0]
+    for repair, error, message in (
+        (iter(steps), TypeError, "repair: .*only once"),
+        ([(x, torch.full((8,), 3))], ValueError, "no samples to train on"),
+        ([x], ValueError, "no labels"),
+    ):
+        with pytest.raises(error, match=message):
+            amnesiac(model, log, target=3, repair=repair)

@@ -58,17 +58,19 @@ def outputs(model, edit, x):
         return model(torch.from_numpy(x)).detach().numpy()
 
 
-@pytest.mark.parametrize(("classes", "values"), [(3, 2), (4, 3)])
-def test_one_repeat_predicts_what_the_pipeline_of_the_chosen_strength_does(classes, values):
+@pytest.mark.parametrize(("classes", "values", "repeats"), [(3, 2, 4), (4, 3, 1)])
+def test_repeats_average_the_pipelines_of_the_chosen_strength(classes, values, repeats):
     x, y, a = biased(classes, values)
     model = linear(x, classes)
-    edit = LastLayerRetraining(repeats=1, C="auto", seed=3).plan(model, batches(x, y, a))
-    rows = balanced(y, a, np.random.default_rng(3))
+    edit = LastLayerRetraining(repeats=repeats, C="auto", seed=3).plan(model, batches(x, y, a))
+    rng = np.random.default_rng(3)
+    expected = []
+    for _ in range(repeats):
+        rows = balanced(y, a, rng)
+        fitted = pipeline(x, y, rows, edit.origin["C"], seed=3)
+        expected.append(fitted.decision_function(x))
     assert edit.origin["per_group"] == len(rows) / (classes * values)
-    expected = pipeline(x, y, rows, edit.origin["C"], seed=3)
-    logits = outputs(model, edit, x)
-    assert np.allclose(logits, expected.decision_function(x), rtol=1e-9, atol=1e-9)
-    assert np.array_equal(logits.argmax(1), expected.predict(x))
+    assert np.allclose(outputs(model, edit, x), np.mean(expected, axis=0), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("C", ["auto", 1.0])
@@ -85,21 +87,6 @@ def test_two_classes_share_the_one_row_of_scikit_learn(C):
     logits = outputs(model, edit, x)
     margin = expected.decision_function(x)
     assert np.allclose(logits[:, 1] - logits[:, 0], margin, rtol=1e-9, atol=1e-9)
-    assert np.array_equal(logits.argmax(1), expected.predict(x))
-    assert np.allclose(
-        np.exp(logits) / np.exp(logits).sum(1, keepdims=True), expected.predict_proba(x)
-    )
-
-
-def test_several_repeats_average_the_pipelines():
-    x, y, a = biased(classes=3)
-    model = linear(x, 3)
-    edit = LastLayerRetraining(repeats=4, C="auto").plan(model, batches(x, y, a))
-    rng, C = np.random.default_rng(0), edit.origin["C"]
-    expected = [
-        pipeline(x, y, balanced(y, a, rng), C, seed=0).decision_function(x) for _ in range(4)
-    ]
-    assert np.allclose(outputs(model, edit, x), np.mean(expected, axis=0), rtol=1e-9, atol=1e-9)
 
 
 def test_the_strength_is_the_best_on_the_half_that_was_not_fitted():
@@ -168,8 +155,6 @@ def test_numbers_of_numpy_and_torch_are_plain_ones_in_the_saved_edit(tmp_path):
             (torch.tensor(2), torch.tensor(0.5), torch.tensor(1)),
         )
     ]
-    plans[2].save(tmp_path / "edit.safetensors")
-    loaded = ModelEdit.load(tmp_path / "edit.safetensors")
-    for edit in (*plans, loaded):
-        assert edit.origin == plans[0].origin
-        assert torch.equal(edit.changes["weight"].new, plans[0].changes["weight"].new)
+    for edit in plans:
+        edit.save(tmp_path / "edit.safetensors")
+        assert ModelEdit.load(tmp_path / "edit.safetensors").origin == plans[0].origin

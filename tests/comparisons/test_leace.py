@@ -7,6 +7,7 @@ from scipy.linalg import null_space
 from sklearn.covariance import ledoit_wolf
 from torch import nn
 
+from xai_edit import collect_head_features
 from xai_edit.comparisons import LEACE
 from xai_edit.comparisons.leace import erasure
 
@@ -93,16 +94,12 @@ def test_the_edited_model_gives_the_logits_of_the_erased_features(plain, digits)
     images = digits[0].double()
     marked = images[:, 0, 3, 3] > 0.4
     model = plain.double()
-    seen = []
-    handle = model.head.register_forward_pre_hook(lambda _, read: seen.append(read[0].detach()))
-    model(images)
-    handle.remove()
-    x = seen[0].numpy()
-    covariance, cross = ledoit_wolf(x)[0], moments(seen[0], marked.long())[1]
+    features = collect_head_features(model, [images]).features
+    x = features.numpy()
+    covariance, cross = ledoit_wolf(x)[0], moments(features, marked.long())[1]
     erased = x.mean(0) + (x - x.mean(0)) @ projection(covariance, cross).T
-    edit = LEACE().plan(
-        model, [images[:900], images[900:]], attribute=lambda b: b[:, 0, 3, 3] > 0.4
-    )
+    halves = [images[:900], images[900:]]
+    edit = LEACE().plan(model, halves, attribute=lambda b: b[:, 0, 3, 3] > 0.4)
     assert {*edit.changes} == {"head.weight", "head.bias"}
     assert edit.origin["values"] == {"0": int((~marked).sum()), "1": int(marked.sum())}
     assert edit.origin["directions"] == 1
@@ -134,9 +131,10 @@ def test_nothing_to_erase_is_an_edit_of_nothing(eye):
 
 def test_what_cannot_be_erased_is_refused(eye):
     x, a = correlated()
-    with pytest.raises(ValueError, match="attribute: all 400 samples have the value 1"):
-        LEACE().plan(eye, [x], attribute=torch.ones(400))
-    with pytest.raises(ValueError, match="attribute: not given"):
-        LEACE().plan(eye, [x])
-    with pytest.raises(ValueError, match="no bias"):
-        LEACE().plan(nn.Linear(6, 2, bias=False).double(), [x], attribute=a)
+    for model, attribute, message in (
+        (eye, torch.ones(400), "attribute: all 400 samples have the value 1"),
+        (eye, None, "attribute: not given"),
+        (nn.Linear(6, 2, bias=False).double(), a, "no bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LEACE().plan(model, [x], attribute=attribute)

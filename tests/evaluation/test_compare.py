@@ -16,7 +16,7 @@ from zennit.types import Convolution
 
 import xai_edit as xe
 from xai_edit.core.layers import tapped
-from xai_edit.evaluation.compare import compare_scorers, rank_correlation, top_overlap
+from xai_edit.evaluation.compare import compare_scorers
 from xai_edit.evaluation.deletion_curve import deletion_curve
 from xai_edit.report.comparison_figures import (
     deletion_curves,
@@ -60,7 +60,7 @@ def test_rank_correlations_are_those_of_scipy(plain, ties):
         assert float(found[i, j]) == pytest.approx(spearmanr(rows[i], rows[j]).statistic)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("share", [0.01, 0.25, 1.0])
 def test_the_overlap_is_that_of_two_sets(plain, share):
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(4, 12, generator=generator, dtype=torch.float64)
@@ -69,31 +69,6 @@ def test_the_overlap_is_that_of_two_sets(plain, share):
     tops = [set(sorted(range(12), key=lambda unit: -row[unit])[:count]) for row in rows.tolist()]
     for i, j in itertools.product(range(4), repeat=2):
         assert float(found[i, j]) == pytest.approx(len(tops[i] & tops[j]) / count)
-
-
-def test_the_top_is_the_one_that_an_edit_would_take(plain):
-    rows = torch.tensor([[0.0, 1, 1, 1] * 3, [1.0, 0, 2, 2] * 3])  # ties
-    comparison = compared(plain, rows, share=0.25)
-    one, other = (
-        set(scores.top("fc1", share=0.25).tolist()) for scores in comparison.scores.values()
-    )
-    assert float(comparison.overlap["fc1"][0, 1]) == pytest.approx(len(one & other) / 3)
-
-
-def test_scorers_that_agree_or_are_opposed(plain):
-    row = torch.arange(12.0)
-    comparison = compared(plain, [row, row.exp(), -row], share=0.5)
-    assert comparison.rank_correlation["fc1"][0].tolist() == pytest.approx([1, 1, -1])
-    assert comparison.overlap["fc1"][0].tolist() == [1, 1, 0]
-
-
-def test_unrelated_orders_correlate_with_nothing_and_share_as_many_units_as_chance():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.rand(40, 300, generator=generator, dtype=torch.float64)
-    apart = ~torch.eye(40, dtype=torch.bool)
-    assert abs(float(rank_correlation(rows)[apart].mean())) < 0.01
-    for share in (0.1, 0.5):
-        assert float(top_overlap(rows, share)[apart].mean()) == pytest.approx(share, abs=0.01)
 
 
 def test_constant_scores_are_undefined_and_say_so_without_a_warning(plain):
@@ -118,8 +93,10 @@ def scorers():
     return {"LRP": xe.LRP("alpha1beta0"), "Taylor": xe.Taylor(), "weights": xe.WeightMagnitude()}
 
 
-@pytest.mark.parametrize("aggregate", ["sum", "mean", "abs"])
-@pytest.mark.parametrize("kind", ["list", "iterator", "loader", "dataset"])
+@pytest.mark.parametrize(
+    ("kind", "aggregate"),
+    [("list", "mean"), ("iterator", "sum"), ("loader", "abs"), ("dataset", "sum")],
+)
 def test_every_scorer_has_the_scores_of_its_own_pass(
     plain, batches, scorers, kind, aggregate, unchanged
 ):
@@ -179,21 +156,6 @@ def test_before_the_output_relevance_is_the_input_times_the_weight_times_one_fac
                 assert torch.allclose(relevance, parts * factor[:, None], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", ["label", 3])
-def test_the_four_rules_rank_alike_behind_the_last_convolution_and_part_before_it(
-    plain, batches, target
-):
-    layers = ["conv1", "conv2", "fc1", "head:input"]
-    comparison = compare_scorers(plain, batches, RULES, layers=layers, target=target)
-    for layer in layers[1:]:
-        assert comparison.rank_correlation[layer].min() == pytest.approx(1), layer
-        assert comparison.overlap[layer].min() == 1, layer
-        for rule in RULES[1:]:
-            assert torch.equal(comparison.scores["epsilon"][layer], comparison.scores[rule][layer])
-    # A convolution's own rule acts on what is in front of it.
-    assert not torch.equal(*(comparison.scores[rule]["conv1"] for rule in RULES[:2]))
-
-
 @pytest.mark.parametrize(
     ("rule", "known"),
     [
@@ -233,15 +195,8 @@ def test_curves_are_those_of_deletion_curve(plain, batches, scorers, unchanged):
     for layer, curves in comparison.deletion.items():
         assert [*curves] == comparison.names
         for name, curve in curves.items():
-            alone = deletion_curve(
-                plain,
-                held_out,
-                comparison.scores[name],
-                layers=layer,
-                target=3,
-                shares=shares,
-            )
-            assert curve == alone
+            scores, options = comparison.scores[name], {"target": 3, "shares": shares}
+            assert curve == deletion_curve(plain, held_out, scores, layers=layer, **options)
     text = json.dumps(comparison.to_dict(), allow_nan=False)
     told = json.loads(text)["layers"]["fc1"]["deletion"]["LRP"]
     assert told["accuracy"] == [*comparison.deletion["fc1"]["LRP"].accuracy]
@@ -249,14 +204,8 @@ def test_curves_are_those_of_deletion_curve(plain, batches, scorers, unchanged):
 
 
 def test_curves_of_labels_are_over_all_samples_and_of_the_layers_asked_for(plain, batches):
-    comparison = compare_scorers(
-        plain,
-        batches,
-        RULES,
-        deletion=(0, 0.5),
-        deletion_layers="fc1",
-        held_out=batches,
-    )
+    options = {"deletion": (0, 0.5), "deletion_layers": "fc1", "held_out": batches}
+    comparison = compare_scorers(plain, batches, RULES, **options)
     assert [*comparison.deletion] == ["fc1"]
     first, *others = comparison.deletion["fc1"].values()
     assert first.target is None
@@ -283,26 +232,18 @@ def test_the_table_names_every_scorer_and_layer(plain, batches, scorers):
     [
         ({"scorers": []}, ValueError, "scorers.*one or more"),
         ({"scorers": ["epsilon", "epsilon"]}, ValueError, "scorers.*its own name"),
-        ({"scorers": "epsilon"}, TypeError, "scorers.*list"),
         ({"scorers": xe.Taylor()}, TypeError, "scorers.*list"),
         ({"scorers": ["epsilom"]}, ValueError, "'epsilom' is not a preset"),
         ({"scorers": {"a": 5}}, TypeError, "scorer: 5"),
         ({"layers": "fc9"}, ValueError, "fc9.*not found"),
-        ({"layers": []}, ValueError, "empty"),
-        ({"share": 0}, ValueError, "share.*fraction"),
         ({"share": 10}, ValueError, "share.*percent"),
         ({"target": 12}, ValueError, "class 12"),
         ({"aggregate": "max"}, ValueError, "aggregate"),
         ({"deletion": (0, 0.5)}, ValueError, "held_out"),
         ({"held_out": [(torch.rand(1, 1, 8, 8), torch.tensor([1]))]}, ValueError, "deletion"),
-        ({"deletion": (0, 50), "held_out": []}, ValueError, "percent"),
         ({"deletion_layers": "fc1"}, ValueError, "held_out"),
         (CURVES | {"deletion_layers": "fc9"}, ValueError, "fc9.*not found"),
-        (
-            CURVES | {"layers": "fc1", "deletion_layers": "conv1"},
-            ValueError,
-            "conv1.*compared layers",
-        ),
+        (CURVES | {"layers": "fc1", "deletion_layers": "conv1"}, ValueError, "compared layers"),
         (CURVES | {"held_out": iter([])}, TypeError, "held_out: .*only once"),
     ],
 )
@@ -319,12 +260,8 @@ def test_bad_arguments_are_refused_in_one_sentence(
 def test_data_that_is_missing_or_used_up_is_refused(plain, batches):
     with pytest.raises(ValueError, match="None given"):
         compare_scorers(plain, None, ["epsilon", xe.Random()])
-    used = iter(batches)
-    assert len([*used]) == 3
     with pytest.raises(ValueError, match="used up"):
-        compare_scorers(plain, used, ["epsilon"])
-    with pytest.raises(TypeError, match="only once"):
-        compare_scorers(plain, batches, ["epsilon"], deletion=(0, 1), held_out=iter(batches))
+        compare_scorers(plain, iter([]), ["epsilon"])
 
 
 # Pictures.
@@ -344,15 +281,9 @@ def test_maps_are_the_heatmaps_of_those_that_have_one(plain, batches, unchanged)
 
 def test_pictures_are_the_same_bytes_for_the_same_figures(plain, batches):
     x, y = batches[0][0][:2], batches[0][1][:2]
-    comparison = compare_scorers(
-        plain,
-        batches,
-        {**{rule: xe.LRP(rule) for rule in RULES}, "none": Fixed(conv1=[1.0] * 4, fc1=[1.0] * 12)},
-        layers=["conv1", "fc1"],
-        target=3,
-        deletion=(0, 0.5),
-        held_out=batches,
-    )
+    scorers = {"epsilon": xe.LRP("epsilon"), "none": Fixed(conv1=[1.0] * 4, fc1=[1.0] * 12)}
+    options = {"layers": ["conv1", "fc1"], "deletion": (0, 0.5), "held_out": batches}
+    comparison = compare_scorers(plain, batches, scorers, **options)
     maps = relevance_maps(plain, x, RULES, targets=y)
     for draw in (
         lambda: map_grid(x, maps),

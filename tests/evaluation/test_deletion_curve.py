@@ -71,9 +71,8 @@ def agrees(curve, point, expected):
             assert figures[point] == pytest.approx(number, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("order", ["most", "least"])
-@pytest.mark.parametrize("target", [None, 3])
-@pytest.mark.parametrize("layer", ["conv1", "conv2", "fc1", "head:input", "fc1:input"])
+@pytest.mark.parametrize(("order", "target"), [("most", 3), ("most", None), ("least", 3)])
+@pytest.mark.parametrize("layer", ["conv2", "fc1", "head:input", "fc1:input"])
 def test_each_point_is_the_network_with_weights_zeroed_by_hand(
     plain, batches, layer, target, order, unchanged
 ):
@@ -109,53 +108,26 @@ def test_a_batch_norm_passes_nothing_of_a_unit_that_is_off(norm, batches, layer,
     check()
 
 
-@pytest.mark.parametrize("ranking", ["local", "global"])
-def test_several_layers_are_ranked_apart_or_together(plain, batches, ranking):
-    layers = ["conv1", "conv2", "fc1"]
+@pytest.mark.parametrize("layers", [["conv1", "conv2", "fc1"], ["fc1", "fc1:input", "head:input"]])
+def test_of_several_layers_each_loses_a_share(plain, batches, layers):
+    """Also where one weight leads from one of the layers to another."""
     scores = scores_of(plain, [*layers, "head"])
-    curve = deletion_curve(plain, batches, scores, shares=SHARES, ranking=ranking)
-    assert curve.layers == tuple(layers)  # all but the output
-    together = sorted(
-        (-float(value / scores[name].abs().sum()), name, unit)
-        for name in layers
-        for unit, value in enumerate(scores[name])
-    )
-    for point, share in enumerate(SHARES):
-        if ranking == "global":
-            off = [pair[1:] for pair in together[: round(len(together) * share)]]
-        else:
-            off = [
-                (name, unit)
-                for name in layers
-                for unit in scores.rank(name)[: round(len(scores[name]) * share)].tolist()
-            ]
-        edited = plain
-        for name in layers:
-            edited = zeroed(edited, name, [unit for one, unit in off if one == name])
-        assert curve.units[point] == len(off)
-        agrees(curve, point, by_hand(edited, batches, None))
-
-
-def test_layers_that_share_a_weight_are_switched_off_together(plain, batches):
-    scores = scores_of(plain, ["fc1", "fc1:input", "head:input"])
     curve = deletion_curve(plain, batches, scores, shares=(0, 0.5))
-    edited = plain
-    for name in scores:
-        edited = zeroed(edited, name, scores.top(name, share=0.5).tolist())
+    assert curve.layers == tuple(layers)  # all but the output
+    edited, units = plain, 0
+    for name in layers:
+        off = scores.top(name, share=0.5).tolist()
+        edited, units = zeroed(edited, name, off), units + len(off)
+    assert curve.units == (0, units)
     agrees(curve, 1, by_hand(edited, batches, None))
-
-
-def test_the_first_point_is_the_network_as_it_is(plain, batches):
-    curve = deletion_curve(plain, batches, scores_of(plain, ["fc1"]), target=7)
-    accuracy = xe.evaluate_groups(plain, batches)
-    assert curve.shares[0] == curve.units[0] == 0
-    assert curve.accuracy[0] == pytest.approx(accuracy.of(7))
-    assert curve.rest[0] == pytest.approx(accuracy.rest(7))
 
 
 def test_the_area_is_that_of_scikit_learn(plain, batches):
     shares = (0.1, 0.15, 0.4, 0.9)
-    curve = deletion_curve(plain, batches, scores_of(plain, ["fc1"]), target=1, shares=shares)
+    own = [(x[y == 1], y[y == 1]) for x, y in batches]
+    curve = deletion_curve(plain, own, scores_of(plain, ["conv1"]), target=1, shares=shares)
+    assert curve.units == (1, 1, 2, 4)  # of four, at least one
+    assert curve.rest is None
     assert curve.area == pytest.approx(auc(shares, curve.accuracy) / 0.8)
     flat = dataclasses.replace(curve, accuracy=(0.3,) * 4)
     assert flat.area == pytest.approx(0.3)
@@ -164,20 +136,13 @@ def test_the_area_is_that_of_scikit_learn(plain, batches):
     assert told["accuracy"] == [*curve.accuracy]
 
 
-def test_a_share_is_at_least_one_unit_unless_it_is_zero(plain, batches):
-    curve = deletion_curve(plain, batches, scores_of(plain, ["conv1"]), shares=(0, 0.01, 0.3))
-    assert curve.units == (0, 1, 1)
-
-
 def test_lrp_finds_the_units_of_a_class_and_the_order_matters(plain, digits):
     images, labels = digits
     held_out = [(images[400:1000], labels[400:1000])]
     areas = {"most": [], "least": [], "random": []}
     for target in range(10):
-        own = torch.nonzero(labels[:400] == target)[:, 0]
-        scores = xe.score_units(
-            plain, [(images[own], labels[own])], xe.LRP("epsilon"), layers="fc1", target=target
-        )
+        own = [images[:400][labels[:400] == target]]
+        scores = xe.score_units(plain, own, xe.LRP("epsilon"), layers="fc1", target=target)
         for order in ("most", "least"):
             curve = deletion_curve(plain, held_out, scores, target=target, order=order)
             areas[order].append(curve.area)
@@ -186,13 +151,6 @@ def test_lrp_finds_the_units_of_a_class_and_the_order_matters(plain, digits):
     mean = {name: np.mean(values) for name, values in areas.items()}
     assert mean["most"] < mean["random"] - 0.2
     assert mean["least"] > mean["random"] + 0.1
-
-
-def test_samples_of_the_class_alone_give_no_rest(plain, batches):
-    own = [(x[y == 2], y[y == 2]) for x, y in batches]
-    curve = deletion_curve(plain, own, scores_of(plain, ["fc1"]), target=2, shares=(0, 0.5))
-    assert curve.rest is None
-    assert curve.to_dict()["rest"] is None
 
 
 def test_a_loader_and_a_dataset_are_read_anew_at_each_share(plain, batches):
@@ -210,19 +168,15 @@ def test_a_loader_and_a_dataset_are_read_anew_at_each_share(plain, batches):
     [
         ({"layers": "fc9"}, ValueError, "fc9.*not found"),
         ({"layers": "conv1"}, KeyError, "conv1.*not found.*scored layers"),
-        ({"layers": ["fc1", "fc1"]}, ValueError, "twice"),
         ({"layers": []}, ValueError, "empty"),
         ({"layers": "head"}, ValueError, "head.*output"),
-        ({"shares": (0, 1.1)}, ValueError, "fraction"),
         ({"shares": (0, 10)}, ValueError, "percent"),
         ({"shares": (-0.1, 0.5)}, ValueError, "fraction"),
-        ({"shares": (0, float("nan"))}, ValueError, "fraction"),
         ({"shares": (0.5, 0.1)}, ValueError, "ascending"),
         ({"shares": (0.1, 0.1)}, ValueError, "ascending"),
         ({"shares": (0.1,)}, ValueError, "two or more"),
         ({"shares": 0.1}, TypeError, "shares"),
         ({"order": "best"}, ValueError, "order.*'most', 'least'"),
-        ({"ranking": "layer"}, ValueError, "ranking.*'local', 'global'"),
         ({"target": 10}, ValueError, "class 10 is out of range"),
         ({"target": "label"}, ValueError, "target"),
     ],
@@ -239,18 +193,17 @@ def test_bad_arguments_are_refused_in_one_sentence(
 def test_bad_data_is_refused(plain, norm, batches, unchanged):
     check = unchanged(plain)
     scores = scores_of(plain, ["fc1"])
-    with pytest.raises(TypeError, match="only once"):
-        deletion_curve(plain, iter(batches), scores)
-    with pytest.raises(ValueError, match="no labels"):
-        deletion_curve(plain, [x for x, _ in batches], scores)
-    with pytest.raises(ValueError, match="no samples of class 4"):
-        deletion_curve(plain, [(x[y != 4], y[y != 4]) for x, y in batches], scores, target=4)
-    with pytest.raises(ValueError, match="no samples"):
-        deletion_curve(plain, [], scores)
-    with pytest.raises(ValueError, match=r"11 for the 12 units of layer 'fc1'"):
-        deletion_curve(plain, batches, xe.UnitScores({"fc1": torch.zeros(11)}, 1))
-    with pytest.raises(ValueError, match=r"body\.0.*not found"):
-        deletion_curve(plain, batches, scores_of(norm, ["body.0"]))
+    short = xe.UnitScores({"fc1": torch.zeros(11)}, 1)
+    for data, given, error, message in (
+        (iter(batches), scores, TypeError, "only once"),
+        ([x for x, _ in batches], scores, ValueError, "no labels"),
+        ([(x[y != 4], y[y != 4]) for x, y in batches], scores, ValueError, "no samples of class 4"),
+        ([], scores, ValueError, "no samples"),
+        (batches, short, ValueError, "11 for the 12 units of layer 'fc1'"),
+        (batches, scores_of(norm, ["body.0"]), ValueError, r"body\.0.*not found"),
+    ):
+        with pytest.raises(error, match=message):
+            deletion_curve(plain, data, given, target=4)
     check()
 
 
@@ -260,17 +213,12 @@ def test_the_model_is_whole_again_when_the_data_fails_in_the_middle(plain, batch
 
         def __iter__(self):
             self.reads += 1
-            for at, batch in enumerate(batches):
-                if self.reads == 4 and at == 1:
-                    raise OSError("the disk is gone")
-                yield batch
+            yield batches[0]
+            if self.reads == 4:
+                raise OSError("the disk is gone")
 
-    check = unchanged(plain)
     plain.train()
-    data = Failing()
+    check = unchanged(plain)
     with pytest.raises(OSError, match="disk"):
-        deletion_curve(plain, data, scores_of(plain, ["fc1"]), shares=SHARES)
-    assert data.reads == 4
-    assert plain.training
-    plain.eval()
+        deletion_curve(plain, Failing(), scores_of(plain, ["fc1"]), shares=SHARES)
     check()

@@ -1,4 +1,4 @@
-"""Comparison methods: what a practitioner would do without relevance."""
+"""Comparison methods, which use no relevance."""
 
 from xai_edit.comparisons.amnesiac import AmnesiacLog, amnesiac
 from xai_edit.comparisons.dampening import SelectiveSynapticDampening

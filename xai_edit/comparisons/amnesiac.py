@@ -1,4 +1,4 @@
-"""Class unlearning by undoing the training steps that saw the class, and the log it needs."""
+"""Amnesiac unlearning: undo the training steps that saw a class, from a log of the training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.comparisons.class_samples import Remaining, forgotten
+from xai_edit.comparisons.class_samples import Remaining, classes_to_forget, shuffled
+from xai_edit.core.checks import readable_again, require
 from xai_edit.core.data import Batch, Data, model_device
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import copied, require_finite
@@ -25,7 +26,7 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class AmnesiacLog:
-    """What a training run did to the parameters, summed over steps that saw the same classes.
+    """Parameter updates of a training run, summed over steps that saw the same classes.
 
     One line goes into the training loop::
 
@@ -35,15 +36,14 @@ class AmnesiacLog:
                 loss = cross_entropy(model(images), labels)
                 optimizer.zero_grad(); loss.backward(); optimizer.step()
 
-    The updates of batches with the same classes are added up, on the CPU. So the log holds the size
-    of the model for each different set of classes: one where every batch has all of them, at most
-    2ᵏ − 1 with k ``classes``. Parameters are logged, buffers (the statistics of batch norms) are
-    not.
+    The log is on the CPU and takes the size of the model for each different set of classes: one
+    where every batch has all of them, at most 2ᵏ − 1 with k ``classes``. Buffers, such as the
+    statistics of batch norms, are not logged.
 
     Parameters
     ----------
     classes : sequence of int, optional
-        Log only what batches with these classes do. Default: all classes.
+        Log only batches with these classes. Default: all classes.
     """
 
     def __init__(self, *, classes: Sequence[int] | None = None) -> None:
@@ -51,13 +51,11 @@ class AmnesiacLog:
         self.steps = 0
         self.counts: dict[tuple[int, ...], int] = {}  # steps by the logged classes they saw
         self.updates: dict[tuple[int, ...], dict[str, Tensor]] = {}  # their summed updates
-        self._left: list[int] | None = None  # sums of the weights after the last step
+        self._sums: list[int] | None = None  # of the weights after the last step
 
     @contextmanager
     def recording(self, model: nn.Module, labels: Tensor | Sequence[int]) -> Iterator[None]:
-        """Log what one optimiser step inside the block does to the model's parameters.
-
-        Nothing is logged if the block raises.
+        """Log the parameter update of one optimiser step inside the block, unless it raises.
 
         Parameters
         ----------
@@ -70,12 +68,12 @@ class AmnesiacLog:
         ------
         ValueError
             If the labels are not one class number a sample, or the model's weights are not those
-            that the last recorded step left.
+            after the last recorded step.
         """
         kept = self.classes
         logged = tuple(one for one in _classes(labels) if kept is None or one in kept)
         if self.steps:
-            self.require_left(model)
+            self.require_last_weights(model)
         before = {n: p.detach().clone() for n, p in model.named_parameters()} if logged else {}
         yield
         if logged:
@@ -86,13 +84,13 @@ class AmnesiacLog:
                 sums[name] = sums[name] + update if name in sums else update
             self.counts[logged] = self.counts.get(logged, 0) + 1
         self.steps += 1
-        self._left = _weight_sums(model)
+        self._sums = _weight_sums(model)
 
-    def require_left(self, model: nn.Module) -> None:
-        """Raise ValueError unless the last recorded step left the weights that the model has."""
-        if self._left is None:
+    def require_last_weights(self, model: nn.Module) -> None:
+        """Raise ValueError unless the model has the weights after the last recorded step."""
+        if self._sums is None:
             raise ValueError("log: is empty; no training step was recorded")
-        if self._left != _weight_sums(model):
+        if self._sums != _weight_sums(model):
             raise ValueError(
                 "log: its last step left other weights than the model has; record every step of "
                 "one run, and give the model as it was after the last of them"
@@ -111,7 +109,7 @@ class AmnesiacLog:
             "steps": self.steps,
             "classes": self.classes,
             "sets": [[[*logged], self.counts[logged]] for logged in sets],
-            "left": self._left,
+            "left": self._sums,
         }
         write_safetensors(path, tensors, KIND, sealed(tensors, json.dumps(header)))
 
@@ -121,18 +119,16 @@ class AmnesiacLog:
 
         Raises
         ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If it is not a log, is cut short, was changed, or is of a newer format.
+        FileNotFoundError, ValueError
+            If there is no such file, or it is not a log, was changed, or is of a newer format.
         """
         entries: dict[str, Any] = {"steps": int, "sets": list}
         entries |= {"classes": list | None, "left": list | None}
         tensors, header = read_sealed(path, KIND, entries)
         log = cls(classes=header["classes"])
-        log.steps, log._left = header["steps"], header["left"]
-        sets = [tuple(logged) for logged, _ in header["sets"]]
-        log.counts = dict(zip(sets, (count for _, count in header["sets"]), strict=True))
+        log.steps, log._sums = header["steps"], header["left"]
+        log.counts = {tuple(logged): count for logged, count in header["sets"]}
+        sets = [*log.counts]
         log.updates = {logged: {} for logged in sets}
         for key, update in tensors.items():
             at, _, name = key.partition("/")
@@ -155,78 +151,72 @@ def amnesiac(
 
     Graves et al. 2021, *Amnesiac machine learning* (AAAI): θ' = θ − Σ Δθ_b over the batches b that
     hold a sample of the class. With batches drawn at random from few classes that is nearly every
-    batch, and little of the model is left; the paper then trains on for a while (``repair``).
+    batch, and little of the model is left; the paper then fine-tunes (``repair``).
 
     Parameters
     ----------
     model : nn.Module
-        As it was after the last recorded step. Only read.
+        With the weights after the last recorded step. Only read.
     log : AmnesiacLog
     target : int or sequence of int
         The class or classes.
     repair : iterable or Dataset, optional
-        Labelled batches to fine-tune on afterwards, without the samples of the class.
+        Labelled batches that can be read several times, to fine-tune on afterwards, without the
+        samples of the class.
     epochs, learning_rate, batch_size, seed
-        Of the repair; see `xai_edit.core.training.fine_tuned`. ``batch_size`` is for a
-        ``Dataset``.
+        Of the repair, as for `random_labels`.
 
     Raises
     ------
-    TypeError
-        If ``repair`` can be read only once.
     ValueError
-        If the log is empty, did not leave the weights that the model has, or has no step that saw
-        the class.
-    NonFiniteError
-        If a weight, or the loss of the repair, is not finite.
+        If the log is empty, ends in other weights than the model's, or has no step that saw the
+        class.
+    TypeError, NonFiniteError
+        As for `random_labels`.
     """
     with torch.inference_mode(False):
-        log.require_left(model)
-        classes = class_list(target, sys.maxsize)  # the log says which there are
+        log.require_last_weights(model)
+        classes = class_list(target, sys.maxsize)  # checked against the log, not the model
         logged_classes = {one for logged in log.updates for one in logged}
         for one in classes:
-            if one not in logged_classes:
-                raise ValueError(
-                    f"target: class {one} is in no logged batch; the log has "
-                    f"{sorted(logged_classes)}"
-                )
+            works = f"the log has batches with classes {sorted(logged_classes)}"
+            require(one in logged_classes, "target", one, works)
         require_finite(model)
-        made = copied(model)
+        edited = copied(model)
         undone = [logged for logged in log.updates if set(logged) & set(classes)]
         with torch.no_grad():
             for logged in undone:
                 for name, update in log.updates[logged].items():
-                    parameter = made.get_parameter(name)
+                    parameter = edited.get_parameter(name)
                     parameter.sub_(update.to(parameter))
         origin: dict[str, Any] = {"operator": "amnesiac", "target": classes, "steps": log.steps}
         origin["undone"] = sum(log.counts[logged] for logged in undone)
         if repair is not None:
-            _, outputs, _ = forgotten(made, repair, classes)
-            data = Remaining(
-                repair, classes, outputs=outputs, device=model_device(made), batch_size=batch_size
+            readable_again(repair, "training", "repair")
+            _, outputs, _ = classes_to_forget(edited, repair, classes)
+            data = Remaining(shuffled(repair, batch_size), classes, outputs, model_device(edited))
+            options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
+            options["seed"] = seed
+            origin |= options
+            edited, origin["repair_steps"] = fine_tuned(
+                edited, lambda _: (Batch(*parts) for parts in data), statistics=True, **options
             )
-            settings: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
-            settings["seed"] = seed
-            origin |= settings
-            made, origin["repair_steps"] = fine_tuned(
-                made, lambda _: (Batch(*parts) for parts in data), statistics=True, **settings
-            )
-        return ModelEdit.to_copy(model, made, origin)
+        return ModelEdit.to_copy(model, edited, origin)
 
 
 def _classes(labels: Tensor | Sequence[int]) -> list[int]:
-    """Return the classes in a batch; one-hot rows would pass for the classes 0 and 1."""
-    found = torch.as_tensor(labels)
-    if found.ndim != 1 or found.dtype == torch.bool or (found != found.long()).any():
+    """Return the classes in a batch; one-hot rows, which look like classes 0 and 1, are refused."""
+    values = torch.as_tensor(labels)
+    if values.ndim != 1 or values.dtype == torch.bool or (values != values.long()).any():
         raise ValueError(
-            f"labels: {found.dtype} of shape {tuple(found.shape)} given; give one class number a "
-            "sample"
+            f"labels: {values.dtype} of shape {tuple(values.shape)} given; give one class number "
+            "a sample"
         )
-    return sorted({*found.long().tolist()})
+    return sorted({*values.long().tolist()})
 
 
 def _weight_sums(model: nn.Module) -> list[int]:
-    """Return the sum of each parameter's bits read as whole numbers: a guard against mix-ups."""
+    """Return the sum of each parameter's bits read as integers, a checksum."""
     sums = [
         p.detach().contiguous().view(_WORDS[p.element_size()]).sum(dtype=torch.int64)
         for p in model.parameters()

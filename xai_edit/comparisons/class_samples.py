@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from xai_edit.core.checks import (
-    in_range,
-    one_logit_a_class,
-    readable_again,
-    whole_number,
-    with_labels,
-)
+from xai_edit.core.checks import in_range, one_logit_a_class, with_labels
 from xai_edit.core.data import Batch, Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
@@ -26,16 +20,8 @@ from xai_edit.core.targets import class_list
 class ClassSamples:
     """All samples of the classes to forget, on the CPU.
 
-    Attributes
-    ----------
-    classes : list of int
-        The classes.
-    outputs : int
-        Classes of the model.
-    inputs : Tensor, shape (samples, ...)
-    labels : Tensor, int64, shape (samples,)
-    others : int
-        Samples of other classes in the data.
+    ``outputs`` is the number of the model's classes, ``others`` that of samples of other classes in
+    the data. ``labels`` is int64, shape (samples,).
     """
 
     classes: list[int]
@@ -47,52 +33,27 @@ class ClassSamples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def epochs(
-        self, labels: Tensor, *, batch_size: int, seed: int
-    ) -> Callable[[int], Iterator[Batch]]:
-        """Return a function that gives each epoch's batches in random order, with other labels."""
-        batch_size = whole_number(batch_size, "batch_size", least=1)
-        generator = torch.Generator().manual_seed(seed)
-
-        def epoch(_: int) -> Iterator[Batch]:
-            for rows in torch.randperm(len(self), generator=generator).split(batch_size):
-                yield Batch(self.inputs[rows], labels[rows])
-
-        return epoch
-
 
 def class_samples(model: nn.Module, data: Data, target: int | Sequence[int]) -> ClassSamples:
-    """Gather the samples of the classes to forget in one pass over the data.
-
-    Raises
-    ------
-    ValueError
-        If a class is out of range or has no samples, no class would be left, or a batch has no
-        labels.
-    """
-    classes, outputs, data = forgotten(model, data, target)
+    """Collect the samples of the classes to forget in one pass over the data."""
+    classes, outputs, data = classes_to_forget(model, data, target)
     inputs, labels, others = [], [], 0
-    for batch in labelled(data, outputs):
-        chosen = among(batch.labels, classes)
+    for batch, batch_labels in labelled(data, outputs):
+        chosen = among(batch_labels, classes)
         inputs.append(batch.inputs[chosen])
-        labels.append(batch.labels[chosen])
-        others += len(batch) - len(labels[-1])
-    found = torch.cat(labels)
-    require_present(classes, found)
-    return ClassSamples(classes, outputs, torch.cat(inputs), found, others)
+        labels.append(batch_labels[chosen])
+        others += int((~chosen).sum())
+    all_labels = torch.cat(labels)
+    require_present(classes, all_labels)
+    return ClassSamples(classes, outputs, torch.cat(inputs), all_labels, others)
 
 
-def forgotten(
+def classes_to_forget(
     model: nn.Module, data: Data, target: int | Sequence[int]
 ) -> tuple[list[int], int, Data]:
-    """Return the classes to forget as a list, the number of the model's classes, and the data.
+    """Return the classes as a list, the number of the model's classes, and the unread data.
 
-    The data is returned whole, also where it can be read only once.
-
-    Raises
-    ------
-    ValueError
-        If a class is out of range or named twice, or none would be left.
+    ValueError if a class is out of range or named twice, or none would be left.
     """
     first, whole = peek(data, model_device(model))
     with preserved(model), torch.no_grad():
@@ -103,19 +64,14 @@ def forgotten(
     return classes, outputs, whole if isinstance(data, Iterator) else data
 
 
-@dataclass(frozen=True)
-class Labelled(Batch):
-    """A batch that has labels, int64, shape (samples,)."""
-
-    labels: Tensor
-
-
-def labelled(data: Data, outputs: int, device: torch.device | str = "cpu") -> Iterator[Labelled]:
-    """Yield the batches of ``data``; ValueError where one has no labels or one is out of range."""
+def labelled(
+    data: Data, outputs: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield batches and their labels; ValueError without labels or where one is out of range."""
     for batch in batches(data, device):
         labels = with_labels(batch.labels)
         in_range(labels, outputs, "labels")
-        yield Labelled(batch.inputs, labels, batch.groups)
+        yield batch, labels
 
 
 def among(labels: Tensor, classes: Sequence[int]) -> Tensor:
@@ -124,7 +80,7 @@ def among(labels: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 def require_present(classes: Sequence[int], labels: Tensor) -> None:
-    """Raise ValueError naming the classes of which there is no sample."""
+    """Raise ValueError naming the classes that have no sample."""
     absent = sorted(set(classes) - set(labels.unique().tolist()))
     if absent:
         raise ValueError(f"target: the data has no sample of class {', '.join(map(str, absent))}")
@@ -137,45 +93,19 @@ def shuffled(data: Data, batch_size: int) -> Data:
     return data
 
 
-class Remaining(Iterable[tuple[Tensor, ...]]):
-    """The data without the samples of some classes, to be read as often as the data.
+@dataclass(frozen=True)
+class Remaining:
+    """The data without the samples of some classes; batches without others are left out."""
 
-    Batches without other samples are left out. A ``Dataset`` is shuffled anew for each pass and
-    read ``batch_size`` samples at a time.
-    """
-
-    def __init__(
-        self,
-        data: Data,
-        classes: Sequence[int],
-        *,
-        outputs: int,
-        device: torch.device,
-        batch_size: int,
-    ) -> None:
-        readable_again(data, "training")
-        self.data = shuffled(data, batch_size)
-        self.classes, self.outputs, self.device = list(classes), outputs, device
+    data: Data
+    classes: list[int]
+    outputs: int
+    device: torch.device
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield ``(inputs, labels)`` or ``(inputs, labels, groups)``."""
-        for batch in labelled(self.data, self.outputs, self.device):
-            kept = batch[~among(batch.labels, self.classes)]
+        for batch, labels in labelled(self.data, self.outputs, self.device):
+            kept = batch[~among(labels, self.classes)]
             if len(kept):
                 parts = (kept.inputs, kept.labels, kept.groups)
                 yield tuple(part for part in parts if part is not None)
-
-    def count(self) -> tuple[int, int]:
-        """Read the data once and return how many samples are left out and how many are kept.
-
-        Raises
-        ------
-        ValueError
-            If either is none, or a class has no samples.
-        """
-        labels = torch.cat([batch.labels.cpu() for batch in labelled(self.data, self.outputs)])
-        require_present(self.classes, labels)
-        removed = int(among(labels, self.classes).sum())
-        if removed == len(labels):
-            raise ValueError("data: only samples of the classes to forget; nothing would be left")
-        return removed, len(labels) - removed

@@ -1,4 +1,4 @@
-"""Class unlearning by dampening the weights that matter more to the class than to the rest."""
+"""Selective synaptic dampening: shrink the weights that matter most to a class."""
 
 from __future__ import annotations
 
@@ -9,52 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from xai_edit.comparisons.class_samples import among, forgotten, labelled, require_present
-from xai_edit.core.checks import positive, whole_number
+from xai_edit.comparisons.class_samples import (
+    among,
+    classes_to_forget,
+    labelled,
+    require_present,
+)
+from xai_edit.core.checks import finite, positive, whole_number
 from xai_edit.core.data import Data, model_device
-from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.edits.model_edit import ModelEdit
 
 
-@dataclass(frozen=True, eq=False)
-class Importance:
-    """The diagonal of the Fisher information, over all samples and over those of some classes.
-
-    Attributes
-    ----------
-    overall, forget : dict of Tensor
-        Parameter name → mean over samples of the squared gradient of the cross-entropy, in the
-        parameter's shape, float32 or the parameter's dtype if that is wider. Zero where the
-        parameter takes no part in the output.
-    samples, forget_samples : int
-        How many samples the means are over.
-    """
-
-    overall: dict[str, Tensor]
-    forget: dict[str, Tensor]
-    samples: int
-    forget_samples: int
-
-
 @dataclass(frozen=True)
 class SelectiveSynapticDampening:
-    """Shrink every weight that is far more important to the class than to the data as a whole.
+    """Shrink every weight that is far more important to the class than to all of the data.
 
     Foster, Schoepf and Brintrup 2024, *Fast machine unlearning without retraining through
     selective synaptic dampening* (AAAI; arXiv 2308.07707). A weight θ is selected if
     I_forget > α I_overall, and becomes βθ with β = min(λ I_overall / I_forget, 1).
 
     The importance I is the paper's definition, the mean over *samples* of the squared gradient of
-    the loss. The authors' published code squares the gradient of a batch's mean loss instead,
-    which is cheaper and depends on the batch size; figures differ from it for this reason.
+    the loss. The authors' code squares the gradient of a batch's mean loss instead, which depends
+    on the batch size, so its figures differ.
 
     Parameters
     ----------
     alpha : float
-        Selection threshold α; the paper uses 10. As the class's samples are among all samples,
-        I_forget / I_overall is at most samples / samples of the class. On balanced data with ten
-        classes that is 10, so α has to be smaller there; 4 or 5 is a start.
+        Selection threshold α; the paper uses 10. I_forget / I_overall is at most samples / samples
+        of the class, 10 on balanced data with ten classes, so α has to be smaller; start with 4 or
+        5.
     lambda_ : float
         Dampening strength λ; the smaller, the closer to zero. The paper uses 1.
     chunk_size : int
@@ -76,7 +60,7 @@ class SelectiveSynapticDampening:
         Parameters
         ----------
         model : nn.Module
-            A classifier that gives logits.
+            A classifier that returns logits.
         data : iterable or Dataset
             Labelled batches of all classes; training data in the paper.
         target : int or sequence of int
@@ -86,37 +70,35 @@ class SelectiveSynapticDampening:
         ------
         ValueError
             If a class is out of range or has no samples, the data has no labels, ``alpha`` is too
-            large for the data to select any weight, or the model cannot be differentiated per
-            sample.
+            large for any weight, or the model cannot be differentiated per sample.
         NonFiniteError
-            If a gradient is not finite.
+            If a weight or a gradient is not finite.
         """
-        classes, outputs, data = forgotten(model, data, target)
+        classes, outputs, data = classes_to_forget(model, data, target)
         with torch.inference_mode(False):
-            found = importance(
+            importances, (samples, forget_samples) = importance(
                 model, data, classes=classes, outputs=outputs, chunk_size=self.chunk_size
             )
-        share = found.samples / found.forget_samples
-        if self.alpha >= share:
+        most = samples / forget_samples
+        if self.alpha >= most:
             raise ValueError(
-                f"alpha: {self.alpha:g} given; with {found.forget_samples} of {found.samples} "
-                f"samples in the class no weight is more than {share:.3g} times as important to "
-                f"it, so choose a smaller one, such as {share / 2:.2g}"
+                f"alpha: {self.alpha:g} given; with {forget_samples} of {samples} samples in the "
+                f"class no weight is more than {most:.3g} times as important to it, so choose a "
+                f"smaller one, such as {most / 2:.2g}"
             )
-        parameters, values = dict(model.named_parameters()), {}
-        for name, forget in found.forget.items():
-            overall = found.overall[name].flatten()
-            forget = forget.flatten()
+        values = {}
+        for name, both in importances.items():
+            overall, forget = both.flatten(1)
             index = torch.nonzero(forget > self.alpha * overall).flatten()
             beta = (self.lambda_ * overall[index] / forget[index]).clamp(max=1)
-            values[name] = (index, parameters[name].detach().flatten()[index] * beta)
+            values[name] = (index, model.get_parameter(name).detach().flatten()[index] * beta)
         origin = {
             "operator": "SelectiveSynapticDampening",
             "target": classes,
             "alpha": self.alpha,
             "lambda": self.lambda_,
-            "samples": found.samples,
-            "target_samples": found.forget_samples,
+            "samples": samples,
+            "target_samples": forget_samples,
             "selected": sum(len(index) for index, _ in values.values()),
         }
         return ModelEdit.between(model, values, origin)
@@ -129,32 +111,24 @@ def importance(
     classes: Sequence[int],
     outputs: int,
     chunk_size: int = 16,
-) -> Importance:
-    """Return the mean squared gradient of each sample's loss, for all samples and some classes.
+) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """Return the diagonal of the Fisher information over all samples and over those of classes.
 
-    The model has ``outputs`` classes and is left exactly as it was; ``chunk_size`` samples are
-    differentiated at a time.
-
-    Raises
-    ------
-    ValueError
-        If a class has no samples, the data has no labels, or the model cannot be differentiated
-        per sample.
-    NonFiniteError
-        If the model or a gradient is not finite.
+    By parameter, the mean squared gradient of the cross-entropy over all samples and over those of
+    ``classes``, shape (2, *parameter), float32 or wider; zero where the parameter takes no part in
+    the output. Then the numbers of samples of both. The model is left exactly as it was;
+    ``chunk_size`` samples are differentiated at a time. Errors as for
+    `SelectiveSynapticDampening.plan`.
     """
     require_finite(model)
     named = model.named_parameters()
     weights = {name: weight.detach() for name, weight in named if weight.is_floating_point()}
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
-    overall, forget = (
-        {
-            name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-            for name, weight in weights.items()
-        }
-        for _ in range(2)
-    )
-    seen: list[Tensor] = []
+    squares: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        squares[name] = torch.zeros((2, *weight.shape), dtype=dtype, device=weight.device)
+    all_labels: list[Tensor] = []
 
     def loss(weights: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
         logits = functional_call(model, (weights, buffers), (x[None].clone(),))
@@ -162,9 +136,9 @@ def importance(
 
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
     with preserved(model):
-        for batch in labelled(data, outputs, model_device(model)):
-            seen.append(batch.labels.cpu())
-            parts = batch.inputs.split(chunk_size), batch.labels.split(chunk_size)
+        for batch, batch_labels in labelled(data, outputs, model_device(model)):
+            all_labels.append(batch_labels.cpu())
+            parts = batch.inputs.split(chunk_size), batch_labels.split(chunk_size)
             for x, labels in zip(*parts, strict=True):
                 try:
                     gradients = per_sample(weights, x, labels)
@@ -175,15 +149,14 @@ def importance(
                     ) from problem
                 chosen = among(labels, classes)
                 for name, gradient in gradients.items():
-                    square = gradient.to(overall[name]).square()
-                    overall[name] += square.sum(0)
-                    forget[name] += square[chosen].sum(0)
-    labels = torch.cat(seen)
+                    square = gradient.to(squares[name]).square()
+                    squares[name][0] += square.sum(0)
+                    squares[name][1] += square[chosen].sum(0)
+    labels = torch.cat(all_labels)
     require_present(classes, labels)
-    count = int(among(labels, classes).sum())
-    for name in weights:
-        if not torch.isfinite(overall[name]).all():
-            raise NonFiniteError(f"model: the gradient of {name!r} is NaN or infinite")
-        overall[name] /= len(labels)
-        forget[name] /= count
-    return Importance(overall, forget, len(labels), count)
+    counts = len(labels), int(among(labels, classes).sum())
+    for name, (overall, forget) in squares.items():
+        finite(overall, f"model: the gradient of {name!r}")
+        overall /= counts[0]
+        forget /= counts[1]
+    return squares, counts

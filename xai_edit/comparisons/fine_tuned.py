@@ -1,4 +1,4 @@
-"""Class unlearning by training: from scratch, on other labels, against the gradient."""
+"""Class unlearning by training: retraining, random labels, negative gradient, boundaries."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from xai_edit.comparisons.class_samples import (
     Remaining,
     among,
     class_samples,
-    forgotten,
+    classes_to_forget,
     labelled,
+    require_present,
     shuffled,
 )
 from xai_edit.core.checks import positive, readable_again, require, require_type, whole_number
@@ -24,6 +25,8 @@ from xai_edit.core.layers import predict
 from xai_edit.core.training import fine_tuned, seeded
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import find_head
+
+ONLY_TARGET = "data: only samples of the classes to forget; give samples of other classes too"
 
 
 def retrain(
@@ -36,28 +39,26 @@ def retrain(
     batch_size: int = 64,
     seed: int = 0,
 ) -> ModelEdit:
-    """Train a new network on everything but the class: the reference for all other methods.
+    """Train a new network without the class: the reference for all other methods.
 
     Parameters
     ----------
     model : nn.Module
         A classifier; only read.
     data : iterable or Dataset
-        Labelled batches that can be read several times; see `xai_edit.core.data.batches`. Batches
-        keep their order and lose the samples of the class; empty ones are dropped. A
-        ``Dataset`` is shuffled anew for each pass and read ``batch_size`` samples at a time.
+        Labelled batches that can be read several times. Batches keep their order and lose the
+        samples of the class. A ``Dataset`` is shuffled in each pass and read ``batch_size`` samples
+        at a time.
     target : int or sequence of int
         The class or classes.
     build : callable
-        Gives an untrained network with the parameters of ``model``.
+        Returns an untrained network with the parameters of ``model``.
     train : callable
         Trains the network in place on an iterable of ``(inputs, labels)`` or ``(inputs, labels,
-        groups)`` batches on its device, which it may read again for each epoch. If it returns a
-        network, that one is kept.
-    batch_size : int
-        For a ``Dataset``.
+        groups)`` batches on its device, which it may read once an epoch. If it returns a network,
+        that one is used.
     seed : int
-        Set before ``build``; the caller's random state comes back afterwards.
+        Set before ``build``; the caller's random state is restored afterwards.
 
     Returns
     -------
@@ -67,10 +68,10 @@ def retrain(
     Raises
     ------
     TypeError
-        If ``build`` or ``train`` is not such a function, or the data can be read only once.
+        If ``build`` or ``train`` is no such function, or the data can be read only once.
     ValueError
-        If the data has no labels, no sample of a class of ``target`` or no others, or the network
-        has other parameters than the model.
+        If the data has no labels, no sample of a class or no others, or the network has other
+        parameters than the model.
     NonFiniteError
         If the trained weights are not finite.
     """
@@ -81,13 +82,17 @@ def retrain(
     with seeded(seed), torch.inference_mode(False):
         network = build()
         require_type(network, nn.Module, "build", "it returns a network")
-        classes, outputs, _ = forgotten(model, data, target)
-        device = model_device(network)
-        remaining = Remaining(data, classes, outputs=outputs, device=device, batch_size=batch_size)
-        removed, kept = remaining.count()
+        classes, outputs, _ = classes_to_forget(model, data, target)
+        batches = shuffled(data, batch_size)
+        remaining = Remaining(batches, classes, outputs, model_device(network))
+        labels = torch.cat([batch_labels for _, batch_labels in labelled(batches, outputs)])
+        require_present(classes, labels)
+        removed = int(among(labels, classes).sum())
+        if removed == len(labels):
+            raise ValueError(ONLY_TARGET)
         returned = train(network, remaining)
         network = returned if isinstance(returned, nn.Module) else network
-        origin = {"samples": kept, "removed": removed, "seed": seed}
+        origin = {"samples": len(labels) - removed, "removed": removed, "seed": seed}
         return _edit(model, network, "retrain", classes, origin)
 
 
@@ -101,26 +106,24 @@ def random_labels(
     batch_size: int = 64,
     seed: int = 0,
 ) -> ModelEdit:
-    """Fine-tune on all of the data, the class's samples under random other labels.
+    """Fine-tune on all of the data, with random other labels for the class's samples.
 
     Graves et al. 2021, *Amnesiac machine learning*, where the procedure is called unlearning. A
     label is drawn once a sample, uniformly from the classes that stay. The training is that of
-    `xai_edit.core.training.fine_tuned`; batch norms follow the batches.
+    `xai_edit.core.training.fine_tuned`, with ``statistics=True``.
 
     Parameters
     ----------
     model : nn.Module
         A classifier; only read.
     data : iterable or Dataset
-        Labelled batches, of training data in the paper, that can be read several times. Batches
-        are taken as they come, so shuffle them in the loader; a ``Dataset`` is shuffled here. The
-        class's samples are read once and held on the CPU.
+        Labelled batches, of training data in the paper, that can be read several times. Shuffle
+        them in the loader; a ``Dataset`` is shuffled here and read ``batch_size`` samples at a
+        time. The class's samples are held on the CPU.
     target : int or sequence of int
         The class or classes.
     epochs, learning_rate, seed
         The same seed gives the same bits.
-    batch_size : int
-        For a ``Dataset``.
 
     Raises
     ------
@@ -136,27 +139,27 @@ def random_labels(
     with seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, target)
         if chosen.others == 0:
-            raise ValueError("data: only samples of the classes to forget; others are needed too")
+            raise ValueError(ONLY_TARGET)
         generator = torch.Generator().manual_seed(seed)
         stay = torch.tensor([c for c in range(chosen.outputs) if c not in chosen.classes])
         labels = stay[torch.randint(len(stay), (len(chosen),), generator=generator)]
 
         def relabelled(_: int) -> Iterator[Batch]:
-            """Yield the data, the class's samples replaced in turn by those with new labels."""
+            """Yield the data with the class's samples replaced in turn by the relabelled ones."""
             start = 0
-            for batch in labelled(shuffled(data, batch_size), chosen.outputs):
-                at = among(batch.labels, chosen.classes)
+            for batch, old in labelled(shuffled(data, batch_size), chosen.outputs):
+                at = among(old, chosen.classes)
                 rows = torch.arange(start, start + int(at.sum())) % len(chosen)
                 start += len(rows)
-                inputs, new = batch.inputs.clone(), batch.labels.clone()
+                inputs, new = batch.inputs.clone(), old.clone()
                 inputs[at] = chosen.inputs[rows]
                 new[at] = labels[rows]
                 yield Batch(inputs, new)
 
-        settings: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-        made, steps = fine_tuned(model, relabelled, statistics=True, **settings)
-        settings |= {"samples": len(chosen) + chosen.others, "relabelled": len(chosen)}
-        return _edit(model, made, "random_labels", chosen.classes, settings | {"steps": steps})
+        options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+        edited, steps = fine_tuned(model, relabelled, statistics=True, **options)
+        options |= {"samples": len(chosen) + chosen.others, "relabelled": len(chosen)}
+        return _edit(model, edited, "random_labels", chosen.classes, options | {"steps": steps})
 
 
 def negative_gradient(
@@ -171,20 +174,19 @@ def negative_gradient(
 ) -> ModelEdit:
     """Ascend the loss of the class's samples.
 
-    Golatkar et al. 2020, *Eternal sunshine of the spotless net*, name it NegGrad. Only the
-    class's samples are used here. The loss has no upper bound: it takes off after some steps and
-    then ruins the model, so it is the number of steps times the rate that has to be found. The
-    default rate is for some thousand samples of the class; with fewer, take a larger one.
+    NegGrad of Golatkar et al. 2020, *Eternal sunshine of the spotless net*, on the class's samples
+    alone. The loss has no upper bound and ruins the model after some steps, so the number of steps
+    times the rate has to be tuned. The default rate is for some thousand samples of the class; with
+    fewer, take a larger one.
 
-    Parameters and errors are those of `random_labels`, but that the data is read once and samples
-    of other classes are passed over.
+    Parameters and errors are those of `random_labels`, but the data is read only once, and samples
+    of other classes are ignored.
     """
-    settings: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
-    settings |= {"batch_size": batch_size, "seed": seed}
+    options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, target)
-        made, origin = _on_class(model, chosen, chosen.labels, settings, ascend=True)
-        return _edit(model, made, "negative_gradient", chosen.classes, origin)
+        edited, origin = _on_class(model, chosen, chosen.labels, seed, options, ascend=True)
+        return _edit(model, edited, "negative_gradient", chosen.classes, origin)
 
 
 def boundary_shrink(
@@ -199,25 +201,23 @@ def boundary_shrink(
     batch_size: int = 64,
     seed: int = 0,
 ) -> ModelEdit:
-    """Fine-tune on the class's samples, each under the class that is nearest to it.
+    """Fine-tune on the class's samples, each labelled as its nearest other class.
 
-    Chen et al. 2023, *Boundary unlearning* (CVPR), boundary shrink; the paper fine-tunes on these
-    samples alone. `nearest_classes` finds the labels, with ``epsilon`` and ``clip``; the inputs
-    have to be floating. The defaults are those in use for classes of 5,000 samples. What counts is
-    the number of steps times the rate, so with fewer samples take a larger rate.
+    Boundary shrink of Chen et al. 2023, *Boundary unlearning* (CVPR). `nearest_classes` finds the
+    labels, with ``epsilon`` and ``clip``. The defaults are for classes of 5,000 samples; with
+    fewer, take a larger rate, since the number of steps times the rate counts.
 
     Other parameters and errors are those of `negative_gradient`.
     """
-    settings: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
-    settings |= {"batch_size": batch_size, "seed": seed}
+    options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, target)
         nearest = nearest_classes(model, chosen, epsilon=epsilon, clip=clip, batch_size=batch_size)
-        made, origin = _on_class(model, chosen, nearest, settings)
+        edited, origin = _on_class(model, chosen, nearest, seed, options)
         origin |= {"epsilon": epsilon, "clip": None if clip is None else list(clip)}
         counts = torch.bincount(nearest, minlength=chosen.outputs)
         origin["nearest"] = {str(c): int(n) for c, n in enumerate(counts) if n}
-        return _edit(model, made, "boundary_shrink", chosen.classes, origin)
+        return _edit(model, edited, "boundary_shrink", chosen.classes, origin)
 
 
 def boundary_expanding(
@@ -230,26 +230,30 @@ def boundary_expanding(
     batch_size: int = 64,
     seed: int = 0,
 ) -> ModelEdit:
-    """Fine-tune on the class's samples under a shadow class, then cut the shadow class off.
+    """Fine-tune on the class's samples labelled as a shadow class, then remove the shadow class.
 
-    Chen et al. 2023, *Boundary unlearning* (CVPR), boundary expanding. The last layer, which has
-    to be linear, gets one more row, drawn as PyTorch draws a new linear layer; after the training
-    the row is removed, so that the model has its classes again. Several classes share it.
+    Boundary expanding of Chen et al. 2023, *Boundary unlearning* (CVPR). The last layer, which has
+    to be linear, gets one more row, initialised as in a new linear layer, for all classes to forget
+    together; after the training the row is removed.
 
     Parameters and errors are those of `boundary_shrink`.
     """
-    settings: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
-    settings |= {"batch_size": batch_size, "seed": seed}
+    options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, target)
-        name, _ = find_head(model, chosen.inputs[:1].to(model_device(model)))
-        wide = copied(model)
+        name, head = find_head(model, chosen.inputs[:1].to(model_device(model)))
         with seeded(seed):
-            _widen(wide.get_submodule(name))
+            row = nn.Linear(head.in_features, 1, bias=head.bias is not None).to(head.weight)
+        wide = copied(model)
+        wide_head = wide.get_submodule(name)
+        for (key, old), new in zip([*head.named_parameters()], row.parameters(), strict=True):
+            setattr(wide_head, key, nn.Parameter(torch.cat([old.detach(), new.detach()])))
         shadow = torch.full((len(chosen),), chosen.outputs)
-        made, origin = _on_class(wide, chosen, shadow, settings)
-        _narrow(made.get_submodule(name))
-        return _edit(model, made, "boundary_expanding", chosen.classes, origin | {"layer": name})
+        edited, origin = _on_class(wide, chosen, shadow, seed, options)
+        edited_head = edited.get_submodule(name)
+        for key, trained in [*edited_head.named_parameters()]:
+            setattr(edited_head, key, nn.Parameter(trained.detach()[:-1].clone()))
+        return _edit(model, edited, "boundary_expanding", chosen.classes, origin | {"layer": name})
 
 
 def nearest_classes(
@@ -260,33 +264,19 @@ def nearest_classes(
     clip: tuple[float, float] | None = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """Find the class across the nearest boundary, by one step of the fast gradient sign method.
+    """Return the class across the nearest boundary, by one step of the fast gradient sign method.
 
-    x' = x + ε · sign(∇ₓ L(x, y)); the label is the class other than those to forget with the
-    highest logit at x'.
+    x' = x + ε · sign(∇ₓ L(x, y)); of the classes that stay, the one of highest logit at x'; int64,
+    shape (samples,). The model is left exactly as it was.
 
     Parameters
     ----------
-    model : nn.Module
-        Left exactly as it was.
-    samples : ClassSamples
     epsilon : float
-        The step ε, in units of the inputs; the paper's networks see images in [0, 1].
+        The step ε, in units of the inputs; the paper's images are in [0, 1].
     clip : (float, float), optional
-        The range that x' is kept in, such as (0, 1).
+        The range of x', such as (0, 1).
     batch_size : int
         Samples at a time.
-
-    Returns
-    -------
-    Tensor, int64, shape (samples,)
-
-    Raises
-    ------
-    ValueError
-        If ``epsilon`` or ``batch_size`` is not positive, or the ends of ``clip`` are not in order.
-    TypeError
-        If the inputs are not floating.
     """
     epsilon = positive(epsilon, "epsilon")
     batch_size = whole_number(batch_size, "batch_size", least=1)
@@ -306,9 +296,9 @@ def nearest_classes(
             loss = nn.functional.cross_entropy(logits, labels.to(device), reduction="sum")
             (gradient,) = torch.autograd.grad(loss, x)
             with torch.no_grad():
-                beyond = x + epsilon * gradient.sign()
-                beyond = beyond if clip is None else beyond.clamp(*clip)
-                logits = predict(model, beyond)
+                moved = x + epsilon * gradient.sign()
+                moved = moved if clip is None else moved.clamp(*clip)
+                logits = predict(model, moved)
                 logits[:, samples.classes] = -torch.inf
             nearest.append(logits.argmax(1).cpu())
     return torch.cat(nearest)
@@ -318,32 +308,25 @@ def _on_class(
     model: nn.Module,
     chosen: ClassSamples,
     labels: Tensor,
-    settings: dict[str, Any],
+    seed: int,
+    options: dict[str, Any],
     *,
     ascend: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Train a copy on the class's samples alone, under ``labels``; return it and its origin."""
-    rest = dict(settings)
-    order = {"batch_size": rest.pop("batch_size"), "seed": rest["seed"]}
-    made, steps = fine_tuned(model, chosen.epochs(labels, **order), ascend=ascend, **rest)
-    return made, {**settings, "samples": len(chosen), "steps": steps}
+    """Train a copy on the class's samples alone, with ``labels``; return it and its origin."""
+    batch_size = whole_number(options["batch_size"], "batch_size", least=1)
+    generator = torch.Generator().manual_seed(seed)
+
+    def epoch(_: int) -> Iterator[Batch]:
+        for rows in torch.randperm(len(chosen), generator=generator).split(batch_size):
+            yield Batch(chosen.inputs[rows], labels[rows])
+
+    settings: dict[str, Any] = {name: options[name] for name in ("epochs", "learning_rate")}
+    edited, steps = fine_tuned(model, epoch, ascend=ascend, seed=seed, **settings)
+    return edited, {**options, "seed": seed, "samples": len(chosen), "steps": steps}
 
 
 def _edit(
-    model: nn.Module, made: nn.Module, method: str, classes: list[int], origin: dict[str, Any]
+    model: nn.Module, edited: nn.Module, method: str, classes: list[int], origin: dict[str, Any]
 ) -> ModelEdit:
-    return ModelEdit.to_copy(model, made, {"operator": method, "target": classes, **origin})
-
-
-def _widen(head: nn.Module) -> None:
-    """Add a row to a linear layer, in place."""
-    assert isinstance(head, nn.Linear)  # find_head watches no others
-    new = nn.Linear(head.in_features, 1, bias=head.bias is not None).to(head.weight)
-    for (name, old), row in zip([*head.named_parameters()], new.parameters(), strict=True):
-        setattr(head, name, nn.Parameter(torch.cat([old.detach(), row.detach()])))
-
-
-def _narrow(head: nn.Module) -> None:
-    """Remove the last row of a linear layer, in place."""
-    for name, wide in [*head.named_parameters()]:
-        setattr(head, name, nn.Parameter(wide.detach()[:-1].clone()))
+    return ModelEdit.to_copy(model, edited, {"operator": method, "target": classes, **origin})

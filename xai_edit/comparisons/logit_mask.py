@@ -1,4 +1,4 @@
-"""A masked logit: the comparison for every removal of a class."""
+"""A masked logit, the simplest removal of a class."""
 
 from __future__ import annotations
 
@@ -13,36 +13,24 @@ from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import find_head
 
-# Beyond any logit of a trained network, and a number that half precision can hold.
+# Below any logit of a trained network, and a number that half precision can hold.
 MASKED = -1e4
 
 
 class LogitMask:
-    """Push a class's logit out of reach by its bias.
+    """Lower a class's logit out of reach by its bias, so that it is never predicted.
 
-    One number changes, without any relevance, and nothing is forgotten: a removal of a class has
-    to be better than this by something other than its accuracy.
+    Nothing is forgotten, so a method of unlearning has to be better in another figure than
+    accuracy.
     """
 
     def __repr__(self) -> str:
         return "LogitMask()"
 
     def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
-        """Plan the mask; the model is only read.
+        """Plan the mask; the model is only read, and one batch of the data, to find the layer.
 
-        Parameters
-        ----------
-        model : nn.Module
-            A classifier that ends in a linear layer with a bias.
-        data : iterable or Dataset
-            One batch is read, to find the layer.
-        target : int or sequence of int
-            The class or classes.
-
-        Raises
-        ------
-        ValueError
-            If the last layer has no bias, or a class is out of range.
+        ValueError if the last layer has no bias, or a class of ``target`` is out of range.
         """
         first, _ = peek(data, model_device(model))
         head, layer = find_head(model, first.inputs[:1])

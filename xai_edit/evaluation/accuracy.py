@@ -1,4 +1,4 @@
-"""Accuracy, averages, gaps and rates by group: figures of counts, their text and their JSON."""
+"""Accuracy, averages, gaps and demographic rates by group, from counts of right answers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from xai_edit.core.checks import one_of, require
+from xai_edit.core.checks import fraction, one_of, require, whole_number
 from xai_edit.core.targets import class_list
-from xai_edit.evaluation.intervals import (
-    CONFIDENCE,
-    RESAMPLES,
-    SEED,
-    Interval,
-    check_bootstrap,
-    percentile_interval,
-    resampled_shares,
-)
+from xai_edit.core.text import aligned
+from xai_edit.evaluation.intervals import Interval, percentile_interval, resampled_shares
 
 LINES = 20  # groups that the text shows
+CONFIDENCE, RESAMPLES, SEED = 0.95, 2000, 0
 
 Group: TypeAlias = tuple[int, int]
 """A class and an attribute."""
@@ -38,16 +32,9 @@ AVERAGES: dict[Average, str] = {
 class GroupIntervals:
     """Percentile bootstrap intervals of the figures of an `Accuracy`.
 
-    Attributes
-    ----------
-    confidence : float
-    resamples, seed : int
-    groups : dict
-        Of each group's accuracy.
-    worst : tuple of float
-        Of the lowest accuracy, whichever group has it in a resample.
-    averages, gaps : dict
-        Of each average, and of the average less the worst.
+    ``groups`` has those of each group's accuracy, ``worst`` of the lowest accuracy, whichever group
+    has it in a resample, ``averages`` and ``gaps`` of each average and of the average less the
+    worst.
     """
 
     confidence: float
@@ -63,8 +50,8 @@ class GroupIntervals:
 class Rate:
     """How often the positive class is predicted for one attribute.
 
-    ``true_positive_rate`` is the share of its ``positives``, the samples of the positive class, and
-    ``positive_rate`` that of all its ``samples``.
+    ``true_positive_rate`` is over its ``positives``, the samples of the positive class, and
+    ``positive_rate`` over all its ``samples``.
     """
 
     attribute: int
@@ -78,21 +65,17 @@ class Rate:
 class Demographics:
     """Differences in rates between groups of people, 0 to 1. Lower is better; 0 is equality.
 
-    Each is the highest rate less the lowest. Intervals are made as in `Accuracy.intervals`;
-    highest and lowest are those of each resample, so that they never reach below 0.
+    Each is the highest rate less the lowest, also within each resample of its interval, which
+    therefore never reaches below 0. Equal opportunity is in the true positive rate (Hardt et al.
+    2016, *Equality of Opportunity in Supervised Learning*), demographic parity in the positive rate
+    (Dwork et al. 2012, *Fairness through Awareness*).
 
     Attributes
     ----------
     positive : int
         The class that is a benefit.
-    equal_opportunity_difference, equal_opportunity_interval
-        In the true positive rate (Hardt et al. 2016, *Equality of Opportunity in Supervised
-        Learning*).
-    demographic_parity_difference, demographic_parity_interval
-        In the positive rate (Dwork et al. 2012, *Fairness through Awareness*).
     rates : tuple of Rate
         Of each attribute that has samples.
-    confidence : float
     """
 
     positive: int
@@ -109,23 +92,18 @@ class Demographics:
         return plain
 
     def __str__(self) -> str:
-        lines = [
-            f"class {self.positive} predicted, by attribute",
-            f"{'':<32}{'true positive rate':>20}{'of':>7}{'rate':>9}{'of':>7}",
-        ]
+        caption = f"class {self.positive} predicted, by attribute"
+        rows: list[list[Any]] = [[caption, "true positive rate", "of", "rate", "of"]]
         for one in self.rates:
-            lines.append(
-                f"{f'  attribute {one.attribute}':<32}{one.true_positive_rate:>20.3f}"
-                f"{one.positives:>7}{one.positive_rate:>9.3f}{one.samples:>7}"
-            )
+            _, *figures = asdict(one).values()
+            rows.append([f"  attribute {one.attribute}", *figures])
+        rows.append(["", "difference", f"{self.confidence:.0%} interval"])
         for name in ("equal_opportunity", "demographic_parity"):
-            text, value = (
-                f"{name.replace('_', ' ')} difference",
-                getattr(self, f"{name}_difference"),
+            difference, interval = (
+                getattr(self, f"{name}_{what}") for what in ("difference", "interval")
             )
-            ends = _ends(getattr(self, f"{name}_interval"))
-            lines.append(f"{text:<32}{value:>7.3f}, {self.confidence:.0%} interval {ends}")
-        return "\n".join(lines)
+            rows.append([f"{name.replace('_', ' ')} difference", difference, interval])
+        return aligned(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,9 +149,7 @@ class Accuracy:
     def groups(self) -> dict[Group, float]:
         """Accuracy of each (class, attribute) group that has samples."""
         shares = (self.right.double() / self.samples).tolist()
-        return {
-            (row, column): shares[row][column] for row, column in self.samples.nonzero().tolist()
-        }
+        return {(row, at): shares[row][at] for row, at in self.samples.nonzero().tolist()}
 
     @property
     def worst(self) -> float:
@@ -188,7 +164,7 @@ class Accuracy:
 
     @property
     def average(self) -> float:
-        """Accuracy over all samples: every sample counts alike."""
+        """Accuracy over all samples."""
         return int(self.right.sum()) / int(self.samples.sum())
 
     @property
@@ -207,16 +183,14 @@ class Accuracy:
 
     @property
     def balanced(self) -> float:
-        """Mean of the group accuracies: every group counts alike."""
+        """Mean of the group accuracies."""
         return sum(self.groups.values()) / len(self.groups)
 
     @property
     def averages(self) -> dict[Average, float]:
         """The averages by their names; ``train_weighted`` only where it is known."""
-        found = {"average": self.average, "balanced": self.balanced}
-        if (weighted := self.train_weighted) is not None:
-            found["train_weighted"] = weighted
-        return {name: found[name] for name in AVERAGES if name in found}
+        figures = {name: getattr(self, name) for name in AVERAGES}
+        return {name: value for name, value in figures.items() if value is not None}
 
     def gap(self, average: Average = "average") -> float:
         """Return an average less the worst-group accuracy. Lower is better.
@@ -247,12 +221,14 @@ class Accuracy:
     ) -> GroupIntervals:
         """Return bootstrap intervals of all figures.
 
-        Samples are drawn anew within each group, whose size is a choice of whoever made the data;
-        an interval holds ``confidence`` of the resamples. The worst group is that of each resample,
-        so that its interval is that of a minimum and reaches low where several groups are nearly
-        as bad. The interval of a group with no wrong answer has no width, however few its samples.
+        Samples are drawn with replacement within each group; an interval holds ``confidence`` of
+        the resamples. The worst group is that of each resample, so that its interval reaches low
+        where several groups are nearly as bad. The interval of a group with no wrong answer has no
+        width, however few its samples.
         """
-        check_bootstrap(confidence, resamples, seed)
+        fraction(confidence, "confidence", one=False)
+        whole_number(resamples, "resamples", least=1)
+        whole_number(seed, "seed")
         at = self.samples > 0
         draws = resampled_shares(self.right[at], self.samples[at], resamples=resamples, seed=seed)
         worst = draws.min(1)
@@ -324,8 +300,7 @@ class Accuracy:
         for group, accuracy in self.groups.items():
             row: dict[str, Any] = {"class": group[0], "attribute": group[1]}
             row |= {"samples": int(self.samples[group]), "right": int(self.right[group])}
-            row |= {"accuracy": accuracy, "interval": list(found.groups[group])}
-            listed[group] = row
+            listed[group] = row | {"accuracy": accuracy, "interval": list(found.groups[group])}
         averages: dict[str, Any] = dict.fromkeys(AVERAGES)
         for name, value in self.averages.items():
             row = {"accuracy": value, "interval": list(found.averages[name])}
@@ -343,25 +318,20 @@ class Accuracy:
         shown = sorted(sorted(groups, key=lambda group: groups[group])[:LINES])
         some = f", the {LINES} lowest of {len(groups)}" if len(shown) < len(groups) else ""
         head = ["samples", "accuracy", f"{intervals.confidence:.0%} interval"]
-        lines = [_row(f"accuracy by group{some}", head)]
-        for group in shown:
-            lines.append(self._line(f"  {self._name(group)}", group, intervals.groups[group]))
-        worst = f"worst: {self._name(self.worst_group)}"
-        lines += [self._line(worst, self.worst_group, intervals.worst), ""]
-        lines.append(_row("", [*head, "gap to worst", head[-1]]))
-        for name, value in self.averages.items():
-            cells = [str(int(self.samples.sum())), f"{value:.3f}", _ends(intervals.averages[name])]
-            cells += [f"{self.gap(name):.3f}", _ends(intervals.gaps[name])]
-            lines.append(_row(AVERAGES[name], cells))
-        return "\n".join(lines)
-
-    def _line(self, text: str, group: Group, interval: Interval) -> str:
-        cells = [str(int(self.samples[group])), f"{self.groups[group]:.3f}", _ends(interval)]
-        return _row(text, cells)
-
-    def _name(self, group: Group) -> str:
         named = self.samples.shape[1] > 1
-        return f"class {group[0]}" + (f", attribute {group[1]}" if named else "")
+
+        def row(start: str, group: Group, interval: Interval) -> list[Any]:
+            name = f"{start}class {group[0]}" + (f", attribute {group[1]}" if named else "")
+            return [name, int(self.samples[group]), groups[group], interval]
+
+        rows: list[list[Any]] = [[f"accuracy by group{some}", *head]]
+        rows += [row("  ", group, intervals.groups[group]) for group in shown]
+        rows += [row("worst: ", self.worst_group, intervals.worst), []]
+        rows.append(["", *head, "gap to worst", head[-1]])
+        for name, value in self.averages.items():
+            figures = [int(self.samples.sum()), value, intervals.averages[name]]
+            rows.append([AVERAGES[name], *figures, self.gap(name), intervals.gaps[name]])
+        return aligned(rows)
 
     def _weights(self) -> dict[Average, Tensor]:
         """Return the weight of each group that has samples in each average, shape (G,)."""
@@ -376,25 +346,21 @@ class Accuracy:
 
     def _padded_train_samples(self) -> Tensor:
         """Return a copy of the training counts with no fewer columns than ``samples``."""
-        assert self.train_samples is not None  # asked before
+        assert self.train_samples is not None  # its users have checked
         missing = max(0, self.samples.shape[1] - self.train_samples.shape[1])
         return torch.nn.functional.pad(self.train_samples.long().cpu(), (0, missing))
 
 
-def check_train_samples(given: Any, classes: int | None = None) -> Tensor:
+def check_train_samples(samples: Any, classes: int | None = None) -> Tensor:
     """Return numbers of samples by class and attribute as a tensor; raise ValueError otherwise.
 
-    Parameters
-    ----------
-    given : Tensor, array or nested lists
-    classes : int, optional
-        How many there must be, where that is known.
+    ``classes`` is the number of rows they need, where it is known.
     """
     try:
-        counts: Tensor = torch.as_tensor(given)
+        counts: Tensor = torch.as_tensor(samples)
     except (TypeError, ValueError, RuntimeError) as problem:
         raise ValueError(
-            f"train_samples: {given!r} given; give one number a group ({problem})"
+            f"train_samples: {samples!r} given; give one number a group ({problem})"
         ) from None
     shape = tuple(counts.shape)
     if len(shape) != 2 or (classes is not None and shape[0] != classes):
@@ -407,11 +373,3 @@ def check_train_samples(given: Any, classes: int | None = None) -> Tensor:
             "samples, such as evaluate_groups(model, training_data).samples"
         )
     return counts
-
-
-def _row(text: str, cells: list[str]) -> str:
-    return f"{text:<32}" + "".join(f"{cell:>14}" for cell in cells)
-
-
-def _ends(interval: Interval) -> str:
-    return f"{interval[0]:.3f}–{interval[1]:.3f}"

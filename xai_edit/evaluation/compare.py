@@ -16,11 +16,8 @@ from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.layers import resolve_layers
 from xai_edit.core.targets import Target, checked_target
-from xai_edit.evaluation.deletion_curve import (
-    DeletionCurve,
-    checked_shares,
-    deletion_curve,
-)
+from xai_edit.core.text import aligned
+from xai_edit.evaluation.deletion_curve import DeletionCurve, checked_shares, deletion_curve
 from xai_edit.lrp.lrp import LRP, Scorer, describe
 from xai_edit.scoring.unit_scores import Aggregate, UnitScores, score_units, share_of
 
@@ -30,22 +27,20 @@ Scorers: TypeAlias = Mapping[str, Scorer | str] | Sequence[Scorer | str]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """How alike several scorers rank the units of some layers.
+    """Agreement of several scorers on the ranking of units in some layers.
 
     Attributes
     ----------
     scores : dict of UnitScores
-        By the scorers' names, in the order of all rows and columns.
+        Scorer → its scores, in the order of all rows and columns.
     share : float
         The top share of units that ``overlap`` compares.
-    rank_correlation : dict of Tensor
-        Per layer Spearman's correlation of each two scorers, float64, shape (scorers, scorers).
-        NaN where one of them gives all units the same score.
-    overlap : dict of Tensor
-        Per layer the share of top units that each two scorers have in common, as above; about
-        ``share`` for unrelated rankings.
+    rank_correlation, overlap : dict of Tensor, float64, shape (scorers, scorers)
+        Layer → Spearman's correlation of each two scorers, and the share of top units that they
+        have in common, about ``share`` for unrelated rankings. NaN where one gives all units the
+        same score.
     deletion : dict of dict of DeletionCurve
-        Per layer but the output, by name; empty where no curve was asked for.
+        Layer → scorer → curve; empty without ``deletion``.
     """
 
     scores: dict[str, UnitScores]
@@ -70,31 +65,29 @@ class Comparison:
         for layer in self.layers:
             curves = self.deletion.get(layer, {})
             layers[layer] = {
-                "rank_correlation": _plain(self.rank_correlation[layer]),
-                "overlap": _plain(self.overlap[layer]),
+                "rank_correlation": _json(self.rank_correlation[layer]),
+                "overlap": _json(self.overlap[layer]),
                 "deletion": {name: curve.to_dict() for name, curve in curves.items()},
             }
-        made = {name: scores.origin for name, scores in self.scores.items()}
-        return {"scorers": made, "share": self.share, "layers": layers}
+        origins = {name: scores.origin for name, scores in self.scores.items()}
+        return {"scorers": origins, "share": self.share, "layers": layers}
 
     def __str__(self) -> str:
-        first, wide = self.names[0], [max(13, len(name)) for name in self.names]
-        left = max(map(len, self.layers))
-
-        def row(start: str, cells: Sequence[str]) -> str:
-            padded = [f"{cell:>{width}}" for cell, width in zip(cells, wide, strict=True)]
-            return "  ".join([f"{start:<{left}}", *padded])
-
-        rows = [f"rank correlation with {first} / share of its top {self.share:.0%} in common"]
-        rows.append(row("", self.names))
+        top = f"share of its top {self.share:.0%} in common"
+        lines = [f"rank correlation with {self.names[0]} / {top}"]
+        rows = [["", *self.names]]
         for layer in self.layers:
             pairs = zip(self.rank_correlation[layer][0], self.overlap[layer][0], strict=True)
-            rows.append(row(layer, [f"{rho:.3f} / {common:.2f}" for rho, common in pairs]))
+            rows.append([layer, *(f"{rho:.3f} / {common:.2f}" for rho, common in pairs)])
+        lines.append(aligned(rows))
         if self.deletion:
-            rows += ["mean accuracy while the top units are switched off, lower is better"]
-        for layer, curves in self.deletion.items():
-            rows.append(row(layer, [f"{curve.area:.3f}" for curve in curves.values()]))
-        return "\n".join(rows)
+            lines.append("mean accuracy while the top units are switched off, lower is better")
+            areas = [
+                [layer, *(curve.area for curve in curves.values())]
+                for layer, curves in self.deletion.items()
+            ]
+            lines.append(aligned([["", *self.names], *areas]))
+        return "\n".join(lines)
 
 
 def compare_scorers(
@@ -110,14 +103,14 @@ def compare_scorers(
     deletion_layers: Sequence[str] | str | None = None,
     held_out: Data | None = None,
 ) -> Comparison:
-    """Score the same samples with several scorers and say how alike they rank.
+    """Score the same samples with several scorers and compare their rankings.
 
     Parameters
     ----------
     model : nn.Module
         A classifier. Left exactly as it was.
     data : iterable or Dataset, or None
-        Read once: each batch goes to every scorer. Where ``target`` is a class, give samples of it.
+        Read once: each batch goes to every scorer. For a class as ``target``, samples of it.
     scorers : mapping or sequence
         Name → scorer, or scorers under their own names; ``"epsilon"`` is ``LRP("epsilon")``.
     layers, target, aggregate
@@ -127,7 +120,7 @@ def compare_scorers(
     deletion : sequence of float, optional
         Shares of a deletion curve for each scorer; needs ``held_out``.
     deletion_layers : sequence of str, optional
-        Layers that get a curve, each for itself; all but the output when left out.
+        Layers that get a curve, one each. Default: all but the output.
     held_out : iterable or Dataset, optional
         Labelled samples for the curves, other than ``data``; see `deletion_curve`.
 
@@ -151,13 +144,13 @@ def compare_scorers(
             raise UnknownLayerError.of(name, known, "compared layers")
     scores = _scored(model, data, named, layers, {"target": target, "aggregate": aggregate})
     names = next(iter(scores.values())).layers
-    rows = {layer: torch.stack([found[layer] for found in scores.values()]) for layer in names}
+    rows = {layer: torch.stack([one[layer] for one in scores.values()]) for layer in names}
     curves = {}
     if held_out is not None:
         output = last_weighted(model, peek(held_out, model_device(model))[0].inputs[:1])
-        one = target if isinstance(target, int) else None
+        measured = {"target": target if isinstance(target, int) else None, "shares": shares}
         for layer in chosen or [name for name in names if name != output]:
-            curves[layer] = _curves(model, held_out, scores, layer, one, shares)
+            curves[layer] = _curves(model, held_out, scores, layer, measured)
     return Comparison(
         scores,
         share,
@@ -174,7 +167,7 @@ def rank_correlation(rows: Tensor) -> Tensor:
     """
     ranks: Tensor = torch.from_numpy(rankdata(rows.numpy(), axis=1))
     ranks = ranks - ranks.mean(1, keepdim=True)
-    ranks = ranks / ranks.norm(dim=1, keepdim=True)  # 0/0 is NaN, and meant: nothing is ranked
+    ranks = ranks / ranks.norm(dim=1, keepdim=True)  # 0/0 = NaN where all scores are equal
     return (ranks @ ranks.T).clamp(-1, 1)
 
 
@@ -205,21 +198,21 @@ def _scored(
     data: Data | None,
     named: dict[str, Scorer],
     layers: Sequence[str] | str | None,
-    how: dict[str, Any],
+    options: dict[str, Any],
 ) -> dict[str, UnitScores]:
     """Score batch by batch, so that every scorer sees the same samples, also of an iterator."""
-    found: dict[str, UnitScores] = {}
+    scores: dict[str, UnitScores] = {}
     reading = [name for name, scorer in named.items() if getattr(scorer, "needs_data", True)]
     for batch in batches(data, model_device(model)) if reading and data is not None else ():
         for name in reading:
             one = [(batch.inputs, batch.labels)]
-            part = score_units(model, one, named[name], layers=layers, **how)
-            found[name] = found[name].merge(part) if name in found else part
-            layers = part.layers  # without those that rest, where none were named
+            part = score_units(model, one, named[name], layers=layers, **options)
+            scores[name] = scores[name].merge(part) if name in scores else part
+            layers = part.layers  # without unused layers, where none were named
     for name in named:
-        if name not in found:
-            found[name] = score_units(model, None, named[name], layers=layers, **how)
-    return {name: found[name] for name in named}
+        if name not in scores:
+            scores[name] = score_units(model, None, named[name], layers=layers, **options)
+    return {name: scores[name] for name in named}
 
 
 def _curves(
@@ -227,18 +220,16 @@ def _curves(
     data: Data,
     scores: dict[str, UnitScores],
     layer: str,
-    target: int | None,
-    shares: Sequence[float],
+    options: dict[str, Any],
 ) -> dict[str, DeletionCurve]:
-    # Scorers that rank alike have the same curve, which is measured once.
-    orders = {name: tuple(found.rank(layer).tolist()) for name, found in scores.items()}
-    first = {order: name for name, order in reversed(orders.items())}
-    measured = {
-        order: deletion_curve(model, data, scores[name], layers=layer, target=target, shares=shares)
-        for order, name in first.items()
-    }
-    return {name: measured[order] for name, order in orders.items()}
+    """Measure the curve of each different ranking once; return them by scorer."""
+    curves: dict[tuple[int, ...], DeletionCurve] = {}
+    orders = {name: tuple(one.rank(layer).tolist()) for name, one in scores.items()}
+    for name, order in orders.items():
+        if order not in curves:
+            curves[order] = deletion_curve(model, data, scores[name], layers=layer, **options)
+    return {name: curves[order] for name, order in orders.items()}
 
 
-def _plain(matrix: Tensor) -> list[list[float | None]]:
+def _json(matrix: Tensor) -> list[list[float | None]]:
     return [[None if value != value else value for value in row] for row in matrix.tolist()]

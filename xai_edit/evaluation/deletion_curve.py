@@ -37,19 +37,17 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 class DeletionCurve:
     """Accuracy, logit and probability while more and more units are switched off.
 
-    A good ranking makes ``accuracy`` and ``logit`` fall early where the most relevant units go
-    first, and leaves ``rest`` where it was if it is of one class.
+    With a good ranking, most relevant units first, ``accuracy`` and ``logit`` fall early; with one
+    of a class ``rest`` stays.
 
     Attributes
     ----------
-    layers : tuple of str
-    target : int or None
-        The class whose samples are measured; None for all samples.
-    order, ranking : str
+    layers, target, order
+        See `deletion_curve`.
     shares, units : tuple of float, tuple of int
         The share and the number of units that are off.
     accuracy, logit, probability : tuple of float
-        Accuracy, mean logit and mean probability of the label, over the samples measured.
+        Accuracy, mean logit and mean probability of the label, over the samples of the target.
     rest : tuple of float, or None
         Accuracy over the samples of all other classes; None where there are none.
     """
@@ -57,7 +55,6 @@ class DeletionCurve:
     layers: tuple[str, ...]
     target: int | None
     order: str
-    ranking: str
     shares: tuple[float, ...]
     units: tuple[int, ...]
     accuracy: tuple[float, ...]
@@ -87,7 +84,6 @@ def deletion_curve(
     target: int | None = None,
     shares: Sequence[float] = SHARES,
     order: Literal["most", "least"] = "most",
-    ranking: Literal["local", "global"] = "local",
 ) -> DeletionCurve:
     """Switch off the top units, at several shares, and measure accuracy, logit and probability.
 
@@ -104,25 +100,21 @@ def deletion_curve(
     scores : UnitScores
         See `score_units`.
     layers : sequence of str, optional
-        Scored layers whose units go; all but the output when left out.
+        Scored layers whose units are switched off, a share of each. Default: all but the output.
     target : int, optional
-        Measure the samples of this class and those of the others apart.
+        Measure the samples of this class and those of the others separately.
     shares : sequence of float in [0, 1]
-        Ascending. Of a layer's units, rounded, at least one where the share is not 0.
+        Ascending. Of each layer's units, rounded, at least one where the share is not 0.
     order : {"most", "least"}
-        Highest score first, or lowest: with signed scores, what speaks against the target.
-    ranking : {"local", "global"}
-        Shares of each layer, or of all its layers' units ranked together, each layer's scores
-        divided by their L1 norm.
+        Highest score first, or lowest: with signed scores, units that speak against the target.
 
     Raises
     ------
     UnknownLayerError, ValueError, TypeError
-        On bad input, among it data that can be read only once; the model is as it was.
+        On bad input, such as data that can be read only once; the model is as it was.
     """
     shares = checked_shares(shares)
     one_of(order, ("most", "least"), "order")
-    one_of(ranking, ("local", "global"), "ranking")
     readable_again(data, "a curve")
     sample = peek(data, model_device(model))[0].inputs[:1]
     if target is not None:
@@ -130,23 +122,20 @@ def deletion_curve(
             (target,) = class_list(target, predict(model, sample).shape[1])
     names = _hidden(model, scores, layers, sample)
     norms = following_batch_norms(model, sample, names)
-    orders = [
-        (group, _ranked(scores, group, order))
-        for group in ([names] if ranking == "global" else [[name] for name in names])
-    ]
+    ranked = {name: scores.rank(name) for name in names}
+    if order == "least":
+        ranked = {name: units.flip(0) for name, units in ranked.items()}
     points = []
     for share in shares:
-        off: dict[str, Tensor] = {}
-        for group, ranked in orders:
-            chosen = torch.zeros(len(ranked), dtype=torch.bool)
-            chosen[ranked[: share_of(len(ranked), share) if share else 0]] = True
-            parts = chosen.split([len(scores[name]) for name in group])
-            off |= {name: part.nonzero()[:, 0] for name, part in zip(group, parts, strict=True)}
+        off = {
+            name: units[: share_of(len(units), share) if share else 0]
+            for name, units in ranked.items()
+        }
         with _silenced(model, off, norms).applied(model):
             points.append((sum(map(len, off.values())), *_measure(model, data, target)))
     units, accuracy, logit, probability, rest = zip(*points, strict=True)
     figures = units, accuracy, logit, probability, None if None in rest else rest
-    return DeletionCurve(tuple(names), target, order, ranking, shares, *figures)
+    return DeletionCurve(tuple(names), target, order, shares, *figures)
 
 
 def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
@@ -174,15 +163,8 @@ def _hidden(
     return names
 
 
-def _ranked(scores: UnitScores, group: list[str], order: str) -> Tensor:
-    """Return the units of a group of layers, numbered through, in the order they go off."""
-    apart = len(group) == 1  # then the scores as they are: a division may round two into a tie
-    values = torch.cat([scores[name] if apart else scores.normalized(name) for name in group])
-    ranked = torch.argsort(values, descending=True, stable=True)
-    return ranked.flip(0) if order == "least" else ranked
-
-
 def _silenced(model: nn.Module, off: dict[str, Tensor], norms: dict[str, str]) -> ModelEdit:
+    """Return the edit that sets the units' weights to zero."""
     entries: dict[str, list[Tensor]] = {}
     for layer, units in off.items():
         for name, at in silencing_entries(model, layer, units, norms.get(layer)).items():
@@ -206,9 +188,9 @@ def _measure(
             right, at = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
             rows = [torch.ones_like(right), right, logits[at], logits.softmax(1)[at]]
             figures = torch.stack([row.double() for row in rows])  # (4, samples)
-            mine = labels == (labels if target is None else target)
-            own += figures[:, mine].sum(1)
-            rest += figures[:, ~mine].sum(1)
+            of_target = labels == (labels if target is None else target)
+            own += figures[:, of_target].sum(1)
+            rest += figures[:, ~of_target].sum(1)
     if not own[0]:
         raise ValueError(f"data: no samples of class {target}")
     accuracy, logit, probability = (own[1:] / own[0]).tolist()

@@ -1,4 +1,4 @@
-"""Accuracy by class and by group, counted in one pass."""
+"""Right answers by class and group, counted over a data set or over cached features."""
 
 from __future__ import annotations
 
@@ -37,15 +37,10 @@ def evaluate_groups(
     data : iterable or Dataset
         Labelled batches.
     groups : callable, Tensor or None
-        The attribute of each sample, a whole number from 0 (such as: has the watermark): a
-        function of a batch of inputs, a vector in data order, or the third element of the batches.
-        Without any of them the groups are the classes.
+        The attribute of each sample, a whole number from 0; see `xai_edit.core.data.Attribute`.
+        Without any the groups are the classes.
     train_samples : Tensor, int64, shape (classes, attributes), optional
         Samples of each group in the training data, for the train-weighted average.
-
-    Returns
-    -------
-    Accuracy
 
     Raises
     ------
@@ -80,23 +75,9 @@ def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) ->
     """Count right answers as `evaluate_groups`, from cached inputs of the last layer.
 
     ``evaluate_head(head.edited(edit))`` is the accuracy of the network with an edit of its last
-    layer. Logits are computed in float64, so that two may differ that are equal in the network.
-
-    Parameters
-    ----------
-    head : HeadFeatures
-        With labels; the attribute gives the groups, which are the classes without it.
-    train_samples : Tensor, optional
-        See `evaluate_groups`.
-
-    Returns
-    -------
-    Accuracy
-
-    Raises
-    ------
-    ValueError
-        See `evaluate_groups`.
+    layer. Logits are in float64, so that two may differ that are equal in the network. The groups
+    are by the features' attribute, if they have one; labels are needed. Errors as for
+    `evaluate_groups`.
     """
     labels, logits = head.require_labels(), head.logits()
     predicted = finite(logits, "head: its logits").argmax(1)

@@ -1,10 +1,11 @@
-"""Whether a network unlearned a class: accuracies, probe, membership attack and relearning."""
+"""Evaluation of class unlearning: accuracies, probe, membership attack and relearning."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from xai_edit.core.checks import one_logit_a_class, readable_again
 from xai_edit.core.cost import Cost, measured
 from xai_edit.core.data import Data, model_device, peek
+from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import copied, preserved
 from xai_edit.core.layers import predict
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.membership import forgetting_rates
-from xai_edit.evaluation.outputs import ClassSample, Overlap, Seen, naming, read, split_accuracy
-from xai_edit.evaluation.probe import find_heads, fit_probe, recalled
+from xai_edit.evaluation.outputs import ClassSample, Overlap, naming, read, split_accuracy
 from xai_edit.evaluation.relearning import (
     STEPS,
     Relearning,
@@ -27,10 +28,11 @@ from xai_edit.evaluation.relearning import (
     relearning_curves,
 )
 from xai_edit.evaluation.unlearning_figures import Divergence, NetworkFigures, Unlearning
+from xai_edit.last_layer.head import find_head
 
 KEPT = 5000
-"""Samples whose features (for the probe) or outputs (for the attack) are kept, shared out evenly
-among the classes. So memory does not grow with the data."""
+"""Samples whose features (for the probe) or outputs (for the attack) are kept, as many of each
+class."""
 
 
 def evaluate_unlearning(
@@ -46,42 +48,38 @@ def evaluate_unlearning(
     cost: Cost | None = None,
     seed: int = 0,
 ) -> Unlearning:
-    """Measure what an edit did to the classes to be forgotten and to the rest, before and after.
+    """Measure the effect of an edit on the classes to forget and on the rest, before and after.
 
-    A_t, A_g and F_r are those of Chang et al., *Zero-shot class unlearning*, Sec. V-B. Beside them
-    stand a linear probe of the features, a relearning curve, and the distance to a network
-    retrained without the classes.
+    A_t, A_g and F_r are those of Chang et al., *Zero-shot class unlearning*, Sec. V-B. In addition:
+    a linear probe of the features, a relearning curve, and the divergence from a network retrained
+    without the classes.
 
-    One pass over ``train`` and one over ``test``, in which every network sees every batch, and one
-    more over ``test`` for each step of the relearning. Memory: the copies of the network (one of
-    the edited, one for each relearning curve), features and outputs of at most 5000 samples (in
-    addition the outputs of 5000 training samples of the forgotten classes), and 640 training
-    samples for the relearning, or one of each class where there are more classes.
+    Takes one pass over ``train`` and one over ``test``, and one more over ``test`` for each step of
+    the relearning. Memory does not grow with the data: copies of the network, features and outputs
+    of about 10,000 samples, and 640 training samples for the relearning, at least one of each
+    class.
 
     Parameters
     ----------
     model : nn.Module
-        The classifier before. Left exactly as it was, as are all networks given.
+        The original classifier. Left exactly as it was, like the other networks.
     edit : ModelEdit or nn.Module
         An edit of ``model``, not applied; or the unlearned network itself.
-    train : iterable or Dataset
-        Labelled samples that the model was trained on.
-    test : iterable or Dataset
-        Labelled samples that neither model nor edit has seen.
+    train, test : iterable or Dataset
+        Labelled samples that the model was trained on, and that neither model nor edit has seen.
     target : int or sequence of int
-        The class or classes to be forgotten.
+        The class or classes to forget.
     retrained : ModelEdit or nn.Module, optional
-        A network trained without the classes, with as many outputs, or the edit of ``model`` that
-        `retrain` gives.
+        A network trained without the classes, with as many outputs, or its edit of ``model``.
     analysis : iterable or Dataset, optional
-        What the edit was planned from; must not share a sample with ``train`` or ``test``.
+        Data that the edit was planned from; must not share a sample with ``train`` or ``test``.
     relearn : sequence of int
         Optimiser steps after which the relearning is measured, ascending; empty to leave it out.
     cost : Cost, optional
-        Of the edit itself, to be reported with the rest.
+        Of the edit itself, to report with the rest.
     seed : int
-        Of the random samples kept, of the attack and of the batches of the relearning. On a CPU
-        the same seed gives the same bits, as long as the data comes in the same order.
+        Of the random samples kept, the attack and the batches of the relearning. On a CPU the same
+        seed gives the same bits for data in the same order.
 
     Raises
     ------
@@ -93,7 +91,7 @@ def evaluate_unlearning(
         If labels are missing or out of range, a forgotten class or all others have no samples in a
         split, the networks' outputs differ in number, or ``analysis`` overlaps with a split.
     TypeError
-        If an argument is of another kind, among it data that can be read only once.
+        If an argument is of another kind, or data can be read only once.
     """
     steps, seed = checked_steps(relearn), operator.index(seed)
     readable_again(train, "the evaluation", "train")
@@ -111,41 +109,41 @@ def evaluate_unlearning(
             first = peek(train, model_device(model))[0].inputs[:1]
         classes = _classes(networks, first)
         targets = tuple(class_list(target, classes))
-        heads, headless = find_heads(networks, first)
+        heads, headless = _heads(networks, first)
         overlap = Overlap(analysis)
         counts: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
         evenly = [max(1, KEPT // classes)] * classes
 
         with measured() as parts["train"]:
-            own = max(1, KEPT // len(targets))  # more of those that F_r is measured on
+            own = max(1, KEPT // len(targets))  # more, since F_r is over them
             limits = [own if one in targets else rest for one, rest in enumerate(evenly)]
             outputs, features = ClassSample(limits, seed), ClassSample(evenly, seed)
             lessons = ClassSample(lessons_kept(classes, targets), seed)
-            for seen in read(networks, heads, train, "train"):
-                seen.add_to(counts["train"])
-                overlap.add(seen.inputs, "train")
-                outputs.add(seen.labels, _single(seen.probabilities))
-                features.add(seen.labels, seen.features)
+            for batch in read(networks, heads, train, "train", counts["train"]):
+                overlap.add(batch.inputs, "train")
+                outputs.add(batch.labels, _single(batch.probabilities))
+                features.add(batch.labels, batch.features)
                 if steps:
-                    lessons.add(seen.labels, {"inputs": seen.inputs})
+                    lessons.add(batch.labels, {"inputs": batch.inputs})
             trained = {n: split_accuracy(c, targets, "train") for n, c in counts["train"].items()}
         with measured() as parts["probe"]:
             sample = features.rows()
-            probes = {name: fit_probe(sample[name], sample["labels"]) for name in heads}
+            probes = {name: _probe(sample[name], sample["labels"]) for name in heads}
         with measured() as parts["test"]:
             unseen = ClassSample(evenly, seed)
             hits = dict.fromkeys(probes, 0)
-            apart = {name: torch.zeros(2, dtype=torch.float64) for name in ("before", "after")}
-            for seen in read(networks, heads, test, "test"):
-                seen.add_to(counts["test"])
-                overlap.add(seen.inputs, "test")
-                unseen.add(seen.labels, _single({"before": seen.probabilities["before"]}))
-                mine = torch.isin(seen.labels, torch.tensor(targets))
-                for name, probe in probes.items():
-                    hits[name] += recalled(probe, seen, name, mine)
-                if retrained is not None:
-                    for name, sums in apart.items():
-                        sums += _apart(seen, name, mine)
+            divergence = {name: torch.zeros(2, dtype=torch.double) for name in ("before", "after")}
+            for batch in read(networks, heads, test, "test", counts["test"]):
+                overlap.add(batch.inputs, "test")
+                p = batch.probabilities
+                unseen.add(batch.labels, _single({"before": p["before"]}))
+                forgotten = torch.isin(batch.labels, torch.tensor(targets))
+                for name, probe in probes.items() if forgotten.any() else ():
+                    answers = probe.predict(batch.features[name][forgotten].double().numpy())
+                    hits[name] += int((answers == batch.labels[forgotten].numpy()).sum())
+                for name, sums in divergence.items() if retrained is not None else ():
+                    each = jensen_shannon(p[name], p["retrained"])
+                    sums += torch.stack([each[forgotten].sum(), each[~forgotten].sum()])
             tested = {n: split_accuracy(c, targets, "test") for n, c in counts["test"].items()}
         overlap.refuse()
         with measured() as parts["attack"]:
@@ -168,15 +166,15 @@ def evaluate_unlearning(
         changed = _weights_changed(model, edit)
 
     def figures(name: str) -> NetworkFigures:
-        on_test, far = tested[name], None
-        if retrained is not None and name in apart:
-            own, rest = apart[name].tolist()
-            far = Divergence(own / on_test.forgotten_samples, rest / on_test.rest_samples)
+        on_test, mean = tested[name], None
+        if retrained is not None and name in divergence:
+            own, rest = divergence[name].tolist()
+            mean = Divergence(own / on_test.forgotten_samples, rest / on_test.rest_samples)
         return NetworkFigures(
             train=trained[name],
             test=on_test,
             forgetting_rate_train=rates.get(name),
-            divergence_test=far,
+            divergence_test=mean,
             probe_test=hits[name] / on_test.forgotten_samples if name in probes else None,
             probe_withheld=headless.get(name),
             relearning_test=curves.get(name),
@@ -200,12 +198,8 @@ def evaluate_unlearning(
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     """Return the Jensen–Shannon divergence of each two rows, in nats, 0 to ln 2.
 
-    H((p + q)/2) − (H(p) + H(q))/2, where 0·log 0 = 0; float64, shape (samples,).
-
-    Parameters
-    ----------
-    p, q : Tensor, float64, shape (samples, classes)
-        Probabilities.
+    H((p + q)/2) − (H(p) + H(q))/2, where 0·log 0 = 0; float64, shape (samples,). ``p`` and ``q``
+    are probabilities, float64, shape (samples, classes).
     """
     mixed, own = torch.special.entr((p + q) / 2), torch.special.entr(p) + torch.special.entr(q)
     divergence: Tensor = mixed.sum(1) - own.sum(1) / 2
@@ -240,13 +234,33 @@ def _single(probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: values.float() for name, values in probabilities.items()}
 
 
-def _apart(seen: Seen, name: str, mine: Tensor) -> Tensor:
-    """Return the summed divergences to the retrained network, of the forgotten and of the rest."""
-    each = jensen_shannon(seen.probabilities[name], seen.probabilities["retrained"])
-    return torch.stack([each[mine].sum(), each[~mine].sum()])
+def _heads(
+    networks: Mapping[str, nn.Module], inputs: Tensor
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the last linear layer of the networks that have one, and why the others have none."""
+    heads, headless = {}, {}
+    for name, network in networks.items():
+        try:
+            heads[name] = find_head(network, inputs.to(model_device(network)))[0]
+        except NonFiniteError as problem:
+            raise NonFiniteError(f"network {name!r}: {problem}") from problem
+        except ValueError as problem:  # the outputs themselves were checked before
+            headless[name] = str(problem)
+    return heads, headless
+
+
+def _probe(features: Tensor, labels: Tensor) -> Any:
+    """Fit a logistic regression on standardised features; shapes (samples, d) and (samples,)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return probe.fit(features.double().numpy(), labels.numpy())
 
 
 def _weights_changed(model: nn.Module, edit: ModelEdit | nn.Module) -> int | None:
+    """Return the number of changed weights; None where the edited network has other parameters."""
     if isinstance(edit, ModelEdit):
         return edit.size
     old, new = (dict(network.named_parameters()) for network in (model, edit))

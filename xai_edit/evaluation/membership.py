@@ -1,4 +1,4 @@
-"""Membership attack: whether a sample was trained on, and the forgetting rate from it."""
+"""The forgetting rate of class unlearning, by a membership attack."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ import torch
 from torch import Tensor
 
 MARGIN = 0.05
-"""An attack is taken for chance within this much of an accuracy of 1/2."""
+"""An attack of an accuracy of at most 1/2 and this much is taken for chance."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """How well the attack separates training samples from unseen ones, on the unedited network.
+    """Accuracy of the attack that separates training from unseen samples, on the unedited network.
 
     Attributes
     ----------
     accuracy : float or None
-        On the half of the samples that it was not fitted on, as many trained as unseen ones;
-        0.5 is chance. None where there are too few samples to fit it.
+        On the half of the samples that it was not fitted on; 0.5 is chance. None with too few
+        samples.
     train_samples, test_samples : int
         Training samples (trained) and test samples (unseen) in that half.
     forgotten_train_samples : int
-        What F_r is measured on: training samples of the forgotten classes that the attack was not
-        fitted on.
+        Training samples of the forgotten classes, not fitted on, that F_r is over.
     withheld : str or None
-        Why F_r is not given; None where it is.
+        Why there is no F_r; None where there is one.
     """
 
     accuracy: float | None
@@ -45,35 +44,26 @@ def forgetting_rates(
     target: Sequence[int],
     seed: int,
 ) -> tuple[Attack, dict[str, float]]:
-    """Fit the attack on the unedited network and ask it about each network.
+    """Fit the attack on the unedited network; return it and F_r of each network, none if withheld.
 
-    A linear SVM on softmax outputs, as in Chang et al., *Zero-shot class unlearning*, Sec. V-B.
-    It sees the probability of the label first and the others in descending order. The plain
-    vector of a confident answer is a corner of the simplex whatever its class, and no plane cuts
-    off all corners, so that a linear attack on it is chance even where every sample was memorised
-    (tried: 0.48 to 0.51, in this order 0.98). Shokri et al. 2017, *Membership inference attacks
-    against machine learning models*, fit an attack for each class for the same reason. The columns
-    are not standardised: they share one scale, and a column that is nearly 0 before an edit would
-    decide alone after it.
+    A linear SVM on softmax outputs, as in Chang et al., *Zero-shot class unlearning*, Sec. V-B, on
+    the probability of the label first and the others in descending order. On the plain vectors a
+    linear attack is chance even where every sample was memorised (accuracy 0.48 to 0.51, in this
+    order 0.98): a confident answer is a corner of the simplex, and no plane cuts off all corners.
+    The columns are not standardised: one that is nearly 0 before an edit would decide alone after
+    it.
 
     Parameters
     ----------
     trained : mapping
-        ``labels`` (samples,) and, per name of a network, ``before`` among them, its probabilities
-        (samples, classes) on training samples, in random order within each class.
+        ``labels`` (samples,) and, by the networks' names, ``before`` among them, the probabilities
+        (samples, classes) of training samples, in random order within each class.
     unseen : mapping
         ``labels`` and the probabilities of ``before`` on test samples.
     target : sequence of int
         The forgotten classes.
     seed : int
         Of the SVM.
-
-    Returns
-    -------
-    Attack
-    dict of float
-        F_r per network: the share of training samples of the forgotten classes that the attack
-        calls unseen. Empty where it is withheld.
     """
     from sklearn.svm import LinearSVC
 
@@ -93,11 +83,11 @@ def forgetting_rates(
 
     svm = LinearSVC(random_state=seed, max_iter=10_000).fit(*both(fitted))
     accuracy = float(svm.score(*both(held_out)))
-    # Where samples are few, luck alone goes further than the margin: two standard errors.
+    # With few samples chance goes beyond the margin: two standard errors.
     margin = max(MARGIN, sum(sizes[:2]) ** -0.5)
     if accuracy <= 0.5 + margin:
         reason = (
-            f"the attack tells trained from unseen samples with an accuracy of {accuracy:.3f}, "
+            f"the attack separates trained from unseen samples with an accuracy of {accuracy:.3f}, "
             f"within {margin:.2f} of chance or below, so its answers say nothing"
         )
         return Attack(accuracy, *sizes, reason), {}
@@ -116,17 +106,14 @@ def attack_rows(probabilities: Tensor, labels: Tensor) -> np.ndarray:
 def _halves(trained: Tensor, unseen: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the rows to fit on and to measure on, each for trained and unseen samples.
 
-    Of each class as many trained as unseen ones, so that the class alone gives nothing away.
+    They are balanced within each class, so that the class alone reveals nothing.
     """
-    fitted: tuple[list[Tensor], list[Tensor]] = ([], [])
-    held_out: tuple[list[Tensor], list[Tensor]] = ([], [])
+    parts: list[list[Tensor]] = [[], [], [], []]
     for one in trained.unique():
         rows = [(labels == one).nonzero()[:, 0] for labels in (trained, unseen)]
         pairs = min(map(len, rows))
-        for side in (0, 1):
-            fitted[side].append(rows[side][: pairs // 2])
-            held_out[side].append(rows[side][pairs // 2 : pairs])
-    return (
-        (torch.cat(fitted[0]), torch.cat(fitted[1])),
-        (torch.cat(held_out[0]), torch.cat(held_out[1])),
-    )
+        halves = [side[: pairs // 2] for side in rows] + [side[pairs // 2 : pairs] for side in rows]
+        for part, half in zip(parts, halves, strict=True):
+            part.append(half)
+    fit_trained, fit_unseen, held_trained, held_unseen = map(torch.cat, parts)
+    return (fit_trained, fit_unseen), (held_trained, held_unseen)

@@ -1,4 +1,4 @@
-"""Several models over the same batches: outputs, features, right answers, and random samples."""
+"""Outputs of several models on the same batches, their accuracy, and random samples of them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from xai_edit.core.layers import INPUT_SUFFIX, predict, tapped
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What several models make of one batch, by the models' names, on the CPU.
+class Outputs:
+    """Outputs and features of several models on one batch, by the models' names, on the CPU.
 
     Attributes
     ----------
     inputs : Tensor, shape (samples, ...)
         On the device of the first model.
     labels : Tensor, int64, shape (samples,)
-    counts : dict of Tensor, int64, shape (2, classes)
-        Right answers and samples by class.
     probabilities : dict of Tensor, float64, shape (samples, classes)
     features : dict of Tensor, shape (samples, d)
         The inputs of the last linear layer, for the models that have one.
@@ -36,60 +34,45 @@ class Seen:
 
     inputs: Tensor
     labels: Tensor
-    counts: dict[str, Tensor]
     probabilities: dict[str, Tensor]
     features: dict[str, Tensor]
 
-    def add_to(self, counts: dict[str, Tensor]) -> None:
-        """Add the batch to the counts of a split, which are empty at first."""
-        for name, more in self.counts.items():
-            counts[name] = counts[name] + more if name in counts else more
-
 
 def read(
-    models: Mapping[str, nn.Module], heads: Mapping[str, str], data: Data, split: str
-) -> Iterator[Seen]:
-    """Read the data once and pass each batch to every model, so that all see the same samples.
+    models: Mapping[str, nn.Module],
+    heads: Mapping[str, str],
+    data: Data,
+    split: str,
+    counts: dict[str, Tensor],
+) -> Iterator[Outputs]:
+    """Read the data once and yield each batch's outputs of all models.
 
-    Parameters
-    ----------
-    models : mapping
-        Name → classifier, in evaluation mode; call it inside ``preserved`` and ``no_grad``.
-    heads : mapping
-        Name → last linear layer, for the models that have one.
-    data : iterable or Dataset
-        Labelled batches.
-    split : str
-        The name of the data, for error messages.
-
-    Raises
-    ------
-    ValueError, TypeError, NonFiniteError
-        On bad data or outputs, naming the split and the model.
+    Models are by name, in evaluation mode; call it inside ``preserved`` and ``no_grad``. ``heads``
+    has the last linear layer of those that have one. Right answers and samples by class, int64,
+    shape (2, classes), are added to ``counts``. Errors on bad data or outputs name ``split`` and
+    the model.
     """
     device = model_device(next(iter(models.values())))
     with naming(split):
         for batch in batches(data, device):
             labels = with_labels(batch.labels).cpu()
-            seen = Seen(batch.inputs, labels, {}, {}, {})
+            found = Outputs(batch.inputs, labels, {}, {})
             for name, model in models.items():
                 watched = [heads[name] + INPUT_SUFFIX] if name in heads else []
                 with naming(f"network {name!r}"), tapped(model, watched) as tap:
                     output = predict(model, batch.inputs.to(model_device(model))).cpu()
                 classes = output.shape[1]
                 in_range(labels, classes, "labels")
-                seen.counts[name] = count_by_group(output.argmax(1), labels, classes)[:2, :, 0]
-                seen.probabilities[name] = log_probabilities(output.double()).exp()
+                more = count_by_group(output.argmax(1), labels, classes)[:2, :, 0]
+                counts[name] = counts[name] + more if name in counts else more
+                found.probabilities[name] = log_probabilities(output.double()).exp()
                 for layer in watched:
-                    seen.features[name] = tap.values[layer].cpu().float()
-            yield seen
+                    found.features[name] = tap.values[layer].cpu().float()
+            yield found
 
 
 def log_probabilities(output: Tensor) -> Tensor:
-    """Return log softmax of the logits, or the logarithm where the rows are a softmax already.
-
-    Shape (samples, classes), the dtype of ``output``.
-    """
+    """Return log softmax of the logits, or the logarithm where the rows are a softmax already."""
     ones = torch.ones_like(output[:, 0])
     if (output >= 0).all() and torch.allclose(output.sum(1), ones, atol=1e-3):
         return output.clamp(min=torch.finfo(output.dtype).tiny).log()
@@ -98,7 +81,7 @@ def log_probabilities(output: Tensor) -> Tensor:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Say in an error on bad input where it arose."""
+    """Begin the message of an error on bad input with the name of the data or network."""
     try:
         yield
     except (ValueError, TypeError) as problem:
@@ -109,16 +92,15 @@ def naming(where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SplitAccuracy:
-    """Right answers of one network on one split. Higher is better, but for ``forgotten``.
+    """Accuracy of one network on one split.
 
     Attributes
     ----------
     forgotten, rest : float
-        A_t and A_g: accuracy over the samples of the forgotten classes, and over all others.
+        A_t (lower is better) and A_g (higher is better): accuracy on the forgotten classes and on
+        the others, with ``forgotten_samples`` and ``rest_samples``.
     classes : tuple of float or None
-        Accuracy of each class; None where it has no samples.
-    forgotten_samples, rest_samples : int
-        What the first two are measured on.
+        Accuracy of each class; None without samples.
     samples : tuple of int
         Samples of each class.
     """
@@ -132,17 +114,14 @@ class SplitAccuracy:
 
 
 def split_accuracy(counts: Tensor, target: Sequence[int], split: str) -> SplitAccuracy:
-    """Return a model's figures on a split from its right answers and samples by class.
+    """Return a model's accuracy from its right answers and samples by class.
 
-    Raises
-    ------
-    ValueError
-        If a forgotten class, or all the rest, has no samples.
+    ValueError if a forgotten class, or all the rest, has no samples.
     """
     right, samples = counts.tolist()
     for one in target:
         if not samples[one]:
-            raise ValueError(f"{split}: no samples of class {one}, which is to be forgotten")
+            raise ValueError(f"{split}: no samples of class {one}, one of the target")
     own_right, own = counts[:, list(target)].sum(1).tolist()
     rest_right, rest = sum(right) - own_right, sum(samples) - own
     if not rest:
@@ -155,8 +134,8 @@ def split_accuracy(counts: Tensor, target: Sequence[int], split: str) -> SplitAc
 class ClassSample:
     """A random sample of each class, of bounded size, from a stream (reservoir sampling).
 
-    Every sample of the stream draws a key, and those of lowest key stay, at most ``limits`` of each
-    class; so the choice depends on the seed and the order of the stream, not on its batches.
+    Every sample draws a key; at most ``limits`` of each class stay, those of lowest key. So the
+    choice depends on the seed and the order of the stream, not on its batches.
     """
 
     def __init__(self, limits: Sequence[int], seed: int) -> None:
@@ -167,7 +146,7 @@ class ClassSample:
         self._pending = 0
 
     def add(self, labels: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Take in one batch; every column has one row a label, and ``labels`` is on the CPU."""
+        """Add one batch; every column has one row a label, and ``labels`` is on the CPU."""
         keys = torch.from_numpy(self._random.random(len(labels)))
         rows = (keys < self._bounds[labels]).nonzero()[:, 0]
         chunk = {"": keys[rows], "labels": labels[rows]}
@@ -199,21 +178,22 @@ class ClassSample:
 
 
 class Overlap:
-    """Which of the samples an edit was planned from are also among those it is measured on.
+    """Samples that an edit was planned from and is also measured on.
 
-    Samples are compared by their bytes, so an augmented copy goes unseen. Holds 16 bytes for each
-    sample of ``analysis``.
+    Samples are compared by their bytes, so an augmented copy is not noticed. Holds 16 bytes a
+    sample.
     """
 
     def __init__(self, analysis: Data | None) -> None:
         self._analysis: set[bytes] = set()
         self._found: dict[str, set[bytes]] = {}
-        with naming("analysis"):
-            for batch in () if analysis is None else batches(analysis):
-                self.know(batch.inputs)
+        if analysis is not None:
+            with naming("analysis"):
+                for batch in batches(analysis):
+                    self.know(batch.inputs)
 
     def know(self, inputs: Tensor) -> None:
-        """Take in one batch that an edit was planned from."""
+        """Add one batch that an edit was planned from."""
         self._analysis.update(_digests(inputs))
 
     def add(self, inputs: Tensor, split: str) -> None:

@@ -1,4 +1,4 @@
-"""Size and speed of two networks side by side."""
+"""Parameters, operations and speed of two networks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from xai_edit.core.checks import whole_number
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied, preserved
 from xai_edit.core.layers import run
+from xai_edit.core.text import aligned
 
 WARM_UP = 3
 
@@ -24,7 +25,6 @@ class Size:
     Attributes
     ----------
     parameters : int
-        Numbers in its parameters.
     operations : int
         Multiply-accumulate operations of a sample as Torch-Pruning counts them, in modules only;
         activations, pooling, norms and biases count too.
@@ -39,18 +39,10 @@ class Size:
 
 @dataclass(frozen=True)
 class SizeComparison:
-    """Two networks measured in turn in one run.
+    """Sizes of two networks, timed alternately in one run.
 
-    Attributes
-    ----------
-    before, after : Size
-    samples : int
-        Of the batch that was timed.
-    rounds : int
-        How often each was timed.
-    threads : int
-        PyTorch's threads for one operation on the CPU.
-    device : str
+    ``samples`` is the size of the batch, ``rounds`` how often each was timed, ``threads`` the
+    number of PyTorch's threads on the CPU.
     """
 
     before: Size
@@ -68,18 +60,14 @@ class SizeComparison:
 
     def __str__(self) -> str:
         titles = ["parameters", "operations a sample", f"ms for {self.samples} samples"]
-        columns = [
+        before, after = (
             [f"{size.parameters:,}", f"{size.operations:,}", f"{1e3 * size.seconds:.2f}"]
             for size in (self.before, self.after)
-        ]
-        lines = [
-            f"{title:<22} {before:>18} → {after:>18}   {100 * ratio:5.1f} %"
-            for title, before, after, ratio in zip(
-                titles, *columns, self.ratios.values(), strict=True
-            )
-        ]
-        measured = f"{self.rounds} rounds in turn, {self.device}, {self.threads} threads"
-        return "\n".join([*lines, f"(medians of {measured})"])
+        )
+        shares = [f"{100 * ratio:.1f} %" for ratio in self.ratios.values()]
+        rows = zip(titles, before, ["→"] * 3, after, shares, strict=True)
+        rounds = f"{self.rounds} alternating rounds, {self.device}, {self.threads} threads"
+        return f"{aligned(rows)}\n(medians of {rounds})"
 
 
 def compare_sizes(
@@ -122,9 +110,9 @@ def compare_sizes(
 
 
 def _size(network: nn.Module, inputs: Tensor, seconds: list[float]) -> Size:
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    import torch_pruning  # only here: slow to import
+    import torch_pruning  # slow to import
 
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     operations, _ = torch_pruning.utils.count_ops_and_params(copied(network), inputs[:1])
     return Size(parameters, round(operations), median(seconds))
 

@@ -1,13 +1,13 @@
-"""The figures of an unlearned network, as text and as JSON values."""
+"""The figures of `evaluate_unlearning`, as text and as JSON values."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from xai_edit.core.cost import Cost
+from xai_edit.core.text import aligned
 from xai_edit.evaluation.membership import Attack
 from xai_edit.evaluation.outputs import SplitAccuracy
 from xai_edit.evaluation.relearning import Relearning
@@ -15,20 +15,14 @@ from xai_edit.evaluation.relearning import Relearning
 LINES = 20  # classes that the text shows
 
 CLOSING = (
-    "The accuracies show what the network answers. The probe and the relearning curve show what of "
-    "the class is still there."
+    "The accuracies show what the network answers. The probe and the relearning curve show how "
+    "much of the class is still there."
 )
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Mean Jensen–Shannon divergence to the retrained network, in nats, 0 to ln 2.
-
-    Attributes
-    ----------
-    forgotten, rest : float
-        Over the samples of the forgotten classes, and over all others.
-    """
+    """Mean Jensen–Shannon divergence to the retrained network, in nats, 0 to ln 2."""
 
     forgotten: float
     rest: float
@@ -41,19 +35,18 @@ class NetworkFigures:
     Attributes
     ----------
     train, test : SplitAccuracy
-        Accuracy on training and on test samples.
     forgetting_rate_train : float or None
         F_r: the share of the forgotten classes' training samples that a membership attack calls
-        unseen. None where it is withheld; `Unlearning.attack` says why.
+        unseen. None where it is withheld; `Unlearning.attack` has the reason.
     divergence_test : Divergence or None
-        To the retrained network, on test samples; None where none was given, and for itself.
+        On test samples; None without a retrained network, and for itself.
     probe_test : float or None
         Recall of the forgotten classes on test samples by a logistic regression on the inputs of
-        the network's last linear layer, fitted on training samples. None where it is withheld.
+        the network's last linear layer, fitted on training samples.
     probe_withheld : str or None
         Why there is no probe; None where there is one.
     relearning_test : Relearning or None
-        None where it was not asked for, and for the network before the edit.
+        None with ``relearn=()``, and for the network before the edit.
     """
 
     train: SplitAccuracy
@@ -67,31 +60,26 @@ class NetworkFigures:
 
 @dataclass(frozen=True)
 class Unlearning:
-    """What an edit did to the classes a network was to forget, and to the rest.
-
-    Two evaluations are equal if all their figures are, whatever they cost.
+    """Figures of an edit that makes a network forget classes; costs play no part in equality.
 
     Attributes
     ----------
     target : tuple of int
         The forgotten classes.
-    before, after : NetworkFigures
-        Of the network as it was, and of the edited one.
-    retrained : NetworkFigures or None
-        Of the network retrained without the classes, where one was given.
+    before, after, retrained : NetworkFigures
+        Of the original and the edited network, and of the one retrained without the classes or
+        None.
     attack : Attack
-        What F_r rests on.
+        The membership attack behind F_r.
     probe_train_samples : int
-        Training samples that the probe was fitted on: a random sample, equally many of each class
-        as far as there are.
+        Training samples that the probe was fitted on, balanced over the classes as far as possible.
     weights_changed : int or None
-        None where the edited network has other parameters than the one before.
+        None where the edited network has other parameters than the original one.
     parameters : int
-        Of the network before.
+        Of the original network.
     seed : int
-        Of the random samples, the attack and the batches of the relearning.
     cost : Cost or None
-        Of the edit itself, as given.
+        Of the edit itself.
     evaluation : dict of Cost
         Of each part of this evaluation: ``train`` and ``test`` (one pass each), ``probe``,
         ``attack``, ``relearning``.
@@ -111,60 +99,60 @@ class Unlearning:
 
     @property
     def networks(self) -> dict[str, NetworkFigures]:
-        """The figures by name: ``before``, ``after`` and, where given, ``retrained``."""
+        """The figures by name: ``before``, ``after`` and, where there is one, ``retrained``."""
         named = {"before": self.before, "after": self.after, "retrained": self.retrained}
         return {name: figures for name, figures in named.items() if figures is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; keys are the attributes' names, tuples are lists.
 
-        Under ``before``, ``after`` and ``retrained`` (or None) stand the attributes of
-        `NetworkFigures`, under their ``train`` and ``test`` those of `SplitAccuracy`; a list over
-        classes is in their order. ``cost`` and the entries of ``evaluation`` hold ``seconds``,
-        ``memory`` and ``gpu_memory`` (bytes), the only values that differ from run to run.
+        Lists over classes are in their order. Only ``cost`` and ``evaluation`` (seconds and bytes)
+        differ from run to run.
         """
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     def __str__(self) -> str:
+        classes = "class" if len(self.target) == 1 else "classes"
+        train, test = (
+            f"{split.forgotten_samples} of {split.forgotten_samples + split.rest_samples}"
+            for split in (self.before.train, self.before.test)
+        )
+        samples = f"{train} training samples, {test} test samples"
         lines = [
-            f"{'class' if len(self.target) == 1 else 'classes'} {_listed(self.target)}: "
-            f"{_of(self.before.train)} training samples, {_of(self.before.test)} test samples",
+            f"{classes} {', '.join(map(str, self.target))}: {samples}",
             "",
-            *self._table(),
+            aligned(self._table()),
+            "",
             *self._notes(),
-            *self._curves(),
             "",
-            *self._classes(),
-            "",
-            self._changed(),
         ]
+        if any(one.relearning_test for one in self.networks.values()):
+            lines += [aligned(self._curves()), ""]
+        lines += [aligned(self._classes()), "", self._changed()]
         if self.cost is not None:
             lines.append(f"the edit took {self.cost}")
         parts = "; ".join(f"{part} {cost}" for part, cost in self.evaluation.items())
         return "\n".join([*lines, f"the evaluation took: {parts}", "", CLOSING])
 
-    def _table(self) -> list[str]:
+    def _table(self) -> list[list[Any]]:
         networks = self.networks.values()
-        rows: dict[str, list[float | None]] = {
-            "A_t, accuracy on the forgotten, test": [one.test.forgotten for one in networks],
-            "A_g, accuracy on the rest, test": [one.test.rest for one in networks],
-            "A_t, accuracy on the forgotten, train": [one.train.forgotten for one in networks],
-            "A_g, accuracy on the rest, train": [one.train.rest for one in networks],
-            "F_r, forgetting rate, train": [one.forgetting_rate_train for one in networks],
-            "probe, recall of the forgotten, test": [one.probe_test for one in networks],
-        }
-        if self.retrained is not None:
-            for part in ("forgotten", "rest"):
-                rows[f"JS to retrained, {part}, test"] = [
-                    getattr(one.divergence_test, part, None) for one in networks
-                ]
-        numbers = [_row(text, map(_number, row)) for text, row in rows.items()]
-        return [_row("", [*self.networks]), *numbers]
+        rows: list[list[Any]] = [
+            ["", *self.networks],
+            ["A_t, accuracy on the forgotten, test", *(one.test.forgotten for one in networks)],
+            ["A_g, accuracy on the rest, test", *(one.test.rest for one in networks)],
+            ["A_t, accuracy on the forgotten, train", *(one.train.forgotten for one in networks)],
+            ["A_g, accuracy on the rest, train", *(one.train.rest for one in networks)],
+            ["F_r, forgetting rate, train", *(one.forgetting_rate_train for one in networks)],
+            ["probe, recall of the forgotten, test", *(one.probe_test for one in networks)],
+        ]
+        for part in ("forgotten", "rest") if self.retrained is not None else ():
+            distances = [getattr(one.divergence_test, part, None) for one in networks]
+            rows.append([f"JS to retrained, {part}, test", *distances])
+        return rows
 
     def _notes(self) -> list[str]:
-        attack = self.attack
-        lines = [""]
+        attack, lines = self.attack, []
         if attack.withheld is not None:
             lines.append(f"F_r withheld: {attack.withheld}")
         else:
@@ -173,66 +161,46 @@ class Unlearning:
                 f"train and {attack.test_samples} test samples it was not fitted on; F_r is over "
                 f"{attack.forgotten_train_samples} train samples"
             )
-        lines += [
-            f"probe of the network {name!r} withheld: {one.probe_withheld}"
-            for name, one in self.networks.items()
-            if one.probe_withheld is not None
-        ]
+        for name, one in self.networks.items():
+            if one.probe_withheld is not None:
+                lines.append(f"probe of the network {name!r} withheld: {one.probe_withheld}")
         if self.probe_train_samples:
             lines.append(f"probe: fitted on {self.probe_train_samples} train samples")
         return lines
 
-    def _curves(self) -> list[str]:
-        lines: list[str] = []
-        for name, one in self.networks.items():
-            curve = one.relearning_test
-            if curve is None:
-                continue
-            if not lines:
-                lines = ["", _row("relearning, test; step", map(str, curve.steps), 7)]
-            lines.append(_row(f"  {name}, A_t", map(_number, curve.forgotten), 7))
-            lines.append(_row(f"  {name}, A_g", map(_number, curve.rest), 7))
-        return lines
+    def _curves(self) -> list[list[Any]]:
+        curves = {name: one.relearning_test for name, one in self.networks.items()}
+        rows: list[list[Any]] = []
+        for name, curve in curves.items():
+            if curve is not None:
+                rows.append([f"  {name}, A_t", *curve.forgotten])
+                rows.append([f"  {name}, A_g", *curve.rest])
+                steps = curve.steps
+        return [["relearning, test; step", *steps], *rows]
 
-    def _classes(self) -> list[str]:
+    def _classes(self) -> list[list[Any]]:
         before, after = self.before, self.after
-        classes = range(len(before.test.classes))
+        splits = (before.train, after.train, before.test, after.test)
+        columns = [split.classes for split in splits]
 
         def change(one: int) -> tuple[bool, float]:
             old, new = before.test.classes[one], after.test.classes[one]
             moved = 0.0 if old is None or new is None else abs(new - old)
             return one not in self.target, -moved
 
+        classes = range(len(columns[0]))
         shown = sorted(sorted(classes, key=change)[:LINES])
-        text = "accuracy by class"
+        caption = "accuracy by class"
         if len(shown) < len(classes):
-            text += f" ({len(shown)} of {len(classes)}, the most changed)"
-        lines = [_row(text, ["train", "after", "test", "after"])]
+            caption += f" ({len(shown)} of {len(classes)}, the most changed)"
+        rows: list[list[Any]] = [[caption, "train", "after", "test", "after"]]
         for one in shown:
-            columns = (before.train, after.train, before.test, after.test)
             mark = "  forgotten" if one in self.target else ""
-            numbers = [_number(column.classes[one]) for column in columns]
-            lines.append(_row(f"  {one}{mark}", numbers))
-        return lines
+            rows.append([f"  {one}{mark}", *(column[one] for column in columns)])
+        return rows
 
     def _changed(self) -> str:
         if self.weights_changed is None:
             return "weights changed: not counted, the edited network has other parameters"
         share = self.weights_changed / self.parameters if self.parameters else 0.0
         return f"weights changed: {self.weights_changed} of {self.parameters} ({share:.3%})"
-
-
-def _row(text: str, cells: Any, width: int = 11) -> str:
-    return f"{text:<40}" + "".join(f"{cell:>{width}}" for cell in cells)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _listed(classes: Sequence[int]) -> str:
-    return ", ".join(map(str, classes))
-
-
-def _of(split: SplitAccuracy) -> str:
-    return f"{split.forgotten_samples} of {split.forgotten_samples + split.rest_samples}"

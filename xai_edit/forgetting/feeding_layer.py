@@ -1,4 +1,4 @@
-"""Which hidden linear layer's outputs are the inputs of the last layer, by data flow."""
+"""The hidden linear layer whose outputs are the inputs of the last layer, by autograd's graph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import INPUT_SUFFIX, differentiable, embeddings_in_graph, run
 
-# Autograd nodes of operations that keep each unit at its position. Norms are among them: a layer
-# norm divides by what all units are together, and gives one value for each.
+# Autograd nodes of operations with one output for each input unit, at the same position. Norms are
+# among them, although a layer norm divides by the deviation of all units.
 ONE_BY_ONE = {
     *("ReLU", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Celu", "Gelu", "Silu", "Mish", "Tanh"),
     *("Sigmoid", "LogSigmoid", "Hardsigmoid", "Hardswish", "Hardtanh", "Softplus", "Threshold"),
@@ -25,34 +25,19 @@ ONE_BY_ONE = {
 
 
 def feeding_layer(model: nn.Module, head: str, width: int, inputs: Tensor) -> str:
-    """Return the linear layer whose outputs the head reads one by one, else the head's inputs.
+    """Return the linear layer whose outputs the head takes one by one, else the head's inputs.
 
-    Follows the head's input back through the operations that made it: activations, dropout, norms
-    and changes of shape, on every branch.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Left exactly as it was.
-    head : str
-        Name of the last linear layer.
-    width : int
-        Its inputs.
-    inputs : Tensor, shape (samples, ...)
-        A batch, of which one sample is used.
-
-    Raises
-    ------
-    ValueError
-        If a linear layer as wide as the head reaches it together with something else, or through
-        an operation that may mix its units.
+    Follows the input of the last linear layer, ``head``, of ``width`` units, back through
+    activations, dropout, norms and changes of shape, on every branch. One sample of ``inputs`` is
+    used; the model is left exactly as it was. ValueError if a linear layer as wide as the head
+    reaches it together with other tensors, or through an operation that may mix its units.
     """
-    made: dict[Any, str] = {}  # node of the graph → the layer it begins at
+    made: dict[Any, str] = {}  # node of the graph → the layer whose output it is
     wide: list[str] = []
-    read: list[Tensor] = []
+    head_inputs: list[Tensor] = []
 
-    def begin(name: str, output: Tensor) -> Tensor | None:
-        """Start the graph anew at a layer that could feed the head."""
+    def cut(name: str, output: Tensor) -> Tensor | None:
+        """Start a new graph at a layer that could feed the head."""
         if output.shape != (1, width):
             return None
         output = output.detach().requires_grad_().clone()
@@ -63,24 +48,24 @@ def feeding_layer(model: nn.Module, head: str, width: int, inputs: Tensor) -> st
 
     with torch.inference_mode(False), preserved(model), torch.enable_grad():
         for parameter in model.parameters():
-            parameter.requires_grad_(False)  # so that the graph holds what the data pass through
+            parameter.requires_grad_(False)  # so that the graph holds only operations on the data
         embeddings_in_graph(model)
         for name, module in model.named_modules():
             if name == head:
-                module.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+                module.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
             elif isinstance(module, nn.Linear):
-                module.register_forward_hook(lambda _, __, output, name=name: begin(name, output))
+                module.register_forward_hook(lambda _, __, output, name=name: cut(name, output))
         run(model, differentiable(inputs[:1]))
 
-    last = read[-1].grad_fn
+    last = head_inputs[-1].grad_fn
     ends = _ends(last, made)
     names = sorted({made[end] for end in ends if end is not None})
     if len(names) == 1 and None not in ends:
         return names[0]
     if last is None:
         names = wide
-    elif not names and (behind := _behind(last, made)):
-        names = [behind]
+    elif not names and (source := _only_source(last, made)):
+        names = [source]
     if names:
         raise ValueError(
             f"layer: the inputs of the last layer {head!r} are not one by one the outputs of a "
@@ -95,7 +80,7 @@ def _parents(node: Any) -> list[Any]:
 
 
 def _ends(last: Any, made: dict[Any, str]) -> set[Any]:
-    """Follow each branch while units keep their positions; return the layers' nodes it ends at.
+    """Follow each branch while units keep their positions; return the nodes of layers at the ends.
 
     None stands for all other ends.
     """
@@ -115,8 +100,8 @@ def _ends(last: Any, made: dict[Any, str]) -> set[Any]:
     return ends
 
 
-def _behind(node: Any, made: dict[Any, str]) -> str | None:
-    """Return the layer that the head's input comes from, if alone, through whatever operations."""
+def _only_source(node: Any, made: dict[Any, str]) -> str | None:
+    """Return the layer from which a chain of any operations leads to the node, if there is one."""
     while node is not None and node not in made:
         node = parents[0] if len(parents := _parents(node)) == 1 else None
     return made.get(node)

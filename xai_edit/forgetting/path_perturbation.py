@@ -1,4 +1,4 @@
-"""Class unlearning by neuronal path perturbation."""
+"""Neuronal path perturbation: switch off the neurons that are most relevant to a class."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ from xai_edit.scoring.unit_scores import score_units
 
 @dataclass(frozen=True)
 class PathPerturbation:
-    """Make a classifier stop predicting a class: switch off the neurons most relevant for it.
+    """Make a classifier stop predicting a class: switch off the neurons most relevant to it.
 
     Chang et al., *Zero-shot Class Unlearning via Layer-wise Relevance Analysis and Neuronal Path
-    Perturbation*. It works from samples that the model was never trained on, labelled or not, from
-    one on.
+    Perturbation*. One sample is enough; samples need neither labels nor to be training data.
 
     Parameters
     ----------
     layer : str or sequence of str, optional
-        Layers whose neurons are switched off: linear or convolution layers, or ``"fc:input"`` for
-        the inputs of ``fc``; the share is taken of each. Default: the hidden linear layer before
-        the output or, where there is none (ResNet), the inputs of the last layer.
+        Linear or convolution layers whose neurons are switched off, or ``"fc:input"`` for the
+        inputs of ``fc``. Default: the hidden linear layer before the output or, where there is none
+        (ResNet), the inputs of the last layer.
     share : float in (0, 1] or "auto"
-        Share of a layer's neurons to switch off (the paper's m_p). "auto" takes the smallest with
-        which no more than ``bound`` of the class is predicted.
+        Share of each layer's neurons to switch off (the paper's m_p). "auto" takes the smallest
+        with which A_t, the accuracy on the class, is at most ``bound``.
     rank : {"sum", "count"}
         "sum" ranks by relevance summed over the samples. "count", the paper's, by how many samples
         have the neuron among their ``k`` most relevant (Eq. 8–10), ties by summed relevance.
@@ -49,13 +48,13 @@ class PathPerturbation:
         For ``rank="count"``.
     scope : {"neuron", "class_row"}
         "neuron", the paper's, switches the neuron off for every class (Eq. 12–13). "class_row"
-        only cuts its weight to the class.
+        only sets its weight to the class to zero.
     scorer : callable
         Any scorer; LRP with the epsilon rule by default.
     bound : float in [0, 1)
-        A_t to reach with ``share="auto"``.
+        For ``share="auto"``.
     noise : {"gaussian", "laplacian"}, optional
-        Instead of switching off, add noise to the same weights (and biases): the paper's neuronal
+        Add noise to the same weights (and biases) instead of zeroing them: the paper's neuronal
         path noise, a comparison.
     scale : float
         Standard deviation of the noise, in standard deviations of the layer's weights.
@@ -106,50 +105,48 @@ class PathPerturbation:
         model : nn.Module
             A classifier.
         data : iterable or Dataset
-            Samples of the class. Where labels are given, samples of other classes are left out,
-            so a mixed loader serves as well. One pass a class.
+            Samples of the class; of labelled data, samples of other classes are ignored. One pass
+            a class.
         target : int or sequence of int
-            The class to forget, or several; these need labels.
+            The class to forget, or several, which need labels.
         validation : iterable or Dataset, optional
-            For ``share="auto"``: samples of the class other than ``data``; default: ``data``.
+            For ``share="auto"``: samples of the class other than ``data``. Default: ``data``.
 
         Returns
         -------
         ModelEdit
-            Its origin lists the layer, the neurons and the number of samples; where there are
-            several layers or classes, by name and by class.
+            Its origin has the layer, the neurons and the number of samples; a list of them for
+            several layers or classes.
 
         Raises
         ------
         UnknownLayerError, ValueError
-            If a layer, a class or k is out of range, the layer before the output is not clear, the
-            data has no sample of a class or none that the model predicts as such,
-            ``scope="class_row"`` is asked for a layer that does not feed the output directly, two
-            classes have the same neurons, or the bound is not reached.
+            If a layer, a class or k is out of range, no single layer is before the output, the
+            data has no sample of a class or none that the model predicts as such, the neurons do
+            not feed the output (``scope="class_row"``), two classes have the same neurons, or the
+            bound is not reached.
 
         Warns
         -----
         UserWarning
             If some of the samples, without labels, are not predicted as the class.
         """
-        first, data = _unread(data, model)
-        plans = _Plans(self, model, first)
+        plans = _Plans(self, model, data)
         targets = class_list(target, plans.classes)
         edit, neurons, shares, samples = ModelEdit({}), {}, [], []
         for one in targets:
-            ranked, seen = plans.ranked(data, one, several=len(targets) > 1)
+            ranked, count = plans.ranked(one, several=len(targets) > 1)
+            samples.append(count)
             share = self.share
             if share == "auto":
-                held = data if validation is None else validation
-                share = plans.smallest_share(ranked, held, one)
+                held_out = plans.data if validation is None else validation
+                share = plans.smallest_share(ranked, held_out, one)
+            shares.append(share)
             path = plans.path(ranked, one, self.scope)
             counts = path.counts(share)
             edit |= path.edit(counts)
-            neurons[one] = [
-                ranked[layer][:count].sort().values.tolist() for layer, count in counts.items()
-            ]
-            shares.append(share)
-            samples.append(seen)
+            chosen = [ranked[layer][:count] for layer, count in counts.items()]
+            neurons[one] = [units.sort().values.tolist() for units in chosen]
         if self.scope == "neuron":
             _require_different(neurons, plans.layers)
         origin: dict[str, Any] = {
@@ -179,53 +176,49 @@ class PathPerturbation:
         validation: Data | HeadFeatures,
         shares: Sequence[float] | None = None,
     ) -> ShareSweep:
-        """Measure what is left of the class at each share, in place of the operator's own.
+        """Measure A_t and A_g at several shares; the share of the operator is ignored.
 
-        Where the neurons feed the last layer it takes one pass over ``validation``, whatever the
-        number of shares, and else one a share.
+        Takes one pass over ``validation`` where the neurons feed the last layer, else one a share.
+        Errors as for `plan`.
 
         Parameters
         ----------
         model, data, target
             As for `plan`.
         validation : iterable, Dataset or HeadFeatures
-            Samples to measure on, labelled ones of other classes too for A_g. What
-            `xai_edit.last_layer.head.collect_head_features` gives serves many sweeps.
+            Samples to measure on, for A_g with labelled samples of other classes. Features of
+            `xai_edit.last_layer.head.collect_head_features` save the pass.
         shares : sequence of float in (0, 1], optional
-            See `xai_edit.forgetting.share_sweep.sweep`.
-
-        Raises
-        ------
-        UnknownLayerError, ValueError
-            As for `plan`.
+            Default: each number of neurons, or at most each hundredth where each share takes a
+            pass.
         """
         for share in shares or ():
             fraction(share, "share")
-        first, data = _unread(data, model)
-        plans = _Plans(self, model, first)
+        plans = _Plans(self, model, data)
         (target,) = class_list([target], plans.classes)
-        ranked, _ = plans.ranked(data, target)
-        path = plans.path(ranked, target, self.scope)
+        path = plans.path(plans.ranked(target)[0], target, self.scope)
         return sweep(model, path, validation, target, shares=shares)
 
 
 class _Plans:
-    """What the plans for several classes share: the layers, and how they reach the output."""
+    """The layers, the ranking of their neurons and the edits of one call."""
 
-    def __init__(self, operator: PathPerturbation, model: nn.Module, sample: Tensor) -> None:
-        self.operator, self.model, self.sample = operator, model, sample
-        self.head, self.linear = find_head(model, sample[:1])
+    def __init__(self, operator: PathPerturbation, model: nn.Module, data: Data) -> None:
+        first, whole = peek(data, model_device(model))
+        self.data = whole if isinstance(data, Iterator) else data
+        self.operator, self.model, self.sample = operator, model, first.inputs
+        self.head, self.linear = find_head(model, self.sample[:1])
         self.classes = one_logit_a_class(self.linear.out_features)
         inputs = self.head + INPUT_SUFFIX
-        asked = [operator.layer] if isinstance(operator.layer, str) else operator.layer
+        layers = operator.layer
         try:
-            feeding = feeding_layer(model, self.head, self.linear.in_features, sample)
+            feeding = feeding_layer(model, self.head, self.linear.in_features, self.sample)
         except ValueError:
-            if asked is None:
+            if layers is None:
                 raise
             feeding = inputs
-        self.feeding = {feeding, inputs}  # names of the neurons that the last layer reads
-        self.layers = [feeding] if asked is None else resolve_layers(model, asked)
+        self.feeding = {feeding, inputs}  # names of the inputs of the last layer
+        self.layers = [feeding] if layers is None else resolve_layers(model, layers)
         for layer in self.layers:
             if layer == self.head:
                 raise ValueError(
@@ -237,13 +230,11 @@ class _Plans:
                     f"{sorted(self.feeding)}; layer {layer!r} was given"
                 )
             silencing_entries(model, layer, torch.tensor([0]))  # raises where it cannot be done
-        self.norms = following_batch_norms(model, sample[:1], self.layers)
+        self.norms = following_batch_norms(model, self.sample[:1], self.layers)
 
-    def ranked(
-        self, data: Data, target: int, *, several: bool = False
-    ) -> tuple[dict[str, Tensor], int]:
+    def ranked(self, target: int, *, several: bool = False) -> tuple[dict[str, Tensor], int]:
         """Rank each layer's neurons by layer-wise relevance (Eq. 7–10); count the samples."""
-        samples = _Samples(data, target, model_device(self.model), several)
+        samples = _Samples(self.data, target, model_device(self.model), several)
         scores = score_units(
             self.model,
             samples,
@@ -262,49 +253,48 @@ class _Plans:
     def path(self, ranked: dict[str, Tensor], target: int, scope: str) -> Path:
         """Return the neurons in order, with the edit that switches off the first of them."""
         row = target if scope == "class_row" else None
+        noise = self.operator.noise
 
         def edit(counts: Counts) -> ModelEdit:
             entries: dict[str, Tensor] = {}
             for layer, count in counts.items():
                 neurons = ranked[layer][:count]
                 if row is None:
-                    norm = None if self.operator.noise else self.norms.get(layer)
+                    norm = None if noise else self.norms.get(layer)
                     more = silencing_entries(self.model, layer, neurons, norm)
                 else:
                     name = f"{self.head}.weight".removeprefix(".")
                     more = {name: row * self.linear.in_features + neurons}
                 for name, at in more.items():  # a layer's outputs and inputs share its weights
-                    at = torch.cat([entries.get(name, at[:0]), at])
-                    entries[name] = at.unique()
-            if self.operator.noise is None:  # Eq. 12
+                    entries[name] = torch.cat([entries.get(name, at[:0]), at]).unique()
+            if noise is None:  # Eq. 12
                 values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
             else:
-                drawn = self.operator.noise, self.operator.scale, self.operator.seed
-                values = noisy_values(self.model, entries, *drawn)
+                scale, seed = self.operator.scale, self.operator.seed
+                values = noisy_values(self.model, entries, noise, scale, seed)
             return ModelEdit.between(self.model, values, {})
 
-        alone = len(ranked) == 1 and self.layers[0] in self.feeding and self.operator.noise is None
+        feeding = len(ranked) == 1 and self.layers[0] in self.feeding and noise is None
         silenced = self.norms.get(self.layers[-1], self.layers[-1])
-        return Path(ranked, edit, alone, silenced, row, self.sample)
+        return Path(ranked, edit, feeding, silenced, row, self.sample)
 
     def smallest_share(
-        self, ranked: dict[str, Tensor], held: Data | HeadFeatures, target: int
+        self, ranked: dict[str, Tensor], held_out: Data | HeadFeatures, target: int
     ) -> float:
-        """Return the smallest share that brings A_t to the bound, or say what would."""
+        """Return the smallest share with an A_t of at most the bound; ValueError without one."""
         bound, scope = self.operator.bound, self.operator.scope
         path = self.path(ranked, target, scope)
-        found = sweep(self.model, path, held, target, bound=bound)
-        if found.forgotten[-1] <= bound:
-            return found.shares[-1]
-        share, best = found.lowest()
+        own = sweep(self.model, path, held_out, target, bound=bound)
+        if own.forgotten[-1] <= bound:
+            return own.shares[-1]
+        share, best = own.lowest()
         text = (
             f"share: with scope={scope!r} A_t is {best:.3f} at best, with {share:.1%} of the "
             f"neurons of {self.layers} off, {best - bound:.3f} above the bound of {bound:g}"
         )
         if scope == "neuron" and path.feeding:
             row = self.path(ranked, target, "class_row")
-            other = sweep(self.model, row, held, target, bound=bound)
-            share, left = other.lowest()
+            share, left = sweep(self.model, row, held_out, target, bound=bound).lowest()
             best = min(best, left)
             text += "; scope='class_row' "
             if left <= bound:
@@ -319,16 +309,10 @@ def _one(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _unread(data: Data, model: nn.Module) -> tuple[Tensor, Data]:
-    """Return the first batch's inputs, and the data with that batch still to be read."""
-    first, whole = peek(data, model_device(model))
-    return first.inputs, whole if isinstance(data, Iterator) else data
-
-
 def _require_different(neurons: Mapping[int, list[list[int]]], layers: Sequence[str]) -> None:
-    seen: dict[str, int] = {}
+    targets: dict[str, int] = {}
     for target, chosen in neurons.items():
-        other = seen.setdefault(repr(chosen), target)
+        other = targets.setdefault(repr(chosen), target)
         if other != target:
             raise ValueError(
                 f"target: classes {other} and {target} have the same neurons in {[*layers]}, so "
@@ -338,13 +322,13 @@ def _require_different(neurons: Mapping[int, list[list[int]]], layers: Sequence[
 
 
 class _Samples:
-    """The samples of a class, which are counted as they are scored."""
+    """The samples of a class, counted while they are scored."""
 
     def __init__(self, data: Data, target: int, device: torch.device, several: bool) -> None:
         if several:
             readable_again(data, "planning for several classes")
         self.data, self.target, self.device, self.several = data, target, device, several
-        self.seen = self.right = 0
+        self.samples = self.right = 0
         self.labelled = False
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -363,21 +347,21 @@ class _Samples:
             )
 
     def explained(self, logits: Tensor) -> Tensor:
-        """Return the class for each sample, and count those that are predicted as it."""
-        self.seen += len(logits)
+        """Return the class for each sample; count the samples and those predicted as it."""
+        self.samples += len(logits)
         self.right += int((logits.argmax(1) == self.target).sum())
         return torch.full((len(logits),), self.target, device=logits.device)
 
     def require_predicted(self) -> None:
         """Raise ValueError if the model predicts the class for none of the samples."""
-        if self.seen and not self.right:
+        if self.samples and not self.right:
             raise ValueError(
-                f"data: none of the {self.seen} samples is predicted as class {self.target}, so "
+                f"data: none of the {self.samples} samples is predicted as class {self.target}, so "
                 "there is no path to it; give samples that are"
             )
-        if self.right < self.seen and not self.labelled:
+        if self.right < self.samples and not self.labelled:
             warnings.warn(
-                f"data: {self.seen - self.right} of {self.seen} samples are not predicted as class "
-                f"{self.target}; if they are of others, leave them out or give labels",
+                f"data: {self.samples - self.right} of {self.samples} samples are not predicted as "
+                f"class {self.target}; if they are of others, leave them out or give labels",
                 stacklevel=4,
             )

@@ -1,7 +1,7 @@
-"""Accuracy against the share of neurons that is off, for every share from one pass over the data.
+"""Accuracy against the share of neurons switched off.
 
 Where neurons feed the last layer one by one, logits are affine in them: z = W x + b. With the
-inputs x cached, switching one neuron more off costs a column of W and no forward pass.
+inputs x cached, switching one more neuron off costs a column of W and no forward pass.
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ from xai_edit.core.counting import count_by_group
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import INPUT_SUFFIX, predict
+from xai_edit.core.text import aligned
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features, head_features
 
-STEPS = 100  # the most shares that are tried where nothing can be cached
+STEPS = 100  # the most shares where nothing can be cached
 
 
 @dataclass(frozen=True, eq=False)
 class ShareSweep:
-    """What is left of a class, and of the others, at each share of neurons off.
+    """Accuracy on a class and on the others at each share of neurons off.
 
     Attributes
     ----------
     shares : list of float
         Ascending from 0.
     neurons : list of int
-        How many neurons are off at each, over all layers.
-    forgotten : list of float
-        A_t: accuracy on the samples of the class.
-    rest : list of float or None
-        A_g: accuracy on the others; None where the data has none.
+        Neurons off at each share, over all layers.
+    forgotten, rest : list of float
+        A_t and A_g: accuracy on the class and on the others; None where the data has no others.
     samples : int
         Of the class.
     passes : int
-        Passes over the data that it took.
+        Passes over the data.
     """
 
     shares: list[float]
@@ -58,19 +57,15 @@ class ShareSweep:
         return self.shares[at], self.forgotten[at]
 
     def __str__(self) -> str:
-        rows = ["share  neurons    A_t    A_g"]
-        for share, off, forgotten, rest in zip(
-            self.shares, self.neurons, self.forgotten, self.rest, strict=True
-        ):
-            others = "–" if rest is None else f"{rest:.3f}"
-            rows.append(f"{share:5.1%} {off:8d}  {forgotten:5.3f}  {others:>5}")
-        return "\n".join(rows)
+        shares = [f"{share:.1%}" for share in self.shares]
+        rows = zip(shares, self.neurons, self.forgotten, self.rest, strict=True)
+        return aligned([["share", "neurons", "A_t", "A_g"], *rows])
 
 
 Counts: TypeAlias = dict[str, int]
 Measure: TypeAlias = Callable[[Counts], Tensor]
-"""From the neurons off in each layer to right answers and samples (rows) of the class and of the
-others (columns), float64."""
+"""Neurons off in each layer → right answers and samples (rows) of the class and of the others
+(columns), float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,16 +77,16 @@ class Path:
     layers : dict of Tensor
         Layer → its neurons in order, int64.
     edit : callable
-        ``edit(counts)`` gives the edit that switches off so many of each layer's neurons.
+        ``edit(counts)`` returns the edit that switches off so many of each layer's neurons.
     feeding : bool
-        Whether they are the neurons of one layer that the last layer reads.
+        Whether they are the neurons of one layer that feeds the last layer.
     silenced : str
-        The module whose outputs are zero where they are off: the last of the layers, or the batch
-        norm behind it.
+        The module whose outputs are zero for neurons that are off: the last of the layers, or the
+        batch norm behind it.
     row : int or None
-        The class whose logit alone is cut; None where the neurons are off for all.
+        The class whose logit alone changes; None where the neurons are off for all.
     sample : Tensor, shape (samples, ...)
-        Inputs to try out what the last layer reads.
+        Inputs to check how the neurons reach the last layer.
     """
 
     layers: dict[str, Tensor]
@@ -102,7 +97,7 @@ class Path:
     sample: Tensor
 
     def counts(self, share: float) -> Counts:
-        """Return how many of each layer's neurons a share is, rounded, at least one."""
+        """Return the number of each layer's neurons in a share, rounded, at least one."""
         return {name: max(1, round(share * len(order))) for name, order in self.layers.items()}
 
 
@@ -115,22 +110,15 @@ def sweep(
     shares: Sequence[float] | None = None,
     bound: float | None = None,
 ) -> ShareSweep:
-    """Measure what is left at some shares, or at more and more of them until A_t ≤ ``bound``.
+    """Measure A_t and A_g at ascending shares, until A_t ≤ ``bound``.
+
+    Without ``shares``, at each number of neurons, or where each share takes a pass over the data
+    and there are more than a hundred neurons, at each hundredth.
 
     Parameters
     ----------
-    model : nn.Module
-        Left exactly as it was.
-    path : Path
     data : iterable, Dataset or HeadFeatures
-        Samples of the class, and of others for A_g. Without labels all are taken to be of it.
-        Cached features spare the pass.
-    target : int
-    shares : sequence of float in (0, 1], optional
-        When left out, each number of neurons is tried where that takes no pass over the data or
-        there are no more than a hundred, and else each hundredth.
-    bound : float, optional
-        Where to stop; where A_t never comes to it the last share is the largest.
+        Samples of the class, and of others for A_g. Without labels all are of the class.
 
     Raises
     ------
@@ -165,17 +153,17 @@ def sweep(
 
 
 def _from_passes(model: nn.Module, path: Path, data: Data, target: int) -> Measure:
-    """Measure by a pass over the data each time."""
+    """Return a measure that takes a pass over the data each time."""
     readable_again(data, "a sweep over shares")
 
     def measure(counts: Counts) -> Tensor:
-        found = torch.zeros(2, 2, dtype=torch.float64)
+        answers = torch.zeros(2, 2, dtype=torch.float64)
         edit = path.edit(counts) if any(counts.values()) else ModelEdit({})
         with preserved(model, weights=True), torch.no_grad():
             edit.apply(model)
             for batch in batches(data, model_device(model)):
-                found += _counted(predict(model, batch.inputs), batch.labels, target)
-        return found
+                answers += _counted(predict(model, batch.inputs), batch.labels, target)
+        return answers
 
     return measure
 
@@ -183,18 +171,18 @@ def _from_passes(model: nn.Module, path: Path, data: Data, target: int) -> Measu
 def _from_features(
     model: nn.Module, path: Path, data: Data | HeadFeatures, target: int
 ) -> Measure | None:
-    """Measure from the cached inputs of the last layer, for ever more neurons.
+    """Return a measure, for ascending counts, from the cached inputs of the last layer.
 
-    None if the neurons do not reach the last layer one by one, which is tried.
+    None if the neurons do not reach the last layer one by one, which is tested on the sample.
     """
     head = head_features(model, data, name="validation")
     ((name, order),) = path.layers.items()
     W = head.weight.double()
     rows = slice(None) if path.row is None else slice(path.row, path.row + 1)
-    off = torch.zeros(W.shape[1], dtype=torch.float64)  # what is read of a neuron that is off
+    off = torch.zeros(W.shape[1], dtype=torch.float64)  # inputs x with all neurons off
 
-    def taken(x: Tensor, neurons: Tensor) -> Tensor:
-        """Return what neurons that go off take from the logits."""
+    def change(x: Tensor, neurons: Tensor) -> Tensor:
+        """Return the decrease of the logits when neurons are switched off."""
         return (x[:, neurons].double() - off[neurons]) @ W[rows][:, neurons].T
 
     if path.row is None and not name.endswith(INPUT_SUFFIX):
@@ -204,14 +192,14 @@ def _from_features(
         with _silent(model, path.silenced, half), torch.no_grad():
             edited = predict(model, path.sample).cpu().double()
         known = collect_head_features(model, [path.sample])
-        expected = known.logits() - taken(known.features, half)
+        expected = known.logits() - change(known.features, half)
         if not torch.allclose(edited, expected, rtol=0, atol=1e-4 * float(expected.abs().max())):
             return None
     z, done = head.logits(), 0
 
     def measure(counts: Counts) -> Tensor:
         nonlocal done
-        z[:, rows] -= taken(head.features, order[done : counts[name]])
+        z[:, rows] -= change(head.features, order[done : counts[name]])
         done = counts[name]
         return _counted(z, head.labels, target)
 
@@ -220,7 +208,7 @@ def _from_features(
 
 @contextmanager
 def _silent(model: nn.Module, name: str, neurons: Tensor) -> Iterator[None]:
-    """Make neurons of a module give zero, without an edit, which is as large as their weights."""
+    """Set outputs of a module to zero by a hook; an edit would be as large as the weights."""
     with preserved(model):
         model.get_submodule(name).register_forward_hook(
             lambda _, __, output: output.index_fill(1, neurons.to(output.device), 0)
