@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from xai_edit import FictitiousClass, ModelEdit, evaluate_groups
-from xai_edit.last_layer.fictitious_objective import moved_classes
+from xai_edit.last_layer.affected_classes import moved_classes
 from xai_edit.last_layer.head import collect_head_features
 
 MARKED = 0
@@ -358,5 +358,5 @@ def test_a_model_of_one_output_is_refused(shortcut, select):
     _, planning, _ = shortcut
     images, labels, has = planning
     model = nn.Sequential(nn.Flatten(), nn.Linear(WIDTH, 1)).double()
-    with pytest.raises(ValueError, match="model: layer '1' has one output"):
+    with pytest.raises(ValueError, match="model: has one output"):
         FictitiousClass(select).plan(model, [(images, torch.zeros_like(labels), has)], target=0)

@@ -12,7 +12,7 @@ from xai_edit import FictitiousClass, SingleWeight, Subspaces
 from xai_edit.last_layer import edge_scores
 from xai_edit.last_layer import exact_dose as exact
 from xai_edit.last_layer.exact_dose import removal_doses
-from xai_edit.last_layer.fictitious_objective import concept_strength, split_point
+from xai_edit.last_layer.affected_classes import concept_strength, split_point
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.last_layer.weight_selection import selection_scores
 
@@ -293,19 +293,6 @@ def test_the_least_gap_may_be_a_collapsed_model_and_auto_is_not():
     assert edit.origin["rows"][0]["rate"] == float(sweep.rates[sweep.least_gap])
     told = edit.origin
     assert told["average"]["after"] - told["worst_group"]["after"] == pytest.approx(min(gaps))
-
-
-def test_a_classifier_of_ones_own_finds_the_column():
-    from sklearn.linear_model import RidgeClassifier
-    from sklearn.naive_bayes import GaussianNB
-
-    head = both_ways()
-    edit = FictitiousClass(classifier=RidgeClassifier(), rate=0.1).plan(
-        model_of(head), head, target=1
-    )
-    assert edit.origin["rows"][0]["column"] == 1
-    with pytest.raises(ValueError, match="classifier: GaussianNB has no coef_"):
-        FictitiousClass(classifier=GaussianNB()).plan(model_of(head), head, target=1)
 
 
 def test_a_subspace_tells_the_feature():

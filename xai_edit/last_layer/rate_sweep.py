@@ -1,4 +1,4 @@
-"""``RateSweep``: what one edited weight does to the groups, rate by rate."""
+"""Accuracy of the groups as a function of the neutralisation rate of one weight (Fig. 9)."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xai_edit.last_layer.exact_dose import strongest_other, wins
+from xai_edit.last_layer.objective import EditObjective, group_accuracy
+
 
 @dataclass(frozen=True, eq=False)
 class RateSweep:
-    """What one edited weight does to the groups at each neutralisation rate (the paper's Fig. 9).
+    """Accuracies at each neutralisation rate of one edited weight (the paper's Fig. 9).
 
     Attributes
     ----------
     row, column : int
-        The class whose row is edited and the feature, chosen by the operator's score.
+        The class whose row is edited, and the feature.
     rates : Tensor, float64, shape (R,)
-        Ascending. When none are given: from 0, a grid over [0, 1] and a logarithmic one about the
-        rate at which the weight crosses zero, where most of the effect is.
+        Ascending.
     doses : Tensor, float64, shape (R,)
         What each rate adds to the weight.
     anchor : float
         Value of the feature at which the edit leaves the output alone; 0 for a plain edit.
     accuracy : Tensor, float64, shape (R, G)
-        Of each (class, spurious feature) group that has samples.
+        Of each group (class × attribute) that has samples.
     average : Tensor, float64, shape (R,)
         Accuracy over all samples.
     removed, retained : Tensor or None, float64, shape (R,)
@@ -34,7 +36,7 @@ class RateSweep:
     raised : Tensor or None, float64, shape (R,)
         Mean probability of the row's class over the former less that over the latter.
     objective : Tensor, float64, shape (R,)
-        What ``rate="auto"`` makes as large as it can.
+        The objective that ``rate="auto"`` maximises.
     """
 
     row: int
@@ -66,19 +68,11 @@ class RateSweep:
 
     @property
     def least_gap(self) -> int:
-        """Position of the smallest rate with the least gap, the paper's choice.
-
-        A collapsed model has no gap: see what ``worst`` says there.
-        """
+        """Position of the smallest rate with the least gap, the paper's choice."""
         return int(torch.nonzero(self.gap == self.gap.min())[0])
 
     def plot(self, axes: Any) -> None:
-        """Draw worst-group and average accuracy against the rate (Fig. 9).
-
-        Parameters
-        ----------
-        axes : matplotlib.axes.Axes
-        """
+        """Draw worst-group and average accuracy against the rate on matplotlib axes (Fig. 9)."""
         smallest = float(self.rates[self.rates > 0].min())
         for values, name in ((self.average, "average"), (self.worst, "worst group")):
             axes.plot(self.rates, values, label=name)
@@ -88,3 +82,43 @@ class RateSweep:
         axes.set_xlabel("neutralisation rate r")
         axes.set_ylabel("accuracy")
         axes.legend()
+
+
+def rate_sweep(
+    objective: EditObjective,
+    row: int,
+    column: int,
+    *,
+    rates: Tensor,
+    doses: Tensor,
+    anchor: float,
+    logits: Tensor,
+) -> RateSweep:
+    """Return the sweep of one weight without a forward pass a rate.
+
+    ``logits``, shape (samples, classes), are those without this edit.
+    """
+    x = objective.samples.features[:, column].double() - anchor
+    edited = logits[:, row] + doses[:, None] * x  # (R, samples)
+    best_other, rival = strongest_other(logits, row)
+    as_row = wins(edited, best_other, row, rival)
+    right = torch.where(as_row, objective.labels == row, objective.labels == rival)
+    rest = logits.index_fill(1, torch.tensor(row), -torch.inf)
+    raised = objective.raised(row, (edited - rest.logsumexp(1)).sigmoid())
+    has = objective.attribute == objective.values[row]
+    removed, retained = (
+        right[:, samples].double().mean(1) if samples.any() else None for samples in (has, ~has)
+    )
+    return RateSweep(
+        row,
+        column,
+        rates,
+        doses,
+        anchor,
+        accuracy=group_accuracy(right, objective.groups),
+        average=right.double().mean(1),
+        removed=removed,
+        retained=retained,
+        raised=raised,
+        objective=objective.of(right, () if raised is None else (raised,)),
+    )
