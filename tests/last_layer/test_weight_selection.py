@@ -11,8 +11,8 @@ from torch import nn
 from xai_edit import FictitiousClass, SingleWeight, Subspaces
 from xai_edit.last_layer import edge_scores
 from xai_edit.last_layer import exact_dose as exact
-from xai_edit.last_layer.exact_dose import removal_doses
 from xai_edit.last_layer.affected_classes import concept_strength, split_point
+from xai_edit.last_layer.exact_dose import removal_doses
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.last_layer.weight_selection import selection_scores
 
