@@ -115,7 +115,7 @@ def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
     raise ValueError(NO_SAMPLES)
 
 
-def _iterable(data: Data) -> Iterable[Any]:
+def _iterable(data: Any) -> Iterable[Any]:
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=DATASET_BATCH_SIZE)
     if isinstance(data, Tensor):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.core.checks import distinct, one_logit_a_class, require
+from xai_edit.core.checks import one_logit_a_class, require, whole_numbers
 from xai_edit.core.data import Attribute, Data
-from xai_edit.core.targets import class_list, whole_list
+from xai_edit.core.targets import class_list
 from xai_edit.last_layer.head import HeadFeatures, head_features
 
 # A feature affects a class if it moves its logit by at least this share of the largest move.
@@ -73,7 +73,7 @@ def affected_classes(
     rows = None if target is None else class_list(target, head.classes)
     if fictitious is not None:
         bare = int(fictitious) if isinstance(fictitious, bool) else fictitious
-        values = distinct(whole_list(bare, "fictitious"), "fictitious", "give different values")
+        values = whole_numbers(bare, "fictitious", "give different values")
         for value in values:
             require(value in kinds, "fictitious", value, f"the values are {kinds[:10]}")
     elif max(kinds) > 1:

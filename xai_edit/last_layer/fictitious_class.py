@@ -155,7 +155,7 @@ class FictitiousClass:
         else:
             weights = self._weights(head, objective)
         before, after = objective.figures({}), objective.figures(weights)
-        rate = self.rate
+        rate: Any = self.rate
         if isinstance(rate, Mapping):
             rate = {str(row): rate[row] for row in objective.values}  # as JSON has it
         origin = {
@@ -286,11 +286,12 @@ class FictitiousClass:
     ) -> RateSweep:
         """Return the sweep of one weight, with the weights of other rows edited."""
         w = head.weight[row].double()
-        if rates is None:
+        grid = None if rates is None else np.unique(rates)
+        if grid is None:
             crossing = float(w[column] ** 2 / (w @ w + 1))
             logarithmic = crossing * np.logspace(-2, 3, 101)
-            rates = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
-        r = torch.from_numpy(np.unique(rates))
+            grid = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
+        r = torch.from_numpy(grid)
         doses = orthogonal_weight(w, column, r) - w[column]  # Eq. 8
         anchor = anchor_point(head, column, self.anchor, raised=bool(doses[-1] > 0)) or 0.0
         logits = objective.logits(others)
