@@ -125,7 +125,7 @@ UNFOLLOWED = {
 
 
 @pytest.mark.parametrize("kind", UNFOLLOWED)
-def test_an_axis_that_cannot_be_followed_is_asked_for(kind):
+def test_an_axis_that_cannot_be_followed_is_an_error(kind):
     before, operation, why = UNFOLLOWED[kind]
     model = Chain(before, operation, nn.Linear(6, 2) if kind == "read across tokens" else torch.exp)
     why = why or "no convolution or linear layer gives or reads"
@@ -287,7 +287,7 @@ def test_ablation_removes_features_where_there_are_as_many_tokens(scored):
         torch.testing.assert_close(model(x), tokens_lost)
 
 
-def test_ablation_asks_for_an_axis_that_cannot_be_followed():
+def test_ablation_along_an_axis_that_cannot_be_followed_is_an_error():
     model = Chain(nn.Identity(), torch.exp)
     with (
         ablated(model, "at", subspaces(), [0]),
@@ -369,7 +369,7 @@ def test_layers_called_by_keyword_are_scored_alike(scorer):
         torch.testing.assert_close(got[name], expected[name])
 
 
-def test_all_else_reads_layers_called_by_keyword_too():
+def test_heads_patterns_edges_and_features_see_calls_by_keyword():
     x = torch.rand(2, 3, 6, 6)
     model, twin = ByKeyword(), ByKeyword(keyword=False)
     assert find_head(model, x)[0] == last_weighted(model, x) == "head"

@@ -156,7 +156,7 @@ WRITTEN = [  # the kind that files had from the beginning, what writes one, what
     ("xai_edit.pruning", Checkpoint().save, Checkpoint().load),
     ("xai_edit.features", features, xe.concepts.Features.load),
     ("xai_edit.patterns", patterns, xe.lrp.Patterns.load),
-    ("xai_edit.comparisons.amnesiac", log, xe.comparisons.AmnesiacLog.load),
+    ("xai_edit.amnesiac", log, xe.comparisons.AmnesiacLog.load),
 ]
 
 
@@ -381,7 +381,7 @@ def closed():
 
 
 @every_writer
-def test_a_closed_folder_is_told_and_left_alone(closed, write, plain, batches, unchanged):
+def test_a_closed_folder_is_an_error_and_stays_as_it_was(closed, write, plain, batches, unchanged):
     write(closed.parent / f"{closed.name}.first", plain, batches)  # imports all there is to import
     (closed.parent / f"{closed.name}.first").unlink()
     name = "new" if write is plan_with_checkpoint else "saved.safetensors"
@@ -393,7 +393,7 @@ def test_a_closed_folder_is_told_and_left_alone(closed, write, plain, batches, u
 
 
 @every_writer
-def test_a_path_below_a_file_is_told(tmp_path, write, plain, batches):
+def test_a_path_below_a_file_is_an_error(tmp_path, write, plain, batches):
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(OSError, match=r"file.*does not exist"):
         write(tmp_path / "file" / "saved.safetensors", plain, batches)

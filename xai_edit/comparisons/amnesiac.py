@@ -21,7 +21,7 @@ from xai_edit.core.targets import class_list
 from xai_edit.core.training import fine_tuned
 from xai_edit.edits.model_edit import ModelEdit
 
-KIND = "xai_edit.comparisons.amnesiac"
+KIND = "xai_edit.amnesiac"
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

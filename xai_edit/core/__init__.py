@@ -1,4 +1,4 @@
-"""What every room uses: data, layers, guard, files, checks, errors."""
+"""Data, layers, traces, the guard, files, checks and errors, used by every room."""
 
 from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteError, UnknownLayerError
 

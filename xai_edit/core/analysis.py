@@ -19,15 +19,7 @@ SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 @dataclass
 class Analysis:
-    """What is known about a model as it is now, for inputs of one shape.
-
-    Attributes
-    ----------
-    trace : Trace
-        A forward pass of one sample.
-    verified : set
-        Canonical forms in which the model gave the same logits.
-    """
+    """A forward pass of one sample, and the canonical forms that gave the same logits."""
 
     trace: Trace
     verified: set[Hashable] = field(default_factory=set)
@@ -40,12 +32,7 @@ _KEPT: WeakKeyDictionary[nn.Module, tuple[Hashable, dict[Hashable, Analysis]]] =
 def analysed(model: nn.Module, inputs: Tensor) -> Analysis:
     """Return the analysis of a model, made anew if the model or the inputs' shape changed.
 
-    Nothing is stored on the model, and nothing outlives it.
-
-    Raises
-    ------
-    ValueError
-        If the model does not take such inputs.
+    Nothing is stored on the model, and nothing outlives it. Errors as of `trace`.
     """
     state = state_of(model)
     before, analyses = _KEPT.get(model, (None, {}))

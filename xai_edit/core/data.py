@@ -195,11 +195,6 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str) -> T
     """Return the attribute of each sample of ``batch``, int64, shape (samples,).
 
     ``start`` is the index of the batch's first sample in the data; errors begin with ``name``.
-
-    Raises
-    ------
-    ValueError
-        If the attribute is missing or does not have one value a sample.
     """
     if attribute is None:
         if batch.groups is None:
@@ -230,19 +225,10 @@ def several_ranks() -> bool:
 
 
 def gathered(part: T, group: ProcessGroup | None = None) -> dict[int, T]:
-    """Return the parts of all ranks in their order; without a process group this one alone.
+    """Return the parts of all ranks of a group, in their order; without a process group this one.
 
-    Parameters
-    ----------
-    part : object
-        The result of this rank; pickled, with tensors on the CPU.
-    group : ProcessGroup, optional
-        All ranks when left out. With nccl each has chosen its GPU by ``torch.cuda.set_device``.
-
-    Raises
-    ------
-    ValueError
-        If this rank is not in the group.
+    Parts are pickled, with tensors on the CPU. With nccl each rank has chosen its GPU by
+    ``torch.cuda.set_device``.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return {0: part}
@@ -256,22 +242,10 @@ def gathered(part: T, group: ProcessGroup | None = None) -> dict[int, T]:
 def with_samples(
     parts: Mapping[int, T], made: Callable[[T], Mapping[str, Any]], trouble: str
 ) -> list[T]:
-    """Return the parts that have samples, all made with the same model and arguments.
+    """Return the parts (by rank) that have samples, all made with the same model and arguments.
 
-    Parameters
-    ----------
-    parts : mapping
-        By rank.
-    made : callable
-        Returns what a part was made with. Of a part without samples only its own entries are
-        compared.
-    trouble : str
-        The beginning of the message, with ``{}`` for two ranks.
-
-    Raises
-    ------
-    ValueError
-        If no part has samples, or two were made differently.
+    ``made`` returns what a part was made with; of a part without samples only its own entries are
+    compared. ``trouble`` begins the message of the ValueError, with ``{}`` for two ranks.
     """
     filled = [rank for rank, part in parts.items() if part.samples]
     if not filled:

@@ -56,10 +56,9 @@ def part_of(path: str | Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def clear_parts(folder: str | Path, name: str | None = None) -> None:
-    """Remove what killed processes left of a file, or of all files; no other may write there."""
-    written = "*" if name is None else glob.escape(name)
-    for part in Path(folder).glob(f".{written}.????????{PART}"):
+def clear_parts(folder: str | Path, name: str) -> None:
+    """Remove what killed processes left of a file; no other process may write it."""
+    for part in Path(folder).glob(f".{glob.escape(name)}.????????{PART}"):
         shutil.rmtree(part, ignore_errors=True)
 
 
@@ -105,14 +104,12 @@ def write_safetensors(
 
 
 def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], str]:
-    """Read what `write_safetensors` wrote: the tensors, memory-mapped, and the header text.
+    """Read the memory-mapped tensors and the header text of `write_safetensors`.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is not a whole file of this kind.
+    FileNotFoundError, ValueError
+        If there is no such file, or it is not a whole file of this kind.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
@@ -139,12 +136,10 @@ def read_sealed(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file with a header that `sealed` made: the tensors, in memory, and the header.
 
-    Arguments as for `read_header`, errors as of `read_safetensors`.
-
     Raises
     ------
-    ValueError
-        Also if a bit of the file differs, or it is of a newer format.
+    FileNotFoundError, ValueError
+        As `read_safetensors` and `read_header`, and if a bit of the file differs.
     """
     tensors, content = read_safetensors(path, kind)
     expected, _, text = content.partition("\n")

@@ -26,13 +26,8 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
     leaves new parameter objects and merged batch-norm weights behind (zennit#237). Transformer
     layers take their slow path meanwhile, as the fast one does not call the modules inside.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode, without gradients, while inside.
-    weights : bool
-        Also undo what is written into a parameter in place, at the price of a copy of them all:
-        for a user's own scorer.
+    Inside, the model is in evaluation mode and without gradients. With ``weights``, also what is
+    written into a parameter in place is undone, at the price of a copy of them all.
     """
     modules = [(module, _attributes(module)) for module in model.modules()]
     tensors = [

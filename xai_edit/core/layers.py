@@ -88,14 +88,10 @@ def with_first(
 
 @dataclass
 class Tap:
-    """The tensors of the tapped layers in one forward pass.
+    """The tensors of the tapped layers in one forward pass, by layer name.
 
-    Attributes
-    ----------
-    values : dict of Tensor
-        Detached copies, per layer name; a copy because an in-place activation may follow.
-    edges : dict of GradientEdge
-        Where the gradient of each layer (under a composite: the relevance) arrives.
+    ``values`` are detached copies, as an in-place activation may follow; ``edges`` are where the
+    gradient (under a composite: the relevance) of each layer arrives.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)

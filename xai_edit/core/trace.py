@@ -45,16 +45,8 @@ _ALIASES = {
 class Operation:
     """An operation through which the output depends on the data.
 
-    Attributes
-    ----------
-    name : str
-        See `operation_name`.
-    module : str
-        Path of the innermost module that runs it.
-    inside : tuple of str
-        Paths of all modules around it, outermost first.
-    joins : bool
-        Whether it takes several tensors that depend on the data.
+    ``module`` is the path of the innermost module that runs it, ``inside`` those of all modules
+    around it, outermost first; ``joins`` says whether several of its inputs depend on the data.
     """
 
     name: str
@@ -139,15 +131,9 @@ class Value:
 
 
 def trace(model: nn.Module, inputs: Tensor, *, axes: Any = None) -> Trace:
-    """Run the first sample of a batch through the model and record what happens.
+    """Record a forward pass of a batch's first sample; the model is left exactly as it was.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left exactly as it was.
-    inputs : Tensor, shape (samples, ...)
-    axes : xai_edit.core.axes.Axes, optional
-        Also follows the axes of all tensors.
+    ``axes`` (`xai_edit.core.axes.Axes`) also follows the axes of all tensors.
 
     Raises
     ------

@@ -58,8 +58,8 @@ def fine_tuned(
         A classifier that gives logits.
     epoch_batches : callable
         Returns the labelled batches of an epoch by its number.
-    epochs : int
-    learning_rate : float
+    epochs, learning_rate
+        Positive.
     seed : int
         Of dropout and of loaders that shuffle.
     ascend : bool
@@ -82,10 +82,9 @@ def fine_tuned(
 
     Raises
     ------
-    ValueError
-        If ``epochs`` or ``learning_rate`` is out of range, or there is no sample.
-    NonFiniteError
-        If the model, the loss or a trained weight is not finite.
+    ValueError, NonFiniteError
+        If an argument is out of range, there is no sample, or the model, the loss or a trained
+        weight is not finite.
     """
     epochs = whole_number(epochs, "epochs", least=1)
     learning_rate = positive(learning_rate, "learning_rate")

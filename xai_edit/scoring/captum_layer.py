@@ -37,11 +37,6 @@ class CaptumLayer:
         A class of ``captum.attr`` made from ``(forward, layer)``, such as ``LayerConductance``.
     **arguments
         Of the class's constructor or, such as ``n_steps=8``, of its method ``attribute``.
-
-    Raises
-    ------
-    TypeError
-        If the method is not a layer attribution or does not take such an argument.
     """
 
     def __init__(self, method: type[Any], /, **arguments: Any) -> None:

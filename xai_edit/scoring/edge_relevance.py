@@ -28,13 +28,8 @@ from xai_edit.lrp.relevance_at_layers import Gather
 class EdgeRelevance:
     """The relevance through every weight of some layers, summed over a data set.
 
-    Attributes
-    ----------
-    sums : dict of Tensor
-        Per layer, float64, in the shape of the layer's weight.
-    samples : int
-    origin : dict
-        Scorer and arguments, as JSON values.
+    ``sums`` are float64, per layer in the shape of its weight; ``origin`` names scorer and
+    arguments, as JSON values.
     """
 
     sums: dict[str, Tensor]
@@ -86,10 +81,8 @@ def edge_relevance(
 
     Raises
     ------
-    TypeError
-        If the scorer is not an `LRP`.
-    UnknownLayerError, NonFiniteError, ValueError
-        If a layer is unknown, has no weights or no rule, or on bad data or a bad model.
+    UnknownLayerError, ValueError
+        If a layer is unknown, or has no weights or no such rule.
     """
     require_type(scorer, LRP, "scorer", "edge relevance needs a rule, so an xai_edit.LRP")
     target = checked_target(target)

@@ -235,7 +235,7 @@ def score_units(
     model : nn.Module
         A classifier, logits of shape (samples, classes). Left exactly as it was.
     data : iterable or Dataset, or None
-        See `xai_edit.core.data.batches`. None is enough for a scorer that reads only weights.
+        See `xai_edit.core.data.batches`; None for a scorer that reads only weights.
     scorer : callable
         `LRP`, `CaptumLayer`, `WeightMagnitude`, `Taylor`, `Activation`, `Random`, or your own
         `Scorer`.

@@ -73,8 +73,8 @@ class _Check(Promises):
         self.needs_data: bool = getattr(self.scorer, "needs_data", True)
 
     def call(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        x, t = (inputs, targets) if self.needs_data else (None, None)
-        return self.scorer(model, x, t, self.example.layers)
+        x, y = (inputs, targets) if self.needs_data else (None, None)
+        return self.scorer(model, x, y, self.example.layers)
 
     def scores(
         self, part: slice = slice(None), model: nn.Module | None = None
