@@ -9,21 +9,21 @@ from importlib.metadata import version
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, ResNet
 from zennit import composites as zc
 from zennit import rules as zr
-from zennit.attribution import Gradient
 from zennit.canonizers import SequentialMergeBatchNorm
-from zennit.core import BasicHook, Composite, Hook, Stabilizer
+from zennit.core import BasicHook, Hook, Stabilizer
 from zennit.layer import Sum
 from zennit.torchvision import ResNetCanonizer
+from zennit_reference import assert_as_zennit, by_zennit, seed_of
 
 from xai_edit import LRP, FunctionalCanonizer, score_units
 from xai_edit.core.layers import CONVOLUTIONS
 from xai_edit.lrp import accelerated
-from xai_edit.lrp import accelerated as fast
+from xai_edit.lrp.relevance_at_layers import RULED
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 TARGETS = torch.tensor([2, 0, 1])
@@ -59,9 +59,6 @@ def vgg_like():
     return sequential(
         nn.Conv2d(2, 4, 3, padding=1),
         in_place_relu(),
-        nn.Conv2d(4, 4, 3, padding=1),
-        in_place_relu(),
-        nn.MaxPool2d(2),
         nn.Conv2d(4, 6, 3, padding=1),
         in_place_relu(),
         nn.MaxPool2d(2),
@@ -69,11 +66,8 @@ def vgg_like():
         nn.Flatten(),
         nn.Linear(24, 8),
         in_place_relu(),
-        nn.Dropout(),
-        nn.Linear(8, 6),
-        in_place_relu(),
         nn.Dropout(inplace=True),
-        nn.Linear(6, 3),
+        nn.Linear(8, 3),
     )
 
 
@@ -94,44 +88,24 @@ def many_kinds():
     )
 
 
-def batch_normalised():
-    model = sequential(
-        nn.Conv2d(2, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        in_place_relu(),
-        nn.Conv2d(4, 6, 3),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(96, 7),
-        nn.BatchNorm1d(7),
-        in_place_relu(),
-        nn.Linear(7, 3),
-    )
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
-    return model
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.sum = nn.Linear(6, 6), Sum()
+
+    def forward(self, x):
+        return self.sum(torch.stack([x, self.fc(x)], -1))
 
 
 IMAGE = (2, 8, 8)
 NETWORKS = {
     "in-place ReLU": (lambda: convolutional(in_place_relu), IMAGE),
-    "ReLU": (lambda: convolutional(nn.ReLU), IMAGE),
     "average pooling": (lambda: convolutional(in_place_relu, pool=lambda: nn.AvgPool2d(2)), IMAGE),
-    "no bias": (lambda: convolutional(in_place_relu, bias=False), IMAGE),
     "VGG-like": (vgg_like, IMAGE),
     "many kinds": (many_kinds, IMAGE),
-    "leaky ReLU": (lambda: convolutional(lambda: nn.LeakyReLU(0.3)), IMAGE),
     "in-place leaky ReLU": (lambda: convolutional(lambda: nn.LeakyReLU(0.3, inplace=True)), IMAGE),
     "tanh": (lambda: convolutional(nn.Tanh), IMAGE),
-    "in-place ELU": (lambda: convolutional(lambda: nn.ELU(inplace=True)), IMAGE),
-    "in-place ReLU6": (lambda: convolutional(lambda: nn.ReLU6(inplace=True)), IMAGE),
     "in-place SiLU": (lambda: convolutional(lambda: nn.SiLU(inplace=True)), IMAGE),
-    "in-place Hardswish": (lambda: convolutional(lambda: nn.Hardswish(inplace=True)), IMAGE),
     "ends in ReLU": (lambda: sequential(*convolutional(in_place_relu), in_place_relu()), IMAGE),
     "identity between": (
         lambda: sequential(
@@ -147,8 +121,7 @@ NETWORKS = {
     ),
     "conv1d": (
         lambda: sequential(
-            nn.Conv1d(2, 4, 3), in_place_relu(), nn.Conv1d(4, 5, 3, stride=2), in_place_relu(),
-            nn.AvgPool1d(2), nn.Flatten(), nn.Linear(10, 3),
+            nn.Conv1d(2, 4, 3), in_place_relu(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(20, 3),
         ),
         (2, 12),
     ),
@@ -159,6 +132,7 @@ NETWORKS = {
         ),
         (1, 4, 4, 3),
     ),
+    "sums": (lambda: sequential(nn.Linear(5, 6), nn.ReLU(), Residual(), nn.Linear(6, 3)), (5,)),
     "linear on tokens": (
         lambda: sequential(
             nn.Linear(6, 8), in_place_relu(), nn.Linear(8, 4), nn.ReLU(), nn.Flatten(),
@@ -182,30 +156,21 @@ def by_layers(conv, linear=None):
 
 COMPOSITES = {
     "epsilon": lambda: LRP("epsilon").composite,
-    "epsilon 0.1": lambda: LRP("epsilon", epsilon=0.1).composite,
     "gamma+epsilon": lambda: LRP("gamma+epsilon").composite,
     "alpha1beta0": lambda: LRP("alpha1beta0").composite,
     "alpha2beta1": lambda: LRP("alpha2beta1").composite,
     "epsilon-plus": lambda: LRP("epsilon-plus").composite,
     "epsilon-gamma-box": lambda: LRP("epsilon-gamma-box", low=-3.0, high=3.0).composite,
     "EpsilonPlusFlat": zc.EpsilonPlusFlat,
-    "EpsilonAlpha2Beta1Flat": zc.EpsilonAlpha2Beta1Flat,
     "BetaSmooth": zc.BetaSmooth,
     "GuidedBackprop": zc.GuidedBackprop,
-    "DeconvNet": zc.DeconvNet,
     "ExcitationBackprop": zc.ExcitationBackprop,
     "gamma everywhere": lambda: by_layers(zr.Gamma(0.6), zr.Gamma(0.1)),
     "αβ everywhere": lambda: by_layers(zr.AlphaBeta(1.5, 0.5), zr.AlphaBeta(3, 2)),
     "z⁺ everywhere": lambda: by_layers(zr.ZPlus(), zr.ZPlus()),
     "w²": lambda: by_layers(zr.WSquare(), zr.WSquare()),
-    "flat": lambda: by_layers(zr.Flat(), zr.Flat()),
-    "box": lambda: by_layers(zr.ZBox(-2.0, 2.0)),
     "stabiliser clips": lambda: by_layers(
         zr.Gamma(0.25, Stabilizer(0.05, clip=True)), zr.Epsilon(Stabilizer(0.05, clip=True))
-    ),
-    "stabiliser scales": lambda: by_layers(
-        zr.AlphaBeta(2, 1, Stabilizer(0.1, norm_scale=True)),
-        zr.Epsilon(Stabilizer(0.1, norm_scale=True)),
     ),
     "stabiliser scales, epsilon": lambda: by_layers(
         zr.Epsilon(Stabilizer(0.1, norm_scale=True)), zr.Epsilon(scaled_by_its_mean)
@@ -222,10 +187,6 @@ COMPOSITES = {
     "without bias, gamma": lambda: by_layers(
         zr.Gamma(0.25, zero_params="bias"), zr.Gamma(zero_params="bias")
     ),
-    "by name and layer": lambda: zc.NameLayerMapComposite(
-        name_map=[(["0", "none"], zr.WSquare())],
-        layer_map=[*zc.layer_map_base(), ((*CONVOLUTIONS, nn.Linear), zr.Epsilon(1e-3))],
-    ),
     "mixed": lambda: zc.MixedComposite(
         [
             zc.NameMapComposite([(["0"], zr.Flat())]),
@@ -234,10 +195,6 @@ COMPOSITES = {
                 first_map=[((*CONVOLUTIONS, nn.Linear), zr.AlphaBeta(2, 1))],
             ),
         ]
-    ),
-    "first layer special": lambda: zc.SpecialFirstLayerMapComposite(
-        [*zc.layer_map_base(), ((*CONVOLUTIONS, nn.Linear), zr.Gamma(0.3))],
-        first_map=[((*CONVOLUTIONS, nn.Linear), zr.ZBox(-3.0, 3.0))],
     ),
 }
 
@@ -254,56 +211,6 @@ def weighted(model):
     return [
         name for name, one in model.named_modules() if isinstance(one, (nn.Linear, *CONVOLUTIONS))
     ]
-
-
-def seed_of(targets, initial):
-    def seed(logits):
-        one_hot = F.one_hot(targets, logits.shape[1]).to(logits)
-        return one_hot * logits.detach() if initial == "logit" else one_hot
-
-    return seed
-
-
-def by_zennit(model, composite, x, targets, layers=(), *, initial="logit", twin=None):
-    """Relevance at the layers and at the inputs (``""``), by Zennit's attributor alone."""
-    twin = copy.deepcopy(model) if twin is None else twin
-    found = {}
-
-    def keep(name, tensor):
-        if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: found.__setitem__(name, gradient.clone()))
-        return tensor
-
-    handles = []
-    for name in layers:
-        module = twin.get_submodule(name.removesuffix(":input"))
-        if name.endswith(":input"):  # a view of its own, before Zennit's hook, which copies
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, given, name=name: (keep(name, given[0].view_as(given[0])),)
-                )
-            )
-    with Gradient(twin, composite) as attributor:
-        for name in layers:
-            if not name.endswith(":input"):
-                handles.append(
-                    twin.get_submodule(name).register_forward_hook(
-                        lambda _, __, output, name=name: keep(name, output)
-                    )
-                )
-        _, found[""] = attributor(x.detach().clone(), seed_of(targets, initial))
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def assert_as_zennit(got, expected, tolerance, name):
-    assert got.shape == expected.shape, name
-    scale = float(expected.abs().max())
-    error = float((got - expected).abs().max())
-    assert error <= tolerance * scale, (
-        f"{name}: off by {error:.2g} where the largest is {scale:.2g}"
-    )
 
 
 def compare(model, composite, x, targets=TARGETS, layers=None, *, initial="logit", **options):
@@ -323,11 +230,8 @@ def compare(model, composite, x, targets=TARGETS, layers=None, *, initial="logit
 
 
 # Every composite on some networks, and some composites on every network.
-SOME_NETWORKS = ("in-place ReLU", "ReLU", "VGG-like", "many kinds", "tanh", "ends in ReLU")
-SOME_COMPOSITES = (
-    "epsilon", "gamma everywhere", "alpha2beta1", "epsilon-plus", "stabiliser scales, epsilon",
-    "without bias", "w²", "GuidedBackprop",
-)  # fmt: skip
+SOME_NETWORKS = ("in-place ReLU", "many kinds", "tanh", "ends in ReLU")
+SOME_COMPOSITES = ("epsilon", "gamma everywhere", "alpha2beta1", "epsilon-plus", "GuidedBackprop")
 GRID = [(c, n) for c in COMPOSITES for n in NETWORKS if c in SOME_COMPOSITES or n in SOME_NETWORKS]
 
 
@@ -335,13 +239,6 @@ GRID = [(c, n) for c in COMPOSITES for n in NETWORKS if c in SOME_COMPOSITES or 
 def test_relevance_is_zennits_at_every_layer_and_at_the_input(composite, kind):
     model, x = made(kind)
     compare(model, COMPOSITES[composite](), x)
-
-
-@pytest.mark.parametrize("kind", ["in-place ReLU", "ends in ReLU"])
-@pytest.mark.parametrize("composite", COMPOSITES)
-def test_relevance_that_starts_with_one_is_zennits(composite, kind):
-    model, x = made(kind)
-    compare(model, COMPOSITES[composite](), x, initial="one")
 
 
 @pytest.mark.parametrize("composite", COMPOSITES)
@@ -353,74 +250,38 @@ def test_relevance_at_dead_units_passes_as_in_zennit(composite):
     compare(model, COMPOSITES[composite](), x, targets, initial="one")
 
 
-@pytest.mark.parametrize(
-    "composite", ["epsilon", "gamma+epsilon", "alpha2beta1", "w²", "DeconvNet"]
-)
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: sequential(in_place_relu(), *convolutional(nn.ReLU)),
-        lambda: sequential(
-            nn.Conv2d(2, 4, 1),
-            in_place_relu(),
-            in_place_relu(),
-            nn.MaxPool2d(2),
-            *convolutional(nn.ReLU)[3:],
-        ),
-    ],
-    ids=["first", "twice"],
-)
-def test_in_place_relus_where_no_layer_comes_before_them(composite, make):
-    torch.manual_seed(0)
-    model = make().double().eval()
-    if composite == "DeconvNet":
-        model[1].inplace = False  # or autograd itself refuses
-    compare(model, COMPOSITES[composite](), torch.randn(3, *IMAGE, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("composite", COMPOSITES)
-def test_merged_batch_norms_give_zennits_relevance(composite):
-    torch.manual_seed(0)
-    model = batch_normalised().double().eval()
+@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1", "gamma everywhere"])
+def test_merged_batch_norms_give_zennits_relevance(composite, norm, digits):
     made_with = COMPOSITES[composite]()
     made_with.canonizers = [SequentialMergeBatchNorm()]
-    compare(model, made_with, torch.randn(3, 2, 8, 8, dtype=torch.float64))
+    compare(norm.double(), made_with, digits[0][:3].double())
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: zc.EpsilonPlus(canonizers=[ResNetCanonizer()]),
         lambda: zc.EpsilonAlpha2Beta1Flat(canonizers=[ResNetCanonizer()]),
         lambda: zc.EpsilonGammaBox(low=-3.0, high=3.0, canonizers=[ResNetCanonizer()]),
+        zc.GuidedBackprop,  # a ReLU of a block is called twice
     ],
-    ids=["EpsilonPlus", "EpsilonAlpha2Beta1Flat", "EpsilonGammaBox"],
+    ids=["EpsilonAlpha2Beta1Flat", "EpsilonGammaBox", "GuidedBackprop"],
 )
-def test_a_resnet18_gives_zennits_relevance(make):
+def test_a_residual_network_gives_zennits_relevance(make):
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=3).eval()
-    x = torch.randn(2, 3, 32, 32)
-    layers = ["conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.downsample.0", "fc"]
-    targets = torch.tensor([0, 2])
-    expected = by_zennit(model, make(), x, targets, layers)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3).double().eval()
+    x, targets = torch.randn(1, 3, 16, 16, dtype=torch.float64), torch.tensor([1])
     scorer = LRP(make())
+    layers = ["conv1", "layer1.0.conv2", "layer2.0.downsample.0", "fc"]
+    if not scorer.composite.canonizers:
+        layers = ["fc"]  # ours merges batch norms, Zennit does not
+    expected = by_zennit(model, make(), x, targets, layers)
     got = scorer.relevance(model, x, targets, layers)
     got[""] = scorer.heatmap(model, x, targets)
     for name, values in expected.items():
-        assert_as_zennit(got[name], values, 1e-5, name)
+        assert_as_zennit(got[name], values, 1e-10, name)
 
 
-@pytest.mark.parametrize("make", [zc.GuidedBackprop, zc.DeconvNet])
-def test_gradients_changed_at_relus_that_are_called_twice_are_zennits(make):
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=3).double().eval()
-    x, targets = torch.randn(1, 3, 32, 32, dtype=torch.float64), torch.tensor([1])
-    expected = by_zennit(model, make(), x, targets, initial="one")[""]
-    got = LRP(make(), initial="one").heatmap(model, x, targets)
-    assert_as_zennit(got, expected, 1e-10, "heat map")
-
-
-@pytest.mark.parametrize("composite", ["epsilon", "gamma+epsilon", "alpha2beta1", "GuidedBackprop"])
+@pytest.mark.parametrize("composite", ["gamma+epsilon", "alpha2beta1"])
 def test_a_second_pass_in_one_session_gives_the_same_bits(composite):
     model, x = made("in-place ReLU")
     scorer = LRP(COMPOSITES[composite]())
@@ -433,7 +294,7 @@ def test_a_second_pass_in_one_session_gives_the_same_bits(composite):
         assert torch.equal(first[name], second[name])
 
 
-@pytest.mark.parametrize("composite", COMPOSITES)
+@pytest.mark.parametrize("composite", SOME_COMPOSITES)
 def test_an_accelerated_composite_works_in_zennits_attributor(composite, unchanged):
     # Without our guard: parameters that need gradients, and hooks that come off with the context.
     model, x = made("VGG-like")
@@ -483,30 +344,18 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["in-place ReLU", "ReLU", "VGG-like", "average pooling"])
-@pytest.mark.parametrize("every", [False, True], ids=["heat map", "every layer"])
 @pytest.mark.parametrize("composite", PASSES)
-def test_zennits_rules_are_never_called_on_rectified_networks(counted, composite, every, kind):
-    model, x = made(kind)
-    rules, _ = counted
-    scorer = LRP(composite)
-    if every:
-        scorer(model, x.abs(), TARGETS, weighted(model))
-    else:
-        scorer.heatmap(model, x.abs(), TARGETS)
-    assert not {name: count for name, count in rules.items() if name in FAST}
-
-
-@pytest.mark.parametrize("composite", PASSES)
-def test_no_layer_runs_more_often_than_its_rule_asks(counted, composite):
+def test_on_rectified_networks_no_rule_of_zennit_and_no_needless_forward_pass_runs(
+    counted, composite
+):
     model, x = made("in-place ReLU")
-    _, layers = counted
-    scorer = LRP(composite)
-    with scorer.session(model, x, ["0:input"]) as (score, _):
+    rules, layers = counted
+    with LRP(composite).session(model, x, ["0:input"]) as (score, _):
         layers.clear()
         score(x.abs(), TARGETS)
     a_conv, a_linear = PASSES[composite]
     assert layers == {"Conv2d": 2 * a_conv, "Linear": 2 * a_linear}
+    assert not {name: count for name, count in rules.items() if name in FAST}
 
 
 def fallbacks(counted, model, composite, x, **options):
@@ -517,12 +366,7 @@ def fallbacks(counted, model, composite, x, **options):
 
 @pytest.mark.parametrize(
     ("composite", "rule"),
-    [
-        ("epsilon-plus", "ZPlus"),
-        ("alpha1beta0", "AlphaBeta"),
-        ("alpha2beta1", "AlphaBeta"),
-        ("gamma+epsilon", "Gamma"),
-    ],
+    [("epsilon-plus", "ZPlus"), ("alpha2beta1", "AlphaBeta"), ("gamma+epsilon", "Gamma")],
 )
 def test_signed_inputs_go_to_zennits_own_rule(counted, composite, rule):
     model, x = made("in-place ReLU")
@@ -562,12 +406,7 @@ def live_tensors():
 
 @pytest.mark.parametrize(
     ("composite", "kind"),
-    [
-        ("epsilon", "in-place SiLU"),
-        ("alpha2beta1", "VGG-like"),
-        ("gamma+epsilon", "tanh"),
-        ("GuidedBackprop", "in-place ReLU"),
-    ],
+    [("epsilon", "in-place SiLU"), ("alpha2beta1", "VGG-like")],
 )
 def test_no_tensor_outlives_its_batch(composite, kind):
     model, x = made(kind)
@@ -578,7 +417,7 @@ def test_no_tensor_outlives_its_batch(composite, kind):
         for _ in range(5):
             score(x, TARGETS)
         assert live_tensors() <= before
-    state = vars(fast.RULED)
+    state = vars(RULED)
     sizes = {name: len(kept) for name, kept in state.items() if hasattr(kept, "__len__")}
     score_units(model, [(x, TARGETS)] * 5, LRP(COMPOSITES[composite]()), layers=layers)
     assert {name: len(kept) for name, kept in state.items() if name in sizes} == sizes
@@ -625,7 +464,7 @@ class ReadsWhatWasOverwritten(nn.Module):
         return self.head(y if self.in_place else activated)
 
 
-@pytest.mark.parametrize("composite", ["epsilon", "gamma+epsilon", "epsilon-plus"])
+@pytest.mark.parametrize("composite", ["epsilon", "epsilon-plus"])
 def test_a_layer_reads_what_a_module_has_written_in_place(composite):
     x = torch.randn(3, 6, dtype=torch.float64)
     expected, got = (
@@ -661,7 +500,7 @@ class Unrolled(nn.Module):
         return self.head(self.flat(x))
 
 
-@pytest.mark.parametrize("composite", sorted({*COMPOSITES} - {"BetaSmooth", "by name and layer"}))
+@pytest.mark.parametrize("composite", [*SOME_COMPOSITES, "w²"])
 def test_a_module_called_twice_is_two_modules_with_the_same_weights(composite):
     x = torch.randn(3, *IMAGE, dtype=torch.float64)
     shared = Unrolled(shared=True).double()
@@ -674,12 +513,6 @@ def test_a_module_called_twice_is_two_modules_with_the_same_weights(composite):
     got[""] = scorer.heatmap(shared, x, TARGETS)
     for name, values in expected.items():
         assert_as_zennit(got[name], values, 1e-10, name)
-
-
-def test_a_hook_that_keeps_values_on_a_module_called_twice_is_one_clear_error():
-    x = torch.randn(3, *IMAGE, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"'relus\.0': it is called 3 times, .*ReLUBetaSmooth"):
-        LRP(zc.BetaSmooth()).heatmap(Unrolled(shared=True).double(), x, TARGETS)
 
 
 class Between(nn.Module):
@@ -703,16 +536,12 @@ def after(operation):
 
 
 OVERWRITING = {
-    "mul_": after(lambda y: y.mul_(2)),
     "mul_, negative": after(lambda y: y.mul_(-1)),
-    "add_": after(lambda y: y.add_(1.0)),
-    "relu_": after(torch.relu_),
     "F.relu in place": after(lambda y: F.relu(y, inplace=True)),
     "mul_, then ReLU in place": lambda model, x: model.relu(model.body(x).mul_(-1)),
     "ReLU in place of a part": lambda model, x: torch.cat(
         [model.relu(half) for half in torch.tensor_split(model.body(x), 2, 1)], 1
     ),
-    "clamp_": after(lambda y: y.clamp_(-0.2, 0.2)),
     "zeros written": after(lambda y: y.masked_fill_(y < 0.1, 0.0)),
     "output read before it is overwritten": lambda model, x: (
         lambda y: torch.cat([y[:, :4].clone(), model.relu(y)[:, 4:]], 1)
@@ -721,7 +550,7 @@ OVERWRITING = {
 
 
 @pytest.mark.parametrize("operation", OVERWRITING)
-@pytest.mark.parametrize("composite", ["epsilon", "gamma everywhere", "αβ everywhere", "flat"])
+@pytest.mark.parametrize("composite", ["epsilon", "gamma everywhere", "αβ everywhere"])
 def test_an_output_overwritten_in_place_gives_zennits_relevance(composite, operation):
     model = Between(OVERWRITING[operation]).double()
     x = torch.rand(3, 6, dtype=torch.float64)
@@ -729,7 +558,7 @@ def test_an_output_overwritten_in_place_gives_zennits_relevance(composite, opera
     compare(model, COMPOSITES[composite](), x, layers=["body", "head"], canonizers=())
 
 
-@pytest.mark.parametrize("composite", ["epsilon", "gamma everywhere", "αβ everywhere", "flat"])
+@pytest.mark.parametrize("composite", ["epsilon", "gamma everywhere", "αβ everywhere"])
 def test_an_input_overwritten_after_the_layer_is_one_clear_error_or_zennits(composite):
     def operation(model, x):
         hidden = torch.sigmoid(x) - 0.5
@@ -756,21 +585,7 @@ def test_the_logits_under_the_hooks_are_the_models_own():
         torch.testing.assert_close(hooked.detach(), logits, rtol=1e-12, atol=1e-14)
 
 
-class Capped(nn.ReLU):
-    """A subclass of ReLU that overwrites its input with something else."""
-
-    def forward(self, x):
-        return x.clamp_(0, 0.3)
-
-
-@pytest.mark.parametrize("composite", ["epsilon", "gamma everywhere"])
-def test_a_subclass_of_relu_is_not_taken_for_one(composite):
-    model, x = made("in-place ReLU")
-    model[1], model[4] = Capped(inplace=True), Capped(inplace=True)
-    compare(model, COMPOSITES[composite](), x)
-
-
-@pytest.mark.parametrize("composite", ["epsilon", "gamma+epsilon", "alpha2beta1", "epsilon-plus"])
+@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1"])
 def test_a_layer_whose_forward_was_replaced_gives_zennits_relevance(composite):
     model, x = made("in-place ReLU")
     conv = model[3]
@@ -783,12 +598,6 @@ def test_a_layer_whose_forward_was_replaced_gives_zennits_relevance(composite):
     expected = by_zennit(model, COMPOSITES[composite](), x, TARGETS, ["0"], twin=model)
     got = LRP(composite).relevance(model, x, TARGETS, ["0"])
     assert_as_zennit(got["0"], expected["0"], 1e-10, "0")
-
-
-@pytest.mark.parametrize("kind", ["in-place ReLU", "ReLU"])
-def test_lrp_0_has_no_quotients_of_zeros_that_zennit_does_not_have(kind):
-    model, x = made(kind)
-    compare(model, by_layers(zr.Epsilon(epsilon=0), zr.Epsilon(epsilon=0)), x)
 
 
 class KeepsItsOutput(BasicHook):
@@ -836,43 +645,9 @@ class GradientTimesInput(Hook):
     ],
     ids=["keeps its output", "overrides backward", "Hook", "BasicHook"],
 )
-@pytest.mark.parametrize("kind", ["in-place ReLU", "tanh"])
-def test_a_users_own_rule_gives_what_it_gives_in_zennit(rule, kind):
-    model, x = made(kind)
+def test_a_users_own_rule_gives_what_it_gives_in_zennit(rule):
+    model, x = made("in-place ReLU")
     compare(model, by_layers(rule(), zr.Epsilon()), x)
-
-
-class Summing(nn.Module):
-    """A residual network whose sum is a module of Zennit's."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(4)
-        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.one, self.two = nn.ReLU(), nn.ReLU()
-        self.sum = Sum()
-
-    def forward(self, x):
-        x = self.one(self.a(x))
-        return self.head(self.two(self.sum(torch.stack([x, self.b(x)], -1))))
-
-
-@pytest.mark.parametrize(
-    "layer_map",
-    [
-        [*zc.layer_map_base(), (nn.Linear, zr.Epsilon())],
-        [*zc.layer_map_base(stabilizer=0.3), (nn.Linear, zr.Gamma())],
-        [*zc.layer_map_base(), (nn.Linear, GradientTimesInput())],
-        [*zc.layer_map_base(), (nn.Linear, KeepsItsOutput())],
-        [(Sum, zr.Norm()), (nn.Linear, zr.ZPlus())],
-        [(Sum, zr.Norm()), (nn.ReLU, zr.ReLUGuidedBackprop()), (nn.Linear, zr.Epsilon())],
-        [(Sum, zr.Norm()), (nn.ReLU, zr.ReLUBetaSmooth()), (nn.Linear, zr.Epsilon())],
-        zc.layer_map_base(),
-    ],
-    ids=["base", "stabiliser", "hook", "own forward", "no ReLU", "guided", "smooth", "no linear"],
-)
-def test_a_network_with_sums_as_modules_gives_zennits_relevance(layer_map):
-    compare(Summing().double(), zc.LayerMapComposite(layer_map), torch.randn(3, 6).double())
 
 
 @pytest.mark.parametrize("rule", [zr.Norm, zr.Pass, zr.Flat])
@@ -892,97 +667,37 @@ def test_a_rule_on_a_block_with_rules_inside_gives_zennits_heat_map(rule):
         assert_as_zennit(got[name], values, 1e-10, name)
 
 
-class Branches(nn.Module):
-    """One layer's output read by two others, and by an in-place ReLU last."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)
-        self.stem = nn.Conv2d(2, 4, 3)
-        self.left, self.right = nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(4, 3, 1)
-        self.pool = nn.AdaptiveAvgPool2d(2)
-        self.relu1, self.relu2 = in_place_relu(), in_place_relu()
-        self.head = nn.Linear(24, 3)
-
-    def forward(self, x):
-        x = self.stem(x)
-        left = self.left(x)
-        right = self.relu2(self.right(self.relu1(x)))
-        return self.head(self.pool(torch.cat([left, right], 1)).flatten(1))
-
-
-@pytest.mark.parametrize("composite", ["epsilon", "gamma+epsilon", "alpha2beta1", "epsilon-plus"])
-def test_branches_that_each_read_what_the_true_network_reads(composite):
-    # Zennit copies a ReLU's input, so the left branch may not be read after the right one there.
-    model = Branches().double()
-    x = torch.randn(3, *IMAGE, dtype=torch.float64)
-    relevance = by_zennit(model, COMPOSITES[composite](), x, TARGETS, ["stem"])
-    scorer = LRP(COMPOSITES[composite](), canonizers=())
-    try:
-        got = scorer.relevance(model, x, TARGETS, ["stem", "left", "right"])
-    except (RuntimeError, ValueError) as problem:
-        assert "was overwritten in place after the layer had read it" in str(problem)  # noqa: PT017
-    else:
-        assert_as_zennit(got["stem"], relevance["stem"], 1e-10, "stem")
-
-
-class CallsWith(nn.Module):
-    """A layer that is called with more than one tensor."""
+class Calls(nn.Module):
+    """A layer that is called in a way of its own."""
 
     def __init__(self, call):
         super().__init__()
         torch.manual_seed(0)
         self.up = nn.ConvTranspose2d(2, 2, 3, stride=2)
-        self.body = nn.Linear(648, 5)
-        self.head = nn.Linear(5, 3)
+        self.head = nn.LazyLinear(3)
         self.call = call
 
     def forward(self, x):
-        x = self.up(x, output_size=[18, 18]) if self.call == "keyword" else self.up(x, [18, 18])
-        return self.head(self.body(x.flatten(1)))
+        return self.head(self.call(self.up, x).flatten(1))
 
 
-@pytest.mark.parametrize("call", ["keyword", "positional"])
-@pytest.mark.parametrize("composite", ["epsilon", "epsilon-plus", "gamma+epsilon"])
-def test_further_arguments_of_a_layer_are_respected_or_refused(composite, call):
-    model = CallsWith(call).double()
+def test_a_layer_is_called_by_keyword_but_not_with_further_arguments():
     x = torch.rand(3, *IMAGE, dtype=torch.float64)
-    x.data[:, :, 0] = 0.0
-    # The same network with the size written as output padding.
-    twin = copy.deepcopy(model)
-    twin.up = nn.ConvTranspose2d(2, 2, 3, stride=2, output_padding=1).double()
-    twin.up.load_state_dict(model.up.state_dict())
-    twin.forward = lambda x: twin.head(twin.body(twin.up(x).flatten(1)))
-    expected = by_zennit(model, COMPOSITES[composite](), x, TARGETS, twin=twin)[""]
-    try:
-        got = LRP(composite).heatmap(model, x, TARGETS)
-    except ValueError as problem:
-        assert "'up'" in str(problem)  # noqa: PT017
-    else:
-        assert_as_zennit(got, expected, 1e-10, "heat map")
-
-
-class NamesItsInput(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.body(input=x)))
-
-
-def test_a_layer_called_by_keyword_is_scored_or_refused_in_words():
-    model = NamesItsInput().double()
-    x = torch.randn(3, 6, dtype=torch.float64)
-    try:
-        got = LRP("epsilon").relevance(model, x, TARGETS, ["body", "body:input"])
-    except ValueError as problem:
-        assert "'body'" in str(problem)  # noqa: PT017
-    else:
-        unnamed = sequential(model.body, nn.ReLU(), model.head)
-        expected = LRP("epsilon").relevance(unnamed, x, TARGETS, ["0", "0:input"])
-        assert_as_zennit(got["body:input"], expected["0:input"], 1e-10, "body:input")
+    models = [
+        Calls(lambda up, x: up(x)),
+        Calls(lambda up, x: up(input=x)),
+        Calls(lambda up, x: up(x, output_size=[18, 18])),
+        Calls(lambda up, x: up(x, [18, 18])),
+    ]
+    for model in models:
+        model.double()(x)
+    models[1].load_state_dict(models[0].state_dict())
+    scorer = LRP("epsilon-plus")
+    expected, got = (scorer.relevance(model, x, TARGETS, ["up:input"]) for model in models[:2])
+    assert torch.equal(got["up:input"], expected["up:input"])
+    for model in models[2:]:
+        with pytest.raises(ValueError, match=r"'up' is called with 2 arguments"):
+            scorer.heatmap(model, x, TARGETS)
 
 
 # Registered elsewhere, or already, or half way
@@ -1004,32 +719,19 @@ def test_a_composite_registered_on_another_model_works_here_too():
     assert_as_zennit(there, expected[""], 1e-10, "the other model's")
 
 
-@pytest.mark.parametrize("make", [zc.EpsilonPlus, zc.GuidedBackprop], ids=["LRP", "guided"])
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("same", [True, False])
-def test_a_composite_registered_on_this_model_is_refused(unchanged, make, same):
+def test_a_composite_registered_on_this_model_is_refused(unchanged, fast, same):
     model, x = made("in-place ReLU")
-    composite = make()
-    with composite.context(model):
+    composite = zc.EpsilonPlus()
+    registered = accelerated(composite) if fast else composite
+    with registered.context(model):
         check = unchanged(model)
-        scorer = LRP(composite) if same else LRP("epsilon")
-        for score in (
-            lambda: score_units(model, [(x, TARGETS)], scorer),
-            lambda: scorer(model, x, TARGETS, ["0"]),
-            lambda: scorer.heatmap(model, x, TARGETS),
-        ):
-            with pytest.raises(ValueError, match=r"registered on it already.*composite\.remove"):
-                score()
+        scorer = LRP(registered) if same else LRP("epsilon")
+        with pytest.raises(ValueError, match=r"registered on it already.*composite\.remove"):
+            scorer.heatmap(model, x, TARGETS)
         check()
     scorer.heatmap(model, x, TARGETS)
-
-
-def test_an_accelerated_composite_registered_on_this_model_is_refused():
-    model, x = made("in-place ReLU")
-    with (
-        accelerated(zc.EpsilonPlus()).context(model),
-        pytest.raises(ValueError, match="registered on it already"),
-    ):
-        LRP("epsilon").heatmap(model, x, TARGETS)
 
 
 class Stop(Exception):
@@ -1037,7 +739,7 @@ class Stop(Exception):
 
 
 class Fails(nn.Module):
-    """Raises in the forward pass while told so."""
+    """Raises in the forward pass while ``now`` is true."""
 
     def __init__(self):
         super().__init__()
@@ -1049,32 +751,18 @@ class Fails(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("where", ["before", "inside a ruled block"])
-@pytest.mark.parametrize("composite", ["epsilon", "gamma+epsilon", "alpha2beta1"])
-def test_a_forward_pass_that_fails_leaves_nothing_behind(composite, where, unchanged):
+@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1"])
+def test_a_forward_pass_that_fails_leaves_nothing_behind(composite, unchanged):
     torch.manual_seed(0)
     fails = Fails()
     block = sequential(nn.Linear(6, 6), fails)
     model = sequential(nn.Linear(6, 6), in_place_relu(), block, nn.Linear(6, 3)).double()
-    rules = COMPOSITES[composite]()
-    if where != "before":
-        rules = zc.MixedComposite([zc.NameMapComposite([(["2"], zr.Norm())]), rules])
+    rules = zc.MixedComposite([zc.NameMapComposite([(["2"], zr.Norm())]), COMPOSITES[composite]()])
     x = torch.randn(3, 6, dtype=torch.float64)
     scorer = LRP(rules)
     layers = ["0", "3"]
     expected = scorer(model, x, TARGETS, layers)
     check = unchanged(model)
-
-    def fail_half_way():
-        with scorer.session(model, x, layers) as (score, _):
-            score(x, TARGETS)
-            fails.now.fill_(True)
-            score(x, TARGETS)
-
-    with pytest.raises(Stop):
-        fail_half_way()
-    fails.now.fill_(False)
-    check()
     with scorer.session(model, x, layers) as (score, _):
         fails.now.fill_(True)
         with pytest.raises(Stop):
@@ -1084,7 +772,6 @@ def test_a_forward_pass_that_fails_leaves_nothing_behind(composite, where, uncha
     check()
     for name in layers:
         assert torch.equal(again[name], expected[name])
-        assert torch.equal(scorer(model, x, TARGETS, layers)[name], expected[name])
 
 
 def test_a_backward_pass_that_fails_leaves_nothing_behind(unchanged):
@@ -1108,10 +795,6 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind(unchanged):
 
 
 def test_the_composite_given_is_not_changed():
-    composite = Composite(module_map=lambda ctx, name, module: None)
-    fast = accelerated(composite)
-    assert fast is not composite
-    assert not composite.handles
     model, x = made("in-place ReLU")
     plus = zc.EpsilonPlus()
     layer_map = list(plus.layer_map)

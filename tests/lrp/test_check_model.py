@@ -8,9 +8,7 @@ import warnings
 
 import pytest
 import torch
-import torchvision
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from zennit import composites as zc
 from zennit import rules as zr
@@ -57,18 +55,8 @@ class Squares(nn.Module):
         return x.square()
 
 
-class OwnAttention(nn.Module):
-    def forward(self, x):
-        tokens = x.unflatten(1, (4, 2))
-        return torch.softmax(tokens @ tokens.transpose(1, 2), -1).matmul(tokens).flatten(1)
-
-
 NO_RULE = {
     "a power": (lambda m, x: x**2, None, "pow", ""),
-    "a clamp": (lambda m, x: x.clamp(-1, 1), None, "clamp", ""),
-    "an exponential": (lambda m, x: torch.exp(x), None, "exp", ""),
-    "a choice": (lambda m, x: torch.where(x > 1, x, -x), None, "where", ""),
-    "a module of one's own": (lambda m, x: m.extra(x), Squares(), "square", "extra"),
     "deep inside": (
         lambda m, x: m.extra(x),
         nn.Sequential(nn.Identity(), nn.Sequential(Squares())),
@@ -104,7 +92,7 @@ def test_an_operation_without_a_rule_is_an_error_that_names_the_module(kind, unc
 
 
 @pytest.mark.parametrize("kind", NO_RULE)
-@pytest.mark.parametrize("layers", [["second"], ["head"], ["second:input"], ["head:input", "head"]])
+@pytest.mark.parametrize("layers", [["second:input"], ["head:input", "head"]])
 def test_layers_behind_the_trouble_may_be_scored(kind, layers):
     middle, extra, *_ = NO_RULE[kind]
     model = net(middle, copy.deepcopy(extra))
@@ -120,11 +108,9 @@ def test_layers_behind_the_trouble_may_be_scored(kind, layers):
         torch.testing.assert_close(got[name], expected[names[name]], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", NO_RULE)
-@pytest.mark.parametrize("layers", [["first"], ["first:input"], ["head", "first"]])
-def test_layers_before_the_trouble_may_not(kind, layers):
-    middle, extra, *_ = NO_RULE[kind]
-    model = net(middle, copy.deepcopy(extra))
+@pytest.mark.parametrize("layers", [["first"], ["head", "first"]])
+def test_layers_before_the_trouble_may_not(layers):
+    model = net(lambda m, x: x**2)
     assert not check_model(model, X, layers=layers).ok
     for score in (
         lambda: score_units(model, [(X, TARGETS)], LRP("epsilon"), layers=layers),
@@ -149,25 +135,11 @@ def test_a_modules_own_rule_covers_what_it_runs():
     LRP().heatmap(model, X, TARGETS)
 
 
-def test_a_rule_of_the_composite_covers_what_a_module_runs():
-    model = net(lambda m, x: m.extra(x), Squares())
-    composite = LRP("epsilon").composite
-    composite.layer_map.append((Squares, zr.Norm()))
-    assert check_model(model, X, composite).ok
-    LRP(composite).heatmap(model, X, TARGETS)
-
-
 ALONE = {
     "Softmax": lambda: nn.Softmax(1),
-    "LogSoftmax": lambda: nn.LogSoftmax(1),
-    "Mish": nn.Mish,
     "PReLU": nn.PReLU,
     "GroupNorm": lambda: nn.GroupNorm(2, 8),
     "LayerNorm": lambda: nn.LayerNorm(8),
-    "RMSNorm": lambda: nn.RMSNorm(8),
-    "InstanceNorm": lambda: nn.Sequential(
-        nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2), nn.Flatten()
-    ),
     "GLU": lambda: nn.Sequential(nn.GLU(), nn.Linear(4, 8)),
     "Upsample": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 4)), nn.Upsample(scale_factor=2.0), nn.MaxPool1d(2), nn.Flatten()
@@ -207,11 +179,6 @@ def test_composites_that_are_no_lrp_are_not_asked_for_rules(composite):
     score_units(model, [(X, TARGETS)], LRP(composite))
 
 
-def test_excitation_backprop_is_fine_with_the_gradient_of_a_relu():
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
-    assert check_model(model, X, zc.ExcitationBackprop()).ok
-
-
 # Modules called more than once
 
 
@@ -234,22 +201,6 @@ def test_a_module_called_twice_is_reported_where_scoring_refuses_it():
     assert any(one.module == "second" and "more than once" in one.message for one in check.findings)
 
 
-@pytest.mark.parametrize("layers", [["first"], ["head"], ["first:input", "head:input"]])
-def test_a_module_called_twice_is_no_trouble_for_the_other_layers(layers):
-    model = twice()
-    check = check_model(model, X, layers=layers)
-    assert check.ok
-    unrolled = nn.Sequential(
-        model.first, nn.ReLU(), model.second, nn.ReLU(), copy.deepcopy(model.second), nn.ReLU(),
-        model.head,
-    )  # fmt: skip
-    names = {"first": "0", "head": "6", "first:input": "0:input", "head:input": "6:input"}
-    got = LRP("alpha2beta1")(model, X, TARGETS, layers)
-    expected = LRP("alpha2beta1")(unrolled, X, TARGETS, [names[one] for one in layers])
-    for name in layers:
-        torch.testing.assert_close(got[name], expected[names[name]], rtol=1e-9, atol=1e-12)
-
-
 def test_a_hook_that_mixes_up_calls_is_an_error():
     model = twice()
     check = check_model(model, X, zc.BetaSmooth(), layers=["first", "head"])
@@ -261,11 +212,6 @@ def test_a_hook_that_mixes_up_calls_is_an_error():
         score_units(model, [(X, TARGETS)], LRP(zc.BetaSmooth()), layers="first")
 
 
-@pytest.mark.parametrize("composite", [zc.GuidedBackprop(), zc.DeconvNet()])
-def test_a_hook_that_can_tell_calls_apart_is_none(composite):
-    assert check_model(twice(), X, composite, layers=["first", "head"]).ok
-
-
 # Weights
 
 
@@ -273,29 +219,8 @@ def pruned(model):
     prune.l1_unstructured(model.second, "weight", amount=0.5)
 
 
-def pruned_structured(model):
-    prune.ln_structured(model.second, "weight", amount=0.5, n=2, dim=0)
-
-
-def twice_pruned(model):
-    pruned(model)
-    prune.random_unstructured(model.second, "weight", amount=0.5)
-
-
 def parametrized(model):
     parametrizations.weight_norm(model.second)
-
-
-def orthogonal(model):
-    parametrizations.orthogonal(model.second)
-
-
-def symmetric(model):
-    class Symmetric(nn.Module):
-        def forward(self, W):
-            return W.triu() + W.triu(1).T
-
-    parametrize.register_parametrization(model.second, "weight", Symmetric())
 
 
 def weight_norm_of_old(model):
@@ -312,11 +237,7 @@ def spectral_norm_of_old(model):
 
 REMOVED = {
     pruned: lambda model: prune.remove(model.second, "weight"),
-    pruned_structured: lambda model: prune.remove(model.second, "weight"),
-    twice_pruned: lambda model: prune.remove(model.second, "weight"),
     parametrized: lambda model: parametrize.remove_parametrizations(model.second, "weight"),
-    orthogonal: lambda model: parametrize.remove_parametrizations(model.second, "weight"),
-    symmetric: lambda model: parametrize.remove_parametrizations(model.second, "weight"),
     weight_norm_of_old: lambda model: nn.utils.remove_weight_norm(model.second),
     spectral_norm_of_old: lambda model: nn.utils.remove_spectral_norm(model.second),
 }
@@ -345,11 +266,8 @@ def test_half_precision_is_an_error_that_says_how_to_widen(dtype):
     check = check_model(model, X.to(dtype))
     assert [one.module for one in errors(check)] == ["first"]
     assert "copy.deepcopy(model).float()" in errors(check)[0].message
-    for layers in (None, ["head"]):
-        with pytest.raises(ValueError, match=f"{dtype}.*deepcopy"):
-            score_units(model, [(X.to(dtype), TARGETS)], LRP(), layers=layers)
-    with pytest.raises(ValueError, match=f"{dtype}|dtype"):
-        score_units(model, [(X.float(), TARGETS)], LRP())
+    with pytest.raises(ValueError, match=f"{dtype}.*deepcopy"):
+        score_units(model, [(X.to(dtype), TARGETS)], LRP(), layers=["head"])
     widened = copy.deepcopy(model).float()
     assert check_model(widened, X.float()).ok
 
@@ -361,41 +279,20 @@ def test_one_layer_in_half_precision_is_found():
     assert found.module == "extra"
 
 
-def test_weights_that_are_not_finite_are_an_error():
+def test_what_cannot_be_checked_at_all_is_an_error():
     model = net()
+    with pytest.raises(NonFiniteError, match="inputs"):
+        check_model(model, X / 0)
+    with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 5\)"):
+        check_model(model, X[:, :5])
+    with pytest.raises(UnknownLayerError, match="'secnd' not found; did you mean 'second'"):
+        check_model(model, X, layers=["secnd"])
     model.second.weight.data[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"'second\.weight'"):
         check_model(model, X)
 
 
-def test_inputs_that_are_not_finite_are_an_error():
-    inputs = X.clone()
-    inputs[0, 0] = float("inf")
-    with pytest.raises(NonFiniteError, match="inputs"):
-        check_model(net(), inputs)
-
-
-def test_inputs_the_model_does_not_take_are_an_error():
-    with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 5\)"):
-        check_model(net(), X[:, :5])
-
-
-def test_an_unknown_layer_is_an_error():
-    with pytest.raises(UnknownLayerError, match="'secnd' not found; did you mean 'second'"):
-        check_model(net(), X, layers=["secnd"])
-
-
 # Hooks and modes
-
-
-@pytest.mark.parametrize("composite", [zc.EpsilonPlus(), zc.GuidedBackprop(), zc.BetaSmooth()])
-def test_a_registered_composite_is_an_error_until_its_context_is_left(composite):
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
-    with composite.context(model):
-        check = check_model(model, X)
-        assert not check.ok
-        assert "composite.remove()" in errors(check)[0].message
-    assert check_model(model, X).ok
 
 
 def test_the_users_own_hooks_are_no_finding():
@@ -417,15 +314,6 @@ def test_a_batch_norm_in_training_mode_is_a_warning_and_scored_as_in_evaluation(
     assert found.module == "body.1"
     assert "training mode" in found.message
     assert check.ratios == expected
-
-
-def test_dropout_in_training_mode_changes_nothing():
-    model = net(lambda m, x: m.extra(x), nn.Dropout(0.5))
-    expected = score_units(model, [(X, TARGETS)], LRP())
-    got = score_units(model.train(), [(X, TARGETS)], LRP())
-    assert model.training
-    for name in got:
-        assert torch.equal(got[name], expected[name])
 
 
 # Ratios, and the result as an object
@@ -455,20 +343,6 @@ def test_a_ratio_is_summed_relevance_over_summed_logits():
         assert ratio == pytest.approx(float(relevance[name].sum() / start), rel=1e-12)
 
 
-def test_ratios_show_a_user_what_a_missing_canonizer_does():
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=3).double().eval()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    blind = LRP("epsilon", canonizers=())
-    check = check_model(model, x, blind, layers=["conv1"])
-    assert not check.ok
-    assert any("'add'" in one.message for one in errors(check))
-    without_biases(model)
-    seeing = check_model(model, x, "epsilon", layers=["conv1"])
-    assert seeing.ok
-    assert seeing.ratios["conv1"] == pytest.approx(1, abs=0.01)
-
-
 def test_logits_of_zero_have_no_ratio():
     model = without_biases(net())
     model.head.weight.data.zero_()
@@ -483,18 +357,17 @@ CHECKED = {
     "warned": lambda: check_model(
         net(lambda m, x: x * torch.sigmoid(m.extra(x)), nn.Linear(8, 8)), X
     ),
-    "a composite": lambda: check_model(net(), X, zc.EpsilonGammaBox(low=-1.0, high=1.0)),
 }
 
 
 @pytest.mark.parametrize("kind", CHECKED)
 def test_a_check_is_json_and_text(kind):
     check = CHECKED[kind]()
-    told = json.loads(json.dumps(check.to_dict(), allow_nan=False))
-    assert set(told) == {"scorer", "ok", "canonizers", "findings", "ratios"}
-    assert told["ok"] == check.ok == (kind != "refused")
-    assert [*told["ratios"]] == [*check.ratios]
-    for finding in told["findings"]:
+    content = json.loads(json.dumps(check.to_dict(), allow_nan=False))
+    assert set(content) == {"scorer", "ok", "canonizers", "findings", "ratios"}
+    assert content["ok"] == check.ok == (kind != "refused")
+    assert [*content["ratios"]] == [*check.ratios]
+    for finding in content["findings"]:
         assert set(finding) == {"severity", "module", "message"}
         assert finding["severity"] in ("error", "warning")
     text = str(check)
@@ -545,21 +418,16 @@ def test_a_gate_is_a_warning_and_the_layers_that_make_it_have_no_relevance():
     assert found.severity == "warning"
     assert "gate" in found.message
     assert check.ratios["extra"] == 0
+    assert not check_model(model, X, layers=["head"]).findings  # they lie behind the gate
 
 
-def test_a_gate_behind_which_the_layers_lie_is_no_warning():
-    model = net(lambda m, x: x * torch.sigmoid(m.extra(x.mean(1, keepdim=True))), nn.Linear(1, 1))
-    assert not check_model(model, X, layers=["head"]).findings
-
-
-@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1", zc.GuidedBackprop()])
-def test_a_check_leaves_the_model_as_it_was(composite, norm, digits, unchanged):
+def test_a_check_leaves_the_model_as_it_was(norm, digits, unchanged):
     norm.train()
     for number, parameter in enumerate(norm.parameters()):
         parameter.requires_grad_(number % 2 == 0)
     norm(digits[0][:4]).sum().backward()
     check = unchanged(norm)
-    check_model(norm, digits[0][:4], composite)
+    check_model(norm, digits[0][:4], "alpha2beta1")
     check()
 
 
@@ -569,31 +437,7 @@ def test_a_layer_without_influence_is_a_finding_and_no_crash():
     assert any(one.module == "extra" for one in check.findings)
 
 
-def test_a_model_over_words_is_looked_through():
-    class Words(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(5, 6)
-            self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
-
-        def forward(self, words):
-            return self.head(self.body(self.embedding(words)).square().mean(1))
-
-    words = torch.tensor([[0, 1, 2], [3, 4, 0]])
-    check = check_model(Words(), words)
-    assert any("'square'" in one.message for one in errors(check))
-
-
 # The trace
-
-
-def test_a_trace_counts_calls_and_keeps_their_order():
-    model = twice()
-    found = trace(model, X)
-    assert found.calls["second"] == 2
-    assert found.calls["extra"] == 3
-    assert found.calls[""] == 1
-    assert found.order == ["first", "second", "second", "head"]
 
 
 def of_the_network(found, layers=()):
@@ -604,8 +448,8 @@ def of_the_network(found, layers=()):
 def test_a_trace_names_operations_and_their_modules():
     model = net(lambda m, x: m.extra(x) + x, nn.Sequential(nn.ReLU(), Squares()))
     found = trace(model, X)
-    told = [(one.name, one.module, one.inside, one.joins) for one in of_the_network(found)]
-    assert told == [
+    operations = [(one.name, one.module, one.inside, one.joins) for one in of_the_network(found)]
+    assert operations == [
         ("linear", "first", ("", "first"), False),
         ("relu", "", ("",), False),
         ("relu", "extra.0", ("", "extra", "extra.0"), False),
@@ -650,12 +494,10 @@ def test_operations_on_what_does_not_depend_on_the_data_are_left_out():
 NORMED = {
     "alone": (lambda m, x: m.norm(m.conv(x)), True),
     "read by another": (lambda m, x: (lambda y: m.norm(y) + y)(m.conv(x)), False),
-    "read before": (lambda m, x: (lambda y: y.relu() + m.norm(y))(m.conv(x)), False),
     "read through an attribute": (
         lambda m, x: (lambda y: torch.cat([m.norm(y), y.mT], 1))(m.conv(x)),
         False,
     ),
-    "after a ReLU": (lambda m, x: m.norm(m.conv(x).relu()), False),
     "after a ReLU in place": (lambda m, x: (lambda y: m.norm(y.relu_()))(m.conv(x)), False),
     "after an in-place product": (lambda m, x: (lambda y: m.norm(y.mul_(2)))(m.conv(x)), False),
     "conv called twice": (lambda m, x: m.norm(m.conv(x)) + m.conv(x), False),
@@ -670,7 +512,6 @@ NORMED = {
         False,
     ),
     "a norm of a view": (lambda m, x: m.norm(m.conv(x)[:, :4]), False),
-    "a norm of a clone": (lambda m, x: m.norm(m.conv(x).clone()), False),
 }
 
 
@@ -729,15 +570,9 @@ class Grouped(nn.Module):
 
 
 MERGES = {
-    "conv": (lambda: Grouped(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), (4, 5, 5)),
     "grouped conv": (lambda: Grouped(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), (4, 5, 5)),
-    "transposed": (lambda: Grouped(nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6)), (4, 5, 5)),
     "grouped transposed": (
         lambda: Grouped(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)),
-        (4, 5, 5),
-    ),
-    "depthwise transposed": (
-        lambda: Grouped(nn.ConvTranspose2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)),
         (4, 5, 5),
     ),
     "linear": (lambda: Grouped(nn.Linear(4, 6), nn.BatchNorm1d(6)), (4,)),
@@ -767,48 +602,10 @@ def test_a_merged_batch_norm_leaves_the_logits_alone(kind, unchanged):
     check()
 
 
-def test_batch_norms_in_an_order_of_their_own_beside_a_residual_block():
-    from torchvision.models.resnet import BasicBlock
-
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
-            self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-            for norm in (self.bn1, self.bn2):
-                norm.running_mean.normal_()
-                norm.running_var.uniform_(0.5, 2)
-            self.block = BasicBlock(4, 4)
-            self.head = nn.Linear(4, 3)
-
-        def forward(self, x):
-            x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
-            return self.head(self.block(x).mean((2, 3)))
-
-    assert_same_logits(Odd().double().eval(), IMAGES)
-
-
 # Bad input, as the last paragraph of the issue lists it
 
 
-def test_a_layer_inside_a_canonized_block_is_scored():
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=3).double().eval()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    layers = ["layer1.0.conv1", "layer1.0.bn2", "layer2.0.downsample.0", "layer4.1.conv2:input"]
-    scores = score_units(model, [(x, torch.tensor([0, 1]))], LRP("epsilon"), layers=layers)
-    assert [len(scores[name]) for name in layers] == [64, 64, 128, 512]
-    assert all(scores[name].abs().sum() > 0 for name in layers)
-
-
-def test_a_layer_that_only_a_canonizer_adds_is_unknown():
-    model = torchvision.models.resnet18(num_classes=3).eval()
-    with pytest.raises(UnknownLayerError, match=r"layer1\.0\.canonizer_sum"):
-        score_units(model, [torch.zeros(1, 3, 32, 32)], LRP(), layers="layer1.0.canonizer_sum")
-
-
-@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1", zc.GuidedBackprop()])
+@pytest.mark.parametrize("composite", ["epsilon", zc.GuidedBackprop()])
 def test_a_batch_whose_inputs_need_gradients_is_scored_and_gets_none(composite):
     model = net()
     expected = score_units(model, [(X, TARGETS)], LRP(composite))
@@ -820,16 +617,6 @@ def test_a_batch_whose_inputs_need_gradients_is_scored_and_gets_none(composite):
     assert leaf.grad is None
     assert leaf.requires_grad
     assert check_model(model, leaf, composite).ok
-
-
-def test_the_users_inputs_are_not_overwritten_by_an_in_place_network():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32, 3))
-    x = IMAGES.float().clone()
-    before = x.clone()
-    score_units(model, [(x, TARGETS)], LRP("epsilon-plus"))
-    LRP("epsilon").heatmap(model, x, TARGETS)
-    check_model(model, x)
-    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(
@@ -847,23 +634,6 @@ def test_a_network_that_overwrites_its_input_is_scored_on_a_copy(first, name):
     torch.testing.assert_close(got["1"], expected["0"], rtol=1e-9, atol=1e-12)
 
 
-def test_a_preprocessing_in_place_is_scored_on_a_copy():
-    class Normalises(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = net()
-
-        def forward(self, x):
-            x -= 0.5
-            return self.body(x)
-
-    model, x = Normalises(), X.clone()
-    got = score_units(model, [(x, TARGETS)], LRP("epsilon"), layers="body.first")
-    expected = score_units(model.body, [(X - 0.5, TARGETS)], LRP("epsilon"), layers="first")
-    assert torch.equal(x, X)
-    torch.testing.assert_close(got["body.first"], expected["first"], rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -871,14 +641,14 @@ def test_a_preprocessing_in_place_is_scored_on_a_copy():
         (torch.tensor([[0], [1], [2], [0]]), r"shape \(4, 1\).*for 4 "),
         (torch.tensor([0, 1, 2, 3]), r"class 3 is out of range; the model has 3 classes"),
         (torch.tensor([0, -1, 2, 0]), r"class -1 is out of range"),
-        (torch.tensor(1), r"shape \(\).*for 4 "),
+        ([0, 1, 2, 0], r"target: .*one class a sample, int64"),
+        (torch.tensor([0.0, 1.0, 2.0, 0.0]), r"target: .*one class a sample, int64"),
     ],
 )
 def test_targets_that_do_not_match_the_batch_are_one_clear_error(targets, message, unchanged):
     model = net()
     check = unchanged(model)
     for score in (
-        lambda: score_units(model, [(X, targets)], LRP()),
         lambda: LRP()(model, X, targets, ["first"]),
         lambda: LRP().heatmap(model, X, targets),
     ):
@@ -887,38 +657,13 @@ def test_targets_that_do_not_match_the_batch_are_one_clear_error(targets, messag
         check()
 
 
-@pytest.mark.parametrize("targets", [None, 1, [0, 1, 2, 0], torch.tensor([0.0, 1.0, 2.0, 0.0])])
-def test_targets_of_another_kind_are_one_clear_error(targets):
-    for score in (
-        lambda: LRP()(net(), X, targets, ["first"]),
-        lambda: LRP().heatmap(net(), X, targets),
-    ):
-        with pytest.raises(ValueError, match=r"target: .*one class a sample, int64"):
-            score()
-
-
-@pytest.mark.parametrize(
-    "score",
-    [
-        lambda *given: LRP().heatmap(*given),
-        lambda *given: LRP()(*given, ["0:input"]),
-    ],
-    ids=["heat map", "a layer's input"],
-)
-def test_relevance_at_word_numbers_is_one_clear_error(score):
+def test_relevance_at_token_ids_is_one_clear_error():
     model = nn.Sequential(nn.Embedding(5, 6), nn.Flatten(), nn.Linear(18, 3))
-    words = torch.tensor([[0, 1, 2], [3, 4, 0]])
-    with pytest.raises(ValueError, match=r"int64|whole numbers|not differentiable|no relevance"):
-        score(model, words, torch.tensor([0, 1]))
-
-
-def test_a_later_batch_that_does_not_fit_the_model_is_one_clear_error(unchanged):
-    model = net()
-    check = unchanged(model)
-    for scorer in (LRP("epsilon"), LRP("epsilon", canonizers=())):
-        with pytest.raises(ValueError, match=r"does not take inputs of shape \(\d, 5\)"):
-            score_units(model, [(X, TARGETS), (X[:, :5], TARGETS)], scorer)
-        check()
+    words, targets = torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="no relevance"):
+        LRP().heatmap(model, words, targets)
+    with pytest.raises(ValueError, match="no relevance"):
+        LRP()(model, words, targets, ["0:input"])
 
 
 def test_an_operation_in_evaluation_alone_is_seen_also_from_training_mode():
@@ -929,13 +674,6 @@ def test_an_operation_in_evaluation_alone_is_seen_also_from_training_mode():
     assert not check_model(model, X).ok
     with pytest.raises(ValueError, match="'pow'"):
         score_units(model, [(X, TARGETS)], LRP())
-
-
-def test_functional_activations_after_a_layer_need_no_modules():
-    model = net(lambda m, x: F.gelu(m.extra(x)), nn.Linear(8, 8))
-    check = check_model(model, X)
-    assert check.ok
-    assert check.canonizers == ["FunctionalCanonizer"]
 
 
 def convolutional():
@@ -959,37 +697,29 @@ class Autocast(nn.Module):
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])
-@pytest.mark.parametrize("preset", ["epsilon", "alpha2beta1", "gamma+epsilon"])
-def test_half_precision_by_autocast_is_refused_or_has_no_effect(preset, where):
+def test_half_precision_by_autocast_is_refused_or_has_no_effect(where):
     x = IMAGES.float()
-    expected = LRP(preset).heatmap(convolutional(), x, TARGETS)
+    expected = LRP().heatmap(convolutional(), x, TARGETS)
     model = convolutional() if where == "outside" else Autocast().eval()
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "outside"):
-            got = LRP(preset).heatmap(model, x, TARGETS)
+            got = LRP().heatmap(model, x, TARGETS)
     except ValueError as problem:
         assert "bfloat16" in str(problem) or "autocast" in str(problem)  # noqa: PT017
     else:
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("preset", ["epsilon", "gamma+epsilon"])
-def test_in_inference_mode_a_model_is_scored_or_refused_in_words(preset):
-    x = IMAGES.float()
-    model = convolutional()
-    scorer = LRP(preset)
-    expected = scorer.heatmap(model, x, TARGETS), scorer(model, x, TARGETS, ["0"])["0"]
+def test_in_inference_mode_a_model_is_scored_or_refused_in_words():
+    x, model = IMAGES.float(), convolutional()
+    expected = LRP().heatmap(model, x, TARGETS)
     with torch.inference_mode():
-        for score, values in (
-            (lambda: scorer.heatmap(model, x, TARGETS), expected[0]),
-            (lambda: scorer(model, x, TARGETS, ["0"])["0"], expected[1]),
-        ):
-            try:
-                got = score()
-            except ValueError as problem:
-                assert "inference_mode" in str(problem)  # noqa: PT017
-            else:
-                torch.testing.assert_close(got, values)
+        try:
+            got = LRP().heatmap(model, x, TARGETS)
+        except ValueError as problem:
+            assert "inference_mode" in str(problem)  # noqa: PT017
+        else:
+            torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, IMAGES.float())])
@@ -998,22 +728,11 @@ def test_in_inference_mode_a_model_is_scored_or_refused_in_words(preset):
 def test_torchscript_into_which_no_hook_reaches_is_refused(make, whole):
     scripted = make(convolutional())
     model = scripted if whole else nn.Sequential(scripted, nn.Linear(3, 3))
-    for score in (
-        lambda: LRP("epsilon").heatmap(model, IMAGES.float(), TARGETS),
-        lambda: LRP("epsilon")(model, IMAGES.float(), TARGETS, ["0"]),
-    ):
-        with pytest.raises(ValueError, match=r"TorchScript|ScriptModule"):
-            score()
+    with pytest.raises(ValueError, match=r"TorchScript|ScriptModule"):
+        LRP("epsilon").heatmap(model, IMAGES.float(), TARGETS)
 
 
-@pytest.mark.parametrize("form", ["module", "function", "log"])
-def test_a_network_that_ends_in_a_softmax_is_told_so(form):
-    # Its probabilities are no logits: what starts at them is not conserved.
-    ends = {"module": nn.Softmax(1), "log": nn.LogSoftmax(1), "function": nn.Identity()}[form]
-    model = nn.Sequential(convolutional(), ends)
-    if form == "function":
-        body = convolutional()
-        model.forward = lambda x: torch.softmax(body(x), 1)
-        model.body = body
-    check = check_model(model, IMAGES.float())
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1)])
+def test_a_network_that_ends_in_a_softmax_gets_a_warning(end):
+    check = check_model(nn.Sequential(convolutional(), end), IMAGES.float())
     assert any("softmax" in one.message for one in check.findings)

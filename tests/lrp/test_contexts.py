@@ -70,9 +70,7 @@ def rows(values):
     return values.movedim(1, -1).flatten(0, -2)
 
 
-@pytest.mark.parametrize(
-    "layer", ["conv1", "relu1", "pool1", "conv2", "relu2", "fc1", "relu3", "fc1:input", "head"]
-)
+@pytest.mark.parametrize("layer", ["conv1", "relu1", "pool1", "fc1:input", "head"])
 def test_contexts_are_the_gradient_where_lrp_is_gradient_times_input(plain, batches, layer):
     model, data = plain.double(), doubled(batches)
     features = collect_features(
@@ -139,9 +137,8 @@ def test_contexts_are_the_gradient_that_zennits_rule_multiplies(rule, kind):
 
 
 @pytest.mark.parametrize(
-    "composite", ["epsilon", "epsilon-plus", "alpha2beta1", "gamma+epsilon", "alpha1beta0"]
+    ("composite", "initial"), [("epsilon-plus", "logit"), ("gamma+epsilon", "one")]
 )
-@pytest.mark.parametrize("initial", ["logit", "one"])
 def test_activation_times_context_is_the_relevance(norm, batches, composite, initial):
     batches = batches[2:]
     scorer = LRP(composite, initial=initial)
@@ -172,15 +169,6 @@ def test_positions_are_those_drawn_without_a_scorer(plain, batches):
         assert (same & near).any()
 
 
-def test_token_sequences_have_their_channels_last():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(3, 4), nn.LayerNorm(4), nn.Flatten(start_dim=1), nn.Linear(20, 2)
-    )
-    features = collect_features(model, [torch.randn(6, 5, 3)], layer="1", positions=2)
-    assert features.activations.shape == (12, 4)
-
-
 def test_the_model_is_as_before_with_contexts(norm, batches, unchanged):
     norm.train()
     check = unchanged(norm)
@@ -189,12 +177,6 @@ def test_the_model_is_as_before_with_contexts(norm, batches, unchanged):
     with pytest.raises(ValueError, match=r"'body\.0'"):
         collect_features(norm, batches, layer="body.0", scorer=LRP("epsilon"))
     check()
-
-
-def test_a_layer_that_a_norm_is_merged_into_is_refused(norm, batches):
-    with pytest.raises(ValueError, match=r"layer: 'body\.3'.*merged.*name that norm"):
-        collect_features(norm, batches, layer="body.3", scorer=LRP("epsilon"))
-    collect_features(norm, batches, layer="body.4", scorer=LRP("epsilon"))
 
 
 @pytest.mark.parametrize("rule", [zr.Flat(), zr.WSquare(), zr.ZBox(-1.0, 2.0)])

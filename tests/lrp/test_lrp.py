@@ -55,11 +55,7 @@ class OwnFlat(zr.Flat):
 SCORERS = {
     "LRP epsilon": lambda: LRP("epsilon"),
     "LRP epsilon, one": lambda: LRP("epsilon", initial="one"),
-    "LRP gamma+epsilon": lambda: LRP("gamma+epsilon"),
-    "LRP alpha1beta0": lambda: LRP("alpha1beta0"),
     "LRP alpha2beta1": lambda: LRP("alpha2beta1"),
-    "LRP epsilon-plus": lambda: LRP("epsilon-plus"),
-    "LRP epsilon-gamma-box": lambda: LRP("epsilon-gamma-box", low=0.0, high=1.0),
     "LRP user's composite": lambda: LRP(
         zc.EpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()])
     ),
@@ -72,15 +68,8 @@ SCORERS = {
             ]
         )
     ),
-    "LRP by names": lambda: LRP(
-        zc.NameMapComposite([(["fc", "fc1", "head"], zr.Epsilon()), (["conv1"], zr.ZPlus())])
-    ),
     "LayerConductance": lambda: CaptumLayer(ca.LayerConductance, n_steps=4),
-    "LayerIntegratedGradients": lambda: CaptumLayer(ca.LayerIntegratedGradients, n_steps=4),
-    "LayerGradientXActivation": lambda: CaptumLayer(ca.LayerGradientXActivation),
-    "LayerActivation": lambda: CaptumLayer(ca.LayerActivation),
     "LayerDeepLift": lambda: CaptumLayer(ca.LayerDeepLift),
-    "InternalInfluence": lambda: CaptumLayer(ca.InternalInfluence, n_steps=4),
     "Taylor": Taylor,
     "Activation": Activation,
     "WeightMagnitude": WeightMagnitude,
@@ -142,21 +131,18 @@ def captum_lrp(model, inputs, targets, name, *, epsilon=None):
 # LRP beside Captum
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("epsilon", [1e-6, 1e-3, 0.1])
+@pytest.mark.parametrize("epsilon", [1e-6, 0.1])
 @pytest.mark.parametrize("name", LAYERS["plain"])
-def test_lrp_epsilon_equals_captums_lrp(plain, pairs, name, epsilon, dtype):
-    model, (inputs, labels) = plain.to(dtype), pairs
-    inputs = inputs.to(dtype)
+def test_lrp_epsilon_equals_captums_lrp(plain, pairs, name, epsilon):
+    model, (inputs, labels) = plain.double(), pairs
     got = LRP("epsilon", epsilon=epsilon)(model, inputs, labels, [name])[name]
     expected = captum_lrp(model, inputs, labels, name, epsilon=epsilon)
-    # In double what is left is Captum's pooling and ReLU, which always keep its 1e-9.
-    assert relative_error(got, expected) < (1e-5 if dtype is torch.float32 else 1e-7)
+    # What is left is Captum's pooling and ReLU, which always keep its 1e-9.
+    assert relative_error(got, expected) < 1e-7
 
 
-@pytest.mark.parametrize("epsilon", [1e-6, 1e-3])
-def test_a_heatmap_equals_captums_lrp_of_the_input(plain, pairs, epsilon):
-    inputs, labels = pairs
+def test_a_heatmap_equals_captums_lrp_of_the_input(plain, pairs):
+    (inputs, labels), epsilon = pairs, 1e-3
     got = LRP("epsilon", epsilon=epsilon).heatmap(plain.double(), inputs, labels)
     twin = plain_copy(plain)
     for module in twin.modules():
@@ -169,22 +155,7 @@ def test_a_heatmap_equals_captums_lrp_of_the_input(plain, pairs, epsilon):
     assert relative_error(got, expected) < 1e-7
 
 
-@pytest.mark.parametrize("name", LAYERS["plain"])
-def test_lrp_of_vanishing_epsilon_is_gradient_times_activation_without_biases(plain, pairs, name):
-    inputs, labels = pairs
-    for parameter_name, parameter in plain.double().named_parameters():
-        if parameter_name.endswith("bias"):
-            parameter.data.zero_()
-    got = LRP("epsilon", epsilon=1e-14)(plain, inputs, labels, [name])[name]
-    twin = plain_copy(plain)
-    layer = twin.get_submodule(name.removesuffix(":input"))
-    expected = ca.LayerGradientXActivation(twin, layer).attribute(
-        inputs, target=labels, attribute_to_layer_input=name.endswith(":input")
-    )
-    assert relative_error(got, over_positions(expected)) < 1e-9
-
-
-@pytest.mark.parametrize("preset", ["epsilon", "alpha2beta1", "epsilon-plus"])
+@pytest.mark.parametrize("preset", ["epsilon", "alpha2beta1"])
 def test_relevance_starts_at_the_logit_or_at_one(network, pairs, preset):
     (model, layers), (inputs, labels) = network, pairs
     logits = model.double()(inputs)[range(len(inputs)), labels].detach()
@@ -214,46 +185,7 @@ def test_relevance_comes_in_the_shape_of_the_layers_values(plain, pairs):
     torch.testing.assert_close(heatmap, full["conv1:input"], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["conv1", "relu1", "conv2", "fc1", "relu3", "head"])
-def test_a_users_composite_gives_what_zennit_gives(plain, pairs, name):
-    inputs, labels = pairs
-    composite = zc.EpsilonGammaBox(low=0.0, high=1.0, gamma=0.4)
-    twin = plain_copy(plain.double())
-    kept = []
-    twin.get_submodule(name).register_forward_hook(lambda _, __, output: kept.append(output))
-    with composite.context(twin) as canonical:
-        logits = canonical(inputs.clone().requires_grad_())
-        seed = nn.functional.one_hot(labels, 10) * logits.detach()
-        (expected,) = torch.autograd.grad(logits, kept[0], seed)
-    got = LRP(composite).relevance(plain, inputs, labels, [name])[name]
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
-
-
 # Captum's layer attributions
-
-METHODS = {
-    "LayerConductance": {"n_steps": 4},
-    "LayerIntegratedGradients": {"n_steps": 4},
-    "LayerGradientXActivation": {},
-    "LayerActivation": {},
-    "LayerDeepLift": {},
-    "InternalInfluence": {"n_steps": 4},
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_captum_method_is_its_own_result_summed_over_positions(network, pairs, method):
-    (model, layers), (inputs, labels) = network, pairs
-    made = getattr(ca, method)
-    arguments = METHODS[method]
-    got = CaptumLayer(made, **arguments)(model.double(), inputs, labels, layers)
-    for name in layers:
-        twin = plain_copy(model)
-        call = {} if method == "LayerActivation" else {"target": labels}
-        expected = made(twin, twin.get_submodule(name.removesuffix(":input"))).attribute(
-            inputs, **call, **arguments, attribute_to_layer_input=name.endswith(":input")
-        )
-        torch.testing.assert_close(got[name], over_positions(expected), rtol=1e-9, atol=1e-12)
 
 
 def test_constructor_and_call_arguments_go_where_they_belong(plain, pairs):
@@ -269,50 +201,24 @@ def test_constructor_and_call_arguments_go_where_they_belong(plain, pairs):
     assert relative_error(got, other) > 0.1
 
 
-def test_baselines_reach_captum(plain, pairs):
+def test_baselines_and_the_integration_method_reach_captum(plain, pairs):
     inputs, labels = pairs
-    baseline = torch.full((1, 1, 8, 8), 0.5, dtype=torch.float64)
-    scorer = CaptumLayer(ca.LayerConductance, n_steps=4, baselines=baseline)
-    got = scorer(plain.double(), inputs, labels, ["fc1"])["fc1"]
+    options = {"n_steps": 4, "method": "riemann_trapezoid"}
+    options["baselines"] = torch.full((1, 1, 8, 8), 0.5, dtype=torch.float64)
+    got = CaptumLayer(ca.LayerConductance, **options)(plain.double(), inputs, labels, ["fc1"])
     twin = plain_copy(plain)
-    expected = ca.LayerConductance(twin, twin.fc1).attribute(
-        inputs, target=labels, n_steps=4, baselines=baseline
-    )
-    torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-12)
+    expected = ca.LayerConductance(twin, twin.fc1).attribute(inputs, target=labels, **options)
+    torch.testing.assert_close(got["fc1"], expected.detach(), rtol=1e-9, atol=1e-12)
 
 
-def test_the_integration_method_of_captum_can_be_chosen(plain, pairs):
-    inputs, labels = pairs
-    scorer = CaptumLayer(ca.LayerConductance, n_steps=4, method="riemann_trapezoid")
-    got = scorer(plain.double(), inputs, labels, ["fc1"])["fc1"]
-    twin = plain_copy(plain)
-    expected = ca.LayerConductance(twin, twin.fc1).attribute(
-        inputs, target=labels, n_steps=4, method="riemann_trapezoid"
-    )
-    torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("argument", ["steps", "n_step", "epsilon"])
-def test_an_argument_captum_does_not_take_is_named(argument):
-    with pytest.raises(TypeError, match=rf"LayerConductance takes no argument \['{argument}'\]"):
-        CaptumLayer(ca.LayerConductance, **{argument: 3})
-
-
-@pytest.mark.parametrize(
-    "method", [ca.IntegratedGradients, ca.NeuronConductance, nn.Linear, len, "LayerConductance", 3]
-)
+@pytest.mark.parametrize("method", [ca.IntegratedGradients, len, "LayerConductance"])
 def test_what_is_no_layer_attribution_is_a_type_error(method):
     with pytest.raises(TypeError, match=r"is not a layer attribution class of captum\.attr"):
         CaptumLayer(method)
 
 
-def test_an_instance_of_a_captum_method_is_a_type_error(plain):
-    with pytest.raises(TypeError, match="is not a layer attribution class"):
-        CaptumLayer(ca.LayerConductance(plain, plain.fc1))
-
-
-@pytest.mark.parametrize("argument", ["target", "inputs", "layer", "forward_func"])
-def test_an_argument_that_the_pass_fills_in_is_refused_when_made(argument):
+@pytest.mark.parametrize("argument", ["steps", "target", "inputs", "layer", "forward_func"])
+def test_an_argument_that_a_user_cannot_set_is_named(argument):
     with pytest.raises(TypeError, match=argument):
         CaptumLayer(ca.LayerConductance, **{argument: 3})
 
@@ -320,14 +226,6 @@ def test_an_argument_that_the_pass_fills_in_is_refused_when_made(argument):
 def test_captums_lrp_at_a_relu_is_one_clear_error(plain, batches):
     with pytest.raises(ValueError, match="relu1"):
         score_units(plain, batches, CaptumLayer(ca.LayerLRP), layers="relu1")
-
-
-def test_captums_lrp_of_a_residual_network_is_refused_in_favour_of_zennits():
-    from torchvision.models import resnet18
-
-    data = [(torch.zeros(1, 3, 32, 32), torch.tensor([0]))]
-    with pytest.raises(ValueError, match=r"use xai_edit\.LRP"):
-        score_units(resnet18(), data, CaptumLayer(ca.LayerLRP), layers="fc")
 
 
 # The usual comparisons, against autograd and closed forms
@@ -373,24 +271,6 @@ def test_taylor_is_activation_times_likelihood_gradient(network, pairs):
         torch.testing.assert_close(got[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_taylor_predicts_how_the_loss_rises_when_a_unit_is_damped(plain, pairs):
-    inputs, labels = pairs
-    got = Taylor()(plain.double(), inputs, labels, ["conv2"])["conv2"].sum(0)
-    step = 1e-6
-    for unit in range(6):
-        losses = []
-        for factor in (1 + step, 1 - step):
-            twin = plain_copy(plain)
-            with torch.no_grad():
-                twin.conv2.weight[unit] *= factor
-                twin.conv2.bias[unit] *= factor
-                loss = nn.functional.cross_entropy(twin(inputs), labels, reduction="sum")
-            losses.append(loss)
-        torch.testing.assert_close(
-            got[unit], (losses[1] - losses[0]) / (2 * step), rtol=1e-4, atol=1e-7
-        )
-
-
 def test_taylor_ranks_what_speaks_for_a_class_first():
     # Unit 0 raises the class, unit 1 lowers it, unit 2 does nothing.
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
@@ -422,10 +302,7 @@ def test_activation_is_the_mean_rectified_value(network, pairs):
 WEIGHTED = {
     "linear": (nn.Linear(4, 6), 6, 4),
     "conv1d": (nn.Conv1d(4, 6, 3), 6, 4),
-    "conv2d": (nn.Conv2d(4, 6, 3), 6, 4),
     "grouped conv2d": (nn.Conv2d(4, 6, 3, groups=2), 6, 4),
-    "depthwise conv2d": (nn.Conv2d(4, 4, 3, groups=4), 4, 4),
-    "transposed conv2d": (nn.ConvTranspose2d(4, 6, 3), 6, 4),
     "grouped transposed conv2d": (nn.ConvTranspose2d(4, 6, 3, groups=2), 6, 4),
 }
 
@@ -457,33 +334,23 @@ def test_weight_magnitude_is_the_l1_norm_of_a_units_weights(kind):
     torch.testing.assert_close(scores["0"], dense.sum(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(scores["0:input"], dense.sum(0), rtol=1e-6, atol=0)
     assert scores.samples == 1
-
-
-@pytest.mark.parametrize("kind", WEIGHTED)
-def test_random_gives_every_unit_a_number(kind):
-    layer, outputs, inputs = WEIGHTED[kind]
-    scores = score_units(nn.Sequential(layer), None, Random(), layers=["0", "0:input"])
-    assert [len(scores["0"]), len(scores["0:input"])] == [outputs, inputs]
+    drawn = score_units(model, None, Random(), layers=["0", "0:input"])
+    assert [len(drawn["0"]), len(drawn["0:input"])] == [outputs, inputs]
 
 
 def test_random_depends_on_the_seed_and_the_layers_name_alone(plain, norm, batches):
     first = score_units(plain, None, Random(seed=3))
     plain.requires_grad_(False).head.weight.zero_()
     torch.manual_seed(99)
-    torch.rand(7)
+    state = torch.random.get_rng_state()
     again = score_units(plain, batches, Random(seed=3), layers=["head", "conv2", "fc1", "conv1"])
     other = score_units(plain, None, Random(seed=4))
+    assert torch.equal(torch.random.get_rng_state(), state)
     for name in first:
         assert torch.equal(first[name], again[name])
         assert not torch.equal(first[name], other[name])
         assert ((first[name] >= 0) & (first[name] < 1)).all()
     assert not torch.equal(first["fc1"][:10], first["head"])
-
-
-def test_random_leaves_the_global_generator_alone(plain):
-    state = torch.random.get_rng_state()
-    score_units(plain, None, Random(seed=3))
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("scorer", [WeightMagnitude(), Random()])
@@ -508,12 +375,11 @@ def test_scores_do_not_depend_on_the_batches(network, pairs, kind):
     model, layers = layers_of(network, kind)
     inputs, labels = pairs[0][:8], pairs[1][:8]
     whole = score_units(model.double(), [(inputs, labels)], SCORERS[kind](), layers=layers)
-    for size in (1, 5):
-        parts = [(inputs[i : i + size], labels[i : i + size]) for i in range(0, 8, size)]
-        cut = score_units(model, parts, SCORERS[kind](), layers=layers)
-        assert cut.samples == whole.samples == (1 if kind in WEIGHTS_ONLY else 8)
-        for name in layers:
-            torch.testing.assert_close(cut[name], whole[name], rtol=1e-9, atol=1e-11)
+    parts = [(inputs[i : i + 5], labels[i : i + 5]) for i in (0, 5)]
+    cut = score_units(model, parts, SCORERS[kind](), layers=layers)
+    assert cut.samples == whole.samples == (1 if kind in WEIGHTS_ONLY else 8)
+    for name in layers:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", SCORERS)
@@ -527,18 +393,16 @@ def test_the_same_scorer_gives_the_same_bits_again_and_touches_nothing(
     first = score_units(model, batches, scorer, layers=layers)
     check()
     second = score_units(model, batches, scorer, layers=layers)
-    third = score_units(model, batches, SCORERS[kind](), layers=layers)
     check()
     for name in layers:
         assert torch.equal(first[name], second[name])
-        assert torch.equal(first[name], third[name])
         assert first[name].dtype == torch.float64
         assert first[name].abs().sum() > 0
     assert torch.equal(model(batches[0][0]), logits)
 
 
 @pytest.mark.parametrize("kind", SCORERS)
-def test_a_model_in_training_with_frozen_parts_scores_alike_and_keeps_its_flags(
+def test_a_model_in_training_or_frozen_scores_alike_and_keeps_its_flags(
     network, batches, kind, unchanged
 ):
     model, layers = layers_of(network, kind)
@@ -550,20 +414,12 @@ def test_a_model_in_training_with_frozen_parts_scores_alike_and_keeps_its_flags(
     check = unchanged(model)
     got = score_units(model, batches[:1], SCORERS[kind](), layers=layers)
     check()
-    for name in layers:
-        assert torch.equal(got[name], expected[name])
-
-
-@pytest.mark.parametrize("kind", SCORERS)
-def test_a_wholly_frozen_model_scores_alike_without_gradients_switched_on(network, batches, kind):
-    model, layers = layers_of(network, kind)
-    expected = score_units(model, batches[:1], SCORERS[kind](), layers=layers)
     model.requires_grad_(False)
     with torch.no_grad():
-        got = score_units(model, batches[:1], SCORERS[kind](), layers=layers)
+        frozen = score_units(model, batches[:1], SCORERS[kind](), layers=layers)
     for name in layers:
         assert torch.equal(got[name], expected[name])
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert torch.equal(frozen[name], expected[name])
 
 
 @pytest.mark.parametrize("kind", sorted({*SCORERS} - WEIGHTS_ONLY))
@@ -628,41 +484,29 @@ def function_that_stops(model, inputs, targets, layers):
     model(inputs)
 
 
-@pytest.mark.parametrize("own_canonizer", [False, True])
 @pytest.mark.parametrize(
     "make",
     [
-        lambda canonizers: LRP(composite_that_stops_at("body.3", canonizers)),
-        lambda canonizers: LRP(composite_that_stops_at("fc", canonizers)),
-        lambda canonizers: LRP(rule_that_stops()),
-        lambda canonizers: function_that_stops,
+        lambda: LRP(composite_that_stops_at("body.3")),
+        lambda: LRP(composite_that_stops_at("fc", [SequentialMergeBatchNorm()])),
+        lambda: LRP(rule_that_stops()),
+        lambda: function_that_stops,
     ],
     ids=["registering, early", "registering, late", "in the backward pass", "user's function"],
 )
-def test_a_scorer_that_raises_leaves_the_model_as_it_was(
-    norm, batches, unchanged, make, own_canonizer
-):
+def test_a_scorer_that_raises_leaves_the_model_as_it_was(norm, batches, unchanged, make):
     norm.train()
     check = unchanged(norm)
-    scorer = make([SequentialMergeBatchNorm()] if own_canonizer else ())
+    scorer = make()
     for _ in range(2):
         with pytest.raises(Stop):
             score_units(norm, batches, scorer)
         check()
 
 
-def test_one_scorer_serves_two_models_in_turn(plain, norm, batches):
-    scorer = LRP("epsilon-plus")
-    first = score_units(plain, batches, scorer)
-    score_units(norm, batches, scorer)
-    again = score_units(plain, batches, scorer)
-    for name in first:
-        assert torch.equal(first[name], again[name])
-
-
 def test_asking_for_more_layers_changes_no_score(network, pairs):
     (model, layers), (inputs, labels) = network, pairs
-    for scorer in (LRP("epsilon"), LRP("alpha2beta1"), Taylor(), Activation()):
+    for scorer in (LRP("alpha2beta1"), Taylor()):
         together = scorer(model.double(), inputs, labels, layers)
         for name in layers:
             alone = scorer(model, inputs, labels, [name])[name]
@@ -694,16 +538,11 @@ class Odd(nn.Module):
         return self.head(self.twice(torch.relu(self.twice(x))) + offset + states[:, 0])
 
 
-GRADIENT_SCORERS = {
+DATA_SCORERS = {
     "LRP": lambda: LRP("epsilon"),
     "Taylor": Taylor,
-    "LayerGradientXActivation": lambda: CaptumLayer(ca.LayerGradientXActivation),
     "LayerConductance": lambda: CaptumLayer(ca.LayerConductance, n_steps=4),
-}
-DATA_SCORERS = {
-    **GRADIENT_SCORERS,
     "Activation": Activation,
-    "LayerActivation": lambda: CaptumLayer(ca.LayerActivation),
 }
 
 
@@ -713,37 +552,23 @@ def odd():
     return Odd().eval(), [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))]
 
 
-@pytest.mark.parametrize("kind", DATA_SCORERS)
-@pytest.mark.parametrize("suffix", ["", ":input"])
-def test_a_layer_called_twice_is_an_error(odd, kind, suffix, unchanged):
-    model, data = odd
-    check = unchanged(model)
-    with pytest.raises(ValueError, match=f"'twice{suffix}' is called more than once in a forward"):
-        score_units(model, data, DATA_SCORERS[kind](), layers="twice" + suffix)
-    check()
-
-
-@pytest.mark.parametrize("kind", DATA_SCORERS)
-def test_a_layer_that_is_never_called_is_an_error(odd, kind, unchanged):
-    model, data = odd
-    check = unchanged(model)
-    with pytest.raises(ValueError, match="'unused' takes no part in the model's forward pass"):
-        score_units(model, data, DATA_SCORERS[kind](), layers=["head", "unused"])
-    check()
-
-
 @pytest.mark.parametrize("kind", ["LRP", "Taylor"])
 @pytest.mark.parametrize(
-    ("layer", "message"),
+    ("layers", "message"),
     [
+        ("twice", "'twice' is called more than once in a forward"),
+        ("twice:input", "'twice:input' is called more than once in a forward"),
+        (["head", "unused"], "'unused' takes no part in the model's forward pass"),
         ("ignored", "layer 'ignored' has no influence on the model's output"),
         ("recurrent", "layer 'recurrent' passes on a tuple, not one tensor"),
     ],
 )
-def test_a_layer_without_a_gradient_of_its_own_is_an_error(odd, kind, layer, message):
+def test_a_layer_without_one_score_a_unit_is_an_error(odd, kind, layers, message, unchanged):
     model, data = odd
+    check = unchanged(model)
     with pytest.raises(ValueError, match=message):
-        score_units(model, data, DATA_SCORERS[kind](), layers=layer)
+        score_units(model, data, DATA_SCORERS[kind](), layers=layers)
+    check()
 
 
 @pytest.mark.parametrize("kind", ["LRP", "Taylor"])
@@ -781,14 +606,6 @@ def test_an_output_that_is_not_one_row_of_logits_a_sample_is_an_error(odd, form,
     handed, shown = FORMS[form]
     with pytest.raises(ValueError, match=f"model: its output is {shown} .*one row of logits a sam"):
         score_units(Returns(handed), odd[1], DATA_SCORERS[kind](), layers="fc")
-
-
-@pytest.mark.parametrize("target", ["label", "predicted", 1])
-@pytest.mark.parametrize("form", FORMS)
-def test_for_every_target_an_output_that_is_no_logits_is_an_error(odd, form, target):
-    handed, shown = FORMS[form]
-    with pytest.raises(ValueError, match=f"model: its output is {shown} .*one row of logits a sam"):
-        score_units(Returns(handed), odd[1], LRP(), layers="fc", target=target)
 
 
 @pytest.mark.parametrize("kind", DATA_SCORERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -37,21 +36,10 @@ SAMPLES = 60
 
 LAYERS = {
     "linear": (lambda: nn.Linear(7, 5), (7,)),
-    "linear, no bias": (lambda: nn.Linear(7, 5, bias=False), (7,)),
     "linear on tokens": (lambda: nn.Linear(7, 5), (4, 7)),
-    "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 9)),
     "conv1d, same": (lambda: nn.Conv1d(3, 4, 4, padding="same", dilation=2), (3, 9)),
-    "conv2d": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 6)),
-    "conv2d, no bias": (lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 5, 6)),
     "conv2d, strided": (lambda: nn.Conv2d(2, 3, (3, 2), stride=(2, 3), padding=(0, 1)), (2, 6, 6)),
-    "conv2d, dilated": (lambda: nn.Conv2d(2, 3, 3, dilation=2, padding=1), (2, 6, 5)),
     "conv2d, grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=2), (4, 4, 5)),
-    "conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2), (4, 7, 7)),
-    "conv2d, same": (lambda: nn.Conv2d(2, 3, (2, 3), padding="same", dilation=2), (2, 5, 5)),
-    "conv2d, reflected": (
-        lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"),
-        (2, 5, 5),
-    ),
     "conv2d, circular": (
         lambda: nn.Conv2d(2, 4, 3, padding=2, padding_mode="circular", groups=2),
         (2, 5, 5),
@@ -115,19 +103,6 @@ def test_patterns_are_those_of_a_loop_over_all_inputs(kind):
             torch.testing.assert_close(a[neuron].flatten(), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_patterns_are_those_of_unfolded_patches():
-    torch.manual_seed(0)
-    layer = nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2).double()
-    x = torch.randn(20, 3, 9, 8).double() + 0.2
-    patches = F.unfold(x, 3, stride=2, padding=1, dilation=2).movedim(1, 2).flatten(0, 1)
-    patterns = fit_patterns(nn.Sequential(layer, nn.Flatten()), [x])
-    for neuron in range(4):
-        w, bias = layer.weight[neuron].detach().flatten(), layer.bias[neuron].item()
-        expected = estimated(patches, w, bias)
-        for a, reference in zip(three(patterns, "0"), expected, strict=True):
-            torch.testing.assert_close(a[neuron].flatten(), reference, rtol=1e-8, atol=1e-10)
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 def test_invariants(kind):
     model, layer, x = one_layer(kind, seed=1)
@@ -151,27 +126,7 @@ def test_invariants(kind):
             assert covariance.abs().max() < 1e-9 * seen.var() * w.norm()
 
 
-def test_a_linear_neuron_shows_the_signal_and_not_its_weights():
-    """x = a·s + distractors; w has to look away from these (Kindermans et al., section 3)."""
-    torch.manual_seed(0)
-    s = torch.randn(500, 1).double()
-    true = torch.tensor([1.0, 0.5, 0.0, 0.0]).double()
-    directions = torch.tensor([[1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 2.0, 0.0]]).double()
-    strengths = torch.randn(500, 2).double() * 3 + 1
-    centred = s - s.mean()
-    strengths -= centred * (centred.T @ strengths) / (centred.T @ centred)
-    x = s * true + strengths @ directions
-    w = torch.linalg.lstsq(
-        torch.cat([true[None], directions]), torch.tensor([[1.0], [0.0], [0.0]]).double()
-    ).solution
-    layer = nn.Linear(4, 1).double()
-    layer.weight.data = w.T.contiguous()
-    patterns = fit_patterns(nn.Sequential(layer), [x])
-    torch.testing.assert_close(patterns.linear["0"][0], true, rtol=1e-9, atol=1e-9)
-    assert F.cosine_similarity(w[:, 0], true, dim=0) < 0.95
-
-
-@pytest.mark.parametrize("kind", ["linear on tokens", "conv2d, grouped", "conv3d"])
+@pytest.mark.parametrize("kind", ["linear on tokens", "conv2d, grouped"])
 def test_batches_and_chunks_do_not_matter(kind, monkeypatch):
     model, _, x = one_layer(kind)
     whole = three(fit_patterns(model, [x]), "0")
@@ -184,41 +139,17 @@ def test_batches_and_chunks_do_not_matter(kind, monkeypatch):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-11)
 
 
-def test_single_precision_is_close_and_kept():
-    model, _, x = one_layer("conv2d")
-    exact = three(fit_patterns(model, [x]), "0")
-    single = three(fit_patterns(model.float(), [x.float()]), "0")
-    for a, b in zip(single, exact, strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
-
-
-def test_half_precision_sums_in_single():
-    model, _, x = one_layer("conv2d")
-    model, x = model.bfloat16(), x.bfloat16()
-    half = three(fit_patterns(model, [x]), "0")
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-3), (torch.bfloat16, 0.02)])
+def test_lower_precision_is_close_and_kept(dtype, error):
+    model, _, x = one_layer("conv2d, strided")
+    model, x = model.to(dtype), x.to(dtype)
+    got = three(fit_patterns(model, [x]), "0")
     exact = three(fit_patterns(copy.deepcopy(model).double(), [x.double()]), "0")
-    for a, b in zip(half, exact, strict=True):
-        assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.double(), b, rtol=0.05, atol=0.02 * b.abs().max().item())
-
-
-def test_on_new_data_less_is_left_than_with_weights_as_patterns(digits):
-    images, labels = digits[0].double(), F.one_hot(digits[1], 10).double()
-    pixels, x = images[::2].flatten(1), images[1::2].flatten(1)
-    w = torch.linalg.solve(pixels.T @ pixels + torch.eye(64), pixels.T @ labels[::2]).T
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False).double())
-    model[1].weight.data = w.contiguous()
-    patterns = fit_patterns(model, [images[::2]])
-
-    def left(a, neuron):
-        y = x @ w[neuron]
-        rest = x - a * y[:, None]
-        return ((rest - rest.mean(0)) * (y - y.mean())[:, None]).mean(0).norm()
-
-    for neuron in range(10):
-        weights = w[neuron] / (w[neuron] @ w[neuron])
-        assert left(patterns.linear["1"][neuron], neuron) < 0.5 * left(weights, neuron)
+    for a, b in zip(got, exact, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(
+            a.double(), b, rtol=2.5 * error, atol=error * b.abs().max().item()
+        )
 
 
 class Net(nn.Module):
@@ -337,17 +268,6 @@ def test_patternnet_is_a_backward_pass_with_a_in_another_unit(net, images, two_c
     torch.testing.assert_close(got, unit * expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_two_estimators_differ_where_a_relu_follows_and_only_there(net, images):
-    patterns = fit_patterns(net, [images])
-    targets = torch.zeros(4, dtype=torch.long)
-    broken = {name: torch.full_like(a, torch.nan) for name, a in patterns.positive.items()}
-    without = dataclasses.replace(patterns, rectified=(), positive=broken)
-    for linear, both in ((COMPOSITES[0], COMPOSITES[1]), (COMPOSITES[2], COMPOSITES[3])):
-        expected = heatmaps(net, linear(patterns), images[:4], targets)
-        assert torch.equal(heatmaps(net, both(without), images[:4], targets), expected)
-        assert not torch.allclose(heatmaps(net, both(patterns), images[:4], targets), expected)
-
-
 def test_patternattribution_hands_on_all_relevance_of_active_neurons():
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -363,16 +283,7 @@ def test_patternattribution_hands_on_all_relevance_of_active_neurons():
         torch.testing.assert_close(total, logits, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("build", COMPOSITES)
-def test_composites_work_in_lrp(net, images, build):
-    patterns = fit_patterns(net, [images])
-    targets = torch.tensor([2, 1, 0])
-    expected = heatmaps(net, build(patterns), images[:3], targets)
-    got = LRP(build(patterns)).heatmap(net, images[:3], targets)
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-
-
-def test_hooks_survive_their_copies(net, images):
+def test_a_composite_serves_again_by_copies_of_its_hooks_and_in_lrp(net, images):
     patterns = fit_patterns(net, [images])
     original = patternattribution(patterns)
     copied = Composite(
@@ -382,14 +293,10 @@ def test_hooks_survive_their_copies(net, images):
     )
     targets = torch.tensor([0, 1])
     expected = heatmaps(net, original, images[:2], targets)
-    assert torch.equal(heatmaps(net, copied, images[:2], targets), expected)
-
-
-def test_a_composite_serves_again_and_again(net, images):
-    composite = patternnet(fit_patterns(net, [images]))
-    targets = torch.tensor([0, 1])
-    first = heatmaps(net, composite, images[:2], targets)
-    assert torch.equal(heatmaps(net, composite, images[:2], targets), first)
+    for composite in (copied, original):
+        assert torch.equal(heatmaps(net, composite, images[:2], targets), expected)
+    by_lrp = LRP(original).heatmap(net, images[:2], targets)
+    torch.testing.assert_close(by_lrp, expected, rtol=1e-9, atol=1e-12)
 
 
 class Spelled(nn.Module):
@@ -404,23 +311,15 @@ class Spelled(nn.Module):
 
 
 RECTIFIED = {
-    "nn.ReLU": nn.ReLU(),
     "nn.ReLU in place": nn.ReLU(inplace=True),
     "nn.ReLU6": nn.ReLU6(),
-    "F.relu": F.relu,
     "F.relu in place": lambda x: F.relu(x, inplace=True),
-    "torch.relu": torch.relu,
-    "relu_": lambda x: x.relu_(),
     "clamp": lambda x: x.clamp(min=0),
     "after a merged batch norm": nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()),
     "after max-pooling and dropout": nn.Sequential(nn.MaxPool2d(2), nn.Dropout(), nn.ReLU()),
-    "after flattening": nn.Sequential(nn.Flatten(), nn.ReLU()),
 }
 NOT_RECTIFIED = {
-    "nothing": nn.Identity(),
     "nn.LeakyReLU": nn.LeakyReLU(),
-    "nn.GELU": nn.GELU(),
-    "nn.Hardtanh": nn.Hardtanh(),
     "clamp to [-1, 1]": lambda x: x.clamp(-1, 1),
     "after average pooling": nn.Sequential(nn.AvgPool2d(2), nn.ReLU()),
     "after a sum": lambda x: F.relu(x + x),
@@ -503,11 +402,10 @@ def test_neurons_whose_pattern_the_data_do_not_tell():
         assert torch.isfinite(heatmaps(model, build(patterns), x[:3], torch.arange(3))).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_constant_inputs_give_the_pattern_that_takes_no_data(dtype):
+def test_constant_inputs_give_the_pattern_that_takes_no_data():
     torch.manual_seed(0)
-    layer = nn.Conv2d(2, 3, 3).to(dtype)
-    x = torch.randn(2, 1, 1).to(dtype).expand(40, 2, 6, 6).contiguous()
+    layer = nn.Conv2d(2, 3, 3)
+    x = torch.randn(2, 1, 1).expand(40, 2, 6, 6).contiguous()
     w = layer.weight.detach()
     expected = w / (w**2).sum((1, 2, 3), keepdim=True)
     for a in three(fit_patterns(nn.Sequential(layer, nn.Flatten()), [x]), "0"):
@@ -550,14 +448,6 @@ def test_save_and_load_are_the_same_to_the_bit(net, images, tmp_path):
     assert first == second
 
 
-def test_another_kind_of_file_is_refused(tmp_path):
-    (tmp_path / "text").write_text("patterns")
-    with pytest.raises(ValueError, match="cannot be read"):
-        Patterns.load(tmp_path / "text")
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        Patterns.load(tmp_path / "nothing")
-
-
 def test_the_model_stays_as_it_was(plain, norm, batches, unchanged):
     for model in (plain, norm):
         model.train()
@@ -591,19 +481,15 @@ def test_a_layer_that_does_not_run_is_refused_if_it_is_asked_for(plain, batches)
     [
         (["conv9"], UnknownLayerError, "did you mean 'conv"),
         (["relu1"], ValueError, "'relu1' is a ReLU; linear layers and convolutions"),
+        (["up"], ValueError, r"'up' is a ConvTranspose2d; .* not transposed"),
         (["fc1:input"], ValueError, "'fc1:input' is an input"),
         ([], ValueError, "an empty list"),
     ],
 )
 def test_layers_without_patterns_are_named(plain, batches, layers, error, message):
+    plain.up = nn.ConvTranspose2d(1, 2, 2)
     with pytest.raises(error, match=message):
         fit_patterns(plain, batches, layers=layers)
-
-
-def test_transposed_convolutions_are_refused():
-    model = nn.Sequential(nn.ConvTranspose2d(1, 2, 2), nn.Flatten())
-    with pytest.raises(ValueError, match=r"'0' is a ConvTranspose2d; .* not transposed"):
-        fit_patterns(model, [torch.randn(3, 1, 2, 2)])
 
 
 def test_computed_weights_are_refused(net, images):
@@ -615,21 +501,8 @@ def test_computed_weights_are_refused(net, images):
         heatmaps(net, patternnet(patterns), images[:1], torch.tensor([0]))
 
 
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        ([], ValueError, "no samples"),
-        (torch.zeros(3, 1, 8, 8), TypeError, "a tensor was given"),
-        ([torch.zeros(3, 2, 8, 8)], ValueError, "does not take inputs of shape"),
-    ],
-)
-def test_bad_data_are_named(plain, data, error, message):
-    with pytest.raises(error, match=message):
-        fit_patterns(plain, data)
-
-
-@pytest.mark.parametrize("build", COMPOSITES)
-def test_patterns_of_another_model_are_refused(plain, net, batches, images, build):
+def test_patterns_of_another_model_are_refused(plain, net, batches, images):
+    build = patternnet
     x, target = batches[0][0][:1], torch.tensor([0])
     with pytest.raises(ValueError, match=r"layer 'conv1' needs some of shape \(4, 1, 3, 3\)"):
         heatmaps(plain, build(fit_patterns(net, [images])), x, target)

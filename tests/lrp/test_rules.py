@@ -29,10 +29,7 @@ LOW, HIGH = -1.5, 2.0
 
 LAYERS = {
     "linear": (lambda: nn.Linear(7, 5), (7,)),
-    "linear, no bias": (lambda: nn.Linear(7, 5, bias=False), (7,)),
-    "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 7)),
     "conv2d": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 4, 4)),
-    "conv2d, no bias": (lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 4, 4)),
     "conv2d, grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2), (4, 6, 5)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 2)),
     "transposed conv2d": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=2), (2, 3, 2)),
@@ -85,10 +82,6 @@ def lrp_w_square(x, W, b):
     return share(W**2, b**2)
 
 
-def by_name(rule):
-    return zc.NameMapComposite([(["0"], rule)])
-
-
 def by_type(rule):
     return zc.LayerMapComposite([((*CONVOLUTIONS, nn.Linear), rule)])
 
@@ -97,22 +90,10 @@ def by_type(rule):
 RULES = {
     "epsilon": (lambda: LRP("epsilon"), lrp_epsilon, lrp_epsilon),
     "gamma+epsilon": (lambda: LRP("gamma+epsilon"), lrp_gamma(0.25), lrp_epsilon),
-    "gamma+epsilon, 0.8": (lambda: LRP("gamma+epsilon", gamma=0.8), lrp_gamma(0.8), lrp_epsilon),
-    "alpha1beta0": (lambda: LRP("alpha1beta0"), lrp_alpha_beta(1, 0), lrp_epsilon),
     "alpha2beta1": (lambda: LRP("alpha2beta1"), lrp_alpha_beta(2, 1), lrp_epsilon),
     "epsilon-plus": (lambda: LRP("epsilon-plus"), lrp_alpha_beta(1, 0), lrp_epsilon),
     "epsilon-gamma-box": (
         lambda: LRP("epsilon-gamma-box", low=LOW, high=HIGH),
-        lrp_box,
-        lrp_epsilon,
-    ),
-    "user's EpsilonGammaBox": (
-        lambda: LRP(
-            zc.EpsilonGammaBox(
-                low=torch.tensor(LOW, dtype=torch.float64),
-                high=torch.tensor(HIGH, dtype=torch.float64),
-            )
-        ),
         lrp_box,
         lrp_epsilon,
     ),
@@ -121,13 +102,8 @@ RULES = {
         lrp_gamma(0.5),
         lrp_gamma(0.5),
     ),
-    "user's NameMapComposite of AlphaBeta": (
-        lambda: LRP(by_name(zr.AlphaBeta(alpha=2, beta=1))),
-        lrp_alpha_beta(2, 1),
-        lrp_alpha_beta(2, 1),
-    ),
     "user's NameMapComposite of WSquare": (
-        lambda: LRP(by_name(zr.WSquare())),
+        lambda: LRP(zc.NameMapComposite([(["0"], zr.WSquare())])),
         lrp_w_square,
         lrp_w_square,
     ),
@@ -156,34 +132,6 @@ def test_a_rule_is_its_dense_matrix(rule, kind):
         torch.testing.assert_close(got["0:input"][sample].flatten(), lower, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", ["epsilon", "gamma+epsilon", "alpha2beta1", "epsilon-plus"])
-def test_rules_chain_through_convolution_relu_and_linear_layer(rule):
-    torch.manual_seed(1)
-    conv, fc = nn.Conv2d(2, 3, 3, padding=1).double(), nn.Linear(48, 4).double()
-    model = nn.Sequential(conv, nn.ReLU(inplace=True), nn.Flatten(), fc)
-    x = torch.randn(6, 2, 4, 4, dtype=torch.float64)
-    targets = torch.tensor([0, 1, 2, 3, 0, 1])
-    scorer, conv_matrix, linear_matrix = RULES[rule]
-    scores = score_units(
-        model, [(x, targets)], scorer(), layers=["0", "0:input", "3:input", "3"], aggregate="sum"
-    )
-    W, b = dense(conv, (2, 4, 4))
-    expected = dict.fromkeys(scores, 0.0)
-    for sample, target in enumerate(targets.tolist()):
-        pixels = x[sample].flatten()
-        hidden = (W @ pixels + b).clamp(min=0)
-        logits = fc.weight @ hidden + fc.bias
-        top = nn.functional.one_hot(torch.tensor(target), 4) * logits.detach()
-        middle = linear_matrix(hidden, fc.weight, fc.bias).T @ top
-        bottom = conv_matrix(pixels, W, b).T @ middle
-        expected["3"] += top
-        expected["3:input"] += middle
-        expected["0"] += middle.reshape(3, 16).sum(1)
-        expected["0:input"] += bottom.reshape(2, 16).sum(1)
-    for name in scores:
-        torch.testing.assert_close(scores[name], expected[name].detach(), rtol=1e-9, atol=1e-12)
-
-
 def test_preset_parameters_reach_the_rule():
     torch.manual_seed(0)
     layer = nn.Linear(7, 5).double()
@@ -195,11 +143,11 @@ def test_preset_parameters_reach_the_rule():
 
 
 def test_every_preset_makes_a_new_composite():
-    given = {"epsilon-gamma-box": {"low": 0.0, "high": 1.0}}
+    parameters = {"epsilon-gamma-box": {"low": 0.0, "high": 1.0}}
     patterns = fit_patterns(nn.Sequential(nn.Linear(2, 2)), [torch.randn(9, 2)])
-    given |= {name: {"patterns": patterns} for name in PRESETS if name.startswith("pattern")}
+    parameters |= {name: {"patterns": patterns} for name in PRESETS if name.startswith("pattern")}
     for name in PRESETS:
-        first, second = (preset(name, **given.get(name, {})) for _ in range(2))
+        first, second = (preset(name, **parameters.get(name, {})) for _ in range(2))
         assert isinstance(first, zc.Composite)
         assert first is not second
 
@@ -216,8 +164,6 @@ def test_an_unknown_preset_lists_the_presets():
         ("epsilon", {"gamma": 0.1}, "preset 'epsilon': got an unexpected keyword argument 'gamma'"),
         ("alpha2beta1", {"alpha": 3}, "preset 'alpha2beta1': .*unexpected keyword argument 'alpha"),
         ("epsilon-gamma-box", {}, "preset 'epsilon-gamma-box': missing a required argument: 'low'"),
-        ("epsilon-gamma-box", {"low": 0.0}, "missing a required argument: 'high'"),
-        ("epsilon-gamma-box", {"high": 0.0}, "missing a required argument: 'low'"),
     ],
 )
 def test_a_wrong_or_missing_preset_parameter_is_named(name, parameters, message):
@@ -225,28 +171,14 @@ def test_a_wrong_or_missing_preset_parameter_is_named(name, parameters, message)
         LRP(name, **parameters)
 
 
-@pytest.mark.parametrize("given", [zc.EpsilonPlus, zr.Epsilon(), 3, None])
-def test_what_is_no_composite_is_a_type_error(given):
-    with pytest.raises(TypeError, match=r"is neither a preset .*nor an instance of a Zennit comp"):
-        LRP(given)
-
-
-def test_parameters_beside_a_composite_are_a_type_error():
+def test_a_wrong_composite_or_initial_relevance_is_an_error():
+    for composite in (zc.EpsilonPlus, zr.Epsilon(), 3, None):
+        with pytest.raises(TypeError, match=r"is neither a preset .*nor an instance of a Zennit"):
+            LRP(composite)
     with pytest.raises(TypeError, match=re.escape("['gamma'] go with a preset name")):
         LRP(zc.EpsilonPlus(), gamma=0.1)
-
-
-def test_an_unknown_initial_relevance_is_an_error():
     with pytest.raises(ValueError, match="initial: 'two' given; it is one of 'logit', 'one'"):
         LRP("epsilon", initial="two")
-
-
-class LinearWithRule(nn.Linear):
-    """A linear layer that carries a rule of its own."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.lrp_rule = zr.WSquare()
 
 
 class Scale(nn.Module):
@@ -272,12 +204,11 @@ def test_a_modules_own_rule_is_used_where_the_composite_has_none():
 
 def test_a_rule_of_the_composite_goes_before_the_modules_own():
     torch.manual_seed(0)
-    model = nn.Sequential(LinearWithRule(7, 4)).double()
-    twin = nn.Sequential(nn.Linear(7, 4)).double()
-    twin.load_state_dict(model.state_dict())
+    model = nn.Sequential(nn.Linear(7, 4)).double()
     x, targets = torch.randn(3, 7, dtype=torch.float64), torch.tensor([0, 1, 2])
+    (expected,) = LRP("epsilon").relevance(model, x, targets, ["0:input"]).values()
+    model[0].lrp_rule = zr.WSquare()
     (got,) = LRP("epsilon").relevance(model, x, targets, ["0:input"]).values()
-    (expected,) = LRP("epsilon").relevance(twin, x, targets, ["0:input"]).values()
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -289,66 +220,35 @@ def no_bias(model):
     return model.double().eval()
 
 
-def resnet(make):
+@pytest.fixture(scope="module")
+def residual():
     torch.manual_seed(0)
-    return no_bias(make(num_classes=5))
+    return no_bias(torchvision.models.resnet18(num_classes=5))
 
 
-@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
-def residual(request):
-    from torchvision import models
-
-    return resnet(getattr(models, request.param))
-
-
-def tight_epsilon():
-    """The epsilon preset with every stabiliser at 1e-12, so that nothing else is kept back."""
-    rule = zr.Epsilon(epsilon=1e-12)
-    base = zc.layer_map_base(stabilizer=1e-12)
-    return zc.LayerMapComposite([*base, ((*CONVOLUTIONS, nn.Linear), rule)])
-
-
-@pytest.mark.parametrize(
-    ("composite", "kept_back"),
-    [(tight_epsilon(), 1e-7), ("epsilon", 1e-3)],
-    ids=["tight", "preset"],
-)
-def test_relevance_is_conserved_in_a_residual_network_by_the_chosen_canonizer(
-    residual, unchanged, composite, kept_back
-):
+def test_relevance_is_conserved_in_a_residual_network_by_the_chosen_canonizer(residual, unchanged):
     x = torch.rand(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     check = unchanged(residual)
-    scorer = LRP(composite)
+    rule = zr.Epsilon(epsilon=1e-12)
+    base = zc.layer_map_base(stabilizer=1e-12)
+    scorer = LRP(zc.LayerMapComposite([*base, ((*CONVOLUTIONS, nn.Linear), rule)]))
     targets = torch.tensor([1, 3])
-    layers = ["conv1", "fc:input", "fc"]
     logits = residual(x)[range(2), targets].detach()
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in residual.modules())
-    rtol = kept_back + norms * SLACK_OF_A_MERGED_NORM
-    relevance = scorer(residual, x, targets, layers)
-    for name in layers:
-        torch.testing.assert_close(relevance[name].sum(1), logits, rtol=rtol, atol=0)
+    relevance = scorer(residual, x, targets, ["conv1", "fc:input", "fc"])
+    for values in relevance.values():
+        rtol = 1e-7 + norms * SLACK_OF_A_MERGED_NORM
+        torch.testing.assert_close(values.sum(1), logits, rtol=rtol, atol=0)
     check()
     origin = score_units(residual, [(x, targets)], scorer, layers="fc").origin
     assert origin["canonizers"] == ["ExactMergeBatchNorm", "FunctionalCanonizer"]
-    check()
-
-
-def test_without_a_canonizer_a_resnet18_hands_out_relevance_many_times(unchanged):
-    from torchvision import models
-
-    model = resnet(models.resnet18)
-    x = torch.rand(1, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    scorer = LRP("epsilon", epsilon=1e-12, canonizers=())
-    relevance = scorer(model, x, torch.tensor([1]), ["conv1"])["conv1"].sum()
-    assert relevance.abs() > 50 * model(x)[0, 1].abs()
 
 
 # Not alpha2beta1: a unit without negative contributions loses that share of its relevance.
-@pytest.mark.parametrize("preset_name", ["epsilon", "gamma+epsilon", "epsilon-plus", "alpha1beta0"])
-@pytest.mark.parametrize("kind", ["plain", "norm"])
+@pytest.mark.parametrize("preset_name", ["epsilon", "gamma+epsilon", "alpha1beta0"])
 @pytest.mark.parametrize("initial", ["logit", "one"])
-def test_relevance_is_conserved_without_biases(request, digits, kind, preset_name, initial):
-    model = no_bias(request.getfixturevalue(kind))
+def test_relevance_is_conserved_without_biases(norm, digits, preset_name, initial):
+    model = no_bias(norm)
     images, labels = digits[0][:20].double(), digits[1][:20]
     layers = [
         name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))
@@ -362,9 +262,6 @@ def test_relevance_is_conserved_without_biases(request, digits, kind, preset_nam
         torch.testing.assert_close(relevance[name].sum(1), expected, rtol=2e-3, atol=1e-4)
 
 
-BOTH = [ExactMergeBatchNorm, FunctionalCanonizer]
-
-
 def chosen(model, inputs):
     return choose_canonizers(model, trace(model, inputs))
 
@@ -372,61 +269,11 @@ def chosen(model, inputs):
 def test_canonizers_are_chosen_by_the_modules_present(plain, norm, residual):
     x = torch.rand(2, 1, 8, 8)
     colour = torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    wrapped = nn.Sequential(residual)
     assert chosen(plain, x) == []
     assert [type(one) for one in chosen(norm, x)] == [ExactMergeBatchNorm]
-    assert [type(one) for one in chosen(residual, colour)] == BOTH
-    assert [type(one) for one in chosen(wrapped, colour)] == BOTH
-
-
-class OddOrder(nn.Module):
-    """Batch norms defined away from the convolutions they follow, one of them behind a ReLU."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
-        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-        self.conv3, self.bn3 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, 10)
-        for norm in (self.bn1, self.bn2, self.bn3):
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(norm.weight, 0.5, 2)
-
-    def forward(self, x):
-        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
-        return self.fc(self.bn3(self.conv3(x).relu()).mean((2, 3)))
-
-
-def test_batch_norms_are_merged_along_the_data_and_the_network_stays_the_same():
-    model = OddOrder().eval()
-    x = torch.rand(8, 1, 8, 8)
-    canonizer, functional = chosen(model, x)
-    assert isinstance(functional, FunctionalCanonizer)
-    assert canonizer.name_map == [(["conv1"], "bn1"), (["conv2"], "bn2")]
-    scores = score_units(model, [x], LRP("epsilon"), layers="fc", target=3)
-    logits = model(x)[:, 3].double()
-    torch.testing.assert_close(scores["fc"][3], logits.sum(), rtol=1e-4, atol=1e-4)
-
-
-def test_a_batch_norm_without_running_statistics_is_not_merged():
-    torch.manual_seed(0)
-    norm = nn.BatchNorm2d(4, track_running_stats=False)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(144, 3)).eval()
-    x = torch.rand(4, 1, 8, 8)
-    assert chosen(model, x) == []
-    scores = score_units(model, [x], LRP("epsilon"), layers="3", target=1)
-    torch.testing.assert_close(scores["3"][1], model(x)[:, 1].double().sum(), rtol=1e-4, atol=1e-4)
-
-
-def test_a_dense_network_whose_norms_come_before_their_convolutions_is_scored():
-    torch.manual_seed(0)
-    model = torchvision.models.densenet121(num_classes=5).eval()
-    x = torch.rand(2, 3, 32, 32)
-    scores = score_units(model, [x], LRP("epsilon"), layers="classifier", target=1)
-    expected = model(x)[:, 1].double().sum()
-    torch.testing.assert_close(scores["classifier"][1], expected, rtol=1e-3, atol=1e-3)
+    for model in (residual, nn.Sequential(residual)):
+        types = [type(one) for one in chosen(model, colour)]
+        assert types == [ExactMergeBatchNorm, FunctionalCanonizer]
 
 
 def test_a_merged_batch_norm_gives_the_scores_of_the_network_folded_by_hand(norm, digits):
@@ -468,15 +315,6 @@ def test_origin_names_the_canonizers_that_were_applied(norm, batches, scorer, na
     assert score_units(norm, batches[:1], scorer).origin["canonizers"] == named
 
 
-def test_a_composites_own_canonizer_is_not_applied_twice(norm, batches):
-    own = LRP(zc.EpsilonPlus(canonizers=[SequentialMergeBatchNorm()]))
-    chosen = LRP("epsilon-plus")
-    first, second = (score_units(norm, batches, scorer) for scorer in (own, chosen))
-    for name in first:
-        slack = 20 * SLACK_OF_A_MERGED_NORM
-        torch.testing.assert_close(first[name], second[name], rtol=1e-5 + slack, atol=1e-3)
-
-
 class Crosswise(nn.Module):
     """A network whose norms were defined in another order than they run."""
 
@@ -492,6 +330,15 @@ class Crosswise(nn.Module):
     def forward(self, x):
         x = self.first(self.one(x)).relu()
         return self.fc(self.second(self.two(x)).relu().mean((2, 3)))
+
+
+def test_batch_norms_are_merged_along_the_data_and_the_network_stays_the_same():
+    model, x = Crosswise().eval(), torch.rand(8, 3, 8, 8)
+    canonizer, _ = chosen(model, x)
+    assert canonizer.name_map == [(["one"], "first"), (["two"], "second")]
+    scores = score_units(model, [x], LRP("epsilon"), layers="fc", target=1)
+    logits = model(x)[:, 1].double()
+    torch.testing.assert_close(scores["fc"][1], logits.sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_canonizers_that_make_another_network_are_warned_of():
@@ -510,8 +357,8 @@ class Noisy(Crosswise):
         return super().forward(x) + torch.rand(1)
 
 
-def test_a_network_that_is_another_at_each_call_is_refused():
-    with pytest.raises(ValueError, match="another at each call"):
+def test_a_network_that_computes_something_else_at_each_call_is_refused():
+    with pytest.raises(ValueError, match="something else at each call"):
         score_units(Noisy().eval(), [torch.rand(2, 3, 8, 8)], LRP(), layers=["fc"], target=0)
 
 

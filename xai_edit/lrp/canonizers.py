@@ -1,9 +1,10 @@
-"""The canonical form that LRP needs of a network, found by a forward pass."""
+"""Choose Zennit canonizers for a model by its forward pass, and check the logits under them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,45 +16,46 @@ from zennit.layer import Sum
 
 from xai_edit.core.trace import Operation, Trace
 from xai_edit.lrp.accelerated import stabilizer_of
-from xai_edit.lrp.functional_canonizer import (
-    AVERAGES,
-    RULES,
-    FunctionalCanonizer,
-    left_to_the_composite,
-)
-from xai_edit.lrp.operation_rules import ACTIVATIONS
+from xai_edit.lrp.functional_canonizer import FunctionalCanonizer, left_to_the_composite
+from xai_edit.lrp.operation_rules import ACTIVATIONS, AVERAGES, RULES
 
 SAME_LOGITS = 1e-2
-"""Share of the largest logit by which merged weights may change any. In float32 rounding alone
-gives 4e-3 in an Inception with random weights (in float64 the two are equal)."""
+"""Tolerance for logits under merged weights, as a share of the largest. Rounding in float32 alone
+gives 4e-3 in an Inception with random weights."""
 
 
 class ExactMergeBatchNorm(NamedMergeBatchNorm):  # type: ignore[misc]
-    """Zennit's merge of named batch norms, after which the norm hands its input on as it is.
+    """Zennit's merge of named batch norms, after which the norm is the identity.
 
-    Zennit 0.5 leaves a division by √(1 + eps) in each, which with the eps of 1e-3 of an Inception
-    or EfficientNet makes the logits others.
+    Zennit 0.5 leaves a division by √(1 + eps) in each, which changes the logits of an Inception or
+    EfficientNet, whose eps is 1e-3.
     """
 
     def register(self, linears: list[nn.Module], batch_norm: nn.Module) -> None:
-        """Merge."""
+        """Merge a batch norm into the layers before it."""
         super().register(linears, batch_norm)
-        batch_norm.forward = _identity
+        batch_norm.forward = lambda x: x
 
     def remove(self) -> None:
-        """Take the merge back."""
+        """Undo the merge."""
         del self.batch_norm.forward
         super().remove()
 
 
+@contextmanager
+def canonized(model: nn.Module, canonizers: Sequence[Canonizer]) -> Iterator[None]:
+    """Apply canonizers to a model, and remove them on leaving."""
+    with ExitStack() as stack:
+        for canonizer in canonizers:
+            for instance in canonizer.apply(model):
+                stack.callback(instance.remove)
+        yield
+
+
 def unmerged_norms(model: nn.Module, found: Trace, canonizers: Sequence[Canonizer]) -> set[str]:
-    """Return the batch norms of a forward pass that none of the chosen canonizers merges."""
-    merged = {
-        norm
-        for one in canonizers
-        if isinstance(one, ExactMergeBatchNorm)
-        for _, norm in one.name_map
-    }
+    """Return the names of the batch norms in a forward pass that no canonizer merges."""
+    merging = [one for one in canonizers if isinstance(one, ExactMergeBatchNorm)]
+    merged = {norm for one in merging for _, norm in one.name_map}
     return {
         name
         for name, module in model.named_modules()
@@ -63,22 +65,28 @@ def unmerged_norms(model: nn.Module, found: Trace, canonizers: Sequence[Canonize
     }
 
 
+def with_own_rules(composite: Composite) -> Composite:
+    """Return a composite that also uses the attribute ``lrp_rule`` of modules without a rule."""
+
+    def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Hook | None:
+        rule = composite.module_map(context, name, module)
+        return getattr(module, "lrp_rule", None) if rule is None else rule
+
+    return Composite(module_map=module_map, canonizers=composite.canonizers)
+
+
 def rules_of(composite: Composite, model: nn.Module) -> dict[str, Hook | None]:
     """Return each module's rule, from the composite or from its attribute ``lrp_rule``."""
     context: dict[str, Any] = {}
-    rules = {}
-    for name, module in model.named_modules():
-        rule = composite.module_map(context, name, module)
-        rules[name] = getattr(module, "lrp_rule", None) if rule is None else rule
-    return rules
+    rule_of = with_own_rules(composite).module_map
+    return {name: rule_of(context, name, module) for name, module in model.named_modules()}
 
 
 def outside_rules(
     operations: list[Operation], model: nn.Module, rules: dict[str, Hook | None]
 ) -> list[Operation]:
     """Return the operations that run in no module with a rule."""
-    # Zennit 0.5 has attention among the activations; passing relevance on is no rule for it.
-    having = {
+    having = {  # Zennit 0.5 counts attention among the activations
         name
         for name, module in model.named_modules()
         if rules.get(name) is not None and not isinstance(module, nn.MultiheadAttention)
@@ -87,7 +95,7 @@ def outside_rules(
 
 
 def is_lrp(composite: Composite, model: nn.Module) -> bool:
-    """Tell whether a composite propagates relevance on a model, by one of Zennit's rules or kin.
+    """Return whether a composite propagates relevance by rules.
 
     With others, such as ``GuidedBackprop`` or PatternNet, operations keep their gradient.
     """
@@ -97,21 +105,15 @@ def is_lrp(composite: Composite, model: nn.Module) -> bool:
     return any(isinstance(rule, BasicHook) and type(rule) is not BasicHook for rule in rules)
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
 def choose_canonizers(
     model: nn.Module, found: Trace, composite: Composite | None = None
 ) -> list[Canonizer]:
     """Return the canonizers that LRP needs on ``model``.
 
-    - `ExactMergeBatchNorm` with the batch norms that alone read a layer's output: in a model's own
-      order of modules the neighbour before a batch norm may be another layer, and the merge would
-      explain another network.
-    - `FunctionalCanonizer` where sums, products, averages or activations are no modules. Without it
-      a resnet18 hands out 2⁸ times the logit. It does what Zennit's ``ResNetCanonizer`` does, for
-      every network.
+    - `ExactMergeBatchNorm` with the batch norms that are the only reader of a layer's output, by
+      the forward pass: the module before a batch norm may be another layer.
+    - `FunctionalCanonizer` if sums, products, averages or activations are no modules. It does what
+      Zennit's ``ResNetCanonizer`` does, for every network.
 
     Parameters
     ----------
@@ -119,9 +121,8 @@ def choose_canonizers(
     found : Trace
         A forward pass of the model.
     composite : zennit.core.Composite, optional
-        Functional operations get its stabiliser; if it is not one of LRP, they stay as they are.
+        Functional operations get its stabiliser; if it is no LRP, they keep their gradient.
     """
-    # Without running statistics there is nothing fixed that could be merged.
     pairs = [
         ([layer], norm)
         for layer, norm in found.norms.items()
@@ -150,7 +151,7 @@ def choose_canonizers(
 
 
 def same_logits(plain: Tensor, canonized: Tensor) -> bool:
-    """Tell whether a network gives, in canonical form, the logits that it gives without."""
+    """Return whether the logits are the same with and without canonizers, within rounding."""
     allowed = SAME_LOGITS * plain.abs().max() + torch.finfo(plain.dtype).eps
     return bool((canonized - plain).abs().max() <= allowed)
 
@@ -158,15 +159,15 @@ def same_logits(plain: Tensor, canonized: Tensor) -> bool:
 def refuse_difference(
     plain: Tensor, canonized: Tensor, canonizers: Sequence[Canonizer], *, chosen: bool
 ) -> None:
-    """Raise ValueError for logits that differ, or warn if the canonizers are a user's own."""
+    """Raise ValueError about logits that differ; warn if the user set the canonizers."""
     message = (
-        f"canonizers: {[type(one).__name__ for one in canonizers]} make another network of it; its "
-        f"logits, up to {float(plain.abs().max()):.3g}, differ by up to "
+        f"canonizers: {[type(one).__name__ for one in canonizers]} make another network of the "
+        f"model: its logits, up to {float(plain.abs().max()):.3g}, change by up to "
         f"{float((canonized - plain).abs().max()):.2g}"
     )
     if chosen:
         raise ValueError(
-            f"{message}; give LRP canonizers of your own, or () for none; or is the network "
-            "another at each call?"
+            f"{message}; give LRP other canonizers, or () for none; or does the model compute "
+            "something else at each call?"
         )
     warnings.warn(f"{message}, and so may its relevance", stacklevel=2)

@@ -1,4 +1,4 @@
-"""What would make a model's relevance wrong, found before anyone trusts a picture of it."""
+"""Check a model before it is scored with LRP, with the conservation of relevance per layer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from xai_edit.lrp.lrp import LRP
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What `check_model` found.
+    """The result of `check_model`.
 
     Attributes
     ----------
     scorer : str
-        The composite it was checked for.
     canonizers : list of str
-        Those that will be applied.
+        The ones to apply.
     findings : list of Finding
-        Errors first; scoring refuses a model with one of them.
+        Errors first; scoring raises on them.
     ratios : dict of float
-        Per layer Σ relevance / Σ logit over the samples. 1 where nothing is lost: rules with
-        biases keep a part of the relevance, and a layer beside which others run has its own part
-        only. NaN where the logits are zero. Empty if there are errors.
+        Per layer Σ relevance / Σ logit over the samples: 1 if relevance is conserved, less if
+        biases keep a part or other layers run beside it, NaN if the logits are zero. Empty if
+        there are errors.
     """
 
     scorer: str
@@ -45,7 +44,7 @@ class ModelCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether scores of this model mean something: no finding is an error."""
+        """Whether no finding is an error."""
         return not any(one.severity == "error" for one in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,27 +77,21 @@ def check_model(
 ) -> ModelCheck:
     """Report what would make relevance wrong on this model.
 
-    Looked for are operations and layers without a rule, for which Zennit silently takes the plain
-    gradient; modules called several times that a hook cannot tell apart; weights computed anew at
+    It looks for operations and layers without a rule, for which Zennit silently takes the plain
+    gradient; modules called several times, if their hook mixes up the calls; weights computed at
     each call (``torch.nn.utils.prune``, parametrizations); composites already registered; half
-    precision; batch norms in training mode; and, at every cut, relevance that is lost or doubled.
+    precision; batch norms in training mode; and relevance that is lost or doubled at a layer.
     Conservation alone proves nothing: relevance can be complete and in the wrong place.
 
     Parameters
     ----------
     model : nn.Module
-        Left exactly as it was.
+        Not changed.
     inputs : Tensor, shape (samples, ...)
         A few real samples; the predicted class of each is explained.
     composite : str, zennit.core.Composite or LRP
-        What the model will be scored with.
     layers : sequence of str, optional
-        Those that will be scored. All convolution and linear layers that the data pass through when
-        left out.
-
-    Returns
-    -------
-    ModelCheck
+        By default, all convolution and linear layers that the data pass through.
 
     Raises
     ------
@@ -126,12 +119,11 @@ def check_model(
     else:
         findings += of_the_forward_pass(found, model, scorer.composite, names, used)
     findings += _gates(found.after(names), model, scorer.composite)
-    for name in names:
-        path = name.removesuffix(INPUT_SUFFIX)
+    for path in (name.removesuffix(INPUT_SUFFIX) for name in names):
         if found.calls[path] > 1:
             message = (
                 f"it is called more than once ({found.calls[path]} times) in a forward pass, so "
-                "its units have no one score; name others"
+                "a score of its units would mix the calls; name other layers"
             )
             findings.append(Finding("error", path, message))
     findings.sort(key=lambda one: one.severity)
@@ -148,7 +140,7 @@ def check_model(
 def _gates(
     operations: Sequence[Operation], model: nn.Module, composite: Composite
 ) -> list[Finding]:
-    """Return a warning if there are products that are gates: their layers get no relevance."""
+    """Return a warning about products with a gate, whose layers get no relevance."""
     rules = rules_of(composite, model) if is_lrp(composite, model) else {}
     products = {one.module for one in operations if one.name == "mul" and one.joins}
     gates = sorted(path for path in products if path in rules and rules[path] is None)
@@ -164,8 +156,7 @@ def _ratios(
     model: nn.Module, inputs: Tensor, scorer: LRP, names: Sequence[str]
 ) -> dict[str, float]:
     with preserved(model), torch.no_grad():
-        logits = predict(model, inputs)
-    values, classes = logits.max(1)
+        values, classes = predict(model, inputs).max(1)
     start = values.sum() if scorer.initial == "logit" else values.new_tensor(float(len(values)))
     relevance = scorer(model, inputs, classes, names)
     return {name: float(relevance[name].double().sum() / start) for name in names}

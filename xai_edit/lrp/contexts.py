@@ -1,4 +1,4 @@
-"""The context of an activation: what it is multiplied by to give its relevance."""
+"""Contexts of activations: the factor of each activation in its relevance."""
 
 from __future__ import annotations
 
@@ -10,36 +10,31 @@ from torch import Tensor
 from xai_edit.lrp.relevance_at_layers import Gather
 
 Take = Callable[[Tensor], Tensor]
-"""From values in the shape of a layer's, (samples, ...), those at some positions, (samples, ...)"""
+"""Takes some positions from values in the shape of a layer's output, (samples, ...)."""
 
 
 class ContextGather(Gather):
     """Activations a of a layer and their contexts c, R = a ⊙ c (Chormai et al. 2024).
 
-    A rule's relevance is R = a ⊙ g, its gradient g multiplied by the activation. Where a neuron is
-    inactive R is zero and does not tell g. So activations that are zero go on through the network
-    as a number so small that the layers behind add it to nothing but zeros, R is that number times
-    g, and g what is left of R without it: the context to a rounding error, at zeros as elsewhere,
-    and whatever way relevance takes to the layer. At zero it is the limit from above.
+    Gathers tensors of shape (samples, 2, ...): activations, then contexts. The relevance of a zero
+    activation is zero, whatever its context. So zeros pass through the network as a number that is
+    too small to change any sum with other values, and the context is relevance over that number:
+    at zero, the limit from above.
 
     Parameters
     ----------
     draw : callable
-        ``draw(values)``, called with a layer's values in each forward pass, gives what
-        takes the wanted positions from them and from their relevance.
-
-    Notes
-    -----
-    What is gathered has the shape (samples, 2, ...): activations, then contexts.
+        ``draw(values)``, called with a layer's values in each forward pass, returns a function that
+        takes the wanted positions from the values and from their relevance.
     """
 
     def __init__(self, draw: Callable[[Tensor], Take]) -> None:
-        super().__init__(lambda relevance, name: relevance)
+        super().__init__()
         self.draw = draw
-        self.first: Tensor | None = None  # the layer's values for the first sample of all
+        self.first: Tensor | None = None  # the layer's values for the first sample
 
     def prepared(self, value: Tensor, name: str) -> tuple[Tensor, Take]:
-        """Return the values without zeros, and what pairs activations with their contexts."""
+        """Return the values without zeros, and a function from relevance to (a, c)."""
         value = value.detach()
         if self.first is None:
             self.first = value[:1].clone()
@@ -56,8 +51,8 @@ class ContextGather(Gather):
         def paired(relevance: Tensor) -> Tensor:
             size = len(relevance)
             shares = take(relevance)
-            left = torch.where(at_zero[:size], shares, 0).abs()
-            if size and left.max() > tiny**0.5 * (1 + shares.abs().max()):
+            of_zeros = torch.where(at_zero[:size], shares, 0).abs()
+            if size and of_zeros.max() > tiny**0.5 * (1 + shares.abs().max()):
                 raise ValueError(
                     "scorer: activations of zero have relevance under this composite, so it is no "
                     "activation times a context; take a rule that shares relevance in proportion "

@@ -1,4 +1,4 @@
-"""What would make the relevance of a model wrong."""
+"""Find what would make the relevance of a model wrong: its weights, hooks and operations."""
 
 from __future__ import annotations
 
@@ -18,76 +18,58 @@ from xai_edit.lrp.accelerated import DirectHook, direct
 from xai_edit.lrp.canonizers import is_lrp, outside_rules, rules_of
 from xai_edit.lrp.functional_canonizer import (
     ALONG_THE_GRADIENT,
-    RULES,
     FunctionalCanonizer,
     hook_of_zennit,
     left_to_the_composite,
 )
-from xai_edit.lrp.operation_rules import ACTIVATIONS
+from xai_edit.lrp.operation_rules import ACTIVATIONS, RULES
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found in a model.
-
-    Attributes
-    ----------
-    severity : {"error", "warning"}
-        Scoring raises on an error: the relevance would mean nothing.
-    module : str
-        Path of the module.
-    message : str
-        What is wrong and what would help.
-    """
+    """A problem of a module, and what would help; scoring raises on an error."""
 
     severity: Literal["error", "warning"]
     module: str
     message: str
 
     def __str__(self) -> str:
-        place = f"module {self.module!r}" if self.module else "the model"
-        return f"{self.severity}: {place}: {self.message}"
+        where = f"module {self.module!r}" if self.module else "the model"
+        return f"{self.severity}: {where}: {self.message}"
 
 
 def of_the_weights(model: nn.Module) -> list[Finding]:
-    """Return what is wrong with a model whatever its data: hooks, weights, precision."""
+    """Return the errors that need no data: hooks, computed weights, half precision."""
     findings: list[Finding] = []
-
-    def add(module: str, message: str) -> None:
-        findings.append(Finding("error", module, message))
-
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             message = "it is TorchScript, which no rule reaches; use the model it was made from"
             return [Finding("error", name, message)]
-        if any(hook_of_zennit(hook) for hook in _forward_hooks(module)):
-            add(
-                name,
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(hook_of_zennit(hook) for hook in hooks):
+            message = (
                 "a Zennit composite is registered on it already, so that two rules would act; "
-                "call composite.remove() or leave its context first",
+                "call composite.remove() or leave its context first"
             )
+            findings.append(Finding("error", name, message))
         makers = {type(hook).__module__ for hook in module._forward_pre_hooks.values()}
         old = sorted(maker for maker in makers if maker.startswith("torch.nn.utils."))
         if old or parametrize.is_parametrized(module):
-            where = old[0] if old else "torch.nn.utils.parametrize"
-            add(
-                name,
-                f"its weight is computed anew at each call ({where}), and rules would see another "
-                "one; make it permanent with the function of that module that removes it, such as "
-                "torch.nn.utils.prune.remove or remove_parametrizations",
+            message = (
+                f"its weight is computed anew at each call ({[*old, parametrize.__name__][0]}), "
+                "and rules would see another one; make it permanent with the function of that "
+                "module that removes it, such as torch.nn.utils.prune.remove or "
+                "remove_parametrizations"
             )
+            findings.append(Finding("error", name, message))
     half = [(name, one.dtype) for name, one in model.named_parameters() if one.dtype in HALF]
     for name, dtype in half[:1]:
-        add(
-            name.rpartition(".")[0],
+        message = (
             f"its parameters are {dtype}, in which the quotients of a rule have three digits and "
-            "overflow; score copy.deepcopy(model).float()",
+            "overflow; score copy.deepcopy(model).float()"
         )
+        findings.append(Finding("error", name.rpartition(".")[0], message))
     return findings
-
-
-def _forward_hooks(module: nn.Module) -> list[object]:
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def of_the_forward_pass(
@@ -97,24 +79,17 @@ def of_the_forward_pass(
     layers: Sequence[str] = (),
     canonizers: Sequence[Canonizer] = (),
 ) -> list[Finding]:
-    """Return what is wrong with the way a forward pass goes.
+    """Return the findings about the operations and calls of a forward pass.
 
-    Parameters
-    ----------
-    found : Trace
-    model : nn.Module
-    composite : zennit.core.Composite
-    layers : sequence of str
-        Those to be scored: what comes before the earliest does not matter. None: the inputs.
-    canonizers : sequence of zennit.canonizers.Canonizer
-        Those that will be applied.
+    Operations before the earliest of the scored ``layers`` do not matter; without layers, all do.
+    ``canonizers`` are the ones to apply.
     """
     rules = rules_of(composite, model)
-    known = {*ALONG_THE_GRADIENT, "relu"}  # whose gradient is its gate
+    known = {*ALONG_THE_GRADIENT, "relu"}
     if any(isinstance(one, FunctionalCanonizer) for one in canonizers):
         known |= RULES.keys()
     if composite.module_map({}, "", nn.ReLU()) is None:
-        known |= ACTIVATIONS  # they keep their gradient, as their modules do
+        known |= ACTIVATIONS  # they keep their gradient, like their modules
     findings: list[Finding] = []
     of_parameters = any(one.dtype in HALF for one in model.parameters())  # see `of_the_weights`
     if found.halved is not None and not of_parameters:
@@ -148,22 +123,20 @@ def of_the_forward_pass(
 
 def _without_rule(operations: list[Operation], model: nn.Module) -> list[Finding]:
     """Return one finding for each kind of module and operation."""
-    places: dict[tuple[str, str], list[str]] = {}
+    modules: dict[tuple[str, str], dict[str, None]] = {}
     for one in operations:
         kind = type(model.get_submodule(one.module)).__name__
-        where = places.setdefault((kind, one.name), [])
-        if one.module not in where:
-            where.append(one.module)
+        modules.setdefault((kind, one.name), {})[one.module] = None
     return [
         Finding(
             "error",
-            where[0],
+            next(iter(paths)),
             f"{kind} runs {name!r}, for which there is no relevance rule, and its plain gradient "
             "would be taken for relevance; use xai_edit.CaptumLayer, give the module a rule as its "
             "attribute lrp_rule, or score only layers behind it"
-            + (f" ({len(where)} modules alike)" if where[1:] else ""),
+            + (f" ({len(paths)} modules alike)" if len(paths) > 1 else ""),
         )
-        for (kind, name), where in places.items()
+        for (kind, name), paths in modules.items()
     ]
 
 

@@ -1,9 +1,8 @@
-"""Relevance through operations that are no modules: sums, products, functional activations.
+"""The canonizer that applies relevance rules to operations that are no modules.
 
-Zennit's rules sit on modules. What a network does between them (``out += identity``,
-``x.mean([2, 3])``, ``scale * x``) keeps its plain gradient there, which hands the whole relevance
-to both sides of a sum: a resnet18 gives 2⁸ times its logit. `FunctionalCanonizer` gives these
-operations the rules that Zennit has for their modules, whatever the network.
+Zennit's rules sit on modules. Operations between them (``out += identity``, ``x.mean([2, 3])``,
+``scale * x``) keep their plain gradient, which passes all relevance to both summands: the relevance
+of a resnet18 is 2⁸ times its logit.
 """
 
 from __future__ import annotations
@@ -20,28 +19,12 @@ from zennit.canonizers import Canonizer
 from zennit.core import Hook, RemovableHandleList, Stabilizer
 
 from xai_edit.core.trace import operation_name
-from xai_edit.lrp.operation_rules import (
-    ACTIVATIONS,
-    Operator,
-    Rule,
-    attention_rule,
-    einsum_rule,
-    in_graph,
-    is_in_place,
-    layer_norm_rule,
-    multi_head_rule,
-    multilinear_rule,
-    norm_rule,
-    pass_rule,
-    product_rule,
-    softmax_rule,
-    sum_rule,
-)
+from xai_edit.lrp.operation_rules import RULES, Operator, in_graph, is_in_place
 from xai_edit.lrp.relevance_at_layers import RULED
 
 
 class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
-    """Give operations that are no modules the rules of their modules, as a Zennit canonizer.
+    """A Zennit canonizer that gives functional operations the rules of their modules.
 
     ==========================================  ===============================================
     operation                                   relevance
@@ -68,7 +51,7 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     stabilizer : float or callable
         Of the denominators, as in Zennit's rules.
     operations : collection of str, optional
-        Names from `RULES`; all of them when left out.
+        Names from `RULES`; by default, all of them.
 
     Notes
     -----
@@ -76,7 +59,7 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     """
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:
-        """Canonize a model; ``remove()`` of what is returned takes it back."""
+        """Canonize a model until ``remove()`` of the returned canonizer is called."""
         instance = self.copy()
         instance.register(root_module)
         return [instance]
@@ -110,7 +93,7 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
             self.handles.append(child.register_forward_hook(_resume))
 
     def remove(self) -> None:
-        """Give the module its own forward pass back."""
+        """Restore the module's own forward pass."""
         self.handles.remove()
         if self.shadowed is None:
             del vars(self.module)["forward"]
@@ -123,9 +106,9 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
 
 
 def left_to_the_composite(module: nn.Module) -> bool:
-    """Tell whether a module is of a kind for which composites have rules, or has one now.
+    """Return whether a module has a rule, or is of a kind for which composites have one.
 
-    Its operations are left alone: with no rule it keeps its gradient, as with Zennit.
+    Without a rule its operations keep their gradient, as with Zennit.
     """
     if isinstance(module, (zt.Linear, zt.AvgPool, zt.MaxPool, zt.BatchNorm)):
         return True
@@ -135,7 +118,7 @@ def left_to_the_composite(module: nn.Module) -> bool:
 
 
 def hook_of_zennit(hook: object) -> bool:
-    """Tell whether a module's hook is a method of one of Zennit's."""
+    """Return whether a hook function is a method of a Zennit hook."""
     return isinstance(getattr(hook, "__self__", None), Hook)
 
 
@@ -148,7 +131,7 @@ def _resume(module: nn.Module, _: Any, __: Any) -> None:
 
 
 class _Rules(TorchFunctionMode):
-    """Inside, operations on tensors with a graph get their relevance rule."""
+    """A function mode under which operations on tensors with a graph get their rule."""
 
     def __init__(self, stabilizer: Operator, operations: Collection[str]) -> None:
         super().__init__()
@@ -177,36 +160,15 @@ class _Rules(TorchFunctionMode):
             return func(*args, **named)
         if "other" in named:
             args = (*args, named.pop("other"))
+        rule = RULES[name]
         if not is_in_place(func, args, named):
-            return RULES[name](func, args, named, self.stabilizer)
-        target = args[0]
-        if target._is_view():  # of a part, which has to change with it
-            output = RULES[name](func, (target.clone(), *args[1:]), named, self.stabilizer)
-            return target.copy_(output)
-        output = RULES[name](func, args, named, self.stabilizer)
+            return rule(func, args, named, self.stabilizer)
+        target, *others = args
+        if target._is_view():  # its base has to change with it
+            return target.copy_(rule(func, (target.clone(), *others), named, self.stabilizer))
+        output = rule(func, args, named, self.stabilizer)
         RULED.replace(target, output)
         return output
-
-
-_MULTILINEAR = "matmul bmm mm linear conv1d conv2d conv3d"
-_AVERAGES = """
-    mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d interpolate
-"""
-AVERAGES = frozenset(_AVERAGES.split())
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(ACTIVATIONS, pass_rule),
-    **dict.fromkeys(AVERAGES, norm_rule),
-    **dict.fromkeys(("add", "sub"), sum_rule),
-    **dict.fromkeys(("mul", "div"), product_rule),
-    **dict.fromkeys(_MULTILINEAR.split(), multilinear_rule),
-    "layer_norm": layer_norm_rule,
-    "einsum": einsum_rule,
-    "softmax": softmax_rule,
-    "scaled_dot_product_attention": attention_rule,
-    "multi_head_attention_forward": multi_head_rule,
-}
-"""Operations, by `operation_name`, that `FunctionalCanonizer` gives a rule."""
 
 
 _MOVING = """
@@ -220,4 +182,4 @@ _MOVING = """
     adaptive_max_pool2d adaptive_max_pool3d amax max maximum boolean_dispatch
 """
 ALONG_THE_GRADIENT = frozenset(_MOVING.split())
-"""Operations whose gradient carries relevance as it should: they only move values."""
+"""Operations that only move values, so that their gradient is the right rule."""

@@ -1,4 +1,4 @@
-"""Scorers: for one batch, the relevance of every unit of the named layers."""
+"""The `LRP` scorer, and the protocol of all scorers."""
 
 from __future__ import annotations
 
@@ -17,38 +17,35 @@ from xai_edit.core.analysis import Analysis, analysed
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import one_of
 from xai_edit.core.guard import preserved
-from xai_edit.core.layers import (
-    differentiable,
-    embeddings_in_graph,
-    predict,
-    sum_positions,
-)
+from xai_edit.core.layers import differentiable, embeddings_in_graph, predict, sum_positions
 from xai_edit.core.targets import Targets, weights_of
 from xai_edit.core.trace import Trace, trace
 from xai_edit.lrp import presets as rules
 from xai_edit.lrp.accelerated import DirectHook, accelerated, direct
 from xai_edit.lrp.canonizers import (
+    canonized,
     choose_canonizers,
     refuse_difference,
     rules_of,
     same_logits,
     unmerged_norms,
+    with_own_rules,
 )
 from xai_edit.lrp.diagnosis import Finding, of_the_forward_pass, of_the_weights, refuse
 from xai_edit.lrp.relevance_at_layers import Gather
 
 
 class Scorer(Protocol):
-    """Anything that can be called like this; a plain function will do, nothing is registered.
+    """A callable, such as a plain function, that scores the units of some layers for one batch.
 
-    ``scorer(model, inputs, targets, layers)`` gets a batch of inputs, the target class of each
+    ``scorer(model, inputs, targets, layers)`` takes a batch of inputs, the target class of each
     sample (int64, shape (samples,)) and layer names, and returns for each name a tensor of shape
-    (samples, units): one relevance a sample and unit, summed over positions. The model is in
-    evaluation mode and is restored afterwards, whatever the scorer does to it.
+    (samples, units), summed over positions. The model is in evaluation mode and is restored
+    afterwards, whatever the scorer does to it.
 
-    A scorer that looks only at the weights sets ``needs_data = False`` and is called once, with
-    None for inputs and targets. One whose scores are of the batch as a whole, and not a sample's
-    own, sets ``per_sample = False``; `xai_edit.testing.check_scorer` then lets them depend on it.
+    A scorer that reads only the weights sets ``needs_data = False`` and is called once, with None
+    for inputs and targets. A scorer of batches instead of samples sets ``per_sample = False`` for
+    `xai_edit.testing.check_scorer`.
     """
 
     def __call__(
@@ -68,12 +65,11 @@ class LRP:
     composite : str or zennit.core.Composite
         A preset name (see `xai_edit.lrp.presets.PRESETS`) or any Zennit composite.
     initial : {"logit", "one"}
-        Relevance at the target's output: its logit (the paper's Eq. 3), or 1 for every sample, so
-        that each weighs the same (used for pruning).
+        Relevance at the target's output: its logit (Chang et al., Eq. 3), or 1, so that all samples
+        have the same weight (used for pruning).
     canonizers : "auto" or sequence of zennit.canonizers.Canonizer
-        What puts the network into canonical form. "auto" takes the composite's own or, where it
-        has none, picks by a forward pass of one sample, see
-        `xai_edit.lrp.canonizers.choose_canonizers`; ``()`` means none.
+        "auto" takes the composite's own or, if it has none, chooses by a forward pass of one
+        sample, see `xai_edit.lrp.canonizers.choose_canonizers`; ``()`` means none.
     **parameters
         Parameters of a preset, such as ``gamma=0.1``.
 
@@ -86,12 +82,9 @@ class LRP:
 
     Notes
     -----
-    Bach et al. 2015 (PLoS ONE 10(7)). A module that carries a Zennit hook as its attribute
-    ``lrp_rule`` is given that rule where the composite has none for it.
-
-    The hooks are those of `xai_edit.lrp.accelerated`, equal to Zennit's and faster. Where the
-    relevance would mean nothing, since an operation has no rule, scoring raises and names it; see
-    `xai_edit.check_model`.
+    Bach et al. 2015 (PLoS ONE 10(7)). A module without a rule in the composite uses the Zennit hook
+    in its attribute ``lrp_rule``, if it has one. The hooks are those of `xai_edit.lrp.accelerated`.
+    Scoring raises if an operation has no rule; see `xai_edit.check_model`.
     The stabiliser is Zennit's, 1e-6; that of Captum's ``EpsilonRule`` is 1e-9.
     """
 
@@ -105,8 +98,10 @@ class LRP:
     ) -> None:
         one_of(initial, ("logit", "one"), "initial")
         if isinstance(composite, str):
-            listed = "".join(f", {name}={_shown(value)}" for name, value in parameters.items())
-            self.name = f"{composite!r}{listed}"
+            self.name = repr(composite)
+            for name, value in parameters.items():
+                shown = value.flatten().tolist() if isinstance(value, Tensor) else value
+                self.name += f", {name}={shown!r}"
             self.composite = rules.preset(composite, **parameters)
         elif isinstance(composite, Composite):
             if parameters:
@@ -127,7 +122,7 @@ class LRP:
         return f"LRP({self.name}, initial={self.initial!r})"
 
     def canonizers_for(self, model: nn.Module, found: Trace | None) -> list[Canonizer]:
-        """Return the canonizers that will be applied beside those of the composite itself."""
+        """Return the canonizers to apply in addition to the composite's own."""
         if found is None:
             return [] if self.canonizers == "auto" else list(self.canonizers)
         return choose_canonizers(model, found, self.composite)
@@ -142,18 +137,18 @@ class LRP:
     def relevance(
         self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Return the relevance in full, per layer in the shape of the layer's output."""
-        with self.session(model, inputs, layers, Gather(_in_full)) as (score, _):
+        """Return the relevance per layer in the shape of the layer's output."""
+        with self.session(model, inputs, layers, Gather()) as (score, _):
             return score(inputs, targets)
 
     def heatmap(self, model: nn.Module, inputs: Tensor, targets: Targets) -> Tensor:
         """Return the relevance of each input value, in the shape of ``inputs``."""
         if not inputs.is_floating_point():
             raise ValueError(
-                f"inputs: {inputs.dtype}, such as the numbers of words, have no relevance; take "
-                "that at the embedding's output instead"
+                f"inputs: {inputs.dtype}, such as token ids, have no relevance; take that at the "
+                "embedding's output instead"
             )
-        with self._registered(model, inputs, Gather(_in_full), ()) as ready:
+        with self._registered(model, inputs, Gather(), ()) as ready:
             pixels = differentiable(inputs)
             logits = predict(model, pixels)
             ready.require_same(inputs, logits)
@@ -170,26 +165,12 @@ class LRP:
         *,
         analysis: Analysis | None = None,
     ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
-        """Prepare a model once for many batches.
+        """Prepare a model once for many batches, and restore it on leaving.
 
-        Parameters
-        ----------
-        model : nn.Module
-            Restored on leaving.
-        sample : Tensor, shape (samples, ...)
-            Inputs to choose canonizers by; the first sample is enough.
-        layers : sequence of str
-        gather : Gather, optional
-            What becomes of the relevance at a layer; summed over positions when left out.
-        analysis : Analysis, optional
-            That of the model for such inputs, if there is one already.
-
-        Yields
-        ------
-        score : callable
-            ``score(inputs, targets)`` returns what was gathered from a batch, per layer.
-        canonizers : list of str
-            The canonizers in use.
+        Canonizers are chosen by the first sample of ``sample``; ``gather`` reduces the relevance at
+        a layer, by default to sums over positions; ``analysis`` is that of the model for such
+        inputs, if it exists already. Yields ``score(inputs, targets)``, which returns the gathered
+        relevance of a batch per layer, and the names of the canonizers in use.
         """
         if gather is None:
             axes = unit_axes(model, sample, layers)
@@ -206,7 +187,7 @@ class LRP:
                 ready.require_same(inputs, logits)
                 relevance = gather.relevance(layers, logits, self._seed(logits, targets))
                 for hook in ready.composite.hook_refs:
-                    hook.tensor_handles.remove()  # Zennit's own hooks gather them with each batch
+                    hook.tensor_handles.remove()  # Zennit's hooks add some with each batch
                 return relevance
 
             yield score, [type(canonizer).__name__ for canonizer in ready.canonizers]
@@ -214,18 +195,16 @@ class LRP:
     def findings_as_canonized(
         self, model: nn.Module, sample: Tensor, layers: Sequence[str]
     ) -> list[Finding]:
-        """Return what is wrong with a forward pass when the composite's canonizers are applied."""
-        with preserved(model), ExitStack() as stack:
-            _apply(self.composite.canonizers, model, stack)
+        """Return the findings of a forward pass under the composite's own canonizers."""
+        canonizers = self.composite.canonizers
+        with preserved(model), canonized(model, canonizers):
             found = trace(model, sample)
-            return of_the_forward_pass(
-                found, model, self.composite, layers, self.composite.canonizers
-            )
+            return of_the_forward_pass(found, model, self.composite, layers, canonizers)
 
     def _seed(self, logits: Tensor, targets: Targets) -> Tensor:
-        """Return the relevance that starts at the output (Eq. 3 of Chang et al.)."""
+        """Return the relevance at the output."""
         weights = weights_of(targets, logits)
-        return weights * logits.detach() if self.initial == "logit" else weights
+        return weights * logits.detach() if self.initial == "logit" else weights  # Eq. 3
 
     @contextmanager
     def _registered(
@@ -249,15 +228,15 @@ class LRP:
                 canonizers = self.canonizers_for(model, found)
                 refuse(of_the_forward_pass(found, model, self.composite, layers, canonizers))
                 unmerged = unmerged_norms(model, found, canonizers)
-                # A sum after the layers needs the graph of both its sides: all from the inputs.
+                # A sum behind the layers needs the graph of both summands, from the inputs on.
                 whole = not layers or any(one.joins for one in found.after(layers))
             else:
                 analysis, whole, unmerged = None, True, set()
                 if self.canonizers == "auto":
                     refuse(self.findings_as_canonized(model, sample, layers))
                 canonizers = self.canonizers_for(model, None)
-            form = self._form(model, canonizers) if analysis is not None else None
-            if analysis is not None and form is not None and form in analysis.verified:
+            form = None if analysis is None else self._form(model, canonizers)
+            if analysis is not None and form in analysis.verified:
                 plain = None
             elif analysis is not None and torch.equal(analysis.trace.sample, sample[:1]):
                 plain = analysis.trace.output
@@ -265,15 +244,12 @@ class LRP:
                 with torch.no_grad():
                     plain = predict(model, sample[:1])
             for parameter in model.parameters():
-                parameter.requires_grad_(False)  # no rule needs their gradients
+                parameter.requires_grad_(False)
             embeddings_in_graph(model)
             gather.attach(model, layers, inputs=True)
             # On the stack before the composite, so that the hooks go first and the merge after.
-            _apply(canonizers, model, stack)
-            for name, module in _with_own_rule(self.composite, model):
-                hook = direct(module.lrp_rule.copy(), name)  # type: ignore[operator, union-attr]
-                stack.callback(hook.register(module).remove)
-            composite = accelerated(self.composite, unmerged=unmerged)
+            stack.enter_context(canonized(model, canonizers))
+            composite = accelerated(with_own_rules(self.composite), unmerged=unmerged)
             stack.enter_context(composite.context(model))
             gather.attach(model, layers, inputs=False)
             stack.enter_context(torch.enable_grad())
@@ -281,7 +257,7 @@ class LRP:
             yield _Ready(model, gather, composite, used, whole, sample[:1], plain, analysis, form)
 
     def _form(self, model: nn.Module, canonizers: Sequence[Canonizer]) -> Hashable:
-        """Return what identifies the canonical form, or None if rules may change the logits."""
+        """Return a key of the canonical form, or None if rules may change the logits."""
         rules = rules_of(self.composite, model).values()
         if all(rule is None or isinstance(direct(rule), DirectHook) for rule in rules):
             return tuple((type(one), getattr(one, "operations", None)) for one in canonizers)
@@ -298,52 +274,25 @@ class _Ready:
     canonizers: list[Canonizer]
     whole: bool  # whether the graph has to begin at the inputs
     sample: Tensor
-    plain: Tensor | None  # the sample's logits without canonizers; None once they were compared
-    analysis: Analysis | None  # None under a user's own canonizers
+    plain: Tensor | None  # the sample's logits without canonizers; None after the comparison
+    analysis: Analysis | None  # None if the user set the canonizers
     form: Hashable
 
     def require_same(self, inputs: Tensor, logits: Tensor) -> None:
-        """Compare the logits, once, where they are those of the sample."""
+        """Compare the logits of the sample, once, with those without canonizers."""
         plain = self.plain
         if plain is None or not torch.equal(inputs[:1], self.sample):
             return
         self.plain = None
-        canonized = logits[:1].detach()
-        if not same_logits(plain, canonized):  # batch norms may count on the other samples
+        got = logits[:1].detach()
+        if not same_logits(plain, got):  # a batch norm may use the statistics of the batch
             leaves, self.gather.leaves = self.gather.leaves, {}
-            canonized = predict(self.model, differentiable(self.sample)).detach()
+            got = predict(self.model, differentiable(self.sample)).detach()
             self.gather.leaves = leaves
-        if not same_logits(plain, canonized):
-            own = self.analysis is None
-            refuse_difference(plain, canonized, self.canonizers, chosen=not own)
+        if not same_logits(plain, got):
+            refuse_difference(plain, got, self.canonizers, chosen=self.analysis is not None)
         elif self.analysis is not None and self.form is not None:
             self.analysis.verified.add(self.form)
-
-
-def _apply(canonizers: Sequence[Canonizer], model: nn.Module, stack: ExitStack) -> None:
-    """Canonize a model until the stack is closed."""
-    for canonizer in canonizers:
-        for instance in canonizer.apply(model):
-            stack.callback(instance.remove)
-
-
-def _with_own_rule(composite: Composite, model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules with an ``lrp_rule`` for which the composite has none."""
-    context: dict[str, Any] = {}
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if composite.module_map(context, name, module) is None
-        and getattr(module, "lrp_rule", None) is not None
-    ]
-
-
-def _shown(value: Any) -> str:
-    return repr(value.flatten().tolist() if isinstance(value, Tensor) else value)
-
-
-def _in_full(relevance: Tensor, name: str) -> Tensor:
-    return relevance
 
 
 def describe(scorer: Scorer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, TypeAlias
 
 import torch
@@ -26,13 +27,12 @@ GATES = ("sigmoid", "hardsigmoid")
 
 
 def in_graph(value: Any) -> bool:
-    """Tell whether a value depends on the data."""
-    # A parameter is a constant, also where it has a gradient, outside of xai_edit.LRP.
+    """Return whether a value depends on the data; parameters are constants."""
     return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
 
 
 def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
-    """Tell whether a call overwrites its first argument."""
+    """Return whether a call overwrites its first argument."""
     name = function.__name__
     dunder = name.startswith("__")
     if named.get("inplace") or (name.endswith("_") and not dunder) or name.startswith("__i"):
@@ -50,82 +50,75 @@ def _plain(function: Operator, args: Arguments, named: Named) -> Tensor:
 
 
 def pass_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
-    """R passes to the operand that depends on the data."""
+    """Pass R to the operand that depends on the data."""
     x = next(value for value in args if in_graph(value))
-    passed: Tensor = _Split.apply(_plain(function, args, named), (1,), x)
+    passed = _split(_plain(function, args, named), (1,), x)
     if operation_name(function) in GATES:
         mark_gate(passed)
     return passed
 
 
 def norm_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
-    """R goes to the inputs of a linear operation in proportion to their size."""
+    """Share R among the inputs of a linear operation in proportion (``Norm``)."""
     x, *others = args
-    shared: Tensor = _Proportional.apply(
-        lambda local: function(local, *others, **named), stabilizer, 1, x
-    )
-    return shared
+    return _proportional(lambda x: function(x, *others, **named), stabilizer, 1, x)
 
 
 def layer_norm_rule(
     function: Operator, args: Arguments, named: Named, stabilizer: Operator
 ) -> Tensor:
-    """R goes through the norm as through a linear map, its deviation a constant.
+    """Share R as through a linear map with a constant deviation (Ali et al. 2022, Eq. 13).
 
-    Ali et al. 2022. Passing R on as it is would leave relevance where the input is small and its
-    distance from the mean is not, and the rule before would divide the one by the other.
+    If R were passed on, the quotient in the rule before would overflow where the input is small and
+    its distance from the mean is not.
     """
-    given = inspect.signature(function).bind(*args, **named).arguments
-    shape = given["normalized_shape"]
+    arguments = inspect.signature(function).bind(*args, **named).arguments
+    shape = arguments["normalized_shape"]
     dims = tuple(range(-1 if isinstance(shape, int) else -len(shape), 0))
-    weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
+    weight, bias, eps = (arguments.get(name) for name in ("weight", "bias", "eps"))
+    eps = 1e-5 if eps is None else eps
 
     def with_constant_deviation(x: Tensor) -> Tensor:
         centred = x - x.mean(dims, keepdim=True)
         deviation = (centred.detach().square().mean(dims, keepdim=True) + eps).sqrt()
         scaled = centred / deviation if weight is None else centred / deviation * weight
-        shifted: Tensor = scaled if bias is None else scaled + bias
-        return shifted
+        return scaled if bias is None else scaled + bias
 
-    shared: Tensor = _Proportional.apply(with_constant_deviation, stabilizer, 1, args[0])
-    return shared
+    return _proportional(with_constant_deviation, stabilizer, 1, args[0])
 
 
 def multilinear_rule(
     function: Operator, args: Arguments, named: Named, stabilizer: Operator
 ) -> Tensor:
-    """R goes to the factors by halves, within a factor in proportion (AttnLRP)."""
-    places = [place for place, value in enumerate(args) if in_graph(value)]
+    """Share R among the factors equally, within a factor in proportion (AttnLRP, Eq. 15)."""
+    varies = [in_graph(value) for value in args]
+    factors = [*compress(args, varies)]
 
     def of_factors(*factors: Tensor) -> Tensor:
-        given = list(args)
-        for place, factor in zip(places, factors, strict=True):
-            given[place] = factor
-        return function(*given, **named)
+        rest = iter(factors)
+        operands = (next(rest) if x_varies else x for x, x_varies in zip(args, varies, strict=True))
+        return function(*operands, **named)
 
-    factors = [args[place] for place in places]
-    made: Tensor = _Proportional.apply(of_factors, stabilizer, len(factors), *factors)
-    return made
+    return _proportional(of_factors, stabilizer, len(factors), *factors)
 
 
 def einsum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
-    """As `multilinear_rule`, with the operands as a list or one by one."""
+    """Apply `multilinear_rule` to operands that come as a list or one by one."""
     if len(args) == 2 and not isinstance(args[1], Tensor):
         args = (args[0], *args[1])
     return multilinear_rule(function, args, named, stabilizer)
 
 
 def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
-    """R is x ⊙ (R − s Σ R), the gradient of the softmax (AttnLRP)."""
+    """Return x ⊙ (R − s Σ R), from the gradient of the softmax s (AttnLRP, Eq. 13)."""
     dim = named.get("dim", args[1] if len(args) > 1 else None)
     if dim is None:
         raise ValueError("model: a softmax is called without dim; say which axis it sums over")
-    shares: Tensor = _Softmax.apply(args[0], dim)
-    return shares
+    return _softmax(args[0], dim)
 
 
 def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
-    """R goes to the summands in proportion; a constant keeps its part, as a layer's bias does."""
+    """Share R among the summands in proportion; a constant keeps its part, like a bias."""
     a, b = args[:2]
     if any(not isinstance(value, Tensor) and value == 0 for value in (a, b)):  # as `sum` begins
         return pass_rule(function, args, named, stabilizer)
@@ -136,12 +129,11 @@ def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Oper
         x, y = values if len(values) == 2 else ((values[0], b) if in_graph(a) else (a, values[0]))
         return x + y if factor == 1 else x + factor * y
 
-    total: Tensor = _Proportional.apply(added, stabilizer, 1, *summands)
-    return total
+    return _proportional(added, stabilizer, 1, *summands)
 
 
 def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
-    """R goes to the signal, not to what gates, scales or divides it; to equals by halves."""
+    """Pass R to the signal and none to a gate or divisor; half to each factor of equal shape."""
     a, b = args[:2]
     if not (in_graph(a) and in_graph(b)):
         return pass_rule(function, args, named, stabilizer)
@@ -155,64 +147,55 @@ def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
         shares = (0, 1)
     else:
         shares = (1, 0)
-    product: Tensor = _Split.apply(output, shares, a, b)
-    return product
+    return _split(output, shares, a, b)
 
 
 def attention_rule(
     function: Operator, args: Arguments, named: Named, stabilizer: Operator
 ) -> Tensor:
-    """Scaled dot-product attention, as the operations it is made of (AttnLRP)."""
-    given = inspect.signature(_plain_attention).bind(*args, **named)
-    given.apply_defaults()
-    mask = given.arguments["attn_mask"]
-    refused = given.arguments["is_causal"], given.arguments["enable_gqa"]
-    if (
-        any(refused)
-        or given.arguments["dropout_p"]
-        or (mask is not None and mask.dtype == torch.bool)
-    ):
+    """Apply the rules of the operations that scaled dot-product attention consists of."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    arguments = dict(zip(names, args, strict=False)) | named
+    mask = arguments.get("attn_mask")
+    refused = (arguments.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
+    if any(refused) or (mask is not None and mask.dtype == torch.bool):
         raise ValueError(
-            "model: attention that is causal, grouped, with dropout or a yes/no mask has no "
+            "model: attention that is causal, grouped, with dropout or a boolean mask has no "
             "relevance rule here; use xai_edit.CaptumLayer"
         )
-    query, key, value, scale = (
-        given.arguments[name] for name in ("query", "key", "value", "scale")
-    )
-    return _attention(query, key, value, mask, scale, stabilizer)
+    query, key, value = (arguments[name] for name in names[:3])
+    return _attention(query, key, value, mask, arguments.get("scale"), stabilizer)
 
 
 def multi_head_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Any:
-    """Multi-head attention, likewise."""
+    """Apply the rules of the operations that multi-head attention consists of."""
     bound = inspect.signature(function).bind(*args, **named)
     bound.apply_defaults()
-    given = bound.arguments
-    beyond = [
-        name
-        for name in ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask")
-        if given[name] is not None and given[name] is not False
-    ]
-    if beyond or given["use_separate_proj_weight"] or given["query"].ndim != 3:
+    arguments = bound.arguments
+    options = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask")
+    passed = {name: arguments[name] for name in options}
+    refused = [name for name, value in passed.items() if value is not None and value is not False]
+    if refused or arguments["use_separate_proj_weight"] or arguments["query"].ndim != 3:
         raise ValueError(
-            f"model: multi-head attention with {', '.join(beyond) or 'such inputs'} has no "
+            f"model: multi-head attention with {', '.join(refused) or 'such inputs'} has no "
             "relevance rule here; use xai_edit.CaptumLayer"
         )
 
     def linear(*operands: Tensor | None) -> Tensor:
         return _ruled(multilinear_rule, nn.functional.linear, operands, stabilizer)
 
-    weights = given["in_proj_weight"].chunk(3)
-    bias = given["in_proj_bias"]
+    weights = arguments["in_proj_weight"].chunk(3)
+    bias = arguments["in_proj_bias"]
     biases = (None, None, None) if bias is None else bias.chunk(3)
-    heads = given["num_heads"]
+    heads = arguments["num_heads"]
     query, key, value = (
-        linear(given[name], *own).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        linear(arguments[name], *own).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
         for name, *own in zip(("query", "key", "value"), weights, biases, strict=True)
     )
     attended = _attention(query, key, value, None, None, stabilizer)
     joined = attended.permute(2, 0, 1, 3).flatten(2)
-    output = linear(joined, given["out_proj_weight"], given["out_proj_bias"])
-    if not given["need_weights"]:
+    output = linear(joined, arguments["out_proj_weight"], arguments["out_proj_bias"])
+    if not arguments["need_weights"]:
         return output, None
     with torch.no_grad():
         return output, function(*args, **named)[1]
@@ -237,24 +220,31 @@ def _attention(
 
 
 def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator) -> Tensor:
-    """Run an operation by its rule if it takes anything that depends on the data."""
+    """Run an operation by its rule if an operand depends on the data."""
     if any(in_graph(value) for value in args):
         return rule(function, args, {}, stabilizer)
     return function(*args)
 
 
-def _plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> None:
-    """Take the arguments of ``scaled_dot_product_attention``, which has no signature to read."""
+_MULTILINEAR = "matmul bmm mm linear conv1d conv2d conv3d"
+_AVERAGES = """
+    mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d interpolate
+"""
+AVERAGES = frozenset(_AVERAGES.split())
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ACTIVATIONS, pass_rule),
+    **dict.fromkeys(AVERAGES, norm_rule),
+    **dict.fromkeys(("add", "sub"), sum_rule),
+    **dict.fromkeys(("mul", "div"), product_rule),
+    **dict.fromkeys(_MULTILINEAR.split(), multilinear_rule),
+    "layer_norm": layer_norm_rule,
+    "einsum": einsum_rule,
+    "softmax": softmax_rule,
+    "scaled_dot_product_attention": attention_rule,
+    "multi_head_attention_forward": multi_head_rule,
+}
+"""Relevance rules by `operation_name`, which `FunctionalCanonizer` applies."""
 
 
 class _Split(torch.autograd.Function):
@@ -267,7 +257,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
-        # Zeros, not nothing: the layers of a gate have a relevance, and it is zero.
+        # Zeros instead of None: the layers of a gate have a relevance of zero.
         parts = [
             relevance[0].new_zeros(shape)
             if share == 0
@@ -300,6 +290,8 @@ class _Proportional(torch.autograd.Function):
 
 
 class _Softmax(torch.autograd.Function):
+    """s = softmax(x), with relevance x ⊙ (R − s Σ R)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         output = torch.softmax(x, dim)
@@ -309,6 +301,11 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
-        x, output = ctx.saved_tensors
-        (flow,) = relevance
-        return x * (flow - output * flow.sum(ctx.dim, keepdim=True)), None
+        x, s = ctx.saved_tensors
+        (R,) = relevance
+        return x * (R - s * R.sum(ctx.dim, keepdim=True)), None
+
+
+_split: Operator = _Split.apply
+_proportional: Operator = _Proportional.apply
+_softmax: Operator = _Softmax.apply

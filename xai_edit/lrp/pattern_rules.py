@@ -1,7 +1,4 @@
-"""PatternNet and PatternAttribution as Zennit composites, on patterns that were fitted before.
-
-Kindermans et al. 2018; see `xai_edit.lrp.patterns`.
-"""
+"""PatternNet and PatternAttribution as Zennit composites (Kindermans et al. 2018)."""
 
 from __future__ import annotations
 
@@ -27,17 +24,16 @@ def patternnet(patterns: Patterns, *, canonizers: Sequence[Canonizer] = ()) -> C
     patterns : Patterns
         From `fit_patterns` on the same network.
     canonizers : sequence of zennit.canonizers.Canonizer
-        What merges batch norms. `xai_edit.LRP` does so by itself.
+        To merge batch norms; not needed with `xai_edit.LRP`.
 
     Notes
     -----
-    As patterns are longer than weights and overlap more, signals would grow to 1e32 in a VGG-16 and
-    overflow in a ResNet-50. So each layer's a is multiplied by one number, with which it hands
-    signals on about as strongly as w. In a chain of layers this sets the unit of the signals at a
-    layer and nothing else: not their direction, not the order of units, not the weight of samples.
-    Where branches are added it also sets the share of each; the paper has no such networks.
+    Patterns are longer than weights and overlap more, so signals would overflow in a ResNet-50.
+    Each layer's a is therefore multiplied by one number that makes its gain about that of w. In a
+    chain of layers this changes the scale of the signals at a layer and nothing else. Where
+    branches are added it also changes the share of each; the paper has no such networks.
     """
-    return _composite(patterns, patterns.linear, _scaled_signal(), canonizers)
+    return _composite(patterns.linear, _scaled_signal(), canonizers)
 
 
 def patternnet_two_component(
@@ -47,27 +43,27 @@ def patternnet_two_component(
 
     a₋ belongs to inactive neurons, and a ReLU lets nothing back to them.
     """
-    return _composite(patterns, _two_component(patterns), _scaled_signal(), canonizers)
+    return _composite(_two_component(patterns), _scaled_signal(), canonizers)
 
 
 def patternattribution(patterns: Patterns, *, canonizers: Sequence[Canonizer] = ()) -> Composite:
     """PatternAttribution S(x), w → w ⊙ a: how much each part of the signal contributes.
 
-    Parameters as for `patternnet`; nothing is scaled. As wᵀa = 1, a neuron hands on all relevance
-    it gets, but for what falls on a convolution's padding.
+    Parameters as for `patternnet`; nothing is scaled. As wᵀa = 1, a neuron propagates all of its
+    relevance, except for the part on a convolution's padding.
     """
-    return _composite(patterns, patterns.linear, _attribution, canonizers)
+    return _composite(patterns.linear, _attribution, canonizers)
 
 
 def patternattribution_two_component(
     patterns: Patterns, *, canonizers: Sequence[Canonizer] = ()
 ) -> Composite:
     """PatternAttribution S(x)₊₋, w → w ⊙ a₊: with w → w ⊙ a where no ReLU follows."""
-    return _composite(patterns, _two_component(patterns), _attribution, canonizers)
+    return _composite(_two_component(patterns), _attribution, canonizers)
 
 
 def _scaled_signal() -> Weights:
-    scales: dict[str, Tensor] = {}  # one that is kept spares every batch the work
+    scales: dict[str, Tensor] = {}  # per layer, computed once
 
     def scaled_signal(name: str, w: Tensor, a: Tensor) -> Tensor:
         if name not in scales:
@@ -82,10 +78,10 @@ def _attribution(_: str, w: Tensor, a: Tensor) -> Tensor:
 
 
 def _scale(w: Tensor, a: Tensor) -> Tensor:
-    """Return what makes a, shape (neurons, weights), as strong as w.
+    """Return the factor that gives a, shape (neurons, weights), about the gain of w.
 
-    Two ratios: of the lengths, the median over neurons, since some barely active neurons have huge
-    patterns; and of what neurons of unit length hand on when they agree the most.
+    It is a product of two ratios: of the lengths, with the median over neurons, since some barely
+    active neurons have huge patterns; and of the largest singular values at unit lengths.
     """
     lengths = w.norm(dim=1) / a.norm(dim=1)
     overlaps = _gain(nn.functional.normalize(w)) / _gain(nn.functional.normalize(a))
@@ -93,7 +89,7 @@ def _scale(w: Tensor, a: Tensor) -> Tensor:
 
 
 def _gain(w: Tensor, steps: int = 20) -> Tensor:
-    """Return about the largest singular value, by power iteration."""
+    """Return an estimate of the largest singular value by power iteration."""
     v = w[w.norm(dim=1).argmax()]
     for _ in range(steps):
         v = nn.functional.normalize(w.T @ (w @ v), dim=0)
@@ -109,21 +105,18 @@ def _two_component(patterns: Patterns) -> dict[str, Tensor]:
 
 
 def _composite(
-    patterns: Patterns,
-    chosen: Mapping[str, Tensor],
-    weights: Weights,
-    canonizers: Sequence[Canonizer],
+    chosen: Mapping[str, Tensor], weights: Weights, canonizers: Sequence[Canonizer]
 ) -> Composite:
-    # ReLUs and max-pooling get no rule: their own gradient is the gate and the switch.
+    # ReLUs and max-pooling need no rule: their gradient is the gate and the switch.
     def module_map(_: dict[str, Any], name: str, module: nn.Module) -> BasicHook | None:
         if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             return None
         require_weight(name, module)
-        shape, there = tuple(module.weight.shape), name in chosen and tuple(chosen[name].shape)
-        if there != shape:
+        shape, fitted = tuple(module.weight.shape), name in chosen and tuple(chosen[name].shape)
+        if fitted != shape:
             raise ValueError(
                 f"patterns: layer {name!r} needs some of shape {shape}, the shape of its weight; "
-                f"there are {there or 'none'}; fit them on this model"
+                f"there are {fitted or 'none'}; fit them on this model"
             )
 
         def modified(w: Tensor, _: str) -> Tensor:
@@ -141,7 +134,7 @@ def _composite(
 
 
 def _require_unit(name: str, w: Tensor, a: Tensor) -> None:
-    """Raise ValueError if wᵀa is not 1, as it is for the weights that patterns were fitted on."""
+    """Raise ValueError unless wᵀa = 1, which holds for the weights of the fit."""
     parts, tolerance = (w * a).flatten(1), max(1e-3, 16 * torch.finfo(w.dtype).eps)
     off = (parts.sum(1) - 1).abs() > tolerance * parts.abs().sum(1).clamp(min=1)
     if (off & w.flatten(1).any(1)).any():  # a neuron without weights has a pattern of zeros

@@ -1,11 +1,8 @@
-"""PatternNet and PatternAttribution: propagate what neurons detect, not what they filter with.
+"""Patterns: the directions that neurons detect, estimated from data (Kindermans et al. 2018).
 
-Kindermans et al. 2018, "Learning how to explain neural networks: PatternNet and
-PatternAttribution", ICLR. The weights w of a neuron y = wᵀx also have to cancel distractors, so
-they do not look like what it detects. That is the signal a·y: the part of x after whose removal
-nothing left correlates with y. `fit_patterns` estimates the pattern a of every neuron from data;
-the four composites of `xai_edit.lrp.pattern_rules` propagate with it in the place of the
-weights.
+The weights w of a neuron y = wᵀx also have to cancel distractors, so they do not look like what the
+neuron detects. That is the signal a·y: the part of x after whose removal nothing left correlates
+with y. `xai_edit.lrp.pattern_rules` propagates with patterns a in place of weights.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,21 +22,15 @@ from zennit.core import Composite
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved, require_finite
-from xai_edit.core.layers import (
-    CONVOLUTIONS,
-    TRANSPOSED,
-    first_tensor,
-    predict,
-    resolve_layers,
-)
+from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, first_tensor, predict, resolve_layers
 from xai_edit.core.trace import trace
-from xai_edit.lrp.canonizers import choose_canonizers
+from xai_edit.lrp.canonizers import canonized, choose_canonizers
 
 KIND = "xai_edit.patterns"
 ESTIMATORS = ("linear", "positive", "negative")
 ACTIVE, INACTIVE = 0, 1
 CHUNK = 2**22  # outputs of a layer that are correlated with its inputs at a time
-BLOCK = 64  # neurons whose patterns are worked out at a time
+BLOCK = 64  # neurons whose patterns are computed at a time, to have few float64 copies
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,9 +46,9 @@ class Patterns:
     rectified : tuple of str
         The layers whose output goes into a ReLU.
     samples : int
-        How many they were fitted on.
+        Number of samples of the fit.
     positions : dict of int
-        Inputs x that each layer saw: one a sample and position (or token).
+        Number of inputs x of each layer: one a sample and position (or token).
     """
 
     linear: dict[str, Tensor]
@@ -84,15 +74,7 @@ class Patterns:
 
     @classmethod
     def load(cls, path: str | Path) -> Patterns:
-        """Read a file that `save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If it is not a whole, unchanged file of patterns.
-        """
+        """Read a file that `save` wrote; raise ValueError if it is damaged or of another kind."""
         entries = {"rectified": list, "samples": int, "positions": dict}
         tensors, header = read_sealed(path, KIND, entries)
         linear, positive, negative = (
@@ -111,23 +93,18 @@ def fit_patterns(
     Parameters
     ----------
     model : nn.Module
-        A classifier, logits of shape (samples, classes). Left exactly as it was. Batch norms are
-        merged for the fit as they are for LRP, so that w is a layer's weight after the merge.
+        A classifier, logits of shape (samples, classes); not changed. Batch norms are merged for
+        the fit as they are for LRP, so w is a layer's weight after the merge.
     data : iterable or Dataset
-        See `xai_edit.core.data.batches`; labels are not needed. Where a neuron is active on a
-        handful of inputs only, and barely, its a₊ is large: take enough samples.
+        See `xai_edit.core.data.batches`; labels are not needed. The a₊ of a neuron that is barely
+        active on a handful of inputs is large: take enough samples.
     layers : sequence of str, optional
-        Convolution and linear layers; all of them when left out, as the composites need.
-
-    Returns
-    -------
-    Patterns
-        Memory does not depend on the number of samples: four float64 sums for each weight.
+        Convolution and linear layers; by default all of them, which the composites need.
 
     Raises
     ------
     UnknownLayerError, NonFiniteError, ValueError, TypeError
-        On bad input; the model is as it was.
+        On bad input.
 
     Notes
     -----
@@ -136,9 +113,9 @@ def fit_patterns(
         a  = (E[xy]  − E[x]E[y])  / wᵀ(E[xy]  − E[x]E[y])
         a₊ = (E₊[xy] − E₊[x]E[y]) / wᵀ(E₊[xy] − E₊[x]E[y])        a₋ alike, where wᵀx + b ≤ 0
 
-    Each has wᵀa = 1. Where a denominator vanishes, the data determine no pattern: a₊ of a neuron
-    that is never active, and a₋ of one that always is, are the linear a. And a of a neuron whose y
-    never varies is w / wᵀw, the one that takes no data; it is zero if there are no weights.
+    Each has wᵀa = 1. If a denominator vanishes, the data determine no pattern: then a₊ and a₋ are
+    a, and a is w / wᵀw, or zero for a neuron without weights. Memory does not depend on the number
+    of samples: four float64 sums for each weight.
     """
     names, modules = resolve_layers(model, layers), dict(model.named_modules())
     for name in names:
@@ -147,10 +124,7 @@ def fit_patterns(
     first, data = peek(data, model_device(model))
     canonizers = choose_canonizers(model, trace(model, first.inputs), Composite())
     samples = 0
-    with preserved(model), torch.no_grad(), ExitStack() as stack:
-        for canonizer in canonizers:
-            for instance in canonizer.apply(model):
-                stack.callback(instance.remove)
+    with preserved(model), torch.no_grad(), canonized(model, canonizers):
         rectified = _rectified(model, first.inputs[:1], names)
         sums = {name: _Sums(modules[name]) for name in names}
         for name in names:
@@ -168,10 +142,10 @@ def fit_patterns(
 
 
 class _Sums:
-    """Σ xy, Σ x, Σ y and Σ 1 of one layer in float64, apart for active and inactive neurons."""
+    """Σ xy, Σ x, Σ y and Σ 1 of one layer in float64, for active and for inactive neurons."""
 
     def __init__(self, module: Any) -> None:
-        # The layer as a function of its weight: without bias and, by its `forward`, without hooks.
+        # The layer as a function of its weight: without bias and, by `forward`, without hooks.
         self.layer, self.dtype = copy.copy(module), module.weight.dtype
         self.w = module.weight.detach().to(torch.promote_types(self.dtype, torch.float32))
         vars(self.layer).update(weight=self.w.clone().requires_grad_(), bias=None)
@@ -182,7 +156,7 @@ class _Sums:
     def add(
         self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
     ) -> None:
-        """Add what passes through the layer; a forward hook."""
+        """Add the inputs and outputs of one call of the layer; a forward hook."""
         size = max(1, CHUNK // max(1, output[0].numel()))
         for x, z in zip(first_tensor(inputs, named).split(size), output.split(size), strict=True):
             with torch.enable_grad():
@@ -195,10 +169,7 @@ class _Sums:
                 self.n[side] += self.per_neuron(chosen)
 
     def with_inputs(self, y: Tensor, values: Tensor) -> Tensor:
-        """Return Σ x·values, for each weight over the inputs that it meets.
-
-        As y is linear in the weights, it is the gradient of Σ y·values by them.
-        """
+        """Return Σ x·values per weight: as y is linear in the weights, a gradient of Σ y·values."""
         weight: Tensor = self.layer.weight
         (total,) = torch.autograd.grad(y, weight, values, retain_graph=True)
         return total.cpu().double()
@@ -207,7 +178,7 @@ class _Sums:
         return values.movedim(self.neurons, 0).flatten(1).sum(1).cpu().double()
 
     def patterns(self) -> list[Tensor]:
-        """Return a, a₊ and a₋, a block of neurons at a time to have few float64 copies."""
+        """Return a, a₊ and a₋."""
         w, noise = self.w.cpu(), 100 * torch.finfo(self.w.dtype).eps
         found = [torch.empty_like(w, dtype=self.dtype) for _ in ESTIMATORS]
         for start in range(0, len(w), BLOCK):
@@ -219,7 +190,7 @@ class _Sums:
 
 
 def _estimate(w: Tensor, xy: Tensor, x: Tensor, y: Tensor, n: Tensor, noise: float) -> list[Tensor]:
-    """Return a, a₊ and a₋ from the sums of active and of inactive neurons; see `fit_patterns`."""
+    """Return a, a₊ and a₋ from the sums by the equations of `fit_patterns`."""
     y, n = (sums.reshape(*sums.shape, *[1] * (w.ndim - 1)) for sums in (y, n))
     E_y = y.sum(0) / n.sum(0).clamp(min=1)
 
@@ -240,16 +211,16 @@ def _estimate(w: Tensor, xy: Tensor, x: Tensor, y: Tensor, n: Tensor, noise: flo
 
 
 class _Flow(TorchFunctionMode):
-    """Follows the outputs of layers through a forward pass until a ReLU of whatever spelling."""
+    """Follows the outputs of layers through a forward pass until a ReLU, in any spelling."""
 
     RECTIFYING = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min")
-    # What keeps signs and does not mix neurons; a batch norm if it is merged.
+    # Operations that keep signs and do not mix neurons; a batch norm if it is merged.
     PASSING = ("batch_norm", "dropout", "max_pool", "flatten", "view", "reshape", "clone")
 
     def __init__(self) -> None:
         super().__init__()
         self.layer_of: dict[int, str] = {}
-        self.kept: list[Tensor] = []  # an id is only good while its tensor lives
+        self.kept: list[Tensor] = []  # an id is valid while its tensor lives
         self.rectified: set[str] = set()
 
     def follow(self, name: str, tensor: Tensor) -> None:
@@ -258,21 +229,21 @@ class _Flow(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result, what = func(*args, **kwargs), getattr(func, "__name__", "")
+        result, operation = func(*args, **kwargs), getattr(func, "__name__", "")
         name = self.layer_of.get(id(args[0])) if args else None
         self.layer_of.pop(id(result), None)  # after `out += identity` it is no layer's output
-        if name is not None and what in self.RECTIFYING:
+        if name is not None and operation in self.RECTIFYING:
             if not func(-torch.ones_like(args[0]), *args[1:], **kwargs).any():
                 self.rectified.add(name)
-        elif name is not None and what.startswith(self.PASSING):
-            merged = what != "batch_norm" or torch.allclose(result, args[0], rtol=1e-2)
+        elif name is not None and operation.startswith(self.PASSING):
+            merged = operation != "batch_norm" or torch.allclose(result, args[0], rtol=1e-2)
             if merged:
                 self.follow(name, result)
         return result
 
 
 def _rectified(model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> tuple[str, ...]:
-    """Return the layers whose output goes into a ReLU."""
+    """Return the layers with a ReLU behind them."""
     with preserved(model), _Flow() as flow:
         for name in layers:
             model.get_submodule(name).register_forward_hook(
@@ -283,7 +254,7 @@ def _rectified(model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> tuple
 
 
 def require_weight(name: str, module: nn.Module | None) -> None:
-    """Raise ValueError if a layer is not of a kind that has patterns."""
+    """Raise ValueError unless a layer is of a kind that has patterns."""
     if isinstance(module, TRANSPOSED) or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         kind = "an input" if module is None else f"a {type(module).__name__}"
         raise ValueError(

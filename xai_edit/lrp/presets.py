@@ -1,4 +1,4 @@
-"""Rule presets by their published names, as Zennit composites."""
+"""Zennit composites by the published names of their rules."""
 
 from __future__ import annotations
 
@@ -51,27 +51,16 @@ PRESETS: dict[str, Callable[..., Composite]] = {
     "patternattribution": pattern_rules.patternattribution,
     "patternattribution+-": pattern_rules.patternattribution_two_component,
 }
-"""Preset name → a function of the rule's own parameters that returns a Zennit composite."""
+"""Functions that return a Zennit composite, by preset name."""
 
 
 def preset(name: str, **parameters: Any) -> Composite:
-    """Return a new Zennit composite for a published rule name.
+    """Return a new Zennit composite for one of the names in `PRESETS`.
 
-    Parameters
-    ----------
-    name : str
-        One of `PRESETS`.
-    **parameters
-        The rule's own, e.g. ``gamma=0.1``; ``epsilon-gamma-box`` needs ``low`` and ``high``, the
-        bounds of the normalised input (numbers, or tensors that broadcast to a batch), and the
-        pattern rules need ``patterns`` from `xai_edit.fit_patterns`.
-
-    Raises
-    ------
-    ValueError
-        If the name is not a preset.
-    TypeError
-        If a parameter is not one of the rule's, or a needed one is missing.
+    ``epsilon-gamma-box`` needs ``low`` and ``high``, the bounds of the normalised input (numbers,
+    or tensors that broadcast to a batch), and the pattern rules need ``patterns`` from
+    `xai_edit.fit_patterns`. An unknown name is a ValueError, a wrong or missing parameter a
+    TypeError.
     """
     if name not in PRESETS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Relevance at some layers in one backward pass, reduced as soon as the pass has reached them."""
+"""Relevance at some layers in one backward pass, reduced as soon as the pass reaches them."""
 
 from __future__ import annotations
 
@@ -10,40 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.layers import (
-    INPUT_SUFFIX,
-    first_tensor,
-    layer_module,
-    with_first,
-)
+from xai_edit.core.layers import INPUT_SUFFIX, first_tensor, layer_module, with_first
 
 
 class _Ruled(threading.local):
-    """Where a forward pass is.
-
-    Attributes
-    ----------
-    depth : int
-        How many modules with a rule of their own it is in.
-    replaced : mapping or None
-        Tensors that an operation should have overwritten, weakly, each with what to use instead.
-        None outside of a `xai_edit.FunctionalCanonizer`.
-    again : bool
-        Whether several backward passes will go through the graph, so that layers keep their part.
-    """
+    """State of the current forward pass under rules."""
 
     depth = 0
+    """Number of modules with a rule of their own that the pass is inside of."""
     again = False
+    """Whether several backward passes will go through the graph, so that layers keep it."""
     replaced: MutableMapping[Tensor, Tensor] | None = None
+    """Tensors that an operation in place would have overwritten, weakly, each with its replacement.
+    None outside of a `xai_edit.FunctionalCanonizer`."""
 
     def latest(self, value: Any) -> Any:
-        """Return what a tensor would be by now if operations in place had overwritten it."""
+        """Return the latest replacement of a tensor, or the value itself."""
         while self.replaced and isinstance(value, Tensor) and value in self.replaced:
             value = self.replaced[value]
         return value
 
     def replace(self, value: Tensor, by: Tensor) -> None:
-        """Note that what reads ``value`` from now on has to read ``by``."""
+        """Make later readers of ``value`` read ``by``."""
         if self.replaced is not None:
             self.replaced[value] = by
 
@@ -53,7 +41,7 @@ RULED = _Ruled()
 
 @contextmanager
 def backward_again() -> Iterator[None]:
-    """Have the forward passes inside stand several backward passes, at the price of memory."""
+    """Keep the graphs of forward passes for several backward passes, at the price of memory."""
     RULED.again, before = True, RULED.again
     try:
         yield
@@ -64,22 +52,23 @@ def backward_again() -> Iterator[None]:
 class Gather:
     """Relevance at some layers, each reduced as soon as the backward pass has reached it.
 
-    At each layer a leaf that adds nothing is put into the graph; its gradient is the reduced
-    relevance. So no relevance is kept, and a backward pass to the leaves alone stops at the
-    earliest of the layers.
+    At each layer a leaf that adds nothing is inserted into the graph; its gradient is the reduced
+    relevance. So no full relevance is kept, and a backward pass to the leaves stops at the earliest
+    of the layers.
 
     Parameters
     ----------
-    reduce : callable
-        ``reduce(relevance, name)``, called with the relevance in the shape of the layer's values.
+    reduce : callable, optional
+        ``reduce(relevance, name)`` of the relevance in the shape of the layer's values; by default
+        the relevance in full.
     """
 
-    def __init__(self, reduce: Callable[[Tensor, str], Tensor]) -> None:
-        self.reduce = reduce
+    def __init__(self, reduce: Callable[[Tensor, str], Tensor] | None = None) -> None:
+        self.reduce = reduce or (lambda relevance, name: relevance)
         self.leaves: dict[str, Tensor] = {}
 
     def insert(self, name: str, value: Any) -> Tensor:
-        """Return the layer's value with its leaf behind it."""
+        """Return the layer's value, with a leaf in the graph behind it."""
         value = RULED.latest(value)
         if name in self.leaves:
             raise ValueError(
@@ -93,10 +82,9 @@ class Gather:
             )
         if not value.is_floating_point():
             raise ValueError(
-                f"layer {name!r} has values of {value.dtype}, such as the numbers of words, which "
-                "have no relevance; name the embedding's output"
+                f"layer {name!r} has values of {value.dtype}, such as token ids, which have no "
+                "relevance; name the embedding's output"
             )
-
         value, reduce = self.prepared(value, name)
         shape = reduce(value.detach()[:0]).shape[1:]
         leaf = value.new_zeros(()).expand(len(value), *shape).requires_grad_()
@@ -105,14 +93,14 @@ class Gather:
         return behind
 
     def prepared(self, value: Tensor, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return the value that goes on through the network, and what reduces its relevance."""
+        """Return the value to pass on through the network, and the function of its relevance."""
         return value, lambda relevance: self.reduce(relevance, name)
 
     def attach(self, model: nn.Module, layers: Sequence[str], *, inputs: bool) -> None:
-        """Put hooks on the layers whose inputs, or on those whose outputs, are asked for.
+        """Register hooks on the layers with suffix ":input" if ``inputs``, else on the others.
 
         Inputs have to be hooked before a composite is registered and outputs after it, so that
-        both lie outside its rules. The guard takes the hooks off.
+        both lie outside its rules. The guard removes the hooks.
         """
         for name in layers:
             module = layer_module(model, name)
@@ -129,7 +117,7 @@ class Gather:
                 )
 
     def relevance(self, layers: Sequence[str], outputs: Tensor, seed: Tensor) -> dict[str, Tensor]:
-        """Run the backward pass of one forward pass.
+        """Return the reduced relevance per layer by the backward pass of one forward pass.
 
         Raises
         ------
@@ -145,20 +133,18 @@ class Gather:
                 f"no relevance reaches {', '.join(map(repr, layers))}: a part of the model runs "
                 "under torch.no_grad() or torch.inference_mode()"
             )
+        ordered = [leaves[name] for name in layers]
         found = torch.autograd.grad(
-            outputs,
-            [leaves[name] for name in layers],
-            seed,
-            allow_unused=True,
-            retain_graph=RULED.again,
+            outputs, ordered, seed, allow_unused=True, retain_graph=RULED.again
         )
-        for name, value in zip(layers, found, strict=True):
+        relevance = dict(zip(layers, found, strict=True))
+        for name, value in relevance.items():
             if value is None:
                 raise ValueError(
                     f"layer {name!r} has no influence on the model's output, or a part of the "
                     "model between them runs under torch.no_grad()"
                 )
-        return dict(zip(layers, found, strict=True))
+        return relevance
 
 
 class _Gathered(torch.autograd.Function):
