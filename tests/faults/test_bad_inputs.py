@@ -246,8 +246,6 @@ OPERATORS = [
     ("select", lambda w: xe.SingleWeight("best"), V, "select: 'best' given; it is one of 'sca'"),
     ("rate", lambda w: xe.SingleWeight(rate=50),
      V, "rate: 50 given; it is a fraction in [0, 1]; is"),
-    ("dose", lambda w: xe.SingleWeight(dose=0),
-     V, "dose: 0 given; it is a finite number other than"),
     ("n_weights", lambda w: xe.SingleWeight(n_weights=0),
      V, "n_weights: 0 given; it is a whole number from 1"),
     ("tolerance", lambda w: xe.SingleWeight(tolerance=2),
