@@ -1,17 +1,15 @@
 """The edit itself: exact, refusing, and the same after a file."""
 
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 from xai_edit import ModelEdit
-from xai_edit.core import EditFileError, EditMismatchError, NonFiniteError
+from xai_edit.core import EditMismatchError, NonFiniteError
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BITS = {
@@ -117,19 +115,9 @@ def test_a_loaded_edit_is_the_saved_one(tmp_path, problem):
     assert same(bits_of(model), before)
     loaded.apply(model)
     assert same(bits_of(model), applied)
-
-
-@given(problems(("w", "v")))
-@property_test
-def test_two_saves_of_one_edit_are_the_same_bytes(tmp_path, problem):
-    model, values = problem
-    edit = ModelEdit.between(model, values, {"operator": "test"})
-    files = []
-    for at in range(4):
-        edit.save(tmp_path / f"{at}.safetensors")
-        files.append((tmp_path / f"{at}.safetensors").read_bytes())
-    ModelEdit.load(tmp_path / "0.safetensors").save(tmp_path / "again.safetensors")
-    assert {*files, (tmp_path / "again.safetensors").read_bytes()} == {files[0]}
+    loaded.save(tmp_path / "b.safetensors")
+    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
 
 
 @given(problems(("w", "v")), st.data())
@@ -242,14 +230,6 @@ def test_what_is_applied_or_not_applied_is_said():
     refused(edit, model, r"'w'.*\[0, 1\]", undo=True)
 
 
-def test_a_change_elsewhere_does_not_stand_in_the_way():
-    model, edit = planned()
-    with torch.no_grad():
-        model.w[0, 0] = 100
-    edit.apply(model)
-    assert model.w.tolist() == [[100, 9, 2], [3, 4, -1]]
-
-
 def test_channels_last_parameters_are_edited_at_the_right_entry():
     torch.manual_seed(0)
     plain = nn.Conv2d(3, 4, 3)
@@ -318,19 +298,6 @@ def test_applied_undoes_after_an_exception():
     assert same(bits_of(model), before)
 
 
-def test_apply_keeps_parameter_objects_and_needs_no_gradient():
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    edit = ModelEdit.between(model, {"weight": (torch.tensor([2]), torch.tensor([2.0]))}, {})
-    weight, stored = model.weight, model.weight.data_ptr()
-    edit.apply(model)
-    assert model.weight is weight
-    assert model.weight.data_ptr() == stored
-    assert model.weight.requires_grad
-    assert model.weight.is_leaf
-    assert model.weight.grad is None
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 70000.0])
 def test_a_new_value_that_is_not_finite_in_the_tensors_dtype_is_refused(value):
     model = Holder(w=torch.zeros(3, dtype=torch.float16))
@@ -369,83 +336,11 @@ def test_summary_names_the_tensor_the_entry_and_both_values():
     assert "[1, 2]: 5 → -1" in text
     assert "v [2]: 1 of 2" in text
     assert "[1]: 0 → -0" in text
-
-
-def test_summary_of_a_scalar_parameter_and_of_many_entries():
-    model = Holder(temperature=torch.tensor(1.0), w=torch.zeros(10))
-    values = {
-        "temperature": (torch.tensor([0]), torch.tensor([2.0])),
-        "w": (torch.arange(10), torch.ones(10)),
-    }
-    text = ModelEdit.between(model, values, {}).summary()
-    assert "1 → 2" in text
+    many = {"s": (torch.tensor([0]), torch.ones(1)), "w": (torch.arange(10), torch.ones(10))}
+    model = Holder(s=torch.tensor(2.0), w=torch.zeros(10))
+    text = ModelEdit.between(model, many, {}).summary()
+    assert "2 → 1" in text
     assert "7 more" in text
-
-
-@pytest.fixture
-def saved(tmp_path):
-    _, edit = planned()
-    path = tmp_path / "edit.safetensors"
-    edit.save(path)
-    return path
-
-
-def test_the_file_of_one_weight_is_below_two_kilobytes(plain, batches, tmp_path):
-    from xai_edit import LogitMask, SingleWeight
-
-    for at, operator in enumerate([SingleWeight(), SingleWeight("exact"), LogitMask()]):
-        edit = operator.plan(plain, batches, target=3)
-        assert edit.size == 1
-        edit.save(tmp_path / f"{at}.safetensors")
-        assert (tmp_path / f"{at}.safetensors").stat().st_size < 2000
-
-
-def test_a_file_cut_short_anywhere_is_refused(saved):
-    content = saved.read_bytes()
-    for length in range(len(content)):
-        saved.write_bytes(content[:length])
-        with pytest.raises(EditFileError, match=r"edit\.safetensors"):
-            ModelEdit.load(saved)
-
-
-def test_a_file_with_bytes_added_is_refused(saved):
-    saved.write_bytes(saved.read_bytes() + b"\0")
-    with pytest.raises(EditFileError):
-        ModelEdit.load(saved)
-
-
-def test_a_file_with_any_one_byte_flipped_is_refused(saved):
-    content = saved.read_bytes()
-    for at in range(len(content)):
-        mask = (0xFF, 0x01, 0x10)[at % 3]
-        saved.write_bytes(content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :])
-        with pytest.raises(EditFileError):
-            ModelEdit.load(saved)
-
-
-@pytest.mark.parametrize("kind", ["pickle", "torch", "safetensors", "metadata", "text", "empty"])
-def test_another_kind_of_file_is_refused(tmp_path, kind):
-    path = tmp_path / "other"
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps({"w": [1.0]}))
-    elif kind == "torch":
-        torch.save({"w": torch.ones(3)}, path)
-    elif kind == "safetensors":
-        save_file({"w": torch.ones(3)}, path)
-    elif kind == "metadata":
-        save_file({"w": torch.ones(3)}, path, metadata={"format": "pt"})
-    else:
-        path.write_text("{}" if kind == "text" else "")
-    with pytest.raises(EditFileError, match="other"):
-        ModelEdit.load(path)
-
-
-def test_a_file_of_a_newer_format_is_refused(saved, monkeypatch):
-    import xai_edit.edits.model_edit as module
-
-    monkeypatch.setattr(module, "FORMAT", 0)
-    with pytest.raises(EditFileError, match="newer"):
-        ModelEdit.load(saved)
 
 
 def test_a_file_that_the_first_version_wrote_still_loads():
@@ -470,33 +365,3 @@ def test_a_file_that_the_first_version_wrote_still_loads():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         ModelEdit.load(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("name", ["absent/edit.safetensors", "folder"])
-def test_a_save_that_cannot_be_leaves_nothing(tmp_path, name):
-    (tmp_path / "folder").mkdir()
-    _, edit = planned()
-    with pytest.raises(OSError, match=name.split("/")[0]):
-        edit.save(tmp_path / name)
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
-
-
-def test_a_save_that_fails_half_way_keeps_the_old_file(saved, monkeypatch):
-    _, edit = planned()
-    before = saved.read_bytes()
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        (edit | edit).save(saved)
-    assert saved.read_bytes() == before
-    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
-
-
-def test_a_finished_save_leaves_one_file_that_others_may_read(saved):
-    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
-    other = saved.parent / "other"
-    other.touch()
-    assert saved.stat().st_mode == other.stat().st_mode

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from xai_edit.comparisons import LEACE
 from xai_edit.core import NonFiniteError
 from xai_edit.last_layer.head import collect_head_features, find_head, head_features
 
@@ -38,12 +37,7 @@ def test_the_head_is_the_layer_that_gives_the_output(plain, norm, digits, unchan
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     "after",
-    [
-        nn.Identity(),
-        nn.Softmax(1),
-        nn.LogSoftmax(-1),
-        nn.Dropout(0.5),
-    ],
+    [nn.Identity(), nn.Softmax(1), nn.LogSoftmax(-1), nn.Dropout(0.5)],
     ids=lambda after: type(after).__name__,
 )
 def test_a_softmax_or_nothing_may_follow_the_head(after, bias, inputs):
@@ -57,13 +51,11 @@ def test_a_softmax_or_nothing_may_follow_the_head(after, bias, inputs):
     [
         nn.ReLU(),
         nn.ReLU(inplace=True),
-        lambda logits: logits * 2,
         lambda logits: logits.mul_(2),
         lambda logits: logits.sigmoid(),
         lambda logits: logits[:, :2],
-        lambda logits: logits.flip(1),
     ],
-    ids=["relu", "relu in place", "times", "times in place", "sigmoid", "slice", "flip"],
+    ids=["relu", "relu in place", "times in place", "sigmoid", "slice"],
 )
 def test_a_head_followed_by_more_is_refused_by_name(after, inputs):
     torch.manual_seed(0)
@@ -86,11 +78,6 @@ def test_an_output_that_is_not_one_row_of_logits_a_sample_is_refused(after, inpu
         find_head(Ends(after), inputs)
 
 
-def test_nan_logits_are_refused(inputs):
-    with pytest.raises(NonFiniteError):
-        find_head(Ends(lambda z: z / 0 * 0), inputs)
-
-
 def test_features_times_weights_are_the_models_logits(plain, norm, batches):
     for model in (plain.double(), norm.double()):
         data = [(x.double(), y) for x, y in batches]
@@ -100,22 +87,6 @@ def test_features_times_weights_are_the_models_logits(plain, norm, batches):
         assert torch.equal(head.labels, torch.cat([y for _, y in data]))
         assert head.attribute is None
         assert head.classes == 10
-
-
-def test_the_weights_kept_are_copies(plain, batches):
-    head = collect_head_features(plain, batches)
-    before = head.weight.clone()
-    with torch.no_grad():
-        plain.head.weight.zero_()
-        plain.head.bias.zero_()
-    assert torch.equal(head.weight, before)
-    assert head.bias.abs().sum() > 0
-
-
-def test_missing_labels_are_said(plain, batches):
-    head = collect_head_features(plain, [x for x, _ in batches])
-    with pytest.raises(ValueError, match="labels"):
-        head.require_labels()
 
 
 def test_labels_in_some_batches_only_are_refused(plain, batches):
@@ -149,14 +120,6 @@ def test_the_attribute_is_kept_in_data_order(plain, batches, how):
     assert 0 < int(expected.sum()) < len(expected)
 
 
-@pytest.mark.parametrize("length", [10, 199, 201])
-def test_an_attribute_vector_of_another_length_is_refused(plain, batches, length):
-    with pytest.raises(ValueError, match=r"^attribute: .* values for .* samples"):
-        collect_head_features(plain, batches, attribute=torch.zeros(length), with_attribute=True)
-    with pytest.raises(ValueError, match=r"^attribute: .* values for .* samples"):
-        LEACE().plan(plain, batches, attribute=torch.zeros(length))
-
-
 def test_a_buffer_that_the_loader_uses_again_does_not_reach_the_features():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -172,14 +135,17 @@ def test_a_buffer_that_the_loader_uses_again_does_not_reach_the_features():
 
 @pytest.mark.parametrize(
     "vector",
-    [torch.tensor([0.3, 1.0, 0.7]), torch.tensor([0.0, torch.nan, 1.0]), torch.ones(3, 1)],
-    ids=["fractions", "nan", "column"],
+    [
+        *(torch.tensor([0.3, 1.0, 0.7]), torch.tensor([0.0, torch.nan, 1.0])),
+        *(torch.ones(3, 1), torch.ones(2), torch.ones(4)),
+    ],
+    ids=["fractions", "nan", "column", "short", "long"],
 )
-def test_a_vector_with_features_is_checked_as_with_batches(inputs, vector):
-    model = nn.Linear(6, 3)
-    head = collect_head_features(model, [inputs[:3]])
-    with pytest.raises(ValueError, match=r"^attribute: "):
-        head_features(model, head, attribute=vector, with_attribute=True)
+def test_a_vector_that_does_not_fit_is_refused_with_batches_and_features(inputs, vector):
+    model, data = nn.Linear(6, 3), [inputs[:3]]
+    for samples in (data, collect_head_features(model, data)):
+        with pytest.raises(ValueError, match=r"^attribute: "):
+            head_features(model, samples, attribute=vector, with_attribute=True)
 
 
 def test_features_without_the_attribute_are_refused_where_it_is_needed(inputs):

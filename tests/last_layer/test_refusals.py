@@ -27,11 +27,6 @@ def test_pruning_the_output_layer_is_refused(batches, plain, model):
         xe.RelevancePruning(share=0.5, layers=[layer]).plan(model, batches)
 
 
-def test_switching_off_neurons_of_the_output_layer_is_refused(batches, plain):
-    with pytest.raises(ValueError, match="'head' is the output; name 'head:input'"):
-        xe.PathPerturbation("head").plan(plain, batches, target=3)
-
-
 def test_neurons_that_no_relevance_reaches_are_not_switched_off(batches, plain):
     with torch.no_grad():
         plain.fc1.weight.zero_()
@@ -60,9 +55,11 @@ def test_indices_from_numpy_and_torch_reach_the_file(tmp_path, batches, plain):
 
 
 @pytest.mark.parametrize("operator", [xe.SingleWeight, xe.FictitiousClass])
-def test_exact_selection_takes_no_rate(operator):
+def test_exact_selection_takes_no_rate_and_no_anchor(operator):
     with pytest.raises(ValueError, match="rate: goes with the other selections"):
         operator("exact", rate=0.5)
+    with pytest.raises(ValueError, match="anchor: True goes with the other selections"):
+        operator("exact", anchor=True)
 
 
 def test_inputs_the_model_does_not_take_are_one_clear_error(batches, plain, unchanged):
@@ -77,16 +74,3 @@ def test_inputs_the_model_does_not_take_are_one_clear_error(batches, plain, unch
         with pytest.raises(ValueError, match=r"does not take inputs of shape .*torch.float64"):
             plan()
     check()
-
-
-@pytest.mark.parametrize("scorer", ["epsilon", xe.LRP, None])
-def test_a_scorer_that_cannot_be_called_is_refused(batches, plain, scorer):
-    with pytest.raises(TypeError, match=r"scorer: .*wrap"):
-        xe.score_units(plain, batches, scorer)
-
-
-def test_an_accuracy_of_a_class_that_is_not_there_is_refused(batches, plain):
-    accuracy = xe.evaluate_groups(plain, batches)
-    for row in (-1, 10):
-        with pytest.raises(ValueError, match="classes: no samples"):
-            accuracy.of(row)

@@ -104,17 +104,6 @@ def test_class_association_of_known_distributions(activations, gradients, expect
     )
 
 
-def test_dead_features_score_zero_and_the_others_as_without_them():
-    x, labels, weight, bias = last_layer(1)
-    x[:, [2, 5]] = 0
-    scores = edge_scores(x, labels, weight, bias, output=3)
-    alive = [0, 1, 3, 4, 6]
-    without = edge_scores(x[:, alive], labels, weight[:, alive], bias, output=3)
-    assert scores.ca[[2, 5]].tolist() == scores.sca[[2, 5]].tolist() == [0, 0]
-    torch.testing.assert_close(scores.sca[alive], without.sca, rtol=1e-12, atol=0)
-    assert (without.sca > 0).all()
-
-
 def test_another_class_may_be_absent():
     x, labels, weight, bias = last_layer(5)
     keep = labels != 3

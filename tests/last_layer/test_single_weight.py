@@ -62,15 +62,6 @@ def test_eq_7_makes_the_normals_orthogonal(row, data):
     assert abs(float(product / scale)) < 1e-12
 
 
-@given(rows, st.data())
-@property_test
-def test_the_weight_crosses_zero_at_the_rate_stated(row, data):
-    w = torch.tensor(row, dtype=torch.double)
-    j = data.draw(st.integers(0, len(w) - 1))
-    crossing = float(w[j] ** 2 / (w @ w + 1))
-    assert abs(float(orthogonal_weight(w, j, crossing))) < 1e-12 * float(w[j].abs() + 1)
-
-
 def test_only_weights_that_add_to_the_class_and_are_not_tiny_may_be_edited():
     row = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, 0.0019, 0.0021, 0.0])
     mean = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 1.0, 1.0, 1.0])
@@ -95,40 +86,8 @@ def test_the_edit_is_one_weight_of_the_row_turned_by_eq_8(plain, batches, target
         .mean(0)
     )
     assert w[column] * mean[column] > 0
-    told = edit.origin["rows"][0]
-    assert (told["class"], told["column"], told["anchored"]) == (target, column, False)
-
-
-def test_the_edge_is_the_one_of_highest_sca_by_per_sample_autograd(plain, batches):
-    target = 3
-    model, data = plain.double(), [(x.double(), y) for x, y in batches]
-    x = collect_head_features(model, data).features
-    labels = torch.cat([y for _, y in data])
-    gradient, activation = torch.zeros(10, 12).double(), torch.zeros(10, 12).double()
-    weight, bias = model.head.weight, model.head.bias
-    for feature, label in zip(x, labels, strict=True):
-        loss = nn.functional.cross_entropy((weight @ feature + bias)[None], label[None])
-        gradient[label] += torch.autograd.grad(loss, weight)[0][target].abs()
-        activation[label] += feature.abs()
-
-    def entropy(a):
-        p = a / a.sum(0)
-        return -(p * p.clamp(min=1e-300).log()).sum(0)
-
-    alive = activation.sum(0) > 0
-    ca = torch.where(alive, entropy(gradient) / entropy(activation).clamp(min=1e-3), 0.0)
-    sca = ca * gradient[target] * activation[target]
-    w = weight[target].detach()
-    allowed = (w * x[labels == target].mean(0) > 0) & (w.abs() >= 1e-3 * w.abs().max())
-    best = max((c for c in range(12) if allowed[c]), key=lambda c: float(sca[c]))
-    edit = SingleWeight().plan(model, data, target=target)
-    assert edit.origin["rows"][0]["column"] == best
-    assert edit.origin["rows"][0]["score"] == pytest.approx(float(sca[best]), rel=1e-9)
-
-
-def test_rate_zero_changes_nothing(plain, batches):
-    edit = SingleWeight(rate=0).plan(plain, batches, target=3)
-    assert edit.size == 0
+    reported = edit.origin["rows"][0]
+    assert (reported["class"], reported["column"], reported["anchored"]) == (target, column, False)
 
 
 def test_several_classes_at_once_equal_one_after_another(plain, batches):
@@ -177,18 +136,6 @@ def test_the_anchor_takes_the_edit_back_at_the_features_extreme_value(tanh, targ
     assert torch.allclose(bias.new, bias.old - change * fixed, rtol=1e-12, atol=0)
 
 
-def test_an_anchored_edit_raises_the_class_on_one_sample_in_a_thousand(tanh):
-    model, data = tanh
-    head = collect_head_features(model, data)
-    raised = {}
-    for anchor in (True, False):
-        edit = SingleWeight(anchor=anchor).plan(model, head, target=3)
-        change = (head.edited(edit).logits() - head.logits())[:, 3]
-        raised[anchor] = float((change > 1e-9).double().mean())
-    assert raised[True] <= 0.001 + 1 / len(head.features)
-    assert raised[False] > 0.1
-
-
 def test_an_anchor_needs_a_bias(digits):
     model, data = head_net(nn.Tanh(), digits, bias=False)
     with pytest.raises(ValueError, match="no bias"):
@@ -217,15 +164,9 @@ def test_a_value_that_half_precision_cannot_hold_is_a_clear_error():
 
 
 @pytest.mark.parametrize("select", ["sca", "exact"])
-def test_a_class_without_samples_is_refused(plain, batches, select):
-    data = [(x[y != 3], y[y != 3]) for x, y in batches]
-    with pytest.raises(ValueError, match="class 3"):
-        SingleWeight(select).plan(plain, data, target=3)
-
-
-@pytest.mark.parametrize("select", ["sca", "exact"])
-def test_a_class_alone_is_refused(plain, batches, select):
-    data = [(x[y == 3], y[y == 3]) for x, y in batches]
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_class_alone_or_without_samples_is_refused(plain, batches, select, alone):
+    data = [(x[keep], y[keep]) for x, y in batches for keep in [(y == 3) == alone]]
     with pytest.raises(ValueError, match="class 3"):
         SingleWeight(select).plan(plain, data, target=3)
 
@@ -242,7 +183,7 @@ def test_a_row_without_an_editable_weight_is_refused(plain, batches):
     [
         ({"rate": np.float32(0.5)}, {"rate": 0.5}),
         ({"rate": np.int64(1)}, {"rate": 1.0}),
-        ({"dose": torch.tensor(-5)}, {"dose": -5.0}),
+        ({"rate": torch.tensor(0.25)}, {"rate": 0.25}),
         ({"n_weights": np.int64(2)}, {"n_weights": 2}),
         ({"select": "random", "seed": np.int64(3)}, {"select": "random", "seed": 3}),
     ],
@@ -259,21 +200,12 @@ def test_numbers_of_numpy_and_torch_are_taken_and_saved(plain, batches, tmp_path
     [
         *(("select", "SCA"), ("anchor", "yes"), ("seed", 2.0), ("n_weights", 0)),
         *(("n_weights", True), ("tolerance", "a"), ("tolerance", 2), ("rate", 1.5)),
-        *(("rate", float("nan")), ("dose", 0), ("dose", float("nan")), ("dose", "3")),
+        ("rate", float("nan")),
     ],
 )
 def test_an_argument_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"{name}: .* given"):
         SingleWeight(**{name: value})
-
-
-def test_a_dose_beside_a_rate_or_an_anchor_or_dose_with_exact_is_refused():
-    with pytest.raises(ValueError, match="dose: given with a rate"):
-        SingleWeight(dose=1.0, rate=0.5)
-    with pytest.raises(ValueError, match="dose: goes with the other selections"):
-        SingleWeight("exact", dose=1.0)
-    with pytest.raises(ValueError, match="anchor: True goes with the other selections"):
-        SingleWeight("exact", anchor=True)
 
 
 def test_a_head_of_zeros_has_no_largest_weight_to_compare_with(batches):

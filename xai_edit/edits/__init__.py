@@ -2,7 +2,4 @@
 
 from xai_edit.edits.model_edit import Change, ModelEdit
 
-__all__ = [
-    "Change",
-    "ModelEdit",
-]
+__all__ = ["Change", "ModelEdit"]

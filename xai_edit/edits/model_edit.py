@@ -20,7 +20,7 @@ from xai_edit.core.files import read_sealed, sealed, write_safetensors
 
 FORMAT = 1
 KIND = "xai_edit.edit"
-PARTS = ("index", "old", "new")  # of a change in a file
+PARTS = ("index", "old", "new")  # of a change, as tensors of a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +30,10 @@ class Change:
     Attributes
     ----------
     shape : tuple of int
-        Shape of the tensor.
+        Shape of the parameter or buffer.
     index : Tensor, int64, shape (entries,)
         Flat positions in row-major order, ascending.
-    old, new : Tensor, the tensor's dtype, shape (entries,)
-        The values before and after.
+    old, new : Tensor, of the parameter's dtype, shape (entries,)
     """
 
     shape: tuple[int, ...]
@@ -46,7 +45,7 @@ class Change:
         return len(self.index)
 
     def position(self, at: int) -> list[int]:
-        """Return where in the tensor an entry is, by axis."""
+        """Return the index of an entry along each axis."""
         return [int(axis) for axis in torch.unravel_index(self.index[at], self.shape)]
 
     def put(self, parameter: Tensor, values: Tensor) -> None:
@@ -60,9 +59,10 @@ class Change:
         """Return both changes of the tensor ``name`` as one, or raise EditMismatchError."""
         if self.shape != other.shape or self.old.dtype != other.old.dtype:
             raise EditMismatchError(f"the edits were made for different models: see {name!r}")
-        unique, place = torch.cat([self.index, other.index]).unique(return_inverse=True)
+        unique, inverse = torch.cat([self.index, other.index]).unique(return_inverse=True)
         old, new = (self.old.new_empty(len(unique)) for _ in range(2))
-        old[place], new[place] = torch.cat([self.old, other.old]), torch.cat([self.new, other.new])
+        old[inverse] = torch.cat([self.old, other.old])
+        new[inverse] = torch.cat([self.new, other.new])
         for change in (self, other):
             at = torch.searchsorted(unique, change.index)
             clash = ~(_same_bits(old[at], change.old) & _same_bits(new[at], change.new))
@@ -77,17 +77,14 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class ModelEdit:
-    """A difference of a model's tensors that can be reviewed, applied, undone, saved and combined.
-
-    Nothing else in this library changes a user's model.
+    """A sparse difference of a model's parameters and buffers. Only `apply` and `undo` write it.
 
     Attributes
     ----------
     changes : dict of Change
-        Per name of a parameter or buffer, as in ``model.named_parameters()``. Empty when there is
-        nothing to do.
+        By name of the parameter or buffer, as in ``model.named_parameters()``.
     origin : dict
-        Where the edit came from, as JSON values: ``operator``, its ``arguments``, what it found.
+        JSON values that describe how the edit was planned: ``operator``, arguments, figures.
     """
 
     changes: dict[str, Change]
@@ -100,24 +97,17 @@ class ModelEdit:
         values: Mapping[str, tuple[Tensor, Tensor]],
         origin: Mapping[str, Any],
     ) -> ModelEdit:
-        """Describe new values for entries of a model's tensors; the model is only read.
+        """Return the edit that writes new values into entries of a model, which is only read.
 
-        Parameters
-        ----------
-        model : nn.Module
-        values : mapping
-            Name of a parameter or buffer → (flat indices int64, new values), both of shape
-            (entries,). Entries whose value stays the same, bit for bit, are left out.
-        origin : mapping
-            See `ModelEdit`.
+        ``values`` maps the name of a parameter or buffer to flat indices (int64) and new values,
+        both of shape (entries,). Entries whose value stays the same, bit for bit, are left out.
 
         Raises
         ------
         NonFiniteError
             If a new value is NaN or infinite in the parameter's dtype.
         ValueError
-            If a name is not a parameter or buffer of the model, or the indices are no different
-            entries of it, one for each value.
+            If a name is not of the model, or an index is out of range or repeated.
         """
         parameters = _tensors(model)
         changes = {}
@@ -154,19 +144,19 @@ class ModelEdit:
 
     @classmethod
     def to_copy(cls, model: nn.Module, copy: nn.Module, origin: Mapping[str, Any]) -> ModelEdit:
-        """Describe how a changed copy of a model, such as a fine-tuned one, differs from it.
+        """Return the edit that turns a model into a changed copy, such as a fine-tuned one.
 
-        Both are only read. ``copy`` has the same parameters and buffers, of the same shapes;
-        buffers of whole numbers, which count batches, are left out. Errors as for `between`.
+        The shapes must be equal; integer buffers, which count batches, are left out. Errors as for
+        `between`.
         """
-        mine, theirs = _tensors(model), _tensors(copy)
+        tensors, changed = _tensors(model), _tensors(copy)
         values = {}
-        for name, tensor in mine.items():
+        for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 continue
-            if name not in theirs or theirs[name].shape != tensor.shape:
+            if name not in changed or changed[name].shape != tensor.shape:
                 raise ValueError(f"copy: has no {name!r} of shape {tuple(tensor.shape)}")
-            new = theirs[name].detach().to(tensor).flatten()
+            new = changed[name].detach().to(tensor).flatten()
             index = (~_same_bits(tensor.detach().flatten(), new)).nonzero().flatten()
             values[name] = (index, new[index])
         return cls.between(model, values, origin)
@@ -179,30 +169,21 @@ class ModelEdit:
     def __or__(self, other: ModelEdit) -> ModelEdit:
         """Combine two edits of one model; EditMismatchError where they clash."""
         changes = dict(self.changes)
-        for name, theirs in other.changes.items():
-            changes[name] = changes[name].joined(name, theirs) if name in changes else theirs
+        for name, change in other.changes.items():
+            changes[name] = changes[name].joined(name, change) if name in changes else change
         parts = [part for edit in (self, other) for part in edit.origin.get("parts", [edit.origin])]
         return ModelEdit(changes, {"operator": "combined", "parts": parts})
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Write the new values into ``model`` and return it.
 
-        Raises
-        ------
-        EditMismatchError
-            If a parameter is missing, has another shape or dtype, or does not hold the values the
-            edit was planned on; the model is then as it was, and so it is after Ctrl-C.
+        Raises EditMismatchError if a parameter is missing, has another shape or dtype, or does not
+        hold the old values; the model is then unchanged, as it is after Ctrl-C.
         """
         return self._write(model, undo=False)
 
     def undo(self, model: nn.Module) -> nn.Module:
-        """Write the old values back, bit for bit, and return the model.
-
-        Raises
-        ------
-        EditMismatchError
-            If the model does not hold the edit's new values; it is then as it was.
-        """
+        """Write the old values back, bit for bit, and return the model; errors as for `apply`."""
         return self._write(model, undo=True)
 
     @contextmanager
@@ -235,17 +216,17 @@ class ModelEdit:
                     f"{name!r} is {parameter.dtype}, the edit was made for {change.old.dtype}"
                 )
             expected, other = (change.new, change.old) if undo else (change.old, change.new)
-            found = torch.take(parameter, change.index.to(parameter.device)).cpu()
-            wrong = ~_same_bits(found, expected)
+            values = torch.take(parameter, change.index.to(parameter.device)).cpu()
+            wrong = ~_same_bits(values, expected)
             if wrong.any():
-                if _same_bits(found, other).all():
+                if _same_bits(values, other).all():
                     state = "does not hold this edit" if undo else "already holds this edit"
                     raise EditMismatchError(f"the model {state}: see {name!r}")
                 at = int(torch.nonzero(wrong)[0])
                 raise EditMismatchError(
                     f"{name!r} differs from the model the edit was made for in {int(wrong.sum())} "
                     f"of {len(change)} entries; the first, {change.position(at)}, is "
-                    f"{found[at].item():.6g}, expected {expected[at].item():.6g}"
+                    f"{values[at].item():.6g}, expected {expected[at].item():.6g}"
                 )
 
     def _write(self, model: nn.Module, *, undo: bool) -> nn.Module:
@@ -264,7 +245,7 @@ class ModelEdit:
         return model
 
     def summary(self) -> str:
-        """Say in words what the edit changes and where it came from."""
+        """Return a text that names the tensors, the first values and the origin."""
         lines = [f"{self.origin.get('operator', 'edit')}: changes {self.size} weights"]
         for name, change in self.changes.items():
             total = torch.Size(change.shape).numel()
@@ -279,39 +260,26 @@ class ModelEdit:
                 lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(lines)
 
-    def __str__(self) -> str:
-        return self.summary()
+    __str__ = summary
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically: no pickle, no code, a checksum over all.
-
-        Raises
-        ------
-        OSError
-            If the folder is missing or cannot be written.
-        """
-        tensors = {}
-        shapes = {}
+        """Write a safetensors file with a checksum, atomically; OSError where that fails."""
+        tensors, shapes = {}, {}
         for name, change in self.changes.items():
             small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max
             index = change.index.to(torch.int32) if small else change.index
             for part, values in zip(PARTS, (index, change.old, change.new), strict=True):
                 tensors[f"{name}/{part}"] = values
             shapes[name] = list(change.shape)
-        header = {"format": FORMAT, "shapes": shapes, "origin": self.origin}
-        text = json.dumps(header)
+        text = json.dumps({"format": FORMAT, "shapes": shapes, "origin": self.origin})
         write_safetensors(path, tensors, KIND, sealed(tensors, text))
 
     @classmethod
     def load(cls, path: str | Path) -> ModelEdit:
         """Read a file that `save` wrote.
 
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        EditFileError
-            If it is not an edit, is cut short, was changed, or is of a newer format.
+        Raises FileNotFoundError where there is none, EditFileError where it is not an edit, is cut
+        short, was changed or has a newer format.
         """
         try:
             entries = {"shapes": dict, "origin": dict}
@@ -326,7 +294,7 @@ class ModelEdit:
 
 
 def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
-    """Return the change of one tensor from a file, or raise ValueError where it is none."""
+    """Return the change of one parameter from a file; ValueError where it is malformed."""
     parts = [tensors[at] for part in PARTS if (at := f"{name}/{part}") in tensors]
     axes = isinstance(shape, list) and all(type(axis) is int and axis > 0 for axis in shape)
     if axes and len(parts) == len(PARTS):
@@ -344,11 +312,11 @@ def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, sha
             and (index[1:] > index[:-1]).all()
         ):
             return Change(tuple(shape), index.long(), old, new)
-    raise ValueError(f"{path}: what it holds for {name!r} is no change of a tensor of {shape}")
+    raise ValueError(f"{path}: the entries of {name!r} are not a change of a tensor of {shape}")
 
 
 def _same_bits(left: Tensor, right: Tensor) -> Tensor:
-    """Return where entries are equal bit for bit (-0.0 differs from 0.0), shape (entries,)."""
+    """Return which entries are equal bit for bit (-0.0 differs from 0.0), shape (entries,)."""
     size = left.element_size()
     rows = [tensor.contiguous().view(torch.uint8).view(-1, size) for tensor in (left, right)]
     return (rows[0] == rows[1]).all(1)
@@ -362,11 +330,10 @@ def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> Non
             f"values: {name!r} has indices of shape {tuple(index.shape)}, {index.dtype}, and new "
             f"values of {tuple(new.shape)}; give one flat index, int64, for each value"
         )
-    if len(index):
-        first, last = (int(end) for end in index.aminmax())
-        if first < 0 or last >= entries:
-            wrong = first if first < 0 else last
-            raise ValueError(f"values: {name!r} has no entry {wrong}; it has {entries}, from 0 on")
+    outside = index[(index < 0) | (index >= entries)]
+    if len(outside):
+        wrong = int(outside[0])
+        raise ValueError(f"values: {name!r} has no entry {wrong}; it has {entries}, from 0 on")
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Switching units off: the entries of parameters that make a unit's output zero, or noisy."""
+"""The entries of weights and biases that switch units of a layer off, or make them noisy."""
 
 from __future__ import annotations
 
@@ -16,28 +16,17 @@ Noise = Literal["gaussian", "laplacian"]
 def silencing_entries(
     model: nn.Module, layer: str, units: Tensor, batch_norm: str | None = None
 ) -> dict[str, Tensor]:
-    """Return the entries to set to zero so that some units of a layer give nothing on.
+    """Return the entries to set to zero to switch off units of a layer: name → flat positions.
 
     Parameters
     ----------
     model : nn.Module
     layer : str
         A linear or convolution layer: the incoming weights and the bias of the units. With
-        ``:input``: the weights that read the units.
+        ``:input``: the weights that read the units. ValueError for other layers.
     units : Tensor, int64, shape (n,)
     batch_norm : str, optional
-        A batch norm that follows the layer directly; its scale and shift for the units go too, or
-        it would pass its shift on.
-
-    Returns
-    -------
-    dict of Tensor
-        Parameter name → flat positions, int64.
-
-    Raises
-    ------
-    ValueError
-        If the layer has no units that can be switched off.
+        A batch norm that follows the layer directly, whose scale and shift for the units go too.
     """
     module = layer_module(model, layer)
     name = layer.removesuffix(INPUT_SUFFIX)
@@ -60,7 +49,7 @@ def silencing_entries(
 
 
 def _slices(shape: torch.Size, axis: int, units: Tensor) -> Tensor:
-    """Return the flat positions of some slices along an axis, without numbering all others."""
+    """Return the flat positions of the ``units`` along an axis of a tensor."""
     positions = torch.zeros(1, dtype=torch.long)
     for at, length in enumerate(shape):
         along = units.cpu() if at == axis else torch.arange(length)
@@ -71,7 +60,7 @@ def _slices(shape: torch.Size, axis: int, units: Tensor) -> Tensor:
 def noisy_values(
     model: nn.Module, entries: Mapping[str, Tensor], noise: Noise, scale: float, seed: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return entries with their values plus noise, ``scale`` deviations of the layer's weights."""
+    """Return entries and their values plus noise of ``scale`` standard deviations of the layer."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for name, at in entries.items():

@@ -49,8 +49,8 @@ def features_with_attribute(
         require(values[0] >= 0, name, values[:5], "it is yes or no (1, 0)")
         if one is head and len(values) < 2:
             raise ValueError(
-                f"{name}: only the value {values[0]} given; samples with and without the feature "
-                "are needed"
+                f"{name}: samples with and without the feature are needed; all have the value "
+                f"{values[0]}"
             )
     return head, judged
 
@@ -61,10 +61,7 @@ def affected_classes(
     target: int | Sequence[int] | None,
     aim: str,
 ) -> tuple[dict[int, int], dict[str, str]]:
-    """Return the fictitious class of each row to edit, and why other classes are left alone.
-
-    Arguments as for `FictitiousClass.plan`.
-    """
+    """Return the fictitious class of each row to edit, and why other classes are left alone."""
     attribute, labels = head.attribute, head.require_labels()
     assert attribute is not None
     one_logit_a_class(head.classes)
@@ -114,27 +111,17 @@ def moved_classes(
 ) -> tuple[dict[int, int], dict[str, str]]:
     """Return the classes whose logit a value of a feature raises, with that value, and the others.
 
-    Compares samples of the same label with and without the value: the mean change of a class's
-    logit, weighted by the label's share of samples, less the median change over classes, which
-    moves no prediction. A class is moved if the normal interval of its change, 95 % over all
-    classes together, is above 0, and the change at least half of the largest.
+    The change of a class's logit is its mean difference between samples with and without the value
+    and of the same label, weighted by the label's share of samples, less the median change over
+    classes, which moves no prediction. A class is moved if the normal interval of its change, 95 %
+    over all classes together, excludes 0, and the change is at least half of the largest.
 
     Parameters
     ----------
     logits : Tensor, float64, shape (samples, classes)
     labels, attribute : Tensor, int64, shape (samples,)
     values : sequence of int
-        Those of the feature's values 0 and 1 to consider.
-
-    Returns
-    -------
-    dict of int, dict of str
-        The value of each class that is moved, and why each other class is left alone.
-
-    Raises
-    ------
-    ValueError
-        If no class is moved.
+        Those of the attribute's values 0 and 1 to consider. ValueError if they move no class.
     """
     has, classes = attribute == 1, logits.shape[1]
     strata = [labels == label for label in labels.unique()]

@@ -1,9 +1,4 @@
-"""Exact selection of weights and doses of the last layer, in closed form from cached features.
-
-The logit of row c is affine in the edited weight, so a sample s changes between "predicted c" and
-"not predicted c" at one known dose, δ = −margin_s / x_js, where the margin is the row's logit less
-the highest other logit. Sorting these doses scores every dose of a feature without a forward pass.
-"""
+"""Exact selection of weights and doses of the last layer, in closed form from cached features."""
 
 from __future__ import annotations
 
@@ -17,7 +12,7 @@ from torch import Tensor
 
 from xai_edit.last_layer.head import HeadFeatures
 
-# Numbers held at a time: samples × groups × features of one chunk, few enough for a cache.
+# Numbers of samples × groups × features held at a time, few enough for a cache.
 CHUNK = 250_000
 # An edited weight is at most this many times the layer's largest. Digits need 5 to 9 times with
 # ReLU features and 26 with tanh; without a bound, CelebA chose 381 times and did not generalise.
@@ -27,7 +22,7 @@ FOLDS = 5
 MARGINS = (0.0, 0.05, 0.1, 0.25, 0.5)
 
 Objective: TypeAlias = Callable[[Tensor], Tensor]
-"""Group accuracies, shape (..., G), to a number each that is to be large, shape (...)."""
+"""A function of group accuracies, shape (..., G), that is to be large, shape (...)."""
 
 Doses: TypeAlias = dict[int, dict[int, float]]
 """What is added to weights, by row and column."""
@@ -36,31 +31,32 @@ Doses: TypeAlias = dict[int, dict[int, float]]
 def accuracy_by_dose(
     features: Tensor, logits: Tensor, labels: Tensor, groups: Tensor, row: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield, for chunks of features, the accuracy of each group between all flips of samples.
+    """Yield the accuracy of each group at every dose of every weight of a row, features in chunks.
+
+    The logit of row c is affine in the edited weight, so sample s changes between "predicted c" and
+    "not predicted c" at one dose, δ = −margin_s / x_js, the margin being the row's logit less the
+    highest other. The accuracies change at these flips alone.
 
     Parameters
     ----------
-    features : Tensor, float64, shape (samples, d)
-    logits : Tensor, float64, shape (samples, classes)
-    labels : Tensor, int64, shape (samples,)
-    groups : Tensor, int64, shape (samples,)
-        Numbered 0 … G−1, each with a sample.
+    features, logits : Tensor, float64, shapes (samples, d) and (samples, classes)
+    labels, groups : Tensor, int64, shape (samples,)
+        Groups are numbered 0 … G−1, each with a sample.
     row : int
-        The row of the head whose weights are tried.
 
     Yields
     ------
     start : int
         The chunk's first feature.
     flips : Tensor, float64, shape (samples, chunk)
-        Doses at which a sample changes its prediction, ascending; infinite where it never does.
+        Ascending; infinite where a sample never changes.
     accuracy : Tensor, float64, shape (samples + 1, chunk, G)
-        The accuracy of each group before the first flip, between two neighbours, after the last.
+        Before the first flip, between two neighbours, after the last.
     """
     samples, d = features.shape
     best_other, other_class = strongest_other(logits, row)
     margin = logits[:, row] - best_other
-    as_it_is = wins(logits[:, row], best_other, row, other_class).double()
+    unedited = wins(logits[:, row], best_other, row, other_class).double()
     right_if_row = (labels == row).double()
     right_if_other = (labels == other_class).double()
     member = torch.nn.functional.one_hot(groups).double()  # (samples, G)
@@ -69,7 +65,7 @@ def accuracy_by_dose(
         x = features[:, start : start + width]
         flips = torch.where(x != 0, -margin[:, None] / x, torch.inf)
         # At δ = −∞: positive features are not predicted c, negative ones are, zeros stay.
-        at_first = torch.where(x > 0, 0.0, torch.where(x < 0, 1.0, as_it_is[:, None]))
+        at_first = torch.where(x > 0, 0.0, torch.where(x < 0, 1.0, unedited[:, None]))
         right = at_first * right_if_row[:, None] + (1 - at_first) * right_if_other[:, None]
         gain = x.sign() * (right_if_row - right_if_other)[:, None]  # when passing the flip upward
         flips, order = flips.sort(0)
@@ -115,15 +111,12 @@ def doses_between(flips: Tensor, low: Tensor | None = None, high: Tensor | None 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """One weight of a row: its column, what is added to it, and the group accuracies, (G,).
-
-    ``bounded`` says that a larger weight than `LARGEST` allows would have had a higher objective.
-    """
+    """One weight of a row, the dose added to it, and the group accuracies it gives."""
 
     column: int
     dose: float
-    accuracy: Tensor
-    bounded: bool
+    accuracy: Tensor  # (G,)
+    bounded: bool  # whether a larger weight than `LARGEST` allows has a higher objective
 
 
 def best_dose(
@@ -138,18 +131,9 @@ def best_dose(
 ) -> Choice:
     """Return the weight and dose of a row that maximise an objective, among equals the smallest.
 
-    Parameters
-    ----------
-    head, row, groups
-        See `accuracy_by_dose`.
-    objective : callable
-        See `Objective`.
-    logits : Tensor, optional
-        Logits to start from, where weights were edited already.
-    columns : sequence of int, optional
-        Features to choose from; all when left out.
-    added : mapping, optional
-        What was added to weights of this row already, by column.
+    ``groups`` as for `accuracy_by_dose`; ``columns`` are the features to choose from, all when left
+    out. Where weights were edited already, ``logits`` are those to start from and ``added`` the
+    doses in this row, by column.
     """
     kept = list(range(head.features.shape[1]) if columns is None else columns)
     weight = head.weight[row].double().clone()
@@ -174,9 +158,9 @@ def best_dose(
         score = torch.where(doses.isnan(), -torch.inf, score)
         size = torch.where(score == score.max(), doses.abs(), torch.inf)
         at, column = divmod(int(size.argmin()), doses.shape[1])
-        found = (float(score[at, column]), -float(size[at, column]))
-        if found > best:
-            best, dose = found, float(doses[at, column])
+        reached = (float(score[at, column]), -float(size[at, column]))
+        if reached > best:
+            best, dose = reached, float(doses[at, column])
             choice = Choice(kept[start + column], dose, accuracy[at, column], False)
     if choice is None:
         raise ValueError(f"class {row}: every feature is zero in every sample; no weight matters")
@@ -184,7 +168,7 @@ def best_dose(
 
 
 def removal(floor: float) -> Objective:
-    """Return the objective of a removal: group 1 less right, group 0 no less than a floor."""
+    """Return the objective of a removal: group 1 wrong, group 0 no less right than a floor."""
 
     def objective(accuracy: Tensor) -> Tensor:
         kept, removed = accuracy[..., 0], accuracy[..., 1]
@@ -196,9 +180,8 @@ def removal(floor: float) -> Objective:
 def with_margin(logits: Tensor, labels: Tensor, wrong: Tensor, quantile: float) -> Tensor:
     """Return logits by which every answer has to hold by a margin.
 
-    The label's logit is lowered by the margin where the answer is to be right, and raised where it
-    is to be ``wrong``, bool, shape (samples,). The margin is a quantile over samples of
-    ``|label's logit − highest other|``.
+    The margin is a quantile over samples of ``|label's logit − highest other|``. The label's logit
+    is raised by it where the answer is to be ``wrong``, bool, shape (samples,), and else lowered.
     """
     if not quantile:
         return logits
@@ -213,7 +196,7 @@ def best_margin(
     predicted: Callable[[Tensor], Sequence[Tensor]],
     objective: Callable[[Tensor], Tensor],
 ) -> tuple[int, Tensor | None]:
-    """Return which of `MARGINS` is best in cross-validation, and what is predicted with it.
+    """Return which of `MARGINS` is best in cross-validation, and the classes predicted with it.
 
     Parameters
     ----------
@@ -223,13 +206,12 @@ def best_margin(
         Plans on the samples of a mask, and returns the class predicted for every sample with each
         margin.
     objective : callable
-        Predicted classes, int64, (margins, samples), to a number each, (margins,).
+        A function of predicted classes, int64, (margins, samples), that is to be large, (margins,).
 
     Returns
     -------
     int, Tensor or None
-        The smallest of equals, with int64, shape (samples,); 0 and None where a group has only one
-        sample.
+        The smallest of equals; 0 and None where a group has only one sample.
     """
     kinds, sizes = groups.unique(return_counts=True)
     folds = min(FOLDS, int(sizes[kinds >= 0].min()))
@@ -238,12 +220,12 @@ def best_margin(
     fold = torch.empty_like(groups)
     for kind, size in zip(kinds, sizes.tolist(), strict=True):
         fold[groups == kind] = torch.arange(size) % folds
-    found = torch.zeros(len(MARGINS), len(groups), dtype=torch.long)
+    held_out = torch.zeros(len(MARGINS), len(groups), dtype=torch.long)
     for held in range(folds):
         for at, classes in enumerate(predicted(fold != held)):
-            found[at, fold == held] = classes[fold == held]
-    best = int(objective(found).argmax())
-    return best, found[best]
+            held_out[at, fold == held] = classes[fold == held]
+    best = int(objective(held_out).argmax())
+    return best, held_out[best]
 
 
 def edited_logits(logits: Tensor, head: HeadFeatures, doses: Doses) -> Tensor:
@@ -267,10 +249,8 @@ def removal_doses(
     """Return the doses that remove classes together, and the rows that `LARGEST` holds back.
 
     For each row in turn: accuracy on its class down, subject to accuracy on the classes that stay
-    no more than ``tolerance`` below what it was. Rows that follow count as removed already and
-    those before it as they are now, so what one dose reaches no later one takes back. Weights of a
-    row are added one after another, as long as that helps.
-
+    no more than ``tolerance`` below what it was. Rows that follow count as removed already, so what
+    one dose reaches no later one takes back. Weights of a row are added while that helps.
     ``quantile`` is that of `with_margin`; ``columns`` are doses whose columns are kept.
     """
     labels = head.require_labels()
@@ -293,28 +273,28 @@ def removal_doses(
         edited[:, row] = logits[:, row]
         reached = -torch.inf
         for only in [None] * n_weights if columns is None else [[at] for at in columns[row]]:
-            found = best_dose(
-                *(part, row, own, objective),
-                logits=edited[judged],
-                columns=only,
-                added=doses[row],
+            start = edited[judged]
+            choice = best_dose(
+                part, row, own, objective, logits=start, columns=only, added=doses[row]
             )
-            if float(objective(found.accuracy)) <= reached:
+            if float(objective(choice.accuracy)) <= reached:
                 break
-            reached = float(objective(found.accuracy))
-            doses[row][found.column] = doses[row].get(found.column, 0.0) + found.dose
-            edited = edited_logits(edited, head, {row: {found.column: found.dose}})
-            bounded += [row] * (found.bounded and row not in bounded)
+            reached = float(objective(choice.accuracy))
+            doses[row][choice.column] = doses[row].get(choice.column, 0.0) + choice.dose
+            edited = edited_logits(edited, head, {row: {choice.column: choice.dose}})
+            bounded += [row] * (choice.bounded and row not in bounded)
     return doses, bounded
 
 
 def planned_removal(
     head: HeadFeatures, rows: Sequence[int], *, tolerance: float, n_weights: int
 ) -> tuple[Doses, dict[str, Any]]:
-    """Return `removal_doses` by the margin that cross-validation finds best, and what is reported.
+    """Return `removal_doses` with the margin of `best_margin`, and what the edit reports.
 
-    ``planned`` and ``cross_validated`` are the accuracies over the classes that stay and over those
-    removed, all edits together; ``bounded`` lists the classes that `LARGEST` holds back.
+    ``planned`` and ``cross_validated`` (None where a class has one sample) are the accuracies over
+    the classes that stay and over those removed, all edits together, on the planning data and on
+    folds that were not planned on; ``margin`` is the quantile, and ``bounded`` lists the classes of
+    which a larger weight would remove more.
     """
     labels, logits = head.require_labels(), head.logits()
     gone = torch.isin(labels, torch.tensor(rows))

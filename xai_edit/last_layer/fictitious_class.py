@@ -43,33 +43,27 @@ class FictitiousClass:
     Hakemi et al., *Post-hoc Spurious Correlation Neutralization with Single-Weight Fictitious
     Class Unlearning*, Algorithm 2: a copy of the last layer learns the spurious feature as a class
     of its own; the edge that serves it most (SCA, Eq. 6) is edited in the model itself, in the row
-    of the class that the feature goes with.
-
-    The copy needs labels and the attribute; ``rate="auto"`` and "exact" need samples of every
-    group, also those where feature and class do not go together.
+    of the class that the feature goes with. The copy needs labels and the attribute; "auto" and
+    "exact" need samples of every group, also those where feature and class do not go together.
 
     Parameters
     ----------
     select : str
         "sca" is the paper's selection with the edit of Eq. 8; others as for `SingleWeight`.
-        "exact", ours, takes the weight and dose of the row with the highest objective, in closed
-        form, and needs no copy.
+        "exact", ours, takes the weight and dose with the highest objective, without a copy.
     rate : "auto", "least-gap", float in [0, 1] or mapping of class to float
         Neutralisation rate r of Eq. 8. "auto" takes, row by row, the rate with the highest
-        objective on the validation data. "least-gap" takes the one with the least gap between
-        average and worst-group accuracy there, as the paper does; a collapsed model has no gap
-        either. Not with "exact", which finds its own dose.
+        objective on the validation data; "least-gap", the paper's choice, the one with the least
+        gap between average and worst-group accuracy, which a collapsed model has too.
     aim : {"worst-group", "removal", "indifference"}
         The objective. "worst-group": its accuracy. "removal", of a sub-class: accuracy on the
-        samples with the feature down, subject to accuracy on the others no more than ``tolerance``
-        below what it was. "indifference", for data with the same samples with and without the
-        feature: it no longer raises the mean probability of the class; not with "exact".
+        samples with the feature down, that on the others at most ``tolerance`` below what it was.
+        "indifference", for the same samples with and without the feature: it no longer raises the
+        mean probability of the class; not with "exact".
     tolerance : float
         For ``aim="removal"``, as a fraction.
-    anchor : "auto" or bool
-        See `SingleWeight`.
-    seed : int
-        For ``select="random"``.
+    anchor, seed
+        As for `SingleWeight`.
     """
 
     select: Selection = "sca"
@@ -116,9 +110,9 @@ class FictitiousClass:
         data : iterable, Dataset or HeadFeatures
             Labelled batches, read once, or the result of `collect_head_features`.
         attribute : callable, Tensor, Subspaces or None
-            The spurious feature of each sample: a function of a batch of inputs (a value a
-            sample), a vector in the order of the data, a concept subspace of the last layer's
-            inputs (its stronger half by two means), or the third element of the batches.
+            The spurious feature of each sample: a function of a batch of inputs, a vector in the
+            order of the data, a concept subspace of the last layer's inputs (its stronger half by
+            two means), or the third element of the batches.
         fictitious : int or sequence of int, optional
             The value that is the fictitious class, or one for each target. When left out, for an
             attribute of 0 and 1: without a target the value that speaks for each class; with one
@@ -129,16 +123,14 @@ class FictitiousClass:
             and an attribute of more values, the class whose share of the model's predictions rises
             most with each value of ``fictitious``.
         validation : iterable, Dataset or HeadFeatures, optional
-            Where the objective is measured; ``data`` when left out. For ``aim="worst-group"`` its
-            samples may all have the feature, or none.
+            Where the objective is measured; ``data`` when left out.
 
         Returns
         -------
         ModelEdit
-            At most one weight for each affected class; none, with the reason in its origin, where
-            no rate raises the objective. The origin has the worst group and the average before and
-            after, both on the validation data, the classes left alone with the reason where no
-            target is named, and with "exact" what `SingleWeight` reports.
+            At most one weight for each affected class. Its origin has the figures before and after
+            on the validation data, the classes left alone and why, with "exact" what
+            `SingleWeight` reports, and the reason where no rate raises the objective.
 
         Raises
         ------
@@ -147,7 +139,7 @@ class FictitiousClass:
             every sample has the feature, or it moves no class.
         """
         head, objective, left_alone = self._prepared(
-            model, data, attribute, fictitious, target, validation
+            fictitious, target, model, data, attribute, validation
         )
         reported: dict[str, Any] = {}
         if self.select == "exact":
@@ -195,38 +187,26 @@ class FictitiousClass:
     ) -> list[RateSweep]:
         """Return the accuracies over rates for each affected class, the others unedited.
 
-        One feature pass over each data set, no forward pass a rate. Not for ``select="exact"``.
-
-        Parameters
-        ----------
-        model, data, attribute, fictitious, target, validation
-            As for `plan`.
-        rates : sequence of float in [0, 1], optional
-            When left out, a grid over [0, 1] and a logarithmic one about the rate at which the
-            weight crosses zero, where most of the effect is.
+        Arguments as for `plan`; not for ``select="exact"``. Without ``rates`` in [0, 1] a grid
+        over them and a logarithmic one about the rate at which the weight crosses zero, where most
+        of the effect is.
         """
         if rates is not None:
             rates = [fraction(rate, "rates", zero=True) for rate in rates]
             require(bool(rates), "rates", rates, "give one or more, or leave it out for a grid")
         if self.select == "exact":
             raise ValueError("select: 'exact' finds its own dose; a sweep needs another selection")
-        head, objective, _ = self._prepared(model, data, attribute, fictitious, target, validation)
+        head, objective, _ = self._prepared(fictitious, target, model, data, attribute, validation)
         return [
             self._sweep(head, objective, row, self._column(head, row, value), {}, rates)
             for row, value in objective.values.items()
         ]
 
     def _prepared(
-        self,
-        model: nn.Module,
-        data: Data | HeadFeatures,
-        attribute: Attribute | Subspaces,
-        fictitious: int | Sequence[int] | None,
-        target: int | Sequence[int] | None,
-        validation: Data | HeadFeatures | None,
+        self, fictitious: Any, target: Any, *samples: Any
     ) -> tuple[HeadFeatures, EditObjective, dict[str, str]]:
         """Return the planning features, the objective and the classes left alone."""
-        head, judged = features_with_attribute(model, data, attribute, validation)
+        head, judged = features_with_attribute(*samples)
         values, left_alone = affected_classes(head, fictitious, target, self.aim)
         if isinstance(self.rate, Mapping) and not values.keys() <= self.rate.keys():
             raise ValueError(
@@ -243,8 +223,8 @@ class FictitiousClass:
             rates = None if isinstance(rate, str) else [rate]
             sweep = self._sweep(head, objective, row, columns[row], others, rates)
             at = sweep.least_gap if rate == "least-gap" else sweep.best
-            dose, rate = float(sweep.doses[at]), float(sweep.rates[at])
-            return EditedWeight(sweep.column, dose, sweep.anchor, rate)
+            dose, r = float(sweep.doses[at]), float(sweep.rates[at])
+            return EditedWeight(sweep.column, dose, sweep.anchor, r)
 
         if self.rate == "auto":
             return best_weights(objective, turned)
@@ -260,15 +240,14 @@ class FictitiousClass:
         """
         assert self.select != "exact"
         assert head.attribute is not None
-        c = value  # the fictitious class c̃
+        x = head.features.double()  # M' is M up to here (step 1)
         if len(head.attribute.unique()) == 2:  # c̃ is one more class beside the labels (step 2)
-            classes = torch.where(head.attribute == c, head.classes, head.require_labels())
             c = head.classes
-        else:  # the values are the classes, as the digits in odd and even
-            classes = head.attribute
+            classes = torch.where(head.attribute == value, c, head.require_labels())
+        else:  # the values are the classes of M', as the digits in odd and even
+            c, classes = value, head.attribute
         present, classes = classes.unique(return_inverse=True)
         c = int(torch.searchsorted(present, c))
-        x = head.features.double()  # M' is M up to here (step 1)
         W, b = fitted_last_layer(x, classes)  # steps 3 and 4
         (score,) = selection_scores(self.select, x, classes, W, b, [c], seed=self.seed)  # step 5
         mean = x[classes == c].mean(0)
@@ -286,18 +265,13 @@ class FictitiousClass:
     ) -> RateSweep:
         """Return the sweep of one weight, with the weights of other rows edited."""
         w = head.weight[row].double()
-        grid = None if rates is None else np.unique(rates)
-        if grid is None:
-            crossing = float(w[column] ** 2 / (w @ w + 1))
-            logarithmic = crossing * np.logspace(-2, 3, 101)
-            grid = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
-        r = torch.from_numpy(grid)
+        crossing = float(w[column] ** 2 / (w @ w + 1))
+        logarithmic = crossing * np.logspace(-2, 3, 101)
+        grid = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
+        r = torch.from_numpy(grid if rates is None else np.unique(rates))
         doses = orthogonal_weight(w, column, r) - w[column]  # Eq. 8
         anchor = anchor_point(head, column, self.anchor, raised=bool(doses[-1] > 0)) or 0.0
-        logits = objective.logits(others)
-        return rate_sweep(
-            objective, row, column, rates=r, doses=doses, anchor=anchor, logits=logits
-        )
+        return rate_sweep(objective, row, column, r, doses, anchor, objective.logits(others))
 
 
 def fitted_last_layer(x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

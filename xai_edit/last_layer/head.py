@@ -1,10 +1,10 @@
-"""The final linear layer, its cached inputs, and the logits of an edited head for free."""
+"""The last linear layer of a classifier and its cached inputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,11 @@ class HeadFeatures:
     ----------
     layer : str
         Name of the layer.
-    weight : Tensor, shape (classes, d)
-    bias : Tensor or None, shape (classes,)
+    weight, bias : Tensor, shape (classes, d), and Tensor or None, shape (classes,)
         Copies of the layer's parameters.
     features : Tensor, shape (samples, d)
         The layer's inputs x.
-    labels : Tensor or None, int64, shape (samples,)
-    attribute : Tensor or None, int64, shape (samples,)
-        The spurious feature of each sample, where it was asked for.
+    labels, attribute : Tensor or None, int64, shape (samples,)
     """
 
     layer: str
@@ -52,7 +49,7 @@ class HeadFeatures:
 
     @property
     def classes(self) -> int:
-        """The number of classes."""
+        """Number of classes."""
         return len(self.weight)
 
     def __getitem__(self, samples: Tensor) -> HeadFeatures:
@@ -83,14 +80,11 @@ class HeadFeatures:
                 f"edit: changes {name!r}; these are cached inputs of the layer {self.layer!r}, and "
                 "only edits of its weight and bias can be computed from them"
             )
-        layer = nn.Module()
-        for kind, value in (("weight", self.weight), ("bias", self.bias)):
-            own = None if value is None else nn.Parameter(value.clone(), requires_grad=False)
-            layer.register_parameter(kind, own)
+        layer = nn.ParameterDict({"weight": self.weight.clone()})
+        if self.bias is not None:
+            layer["bias"] = self.bias.clone()
         ModelEdit({kinds[name]: change for name, change in edit.changes.items()}).apply(layer)
-        values = dict(layer.named_parameters())
-        bias = None if self.bias is None else values["bias"].data
-        return replace(self, weight=values["weight"].data, bias=bias)
+        return replace(self, **{kind: value.data for kind, value in layer.items()})
 
     def require_labels(self) -> Tensor:
         """Return the labels; ValueError where the data has none or one is out of range."""
@@ -106,20 +100,16 @@ def collect_head_features(
     attribute: Attribute = None,
     with_attribute: bool = False,
 ) -> HeadFeatures:
-    """Pass the data through the model once and keep what its last linear layer sees.
-
-    Holds samples × d features in memory, on the CPU.
+    """Return the inputs of a model's last linear layer, by one pass over the data.
 
     Parameters
     ----------
     model : nn.Module
         A classifier that ends in a linear layer. Left exactly as it was.
     data : iterable or Dataset
-        See `xai_edit.core.data.batches`.
+        See `xai_edit.core.data.batches`; samples × d features are held in memory.
     attribute : callable, Tensor or None
-        The spurious feature of each sample, see `xai_edit.core.data.Attribute`.
-    with_attribute : bool
-        Whether to record the attribute.
+        See `xai_edit.core.data.Attribute`; recorded ``with_attribute``.
 
     Raises
     ------
@@ -130,7 +120,7 @@ def collect_head_features(
     features: list[Tensor] = []
     labels: list[Tensor | None] = []
     attributes: list[Tensor | None] = []
-    layer, samples = "", 0
+    samples = 0
     with preserved(model), torch.no_grad():
         last = _LastLinear(model)
         for batch in batches(data, model_device(model)):
@@ -143,7 +133,7 @@ def collect_head_features(
             )
             samples += len(batch)
     check_length(attribute, samples, "attribute")
-    head = _linear(model, layer)
+    head = cast(nn.Linear, model.get_submodule(layer))
     return HeadFeatures(
         layer,
         head.weight.detach().cpu().clone(),
@@ -162,10 +152,9 @@ def head_features(
     with_attribute: bool = False,
     name: str = "data",
 ) -> HeadFeatures:
-    """Return ``data`` where it is features of this model, else collect them.
+    """Return ``data`` where it is finite features of this model, else collect them.
 
     Arguments as for `collect_head_features`; ``name`` is that of ``data`` in error messages.
-    Features of another last layer or that are not finite, and a missing attribute, are refused.
     """
     if not isinstance(data, HeadFeatures):
         return collect_head_features(
@@ -185,21 +174,20 @@ def head_features(
     finite(data.features, f"{name}: features")
     if not with_attribute:
         return data
-    if attribute is None:
-        if data.attribute is None:
-            raise ValueError(
-                "attribute: not given, and the features were collected without it; give a "
-                "vector, or collect them with with_attribute=True"
-            )
+    if attribute is None and data.attribute is not None:
         return data
+    if attribute is None:
+        raise ValueError(
+            "attribute: not given, and the features were collected without it; give a vector, or "
+            "collect them with with_attribute=True"
+        )
     if callable(attribute):
         raise ValueError(
             "attribute: a function of the inputs was given with features, which keep no "
             "inputs; give it to collect_head_features"
         )
     check_length(attribute, len(data.features), "attribute")
-    known = attribute_of(attribute, Batch(data.features), 0, "attribute")
-    return replace(data, attribute=known)
+    return replace(data, attribute=attribute_of(attribute, Batch(data.features), 0, "attribute"))
 
 
 def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
@@ -208,17 +196,11 @@ def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
     with preserved(model), torch.no_grad():
         last = _LastLinear(model)
         name = last.name_for(predict(model, inputs))
-    return name, _linear(model, name)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)  # _LastLinear watches no others
-    return module
+    return name, cast(nn.Linear, model.get_submodule(name))
 
 
 class _LastLinear:
-    """Remembers the last linear layer that ran. Its hooks end with the guard around it."""
+    """The last linear layer that ran. Its hooks end with the guard around it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.name: str | None = None
@@ -244,13 +226,9 @@ class _LastLinear:
         """Return the layer's name if the model's output is its output, or a softmax of it."""
         same = (self.outputs, self.outputs.log_softmax(-1), self.outputs.softmax(-1))
         if self.name is None or not any(torch.equal(output, candidate) for candidate in same):
-            ends = (
-                "it has none"
-                if self.name is None
-                else f"its last, {self.name!r}, is followed by more"
-            )
+            reason = f"its last, {self.name!r}, is followed by more"
             raise ValueError(
                 "model: a final linear layer is needed, one whose output is the model's output; "
-                + ends
+                + ("it has none" if self.name is None else reason)
             )
         return self.name

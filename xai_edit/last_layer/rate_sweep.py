@@ -20,10 +20,8 @@ class RateSweep:
     ----------
     row, column : int
         The class whose row is edited, and the feature.
-    rates : Tensor, float64, shape (R,)
-        Ascending.
-    doses : Tensor, float64, shape (R,)
-        What each rate adds to the weight.
+    rates, doses : Tensor, float64, shape (R,)
+        Ascending rates, and what each adds to the weight.
     anchor : float
         Value of the feature at which the edit leaves the output alone; 0 for a plain edit.
     accuracy : Tensor, float64, shape (R, G)
@@ -88,7 +86,6 @@ def rate_sweep(
     objective: EditObjective,
     row: int,
     column: int,
-    *,
     rates: Tensor,
     doses: Tensor,
     anchor: float,
@@ -110,11 +107,7 @@ def rate_sweep(
         right[:, samples].double().mean(1) if samples.any() else None for samples in (has, ~has)
     )
     return RateSweep(
-        row,
-        column,
-        rates,
-        doses,
-        anchor,
+        *(row, column, rates, doses, anchor),
         accuracy=group_accuracy(right, objective.groups),
         average=right.double().mean(1),
         removed=removed,

@@ -24,12 +24,10 @@ class EdgeScores:
     Attributes
     ----------
     output : int
-        The output whose edges are scored, a row of the weight matrix.
-    activations : Tensor, float64, shape (K, d)
-        Eq. 3 per class: the sum of ``|x_j|``, the edge's source activation. The absolute value,
-        since the entropy of signed sums is not defined.
-    gradients : Tensor, float64, shape (K, d)
-        Eq. 4 per class: the sum of ``|∂ cross-entropy / ∂w_j|``.
+        A row of the weight matrix.
+    activations, gradients : Tensor, float64, shape (K, d)
+        By class, the sum of ``|x_j|`` (Eq. 3; signed sums have no entropy), and the sum of
+        ``|∂ cross-entropy / ∂w_j|`` (Eq. 4).
     """
 
     output: int
@@ -64,25 +62,11 @@ def edge_scores(
 ) -> EdgeScores:
     """Accumulate Eq. 3 and Eq. 4 for one output of a last layer z = W x + b.
 
-    The gradient of a sample's cross-entropy for edge (i, j) is (p_i − y_i)·x_j, so no backward pass
-    is needed: the sums over classes are those of scaled features.
+    No backward pass: the gradient of a sample's cross-entropy for edge (i, j) is (p_i − y_i)·x_j.
 
-    Parameters
-    ----------
-    features : Tensor, shape (samples, d)
-        The layer's inputs x.
-    labels : Tensor, int64, shape (samples,)
-        Classes 0 … K−1, each a row of ``weight``.
-    weight : Tensor, shape (K, d)
-    bias : Tensor or None, shape (K,)
-    output : int
-        Row to score.
-
-    Raises
-    ------
-    ValueError
-        If fewer than two classes have samples: their entropies would all be zero; or if the
-        output's own class has none.
+    ``features`` are the layer's inputs x, shape (samples, d), ``labels`` the classes, int64, and
+    ``output`` the row of ``weight``, shape (K, d), to score. ValueError if fewer than two classes
+    have samples, or the output's own class has none.
     """
     (scores,) = edge_scores_of(features, labels, weight, bias, [output])
     return scores
@@ -100,9 +84,7 @@ def edge_scores_of(
     present = labels.unique().tolist()
     for output in outputs:
         if output not in present:
-            raise ValueError(
-                f"target: class {output} is absent from the data; its score needs samples"
-            )
+            raise absent(output)
         if len(present) < 2:
             raise ValueError(
                 f"data: only class {output} has samples; SCA compares classes and needs two or more"
@@ -114,7 +96,7 @@ def edge_scores_of(
     nothing = torch.zeros(len(weight), x.shape[1], dtype=x.dtype, device=x.device)
     activations = nothing.index_add(0, labels, size)  # Eq. 3
     for output in outputs:
-        # |p − y|: for the own class 1 − p is the sum of the others, or it would cancel.
+        # |p − y|: for the own class 1 − p is summed over the others, or it would cancel.
         residual = probabilities[:, output].clone()
         own = labels == output
         others = torch.arange(len(weight), device=labels.device) != output
@@ -123,8 +105,13 @@ def edge_scores_of(
         yield EdgeScores(output, activations, gradients)
 
 
+def absent(output: int) -> ValueError:
+    """Return the error about a class without samples."""
+    return ValueError(f"target: class {output} is absent from the data; its score needs samples")
+
+
 def _entropy(accumulated: Tensor) -> Tensor:
-    """Entropy (nats) over classes of each column's distribution; zero for an all-zero column."""
+    """Return the entropy over classes of each column, shape (d,); 0 for an all-zero column."""
     shares = accumulated / accumulated.sum(0).clamp(min=torch.finfo(accumulated.dtype).tiny)
     entropy: Tensor = torch.special.entr(shares).sum(0)
     return entropy

@@ -1,8 +1,7 @@
-"""Class removal by one weight of the last layer: which weight, and what it becomes."""
+"""Class removal by one weight of the last layer (Algorithm 1), and its new value (Eq. 7, 8)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import fraction, one_of, real_number, require, whole_number
+from xai_edit.core.checks import fraction, one_of, whole_number
 from xai_edit.core.data import Data
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
@@ -32,17 +31,9 @@ ANCHOR_QUANTILE = 1e-3
 def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float | Tensor = 1.0) -> Tensor:
     """Return the value that turns the hyperplane of ``row`` about one axis (Eq. 7 and 8).
 
-    At rate 1 the normals (w, −1) before and after are orthogonal. Between, Eq. 8 is exactly
-    w_j − r (‖w‖² + 1) / w_j; it crosses zero at r = w_j² / (‖w‖² + 1).
-
-    Parameters
-    ----------
-    row : Tensor, shape (d,)
-        Weights of one output.
-    column : int or Tensor
-        The feature j, or several.
-    rate : float
-        r in [0, 1].
+    ``row`` holds the weights w of one output, shape (d,), ``column`` is j, ``rate`` r in [0, 1].
+    At rate 1 the normals (w, −1) before and after are orthogonal. Eq. 8 simplifies to
+    w_j − r (‖w‖² + 1) / w_j and crosses zero at r = w_j² / (‖w‖² + 1).
     """
     w = row.double()
     return w[column] - rate * (w @ w + 1) / w[column]  # Eq. 8; Eq. 7 at r = 1
@@ -51,8 +42,8 @@ def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float | Tensor = 
 def editable(row: Tensor, mean_feature: Tensor) -> Tensor:
     """Return which weights of a row Eq. 7 may change, bool, shape (d,).
 
-    Those that add to the output (w_j · E[x_j] > 0: an edge that lowers the class would raise it
-    when flipped) and are not nearly zero.
+    Those that are not nearly zero and add to the output, w_j · E[x_j] > 0: an edge that lowers the
+    class would raise it when flipped.
     """
     return (row * mean_feature > 0) & (row.abs() >= SMALLEST_WEIGHT * row.abs().max())
 
@@ -64,8 +55,8 @@ class SingleWeight:
     Hakemi et al., *Post-hoc Spurious Correlation Neutralization with Single-Weight Fictitious
     Class Unlearning*, Algorithm 1.
 
-    The new weight is some ten times the largest of its layer, which quantisation with one scale a
-    tensor pays for; ``times_largest`` in the edit's origin says how many.
+    The new weight is some ten times the largest of its layer (``times_largest`` in the edit's
+    origin), which quantisation with one scale a tensor pays for.
 
     Parameters
     ----------
@@ -74,31 +65,25 @@ class SingleWeight:
         "gradient-activation", "relevance", "weight" and "random" choose by other scores, see
         `weight_selection.selection_scores`. "exact", ours, scores every weight of the row
         at every dose in closed form and takes the one that removes most of the class while the
-        accuracy on the classes that stay falls by at most ``tolerance``. It goes beyond the last
-        sample by a margin that five-fold cross-validation chooses, and the new weight is at most
-        50 times the layer's largest.
+        accuracy on the classes that stay falls by at most ``tolerance``; with a margin that
+        five-fold cross-validation chooses, and a new weight of at most 50 times the largest.
     rate : float in [0, 1]
         Neutralisation rate r of Eq. 8; 1 is Eq. 7. Not with "exact", which finds its own dose.
-    dose : float, optional
-        What is added to the weight, instead of a rate.
     n_weights : int
-        Weights edited for each class: those of highest score, each turned as if alone (the paper's
-        Fig. 6). "exact" adds one after another, as long as it helps.
+        Weights edited for each class: those of highest score, each turned as if alone (Fig. 6).
+        "exact" adds one after another, as long as it helps.
     anchor : "auto" or bool
         Also correct the output's bias so that the edit leaves the feature's extreme value alone.
         "auto" does it where the feature takes negative values (tanh, GELU, layer norm), for which
-        the plain edit raises the class on other samples. Not with "exact", which counts what its
-        dose does to every sample.
+        the plain edit raises the class on other samples. Not with "exact".
     tolerance : float
-        For "exact": accuracy on the classes that stay, as a fraction, that may be lost on the
-        planning data.
+        For "exact": the loss of accuracy on the classes that stay that is allowed, as a fraction.
     seed : int
         For "random".
     """
 
     select: Selection = "sca"
     rate: float = 1.0
-    dose: float | None = None
     n_weights: int = 1
     anchor: bool | Literal["auto"] = "auto"
     tolerance: float = 0.005
@@ -106,22 +91,16 @@ class SingleWeight:
 
     def __post_init__(self) -> None:
         check_choices(self.select, self.anchor)
-        # Numbers of NumPy and torch become plain ones: the edit's origin is JSON.
-        object.__setattr__(self, "rate", fraction(self.rate, "rate", zero=True))
-        n_weights = whole_number(self.n_weights, "n_weights", least=1)
-        object.__setattr__(self, "n_weights", n_weights)
-        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
-        object.__setattr__(self, "tolerance", fraction(self.tolerance, "tolerance", zero=True))
-        if self.select == "exact" and (self.rate != 1.0 or self.dose is not None):
-            name = "rate" if self.dose is None else "dose"
-            raise ValueError(f"{name}: goes with the other selections; 'exact' finds its own dose")
-        if self.dose is not None:
-            dose = real_number(self.dose)
-            works = "it is a finite number other than 0"
-            require(math.isfinite(dose) and dose != 0, "dose", self.dose, works)
-            object.__setattr__(self, "dose", dose)
-            if self.rate != 1.0:
-                raise ValueError("dose: given with a rate; give one of them")
+        plain = {  # numbers of NumPy and torch become plain ones: the edit's origin is JSON
+            "rate": fraction(self.rate, "rate", zero=True),
+            "n_weights": whole_number(self.n_weights, "n_weights", least=1),
+            "seed": whole_number(self.seed, "seed"),
+            "tolerance": fraction(self.tolerance, "tolerance", zero=True),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        if self.select == "exact" and self.rate != 1:
+            raise ValueError("rate: goes with the other selections; 'exact' finds its own dose")
 
     def plan(
         self, model: nn.Module, data: Data | HeadFeatures, *, target: int | Sequence[int]
@@ -133,21 +112,16 @@ class SingleWeight:
         model : nn.Module
             A classifier that ends in a linear layer.
         data : iterable, Dataset or HeadFeatures
-            ``(input, label)`` batches with samples of the class and of others. One pass; none with
-            what `xai_edit.last_layer.head.collect_head_features` gave.
+            ``(input, label)`` batches with samples of the class and of others, read once, or the
+            result of `collect_head_features`.
         target : int or sequence of int
-            The class or classes to remove. Scored selections plan each on the unedited model,
-            "exact" plans all together.
+            The classes to remove; "exact" plans them together, the others each on its own.
 
         Returns
         -------
         ModelEdit
-            Its origin lists per weight the class, the column, the old and new value, and whether
-            the bias was anchored. With "exact" also, all edits together, the accuracy on the
-            classes that stay and on the removed ones on the planning data (``planned``) and for
-            samples of folds that were not planned on (``cross_validated``, None where a class has
-            one sample), the quantile of ``margin``, and the classes for which a larger weight would
-            remove more (``bounded``).
+            Its origin lists the class, column, old and new value of each weight; with "exact" also
+            what `exact_dose.planned_removal` reports.
 
         Raises
         ------
@@ -182,14 +156,9 @@ class SingleWeight:
             weights = head.weight[target]
             allowed = editable(weights, head.features[labels == target].mean(0))
             for column in most_significant(score, allowed, self.n_weights, target):  # step 7
-                new: dict[str, Any]
-                if self.dose is None:  # step 8
-                    turned = orthogonal_weight(weights, column, self.rate)
-                    new = {"weight": float(turned), "rate": self.rate}
-                else:
-                    new = {"weight": float(weights[column]) + self.dose}
-                row = {"class": target, "column": column, **new, "score": float(score[column])}
-                rows.append(row)
+                new = float(orthogonal_weight(weights, column, self.rate))  # step 8
+                row = {"class": target, "column": column, "weight": new, "rate": self.rate}
+                rows.append(row | {"score": float(score[column])})
         return rows
 
 
@@ -219,10 +188,10 @@ def head_edit(
     *,
     anchor: bool | Literal["auto"],
 ) -> ModelEdit:
-    """Make the edit that sets one weight in each of some rows of the head.
+    """Return the edit that sets weights of the head, and corrects biases where it is anchored.
 
-    ``rows`` have the ``class``, the ``column`` and the new ``weight``; what else they hold goes
-    into the edit's origin with them.
+    ``rows`` have the ``class``, the ``column`` and the new ``weight``; they go into the origin with
+    all that they hold.
     """
     d = head.weight.shape[1]
     largest = float(head.weight.abs().max())

@@ -1,4 +1,4 @@
-"""Which edge of a row of the last layer to edit: the scores to choose by."""
+"""The choice of an edge of a row of the last layer, by SCA and by the scores it is compared to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xai_edit.last_layer.sca_scores import edge_scores_of
+from xai_edit.last_layer.sca_scores import absent, edge_scores_of
 
 Scored = Literal["sca", "ca", "gradient-activation", "relevance", "weight", "random"]
 Selection = Literal[Scored, "exact"]
@@ -26,14 +26,9 @@ def selection_scores(
 ) -> Iterator[Tensor]:
     """Yield the score of every edge into each of some outputs, float64, shape (d,).
 
-    Parameters
-    ----------
-    select : str
-        "sca" (Eq. 6), "ca" (Eq. 5), "gradient-activation" (their comparison in Fig. 8),
-        "relevance" (the edge's relevance for the output, w_j·x_j summed over its class: LRP of the
-        last layer), "weight" (its size) or "random", by ``seed``.
-    features, labels, weight, bias, outputs
-        See `xai_edit.last_layer.sca_scores.edge_scores`; outputs are rows of ``weight``.
+    ``select`` is "sca" (Eq. 6), "ca" (Eq. 5), "gradient-activation" (their comparison in Fig. 8),
+    "relevance" (LRP of the last layer: w_j·x_j summed over the output's class), "weight" (its size)
+    or "random", by ``seed``. The others as for `sca_scores.edge_scores`.
     """
     if select in ("sca", "ca", "gradient-activation"):
         for edges in edge_scores_of(features, labels, weight, bias, outputs):
@@ -43,9 +38,7 @@ def selection_scores(
     for output in outputs:
         own = labels == output
         if not own.any():
-            raise ValueError(
-                f"target: class {output} is absent from the data; its score needs samples"
-            )
+            raise absent(output)
         row = weight[output].double()
         if select == "relevance":
             yield row * features[own].double().sum(0)
@@ -59,11 +52,11 @@ def selection_scores(
 def most_significant(score: Tensor, allowed: Tensor, count: int, row: int) -> list[int]:
     """Return the edges of highest score that may be edited, best first, or raise ValueError."""
     score = torch.where(allowed & (score > 0), score, -torch.inf)
-    found = int((score > 0).sum())
-    if found < count:
-        number = f"only {found} of {count} weights" if found else "no weight"
+    editable = int((score > 0).sum())
+    if editable < count:
+        number = f"only {editable} of {count} weights" if editable else "no weight"
         raise ValueError(
-            f"class {row}: {number} of its row can be edited: one that adds to the class and is "
-            "not nearly 0"
+            f"class {row}: {number} of its row can be edited; a weight has to add to the class and "
+            "not be nearly 0"
         )
     return score.argsort(descending=True, stable=True)[:count].tolist()
