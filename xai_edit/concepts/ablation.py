@@ -198,18 +198,15 @@ def fold_ablation(
     With P = I − U Uᵀ the ablated activations are P a + U Uᵀμ, so a layer W a + b that reads them
     becomes (W P) a + (b + W U Uᵀμ). Returns its weight and bias by name.
 
+    ValueError if no single linear or ungrouped convolution layer with a bias reads the activations
+    directly, or the outputs differ, as with zero padding or another branch that reads them.
+
     Parameters
     ----------
     model, layer, subspaces, indices
         See `ablated`.
     inputs : Tensor, shape (samples, ...)
         A batch on which the folded model is compared with the ablated one.
-
-    Raises
-    ------
-    ValueError
-        If no single linear or ungrouped convolution layer with a bias reads the activations
-        directly, or the outputs differ, as with zero padding or another branch that reads them.
     """
     name, reader = _reader(model, layer, inputs)
     grouped = getattr(reader, "groups", 1) > 1

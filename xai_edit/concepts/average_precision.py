@@ -45,14 +45,9 @@ def average_precision(
 ) -> Tensor:
     """Return Σ_t (recall_t − recall_{t−1}) · precision_t over thresholds t, shape (resamples,).
 
-    Parameters
-    ----------
-    ranked : sequence of Tensor, shape (size,)
-        Ascending scores of each group; equal ones share a threshold, as in scikit-learn.
-    counts : sequence of Tensor, shape (size + 1, resamples)
-        See `resampled_counts`.
-    positive, negative : sequence of int
-        Indices of the groups with positive and with negative samples.
+    ``ranked`` are the ascending scores of each group, of which equal ones share a threshold, as in
+    scikit-learn; ``counts`` are those of `resampled_counts`; ``positive`` and ``negative`` are
+    indices of groups.
     """
     # Recall changes only at the scores of positive samples.
     thresholds = torch.cat([ranked[group] for group in positive]).unique().flip(0)

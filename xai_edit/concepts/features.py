@@ -38,11 +38,6 @@ class Features:
         The class and the spurious feature of each sample.
     origin : dict
         The arguments of the collection, as JSON values.
-
-    Raises
-    ------
-    NonFiniteError, ValueError
-        If a vector holds a NaN or an infinity, or the shapes do not fit each other.
     """
 
     activations: Tensor

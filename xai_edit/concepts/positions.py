@@ -20,13 +20,7 @@ class PositionDraw:
     """Draw positions of each sample without replacement, by its content and a seed.
 
     A sample's positions do not depend on its batch, the order of the data or the rank, and equal
-    samples have equal positions.
-
-    Parameters
-    ----------
-    positions : int or None
-        Positions of each sample; None for all.
-    seed : int
+    samples have equal positions; None positions are all.
     """
 
     def __init__(self, positions: int | None, seed: int) -> None:

@@ -28,17 +28,9 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 class ChannelGroup:
     """Units, each of which is some channels that can only be removed together.
 
-    Attributes
-    ----------
-    units : int
-        The number of units.
-    layers : dict of Tensor
-        By linear or convolution layer, the output channels of each unit, int64, shape (units,
-        channels of a unit).
-    norms : dict of Tensor
-        The same by batch or instance norm with a scale and shift.
-    fixed : str or None
-        The reason why the units have to stay; None where they can be removed.
+    ``layers`` has by linear or convolution layer the output channels of each unit, int64, shape
+    (``units``, channels of a unit), and ``norms`` those of batch and instance norms with a scale
+    and shift. ``fixed`` is the reason why the units have to stay, if they do.
     """
 
     units: int

@@ -18,7 +18,8 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
     """Return a copy of a model without the units that are switched off.
 
     A unit is switched off when its weights and biases in all layers that share it and the scale and
-    shift of its norms are zero, by whatever edit or training. One unit of each group stays.
+    shift of its norms are zero, by whatever edit or training. One unit of each group stays. The
+    logits for the example input are checked in float64 against the masked network's.
 
     Parameters
     ----------
@@ -29,18 +30,11 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
     example_input : Tensor, shape (samples, ...)
         Inputs to trace the network with and to compare outputs on.
 
-    Returns
-    -------
-    nn.Module
-        With the logits of the masked network for ``example_input``, checked in float64.
-
     Raises
     ------
-    EditMismatchError
-        If the edit is not one of this model.
-    ValueError
-        If the input does not fit, the model cannot be traced, no unit is switched off that can be
-        removed, or the outputs differ afterwards.
+    EditMismatchError, ValueError
+        If the edit is not one of this model, the input does not fit, the model cannot be traced, no
+        unit is switched off that can be removed, or the outputs differ afterwards.
     """
     with torch.inference_mode(False):
         masked = copied(model)
