@@ -253,7 +253,7 @@ def _of_class(
     shares = {int(one): float(has[labels == one].double().mean()) for one in labels.unique()}
     if target is None:
         explained = features.origin.get("target")
-        known = isinstance(explained, int) and explained in shares
-        target = explained if known else max(shares, key=shares.__getitem__)
+        most = max(shares, key=shares.__getitem__)
+        target = explained if isinstance(explained, int) and explained in shares else most
     require(target in shares, "target", target, f"the samples' classes are {[*shares]}")
-    return labels == target, int(target)
+    return labels == target, target
