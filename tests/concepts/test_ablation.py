@@ -22,21 +22,10 @@ from xai_edit import (
     to_smaller,
     with_ablation,
 )
+from xai_edit.concepts.collect import values_at as output
 from xai_edit.core import UnknownLayerError
 
 LAYERS = ["conv1", "conv2", "fc1"]
-
-
-def output(model, layer, inputs):
-    """What the next module is given."""
-    seen = []
-    handle = model.get_submodule(layer).register_forward_hook(
-        lambda _, __, out: seen.append(out.detach().clone())
-    )
-    with torch.no_grad():
-        model(inputs)
-    handle.remove()
-    return seen[0]
 
 
 def found(model, data, layer, n=3):
@@ -93,29 +82,6 @@ def test_relevance_passes_through_the_projection_by_the_epsilon_rule(plain, batc
     ratio = R_after / (after + torch.where(after >= 0, 1e-6, -1e-6))
     expected = a * (ratio - ratio @ U @ U.T)
     assert torch.allclose(R, expected, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_relevance_is_conserved_where_nothing_constant_takes_any(plain, batches, layer):
-    model, (x, y) = plain.double(), batches[0]
-    x = x.double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-    basis = found(model, [(x, y)], layer)
-    subspaces = Subspaces(basis.basis, basis.sizes, torch.zeros_like(basis.mean))
-    with ablated(model, layer, subspaces, [0, 1]) as inner:
-        names = [inner, layer + ".ablation", "head"]
-        relevance = LRP("epsilon", epsilon=1e-12).relevance(model, x, y, names)
-        after = output(model, layer, x)
-    sums = [relevance[name].flatten(1).sum(1) for name in names]
-    # The rule's own stabiliser takes 1e-6 of each quotient, and nothing else goes.
-    taken = 1e-6 * (relevance[names[1]] / after).abs().nan_to_num().flatten(1).sum(1)
-    assert ((sums[0] - sums[1]).abs() <= taken + 1e-9).all()
-    assert torch.allclose(sums[1], sums[2], rtol=1e-6, atol=1e-8)
-    assert sums[0].abs().max() > 0.1
-    assert taken.max() < 1e-2
 
 
 def test_a_name_map_reaches_the_layer_by_its_inner_name(plain, batches):
@@ -216,17 +182,10 @@ def test_a_copy_with_the_ablation_computes_what_the_ablated_model_does(
 def test_a_network_with_its_ablation_is_pruned_and_made_smaller_but_for_what_it_mixes(batches):
     torch.manual_seed(0)
     side = 8  # as many channels as pixels a side, so that no size tells the axes apart
-    model = nn.Sequential(
-        nn.Conv2d(1, side, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(side, 12, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(12, 10),
-    ).eval()
+    first, second = nn.Conv2d(1, side, 3, padding=1), nn.Conv2d(side, 12, 3, padding=1)
+    end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), *end).eval()
     inputs = batches[0][0]
-    assert inputs.shape[2:] == (side, side)
     kept = with_ablation(model, "1", found(model, batches, "1"), [0])
     edit = RelevancePruning(0.5, ranking="local").plan(kept, batches)
     assert set(edit.origin["units"]) == {"2"}

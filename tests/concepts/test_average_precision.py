@@ -6,11 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from xai_edit.concepts import average_precision as module
-from xai_edit.concepts.average_precision import (
-    average_precision,
-    counted_once,
-    resampled_counts,
-)
+from xai_edit.concepts.average_precision import average_precision, resampled_counts
 
 
 def groups_of(seed, sizes, ties):
@@ -30,18 +26,6 @@ def scikit_learns(ranked, weights, positive, negative):
 
 
 SIDES = [((0,), (1,)), ((1, 2), (0, 3)), ((3,), (0, 1, 2)), ((0, 1), (2, 3))]
-
-
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(("positive", "negative"), SIDES)
-def test_it_is_scikit_learns(seed, ties, positive, negative):
-    ranked = groups_of(seed, (7, 12, 1, 30), ties)
-    (found,) = average_precision(
-        ranked, counted_once([7, 12, 1, 30]), positive=positive, negative=negative
-    )
-    once = [np.ones(len(scores)) for scores in ranked]
-    assert float(found) == pytest.approx(scikit_learns(ranked, once, positive, negative), abs=1e-14)
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -95,18 +95,6 @@ def test_the_gradient_is_autograds(K, size):
     assert torch.allclose(problem.gradient(point), G, rtol=1e-10, atol=1e-12)
 
 
-def test_a_gradient_is_cut_into_a_tangent_and_a_normal_part():
-    features = unrelated()
-    problem = drsa._Problem(features.activations, features.contexts, 2)
-    U = drsa._random_basis(8, 6, torch.Generator().manual_seed(1))
-    climb = drsa._Climb(problem, problem.at(U), torch.Generator())
-    assert torch.allclose(climb.tangent + climb.normal, problem.gradient(problem.at(U)))
-    inner = U.T @ climb.tangent
-    assert torch.allclose(inner, -inner.T, atol=1e-12)  # so UᵀU stays what it is, to first order
-    small = problem.at(drsa._polar(U + 1e-6 * climb.normal)).objective
-    assert small == pytest.approx(problem.at(U).objective, rel=1e-11)
-
-
 def test_a_step_returns_to_the_nearest_orthonormal_basis():
     generator = torch.Generator().manual_seed(0)
     U = drsa._random_basis(9, 6, generator)
@@ -118,20 +106,9 @@ def test_a_step_returns_to_the_nearest_orthonormal_basis():
     assert torch.allclose(drsa._polar(V), U, atol=1e-12)
 
 
-def test_a_step_turns_the_basis_no_further_than_a_tenth():
-    features = unrelated()
-    problem = drsa._Problem(features.activations, features.contexts, 2)
-    U = drsa._random_basis(8, 8, torch.Generator().manual_seed(1))
-    climb = drsa._Climb(problem, problem.at(U), torch.Generator())
-    climb.go_on(1, 0.0)
-    turned = float((climb.point.basis - U).norm()) / 8**0.5
-    assert 0.01 < turned <= 0.1
-
-
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("channels", "K"), [(2, 1), (2, 2), (3, 1)])
-def test_in_few_dimensions_it_reaches_the_optimum_of_a_fine_grid(channels, K, seed):
-    features = unrelated(vectors=60, channels=channels, seed=seed)
+def test_in_few_dimensions_it_reaches_the_optimum_of_a_fine_grid(channels, K):
+    features = unrelated(vectors=60, channels=channels)
     a, c = scaled(features.activations), scaled(features.contexts)
     angles = torch.linspace(0, torch.pi, 300, dtype=torch.double)
     theta, phi = torch.meshgrid(angles, angles if channels == 3 else angles[:1], indexing="ij")

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from xai_edit import collect_features
 from xai_edit.concepts import Features
@@ -20,67 +18,13 @@ def layer_output(model, layer, inputs):
     return seen[0]
 
 
-@pytest.mark.parametrize(("layer", "width"), [("conv1", 4), ("conv2", 6), ("relu1", 4)])
-def test_all_positions_are_kept_without_a_number(plain, batches, layer, width):
-    features = collect_features(plain, batches, layer=layer, positions=None)
-    at = 0
-    for x, _ in batches:
-        out = layer_output(plain, layer, x)
-        for sample in out:
-            own = features.activations[features.sample == at]
-            brute = [
-                sample[:, i, j].tolist() for i in range(out.shape[2]) for j in range(out.shape[3])
-            ]
-            assert own.tolist() == brute
-            at += 1
-    assert features.samples == at == 200
-    assert features.activations.shape[1] == width
-    assert torch.equal(features.labels, torch.cat([y for _, y in batches]))
-    assert features.attribute is None
-    assert features.contexts is None
-
-
 def test_a_linear_layer_gives_one_vector_a_sample(plain, batches):
     features = collect_features(plain, batches, layer="fc1")
     expected = torch.cat([layer_output(plain, "fc1", x) for x, _ in batches])
     assert torch.equal(features.activations, expected)
     assert features.sample.tolist() == list(range(200))
-
-
-@pytest.mark.parametrize("positions", [1, 5, 15])
-def test_drawn_positions_are_different_ones_of_the_sample(plain, batches, positions):
-    x, y = batches[0]
-    out = layer_output(plain, "conv2", x)
-    features = collect_features(plain, [(x, y)], layer="conv2", positions=positions)
-    assert len(features.activations) == positions * len(x)
-    assert features.sample.tolist() == [s for s in range(len(x)) for _ in range(positions)]
-    drawn = set()
-    for s in range(len(x)):
-        everything = [tuple(v.tolist()) for v in out[s].flatten(1).T]
-        own = [tuple(v.tolist()) for v in features.activations[features.sample == s]]
-        for vector in {*own}:
-            assert own.count(vector) <= everything.count(vector)
-        drawn |= {everything.index(vector) for vector in own}
-    assert len(drawn) > positions
-
-
-def test_more_positions_than_there_are_means_all(plain, batches):
-    all_of = collect_features(plain, batches, layer="conv2", positions=None)
-    for positions in (16, 100):
-        features = collect_features(plain, batches, layer="conv2", positions=positions)
-        assert torch.equal(features.activations, all_of.activations)
-
-
-def test_the_seed_alone_decides_the_positions(plain, batches):
-    def drawn(seed):
-        return collect_features(plain, batches, layer="conv2", positions=3, seed=seed).activations
-
-    first = drawn(0)
-    torch.manual_seed(123)
-    state = torch.get_rng_state()
-    assert torch.equal(drawn(0), first)
-    assert not torch.equal(drawn(1), first)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(features.labels, torch.cat([y for _, y in batches]))
+    assert features.attribute is features.contexts is None
 
 
 @pytest.mark.parametrize("how", ["function", "vector", "third element"])
@@ -131,19 +75,6 @@ def test_errors_name_what_is_wrong(plain, batches):
         plain.conv1.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"conv1\.weight"):
         collect_features(plain, batches, layer="conv1")
-
-
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None, derandomize=True)
-def test_per_sample_sums_the_vectors_of_each_sample(sample, seed):
-    values = torch.randn(len(sample), generator=torch.Generator().manual_seed(seed))
-    features = Features(torch.zeros(len(sample), 2), sample=torch.tensor(sample))
-    assert features.samples == max(sample) + 1
-    summed = features.per_sample(values)
-    for s in range(features.samples):
-        own = [float(v) for v, at in zip(values, sample, strict=True) if at == s]
-        assert float(summed[s]) == pytest.approx(sum(own), abs=1e-12)
-    assert summed.dtype == torch.float64
 
 
 def test_without_sample_numbers_each_vector_is_a_sample():

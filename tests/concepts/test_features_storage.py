@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from xai_edit import CAV, DRSA, LRP, PCA, PRCA
+from xai_edit import LRP
 from xai_edit import collect_features as collect
 from xai_edit.concepts import Features
 from xai_edit.core import NonFiniteError
@@ -173,16 +173,6 @@ def test_batches_of_other_channels_are_refused(tmp_path):
     data = [torch.rand(2, 3), torch.rand(2, 4)]
     with pytest.raises(ValueError, match="vectors"):
         collect(Wide(), data, layer="same", on_disk=tmp_path / "f")
-
-
-@pytest.mark.parametrize("finder", [PCA(2), PRCA(2), DRSA(2, max_iter=30), CAV()])
-def test_finders_take_memory_mapped_features(plain, batches, tmp_path, finder):
-    data = [(x, y, y % 2) for x, y in batches]
-    features = collect(plain, data, layer="relu2", scorer=LRP("epsilon"), positions=4)
-    features.save(tmp_path / "f")
-    expected, found = (finder.fit(one) for one in (features, Features.load(tmp_path / "f")))
-    assert torch.equal(found.basis, expected.basis)
-    assert torch.equal(found.mean, expected.mean)
 
 
 @given(made(channels=3, origin={}), st.data())

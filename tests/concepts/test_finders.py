@@ -65,21 +65,6 @@ def planted(channels=24, size=3, samples=400, positions=5, seed=0):
 # PCA.
 
 
-@pytest.mark.parametrize("n", [1, 3, 6])
-def test_pca_components_are_the_eigenvectors_of_the_covariance(n):
-    a = of_falling_variance()
-    pca = PCA(n)
-    subspaces = pca.fit(Features(a))
-    values, vectors = np.linalg.eigh(np.cov(a.numpy().T))
-    assert np.allclose(pca.explained_variance_.numpy(), values[::-1][:n], rtol=1e-10)
-    assert parallel(subspaces.basis, vectors[:, ::-1][:, :n])
-    assert torch.allclose(subspaces.mean, a.mean(0), rtol=1e-12)
-    assert subspaces.sizes == (1,) * n
-    projected = torch.cat(subspaces.project(a), 1)
-    covariance = projected.T.cov().reshape(n, n)
-    assert torch.allclose(covariance, pca.explained_variance_.diag(), rtol=0, atol=1e-9)
-
-
 def test_pca_components_are_scikit_learns_bits_again_and_again(plain, batches):
     features = collect_features(plain, batches, layer="conv2", positions=None)
     pca = PCA(4)
@@ -88,6 +73,8 @@ def test_pca_components_are_scikit_learns_bits_again_and_again(plain, batches):
     for subspaces in (first, pca.fit(features)):
         assert np.array_equal(pca.components_.numpy(), expected.components_)
         assert np.array_equal(subspaces.basis.numpy(), expected.components_.T)
+        assert np.array_equal(subspaces.mean.numpy(), expected.mean_)
+        assert np.array_equal(pca.explained_variance_.numpy(), expected.explained_variance_)
     pca.fit(Features(-features.activations[:50].flip(1)))
     assert np.array_equal(first.basis.numpy(), expected.components_.T)
     assert first.origin == {"finder": "PCA", "vectors": len(features.activations)}
@@ -130,31 +117,6 @@ def test_prca_components_are_the_eigenvectors_of_the_symmetrised_cross_covarianc
     assert torch.allclose(subspaces.mean, features.activations.mean(0))
     assert torch.equal(subspaces.basis, prca.components_.T)
     assert subspaces.origin == {"finder": "PRCA", "vectors": 300}
-
-
-@given(st.integers(0, 2**31), st.integers(1, 3))
-@property_test
-def test_no_other_directions_hold_more_relevance(seed, n):
-    features = related(vectors=40, channels=5, seed=seed)
-    if (brute_force(features)[0] > 1e-8).sum() < n:
-        return
-    prca = PRCA(n)
-    prca.fit(features)
-    rng = np.random.default_rng(seed)
-    a, c = features.activations.numpy(), features.contexts.numpy()
-    for _ in range(20):
-        other, _ = np.linalg.qr(rng.normal(size=(5, n)))
-        held = ((a @ other) * (c @ other)).sum(1).mean()
-        assert held <= float(prca.relevance_.sum()) + 1e-9
-
-
-def test_prca_with_contexts_equal_to_activations_is_uncentred_pca():
-    a = related().activations
-    prca = PRCA(4)
-    subspaces = prca.fit(Features(a, a))
-    _, singular, right = np.linalg.svd(a.numpy(), full_matrices=False)
-    assert np.allclose(prca.relevance_.numpy(), singular[:4] ** 2 / len(a), rtol=1e-10)
-    assert parallel(subspaces.basis, right[:4].T)
 
 
 def test_prca_refuses_more_directions_than_have_positive_relevance():
@@ -235,8 +197,7 @@ def test_contrastive_pca_refuses_what_has_no_contrast():
 
 
 @pytest.mark.parametrize("kind", ["logistic", "svm"])
-@pytest.mark.parametrize("C", [0.01, 1.0])
-@pytest.mark.parametrize("per_sample", [1, 3])
+@pytest.mark.parametrize(("C", "per_sample"), [(0.01, 1), (1.0, 3)])
 def test_a_classifiers_direction_is_scikit_learns(kind, C, per_sample):
     features = marked(per_sample=per_sample)
     cav = CAV(kind, C=C)
@@ -307,11 +268,9 @@ def test_one_channel_leaves_no_complement():
 
 def test_bad_arguments_are_refused():
     bare = Features(marked().activations)
-    wrong = (None, torch.ones(200), torch.arange(200), torch.tensor([0, 1]), torch.rand(200))
     for finder in (CAV(), ContrastivePCA()):
-        for spurious in wrong:
-            with pytest.raises(ValueError, match="attribute: one yes"):
-                finder.fit(bare, spurious)
+        with pytest.raises(ValueError, match="attribute: one yes"):
+            finder.fit(bare)
     with pytest.raises(ValueError, match="kind: 'ridge'"):
         CAV("ridge")
     for C in (0, -1.0, float("nan"), float("inf")):

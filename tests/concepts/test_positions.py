@@ -89,14 +89,14 @@ def test_a_layer_whose_first_axis_is_no_sample_is_refused(positions):
             return self.fc(doubled.flatten(1)[: len(x)] / 2)
 
     data = [torch.rand(3, 1, 8, 8)]
-    with pytest.raises(ValueError, match="values of 6 samples for 3 inputs"):
+    with pytest.raises(ValueError, match="values of 6 samples do not fit 3 inputs"):
         collect_features(Folded(), data, layer="conv", positions=positions)
 
 
-@pytest.mark.parametrize("axes", [1, 3])
+@pytest.mark.parametrize("axes", [1, 2, 3])
 def test_positions_of_any_number_of_axes_match_brute_force(axes):
     torch.manual_seed(0)
-    kind = {1: nn.Conv1d, 3: nn.Conv3d}[axes]
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
     model = nn.Sequential(kind(2, 4, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
     x = torch.rand(5, 2, *[4] * axes)
     model(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,38 +77,35 @@ def test_a_layer_added_to_a_concatenation_is_cut_in_two_groups() -> None:
     assert as_lists(groups["right"].norms) == {"norm": column(2, 5)}
 
 
-def test_a_grouped_convolution_loses_as_many_channels_in_each_of_its_groups() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3, groups=2),
-        nn.ReLU(),
-        nn.Conv2d(8, 2, 1),
-        nn.Flatten(),
-    )
-    groups = by_first_layer(channel_groups(model, torch.randn(1, 3, 3, 3)))
-    before = [[0, 3], [1, 4], [2, 5]]
-    assert as_lists(groups["0"].layers) == {"0": before}
-    assert as_lists(groups["0"].norms) == {"1": before}
-    assert as_lists(groups["3"].layers) == {"3": [[0, 4], [1, 5], [2, 6], [3, 7]]}
+conv, norm = nn.Conv2d, nn.BatchNorm2d
 
 
-def test_a_depthwise_convolution_rides_with_the_layer_before() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
-    )
-    groups = by_first_layer(channel_groups(model, torch.randn(1, 3, 5, 5)))
-    assert as_lists(groups["0"].layers) == {"0": column(0, 4), "1": column(0, 4)}
-    assert as_lists(groups["0"].norms) == {"2": column(0, 4)}
-
-
-def test_a_norm_behind_a_flattening_has_several_entries_a_unit() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 3, 1), nn.Flatten(), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 2)
-    )
-    group = channel_groups(model, torch.randn(1, 1, 2, 2))[0]
-    assert as_lists(group.norms) == {"2": [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]}
+@pytest.mark.parametrize(
+    ("modules", "layers", "norms"),
+    [
+        (  # a grouped convolution: as many channels go from each of its groups
+            [conv(3, 6, 1), norm(6), conv(6, 8, 3, groups=2), conv(8, 2, 1)],
+            [{"0": [[0, 3], [1, 4], [2, 5]]}, {"2": [[0, 4], [1, 5], [2, 6], [3, 7]]}],
+            [{"1": [[0, 3], [1, 4], [2, 5]]}, {}],
+        ),
+        (  # a depthwise convolution: with the layer before
+            [conv(3, 4, 1), conv(4, 4, 3, groups=4), norm(4), conv(4, 2, 1)],
+            [{"0": column(0, 4), "1": column(0, 4)}],
+            [{"2": column(0, 4)}],
+        ),
+        (  # a norm behind a flattening: several entries a unit
+            [nn.Conv2d(3, 3, 4), nn.Flatten(), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 2)],
+            [{"0": column(0, 3)}],
+            [{"2": [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]}],
+        ),
+    ],
+)
+def test_a_sequence_of_layers_is_coupled_as_by_hand(
+    modules: list[nn.Module], layers: list[Any], norms: list[Any]
+) -> None:
+    groups = channel_groups(nn.Sequential(*modules), torch.randn(1, 3, 5, 5))[: len(layers)]
+    assert [as_lists(group.layers) for group in groups] == layers
+    assert [as_lists(group.norms) for group in groups] == norms
 
 
 class AddsItsInput(nn.Module):
@@ -225,8 +224,3 @@ def test_what_cannot_be_traced_is_refused_by_name() -> None:
     shuffle = torchvision.models.shufflenet_v2_x0_5(weights=None)
     with pytest.raises(ValueError, match=r"cannot trace ShuffleNetV2.*ResNet.*shuffle channels"):
         channel_groups(shuffle, torch.randn(1, 3, 64, 64))
-
-
-def test_inputs_that_do_not_fit_are_told_apart_from_a_failed_trace() -> None:
-    with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 1, 8, 8\)"):
-        channel_groups(Residual(), torch.randn(1, 1, 8, 8))

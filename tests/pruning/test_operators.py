@@ -20,20 +20,11 @@ from xai_edit import (
     score_units,
     with_ablation,
 )
+from xai_edit.concepts.collect import values_at as output
 from xai_edit.core import UnknownLayerError
 from xai_edit.reproduce.networks import ResNet20
 
 SCORERS = [LRP("epsilon-plus", initial="one"), Taylor(), Activation(), WeightMagnitude(), Random(1)]
-
-
-def output(model, layer, inputs):
-    seen = []
-    handle = model.get_submodule(layer).register_forward_hook(
-        lambda _, __, out: seen.append(out.detach().clone())
-    )
-    model(inputs)
-    handle.remove()
-    return seen[0]
 
 
 def off(edit):
@@ -58,18 +49,8 @@ def test_pruned_channels_give_zero_and_the_first_layers_others_are_as_before(
     assert edit.origin["removed"] == f"{round(share * 10) if share < 0.9 else 8} of 10 units"
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_pruned_channels_give_zero_behind_batch_norm(norm, digits, batches, share):
-    edit = RelevancePruning(share).plan(norm, batches)
-    assert off(edit)
-    with edit.applied(norm):
-        for layer, following in (("body.0", "body.1"), ("body.3", "body.4")):
-            units = edit.origin["units"][layer]
-            assert (output(norm, following, digits[0])[:, units] == 0).all()
-
-
 @pytest.mark.parametrize("scorer", SCORERS, ids=repr)
-@pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("share", [0.35, 0.5, 1.0])
 def test_global_ranking_takes_the_lowest_of_all_layers_but_each_layers_best(
     plain, batches, scorer, share
 ):
@@ -105,7 +86,7 @@ def test_criteria_on_activations_are_read_behind_the_batch_norm_that_is_switched
     )
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("share", [0.1, 0.5])
 def test_local_ranking_takes_the_share_of_each_layer(plain, batches, share):
     layers = ["conv1", "conv2", "fc1"]
     scores = score_units(plain, batches, Taylor(), layers=layers, aggregate="abs")
@@ -129,21 +110,6 @@ class Negative:
         return {layer: -values for layer, values in scores.items()}
 
 
-@pytest.mark.parametrize("ranking", ["global", "local"])
-@pytest.mark.parametrize(
-    "scorer",
-    [Taylor(), CaptumLayer(LayerGradientXActivation), LRP("epsilon-plus", initial="one")],
-    ids=["taylor", "gradient x activation", "lrp"],
-)
-def test_a_criterion_and_its_negative_prune_the_same_units(plain, batches, scorer, ranking):
-    layers = ["conv1", "conv2", "fc1"]
-    edits = [
-        RelevancePruning(0.5, criterion, layers=layers, ranking=ranking).plan(plain, batches)
-        for criterion in (scorer, Negative(scorer))
-    ]
-    assert edits[0].origin["units"] == edits[1].origin["units"]
-
-
 def test_the_score_of_a_unit_is_the_absolute_sum_over_positions_of_each_sample():
     """Two filters whose positions cancel within a sample, or whose samples cancel."""
     model = nn.Sequential(
@@ -162,24 +128,6 @@ def test_the_score_of_a_unit_is_the_absolute_sum_over_positions_of_each_sample()
     for criterion in (scorer, Negative(scorer)):
         edit = RelevancePruning(1 / 3, criterion).plan(model, data)
         assert edit.origin["units"] == {"0": [0]}
-
-
-def test_the_default_score_is_the_absolute_relevance_of_each_sample(plain, batches):
-    layers = ["conv1", "conv2"]
-    total = dict.fromkeys(layers, 0)
-    scorer = LRP("epsilon-plus", initial="one")
-    for x, y in batches:
-        for layer, relevance in scorer(plain, x, y, layers).items():
-            total[layer] = total[layer] + relevance.double().abs().sum(0)
-    ranked = sorted(
-        (float(total[layer][unit] / total[layer].sum()), layer, unit)
-        for layer in layers
-        for unit in range(len(total[layer]))
-        if unit != int(total[layer].argmax())
-    )
-    edit = RelevancePruning(0.4).plan(plain, batches)
-    gone = {(layer, unit) for layer, units in off(edit).items() for unit in units}
-    assert gone == {(layer, unit) for _, layer, unit in ranked[:4]}
 
 
 def test_layers_left_out_are_the_convolutions_or_the_hidden_linear_ones(plain, batches):
@@ -206,16 +154,14 @@ def test_without_labels_a_target_is_needed(plain, batches):
 def test_a_residual_network_is_pruned_behind_its_batch_norms(unchanged):
     torch.manual_seed(0)
     model = resnet18(num_classes=10).eval()
-    with torch.no_grad():  # as after training
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.bias.normal_(0, 0.1)
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for name in norms:
+        nn.init.normal_(model.get_submodule(name).bias, 0, 0.1)  # as after training
     inputs = torch.randn(4, 3, 32, 32)
     check = unchanged(model)
     edit = RelevancePruning(0.3).plan(model, [(inputs, torch.arange(4))])
     check()
-    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert [*edit.origin["units"]] == convolutions
     following = dict(zip(convolutions, norms, strict=True))  # they alternate
     total = sum(model.get_submodule(name).out_channels for name in convolutions)
@@ -223,10 +169,8 @@ def test_a_residual_network_is_pruned_behind_its_batch_norms(unchanged):
     assert abs(removed - round(0.3 * total)) <= 5 / 2  # up to five channels go together
     assert edit.origin["removed"] == f"{removed} of {total} units"
     with edit.applied(model):
-        for layer in off(edit):
-            assert (
-                output(model, following[layer], inputs)[:, edit.origin["units"][layer]] == 0
-            ).all()
+        for layer, units in off(edit).items():
+            assert (output(model, following[layer], inputs)[:, units] == 0).all()
     check()
 
 

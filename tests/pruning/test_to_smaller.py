@@ -137,13 +137,9 @@ def small_residual() -> nn.Module:
 def stem_and_inner(model: nn.Module, inputs: Tensor) -> ModelEdit:
     """Switch off units 1 and 3 of the stream and unit 0 inside of the block."""
     stream, inside, *_ = channel_groups(model, inputs)
-    return zeros_at(
-        model,
-        [
-            silenced_entries(model, stream, torch.tensor([1, 3])),
-            silenced_entries(model, inside, torch.tensor([0])),
-        ],
-    )
+    pruned = [(stream, [1, 3]), (inside, [0])]
+    entries = [silenced_entries(model, group, torch.tensor(units)) for group, units in pruned]
+    return zeros_at(model, entries)
 
 
 def test_what_is_left_are_the_weights_of_the_units_left() -> None:
@@ -175,39 +171,20 @@ def test_what_is_left_are_the_weights_of_the_units_left() -> None:
     assert smaller.norm.num_features == 2
 
 
-def test_silencing_sets_to_zero_what_the_units_give_and_nothing_else() -> None:
-    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
-    seen: dict[str, Tensor] = {}
-    for name in ("norm", "late", "outer"):
-        module = model.get_submodule(name)
-        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
-    with torch.no_grad(), stem_and_inner(model, inputs).applied(model):
-        model(inputs)
-    zero = {name: (out == 0).all(0).flatten(1).all(1).tolist() for name, out in seen.items()}
-    assert zero == {
-        "norm": [False, True, False, True],
-        "late": [True, False, False],
-        "outer": [False, True, False, True],
-    }
-
-
 def test_a_masked_model_needs_no_edit() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
     edit = stem_and_inner(model, inputs)
     expected = to_smaller(model, edit, inputs).state_dict()
     edit.apply(model)
-    torch.testing.assert_close(
-        to_smaller(model, None, inputs).state_dict(), expected, rtol=0, atol=0
-    )
+    found = to_smaller(model, None, inputs).state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_one_unit_of_each_group_stays() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
     _, inside, *_ = channel_groups(model, inputs)
-    smaller = to_smaller(
-        model, zeros_at(model, [silenced_entries(model, inside, torch.arange(3))]), inputs
-    )
-    assert smaller.inner.weight.shape == (1, 4, 3, 3)
+    edit = zeros_at(model, [silenced_entries(model, inside, torch.arange(3))])
+    assert to_smaller(model, edit, inputs).inner.weight.shape == (1, 4, 3, 3)
 
 
 def test_the_flags_dtype_and_the_model_itself_stay() -> None:
@@ -220,11 +197,10 @@ def test_the_flags_dtype_and_the_model_itself_stay() -> None:
     with torch.no_grad():
         smaller = to_smaller(model, edit, inputs)
     for name, module in smaller.named_modules():
-        assert module.training == model.get_submodule(name).training, name
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            assert not hooks
-        assert type(module) is type(model.get_submodule(name))
-        assert vars(module).keys() == vars(model.get_submodule(name)).keys()
+        old = model.get_submodule(name)
+        assert (type(module), module.training) == (type(old), old.training), name
+        assert not module._forward_hooks
+        assert vars(module).keys() == vars(old).keys()
     for name, parameter in smaller.named_parameters():
         assert parameter.requires_grad == (name != "stem.weight"), name
         assert parameter.dtype == torch.float64
@@ -252,15 +228,12 @@ def test_an_edit_that_switches_nothing_off_is_refused() -> None:
 
 def test_units_that_have_to_stay_say_why() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
-    *_, head = channel_groups(model, inputs)
-    with pytest.raises(ValueError, match="'head' have to stay: they are the model's outputs"):
-        silenced_entries(model, head, torch.tensor([0]))
     edit = zeros_at(model, [{"head.weight": torch.arange(6), "head.bias": torch.tensor([0])}])
     with pytest.raises(ValueError, match="layer 'head' are, but have to stay: they are the model"):
         to_smaller(model, edit, inputs)
 
 
-def test_another_model_input_or_graph_is_refused() -> None:
+def test_another_model_or_input_is_refused() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
     edit = stem_and_inner(model, inputs)
     with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 1, 5, 5\)"):
@@ -268,9 +241,6 @@ def test_another_model_input_or_graph_is_refused() -> None:
     torch.manual_seed(1)
     with pytest.raises(EditMismatchError, match="differs from the model"):
         to_smaller(as_trained(Residual()), edit, inputs)
-    shuffle = torchvision.models.shufflenet_v2_x0_5(weights=None)
-    with pytest.raises(ValueError, match="cannot trace ShuffleNetV2"):
-        to_smaller(shuffle, None, torch.randn(1, 3, 64, 64))
 
 
 class CountsChannels(nn.Module):

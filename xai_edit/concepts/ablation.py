@@ -1,10 +1,11 @@
-"""Removing subspaces: in the forward pass with an LRP rule, in a copy, or in the next weights."""
+"""Ablation of subspaces in the forward pass, in a copy of the model, or folded into weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,19 +31,7 @@ ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
 
 
 class SubspaceAblation(nn.Module):
-    """The linear map a ↦ a − U Uᵀ(a − μ) over the channels.
-
-    Relevance passes through it by the epsilon rule of this map, R_a = a ⊙ P(R / a′) with
-    P = I − U Uᵀ: conserved but for what the constant U Uᵀμ takes.
-
-    Parameters
-    ----------
-    subspaces : Subspaces
-    indices : sequence of int
-        The subspaces to remove.
-    channel_axis : int or None
-        None until it is found in the model's first forward pass.
-    """
+    """The linear map a ↦ a − U Uᵀ(a − μ) over the channels, with the epsilon rule for relevance."""
 
     directions: Tensor
     mean: Tensor
@@ -57,7 +46,7 @@ class SubspaceAblation(nn.Module):
         self.lrp_rule = Epsilon()
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Return the activations without the subspaces, same shape."""
+        """Return the activations without the subspaces, of the same shape."""
         if self.axis.number is None:
             return activations
         U = self.directions.to(activations)
@@ -72,7 +61,7 @@ class SubspaceAblation(nn.Module):
 
 @dataclass
 class _Axis:
-    """The axis of the channels; not an attribute of a module, which the guard would restore."""
+    """The axis of the channels, None before the first forward pass; `preserved` keeps its value."""
 
     number: int | None
 
@@ -86,37 +75,33 @@ def ablated(
     *,
     unit_axis: int | Mapping[str, int] | None = None,
 ) -> Iterator[str]:
-    """Remove subspaces behind a layer inside a ``with`` block.
-
-    The layer is replaced by a module that holds it and the ablation, so every scorer, Zennit's and
-    Captum's alike, sees an ordinary module. A Zennit name map finds the layer by the name yielded.
+    """Remove subspaces from a layer's output inside a ``with`` block.
 
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode while inside; afterwards exactly as it was.
+        In evaluation mode inside the block; restored afterwards.
     layer : str
-        A module that passes on one tensor.
+        A module that returns one tensor.
     subspaces : Subspaces
     indices : sequence of int
         The subspaces to remove.
     unit_axis : int, optional
-        The axis of the channels. When left out, it is found in the first forward pass inside, which
-        raises ValueError where it cannot be; see `xai_edit.core.axes.unit_axes`.
+        The axis of the channels. When left out, the first forward pass determines it, or raises
+        ValueError; see `xai_edit.core.axes.unit_axes`.
 
     Yields
     ------
     str
-        The name of the layer itself while inside.
+        The name of the original layer inside the block, such as for a Zennit name map.
 
     Raises
     ------
     UnknownLayerError, ValueError
         If the layer or an index does not exist.
     """
-    behind = _ablation(model, layer, subspaces, indices, unit_axis)
     with preserved(model):
-        _insert(model, layer, behind)
+        _insert(model, layer, subspaces, indices, unit_axis)
         yield f"{layer}.layer"
 
 
@@ -130,36 +115,19 @@ def with_ablation(
 ) -> nn.Module:
     """Return a copy of a model with the ablation as a layer.
 
-    For networks into which `fold_ablation` cannot fold it exactly. ``state_dict`` and
-    ``torch.export`` hold the layer. Pruning and `to_smaller` take the copy as any network; the
-    channels that the ablation mixes stay.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Only read.
-    layer, subspaces, indices, unit_axis
-        See `ablated`.
-
-    Returns
-    -------
-    nn.Module
-        With the layer's parameters under ``{layer}.layer`` and the buffers ``directions``, float64,
-        shape (channels, directions), and ``mean``, (channels,), under ``{layer}.ablation``.
-
-    Raises
-    ------
-    UnknownLayerError, ValueError
-        If the layer or an index does not exist, or the model cannot be copied.
+    For networks into which `fold_ablation` cannot fold it exactly; arguments and errors are those
+    of `ablated`. The copy can be pruned, saved and exported as any network, and pruning keeps the
+    channels that the ablation mixes. It has the layer's parameters under ``{layer}.layer`` and the
+    buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,), under
+    ``{layer}.ablation``.
     """
-    behind = _ablation(model, layer, subspaces, indices, unit_axis)
-    kept = copied(model)
-    _insert(kept, layer, behind)
-    return kept
+    copy = copied(model)
+    _insert(copy, layer, subspaces, indices, unit_axis)
+    return copy
 
 
 class _Ablated(nn.Module):
-    """A layer and the ablation behind it, called as the layer alone."""
+    """A layer followed by an ablation, with the layer's call signature."""
 
     def __init__(self, layer: nn.Module, ablation: SubspaceAblation) -> None:
         super().__init__()
@@ -171,7 +139,7 @@ class _Ablated(nn.Module):
         return ablated
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the layer that the module around it looks at; not its weights."""
+        """Return an attribute of the layer, but not its weights."""
         if name in (*self._parameters, *self._buffers, *self._modules):
             return super().__getattr__(name)
         value = getattr(super().__getattr__("layer"), name)
@@ -183,40 +151,19 @@ class _Ablated(nn.Module):
         return value
 
 
-class _FindAxis:
-    """A pre-hook of the model: before the first forward pass, finds the axis of the channels."""
-
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
-
-    def __call__(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        axis: _Axis = model.get_submodule(f"{self.layer}.ablation").axis  # type: ignore[assignment]
-        if axis.number is not None:
-            return
-        name = f"{self.layer}.layer"
-        with preserved(model):
-            for module in model.modules():  # this hook, and those that gather values
-                module._forward_hooks.clear()
-                module._forward_pre_hooks.clear()
-            axis.number = unit_axes(model, first_tensor(inputs, named), [name])[name]
-
-
-def _ablation(
+def _insert(
     model: nn.Module,
     layer: str,
     subspaces: Subspaces,
     indices: Sequence[int],
     unit_axis: int | Mapping[str, int] | None,
-) -> SubspaceAblation:
+) -> None:
+    """Replace a layer by the layer followed by its ablation."""
     resolve_layers(model, [layer])
     if layer.endswith(INPUT_SUFFIX):
         raise ValueError(f"layer: {layer!r} given; name the layer whose outputs are ablated")
     axis = known_axes(model, [layer], unit_axis).get(layer)
-    return SubspaceAblation(subspaces, indices, axis).to(model_device(model))
-
-
-def _insert(model: nn.Module, layer: str, ablation: SubspaceAblation) -> None:
-    """Put a layer and its ablation where the layer was."""
+    ablation = SubspaceAblation(subspaces, indices, axis).to(model_device(model))
     parent, _, name = layer.rpartition(".")
     module = layer_module(model, layer)
     for path, outer in model.named_modules():
@@ -224,17 +171,35 @@ def _insert(model: nn.Module, layer: str, ablation: SubspaceAblation) -> None:
         if around and isinstance(outer, nn.TransformerEncoderLayer):
             outer.activation_relu_or_gelu = 0  # else its fast path reads weights, calls no layer
     model.get_submodule(parent)._modules[name] = _Ablated(module, ablation)
-    if ablation.axis.number is None:
-        model.register_forward_pre_hook(_FindAxis(layer), with_kwargs=True)
+    if axis is None:
+        model.register_forward_pre_hook(partial(_find_axis, layer), with_kwargs=True)
+
+
+def _find_axis(
+    layer: str, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    """Find the axis of the channels before the first forward pass; a pre-hook of the model."""
+    axis: _Axis = model.get_submodule(f"{layer}.ablation").axis  # type: ignore[assignment]
+    if axis.number is not None:
+        return
+    name = f"{layer}.layer"
+    with preserved(model):
+        for module in model.modules():  # this hook, and those that gather values
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        axis.number = unit_axes(model, first_tensor(inputs, named), [name])[name]
 
 
 def fold_ablation(
     model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int], inputs: Tensor
 ) -> dict[str, Tensor]:
-    """Return parameters with which the model computes what it computes under `ablated`.
+    """Return parameters that give the model the outputs it has under `ablated`.
 
     With P = I − U Uᵀ the ablated activations are P a + U Uᵀμ, so a layer W a + b that reads them
-    becomes (W P) a + (b + W U Uᵀμ). The model is only read.
+    becomes (W P) a + (b + W U Uᵀμ). Returns its weight and bias by name.
+
+    ValueError if no single linear or ungrouped convolution layer with a bias reads the activations
+    directly, or the outputs differ, as with zero padding or another branch that reads them.
 
     Parameters
     ----------
@@ -242,17 +207,6 @@ def fold_ablation(
         See `ablated`.
     inputs : Tensor, shape (samples, ...)
         A batch on which the folded model is compared with the ablated one.
-
-    Returns
-    -------
-    dict of Tensor
-        Names and new values of the reader's weight and bias.
-
-    Raises
-    ------
-    ValueError
-        If no single linear or ungrouped convolution layer reads the activations as they are, it
-        has no bias, or the outputs differ (zero padding lacks the constant, another branch reads).
     """
     name, reader = _reader(model, layer, inputs)
     grouped = getattr(reader, "groups", 1) > 1
@@ -274,8 +228,8 @@ def fold_ablation(
         with ablated(model, layer, subspaces, indices):
             expected = model(inputs)
         with preserved(model):
-            found = torch.func.functional_call(model, values, (inputs,))
-    difference = float((found - expected).abs().max() / expected.abs().max())
+            outputs = torch.func.functional_call(model, values, (inputs,))
+    difference = float((outputs - expected).abs().max() / expected.abs().max())
     if not difference <= ROUNDING:
         raise ValueError(
             f"layer {layer!r}: folding its ablation into {name!r} is not exact, the outputs differ "
@@ -286,7 +240,7 @@ def fold_ablation(
 
 
 def _reader(model: nn.Module, layer: str, inputs: Tensor) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Return the one linear or convolution layer that gets the layer's output as it is."""
+    """Return the only linear or convolution layer that reads the layer's output directly."""
     readers = [
         name
         for name in trace(model, inputs).readers(layer)
@@ -295,6 +249,6 @@ def _reader(model: nn.Module, layer: str, inputs: Tensor) -> tuple[str, nn.Linea
     if len(readers) != 1 or isinstance(model.get_submodule(readers[0]), TRANSPOSED):
         raise ValueError(
             f"layer {layer!r}: its output goes to {readers or 'no linear or convolution layer'} "
-            "directly; to keep the ablation, one such layer has to read it as it is"
+            "directly; to fold the ablation, exactly one such layer has to read it"
         )
     return readers[0], model.get_submodule(readers[0])  # type: ignore[return-value]

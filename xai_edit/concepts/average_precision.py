@@ -1,4 +1,4 @@
-"""Average precision of one ranking in many bootstrap resamples at once, drawn group by group."""
+"""Average precision of a ranking in all resamples of a bootstrap within groups at once."""
 
 from __future__ import annotations
 
@@ -10,31 +10,18 @@ from torch import Tensor
 ENTRIES = 2**22  # samples × resamples in memory at once; 16 MB in single precision
 
 
-def counted_once(sizes: Sequence[int]) -> list[Tensor]:
-    """Return the counts of `resampled_counts` for the samples themselves, float64."""
-    return [torch.arange(size + 1).double()[:, None] for size in sizes]
-
-
 def resampled_counts(
     sizes: Sequence[int], resamples: int, generator: torch.Generator
 ) -> Iterator[list[Tensor]]:
-    """Draw each group with replacement, many times, a chunk of resamples at a time.
+    """Yield how often samples are drawn in a bootstrap within groups, some resamples at a time.
 
-    A bootstrap within groups (Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, ch. 8),
-    so that no resample lacks a group. As all samples of a group are drawn alike, one draw of counts
-    serves every ranking of the group.
-
-    Parameters
-    ----------
-    sizes : sequence of int
-        Samples of each group.
-    resamples : int
-    generator : torch.Generator
+    Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, ch. 8: each group is drawn with
+    replacement, so that no resample lacks a group.
 
     Yields
     ------
     list of Tensor, float32, shape (size + 1, chunk)
-        Of each group, how often its first 0, 1, … samples were drawn together.
+        For each group of ``size`` samples, the number of draws of its first 0, 1, … samples.
     """
     chunk = max(1, ENTRIES // max(1, sum(sizes)))
     for first in range(0, resamples, chunk):
@@ -58,25 +45,19 @@ def average_precision(
 ) -> Tensor:
     """Return Σ_t (recall_t − recall_{t−1}) · precision_t over thresholds t, shape (resamples,).
 
-    Samples of the same score share a threshold, as in scikit-learn.
-
-    Parameters
-    ----------
-    ranked : sequence of Tensor, shape (size,)
-        Scores of each group, rising.
-    counts : sequence of Tensor, shape (size + 1, resamples)
-        See `resampled_counts`.
-    positive, negative : sequence of int
-        The groups that are to have high and low scores; both with samples.
+    ``ranked`` are the ascending scores of each group, of which equal ones share a threshold, as in
+    scikit-learn; ``counts`` are those of `resampled_counts`; ``positive`` and ``negative`` are
+    indices of groups.
     """
     # Recall changes only at the scores of positive samples.
     thresholds = torch.cat([ranked[group] for group in positive]).unique().flip(0)
 
-    def found(groups: Sequence[int]) -> Tensor:
-        above = {k: len(ranked[k]) - torch.searchsorted(ranked[k], thresholds) for k in groups}
-        return torch.stack([counts[k][at] for k, at in above.items()]).sum(0)
+    def above(groups: Sequence[int]) -> Tensor:
+        ranks = {k: len(ranked[k]) - torch.searchsorted(ranked[k], thresholds) for k in groups}
+        return torch.stack([counts[k][rank] for k, rank in ranks.items()]).sum(0)
 
-    right, wrong = found(positive), found(negative)
-    precision = right / (right + wrong).clamp(min=1)
-    gained = torch.cat([right[:1], right.diff(dim=0)])
-    return ((gained * precision).sum(0) / right[-1]).clamp(max=1)  # rounding may exceed 1
+    true_positives, false_positives = above(positive), above(negative)
+    precision = true_positives / (true_positives + false_positives).clamp(min=1)
+    gained = torch.cat([true_positives[:1], true_positives.diff(dim=0)])
+    # Rounding may exceed 1.
+    return ((gained * precision).sum(0) / true_positives[-1]).clamp(max=1)

@@ -1,4 +1,4 @@
-"""Which subspaces hold a spurious feature and nothing of the class, by their average precisions."""
+"""Choice of the subspaces that hold a spurious feature and nothing of the class."""
 
 from __future__ import annotations
 
@@ -9,31 +9,22 @@ from xai_edit.concepts.predictiveness import COLUMNS, GROUPS, AveragePrecision, 
 MIDDLE = 0.5
 ENOUGH = 10  # samples; resamples of fewer are too much alike for an interval
 
-# What a column looks for, and among which samples.
+# What a column predicts.
 OF_FEATURE = {
-    "spurious_in_class": ("the feature", "in the class"),
-    "spurious_in_rest": ("the feature", "in the rest"),
+    "spurious_in_class": "the feature in the class",
+    "spurious_in_rest": "the feature in the rest",
 }
 OF_CLASS = {
-    "class_with": ("the class", "with the feature"),
-    "class_without": ("the class", "without the feature"),
-    "rest_with": ("the rest", "with the feature"),
-    "rest_without": ("the rest", "without the feature"),
+    "class_with": "the class with the feature",
+    "class_without": "the class without the feature",
+    "rest_with": "the rest with the feature",
+    "rest_without": "the rest without the feature",
 }
-WORDS = OF_FEATURE | OF_CLASS
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Subspaces that were chosen, and why, or why none.
-
-    Attributes
-    ----------
-    indices : tuple of int
-        Best first; empty where none will do.
-    reason : str
-        One sentence.
-    """
+    """Indices of the chosen subspaces, best first, and the reason in one sentence."""
 
     indices: tuple[int, ...]
     reason: str
@@ -47,19 +38,18 @@ def choose_spurious(table: Predictiveness) -> Choice:
 
     A subspace is chosen if its average precision
 
-    - for the feature, within the class and within the rest, lies above the middle between chance
+    - for the feature, within the class and within the rest, is above the middle between chance
       and 1, with its whole interval above chance; and
-    - for the class and for the rest, with the feature and without it, lies below that middle.
+    - for the class and for the rest, with the feature and without it, is below that middle.
 
     The middle, (AP − chance) / (1 − chance) = ½, makes columns of different chance comparable: it
-    parts the poster's two cases, 0.97 at a chance of 0.3 and 0.72 at a chance of 0.5. Columns over
-    all samples decide nothing, since in biased data the feature and the class go together.
+    separates the poster's two cases, 0.97 at a chance of 0.3 and 0.72 at a chance of 0.5. Columns
+    over all samples do not count, since in biased data the feature and the class are correlated.
 
     Parameters
     ----------
     table : Predictiveness
-        Of samples of all four kinds, as many of each as can be had: columns with fewer than ten
-        positive or negative samples are left out.
+        Columns with fewer than ten positive or negative samples are left out.
     """
     of_feature = [name for name in OF_FEATURE if _enough(table, name)]
     of_class = [name for name in OF_CLASS if _enough(table, name)]
@@ -88,11 +78,19 @@ def choose_spurious(table: Predictiveness) -> Choice:
         lower = min(above_chance(index, name).interval[0] for name in of_feature)
         return strength(index) > MIDDLE and lower > 0
 
+    def in_words(index: int, name: str) -> str:
+        entry = _entry(table, index, name)
+        middle = entry.chance + MIDDLE * (1 - entry.chance)
+        return (
+            f"average precision {entry} for {(OF_FEATURE | OF_CLASS)[name]}, where chance is "
+            f"{entry.chance:.2f} and the middle {middle:.2f}"
+        )
+
     ranked = sorted(range(len(table)), key=strength, reverse=True)
     holding = [index for index in ranked if holds_feature(index)]
     chosen = tuple(k for k in holding if above_chance(k, closest(k)).value < MIDDLE)
     best = chosen[0] if chosen else ranked[0]
-    feature, others = (_in_words(table, best, name) for name in (weakest(best), closest(best)))
+    feature, others = in_words(best, weakest(best)), in_words(best, closest(best))
     if chosen:
         listed = ", ".join(map(str, chosen))
         return Choice(
@@ -100,9 +98,9 @@ def choose_spurious(table: Predictiveness) -> Choice:
             f"of {len(table)} subspaces, those that predict the spurious feature and not the "
             f"class: {listed}; {best} has {feature}, and {others}",
         )
-    why = "; above the middle is asked, and the interval above chance"
+    why = "; it has to be above the middle, with its interval above chance"
     if holding:
-        why = f", but also {others}; below the middle is asked there"
+        why = f", but also {others}; the latter has to be below the middle"
     return Choice(
         (),
         "no subspace predicts the spurious feature and not the class: the best, "
@@ -117,15 +115,5 @@ def _entry(table: Predictiveness, index: int, name: str) -> AveragePrecision:
 
 
 def _enough(table: Predictiveness, name: str) -> bool:
-    sizes = [[table.groups[GROUPS[group]] for group in side] for side in COLUMNS[name]]
-    return table.chance[name] is not None and min(map(sum, sizes)) >= ENOUGH
-
-
-def _in_words(table: Predictiveness, index: int, name: str) -> str:
-    sought, among = WORDS[name]
-    entry = _entry(table, index, name)
-    middle = entry.chance + MIDDLE * (1 - entry.chance)
-    return (
-        f"average precision {entry} for {sought} {among}, where chance is {entry.chance:.2f} and "
-        f"the middle {middle:.2f}"
-    )
+    sizes = [sum(table.groups[GROUPS[group]] for group in side) for side in COLUMNS[name]]
+    return table.chance[name] is not None and min(sizes) >= ENOUGH

@@ -1,4 +1,4 @@
-"""One pass over the data that keeps a layer's activations and contexts, in memory or on disk."""
+"""Collection of a layer's activations and contexts in one pass over the data."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def collect_features(
     unit_axis: int | None = None,
     on_disk: str | Path | None = None,
 ) -> Features:
-    """Pass the data through the model once and keep a layer's vectors at random positions.
+    """Return a layer's activation vectors at random positions, from one pass over the data.
 
     Inside ``torchrun`` each rank collects from its own shard, and `Features.all_reduce` joins them.
 
     Parameters
     ----------
     model : nn.Module
-        Left exactly as it was.
+        Not changed.
     data : iterable or Dataset
         See `xai_edit.core.data.batches`.
     layer : str
@@ -66,28 +66,23 @@ def collect_features(
     target : int, "label", "predicted" or callable
         The output that the contexts explain; see `xai_edit.core.targets.Target`.
     positions : int or None
-        Positions drawn per sample without replacement; all of them when None or fewer.
+        Positions drawn per sample without replacement; None for all.
     attribute : callable, Tensor or None
         Which samples have the spurious feature; the data's third element when left out.
     seed : int
-        Of the drawn positions; see `PositionDraw`.
+        Of the drawn positions.
     unit_axis : int, optional
-        The axis of the layer's channels; see `xai_edit.core.axes.unit_axes` for how it is
-        found when left out.
+        The axis of the layer's channels; determined by `xai_edit.core.axes.unit_axes` when left
+        out.
     on_disk : path, optional
-        A file for the vectors, as `Features.save` writes it, memory-mapped, so that memory does not
-        grow with the data. Each of several ranks needs another file. While it is written the folder
-        needs twice its size.
+        A file for the vectors, memory-mapped, so that memory does not grow with the data. Each of
+        several ranks needs another file, and twice its size on disk while it is written.
 
     Raises
     ------
-    TypeError
-        If the scorer is not an `LRP`.
-    OSError
-        If the file cannot be written.
-    UnknownLayerError, NonFiniteError, ValueError
-        On bad input. Also if the composite's relevance is not in proportion to activations, or a
-        batch norm is merged into the layer: its values are then not the model's.
+    UnknownLayerError, NonFiniteError, TypeError, ValueError
+        On bad input; also if the composite's relevance is not in proportion to activations, or a
+        batch norm is merged into the layer, which changes the layer's values.
     """
     draw = PositionDraw(positions, seed)
     if scorer is not None:
@@ -117,17 +112,16 @@ def collect_features(
                         _vectors(model, batch.inputs, layer, taken_at, scorer, target, origin)
                     )
                 draw.see(batch.inputs)
-                found = vectors_of(batch)  # each (samples, positions, channels)
+                kept = vectors_of(batch)  # each (samples, positions, channels)
                 numbers = torch.arange(samples, samples + len(batch))
-                found["sample"] = numbers[:, None].expand(found["activations"].shape[:2])
-                for name, taken in found.items():
+                kept["sample"] = numbers[:, None].expand(kept["activations"].shape[:2])
+                for name, rows in kept.items():
                     path = None if folder is None else folder / name
-                    vectors.setdefault(name, _Rows(path)).append(taken.flatten(0, 1))
+                    vectors.setdefault(name, _Rows(path)).append(rows.flatten(0, 1))
                 labels.append(batch.labels)
                 known = attribute is not None or batch.groups is not None
-                attributes.append(
-                    attribute_of(attribute, batch, samples, "attribute") if known else None
-                )
+                values = attribute_of(attribute, batch, samples, "attribute") if known else None
+                attributes.append(values)
                 samples += len(batch)
         check_length(attribute, samples, "attribute")
         if not samples:  # on one of several ranks
@@ -145,7 +139,7 @@ def collect_features(
 
 
 class _Rows:
-    """Rows that come batch by batch, kept in memory or in a new file, memory-mapped in the end."""
+    """Rows collected batch by batch, in memory or in a file that is memory-mapped at the end."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -153,7 +147,7 @@ class _Rows:
         self.kind: tuple[torch.Size, torch.dtype] | None = None
 
     def append(self, rows: Tensor) -> None:
-        """Keep rows behind the others, shape (rows, ...)."""
+        """Append rows, shape (rows, ...)."""
         rows = rows.detach().cpu()
         kind = rows.shape[1:], rows.dtype
         if self.kind not in (None, kind):
@@ -166,7 +160,7 @@ class _Rows:
             rows.contiguous().view(torch.uint8).numpy().tofile(file)
 
     def joined(self) -> Tensor:
-        """Return all rows on the CPU; a file may be removed then."""
+        """Return all rows on the CPU; the file may then be removed."""
         if self.path is None:
             return torch.cat(self.parts)
         assert self.kind is not None  # something was appended
@@ -186,7 +180,7 @@ def _vectors(
     target: Target,
     origin: dict[str, Any],
 ) -> Iterator[Callable[[Batch], dict[str, Tensor]]]:
-    """Yield a function that returns the activations, and perhaps contexts, of one batch."""
+    """Yield a function that returns the activations, and with a scorer contexts, of one batch."""
 
     def activations_of(batch: Batch) -> dict[str, Tensor]:
         values = values_at(model, layer, batch.inputs)
@@ -209,7 +203,7 @@ def _vectors(
 
 
 def values_at(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
-    """Return what a model computes at a layer, when no rule is registered on it."""
+    """Return a layer's values in the model without LRP rules."""
     with torch.no_grad(), tapped(model, [layer]) as tap:
         run(model, inputs)
     tap.require([layer])
@@ -222,6 +216,6 @@ def require_same_values(
     """Raise ValueError if canonizers have changed what a layer computes for the first sample."""
     if gather.first is not None and not same_logits(plain, gather.first):
         raise ValueError(
-            f"layer: {layer!r} given, whose values are others under {list(canonizers)}; a batch "
+            f"layer: {layer!r} given, whose values change under {list(canonizers)}; a batch "
             "norm is merged into it, so name that norm or a layer behind it"
         )

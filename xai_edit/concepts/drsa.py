@@ -1,4 +1,4 @@
-"""Disentangled relevant subspaces: each holds the relevance of a part of the samples."""
+"""``DRSA``, which finds disentangled relevant subspaces by gradient ascent."""
 
 from __future__ import annotations
 
@@ -14,25 +14,20 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import fraction, require, whole_number
 
 WORK = 2048  # channels times random starts
-SCREENING = 20  # steps after which only the best start goes on
-PATIENCE = 10  # steps over which the rise is measured
-REVIVALS = 10  # a start
-HALVINGS = 12  # of a step that does not raise the objective
-TURN = 0.1  # of a basis at most in a step, by its norm; on real features longer ones go astray
+SCREENING = 20  # steps after which only the best start continues
+PATIENCE = 10  # steps over which the increase is measured
+REVIVALS = 10  # at most, for each start
+HALVINGS = 12  # of a step that does not increase the objective
+TURN = 0.1  # largest change of a basis in a step, relative to its norm
 CONDITION = 1e-3  # of VᵀV, above which its eigenvectors are exact enough
-ROUNDING = 1e-7  # of the objective, in single precision
+ROUNDING = 1e-7  # relative, of the objective in single precision
 
 
 def disentanglement(parts: Tensor) -> Tensor:
     """Return the objective J = M^½ over subspaces of M² over vectors of max(0, R_kn).
 
-    M^p is the power mean (mean x^p)^{1/p}: high if each subspace has much relevance in some
-    vectors, and all subspaces have some (Chormai et al. 2024).
-
-    Parameters
-    ----------
-    parts : Tensor, shape (vectors, subspaces)
-        Relevance by subspace; see `Subspaces.split`.
+    M^p is the power mean (mean x^p)^{1/p} (Chormai et al. 2024); ``parts`` has the relevance by
+    subspace, shape (vectors, subspaces), see `Subspaces.split`.
     """
     return _strengths(parts).sqrt().mean().square()
 
@@ -45,10 +40,13 @@ class DRSA:
     """Disentangled relevant subspace analysis (Chormai et al. 2024).
 
     Maximises `disentanglement` over orthonormal bases U by steps U ← V(VᵀV)^{-½}, the orthonormal
-    matrix nearest to V = U + rate · (∇J + conjugate part of the last step). The rate adapts: it is
-    halved where a step does not raise J, and grows where one does. Of several random starts the
-    best after a few steps goes on. A subspace without positive relevance, which has no gradient,
-    is mixed with the strongest one.
+    matrix nearest to V = U + rate · (∇J + conjugate part of the last step), with an adaptive rate.
+    After a few steps only the best of several random starts continues. A subspace without positive
+    relevance, which has no gradient, is mixed with the strongest one.
+
+    Fitting sets ``components_``, shape (n_subspaces · size, channels), the mean relevance of each
+    subspace ``relevance_``, and ``objective_`` for activations and contexts each divided by their
+    root mean square · channels^¼.
 
     Parameters
     ----------
@@ -56,23 +54,13 @@ class DRSA:
     size : int, optional
         Directions of each subspace; channels // n_subspaces when left out.
     n_init : int, optional
-        Random starts; 2048 // channels within 4 and 32 when left out. Their maxima differ by a
-        percent or more on real features.
+        Random starts; 2048 // channels within 4 and 32 when left out.
     max_iter : int
-        Steps of the start that goes on; most of the rise is in the first hundred.
+        Steps of the best start.
     tol : float
-        Stop when ten steps raise the objective by less than this share.
+        Stop when ten steps increase the objective by less than this share.
     seed : int
         Of the starts.
-
-    Attributes
-    ----------
-    components_ : Tensor, float64, shape (n_subspaces · size, channels)
-        As in scikit-learn, the subspaces in order.
-    relevance_ : Tensor, float64, shape (n_subspaces,)
-        Mean relevance of each subspace, in falling order.
-    objective_ : float
-        For activations and contexts that are each divided by their root mean square · channels^¼.
     """
 
     def __init__(
@@ -93,16 +81,11 @@ class DRSA:
         self.seed = whole_number(seed, "seed")
 
     def fit(self, features: Features) -> Subspaces:
-        """Find the subspaces, in the order of their mean relevance.
+        """Find the subspaces, by descending mean relevance.
 
-        Their ``origin`` has the objective's course, what each start had reached when the best was
-        chosen, and how often a subspace without relevance was mixed anew.
-
-        Raises
-        ------
-        ValueError
-            If the features have no contexts or no positive relevance, or there are more directions
-            than channels or vectors.
+        Their ``origin`` has the objective after each step (``course``) and of each start when the
+        best was chosen (``screened``). ValueError if the features have no contexts or no positive
+        relevance, or there are more directions than channels or vectors.
         """
         contexts = features.require_contexts()
         vectors, channels = features.activations.shape
@@ -160,7 +143,7 @@ class DRSA:
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """The objective at one basis, with what its gradient needs."""
+    """The objective at one basis, with intermediate results for its gradient."""
 
     basis: Tensor  # float64
     a: Tensor  # Uᵀa of each vector, (vectors, directions)
@@ -171,7 +154,7 @@ class _Point:
 
 
 class _Problem:
-    """The objective on some features, for any basis."""
+    """The objective on activations and contexts as a function of the basis."""
 
     def __init__(self, a: Tensor, c: Tensor, n_subspaces: int) -> None:
         self.a, self.c, self.n_subspaces = a, c, n_subspaces
@@ -206,14 +189,14 @@ class _Climb:
         self.rate = math.inf  # as far as one turn goes; it adapts
 
     def go_on(self, steps: int, tol: float) -> None:
-        """Take some steps, or fewer if they no longer raise the objective."""
+        """Take steps while they increase the objective."""
         for _ in range(steps):
             before = self.course[-1 - PATIENCE] if len(self.course) > PATIENCE else 0
             if self.course[-1] <= before * (1 + tol) or not self._step():
                 return
 
     def _step(self) -> bool:
-        """Take one step; return whether any length raised the objective."""
+        """Take one step; return whether any length increased the objective."""
         enough = self.point.objective * (1 + ROUNDING)
         turn = TURN * math.sqrt(self.direction.shape[1])
         self.rate = min(self.rate, turn / max(float(self.direction.norm()), 1e-300))
@@ -238,18 +221,18 @@ class _Climb:
         return True
 
     def _look(self) -> None:
-        """Split the gradient into the part along which UᵀU stays the identity, and the normal part.
+        """Split the gradient into its tangent part, along which UᵀU stays the identity, and normal.
 
-        The normal part does not change J to first order, but damps turns away from directions of
-        much relevance: on planted subspaces it halves the number of steps.
+        The normal part does not change J to first order, but halves the number of steps on planted
+        subspaces.
         """
         gradient = self.problem.gradient(self.point)
         self.tangent = _tangent(self.point.basis, gradient)
         self.normal = gradient - self.tangent
 
     def _conjugate(self, before: Tensor) -> Tensor:
-        """Return Polak and Ribière's direction, the last one carried to the new basis."""
-        # ``before`` need not be carried: its part off the new basis is orthogonal to the tangent.
+        """Return Polak and Ribière's direction, with the last one projected at the new basis."""
+        # ``before`` needs no projection: its normal part is orthogonal to the tangent.
         change = self.tangent - before
         share = float((self.tangent * change).sum() / before.square().sum())
         return self.tangent + max(0.0, share) * _tangent(self.point.basis, self.direction)
@@ -283,7 +266,7 @@ def _tangent(U: Tensor, G: Tensor) -> Tensor:
 def _polar(V: Tensor) -> Tensor:
     """Return V(VᵀV)^{-½}."""
     values, vectors = torch.linalg.eigh(V.T @ V)
-    if values[0] > CONDITION * values[-1]:  # as a rule; it takes half the time
+    if values[0] > CONDITION * values[-1]:  # the usual case, in half the time
         return torch.mm(V, (vectors * values.rsqrt()) @ vectors.T)
     left, _, right = torch.linalg.svd(V, full_matrices=False)
     return torch.mm(left, right)

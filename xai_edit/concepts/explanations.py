@@ -1,4 +1,4 @@
-"""Explanations by subspace: the samples that activate it most, and its part of a relevance map."""
+"""Explanations of subspaces: the strongest samples, and relevance maps split by subspace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xai_edit.core.checks import require_type, whole_number
 from xai_edit.core.data import batches, model_device
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
-from xai_edit.core.targets import Target, checked_target, targets_of
+from xai_edit.core.targets import Target, Targets, checked_target, targets_of
 from xai_edit.lrp.contexts import ContextGather
 from xai_edit.lrp.lrp import LRP
 from xai_edit.lrp.relevance_at_layers import Gather, backward_again
@@ -26,19 +26,10 @@ INPUTS = INPUT_SUFFIX  # those of the whole model
 
 
 def strongest_samples(subspaces: Subspaces, features: Features, *, count: int = 5) -> Tensor:
-    """Return the samples that activate each subspace most.
+    """Return the samples that activate each subspace most, strongest first.
 
-    They are ranked by `xai_edit.concepts.predictiveness.sample_scores`.
-
-    Returns
-    -------
-    Tensor, int64, shape (subspaces, count)
-        Sample indices, the strongest first.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer samples, or the channels differ.
+    Indices by `xai_edit.concepts.predictiveness.sample_scores`, int64, shape (subspaces, count).
+    ValueError if there are fewer samples, or the channels differ.
     """
     count = whole_number(count, "count", least=1, most=features.samples)
     order = sample_scores(subspaces, features).argsort(dim=0, descending=True, stable=True)
@@ -58,27 +49,23 @@ def subspace_maps(
     """Split the relevance of the input by subspace: the disentangled explanation.
 
     Chormai et al. 2024, *Disentangled Explanations of Neural Network Predictions by Finding
-    Relevant Subspaces*: the layer's activations a pass through a virtual layer h = Uᵀa and back,
-    and relevance only through the directions of subspace k. So channel i of the layer gets
-    R_i = a_i · (U_k U_kᵀ c)_i, c being the context of a, which the composite propagates to the
-    input. The sum over channels is the relevance that `Subspaces.split` returns.
+    Relevant Subspaces*: a virtual layer h = Uᵀa follows the layer, and only the directions of
+    subspace k pass relevance on. Channel i gets R_i = a_i · (U_k U_kᵀ c)_i, where c is the context
+    of a, and the composite propagates it to the input. `Subspaces.split` returns its sum. The cost
+    is one forward and backward pass, and for each subspace a backward pass below the layer.
 
     Parameters
     ----------
     model : nn.Module
-        Left exactly as it was.
+        Not changed.
     inputs : Tensor, shape (samples, ...)
         One batch.
     subspaces : Subspaces
         Of the layer's channels.
-    layer : str
-        As for `xai_edit.collect_features`; so is the scorer.
-    scorer : LRP
-        The rules, above the layer and below.
+    layer, scorer, unit_axis
+        See `xai_edit.collect_features`.
     target : int, "predicted", callable or Tensor of int64, shape (samples,)
-        The output that is explained, one for all samples or a class for each.
-    unit_axis : int, optional
-        As for `xai_edit.collect_features`.
+        The output to explain, or the class of each sample.
 
     Returns
     -------
@@ -90,39 +77,39 @@ def subspace_maps(
 
     Raises
     ------
-    TypeError
-        If the inputs are no tensor, or the scorer is not an `LRP`.
-    UnknownLayerError, NonFiniteError, ValueError
+    UnknownLayerError, NonFiniteError, TypeError, ValueError
         On bad input, and where the layer's activations have no contexts; see `collect_features`.
-
-    Notes
-    -----
-    Takes one forward pass, a backward pass, and for each subspace one from the layer on.
     """
     require_type(scorer, LRP, "scorer", "maps need a rule, so an xai_edit.LRP")
     require_type(inputs, Tensor, "inputs", "give a batch as one tensor")
     if not inputs.is_floating_point():
         raise ValueError(f"inputs: {inputs.dtype} given; token ids have no relevance")
-    given = target if isinstance(target, Tensor) and target.ndim else None
-    wanted = checked_target(target) if given is None else "label"
     resolve_layers(model, [layer])
     require_finite(model)
     (batch,) = batches([inputs], model_device(model))
-    targets = targets_of(batch, wanted) if given is None else given.to(batch.inputs.device)
+    if isinstance(target, Tensor) and target.ndim:
+        targets: Targets = target.to(batch.inputs.device)
+    else:
+        targets = targets_of(batch, checked_target(target))
     with preserved(model):
         plain = values_at(model, layer, batch.inputs[:1])
         axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
+        channels = len(subspaces.basis)
+        if plain.ndim < 2 or plain.shape[axis] != channels:
+            raise ValueError(
+                f"subspaces: of {channels} channels, but the values of layer {layer!r} have "
+                f"the shape {tuple(plain.shape)}"
+            )
         gather = SubspaceGather(layer, axis, subspaces)
-        gather.require_channels(plain)
         with scorer.session(model, batch.inputs, [], gather) as (score, canonizers):
             with backward_again():
-                found = score(batch.inputs, targets)
+                relevance = score(batch.inputs, targets)
             require_same_values(layer, plain, gather, canonizers)
-    return found["maps"], found["residue"]
+    return relevance["maps"], relevance["residue"]
 
 
 class SubspaceGather(ContextGather):
-    """Gathers the ``"maps"`` and the ``"residue"`` of `subspace_maps` in one forward pass."""
+    """Collects the ``"maps"`` and the ``"residue"`` of `subspace_maps` in one forward pass."""
 
     def __init__(self, layer: str, axis: int, subspaces: Subspaces) -> None:
         super().__init__(lambda values: lambda tensor: tensor)
@@ -131,21 +118,12 @@ class SubspaceGather(ContextGather):
         self.axis = axis
         self.below: Tensor | None = None  # the layer's values in the graph
 
-    def require_channels(self, values: Tensor) -> None:
-        """Raise ValueError if the layer's values have other channels than the subspaces."""
-        channels = len(self.subspaces.basis)
-        if values.ndim < 2 or values.shape[self.axis] != channels:
-            raise ValueError(
-                f"subspaces: of {channels} channels, but the values of layer {self.layer!r} have "
-                f"the shape {tuple(values.shape)}"
-            )
-
     def attach(self, model: nn.Module, layers: Sequence[str], *, inputs: bool) -> None:
-        """Put hooks on the model's inputs and on the layer."""
+        """Register hooks on the model's inputs and on the layer."""
         super().attach(model, [INPUTS, self.layer], inputs=inputs)
 
     def prepared(self, value: Tensor, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return the value that goes on, and what becomes of its relevance."""
+        """Return the value for the next module, and the function that takes its relevance."""
         if name != self.layer:  # the model, with its inputs
             return Gather.prepared(self, value, name)
         if not value.requires_grad:
@@ -157,16 +135,13 @@ class SubspaceGather(ContextGather):
             *_, rest = self.parts(paired(relevance))
             return rest
 
-        behind: Tensor = _Filtered.apply(value, without_zeros, residue)
-        return behind, paired
+        replaced: Tensor = _Filtered.apply(value, without_zeros, residue)
+        return replaced, paired
 
     def parts(self, pairs: Tensor) -> Iterator[Tensor]:
-        """Yield the layer's relevance through each subspace, and then the rest of it.
+        """Yield the layer's relevance through each subspace, and then the residue.
 
-        Parameters
-        ----------
-        pairs : Tensor, shape (samples, 2, ...)
-            Activations and their contexts.
+        ``pairs`` are activations and their contexts, shape (samples, 2, ...).
         """
         a, c = (values.movedim(self.axis, -1).double() for values in pairs.unbind(1))
         rest = c
@@ -179,24 +154,24 @@ class SubspaceGather(ContextGather):
     def relevance(self, layers: Sequence[str], outputs: Tensor, seed: Tensor) -> dict[str, Tensor]:
         """Run a backward pass, and one below the layer for each subspace."""
         pixels = self.leaves.get(INPUTS)
-        found = super().relevance([self.layer, INPUTS], outputs, seed)
+        relevance = super().relevance([self.layer, INPUTS], outputs, seed)
         below, self.below = self.below, None
         assert below is not None
         assert pixels is not None
-        *parts, _ = self.parts(found[self.layer])
+        *parts, _ = self.parts(relevance[self.layer])
         maps = [torch.autograd.grad(below, pixels, part, retain_graph=True)[0] for part in parts]
-        return {"maps": torch.stack(maps, 1), "residue": found[INPUTS]}
+        return {"maps": torch.stack(maps, 1), "residue": relevance[INPUTS]}
 
 
 class _Filtered(torch.autograd.Function):
-    """Replaces a value by another one in the forward pass and filters relevance on the way back."""
+    """Replaces a value in the forward pass and filters relevance in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, behind: Tensor, filtered: Callable[[Tensor], Tensor]
+        ctx: Any, value: Tensor, replaced: Tensor, filtered: Callable[[Tensor], Tensor]
     ) -> Tensor:
         ctx.filtered = filtered
-        return behind.detach()
+        return replaced.detach()
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None, None]:

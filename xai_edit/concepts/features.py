@@ -1,4 +1,4 @@
-"""``Features``: activations of a layer and their contexts, in memory or memory-mapped."""
+"""``Features``: activation vectors of a layer and their contexts, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 KIND = "xai_edit.features"
 PARTS = ("activations", "contexts", "sample", "labels", "attribute")
-KINDS = ("activations", "contexts", "labels", "attribute")  # whose dtypes have to agree
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +31,13 @@ class Features:
     ----------
     activations : Tensor, shape (vectors, channels)
     contexts : Tensor or None, shape (vectors, channels)
-        What relevance multiplies an activation by, R = a ⊙ c.
+        The factors c of relevance R = a ⊙ c.
     sample : Tensor or None, int64, shape (vectors,)
-        The sample each vector comes from; vector i from sample i when left out.
+        The index of each vector's sample; vector i belongs to sample i when left out.
     labels, attribute : Tensor or None, shape (samples,)
         The class and the spurious feature of each sample.
     origin : dict
-        What they were collected with, as JSON values.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit each other.
-    NonFiniteError
-        If a vector holds a NaN or an infinity.
+        The arguments of the collection, as JSON values.
     """
 
     activations: Tensor
@@ -70,8 +62,8 @@ class Features:
         for name in ("labels", "attribute"):
             values = getattr(self, name)
             if values is not None:
-                given, works = tuple(values.shape), f"one number for each of {self.samples} samples"
-                require(given == (self.samples,), name, given, works)
+                works = f"one number for each of {self.samples} samples"
+                require(values.shape == (self.samples,), name, tuple(values.shape), works)
         if sample is not None and len(sample):
             first, last = (int(end) for end in sample.aminmax())
             numbered = f"samples are numbered from 0 to {self.samples - 1}"
@@ -99,30 +91,23 @@ class Features:
     def require_attribute(self, attribute: Tensor | None = None) -> Tensor:
         """Return which samples have the spurious feature, bool, shape (samples,), on the CPU.
 
-        Parameters
-        ----------
-        attribute : Tensor, optional
-            Yes or no a sample; the features' own attribute when left out.
-
-        Raises
-        ------
-        ValueError
-            If it is missing, or the same in every sample.
+        ``attribute`` replaces that of the features. ValueError if there is none, or it is the same
+        in every sample.
         """
-        given = self.attribute if attribute is None else torch.as_tensor(attribute)
-        if given is None or given.shape != (self.samples,) or given.unique().tolist() != [0, 1]:
+        values = self.attribute if attribute is None else torch.as_tensor(attribute)
+        if values is None or values.shape != (self.samples,) or values.unique().tolist() != [0, 1]:
             raise ValueError(
                 f"attribute: one yes (1) or no (0) for each of {self.samples} samples is needed, "
                 "and some of each"
             )
-        return given.cpu() > 0
+        return values.cpu() > 0
 
     def by_vector(self, values: Tensor) -> Tensor:
-        """Return a value a sample, shape (samples, ...), as a value a vector, on the CPU."""
+        """Repeat values of samples, shape (samples, ...), for their vectors, (vectors, ...)."""
         return values.cpu() if self.sample is None else values.cpu()[self.sample.cpu()]
 
     def per_sample(self, values: Tensor) -> Tensor:
-        """Sum values a vector, shape (vectors, ...), to float64 values a sample, (samples, ...)."""
+        """Sum values of vectors, shape (vectors, ...), by sample: float64, (samples, ...)."""
         values = values.double()
         if self.sample is None:
             return values
@@ -130,14 +115,9 @@ class Features:
         return sums.index_add_(0, self.sample.to(values.device), values)
 
     def merge(self, other: Features) -> Features:
-        """Return the features of both data sets, those of ``other`` behind; held in memory.
+        """Return the features of this data set and then of another, in memory.
 
-        Two halves of a data set merge to the whole, the samples numbered as in it.
-
-        Raises
-        ------
-        ValueError
-            If the two were not collected alike.
+        ValueError if the two were collected with different arguments.
         """
         if not self.samples + other.samples:
             return self
@@ -145,39 +125,28 @@ class Features:
         return _joined(with_samples({0: self, 1: other}, Features._made, trouble))
 
     def all_reduce(self, group: ProcessGroup | None = None) -> Features:
-        """Return the features of all processes' data, the same on every rank, in memory.
+        """Return the features of all ranks in their order, the same on every rank, in memory.
 
-        Samples are numbered in the order of the ranks, and each rank's in the order of its data.
-
-        Parameters
-        ----------
-        group : ProcessGroup, optional
-            All processes of ``torch.distributed`` when left out. Without a process group the
-            features are returned as they are.
-
-        Raises
-        ------
-        ValueError
-            On every rank, if they collected differently or none has samples.
+        ``group`` is by default all processes of ``torch.distributed``; without any the features are
+        returned unchanged. ValueError on every rank if they collected with different arguments or
+        none has samples.
         """
-        parts = gathered(self._alone() if several_ranks() else self, group)
+        alone = self
+        if several_ranks():  # copies, as pickle would send the whole tensor behind a view
+            copies = {name: part.detach().cpu().clone() for name, part in self._tensors().items()}
+            alone = Features(**copies, origin=self.origin)
         trouble = "all_reduce: ranks {} and {} collected differently"
-        return _joined(with_samples(parts, Features._made, trouble))
+        return _joined(with_samples(gathered(alone, group), Features._made, trouble))
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically; memory-mapped features stay out of memory."""
+        """Write to a safetensors file, atomically; memory-mapped features are not loaded."""
         write_safetensors(path, self._tensors(), KIND, json.dumps({"origin": self.origin}))
 
     @classmethod
     def load(cls, path: str | Path) -> Features:
         """Read a file that `save` wrote, memory-mapped.
 
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If it is not a whole file of features.
+        FileNotFoundError if there is none, ValueError if it is not a whole file of features.
         """
         tensors, text = read_safetensors(path, KIND)
         header = read_header(path, text, {"origin": dict})
@@ -189,32 +158,23 @@ class Features:
             raise ValueError(f"{path}: damaged; {problem}") from None
 
     def _tensors(self) -> dict[str, Tensor]:
-        given = {name: getattr(self, name) for name in PARTS}
-        return {name: tensor for name, tensor in given.items() if tensor is not None}
-
-    def _alone(self) -> Features:
-        """Return a copy on the CPU; of a view, pickle would send the whole tensor behind it."""
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
-        return Features(**copies, origin=self.origin)
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
     def _made(self) -> dict[str, Any]:
-        """Return what has to agree for features to be joined."""
-        if not self.samples:  # nothing that shows only in a forward pass
+        """Return the arguments and dtypes that have to agree for features to be joined."""
+        if not self.samples:  # no dtypes without a forward pass
             return dict(self.origin)
-        kept = self._tensors()
-        dtypes = {name: str(kept[name].dtype) if name in kept else None for name in KINDS}
+        parts = {name: getattr(self, name) for name in PARTS if name != "sample"}
+        dtypes = {name: None if part is None else str(part.dtype) for name, part in parts.items()}
         return {**self.origin, "channels": self.activations.shape[1], **dtypes}
 
 
 def _joined(parts: Sequence[Features]) -> Features:
-    """Return features that were made alike as one, in their order."""
+    """Concatenate features that were collected with the same arguments."""
     if len(parts) == 1:
         return parts[0]
-    kept = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name in parts[0]._tensors()
-        if name != "sample"
-    }
+    names = [name for name in parts[0]._tensors() if name != "sample"]
+    kept = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     if any(part.sample is not None for part in parts):
         starts = itertools.accumulate((part.samples for part in parts), initial=0)
         numbers = [

@@ -1,4 +1,4 @@
-"""Concept subspaces in closed form: PCA, PRCA, contrastive PCA and concept activation vectors."""
+"""Finders of concept subspaces: PCA, PRCA, contrastive PCA and concept activation vectors."""
 
 from __future__ import annotations
 
@@ -18,18 +18,12 @@ Kind = Literal["pattern", "logistic", "svm"]
 class PCA:
     """Principal component analysis of centred activations, one component a subspace.
 
+    Fitting sets ``components_`` and ``explained_variance_``, as in scikit-learn.
+
     Parameters
     ----------
     n_subspaces : int or None
-        Number of components, those of largest variance in falling order; None keeps all that have
-        variance.
-
-    Attributes
-    ----------
-    components_ : Tensor, float64, shape (n_subspaces, channels)
-        As in scikit-learn.
-    explained_variance_ : Tensor, float64, shape (n_subspaces,)
-        With n − 1 in the denominator, as in scikit-learn.
+        Number of components, by descending variance; None for all with variance.
     """
 
     def __init__(self, n_subspaces: int | None = 4) -> None:
@@ -40,41 +34,34 @@ class PCA:
         from sklearn.decomposition import PCA as ScikitPCA
 
         a = _activations(features, least=2)
-        found = ScikitPCA(svd_solver="full").fit(a.numpy())
-        variance = torch.from_numpy(found.explained_variance_)
+        fitted = ScikitPCA(svd_solver="full").fit(a.numpy())
+        variance = torch.from_numpy(fitted.explained_variance_)
         kept = _kept(variance, self.n_subspaces, "n_subspaces", "the activations vary in")
-        self.components_ = torch.from_numpy(found.components_[:kept])
+        self.components_ = torch.from_numpy(fitted.components_[:kept])
         self.explained_variance_ = variance[:kept]
-        mean, origin = torch.from_numpy(found.mean_), {"finder": "PCA", "vectors": len(a)}
+        mean, origin = torch.from_numpy(fitted.mean_), {"finder": "PCA", "vectors": len(a)}
         return Subspaces(self.components_.T.contiguous(), (1,) * kept, mean, origin)
 
 
 class PRCA:
     """Principal relevant component analysis, one component a subspace (Chormai et al. 2024).
 
-    The components are the leading eigenvectors of E[a cᵀ + c aᵀ], uncentred. No other set of as
-    many directions holds more relevance: the mean of (uᵀa)(uᵀc) along an eigenvector u is half
-    its eigenvalue.
+    The components are the leading eigenvectors of E[a cᵀ + c aᵀ], uncentred. The mean relevance
+    (uᵀa)(uᵀc) along an eigenvector u is half its eigenvalue, the largest of all directions.
+    Fitting sets ``components_``, shape (n_subspaces, channels), each with a positive largest entry,
+    and their mean relevance ``relevance_``, shape (n_subspaces,).
 
     Parameters
     ----------
     n_subspaces : int or None
-        Number of components, those of most relevance in falling order; None keeps all that have
-        positive relevance.
-
-    Attributes
-    ----------
-    components_ : Tensor, float64, shape (n_subspaces, channels)
-        As in scikit-learn. The largest entry of each is positive.
-    relevance_ : Tensor, float64, shape (n_subspaces,)
-        Mean relevance along each component.
+        Number of components, by descending relevance; None for all with positive relevance.
     """
 
     def __init__(self, n_subspaces: int | None = 4) -> None:
         self.n_subspaces = _count(n_subspaces)
 
     def fit(self, features: Features) -> Subspaces:
-        """Find the subspaces; ValueError without contexts or positive relevance along as many."""
+        """Find the subspaces; ValueError without contexts or enough positive relevance."""
         c = features.require_contexts().double().cpu()
         a = _activations(features)
         cross = a.T @ c / len(a)
@@ -89,25 +76,19 @@ class PRCA:
 
 
 class ContrastivePCA:
-    """Contrastive principal component analysis: one subspace of several directions.
+    """Contrastive principal component analysis, all components in one subspace.
 
     The leading eigenvectors of E₁[a aᵀ] − E₀[a aᵀ], the second moments of activations with the
     feature less those without it (Abid et al. 2018, Eq. 2, with α = 1 and uncentred). With labels
-    the difference is taken within each class and averaged, so that a class that has the feature
-    more often does not enter. A feature at few positions, such as a watermark, changes second
-    moments more than means (`CAV`).
+    the difference is the mean over classes, so that a correlation of feature and class does not
+    matter. A feature at few positions, such as a watermark, changes second moments more than the
+    means that `CAV` uses. Fitting sets ``components_``, shape (size, channels), and their
+    differences of second moments ``contrast_``, shape (size,), descending.
 
     Parameters
     ----------
     size : int
         Directions of the subspace.
-
-    Attributes
-    ----------
-    components_ : Tensor, float64, shape (size, channels)
-        In falling order of their contrast.
-    contrast_ : Tensor, float64, shape (size,)
-        By how much the second moment along each is larger with the feature.
     """
 
     def __init__(self, size: int = 4) -> None:
@@ -121,13 +102,14 @@ class ContrastivePCA:
         features : Features
             Of samples with and without the feature.
         attribute : Tensor, optional
-            Yes or no a sample, shape (samples,); the features' own attribute when left out.
+            Whether each sample has the feature, shape (samples,); ``features.attribute`` when left
+            out.
 
         Raises
         ------
         ValueError
-            If the feature is missing or the same in every sample, no class has samples of both
-            kinds, or fewer directions than asked for vary more with it.
+            If the feature is missing or the same in every sample or within every class, or the
+            contrast is positive in fewer directions.
         """
         has = features.by_vector(features.require_attribute(attribute))
         a = _activations(features)
@@ -136,9 +118,9 @@ class ContrastivePCA:
             labels = features.by_vector(features.labels)
         contrasts = []
         for label in labels.unique():
-            within, without = a[(labels == label) & has], a[(labels == label) & ~has]
-            if len(within) and len(without):
-                contrasts.append(_second_moment(within) - _second_moment(without))
+            a_1, a_0 = a[(labels == label) & has], a[(labels == label) & ~has]
+            if len(a_1) and len(a_0):
+                contrasts.append(a_1.T @ a_1 / len(a_1) - a_0.T @ a_0 / len(a_0))
         if not contrasts:
             raise ValueError(
                 "features: no class has samples both with and without the feature; add some, or "
@@ -149,30 +131,23 @@ class ContrastivePCA:
         _kept(values, self.size, "size", "the activations vary more with the feature in")
         self.components_ = vectors[:, : self.size].T.contiguous()
         self.contrast_ = values[: self.size]
-        origin = {"with": int(has.sum())}
-        return _subspaces(self, a, self.components_, (self.size,), origin)
+        return _subspaces(self, a, self.components_, (self.size,), {"with": int(has.sum())})
 
 
 class CAV:
     """A concept activation vector as the first subspace, its orthogonal complement as the second.
 
-    Every vector counts as one of its sample's kind, at whatever position.
+    Fitting sets ``direction_``, the unit vector towards samples with the feature, (channels,).
 
     Parameters
     ----------
     kind : {"pattern", "logistic", "svm"}
-        ``"pattern"`` is the signal pattern cov(a, t) / var(t), how activations a change with the
-        feature t (Haufe et al. 2014; Pahde et al. 2025). The others are the weights of a linear
-        classifier, logistic regression or a support vector machine (Kim et al. 2018). Such weights
-        also cancel what disturbs the classifier, so they deviate from the feature's direction.
+        ``"pattern"`` is the signal pattern cov(a, t) / var(t) of activations a and the feature t
+        (Haufe et al. 2014; Pahde et al. 2025). The others are the weights of a linear classifier
+        (Kim et al. 2018), which also cancel disturbances.
     C : float
         Inverse strength of the classifiers' regularisation, as in scikit-learn, for activations
-        divided by their root mean square. The pattern has none.
-
-    Attributes
-    ----------
-    direction_ : Tensor, float64, shape (channels,)
-        Of length one, towards samples with the feature.
+        divided by their root mean square.
     """
 
     def __init__(self, kind: Kind = "pattern", *, C: float = 1.0) -> None:
@@ -180,7 +155,7 @@ class CAV:
         self.C = positive(C, "C")
 
     def fit(self, features: Features, attribute: Tensor | None = None) -> Subspaces:
-        """Find the direction; as `ContrastivePCA.fit`, ValueError if activations do not differ."""
+        """Find the direction, see `ContrastivePCA.fit`; ValueError if activations do not differ."""
         has = features.by_vector(features.require_attribute(attribute))
         a = _activations(features)
         direction = self._direction(a, has)
@@ -221,16 +196,12 @@ def _activations(features: Features, least: int = 1) -> Tensor:
     return a
 
 
-def _second_moment(a: Tensor) -> Tensor:
-    return a.T @ a / len(a)
-
-
-def _kept(values: Tensor, asked: int | None, name: str, along: str) -> int:
-    """Return how many of some falling eigenvalues to keep; only those above rounding will do."""
+def _kept(values: Tensor, count: int | None, name: str, along: str) -> int:
+    """Return the number of eigenvalues to keep; each has to be above rounding."""
     rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     above = int((values > rounding).sum())
-    kept = above if asked is None else asked
-    require(1 <= kept <= above, name, asked, f"{along} {above} directions")
+    kept = above if count is None else count
+    require(1 <= kept <= above, name, count, f"{along} {above} directions")
     return kept
 
 
@@ -241,6 +212,6 @@ def _subspaces(
     sizes: tuple[int, ...],
     origin: dict[str, Any] | None = None,
 ) -> Subspaces:
-    """Return subspaces of components, shape (directions, channels), in blocks of some sizes."""
+    """Cut components, shape (directions, channels), into blocks."""
     made = {"finder": type(finder).__name__, "vectors": len(a), **(origin or {})}
     return Subspaces(components.T.contiguous(), sizes, a.mean(0), made)

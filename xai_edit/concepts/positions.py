@@ -1,4 +1,4 @@
-"""Random positions of a layer's values, drawn from the content of each sample."""
+"""Random positions of a layer's values, drawn by a hash of each sample's content."""
 
 from __future__ import annotations
 
@@ -17,16 +17,10 @@ Words = npt.NDArray[np.uint64]
 
 
 class PositionDraw:
-    """Draw positions of each sample without replacement, as a function of its content and a seed.
+    """Draw positions of each sample without replacement, by its content and a seed.
 
-    So the positions of a sample do not depend on its batch, the order of the data or the processes
-    that they are split over. Equal samples have equal positions.
-
-    Parameters
-    ----------
-    positions : int or None
-        Positions of each sample; all of them when None or fewer.
-    seed : int
+    A sample's positions do not depend on its batch, the order of the data or the rank, and equal
+    samples have equal positions; None positions are all.
     """
 
     def __init__(self, positions: int | None, seed: int) -> None:
@@ -38,7 +32,7 @@ class PositionDraw:
         self.contents: Words = np.empty(0, np.uint64)
 
     def see(self, inputs: Tensor) -> None:
-        """Keep the content of the batch that goes through the network next."""
+        """Hash the samples of the batch that the network processes next."""
         self.samples = len(inputs)
         if self.positions is not None:
             self.contents = _hashed(inputs)
@@ -46,18 +40,14 @@ class PositionDraw:
     def __call__(self, values: Tensor, axis: int) -> Take:
         """Return a function from a layer's values to those drawn, (samples, positions, channels).
 
-        Parameters
-        ----------
-        values : Tensor, shape (samples, ...)
-            Of the batch seen last, or its first samples.
-        axis : int
-            The axis of the channels.
+        ``values``, shape (samples, ...), are of the last batch seen, or of its first samples;
+        ``axis`` is the axis of their channels.
         """
         axis = unit_axis_of(values, axis)
         if len(values) > self.samples:
             raise ValueError(
-                f"layer: it has values of {len(values)} samples for {self.samples} inputs; name a "
-                "layer whose first axis is the samples"
+                f"layer: its values of {len(values)} samples do not fit {self.samples} inputs; "
+                "name a layer whose first axis is the samples"
             )
         channels = values.shape[axis]
         count = math.prod(values.shape[1:]) // channels
@@ -87,7 +77,7 @@ def _hashed(inputs: Tensor) -> Words:
 
 
 def _mixed(numbers: Words) -> Words:
-    """Return numbers of which each bit depends on every input bit (the last step of SplitMix64)."""
+    """Mix the bits of numbers, by the last step of SplitMix64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
     return numbers ^ (numbers >> np.uint64(31))

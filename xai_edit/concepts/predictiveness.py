@@ -1,4 +1,4 @@
-"""How well each subspace predicts the spurious feature and the class, as average precisions."""
+"""Average precisions with which each subspace predicts the spurious feature and the class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xai_edit.concepts.average_precision import average_precision, counted_once, resampled_counts
+from xai_edit.concepts.average_precision import average_precision, resampled_counts
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import require, whole_number
@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 LINES = 20  # subspaces that the text shows
 VECTORS = 2**16  # that are projected at once
 
-# Which groups of samples are to score high, and which low, as indices of GROUPS.
+# Positive and negative samples of each column, as indices of GROUPS.
 GROUPS = ("class with", "class without", "rest with", "rest without")
 COLUMNS = MappingProxyType(
     {
@@ -39,16 +39,9 @@ HEADINGS = ("all samples", "in the class", "in the rest", "all samples", "with i
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """An average precision.
+    """An average precision with its 95% percentile interval of the bootstrap.
 
-    Attributes
-    ----------
-    value : float
-        In [0, 1]; higher is better.
-    interval : tuple of float
-        Percentile interval of the bootstrap, lower and upper end.
-    chance : float
-        What a random ranking reaches on average: the share of samples that are positive.
+    ``chance`` is the mean of random rankings: the share of positive samples.
     """
 
     value: float
@@ -57,7 +50,7 @@ class AveragePrecision:
 
     @property
     def over_chance(self) -> AveragePrecision:
-        """The same on a scale on which chance is 0 and 1 stays: (AP − chance) / (1 − chance)."""
+        """The average precision above chance, (AP − chance) / (1 − chance), at most 1."""
         value, low, high = (
             (end - self.chance) / (1 - self.chance) for end in (self.value, *self.interval)
         )
@@ -70,33 +63,28 @@ class AveragePrecision:
 
 @dataclass(frozen=True)
 class Predictiveness:
-    """Average precisions of each subspace (concept-aware network pruning, the poster's table).
+    """Average precisions of each subspace (the table of the poster on concept-aware pruning).
 
-    Columns are ``spurious``, ``spurious_in_class`` and ``spurious_in_rest`` for having the spurious
-    feature, among all samples, those of the class and all others; ``class``, ``class_with`` and
-    ``class_without`` for being of the class, among all samples and those with and without the
-    feature (on the poster AP_wm, AP_wm⁺, AP_wm⁻, AP_class, AP_class^wm, AP_class^nwm); and
-    ``rest_with`` and ``rest_without`` for being of the rest. The text shows the first six.
-
-    Average precision looks for high scores only. A subspace whose relevance is low where the
-    feature is has an average precision below chance.
+    The columns ``spurious``, ``spurious_in_class`` and ``spurious_in_rest`` predict the spurious
+    feature among all samples, those of the class and all others (AP_wm, AP_wm⁺, AP_wm⁻ on the
+    poster). ``class``, ``class_with`` and ``class_without`` predict the class among all samples and
+    those with and without the feature (AP_class, AP_class^wm, AP_class^nwm); ``rest_with`` and
+    ``rest_without`` the other classes. A subspace of low relevance where the feature is present
+    has an average precision below chance.
 
     Attributes
     ----------
     rows : tuple of dict
-        For each subspace `AveragePrecision` by column; None without labels, or where all samples of
-        the column are alike.
+        For each subspace the `AveragePrecision` by column; None without labels, or where all
+        samples of the column are positive or all are negative.
     chance : dict
-        By column the share of samples that are positive; None as above.
+        By column the share of positive samples; None as above.
     target : int or None
         The class; None without labels.
     groups : dict of int
-        Samples with and without the feature, of the class and of the rest; all of the rest without
-        labels.
+        The number of samples by class and feature; without labels all are of the rest.
     score : {"relevance", "energy"}
         By which samples are ranked.
-    resamples, seed : int
-        Of the intervals.
     """
 
     rows: tuple[dict[str, AveragePrecision | None], ...]
@@ -111,14 +99,14 @@ class Predictiveness:
         return len(self.rows)
 
     def column(self, name: str) -> list[float]:
-        """Return one column, a number a subspace; ValueError if there is none of this name."""
+        """Return the average precision of each subspace in one column; ValueError if unknown."""
         if self.chance.get(name) is None:
             known = [column for column, chance in self.chance.items() if chance is not None]
             raise ValueError(f"column: {name!r} given; there are {known}")
         return [entry.value for row in self.rows if (entry := row[name]) is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
+        """Return the table as JSON values."""
 
         def as_json(entry: AveragePrecision | None) -> dict[str, Any] | None:
             return None if entry is None else {"value": entry.value, "interval": entry.interval}
@@ -134,39 +122,28 @@ class Predictiveness:
         some = f" of the {LINES} best of {len(self)} subspaces" if len(shown) < len(self) else ""
         of = "the class" if self.target is None else f"class {self.target}"
 
-        def line(first: object, cells: Sequence[object]) -> str:
-            return (f"{first:<10}" + "".join(f"{cell:<21}" for cell in cells)).rstrip()
-
-        def shares(row: Mapping[str, Any], form: str = "") -> list[str]:
+        def line(first: object, row: Mapping[str, Any], form: str = "") -> str:
             cells = [*row.values()][: len(HEADINGS)]
-            return ["–" if cell is None else format(cell, form) for cell in cells]
+            texts = ["–" if cell is None else format(cell, form) for cell in cells]
+            return (f"{first:<10}" + "".join(f"{text:<21}" for text in texts)).rstrip()
 
         return "\n".join(
             [
                 f"average precision by {self.score}{some}, {CONFIDENCE:.0%} intervals of "
                 f"{self.resamples} resamples",
                 f"{'':10}{'for the spurious feature':63}for {of}",
-                line("subspace", HEADINGS),
-                *(line(index, shares(self.rows[index])) for index in sorted(shown)),
-                line("chance", shares(self.chance, ".3f")),
+                line("subspace", dict(zip(COLUMNS, HEADINGS, strict=False))),
+                *(line(index, self.rows[index]) for index in sorted(shown)),
+                line("chance", self.chance, ".3f"),
             ]
         )
 
 
 def sample_scores(subspaces: Subspaces, features: Features) -> Tensor:
-    """Return the relevance or energy of each sample by subspace.
+    """Return the relevance or energy of each sample by subspace, float64, (samples, subspaces).
 
     With contexts the score is the relevance Σ (U_kᵀa)·(U_kᵀc) over the sample's positions, else the
-    activations' energy Σ ‖U_kᵀ(a − mean)‖².
-
-    Returns
-    -------
-    Tensor, float64, shape (samples, subspaces)
-
-    Raises
-    ------
-    ValueError
-        If the channels differ.
+    activations' energy Σ ‖U_kᵀ(a − mean)‖². ValueError if the numbers of channels differ.
     """
     channels, given = len(subspaces.basis), features.activations.shape[1]
     if given != channels:
@@ -176,10 +153,8 @@ def sample_scores(subspaces: Subspaces, features: Features) -> Tensor:
         )
     activations = features.activations.split(VECTORS)
     if features.contexts is None:
-        parts = [
-            torch.stack([part.square().sum(1) for part in subspaces.project(a)], 1)
-            for a in activations
-        ]
+        projected = map(subspaces.project, activations)
+        parts = [torch.stack([part.square().sum(1) for part in a], 1) for a in projected]
     else:
         contexts = features.contexts.split(VECTORS)
         parts = [subspaces.split(a, c)[0] for a, c in zip(activations, contexts, strict=True)]
@@ -198,33 +173,27 @@ def predictiveness(
 ) -> Predictiveness:
     """Return how well each subspace predicts the spurious feature, and how well the class.
 
-    Samples are ranked by `sample_scores`: by relevance where the features have contexts (as on the
-    poster), else by energy. For the class, contexts should explain the same output in all samples
-    (``collect_features(…, target=0)``): the relevance of each sample for its label is high in all
-    of them.
+    Samples are ranked by `sample_scores`. With contexts, collect them for one class
+    (``collect_features(…, target=0)``): the relevance for its label is high in every sample.
 
     Parameters
     ----------
     subspaces : Subspaces
     features : Features
-        Of samples with and without the feature, all classes.
-    attribute : Tensor, optional
-        Yes or no a sample, shape (samples,); the features' own attribute when left out.
-    labels : Tensor, optional
-        The class of each sample, shape (samples,); the features' own labels when left out. Without
-        any, only the column ``spurious`` is known.
+        Of samples of all classes, with and without the feature.
+    attribute, labels : Tensor, optional
+        Whether each sample has the feature, and its class, shape (samples,); those of the features
+        when left out. Without labels only the column ``spurious`` is known.
     target : int, optional
-        When left out, the class whose relevance the features were collected for, else the one of
-        which the largest share of samples has the feature, the first of equals.
-    resamples : int
-        Of the bootstrap, drawn within the four groups of feature and class.
-    seed : int
+        When left out, the class that the contexts explain, else the one of which the largest share
+        of samples has the feature.
+    resamples, seed : int
+        Of the bootstrap within the four groups of class and feature.
 
     Raises
     ------
     ValueError
-        If the feature is missing or the same in every sample, labels do not fit, or the target is
-        none of them.
+        If the feature is missing or the same in every sample, or labels or target do not fit.
     """
     resamples = whole_number(resamples, "resamples", least=1)
     seed = whole_number(seed, "seed")
@@ -244,26 +213,27 @@ def predictiveness(
 
     def table(counts: Sequence[Tensor]) -> Tensor:
         """Return average precisions, shape (subspaces, columns, resamples)."""
-        found = [
+        cells = [
             average_precision(groups, counts, positive=positive, negative=negative)
             for groups in ranked
             for positive, negative in columns.values()
         ]
-        return torch.stack(found).view(len(subspaces), len(columns), -1)
+        return torch.stack(cells).view(len(subspaces), len(columns), -1)
 
-    values = table(counted_once(sizes)).squeeze(2).tolist()
+    each_once = [torch.arange(size + 1).double()[:, None] for size in sizes]
+    values = table(each_once).squeeze(2).tolist()
     generator = torch.Generator().manual_seed(seed)
     draws = torch.cat([table(part) for part in resampled_counts(sizes, resamples, generator)], 2)
     low, high = np.quantile(draws.numpy(), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=2)
     chance: dict[str, float | None] = dict.fromkeys(COLUMNS)
     rows: list[dict[str, AveragePrecision | None]]
     rows = [dict.fromkeys(COLUMNS) for _ in range(len(subspaces))]
-    for at, (name, sides) in enumerate(columns.items()):
+    for column, (name, sides) in enumerate(columns.items()):
         positives, negatives = (sum(sizes[group] for group in side) for side in sides)
         chance[name] = share = positives / (positives + negatives)
         for index, row in enumerate(rows):
-            interval = float(low[index, at]), float(high[index, at])
-            row[name] = AveragePrecision(values[index][at], interval, share)
+            interval = float(low[index, column]), float(high[index, column])
+            row[name] = AveragePrecision(values[index][column], interval, share)
     score = "energy" if features.contexts is None else "relevance"
     groups = dict(zip(GROUPS, sizes, strict=True))
     return Predictiveness(tuple(rows), chance, target, groups, score, resamples, seed)
@@ -273,17 +243,17 @@ def _of_class(
     features: Features, labels: Tensor | None, has: Tensor, target: int | None
 ) -> tuple[Tensor, int | None]:
     """Return which samples are of the class, bool, and the class."""
-    given = features.labels if labels is None else torch.as_tensor(labels)
-    if given is None:
+    labels = features.labels if labels is None else torch.as_tensor(labels)
+    if labels is None:
         require(target is None, "target", target, "the samples have no labels")
         return torch.zeros_like(has), None
-    given = given.cpu()
+    labels = labels.cpu()
     works = f"one class for each of {len(has)} samples is needed"
-    require(given.shape == has.shape, "labels", tuple(given.shape), works)
-    classes = given.unique().tolist()
-    explained = features.origin.get("target")
+    require(labels.shape == has.shape, "labels", tuple(labels.shape), works)
+    shares = {int(one): float(has[labels == one].double().mean()) for one in labels.unique()}
     if target is None:
-        most = max(classes, key=lambda label: float(has[given == label].double().mean()))
-        target = explained if isinstance(explained, int) and explained in classes else most
-    require(target in classes, "target", target, f"the samples' classes are {classes}")
-    return given == target, int(target)
+        explained = features.origin.get("target")
+        most = max(shares, key=shares.__getitem__)
+        target = explained if isinstance(explained, int) and explained in shares else most
+    require(target in shares, "target", target, f"the samples' classes are {[*shares]}")
+    return labels == target, target

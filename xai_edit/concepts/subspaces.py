@@ -1,4 +1,4 @@
-"""``Subspaces``: an orthonormal basis of a layer's channels, cut into blocks, one a concept."""
+"""``Subspaces``: an orthonormal basis of a layer's channels, cut into one block a concept."""
 
 from __future__ import annotations
 
@@ -30,16 +30,10 @@ class Subspaces:
     sizes : tuple of int
         Directions of each block; they add up to the columns.
     mean : Tensor, float64, shape (channels,)
-        The activation that stays when a subspace is ablated.
+        The activation that replaces ablated ones.
     origin : dict
-        How they were made, as JSON values.
+        The finder and its data, as JSON values.
 
-    Raises
-    ------
-    ValueError
-        If the columns are not orthonormal or the sizes do not fit.
-    NonFiniteError
-        If the mean holds a NaN or an infinity.
     """
 
     basis: Tensor
@@ -73,18 +67,12 @@ class Subspaces:
         return self.directions([index])
 
     def directions(self, indices: Sequence[int]) -> Tensor:
-        """Return the directions of several subspaces side by side; raises as `checked`."""
+        """Return the directions of several subspaces, shape (channels, directions)."""
         blocks = self.basis.split(self.sizes, dim=1)
         return torch.cat([blocks[index] for index in self.checked(indices)], dim=1)
 
     def checked(self, indices: Sequence[int]) -> tuple[int, ...]:
-        """Return indices of subspaces as plain numbers, each once.
-
-        Raises
-        ------
-        ValueError
-            If an index is out of range, or none is given.
-        """
+        """Return the indices without repetition; ValueError if none or one out of range."""
         try:
             plain = tuple(dict.fromkeys(operator.index(index) for index in indices))
         except TypeError:
@@ -94,21 +82,20 @@ class Subspaces:
         require(bool(in_range), "subspaces", list(plain), works)
         return plain
 
-    def require_channels(self, values: Tensor, name: str = "activations") -> None:
-        """Raise ValueError unless values have the subspaces' channels as their last axis."""
+    def _require_channels(self, values: Tensor, name: str = "activations") -> None:
         channels, shape = len(self.basis), tuple(values.shape)
         works = f"the subspaces have {channels} channels, which are the last axis"
         require(shape[-1:] == (channels,), name, shape, works)
 
     def project(self, activations: Tensor) -> list[Tensor]:
         """Return U_kᵀ(a − mean) for each subspace, shapes (..., size), of (..., channels)."""
-        self.require_channels(activations)
+        self._require_channels(activations)
         centred = activations.to(self.basis) - self.mean
         return list((centred @ self.basis).split(self.sizes, dim=-1))
 
     def ablate(self, activations: Tensor, indices: Sequence[int]) -> Tensor:
         """Return a − U Uᵀ(a − mean), the activations without some subspaces, (..., channels)."""
-        self.require_channels(activations)
+        self._require_channels(activations)
         U = self.directions(indices)
         a = activations.to(U)
         return (a - (a - self.mean) @ U @ U.T).to(activations)
@@ -116,25 +103,19 @@ class Subspaces:
     def split(self, activations: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """Split the relevance of activations by subspace, R_k = (U_kᵀa)·(U_kᵀc).
 
-        Parameters
-        ----------
-        activations, contexts : Tensor, shape (..., channels)
-
-        Returns
-        -------
-        parts : Tensor, float64, shape (..., subspaces)
-        residue : Tensor, float64, shape (...)
-            The rest of a·c, outside all subspaces; zero where the basis is complete.
+        Both arguments have the shape (..., channels). Returns the parts, float64, shape
+        (..., subspaces), and the residue outside all subspaces, (...), which adds up with the parts
+        to a·c.
         """
-        self.require_channels(activations)
-        self.require_channels(contexts, "contexts")
+        self._require_channels(activations)
+        self._require_channels(contexts, "contexts")
         a, c = activations.to(self.basis), contexts.to(self.basis)
         products = ((a @ self.basis) * (c @ self.basis)).split(self.sizes, dim=-1)
         parts = torch.stack([product.sum(-1) for product in products], dim=-1)
         return parts, (a * c).sum(-1) - parts.sum(-1)
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically, with a checksum over all."""
+        """Write to a safetensors file with a checksum, atomically."""
         text = json.dumps({"sizes": self.sizes, "origin": self.origin})
         tensors = {"basis": self.basis.cpu(), "mean": self.mean.cpu()}
         write_safetensors(path, tensors, KIND, sealed(tensors, text))
@@ -143,12 +124,8 @@ class Subspaces:
     def load(cls, path: str | Path) -> Subspaces:
         """Read a file that `save` wrote.
 
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If it is not a whole, unchanged file of subspaces, or of a newer format.
+        FileNotFoundError if there is none, ValueError if it is damaged, changed or of a newer
+        format.
         """
         tensors, header = read_sealed(path, KIND, {"sizes": list, "origin": dict})
         if tensors.keys() != {"basis", "mean"}:

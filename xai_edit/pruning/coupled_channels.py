@@ -1,18 +1,17 @@
-"""Coupled channels: which channels of which layers stand and fall together."""
+"""Coupled channels: groups of channels that can only be removed together."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -21,24 +20,17 @@ from xai_edit.core.guard import copied
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, run
 
 LAYERS = (nn.Linear, *CONVOLUTIONS)
+Channel = tuple[str, int]  # the name of a layer and the number of its channel
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that can only be removed together, unit by unit.
+    """Units, each of which is some channels that can only be removed together.
 
-    Attributes
-    ----------
-    units : int
-        How many units the group has.
-    layers : dict of Tensor
-        Per linear or convolution layer that gives out channels of the group: which of its channels
-        are those of each unit, int64, shape (units, channels of a unit).
-    norms : dict of Tensor
-        The same for batch and instance norms with a scale and shift that the channels pass.
-    fixed : str or None
-        Why the units have to stay; None where they can go.
+    ``layers`` has by linear or convolution layer the output channels of each unit, int64, shape
+    (``units``, channels of a unit), and ``norms`` those of batch and instance norms with a scale
+    and shift. ``fixed`` is the reason why the units have to stay, if they do.
     """
 
     units: int
@@ -48,30 +40,15 @@ class ChannelGroup:
 
 
 def channel_groups(model: nn.Module, inputs: Tensor) -> list[ChannelGroup]:
-    """Find which channels of a network are coupled, by Torch-Pruning's dependency graph.
+    """Return the coupled channels of a network, by Torch-Pruning's dependency graph.
 
     Fang et al. 2023, *DepGraph: Towards any structural pruning*. Layers whose outputs are added or
-    multiplied share their units; a depthwise convolution has those of the layer before it; a
-    grouped convolution ties one channel of each of its groups into a unit, so that an equal number
-    goes from each. Every channel of every layer that takes part is in exactly one group.
+    multiplied share their units; a depthwise convolution has those of the layer before it; a unit
+    of a grouped convolution has one channel in each of its groups. Each channel of the layers in
+    the forward pass is in exactly one group.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Only read.
-    inputs : Tensor, shape (samples, ...)
-        Inputs to trace the model with; the first sample is enough.
-
-    Returns
-    -------
-    list of ChannelGroup
-        In the order of the layers. Groups that cannot be removed, such as the model's outputs, say
-        why in ``fixed``.
-
-    Raises
-    ------
-    ValueError
-        If the inputs do not fit the model, it cannot be copied, or Torch-Pruning cannot trace it.
+    The model is traced with the first sample of the inputs and not changed. ValueError if they do
+    not fit it, it cannot be copied, or Torch-Pruning cannot trace it.
     """
     with torch.inference_mode(False):
         return groups_of(traced(copied(model), inputs))
@@ -79,34 +56,16 @@ def channel_groups(model: nn.Module, inputs: Tensor) -> list[ChannelGroup]:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A model with its dependency graph.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The traced model, in evaluation mode.
-    graph : torch_pruning.DependencyGraph
-        Refers to the model's modules.
-    entry : torch.autograd.graph.Node
-        The operation that stands for the model's input.
-    shapes : dict
-        The shape of what each operation of the graph puts out.
-    """
+    """A model in evaluation mode and its ``torch_pruning.DependencyGraph``."""
 
     model: nn.Module
     graph: Any
-    entry: Any
-    shapes: dict[Any, tuple[int, ...]]
+    entry: Any  # the autograd node of the model's input
+    shapes: dict[Any, tuple[int, ...]]  # output shape by autograd node
 
 
 def traced(model: nn.Module, inputs: Tensor) -> Traced:
-    """Trace a model that may be changed: evaluation mode, gradients for all parameters.
-
-    Raises
-    ------
-    ValueError
-        See `channel_groups`.
-    """
+    """Trace a model as `channel_groups`; it is set to evaluation mode and to require gradients."""
     model.eval()
     sample = inputs[:1].detach().to(model_device(model))
     with torch.no_grad():
@@ -118,13 +77,13 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
     entry: list[Any] = []
     outputs: list[Tensor] = []
 
-    def forward(traced_model: nn.Module, given: Tensor) -> Any:
-        if given.is_floating_point():
+    def forward(traced_model: nn.Module, values: Tensor) -> Any:
+        if values.is_floating_point():
             # As a node of the graph the input shows which channels are added to it.
-            leaves.append(given.clone().requires_grad_())
-            given = leaves[-1].clone()
-            entry.append(given.grad_fn)
-        output = traced_model(given)
+            leaves.append(values.clone().requires_grad_())
+            values = leaves[-1].clone()
+            entry.append(values.grad_fn)
+        output = traced_model(values)
         outputs.extend(value for value in tree_leaves(output) if isinstance(value, Tensor))
         return output
 
@@ -141,7 +100,7 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
 def _shapes(
     graph: Any, outputs: Sequence[Tensor], leaves: Sequence[Tensor]
 ) -> dict[Any, tuple[int, ...]]:
-    """Return the shape of what each operation puts out: that of its gradient in a backward pass."""
+    """Return the output shape of each operation, which is that of its gradient."""
     shapes: dict[Any, tuple[int, ...]] = {}
     for node in graph.module2node.values():
         operation = node.grad_fn
@@ -168,12 +127,12 @@ def _tracing(model: nn.Module) -> Iterator[None]:
             f"model: Torch-Pruning cannot trace {type(model).__name__} "
             f"({type(problem).__name__}: {problem}), so its channels cannot be removed; networks "
             "of layers, sums, products and concatenations can be traced, such as VGG, ResNet, "
-            "DenseNet, MobileNet and EfficientNet, those that shuffle channels cannot"
+            "DenseNet, MobileNet and EfficientNet; those that shuffle channels cannot"
         ) from problem
 
 
 def pruning_group(found: Traced, module: nn.Module, channels: Sequence[int]) -> Any:
-    """Return Torch-Pruning's group of some output channels of a layer, with all they couple."""
+    """Return Torch-Pruning's group of a layer's output channels and those coupled to them."""
     pruner = found.graph.get_pruner_of_module(module)
     with _tracing(found.model):
         return found.graph.get_pruning_group(module, pruner.prune_out_channels, list(channels))
@@ -181,16 +140,28 @@ def pruning_group(found: Traced, module: nn.Module, channels: Sequence[int]) -> 
 
 def groups_of(found: Traced) -> list[ChannelGroup]:
     """Return the groups of a traced model; see `channel_groups`."""
-    nodes = _Nodes()
+    units = DisjointSet()  # of channels of layers
     graph = found.graph
     names = {module: name for name, module in found.model.named_modules()}
     shared = _shared(found.model)
-    fixed: dict[int, str] = {}
+    fixed: dict[Channel, str] = {}
+
+    def channels_of(layer: str, numbers: Iterable[int]) -> list[Channel]:
+        channels = [(layer, int(number)) for number in numbers]
+        for channel in channels:
+            units.add(channel)
+        return channels
+
+    def couple(left: list[Channel], right: list[Channel]) -> None:
+        for pair in zip(left, right, strict=True):
+            units.merge(*pair)
+
     for module, layer in names.items():
         if not isinstance(module, LAYERS) or module not in graph.module2node:
             continue
         every = range(graph.get_out_channels(module))
-        channels = [nodes.of(layer, every)]
+        own = channels_of(layer, every)
+        affected = [*own]
         reasons: list[str] = []
         for item in pruning_group(found, module, every):
             target = item.dep.target
@@ -200,43 +171,46 @@ def groups_of(found: Traced) -> list[ChannelGroup]:
             reasons += _reasons(found, target, names, shared)
             if None in item.root_idxs:  # behind an expanded tensor, which is not followed
                 continue
-            roots, at = np.array(item.root_idxs, dtype=int), np.array(item.idxs, dtype=int)
-            if gives and (isinstance(target.module, LAYERS) or _shifts(target.module)):
+            roots = [own[root] for root in item.root_idxs]
+            norm = isinstance(target.module, NORMS) and bool(target.module.affine)
+            if gives and (isinstance(target.module, LAYERS) or norm):
                 # Beyond the last channel only behind an operation that is not followed.
-                there = at < graph.get_out_channels(target)
-                channels.append(nodes.of(names[target.module], at[there]))
-                nodes.join(nodes.of(layer, roots[there]), channels[-1])
+                width = graph.get_out_channels(target)
+                pairs = [pair for pair in zip(roots, item.idxs, strict=True) if pair[1] < width]
+                coupled = channels_of(names[target.module], [number for _, number in pairs])
+                couple([root for root, _ in pairs], coupled)
+                affected += coupled
             elif isinstance(target.module, CONVOLUTIONS) and target.module.groups > 1:
                 width = target.module.in_channels // target.module.groups
-                nodes.join(
-                    nodes.of(layer, roots), nodes.of(f"{names[target.module]}:in", at % width)
-                )
+                name = f"{names[target.module]}:in"
+                couple(roots, channels_of(name, [one % width for one in item.idxs]))
         groups = getattr(module, "groups", 1)
         if 1 < groups < len(every):
             width = len(every) // groups
-            nodes.join(channels[0], nodes.of(f"{layer}:out", np.array(every) % width))
+            couple(own, channels_of(f"{layer}:out", [one % width for one in every]))
         if reasons:
-            fixed.update((int(at), reasons[0]) for at in np.concatenate(channels))
-    return [*_gathered(nodes, found.model, fixed)]
+            fixed |= dict.fromkeys(affected, reasons[0])
+    return [*_gathered(units, found.model, fixed)]
 
 
-def _gathered(nodes: _Nodes, model: nn.Module, fixed: dict[int, str]) -> Iterator[ChannelGroup]:
-    """Yield one group for all units that have the same number of channels in the same layers."""
-    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
-    units: dict[int, dict[str, list[int]]] = {}
-    reasons: dict[int, str] = {}
-    labels = nodes.components()
-    for (name, channel), node in nodes.numbers.items():
-        label = int(labels[node])
+def _gathered(
+    joined: DisjointSet, model: nn.Module, fixed: dict[Channel, str]
+) -> Iterator[ChannelGroup]:
+    """Yield a group for all units that have the same number of channels in the same layers."""
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    units: dict[Channel, dict[str, list[int]]] = {}
+    reasons: dict[Channel, str] = {}
+    for channel in joined:
+        root, (name, number) = joined[channel], channel
         if name in order:
-            units.setdefault(label, {}).setdefault(name, []).append(channel)
-        if node in fixed:
-            reasons.setdefault(label, fixed[node])
+            units.setdefault(root, {}).setdefault(name, []).append(number)
+        if channel in fixed:
+            reasons.setdefault(root, fixed[channel])
     alike: dict[Any, list[dict[str, list[int]]]] = {}
-    for label, unit in units.items():
+    for root, unit in units.items():
         ordered = {name: sorted(unit[name]) for name in sorted(unit, key=order.__getitem__)}
         widths = tuple((name, len(channels)) for name, channels in ordered.items())
-        alike.setdefault((widths, reasons.get(label)), []).append(ordered)
+        alike.setdefault((widths, reasons.get(root)), []).append(ordered)
 
     def first(unit: dict[str, list[int]]) -> tuple[int, list[int]]:
         name = next(iter(unit))
@@ -245,40 +219,12 @@ def _gathered(nodes: _Nodes, model: nn.Module, fixed: dict[int, str]) -> Iterato
     for members in alike.values():
         members.sort(key=first)
     for (_, reason), members in sorted(alike.items(), key=lambda item: first(item[1][0])):
-        index = {name: torch.tensor([unit[name] for unit in members]) for name in members[0]}
-        weighted = {name for name in index if isinstance(model.get_submodule(name), LAYERS)}
-        yield ChannelGroup(
-            len(members),
-            {name: at for name, at in index.items() if name in weighted},
-            {name: at for name, at in index.items() if name not in weighted},
-            reason,
-        )
-
-
-class _Nodes:
-    """Numbers for the channels of named layers, and which of them are joined."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[tuple[str, int], int] = {}
-        self.joined: list[np.ndarray[Any, Any]] = []
-
-    def of(self, name: str, channels: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return the number of each channel."""
-        numbers = self.numbers
-        listed = [numbers.setdefault((name, int(at)), len(numbers)) for at in channels]
-        return np.array(listed, dtype=int)
-
-    def join(self, left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> None:
-        """Couple channels pairwise."""
-        self.joined.append(np.stack([left, right]))
-
-    def components(self) -> np.ndarray[Any, Any]:
-        """Return the number of the connected component of each channel."""
-        size = len(self.numbers)
-        rows, columns = np.concatenate([np.zeros((2, 0), dtype=int), *self.joined], axis=1)
-        matrix = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(size, size))
-        labels: np.ndarray[Any, Any] = connected_components(matrix, directed=False)[1]
-        return labels
+        layers: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        for name in members[0]:
+            kind = layers if isinstance(model.get_submodule(name), LAYERS) else norms
+            kind[name] = torch.tensor([unit[name] for unit in members])
+        yield ChannelGroup(len(members), layers, norms, reason)
 
 
 def _shared(model: nn.Module) -> set[nn.Module]:
@@ -293,7 +239,7 @@ def _shared(model: nn.Module) -> set[nn.Module]:
 def _reasons(
     found: Traced, node: Any, names: dict[nn.Module, str], shared: set[nn.Module]
 ) -> Iterator[str]:
-    """Yield why channels that reach a node of the graph cannot be removed, or not by zeros."""
+    """Yield the reasons why channels that reach a node of the graph cannot be removed."""
     module = node.module
     name = names.get(module)
     if node.grad_fn is found.entry:
@@ -320,13 +266,8 @@ def _reasons(
         yield f"{name!r} ({type(module).__name__}) mixes the channels or keeps values for each"
 
 
-def _shifts(module: nn.Module) -> bool:
-    """Tell whether a module has a scale and a shift for each channel."""
-    return isinstance(module, NORMS) and bool(module.affine)
-
-
 def _followed(found: Traced, node: Any) -> bool:
-    """Tell whether an operation leaves the channels as Torch-Pruning takes them to be."""
+    """Return whether Torch-Pruning follows the channels through an operation correctly."""
     if node.grad_fn.name() in ("AddmmBackward0", "MmBackward0", "CatBackward0"):
         return True  # the product inside of a linear layer, and what Torch-Pruning does follow
     after = found.shapes.get(node.grad_fn, ())
@@ -337,13 +278,13 @@ def _followed(found: Traced, node: Any) -> bool:
 
 
 def _same_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Tell by two shapes whether the channels are the same; () stands for an unknown one."""
+    """Return whether two shapes have the same channels; () is an unknown shape."""
     if not before or not after:
         return False
     if min(len(before), len(after)) < 2 or len(before) == len(after):
         return before[1:2] == after[1:2]
     if before[:2] == after[:2]:  # a mean over positions, or positions added
         return True
-    if len(after) == 2 and int(np.prod(before[1:])) == after[1]:  # flattened
+    if len(after) == 2 and math.prod(before[1:]) == after[1]:  # flattened
         return True
     return min(len(before), len(after)) == 2 and before[-1] == after[-1]  # positions as samples

@@ -1,10 +1,10 @@
-"""Fine-tuning after a step of pruning, with a warning where the data bring a shortcut back."""
+"""Fine-tuning after a step of pruning, with a warning if the data would bring a shortcut back."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,13 @@ LEANING = 0.1  # by which the share of samples with the feature may differ betwe
 class FineTuning:
     """Train a pruned network by stochastic gradient descent with momentum 0.9.
 
-    Batch norms update their statistics. Where the third element of the data, the spurious feature,
-    is correlated with the classes, a warning says that training on them brings the shortcut back.
+    Batch norms update their statistics. Warns if the third element of the data, the spurious
+    feature, is correlated with the classes.
 
     Parameters
     ----------
     data : iterable or Dataset
-        Labelled batches, with or without the spurious feature, that can be read several times. A
-        ``Dataset`` is shuffled and read ``batch_size`` samples at a time.
+        Labelled batches that can be read several times; a ``Dataset`` is shuffled.
     epochs : int
         Of each call.
     learning_rate : float
@@ -39,14 +38,9 @@ class FineTuning:
         For a ``Dataset``.
     seed : int
         Of dropout and of the order of a ``Dataset``.
-
-    Raises
-    ------
-    TypeError
-        If the data can be read only once.
     """
 
-    data: Data
+    data: Data = field(repr=False)
     epochs: int = 1
     learning_rate: float = 0.01
     weight_decay: float = 0.0
@@ -56,12 +50,8 @@ class FineTuning:
     def __post_init__(self) -> None:
         readable_again(self.data, "training")
 
-    def __repr__(self) -> str:
-        shown = ("epochs", "learning_rate", "weight_decay", "batch_size", "seed")
-        return f"FineTuning({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
-
     def __call__(self, network: nn.Module) -> None:
-        """Train the network in place; it stays in its mode. ValueError if there are no labels."""
+        """Train the network in place; ValueError if the data has no labels."""
         device = model_device(network)
         counts = torch.zeros(3, 0, 0, dtype=torch.long)
 
@@ -93,13 +83,13 @@ class FineTuning:
 
 
 def _warn_of_a_shortcut(samples: Tensor) -> None:
-    """Warn where the share of samples with the feature differs, counts (classes, 1 or 2)."""
+    """Warn if the share with the feature differs by class, counts of shape (classes, 1 or 2)."""
     present = samples.sum(1).nonzero().flatten()
     if samples.shape[1] < 2 or len(present) < 2:
         return
     shares = samples[present, 1] / samples[present].sum(1)
     if shares.max() - shares.min() > LEANING:
-        most, least = (int(present[at]) for at in (shares.argmax(), shares.argmin()))
+        most, least = int(present[shares.argmax()]), int(present[shares.argmin()])
         warnings.warn(
             f"data: {shares.max():.0%} of class {most} have the spurious feature and "
             f"{shares.min():.0%} of class {least}; fine-tuning on them brings the shortcut back. "

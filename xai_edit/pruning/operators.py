@@ -1,4 +1,4 @@
-"""Pruning on masks: the units of lowest relevance are switched off, at once or step by step."""
+"""Pruning operators, which plan to switch off the units of lowest score."""
 
 from __future__ import annotations
 
@@ -33,41 +33,38 @@ FeaturesOf = Features | Callable[[nn.Module], Features]
 
 
 class Finder(Protocol):
-    """Finds subspaces: `PCA`, `PRCA`, `DRSA`, `CAV`, or a class of a user's own."""
+    """`PCA`, `PRCA`, `DRSA`, `CAV`, `ContrastivePCA`, or a class of a user's own."""
 
     def fit(self, features: Features) -> Subspaces:
-        """Return the subspaces of some features."""
+        """Return the subspaces of features."""
 
 
 @dataclass(frozen=True)
 class RelevancePruning:
-    """Switch off the units that matter least, by any scorer.
+    """Switch off the units with the lowest scores (Yeom et al. 2021, *Pruning by explaining*).
 
-    Yeom et al. 2021, *Pruning by explaining*. A sample's score is summed over positions with its
-    sign, then its absolute value is summed over samples; so the sign of a criterion does not
-    matter. Coupled units, as where a residual network adds layers, go together; their scores are
-    summed (`channel_groups`).
+    Scores are summed over positions, and their absolute values over samples, so that the sign of
+    a criterion does not matter. Coupled units (`channel_groups`) are removed together by the sum
+    of their scores.
 
     Parameters
     ----------
     share : float in (0, 1]
         Share of all units of the layers to remove. Every layer keeps its best unit.
     scorer : callable
-        Any scorer; LRP by ``LRP("epsilon-plus", initial="one")`` by default. `WeightMagnitude`,
-        `Taylor`, `Activation`, `Random` and `TorchPruningImportance` are the usual comparisons.
-        One with ``behind_norm = True``, such as `Taylor` and `Activation`, scores a layer's batch
-        norm where there is one, whose output is what is switched off. LRP, which merges the two, is
-        the same at both.
+        Any scorer; ``LRP("epsilon-plus", initial="one")`` by default. One with
+        ``behind_norm = True``, such as `Taylor` and `Activation`, scores the output of the batch
+        norm that follows a layer, since that is what is switched off.
     layers : sequence of str, optional
         All convolution layers when left out; all hidden linear layers where there are none.
     ranking : {"global", "local"}
         "global" ranks the units of all layers together, each layer's scores divided by their L1
         norm; "local" removes the share in each layer.
     steps : int
-        In how many steps the share is reached; each scores the remaining network anew, after the
-        fine-tuning of the step before.
+        Number of steps up to the share; each scores the network that the last one pruned and
+        fine-tuned.
     protect : sequence of str
-        Layers that keep all units, and with them those coupled to theirs.
+        Layers that keep all units, as do layers coupled to them.
     """
 
     share: float
@@ -89,31 +86,27 @@ class RelevancePruning:
         fine_tune: FineTune | None = None,
         checkpoint: str | Path | None = None,
     ) -> ModelEdit:
-        """Plan the pruning; the model is only read.
+        """Plan the pruning.
 
         Parameters
         ----------
         model : nn.Module
-            A classifier.
+            A classifier. Not changed.
         data : iterable or Dataset
             Reference samples; 5 to 10 a class suffice. One pass a step.
         target : int, "label", "predicted" or callable
-            The output whose relevance counts.
+            The output that the scores are about.
         fine_tune : callable, optional
-            Trains a network in place after each step, such as `FineTuning`: a copy of the model in
-            which units that are off stay so.
+            Trains a pruned copy of the model in place after each step, such as `FineTuning`.
         checkpoint : str or Path, optional
-            A file that each step is written to, from which an interrupted plan goes on to the same
-            result. It stays when the plan is done.
+            A file that is written after each step, and from which an interrupted plan resumes.
 
         Returns
         -------
         ModelEdit
             Sets the units' incoming weights and biases to zero, and the scale and shift of their
-            batch norms; after fine-tuning also changes all other parameters and the statistics of
-            batch norms. Its origin lists the units of each layer, layers that would have lost all
-            units and keep their best (``kept``), and those whose units have to stay, with the
-            reason (``fixed``).
+            batch norms. Its origin has the pruned ``units``, layers that keep only their best unit
+            (``kept``), and those whose units have to stay, with the reason (``fixed``).
 
         Raises
         ------
@@ -121,31 +114,26 @@ class RelevancePruning:
             If the model cannot be traced (`channel_groups`), or nothing can be pruned.
         """
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
-        return plan.edit(model, lambda network, step: plan.scores(network))
+        return plan.edit(lambda network, step: plan.scores(network))
 
 
 @dataclass(frozen=True)
 class ConceptAwarePruning:
-    """Switch off the units that matter least once a spurious concept has been removed.
-
-    Concept-aware network pruning: the concept's subspaces are ablated while the units are scored,
-    so that those which only served it fall to the bottom.
+    """Concept-aware network pruning: score units while a spurious concept is ablated.
 
     Parameters
     ----------
     layer : str
         The layer of the subspaces; where the concept forms rather than late.
     subspaces : Subspaces or finder
-        A finder (`DRSA`, `PCA`, `PRCA`, `CAV`) is fitted to the ``features`` given to `plan`.
+        A finder such as `DRSA` is fitted to the ``features`` of `plan`.
     ablate : sequence of int or "auto"
-        The subspaces of the spurious concept. "auto" takes those that predict the concept and not
-        the class, by `choose_spurious` on the features; where there are none the edit is empty and
-        its origin says why.
+        The subspaces of the spurious concept. "auto" applies `choose_spurious` to the features; if
+        it chooses none, the edit is empty and its origin has the reason.
     share, scorer, layers, ranking, steps, protect
-        As for `RelevancePruning`.
+        See `RelevancePruning`.
     keep_ablation : bool
-        Whether the edit also ablates the subspaces for good, folded into the weights of the layer
-        that reads them (`fold_ablation`); otherwise they are ablated only for scoring.
+        Whether the edit also ablates the subspaces, folded into weights (`fold_ablation`).
     """
 
     layer: str
@@ -161,14 +149,13 @@ class ConceptAwarePruning:
 
     def __post_init__(self) -> None:
         _check(self)
-        given = isinstance(self.subspaces, Subspaces)
-        if not given and not hasattr(self.subspaces, "fit"):
+        if not isinstance(self.subspaces, Subspaces) and not hasattr(self.subspaces, "fit"):
             raise TypeError(
                 f"subspaces: {self.subspaces!r} given; give Subspaces, or a finder such as "
                 "xai_edit.DRSA(4)"
             )
         if isinstance(self.ablate, str):
-            works = "it is 'auto' or the numbers of subspaces"
+            works = "it is 'auto' or the indices of subspaces"
             require(self.ablate == "auto", "ablate", self.ablate, works)
         elif isinstance(self.subspaces, Subspaces):
             object.__setattr__(self, "ablate", self.subspaces.checked(self.ablate))
@@ -190,16 +177,9 @@ class ConceptAwarePruning:
         model, data, target, fine_tune, checkpoint
             See `RelevancePruning.plan`.
         features : Features or callable, optional
-            Of samples with and without the concept, for a finder and for ``ablate="auto"``:
-            features of the model, or a function that collects them from a network. With a function
-            the subspaces are learned again after each step; where none predicts the concept any
-            more, the step scores without ablation.
-
-        Raises
-        ------
-        ValueError
-            Also if features are needed and missing, or the ablation is to be kept and cannot be
-            folded; see `fold_ablation`.
+            Of samples with and without the concept, for a finder or ``ablate="auto"``. A function
+            that collects them from a network is called in each step; if none of the new subspaces
+            predicts the concept, the step scores without ablation.
         """
         resolve_layers(model, [self.layer])
         search = not isinstance(self.subspaces, Subspaces) or self.ablate == "auto"
@@ -209,62 +189,49 @@ class ConceptAwarePruning:
                 "without the concept"
             )
         if features is not None and not search:
-            raise ValueError("features: given, but the subspaces to ablate are named already")
+            raise ValueError("features: given, but the subspaces and their indices need none")
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         plan.origin |= {"layer": self.layer, "keep_ablation": self.keep_ablation}
-        concept = _Concept(self, features)
-        concept.learn(model)
-        if not concept.indices:
-            about = {**plan.origin, **concept.origin(), "share": self.share}
-            return ModelEdit.between(model, {}, about)
+        subspaces, indices, about = self._concept(model, features)
+        if not indices:
+            return ModelEdit.between(model, {}, {**plan.origin, **about, "share": self.share})
 
         def score(network: nn.Module, step: int) -> UnitScores:
+            nonlocal subspaces, indices, about
             if step > 0 and callable(features):
-                concept.learn(network)
-            if not concept.indices:
+                subspaces, indices, about = self._concept(network, features)
+            if not indices:
                 return plan.scores(network)
-            with ablated(network, self.layer, concept.subspaces, concept.indices) as inner:
+            with ablated(network, self.layer, subspaces, indices) as inner:
                 return plan.scores(network, self.layer, inner)
 
         def fold(network: nn.Module) -> Mapping[str, Tensor]:
-            if not self.keep_ablation or not concept.indices:
+            if not self.keep_ablation or not indices:
                 return {}
-            U, removed = concept.subspaces, concept.indices
-            return fold_ablation(network, self.layer, U, removed, plan.inputs)
+            return fold_ablation(network, self.layer, subspaces, indices, plan.inputs)
 
-        return plan.edit(model, score, fold=fold, step_origin=concept.origin)
+        return plan.edit(score, fold=fold, step_origin=lambda: about)
 
-
-class _Concept:
-    """The subspaces to ablate, as they were given or last learned."""
-
-    subspaces: Subspaces
-    indices: tuple[int, ...]
-
-    def __init__(self, operator: ConceptAwarePruning, features: FeaturesOf | None) -> None:
-        self.operator, self.features = operator, features
-        self.found: dict[str, Any] = {}
-
-    def learn(self, network: nn.Module) -> None:
-        """Find the subspaces of a network, and which of them are the concept's."""
-        finder, ablate = self.operator.subspaces, self.operator.ablate
-        features: Any = self.features(network) if callable(self.features) else self.features
-        self.subspaces = finder if isinstance(finder, Subspaces) else finder.fit(features)
-        if ablate == "auto":
-            table = predictiveness(self.subspaces, features)
+    def _concept(
+        self, network: nn.Module, source: FeaturesOf | None
+    ) -> tuple[Subspaces, tuple[int, ...], dict[str, Any]]:
+        """Return subspaces, the indices of those to ablate, and both as entries of an origin."""
+        features: Any = source(network) if callable(source) else source
+        finder = self.subspaces
+        subspaces = finder if isinstance(finder, Subspaces) else finder.fit(features)
+        about: dict[str, Any] = {}
+        if self.ablate == "auto":
+            table = predictiveness(subspaces, features)
             choice = choose_spurious(table)
-            self.indices = choice.indices
-            self.found = {"predictiveness": table.to_dict(), "reason": choice.reason}
+            indices = choice.indices
+            about = {"predictiveness": table.to_dict(), "reason": choice.reason}
         else:
-            self.indices = self.subspaces.checked(ablate)
-
-    def origin(self) -> dict[str, Any]:
-        """Return what an edit's origin says of the concept."""
-        return {"ablated": [*self.indices], "subspaces": self.subspaces.origin, **self.found}
+            indices = subspaces.checked(self.ablate)
+        return subspaces, indices, {"ablated": [*indices], "subspaces": subspaces.origin, **about}
 
 
 class _Plan:
-    """What both operators plan with: the units that may go, and their scores."""
+    """The units that an operator may remove, their scores, and the origin of the edit."""
 
     def __init__(
         self,
@@ -289,7 +256,7 @@ class _Plan:
         named = operator.layers is not None
         groups = channel_groups(model, sample)
         self.found = prunable(groups, layers, protect=operator.protect, named=named)
-        self.scorer, self.target = operator.scorer, target
+        self.model, self.scorer, self.target = model, operator.scorer, target
         steps = operator.share, operator.ranking, operator.steps
         self.schedule = Schedule(*steps, fine_tune, checkpoint)
         self.origin: dict[str, Any] = {
@@ -298,16 +265,13 @@ class _Plan:
             "target": describe_target(target),
         }
 
-    def edit(self, model: nn.Module, score: Score, **more: Any) -> ModelEdit:
+    def edit(self, score: Score, **more: Any) -> ModelEdit:
         """Return the edit; see `xai_edit.pruning.schedule.pruned`."""
-        given: dict[str, Any] = {"score": score, "origin": self.origin, **more}
-        return pruned(model, self.inputs, self.found, self.schedule, **given)
+        more |= {"score": score, "origin": self.origin}
+        return pruned(self.model, self.inputs, self.found, self.schedule, **more)
 
     def scores(self, network: nn.Module, layer: str = "", inner: str = "") -> UnitScores:
-        """Score the layers to prune: |sum over positions| of each sample, summed over samples.
-
-        In the network, ``layer`` and the modules inside it are found under the name ``inner``.
-        """
+        """Score the layers to prune in a network that has ``layer`` under the name ``inner``."""
         names = [
             inner + name.removeprefix(layer) if f"{name}.".startswith(f"{layer}.") else name
             for name in self.found.layers
@@ -323,7 +287,7 @@ class _Plan:
 
 
 def _layers(model: nn.Module, layers: Sequence[str] | None, inputs: Tensor) -> list[str]:
-    """Return the layers to prune: those named, all convolutions or all linear; not the last."""
+    """Return the layers to prune; by default all convolutions, or all hidden linear layers."""
     last = last_weighted(model, inputs)
     if layers is not None:
         if last in (named := resolve_layers(model, layers)):

@@ -1,4 +1,4 @@
-"""Which units are pruned: the lowest share of coupled channels, by the scores of their layers."""
+"""Ranking of coupled channels by the scores of their layers, and the lowest share of them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,11 @@ Ranking = Literal["global", "local"]
 
 @dataclass(frozen=True, eq=False)
 class Prunable:
-    """The groups of coupled units that may be pruned.
-
-    Attributes
-    ----------
-    groups : tuple of ChannelGroup
-    layers : tuple of str
-        Those whose scores rank the units.
-    fixed : dict of str
-        Layers that have to stay, and why.
-    """
+    """The groups of coupled units that may be pruned."""
 
     groups: tuple[ChannelGroup, ...]
-    layers: tuple[str, ...]
-    fixed: dict[str, str]
+    layers: tuple[str, ...]  # whose scores rank the units
+    fixed: dict[str, str]  # by layer that has to stay, the reason
 
     @property
     def channels(self) -> int:
@@ -40,7 +31,7 @@ class Prunable:
 
 
 def width(group: ChannelGroup) -> int:
-    """Return how many channels a unit of a group has in all its layers together."""
+    """Return the number of channels of a unit in all layers of its group."""
     return sum(channels.shape[1] for channels in group.layers.values())
 
 
@@ -51,23 +42,10 @@ def prunable(
     protect: Sequence[str] = (),
     named: bool = False,
 ) -> Prunable:
-    """Return the groups in which a layer may be pruned and none is protected.
+    """Return the groups that have a layer to prune and no protected one.
 
-    Parameters
-    ----------
-    groups : sequence of ChannelGroup
-        All of a model.
-    layers, protect : sequence of str
-        Layers to prune, and layers that keep all channels, with those coupled to theirs.
-    named : bool
-        Whether a user named the layers, so that each has to be prunable.
-
-    Raises
-    ------
-    UnknownLayerError
-        If a protected layer has no channels that could be pruned.
-    ValueError
-        If a named layer cannot be pruned, or nothing can.
+    UnknownLayerError if a protected layer has no channels to prune; ValueError if no layer can be
+    pruned, or with ``named`` any of the layers cannot.
     """
     known = {name for group in groups for name in group.layers}
     for name in protect:
@@ -97,37 +75,21 @@ def lowest_units(
     share: float,
     *,
     ranking: Ranking,
-    gone: Sequence[Tensor] | None = None,
+    gone: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return the units of each group to prune: the lowest share, never the best of a group.
+    """Return the units of each group with the lowest scores, int64, without the group's best.
 
     A unit's score is the sum over its channels in all scored layers, each layer divided by its L1
-    norm. As units of coupled layers go together, the share is met to within one unit.
-
-    Parameters
-    ----------
-    found : Prunable
-    scores : UnitScores
-        Of ``found.layers``.
-    share : float in (0, 1]
-        Of all channels ("global") or of those of each group ("local").
-    ranking : {"global", "local"}
-    gone : sequence of Tensor, optional
-        Units of each group that are off already and stay so.
-
-    Returns
-    -------
-    list of Tensor, int64
-        Of each group, ascending.
+    norm. The share is of all channels ("global") or of those of each group ("local"), met to within
+    one unit, and includes the units of each group that are already ``gone``.
     """
     ranked, sizes = [], []
-    for at, group in enumerate(found.groups):
+    for group, pruned in zip(found.groups, gone, strict=True):
         values = torch.zeros(group.units, dtype=torch.double)
         for layer, channels in group.layers.items():
             if layer in scores:
                 values += scores.normalized(layer)[channels].sum(1)
-        if gone is not None:
-            values[gone[at]] = -torch.inf
+        values[pruned] = -torch.inf
         best = torch.argsort(values, descending=True, stable=True)[0]  # the first of equals
         values[best] = torch.inf
         ranked.append(values)
@@ -141,30 +103,20 @@ def lowest_units(
 
 
 def _lowest(values: Tensor, sizes: Tensor, share: float) -> Tensor:
-    """Return the lowest units whose channels together are nearest to the share, bool, (units,)."""
+    """Return the lowest units whose number of channels is nearest to the share, bool, (units,)."""
     order = torch.argsort(values, stable=True)
     order = order[values[order] < torch.inf]
     reached = torch.cat([torch.zeros(1, dtype=torch.long), sizes[order].cumsum(0)])
     count = int((reached - share_of(int(sizes.sum()), share)).abs().argmin())
-    taken = torch.zeros(len(values), dtype=torch.bool)
-    taken[order[:count]] = True
-    return taken
+    lowest = torch.zeros(len(values), dtype=torch.bool)
+    lowest[order[:count]] = True
+    return lowest
 
 
 def channels_of(found: Prunable, units: Sequence[Tensor]) -> dict[str, list[int]]:
-    """Return the channels of units by layer, scored layers first."""
+    """Return the channels of units, ascending, by layer; scored layers come first."""
     by_layer: dict[str, list[int]] = {layer: [] for layer in found.layers}
     for group, chosen in zip(found.groups, units, strict=True):
         for layer, channels in group.layers.items():
             by_layer.setdefault(layer, []).extend(channels[chosen].flatten().tolist())
     return {layer: sorted(channels) for layer, channels in by_layer.items()}
-
-
-def spared(found: Prunable, units: Sequence[Tensor]) -> list[str]:
-    """Return the layers of which only the best unit of a group is left."""
-    return [
-        layer
-        for group, chosen in zip(found.groups, units, strict=True)
-        if group.units - len(chosen) == 1 < group.units
-        for layer in group.layers
-    ]

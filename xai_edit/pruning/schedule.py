@@ -1,4 +1,4 @@
-"""Pruning step by step: score, switch off, fine-tune, and resume from a checkpoint."""
+"""Steps of pruning: score, switch off, fine-tune, and resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from xai_edit.core.guard import copied, require_finite
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.edits.switching_off import silencing_entries
 from xai_edit.pruning.coupled_channels import ChannelGroup
-from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_units, spared
+from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_units
 from xai_edit.scoring.unit_scores import UnitScores
 
 KIND = "xai_edit.pruning"
-
 
 FineTune: TypeAlias = Callable[[nn.Module], object]
 """Trains a network in place after a step of pruning, such as `FineTuning`."""
 
 Score: TypeAlias = Callable[[nn.Module, int], UnitScores]
-"""Scores the layers to prune of a network in one of the steps."""
+"""Scores the layers to prune of a network in a step, numbered from 0."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a share of units is pruned; see `xai_edit.RelevancePruning`."""
+    """Share, ranking and steps of `xai_edit.RelevancePruning`, fine-tuning and checkpoint."""
 
     share: float
     ranking: Ranking
@@ -54,23 +53,14 @@ def pruned(
 ) -> ModelEdit:
     """Prune a copy of a model step by step, and return the change as an edit.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Only read.
-    inputs : Tensor
-        The first reference samples, by which a checkpoint identifies the data.
-    found, schedule, score, origin
-        What is pruned, how, by which scores, and the origin of the edit.
-    fold : callable
-        Returns new values of whole parameters of a network, before and after fine-tuning.
-    step_origin : callable
-        Returns what the origin says of a step, after it was scored.
+    A checkpoint identifies the data by ``inputs``, the first reference samples. ``fold`` returns
+    values of whole parameters to set in each step, and ``step_origin`` the entries of the edit's
+    origin about a step.
     """
     network = copied(model).eval()
     checkpoint = None
     gone = [torch.zeros(0, dtype=torch.long) for _ in found.groups]
-    history: list[dict[str, Any]] = []  # one entry a step that is done
+    history: list[dict[str, Any]] = []  # one entry a finished step
     if schedule.checkpoint is not None:
         checkpoint = _Checkpoint(Path(schedule.checkpoint), model, inputs, schedule, origin)
         gone, history = checkpoint.restored(network, gone)
@@ -99,7 +89,13 @@ def pruned(
         "removed": f"{last['removed']} of {found.channels} units",
         "units": channels_of(found, gone),
     }
-    if kept := spared(found, gone):
+    kept = [
+        layer
+        for group, units in zip(found.groups, gone, strict=True)
+        if group.units - len(units) == 1 < group.units
+        for layer in group.layers
+    ]
+    if kept:
         about["kept"] = {"one unit each, though the share takes all": kept}
     if found.fixed:
         about["fixed"] = found.fixed
@@ -112,10 +108,7 @@ def pruned(
 
 @contextmanager
 def kept_off(network: nn.Module, channels: Mapping[str, list[int]]) -> Iterator[None]:
-    """Multiply channels of layers by zero, so that training changes nothing that feeds them.
-
-    As hooks on the modules this also holds in a deep copy of the network.
-    """
+    """Multiply channels by zero by hooks, so that training changes no incoming weight of theirs."""
     handles = []
     for name, off in channels.items():
         module = network.get_submodule(name)
@@ -143,20 +136,19 @@ def _switch_off(
     gone: Sequence[Tensor],
     values: Mapping[str, Tensor],
 ) -> None:
-    """Write values of whole parameters, then set all entries of some units to zero."""
+    """Set values of whole parameters, then the entries of pruned units to zero."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
         for group, units in zip(groups, gone, strict=True):
-            for name, at in silenced_entries(network, group, units).items():
+            for name, entries in silenced_entries(network, group, units).items():
                 parameter = parameters[name]
-                where = torch.unravel_index(at.to(parameter.device), parameter.shape)
-                parameter[where] = 0
+                parameter[torch.unravel_index(entries.to(parameter.device), parameter.shape)] = 0
 
 
 class _Checkpoint:
-    """The file of a plan: the network, the units off and the history after its last step."""
+    """The file of an unfinished plan: network, pruned units and history after its last step."""
 
     def __init__(
         self,
@@ -174,7 +166,7 @@ class _Checkpoint:
     def restored(
         self, network: nn.Module, gone: list[Tensor]
     ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """Write the file's state into a network, and return units off and history."""
+        """Load the file's state into a network, and return pruned units and history."""
         clear_parts(self.path.parent, self.path.name)
         if not self.path.exists():
             return gone, []
@@ -186,12 +178,12 @@ class _Checkpoint:
         with torch.no_grad():
             for name, tensor in _tensors(network).items():
                 tensor.copy_(tensors[f"network/{name}"])
-        return [tensors[f"gone/{at}"] for at in range(len(gone))], header["history"]
+        return [tensors[f"gone/{index}"] for index in range(len(gone))], header["history"]
 
     def write(self, network: nn.Module, gone: list[Tensor], history: list[dict[str, Any]]) -> None:
         """Write the file, atomically."""
         tensors = {f"network/{name}": tensor for name, tensor in _tensors(network).items()}
-        tensors |= {f"gone/{at}": units for at, units in enumerate(gone)}
+        tensors |= {f"gone/{index}": units for index, units in enumerate(gone)}
         text = json.dumps({"plan": self.plan, "history": history})
         write_safetensors(self.path, tensors, KIND, sealed(tensors, text))
 
@@ -201,31 +193,11 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def silenced_entries(model: nn.Module, group: ChannelGroup, units: Tensor) -> dict[str, Tensor]:
-    """Return the entries to set to zero so that units of coupled layers are as if removed.
+    """Return the entries that switch units of a group off when set to zero.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model whose groups `channel_groups` found.
-    group : ChannelGroup
-    units : Tensor, int64, shape (n,)
-        Of the group, each in [0, ``group.units``).
-
-    Returns
-    -------
-    dict of Tensor
-        Parameter name → flat positions, int64: the incoming weights and biases in all layers of the
-        group, the scale and shift of its norms.
-
-    Raises
-    ------
-    ValueError
-        If the group's units have to stay.
+    By parameter name the flat indices, int64, of incoming weights and biases in all layers of the
+    group, and of the scale and shift of its norms.
     """
-    if group.fixed is not None:
-        raise ValueError(
-            f"group: the units of layer {next(iter(group.layers))!r} have to stay: {group.fixed}"
-        )
     entries: dict[str, Tensor] = {}
     for layer, channels in group.layers.items():
         entries |= silencing_entries(model, layer, channels[units].flatten())

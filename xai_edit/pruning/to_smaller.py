@@ -1,4 +1,4 @@
-"""A smaller network: units that are switched off are removed by Torch-Pruning."""
+"""Removal of units that are switched off, by Torch-Pruning."""
 
 from __future__ import annotations
 
@@ -15,35 +15,26 @@ TOLERANCE = 1e-5  # of the largest logit, by which logits may differ
 
 
 def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) -> nn.Module:
-    """Remove all units that are switched off, by Torch-Pruning, into a new network.
+    """Return a copy of a model without the units that are switched off.
 
     A unit is switched off when its weights and biases in all layers that share it and the scale and
-    shift of its norms are zero, by whatever edit or training. Units that are off in only some of
-    the layers that share them stay, and so does one unit of each group.
+    shift of its norms are zero, by whatever edit or training. One unit of each group stays. The
+    logits for the example input are checked in float64 against the masked network's.
 
     Parameters
     ----------
     model : nn.Module
-        A classifier, logits of shape (samples, classes). Only read.
+        A classifier, logits of shape (samples, classes). Not changed.
     edit : ModelEdit or None
-        An edit of the model; None where its units are switched off already.
+        An edit of the model; None where units are already switched off.
     example_input : Tensor, shape (samples, ...)
         Inputs to trace the network with and to compare outputs on.
 
-    Returns
-    -------
-    nn.Module
-        A copy with fewer channels, of the same dtype and device, with the same training and
-        ``requires_grad`` flags. In evaluation mode it gives the masked network's logits for
-        ``example_input``, which is checked in float64.
-
     Raises
     ------
-    EditMismatchError
-        If the edit is not one of this model.
-    ValueError
-        If the input does not fit, the model cannot be traced, no unit is switched off that can be
-        removed, or the outputs differ afterwards.
+    EditMismatchError, ValueError
+        If the edit is not one of this model, the input does not fit, the model cannot be traced, no
+        unit is switched off that can be removed, or the outputs differ afterwards.
     """
     with torch.inference_mode(False):
         masked = copied(model)
@@ -61,7 +52,7 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
 
 
 def _switched_off(found: Traced) -> list[tuple[ChannelGroup, Tensor]]:
-    """Return the groups that lose units, and which units, bool, shape (units,)."""
+    """Return the groups with units to remove, and these units, bool, shape (units,)."""
     lost, also = [], ""
     for group in groups_of(found):
         silent = silent_units(found.model, group)

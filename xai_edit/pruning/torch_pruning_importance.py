@@ -15,23 +15,17 @@ from xai_edit.pruning.coupled_channels import LAYERS, groups_of, pruning_group, 
 
 
 class TorchPruningImportance:
-    """Torch-Pruning's importance of each channel, with the channels coupled to it.
+    """Torch-Pruning's importance of each channel and those coupled to it, split among their layers.
 
-    Before it is called the gradients of the batch's cross-entropy loss are in the parameters, for
-    those such as ``GroupTaylorImportance`` that take them. An importance is split evenly among the
-    coupled layers, so that it counts once.
+    Importances such as ``GroupTaylorImportance`` read the gradients of the batch's cross-entropy
+    loss from the parameters.
 
     Parameters
     ----------
     importance : callable
         Such as ``torch_pruning.importance.GroupMagnitudeImportance()``: takes a pruning group and
-        returns a score a channel. Those that collect gradients sample by sample
-        (``HessianImportance``) are refused.
-
-    Raises
-    ------
-    TypeError
-        If it cannot be called, or collects gradients.
+        returns one score per channel. TypeError for those that collect gradients sample by sample
+        (``HessianImportance``).
     """
 
     per_sample = False
@@ -52,17 +46,14 @@ class TorchPruningImportance:
     ) -> dict[str, Tensor]:
         """Return the batch's importances, the same for each sample, (samples, channels) per layer.
 
-        Raises
-        ------
-        ValueError
-            If Torch-Pruning cannot trace the model, a layer has no channels that it could remove,
-            or the importance gives anything but a number for each of them.
+        ValueError if Torch-Pruning cannot trace the model, a layer is neither linear nor a
+        convolution, or the importance does not return one number per channel.
         """
         for name in layers:
             if not isinstance(model.get_submodule(name), LAYERS):
                 raise ValueError(
-                    f"layer {name!r}: Torch-Pruning has importances of linear and convolution "
-                    "layers alone"
+                    f"layer {name!r}: Torch-Pruning has importances only of linear and convolution "
+                    "layers"
                 )
         with torch.inference_mode(False), torch.enable_grad():
             found = traced(copied(model), inputs)
