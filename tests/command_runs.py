@@ -24,9 +24,6 @@ from torch import nn
 def build(classes=4):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
 
-def two():
-    return build(2)
-
 def scaled():
     return nn.Sequential(build(), nn.Tanh())
 
@@ -107,7 +104,6 @@ class Runs(dict):
 
 @pytest.fixture(scope="session")
 def runs(home) -> Runs:
-    """The folder of a finished run, by command."""
     return Runs(home)
 
 
@@ -135,16 +131,16 @@ def refused(line, capsys, *, out: str | None = "bad") -> str:
     """Return the one line that a command says on stderr before it leaves with exit code two."""
     where = [] if out is None else ["--out", out]
     assert main([*shlex.split(line), "--quiet", *where]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("xai-edit: ")
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    out, error = capsys.readouterr()
+    assert error.startswith("xai-edit: ")
+    assert error.count("\n") == 1
+    assert out == ""
     assert files("bad") == []
-    return told.err
+    return error
 
 
 def poisoned(value):
-    """Return a JSON value with every text spoiled, but for what the page goes by."""
+    """Return a JSON value with markup in every text, but for those that the page reads."""
     if isinstance(value, dict):
         kept = {"run", "edit", "file", "program"}
         return {

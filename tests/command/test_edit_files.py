@@ -34,17 +34,14 @@ MODEL = "--model torchvision:mobilenet_v3_small --outputs 5 --quiet"
 
 def test_applied_and_taken_back_bit_for_bit(files):
     folder, _ = files
-    line = f"DIR/edit.safetensors {MODEL} --weights DIR/own.safetensors --out DIR/new.safetensors"
-    assert run(f"apply {line}", folder) == 0
+    line = f"DIR/edit.safetensors {MODEL} --weights DIR/%s.safetensors --out DIR/%s.safetensors"
+    assert run("apply " + line % ("own", "new"), folder) == 0
     own, new = (load_file(folder / f"{name}.safetensors") for name in ("own", "new"))
     differs = {name for name in own if not torch.equal(own[name], new[name])}
     assert differs == {"classifier.3.weight"}
     flat = new["classifier.3.weight"].flatten()
     assert (flat[3], flat[1030]) == (0.0, 2.5)
-    line = (
-        f"undo DIR/edit.safetensors {MODEL} --weights DIR/new.safetensors --out DIR/old.safetensors"
-    )
-    assert run(line, folder) == 0
+    assert run("undo " + line % ("new", "old"), folder) == 0
     old = load_file(folder / "old.safetensors")
     assert all(torch.equal(own[name], old[name]) for name in own)
 
@@ -56,10 +53,10 @@ def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
     assert "SingleWeight: changes 2 weights" in words
     assert f"{weight.flatten()[3].item():.6g} → 0" in words
     assert run("show DIR/edit.safetensors --json", folder) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["weights"] == 2
-    assert told["origin"]["class"] == 1
-    change = told["changes"]["classifier.3.weight"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["weights"] == 2
+    assert printed["origin"]["class"] == 1
+    change = printed["changes"]["classifier.3.weight"]
     assert (change["shape"], change["entries"], change["zero"]) == ([5, 1024], 2, 1)
     largest = max(abs(weight.flatten()[3]), abs(2.5 - weight.flatten()[1030]))
     assert change["largest"] == pytest.approx(float(largest))
@@ -89,7 +86,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(files, capsys, line, mess
     folder, _ = files
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert run(line, folder) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert [line for line in told.splitlines() if line.startswith("xai-edit: ")]
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert [line for line in printed.splitlines() if line.startswith("xai-edit: ")]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

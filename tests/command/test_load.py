@@ -1,6 +1,5 @@
 import struct
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,6 @@ def broken():
 
 def dictionary():
     return {}
-
-ready = build(3).train()
 """
 
 
@@ -63,9 +60,8 @@ def same(model: nn.Module, state) -> bool:
 # The model
 
 
-@pytest.mark.parametrize("name", ["resnet18", "ResNet18"])
-def test_a_torchvision_model_is_ready_to_be_read(name):
-    model = load_model(f"torchvision:{name}", classes=7)
+def test_a_torchvision_model_is_ready_to_be_read():
+    model = load_model("torchvision:ResNet18", classes=7)
     assert isinstance(model, models.ResNet)
     assert not model.training
     assert model.fc.out_features == 7
@@ -90,9 +86,6 @@ def test_weights_with_heads_of_training_fit(tmp_path):
 def test_a_function_of_the_current_directory_is_called(net):
     assert load_model("user_net:build")[-1].out_features == 10
     assert load_model("user_net:build", classes=4)[-1].out_features == 4
-    ready = load_model("user_net:ready")
-    assert ready[-1].out_features == 3
-    assert not ready.training
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "plain", "state_dict", "parallel"])
@@ -111,21 +104,13 @@ def test_weights_of_each_kind_arrive(net, kind):
     assert same(load_model("user_net:build", weights=str(file)), state)
 
 
-def test_old_weights_without_counts_of_batches_fit(tmp_path):
-    state = models.resnet18().state_dict()
-    old = OrderedDict((n, v) for n, v in state.items() if "num_batches_tracked" not in n)
-    torch.save(old, tmp_path / "r.pth")
-    save_file(dict(old), tmp_path / "r.safetensors")
-    for file in ("r.pth", "r.safetensors"):
-        assert same(load_model("torchvision:resnet18", weights=str(tmp_path / file)), old)
-
-
-def test_safetensors_need_no_versions_of_modules(tmp_path):
+def test_weights_without_versions_and_counts_of_batches_fit(tmp_path):
     # MNASNet refuses weights without its version, which safetensors cannot hold.
     state = models.mnasnet0_5().state_dict()
-    save_file(state, tmp_path / "m.safetensors")
+    old = {name: v for name, v in state.items() if "num_batches_tracked" not in name}
+    save_file(old, tmp_path / "m.safetensors")
     model = load_model("torchvision:mnasnet0_5", weights=str(tmp_path / "m.safetensors"))
-    assert same(model, state)
+    assert same(model, old)
 
 
 def test_weights_of_torchvision_go_by_name(tmp_path, monkeypatch):
@@ -154,13 +139,9 @@ def test_a_pickle_is_not_run(net):
     ("spec", "message"),
     [
         ("torchvision:resnet81", r"no image classifier 'resnet81'; did you mean resnet18, "),
-        ("torchvision:fcn_resnet50", "no image classifier"),
-        ("resnet18", r"'resnet18' given; give torchvision:NAME or package\.module:function"),
         ("user_net:", "give torchvision:NAME or"),
         ("user_net:buildd", r"'user_net' has no function 'buildd'; did you mean build\?"),
-        ("user_net:zzz", "has no function 'zzz'$"),
         ("user_nett:build", r"cannot be imported \(ModuleNotFoundError: No module named 'user_net"),
-        ("./user_net.py:build", "cannot be imported"),
         ("user_net:broken", r"user_net:broken failed \(RuntimeError: no such luck at all\)"),
     ],
 )
@@ -182,30 +163,24 @@ def test_weights_that_do_not_fit_are_one_clear_line(net):
     torch.save(load_model("user_net:build", classes=3).state_dict(), "three.pt")
     torch.save({**model.state_dict(), "1.bais": torch.zeros(4)}, "more.pt")
     torch.save({"1.weight": model[1].weight.data}, "less.pt")
-    torch.save([1, 2], "list.pt")
-    torch.save(model, "whole.pt")
     Path("cut.pt").write_bytes(Path("more.pt").read_bytes()[:500])
     Path("cut.safetensors").write_bytes(b"\0" * 20)
     for file, message in {
         "three.pt": r"three\.pt does not fit the model .*size mismatch for 3\.weight",
         "more.pt": r"0 missing \[\], 1 unexpected \['1\.bais'\]",
         "less.pt": r"3 missing \['1\.bias', '3\.weight', '3\.bias'\], 0 unexpected",
-        "list.pt": "not a whole file of tensors",
-        "whole.pt": "not a whole file of tensors; save model.state_dict",
-        "cut.pt": "not a whole file of tensors",
+        "cut.pt": "not a whole file of tensors; save model.state_dict",
         "cut.safetensors": "not a whole file of tensors",
     }.items():
         with pytest.raises(ValueError, match=message) as raised:
             load_model("user_net:build", weights=file)
         assert "\n" not in str(raised.value)
-    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file"):
-        load_model("user_net:build", weights="none.pt")
 
 
 # Preprocessing
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_t", "inception_v3", "efficientnet_v2_l"])
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "inception_v3"])
 def test_inputs_are_those_of_torchvisions_preset(photos, name):
     image = Image.open(photos / "china" / "0.png")
     preset = models.get_model_weights(name).DEFAULT.transforms()
@@ -284,29 +259,23 @@ def test_folders_named_by_numbers_are_these_classes(photos, tmp_path):
     assert sorted(labels_of(load_images(str(tmp_path), preprocessing=TINY))) == [2, 10, 553]
 
 
-def test_a_flat_folder_has_no_labels(photos):
-    (batch,) = batches(load_images(str(photos / "china"), preprocessing=TINY))
-    assert batch.labels is None
-    assert len(batch) == 3
-
-
 @pytest.mark.parametrize("header", ["", "path,label\n"])
 def test_a_table_names_images_relative_to_itself(photos, tmp_path, header):
-    file = photos / "table.csv"
-    absolute = photos / "china" / "1.png"
-    file.write_text(f"{header}flower/0.png,7\n\n{absolute}, 3\n", encoding="utf-8-sig")
-    try:
-        images = load_images(str(file), preprocessing=TINY)
-    finally:
-        file.unlink()
+    file, absolute = tmp_path / "table.csv", photos / "china" / "1.png"
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    file.write_text(f"{header}0.png,7\n\n{absolute}, 3\n", encoding="utf-8-sig")
+    images = load_images(str(file), preprocessing=TINY)
     assert labels_of(images) == [7, 3]
     assert torch.equal(images[1][0], TINY(Image.open(absolute)))
 
 
-def test_a_table_of_paths_alone_has_no_labels(photos, tmp_path):
-    (tmp_path / "table.csv").write_text(f"{photos / 'china' / '1.png'}\n")
-    (batch,) = batches(load_images(str(tmp_path / "table.csv"), preprocessing=TINY))
-    assert batch.labels is None
+def test_flat_folders_and_tables_of_paths_have_no_labels(photos, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(str(photos / "china" / f"{at}.png") for at in range(3)))
+    for spec in (photos / "china", table):
+        (batch,) = batches(load_images(str(spec), preprocessing=TINY))
+        assert batch.labels is None
+        assert len(batch) == 3
 
 
 @pytest.fixture
@@ -343,25 +312,20 @@ def test_a_limit_takes_samples_of_every_class(photos):
 
 def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
     whole = (photos / "china" / "0.png").read_bytes()
-    for name, content in (("cut.png", whole[:5000]), ("text.png", b"mine"), ("empty.png", b"")):
-        (tmp_path / name).write_bytes(content)
+    for content in (whole[:5000], b"mine", b""):
+        (tmp_path / "a.png").write_bytes(content)
         images = load_images(str(tmp_path), preprocessing=TINY)
-        with pytest.raises(ValueError, match=f"data: .*{name} cannot be read as an image"):
+        with pytest.raises(ValueError, match=r"data: .*a\.png cannot be read as an image"):
             list(batches(images))
-        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "no images"),
-        ("path,label\n", "no images"),
-        ("0.png,cat\n", r"table\.csv, line 1: label 'cat' is not a class number"),
-        ("0.png,1\n0.png,1.5\n", "line 2: label '1.5' is not a class number"),
-        ("0.png,-1\n", "line 1: label '-1' is not a class number"),
+        ("0.png,1\n0.png,1.5\n", r"table\.csv, line 2: label '1.5' is not a class number"),
         ("0.png,1\n0.png\n", "line 2: give path,label in every line"),
         ("0.png,1,1\n", "line 1: give path,label in every line"),
-        ("file,class\n0.png,1\n", "line 1: label 'class' is not a class number"),
         ("path,label\n0.png,1\n9.png,1\n", r"line 3: .*9\.png: no such file"),
         ("\0\xff", "cannot be read as a CSV file|no such file"),
     ],
@@ -373,27 +337,21 @@ def test_a_table_that_is_wrong_says_where(photos, tmp_path, text, message):
         load_images(str(tmp_path / "table.csv"))
 
 
-def test_data_that_are_not_there_are_one_clear_line(photos, tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_data_that_are_not_there_are_one_clear_line(tmp_path):
     (tmp_path / "classes" / "cat").mkdir(parents=True)
     (tmp_path / "mixed" / "cat").mkdir(parents=True)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mixed" / "a.png")
     for spec, root, message in [
-        (f"{tmp_path}/none", None, "none: no such folder or file; give a folder of images"),
-        (f"{tmp_path}/empty", None, "empty: no images"),
         (f"{tmp_path}/classes", None, "no valid file for the classes cat"),
         (f"{tmp_path}/mixed", None, "both images and folders"),
         (f"{tmp_path}/mixed/a.png", None, "cannot be read as a CSV file"),
         ("torchvision:cifar10", None, r"no data set 'cifar10'; did you mean CIFAR10"),
         ("torchvision:CIFAR10", None, "needs its root folder; give --data-root"),
         ("torchvision:CIFAR10", tmp_path, "cannot be read from .*; nothing is downloaded"),
-        ("torchvision:CocoDetection", tmp_path, "cannot be read from"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
             load_images(spec, root=root)
         assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match="limit: 0 given; it is a whole number from 1"):
-        load_images(str(photos), limit=0)
 
 
 def test_a_data_set_without_classes_is_refused(tmp_path, monkeypatch):

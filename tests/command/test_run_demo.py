@@ -1,7 +1,5 @@
 """``xai-edit demo``: the figures it writes are those of the edits it saves, whatever they are."""
 
-import json
-
 import pytest
 import torch
 from command_runs import files, read
@@ -14,21 +12,10 @@ from xai_edit.command.run_demo import DIGITS, FORGET, run
 from xai_edit.datasets.small_network import small_cnn
 
 METHODS = {
-    "forget": ["before", "NPP: neurons switched off", "SCA: one weight", "logit mask"],
-    "neutralize": [
-        "before",
-        "FCR: SCA, best rate",
-        "FCR: exact selection",
-        "last-layer retraining (DFR)",
-    ],
-    "prune": [
-        "concept-aware, ablation kept",
-        "concept-aware",
-        "plain LRP",
-        "plain LRP, references without watermark",
-        "weight magnitude",
-        "random",
-    ],
+    "forget": "before; NPP: neurons switched off; SCA: one weight; logit mask",
+    "neutralize": "before; FCR: SCA, best rate; FCR: exact selection; last-layer retraining (DFR)",
+    "prune": "concept-aware, ablation kept; concept-aware; plain LRP; "
+    "plain LRP, references without watermark; weight magnitude; random",
 }
 
 
@@ -97,7 +84,7 @@ def test_every_method_has_its_row_and_its_figures_are_those_of_its_saved_edit(
     edits = 0
     for part, methods in METHODS.items():
         rows = results[part]["rows"]
-        assert [row["method"] for row in rows] == methods
+        assert [row["method"] for row in rows] == methods.split("; ")
         for row in rows:
             expected = before
             if row["edit"]:
@@ -123,28 +110,16 @@ def test_maps_are_those_of_the_images_shown(folder, results):
     assert all(len(row["predicted"]) == len(results["map_columns"]) for row in results["maps"])
 
 
-def test_report_makes_the_same_page_again(folder, capsys):
-    before = (folder / "report.html").read_bytes()
-    assert main(["report", str(folder)]) == 0
-    assert (folder / "report.html").read_bytes() == before
-    assert capsys.readouterr().out.strip() == str(folder / "report.html")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (None, "results.json is missing"),
-        ({"run": "other"}, "has no report page"),
-        ([], "no object"),
-    ],
+    [("", "damaged"), ('{"run": "other"}', "has no report page"), ("[]", "no object")],
 )
 def test_report_of_a_folder_without_a_run_is_one_clear_line(tmp_path, capsys, content, message):
-    if content is not None:
-        (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "results.json").write_text(content, encoding="utf-8")
     assert main(["report", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
 
 

@@ -18,7 +18,7 @@ from xai_edit.command.main import main
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "getting-started.md", *sorted((DOCS / "how-to").glob("*.md"))]
 BLOCK = re.compile(r"```(python|sh)\n(.*?)```", re.S)
-OWN = {"own-scorer", "own-operator"}  # they have examples, which tests/test_testing.py runs
+TESTED = {"own-scorer", "own-operator"}  # their examples run in tests/testing/test_testing.py
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
         importlib.sys.modules.pop("network")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in OWN], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in TESTED], ids=lambda p: p.stem)
 def test_the_page_runs(folder, page, capsys):
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     assert blocks

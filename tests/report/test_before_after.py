@@ -37,18 +37,6 @@ def test_maps_are_those_of_each_network_for_what_it_predicts(plain, images, edit
         assert torch.equal(maps.after[rule], xe.LRP(rule).heatmap(plain, images, said))
 
 
-def test_an_edited_network_gives_the_same_as_its_edit(plain, images, edit, unchanged):
-    edited = type(plain)()
-    edited.load_state_dict(plain.state_dict())
-    edit.apply(edited.eval())
-    check = unchanged(edited)
-    maps = xe.before_after_maps(plain, edited, images, scorers=["epsilon"])
-    check()
-    expected = xe.before_after_maps(plain, edit, images, scorers=["epsilon"])
-    assert torch.equal(maps.after["epsilon"], expected.after["epsilon"])
-    assert torch.equal(maps.predicted_after, expected.predicted_after)
-
-
 @pytest.mark.parametrize(
     "targets", [3, [3, 3, 3, 3], torch.tensor([3] * 4), lambda z: torch.full((len(z),), 3)]
 )
@@ -62,25 +50,22 @@ def test_one_class_is_explained_in_both_networks(plain, images, edit, targets):
 
 def test_the_model_is_as_it_was_after_an_error(plain, images, edit, unchanged):
     class Failing:
+        def __init__(self, calls):
+            self.calls = calls  # that succeed
+
         def heatmap(self, model, inputs, targets):
-            raise RuntimeError("stop")
+            self.calls -= 1
+            if self.calls < 0:
+                raise RuntimeError("stop")
+            return inputs
 
         def __call__(self, model, inputs, targets, layers):
             return {}
 
     check = unchanged(plain)
-    with pytest.raises(RuntimeError, match="stop"):
-        xe.before_after_maps(plain, edit, images, scorers={"a": Failing()})
-
-    class FailingLater(Failing):
-        calls = 0
-
-        def heatmap(self, model, inputs, targets):
-            self.calls += 1
-            return inputs if self.calls == 1 else super().heatmap(model, inputs, targets)
-
-    with pytest.raises(RuntimeError, match="stop"):
-        xe.before_after_maps(plain, edit, images, scorers={"a": FailingLater()})
+    for calls in (0, 1):
+        with pytest.raises(RuntimeError, match="stop"):
+            xe.before_after_maps(plain, edit, images, scorers={"a": Failing(calls)})
     check()
 
 
@@ -97,8 +82,9 @@ def drawn(png):
 
 def test_picture_grows_with_images_and_rules_and_is_the_same_again(plain, images, edit):
     maps = xe.before_after_maps(plain, edit, images)
-    picture = maps.png(titles=["class 3", "class 4", "a $ sign", "kept"])
-    assert picture == maps.png(titles=["class 3", "class 4", "a $ sign", "kept"])
+    titles = ["class 3", "class 4", "a $ sign", "kept"]
+    picture = maps.png(titles=titles)
+    assert picture == maps.png(titles=titles)
     fewer = xe.before_after_maps(plain, edit, images[:2], scorers=["epsilon"])
     small, large = drawn(fewer.png(images[:2])), drawn(picture)
     assert small.width < large.width
@@ -110,18 +96,11 @@ def test_the_maps_of_a_pair_share_a_scale_that_has_no_unit(plain, images, edit):
 
     def times(before, after):
         scaled = {"before": before * maps.before["epsilon"], "after": after * maps.after["epsilon"]}
-        told = {side: {"epsilon": values} for side, values in scaled.items()}
-        return dataclasses.replace(maps, **told).png()
+        maps_by_rule = {side: {"epsilon": values} for side, values in scaled.items()}
+        return dataclasses.replace(maps, **maps_by_rule).png()
 
     assert times(8, 8) == maps.png()
     assert times(1, 0.25) != maps.png() != times(0.25, 1)
-
-
-def test_picture_of_an_empty_edit_shows_each_map_twice(plain, images):
-    maps = xe.before_after_maps(plain, xe.ModelEdit({}), images, scorers=["epsilon"])
-    assert torch.equal(maps.before["epsilon"], maps.after["epsilon"])
-    colours = drawn(maps.png()).getcolors(100_000)
-    assert any(red > 200 and blue < 60 for _, (red, _, blue) in colours)
 
 
 def test_pictures_of_coloured_normalised_inputs():
@@ -137,7 +116,6 @@ def test_pictures_of_coloured_normalised_inputs():
     [
         ({"targets": 10}, ValueError, "class 10 is out of range"),
         ({"targets": [1, 2]}, ValueError, "one class a sample"),
-        ({"targets": [0.5] * 4}, ValueError, "one class a sample"),
         ({"scorers": ["eps"]}, ValueError, "'eps' is not a preset"),
         ({"images": [1, 2]}, TypeError, "list given; give a tensor"),
         ({"images": torch.full((1, 1, 8, 8), torch.nan)}, ValueError, "NaN"),
@@ -145,15 +123,13 @@ def test_pictures_of_coloured_normalised_inputs():
         ({"edit": 3}, TypeError, "int given; give a ModelEdit"),
     ],
 )
-def test_a_mistake_is_told(plain, images, edit, arguments, error, message):
+def test_wrong_arguments_are_refused(plain, images, edit, arguments, error, message):
     given = {"edit": edit, "images": images, **arguments}
     with pytest.raises(error, match=message):
         xe.before_after_maps(plain, **given)
 
 
-def test_the_same_network_or_an_edit_of_another_is_refused(plain, images, edit):
-    with pytest.raises(ValueError, match="the model itself"):
-        xe.before_after_maps(plain, plain, images)
+def test_an_edit_of_another_network_is_refused(plain, images, edit):
     edit.apply(plain)
     with pytest.raises(xe.core.EditMismatchError, match="already holds"):
         xe.before_after_maps(plain, edit, images)

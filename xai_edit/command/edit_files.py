@@ -23,11 +23,7 @@ def show(options: argparse.Namespace) -> int:
 
 
 def described(edit: ModelEdit) -> dict[str, Any]:
-    """Return how many ``weights`` an edit changes, its ``changes`` by parameter and its origin.
-
-    Of a parameter the ``shape``, the number of ``entries`` changed, how many of them become
-    ``zero``, and the ``largest`` change.
-    """
+    """Return what ``show --json`` prints of an edit."""
     changes = {
         name: {
             "shape": [*change.shape],
@@ -48,11 +44,8 @@ def apply(options: argparse.Namespace) -> int:
     if require_folder(out).exists():
         raise FileExistsError(f"out: {out} is there already; give another name")
     edit, model = ModelEdit.load(options.edit), model_of(options)
-    if options.command == "undo":
-        edit.undo(model)
-    else:
-        edit.apply(model)
-    done = "undone" if options.command == "undo" else "applied"
+    change, done = (edit.undo, "undone") if options.command == "undo" else (edit.apply, "applied")
+    change(model)
     header = json.dumps({done: edit.origin.get("operator", "edit")})
     write_safetensors(out, model.state_dict(), KIND, header)
     note(options, f"written: {out}")

@@ -22,16 +22,10 @@ Made = tuple[Callable[[Tensor], Any], bytes]
 
 @dataclass(frozen=True)
 class Program:
-    """An exported network.
+    """An exported network, its weights on the CPU.
 
-    Attributes
-    ----------
-    kind : str
-        "torch.export", for `torch.export.load`, or "TorchScript", for `torch.jit.load`.
-    content : bytes
-        Of the file. Weights are on the CPU.
-    batch : int or None
-        Samples at a time; None for any number.
+    ``kind`` is "torch.export" (for `torch.export.load`) or "TorchScript" (for `torch.jit.load`);
+    ``batch`` the number of samples at a time, None for any number.
     """
 
     kind: str
@@ -42,22 +36,9 @@ class Program:
 def exported(network: nn.Module, sample: Tensor) -> tuple[Program | None, dict[str, str]]:
     """Export a network by ``torch.export``, or trace it where that fails.
 
-    For any number of samples where PyTorch can, else for one at a time. The exported program was
-    run and gave the network's outputs.
-
-    Parameters
-    ----------
-    network : nn.Module
-        Only read; exported in evaluation mode.
-    sample : Tensor, shape (samples, ...)
-        Its first sample is used.
-
-    Returns
-    -------
-    Program or None
-        None where nothing worked.
-    dict of str
-        Attempts that failed, each with PyTorch's error.
+    For any number of samples where PyTorch can, else for one at a time. A program is returned
+    only if it gave the network's outputs; and each failed attempt with PyTorch's error. ``sample``
+    has the shape (samples, ...); its first is used.
     """
     network = copied(network).cpu().eval()
     one = sample[:1].detach().cpu()
@@ -101,7 +82,7 @@ def _require_same(found: Tensor, expected: Tensor) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the compiler from printing what it could not do; its error says it."""
+    """Suppress the compiler's logs and warnings; its error has the reason."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -7,7 +7,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from xai_edit.command.attribute_labels import read_attribute
 from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
+from xai_edit.core.checks import one_of
 from xai_edit.core.data import Data
 from xai_edit.edits.model_edit import versions
 from xai_edit.lrp.lrp import LRP, Scorer
@@ -24,7 +23,7 @@ from xai_edit.lrp.patterns import fit_patterns
 from xai_edit.lrp.presets import PRESETS
 from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
 
-SEED = 0  # of weights and inputs that no option gives, and of the order of training
+SEED = 0  # of random weights and inputs, and of the order of training images
 OTHERS: dict[str, Callable[[], Scorer]] = {
     "random": Random,
     "weight-magnitude": WeightMagnitude,
@@ -35,7 +34,7 @@ OTHERS: dict[str, Callable[[], Scorer]] = {
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches with a progress bar on stderr, a new one in each pass."""
+    """Batches that show a progress bar on stderr in each pass."""
 
     loader: DataLoader[Any]
     doing: str
@@ -45,8 +44,7 @@ class Batches:
         return str(self.loader.dataset)
 
     def __iter__(self) -> Iterator[Any]:
-        bar = tqdm(self.loader, self.doing, unit="batch", leave=False, disable=self.quiet)
-        return iter(bar)
+        return iter(tqdm(self.loader, self.doing, unit="batch", leave=False, disable=self.quiet))
 
 
 def model_of(options: argparse.Namespace) -> nn.Module:
@@ -63,29 +61,23 @@ def model_of(options: argparse.Namespace) -> nn.Module:
 def images_of(options: argparse.Namespace, spec: str, split: str | None = None) -> Images:
     """Return the data that ``spec`` names, image by image."""
     preprocessing = preprocessing_given(options)
-    found = load_images(
-        spec,
-        root=options.data_root,
-        split=split or options.split,
-        preprocessing=preprocessing,
-        limit=options.limit,
-    )
-    note(options, f"data: {spec}, {found}; as inputs {preprocessing}")
-    return found
+    how = {"root": options.data_root, "split": split or options.split, "limit": options.limit}
+    images = load_images(spec, preprocessing=preprocessing, **how)
+    note(options, f"data: {spec}, {images}; as inputs {preprocessing}")
+    return images
 
 
 def batches_of(
-    options: argparse.Namespace, found: Dataset[Any], doing: str, *, shuffled: bool = False
+    options: argparse.Namespace, images: Dataset[Any], doing: str, *, shuffled: bool = False
 ) -> Batches:
     """Return images as batches, in their order or in a random one that changes with each pass."""
-    order: dict[str, Any] = {}
-    if shuffled:
-        order = {"shuffle": True, "generator": torch.Generator().manual_seed(SEED)}
-    return Batches(DataLoader(found, options.batch_size, **order), doing, options.quiet)
+    generator = torch.Generator().manual_seed(SEED) if shuffled else None
+    loader = DataLoader(images, options.batch_size, shuffle=shuffled, generator=generator)
+    return Batches(loader, doing, options.quiet)
 
 
 def preprocessing_given(options: argparse.Namespace) -> Preprocessing:
-    """Return what is done to images: as usual for the model, except where an option differs."""
+    """Return the preprocessing of the model, changed by the options."""
     asked = {name: getattr(options, name) for name in ("resize", "mean", "std")}
     return preprocessing_of(options.model, options.weights, shape=options.input_size, **asked)
 
@@ -98,16 +90,9 @@ def require_device(name: str) -> None:
         raise ValueError(f"device: {name!r} cannot be used: {problem}") from None
 
 
-def attribute_of(options: argparse.Namespace, images: Images) -> list[int]:
-    """Return which images have the attribute, 0 or 1 for each."""
-    data = Path(options.data)
-    return read_attribute(options.attribute, images, data if data.is_dir() else data.parent)
-
-
 def require_known(name: str) -> None:
     """Raise `ValueError` if there is no scorer of a name."""
-    if name not in (*PRESETS, *OTHERS):
-        raise ValueError(f"scorer: {name!r} given; it is one of {', '.join((*PRESETS, *OTHERS))}")
+    one_of(name, (*PRESETS, *OTHERS), "scorer")
 
 
 def lrp_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data) -> LRP:
@@ -127,7 +112,7 @@ def scorer_of(name: str, options: argparse.Namespace, model: nn.Module, data: Da
 
 
 def run_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what made the files of a run: the command, versions, the model and its inputs."""
+    """Return the command, versions, the model and its preprocessing, as in ``results.json``."""
     return {
         "command": options.line,
         "versions": versions(),

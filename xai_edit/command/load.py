@@ -36,8 +36,8 @@ class Preprocessing:
     """How an image becomes an input: resized, cut out at the centre, normalised.
 
     ``shape`` is channels (1: grey, 3: colour), height and width of an input; ``resize`` the length
-    of the image's shorter side before the cut, the input's longer side when left out; ``mean`` and
-    ``std`` hold one number a channel, or one for all, for values in [0, 1].
+    of the image's shorter side before the cut, by default the input's longer side; ``mean`` and
+    ``std`` have one number a channel, or one for all, for values in [0, 1].
     """
 
     shape: tuple[int, int, int] = (3, 224, 224)
@@ -84,18 +84,18 @@ IMAGENET = Preprocessing(resize=256)
 def preprocessing_of(
     spec: str, weights: str | None = None, *, shape: tuple[int, ...] | None = None, **asked: Any
 ) -> Preprocessing:
-    """Return torchvision's preset for a model of `load_model`, or ImageNet's usual one, changed.
+    """Return torchvision's preset for a model of `load_model`, or ImageNet's, changed.
 
-    A ``shape`` other than the usual takes the whole image, unless ``resize`` is given, and other
-    than three channels have no usual normalisation. ``asked`` are other values of `Preprocessing`,
-    of which None stands for the usual one.
+    With another ``shape`` than the preset's the whole image is taken, unless ``resize`` is asked;
+    one channel has no usual normalisation. Of ``asked``, other fields of `Preprocessing`, None
+    keeps the preset's value.
     """
     usual = IMAGENET
     if spec.startswith(TORCHVISION):
         known = models.get_model_weights(_torchvision_name(spec)).__members__
         chosen = [known[weights]] if weights in known else known.values()
         # Of several, the smallest: the size that a network built without weights is made for.
-        preset = min((each.transforms() for each in chosen), key=lambda found: found.crop_size[0])
+        preset = min((each.transforms() for each in chosen), key=lambda one: one.crop_size[0])
         (size,), (side,) = preset.crop_size, preset.resize_size
         numbers = (tuple(preset.mean), tuple(preset.std))
         usual = Preprocessing((3, size, size), side, *numbers, preset.interpolation.value)
@@ -110,21 +110,11 @@ def preprocessing_of(
 def load_model(spec: str, *, weights: str | None = None, classes: int | None = None) -> nn.Module:
     """Return the model that ``spec`` names, in evaluation mode, on the CPU.
 
-    Parameters
-    ----------
-    spec : str
-        ``"torchvision:resnet18"`` or ``"package.module:function"``. The function, found from the
-        current directory too, is called without arguments or with ``num_classes``.
-    weights : str, optional
-        A file: safetensors, or a checkpoint, of which only tensors are read. For a torchvision
-        model also one of its own by name, such as ``"DEFAULT"``, which is downloaded.
-    classes : int, optional
-        Outputs of the model, where they are not its usual number.
-
-    Raises
-    ------
-    ValueError, TypeError, OSError
-        If there is no such model or file, or the weights do not fit.
+    ``spec`` is ``"torchvision:resnet18"`` or ``"package.module:function"``, imported from the
+    current directory too and called without arguments or with ``num_classes``, the number
+    ``classes`` of outputs. ``weights`` is a safetensors file or a checkpoint, of which only tensors
+    are read; or the name of torchvision's weights, such as ``"DEFAULT"``, which are downloaded.
+    Raises ValueError, TypeError or OSError where there is no such model, or weights do not fit.
     """
     config: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     heads: tuple[str, ...] = ()
@@ -132,7 +122,7 @@ def load_model(spec: str, *, weights: str | None = None, classes: int | None = N
         name = _torchvision_name(spec)
         own = weights if weights in models.get_model_weights(name).__members__ else None
         if heads := TRAINING_HEADS.get(name, ()):
-            # The published weights, from a file too, want the inputs normalised their own way.
+            # The published weights, from a file too, were trained with transformed inputs.
             config |= {"aux_logits": False, "transform_input": True}
             config |= {} if own else {"init_weights": False}  # True warns and is slow
         model: nn.Module = models.get_model(name, weights=own, **config)
@@ -164,7 +154,7 @@ def _imported(spec: str, config: Mapping[str, Any]) -> nn.Module:
         guess = _near(name, vars(module))
         raise ValueError(f"model: module {module_name!r} has no function {name!r}{guess}")
     with _one_sentence(f"model: {spec} failed"):
-        model = made if isinstance(made, nn.Module) else made(**config)
+        model: nn.Module = made(**config)
     require_type(model, nn.Module, f"model: {spec}", "it returns an nn.Module")
     return model
 
@@ -176,7 +166,7 @@ def _put_weights(model: nn.Module, file: Path, unused: tuple[str, ...]) -> None:
     with _one_sentence(f"weights: {file}: not a whole file of tensors; save model.state_dict()"):
         if file.suffix == ".safetensors":
             state: Any = OrderedDict(load_file(file))
-            # The versions of the modules, which safetensors leaves out.
+            # The versions of the modules, which a safetensors file lacks.
             state._metadata = own._metadata  # type: ignore[attr-defined]
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -205,25 +195,12 @@ def load_images(
 ) -> Images:
     """Return the images that ``spec`` names.
 
-    Parameters
-    ----------
-    spec : str
-        A folder of images, which then have no labels; a folder of class folders, numbered in
-        alphabetical order or, if all names are numbers, by them; a CSV file of ``path,label``
-        or ``path`` lines, relative to it; or ``"torchvision:CIFAR10"``, the name of a data set.
-    root : str or Path, optional
-        Where torchvision finds the data set; nothing is downloaded.
-    split : str
-        Part of a torchvision data set.
-    preprocessing : Preprocessing
-        What makes inputs of images.
-    limit : int, optional
-        At most so many samples, spread evenly over the data, so that every class has its part.
-
-    Raises
-    ------
-    ValueError, OSError
-        If there are no such data. An image that cannot be read is named when its turn comes.
+    ``spec`` is a folder of images without labels; a folder of class folders, numbered in
+    alphabetical order or, if all names are numbers, by them; a CSV file of ``path,label`` or
+    ``path`` lines, relative to it; or ``"torchvision:CIFAR10"``, of which ``split`` is read in the
+    folder ``root``, without download. At most ``limit`` samples, spread evenly over the data.
+    Raises ValueError or OSError if there are no such data; an image that cannot be read is named
+    when it is reached.
     """
     path = Path(spec)
     classes: dict[int, str] = {}
@@ -274,7 +251,7 @@ class Images(Dataset[Any]):
 
     def only(self, chosen: Sequence[int]) -> Images:
         """Return some of the images, by their indices among these."""
-        return replace(self, rows=[self.rows[place] for place in chosen])
+        return replace(self, rows=[self.rows[index] for index in chosen])
 
     def __str__(self) -> str:
         named = [f"{label} = {name}" for label, name in self.classes.items()]
@@ -290,7 +267,7 @@ def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]
         raise ValueError(f"data: {folder}: both images and folders; give one kind")
     if not names:
         return [*images], {}
-    # "10" stands before "2" in the alphabet, and folders of some classes keep their numbers.
+    # "10" sorts before "2", and folders of some classes keep their numbers.
     numbered = all(name.isdecimal() for name in names)
     labels = {name: int(name) if numbered else at for at, name in enumerate(names)}
     found = make_dataset(str(folder), labels, extensions=IMG_EXTENSIONS)
@@ -298,12 +275,9 @@ def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]
 
 
 def csv_rows(file: Path, name: str) -> list[tuple[int, list[str]]]:
-    """Return the number and the cells of each line of a CSV file that has any.
+    """Return the number and the cells of each line of a CSV file that is not empty.
 
-    Raises
-    ------
-    ValueError
-        If it cannot be read; the message begins with the ``name`` of the argument.
+    Errors begin with the ``name`` of the argument.
     """
     with _one_sentence(f"{name}: {file} cannot be read as a CSV file"):
         text = file.read_text(encoding="utf-8-sig").splitlines()
@@ -334,11 +308,10 @@ def _torchvision_data(name: str, root: str | Path | None, split: str) -> tuple[A
     accepted = inspect.signature(kind := getattr(datasets, name)).parameters
     if "root" in accepted and root is None:
         raise ValueError(f"data: torchvision:{name} needs its root folder; give --data-root")
-    given = {"root": root, "split": split, "train": split == "train"}
-    with _one_sentence(
-        f"data: torchvision:{name} cannot be read from {root}; nothing is downloaded"
-    ):
-        source = kind(**{key: value for key, value in given.items() if key in accepted})
+    arguments = {"root": root, "split": split, "train": split == "train"}
+    problem = f"data: torchvision:{name} cannot be read from {root}; nothing is downloaded"
+    with _one_sentence(problem):
+        source = kind(**{key: value for key, value in arguments.items() if key in accepted})
         image, label = source[0]
     if not hasattr(image, "convert") or not isinstance(label, int):
         raise ValueError(f"data: torchvision:{name} is not a set of images with a class each")
@@ -347,7 +320,7 @@ def _torchvision_data(name: str, root: str | Path | None, split: str) -> tuple[A
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    """Return a guess at what was meant, to end a message with."""
+    """Return the end of a message with similar names, or an empty one."""
     folded = {each.lower(): each for each in known if not each.startswith("_")}
     close = [folded[each] for each in difflib.get_close_matches(name.lower(), folded)]
     return f"; did you mean {', '.join(close)}?" if close else ""
@@ -355,10 +328,10 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def _one_sentence(text: str) -> Iterator[None]:
-    """Raise ValueError with one sentence for whatever other people's code raises."""
+    """Turn any exception of foreign code into a ValueError with one sentence."""
     try:
         yield
     except Exception as problem:
-        # The first sentence; what follows is advice for programmers.
+        # The sentences after the first are advice for programmers.
         sentence = " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]
         raise ValueError(f"{text} ({sentence})") from problem

@@ -32,20 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     0 on success, 1 where ``check`` found something wrong with the model, 2 on bad input.
-
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        Those of the process when left out.
+    ``arguments`` are those of the process by default.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     options.line = shlex.join(["xai-edit", *arguments])
     module, function = RUN[options.command].split(":")
     try:
-        code: int = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)(
-            options
-        )
+        run = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)
+        code: int = run(options)
     except (ValueError, TypeError, OSError) as problem:
         # Messages of other libraries may have several lines.
         print(f"xai-edit: {' '.join(str(problem).split())}", file=sys.stderr)

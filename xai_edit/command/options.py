@@ -16,7 +16,7 @@ T = TypeVar("T")
 class Option(NamedTuple):
     """One option: ``"--share S"`` has a value, ``"--json"`` is a switch, ``"EDIT"`` a plain word.
 
-    Options of a command with ``instead`` exclude each other.
+    Options of ``score`` with ``instead`` exclude each other.
     """
 
     names: str
@@ -30,16 +30,14 @@ class Option(NamedTuple):
         """Add the option to a parser."""
         name, _, metavar = self.names.partition(" ")
         if name.isupper():
-            number = None if self.required else "?"
-            parser.add_argument(
-                name.lower(), nargs=number, type=self.kind, metavar=name, help=self.help
-            )
+            how: dict[str, Any] = {"type": self.kind, "metavar": name, "help": self.help}
+            parser.add_argument(name.lower(), nargs=None if self.required else "?", **how)
         elif not metavar:
             parser.add_argument(name, action="store_true", help=self.help)
         else:
-            known = "" if self.default in (None, ()) else "; default: %(default)s"
-            how: dict[str, Any] = {"type": self.kind, "default": self.default, "metavar": metavar}
-            parser.add_argument(name, required=self.required, help=self.help + known, **how)
+            known = "" if self.default in (None, (), (0,)) else "; default: %(default)s"
+            how = {"type": self.kind, "default": self.default, "help": self.help + known}
+            parser.add_argument(name, required=self.required, metavar=metavar, **how)
 
 
 def _names(text: str) -> list[str]:
@@ -123,10 +121,7 @@ RESNET_FILE = "--model torchvision:resnet18 --weights own.safetensors"
 
 
 class Command(NamedTuple):
-    """A command: its help, of which the list of commands shows the first sentence, and options.
-
-    ``data`` are the options of the help page's part on data.
-    """
+    """A command: its help (the list shows the first sentence) and options; ``data`` on data."""
 
     help: str
     options: tuple[Option, ...]
@@ -166,9 +161,7 @@ COMMANDS = {
             LAYERS,
             JSON,
             Option("--held-out DATA", "other labelled data, for deletion curves of --compare"),
-            Option(
-                "--target CLASS", "class to explain: number, label, predicted", _target, "label"
-            ),
+            Option("--target CLASS", "to explain: a number, label, predicted", _target, "label"),
             Option("--aggregate HOW", "over samples: sum, mean, abs or positive", default="sum"),
             Option("--share S", "of a layer's units that are its top", float, 0.1),
             OUT._replace(required=False),
@@ -190,9 +183,7 @@ COMMANDS = {
             COMPOSITE,
             Option("--rank HOW", "sum of relevance, or count of samples in --k", default="sum"),
             Option("--k N", "for --rank count: a sample counts for its first N neurons", _whole),
-            Option(
-                "--scope HOW", "neuron, or class_row: its weight to the class", default="neuron"
-            ),
+            Option("--scope HOW", "neuron, or class_row: its weight to the class", str, "neuron"),
             *MODEL,
             LAYERS._replace(help="default: the last hidden linear layer, or the output's inputs"),
             JSON,
@@ -269,9 +260,7 @@ COMMANDS = {
             Option("--list", "show what can be run"),
             Option("--data-root DIR", "the data; default: XAI_EDIT_DATA", Path),
             Option("--out DIR", "where to write; default: the name", Path),
-            Option(
-                "--network NAME", "such as all-cnn, vgg-like:0.25 (filters), resnet20, resnet18"
-            ),
+            Option("--network NAME", "such as all-cnn, vgg-like:0.25 (filters), resnet18"),
             Option("--weights FILE", "of a trained network, or torchvision's own: DEFAULT"),
             Option("--epochs N", "of training", _whole),
             Option("--limit N", "at most N images a class", _whole),
@@ -295,12 +284,12 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, without the usage that argparse puts above it."""
+        """Exit with a message of one line, without the usage that argparse prints above it."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of ``xai-edit``; ``command`` is the name of what is to be run."""
+    """Return the parser of ``xai-edit``; its ``command`` is the name of the command."""
     made = _Parser(
         prog="xai-edit",
         description="Turn attributions of Zennit and Captum into edits of a model, and prove what "
@@ -312,14 +301,9 @@ def parser() -> argparse.ArgumentParser:
         first = command.help.split(". ")[0]
         example = command.example and f"example: xai-edit {name} {command.example}"
         own = commands.add_parser(name, help=first, description=command.help, epilog=example)
-        some = [option for option in command.options if option.instead]
+        either = own.add_mutually_exclusive_group() if name == "score" else own
         for option in command.options:
-            if option not in some:
-                option.add_to(own)
-        if some:  # they exclude each other
-            either = own.add_mutually_exclusive_group()
-            for option in some:
-                option.add_to(either)
+            option.add_to(either if option.instead else own)
         if command.data:
             usual = "Images are resized, cut and normalised as usual for the model or ImageNet."
             group = own.add_argument_group("data", usual)

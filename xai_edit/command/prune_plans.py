@@ -1,4 +1,4 @@
-"""What ``xai-edit prune`` plans, from which images: the pruning and its comparison methods."""
+"""The plans of ``xai-edit prune`` and the images for each: pruning and comparison methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import nn
 
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, Marked, indices_by
+from xai_edit.command.run_parts import SEED, Marked, class_labels, indices_by
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.features import Features
@@ -18,7 +18,6 @@ from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import one_of
 from xai_edit.core.guard import copied
-from xai_edit.core.layers import resolve_layers
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.lrp.lrp import LRP, Scorer
 from xai_edit.pruning.fine_tuning import FineTuning
@@ -45,17 +44,16 @@ FINDERS: dict[str, Callable[[], Finder]] = {
 
 
 def finder_named(name: str) -> Finder:
-    """Return what finds subspaces, by its name on the command line."""
+    """Return the finder of a name."""
     return FINDERS[one_of(name, FINDERS, "finder")]()
 
 
 def references(planning: Marked, *, clean: bool = False) -> Marked:
     """Return ten images of each class, or fewer; with ``clean``, of those without the feature."""
     chosen = [index for index, has in enumerate(planning.attribute) if not (clean and has)]
-    groups = planning.groups
-    return planning.only(
-        [chosen[at] for at in spread([groups[index][0] for index in chosen], REFERENCES)]
-    )
+    labels = class_labels(planning.images)
+    drawn = spread([labels[index] for index in chosen], REFERENCES)
+    return planning.only([chosen[at] for at in drawn])
 
 
 def of_concept(planning: Marked, target: int) -> Marked:
@@ -65,16 +63,11 @@ def of_concept(planning: Marked, target: int) -> Marked:
 
 
 def tuning(planning: Marked, *, marked: bool) -> tuple[Marked, str]:
-    """Return images to fine-tune with, in which the feature predicts no class, and which they are.
+    """Return images to fine-tune with, in which the feature predicts no class, and their name.
 
-    All planning images where nobody knows the feature (``marked=False``). Otherwise every (class,
-    feature) group is repeated up to the size of the largest; or, where some class has no images
-    with the feature, those without it are taken.
-
-    Raises
-    ------
-    ValueError
-        If that leaves a class without images.
+    All planning images where the feature is unknown (``marked=False``). Otherwise every (class,
+    feature) group is repeated up to the size of the largest; or, where a class has no images with
+    the feature, those without it are taken. Raises ValueError if a class then has no images.
     """
     if not marked:
         return planning, "all planning images"
@@ -106,21 +99,10 @@ def spread(kinds: Sequence[Hashable], most: int) -> list[int]:
 class Plans:
     """The pruning and its comparison methods, all in as many steps with the same fine-tuning.
 
-    Attributes
-    ----------
-    run : Run
-        Of the command; its model is only read.
-    operator : RelevancePruning or ConceptAwarePruning
-    planning : Marked
-    target : int
-        The class whose output contexts explain; the feature is to speak for it.
-    epochs : int or None
-        Of fine-tuning after each step, with the images of ``tuned_on``.
-    tuned_on : Marked or None
-    images : Marked or None
-        What subspaces were found from, once the pruning is planned.
-    subspaces : Subspaces or None
-        Those of the model.
+    ``target`` is the class whose output contexts explain, which the feature is to speak for;
+    ``epochs`` those of fine-tuning after each step on ``tuned_on``, None for no fine-tuning. Once
+    concept-aware pruning is planned, ``subspaces`` are those of the model and ``images`` those
+    that they were fitted on.
     """
 
     run: Run
@@ -133,7 +115,7 @@ class Plans:
     subspaces: Subspaces | None = field(default=None, init=False)
 
     def methods(self) -> dict[str, Callable[[], ModelEdit]]:
-        """Return what plans each edit, by its name; the pruning itself comes first."""
+        """Return the function that plans each edit, by method; the pruning itself is first."""
         lrp = self.operator.scorer
         made: dict[str, Callable[[], ModelEdit]] = {}
         if isinstance(self.operator, RelevancePruning):
@@ -168,10 +150,25 @@ class Plans:
                 seed=SEED,
             )
 
-        own = replace(operator, subspaces=_Kept(self, operator))
         data = self.run.read(references(self.planning), AWARE)
-        fine_tune = self._tuning(AWARE)
+        own, fine_tune = replace(operator, subspaces=self), self._tuning(AWARE)
         return own.plan(self.run.model, data, features=features, fine_tune=fine_tune)
+
+    def fit(self, features: Features) -> Subspaces:
+        """Fit the finder and keep the first subspaces, which are those of the model itself."""
+        assert isinstance(self.operator, ConceptAwarePruning)
+        finder = self.operator.subspaces
+        assert not isinstance(finder, Subspaces)
+        try:
+            subspaces = finder.fit(features)
+        except ValueError as problem:
+            raise ValueError(
+                f"finder: nothing found at layer {self.operator.layer!r} ({problem}); name another "
+                "layer or another finder"
+            ) from problem
+        if self.subspaces is None:
+            self.subspaces = subspaces
+        return subspaces
 
     def _tuned(self) -> ModelEdit:
         tune, network = self._tuning(TUNED), copied(self.run.model)
@@ -185,32 +182,3 @@ class Plans:
             return None
         data = self.run.read(self.tuned_on, f"{name}: fine-tuning", shuffled=True)
         return FineTuning(data, self.epochs, seed=SEED)
-
-
-@dataclass(eq=False)
-class _Kept:
-    """A finder that keeps the subspaces it finds first, those of the model itself."""
-
-    plans: Plans
-    operator: ConceptAwarePruning
-
-    def fit(self, features: Features) -> Subspaces:
-        finder = self.operator.subspaces
-        assert not isinstance(finder, Subspaces)
-        try:
-            found = finder.fit(features)
-        except ValueError as problem:
-            raise ValueError(
-                f"finder: nothing found at layer {self.operator.layer!r} ({problem}); name another "
-                "layer or another finder"
-            ) from problem
-        if self.plans.subspaces is None:
-            self.plans.subspaces = found
-        return found
-
-
-def check_layers(model: nn.Module, operator: Operator) -> None:
-    """Raise `UnknownLayerError`, before the long part, for a layer that the model does not have."""
-    aware = [operator.layer] if isinstance(operator, ConceptAwarePruning) else []
-    for layer in (*operator.protect, *aware):
-        resolve_layers(model, [layer])

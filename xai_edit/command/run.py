@@ -6,13 +6,14 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from xai_edit.command.inputs import attribute_of, batches_of, images_of, model_of, note, run_of
-from xai_edit.command.run_parts import class_labels
+from xai_edit.command.inputs import batches_of, images_of, model_of, note, run_of
+from xai_edit.command.run_parts import class_labels, read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import Cost, measured
 from xai_edit.core.data import Data
@@ -27,23 +28,10 @@ BEFORE = "before"  # the name of the model without an edit
 class Run:
     """What the options of a command name, and the edits that are planned from it.
 
-    Parameters
-    ----------
-    options : Namespace
-        As parsed. The folder of ``out`` is made at once, so that a wrong one fails before the long
-        part.
-
-    Attributes
-    ----------
-    images : Images
-    attribute : list of int or None
-        Which images have the attribute of ``--attribute``, where the command has it.
-    edits : dict of ModelEdit
-        By the name of the method.
-    costs : dict of Cost
-        Of planning each edit.
-    withheld : dict of str
-        Why a method has no edit.
+    ``edits`` and ``costs`` of planning them have the names of methods as keys; ``withheld`` the
+    reason where a method has no edit. ``attribute`` says for each image whether it has the
+    attribute of ``--attribute``, where the command has this option. The folder of ``--out`` is
+    made at once, so that a wrong one fails before the long part.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -51,8 +39,11 @@ class Run:
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
         self.images = images_of(options, options.data)
-        marked = getattr(options, "attribute", None)
-        self.attribute = None if marked is None else attribute_of(options, self.images)
+        self.attribute: list[int] | None = None
+        if getattr(options, "attribute", None) is not None:
+            data = Path(options.data)
+            folder = data if data.is_dir() else data.parent
+            self.attribute = read_attribute(options.attribute, self.images, folder)
         self.edits: dict[str, ModelEdit] = {}
         self.costs: dict[str, Cost] = {}
         self.withheld: dict[str, str] = {}
@@ -63,7 +54,7 @@ class Run:
         return model_of(self.options)
 
     def read(self, images: Any, doing: str, *, shuffled: bool = False) -> Data:
-        """Return images as batches; the text stands beside the progress bar."""
+        """Return images as batches; ``doing`` is the text of the progress bar."""
         return batches_of(self.options, images, doing, shuffled=shuffled)
 
     def check_labels(self) -> None:
@@ -78,8 +69,8 @@ class Run:
     ) -> ModelEdit:
         """Plan the edit of a method and keep it with its cost.
 
-        Where ``empty`` is given, an edit that changes no weight counts as none: for the reason in
-        its origin, or else this one.
+        With ``empty``, an edit without changes is not kept; this is the reason unless its origin
+        has one.
         """
         with measured() as cost:
             edit = plan()
@@ -108,7 +99,7 @@ class Run:
         ]
 
     def about(self, **data: Any) -> dict[str, Any]:
-        """Return the first entries of ``results.json``: what was run, on what; more of the data."""
+        """Return the first entries of ``results.json``; ``data`` goes to the entry of the data."""
         options = self.options
         about = {
             "run": options.command,
@@ -125,12 +116,12 @@ class Run:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What planning took, by the name of the method, as in ``timing.json``."""
+        """Seconds of planning by method, as in ``timing.json``."""
         return {name: cost.seconds for name, cost in self.costs.items()}
 
     @property
     def class_names(self) -> dict[str, str]:
-        """The names of the classes by their numbers, as in ``results.json``."""
+        """Names of classes by number, as in ``results.json``."""
         return {str(number): name for number, name in self.images.classes.items()}
 
     def finish(

@@ -54,7 +54,7 @@ CONCEPT_AWARE, KEPT = "concept-aware", "concept-aware, ablation kept"
 
 @dataclass
 class _Run:
-    """What the run works on and what it found so far."""
+    """The model, the test images and the results so far."""
 
     out: Path
     model: nn.Module
@@ -69,8 +69,7 @@ class _Run:
         name: str,
         plan: Callable[[], ModelEdit],
         figures: Callable[[Accuracy], dict[str, float]],
-        *,
-        show: str | None = None,
+        show: str | None,
     ) -> dict[str, Any]:
         """Plan an edit, save and load it, evaluate it applied, undo it and compare every bit."""
         file = f"edits/{name}.safetensors"
@@ -97,24 +96,10 @@ class _Run:
 
 
 def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = False) -> Path:
-    """Run the demo and write its results; the same seed gives the same bits on one machine.
+    """Run the demo, write its results to the folder ``out`` and return the path of the page.
 
-    Parameters
-    ----------
-    out : str or Path
-        Folder for ``results.json``, ``timing.json``, ``maps.safetensors``, ``report.html``,
-        ``overview.png`` and ``edits/*.safetensors``; made when missing.
-    seed : int
-        Of the split, the position of the watermark, the network and its training.
-    quick : bool
-        Fewer shares of pruning.
-    quiet : bool
-        No progress bar and no table.
-
-    Returns
-    -------
-    Path
-        Of the report.
+    The same ``seed`` (of the split, the position of the watermark, the network and its training)
+    gives the same bits on one machine. ``quick`` prunes fewer shares; ``quiet`` prints nothing.
     """
     whole_number(seed, "seed", most=2**63 - 1)
     out = Path(out)
@@ -141,6 +126,23 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         prune = _prune(state, training, validation, QUICK_SHARES if quick else SHARES)
         next_step("writing")
         worst, has = before.worst_group
+        groups = [
+            {
+                "class": label,
+                "watermark": watermark,
+                "accuracy": accuracy,
+                "samples": int(before.samples[label, watermark]),
+            }
+            for (label, watermark), accuracy in before.groups.items()
+        ]
+        images = [
+            {
+                "label": int(test.labels[row]),
+                "watermark": int(test.watermark[row]),
+                "predicted": [predicted[at] for _, predicted in state.maps.values()],
+            }
+            for at, row in enumerate(shown.tolist())
+        ]
         results = {
             "run": "demo",
             "command": f"xai-edit demo --seed {seed}" + (" --quick" if quick else ""),
@@ -160,29 +162,14 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
             "before": {
                 **_figures(before),
                 "worst_group": f"digit {worst} {'with' if has else 'without'} watermark",
-                "groups": [
-                    {
-                        "class": label,
-                        "watermark": watermark,
-                        "accuracy": accuracy,
-                        "samples": int(before.samples[label, watermark]),
-                    }
-                    for (label, watermark), accuracy in before.groups.items()
-                ],
+                "groups": groups,
             },
             "forget": forget,
             "neutralize": neutralize,
             "prune": prune,
             "map_columns": [*state.maps],
             "overview": ["before", EXACT, f"{KEPT}, {SHOWN_SHARE:.0%} pruned"],
-            "maps": [
-                {
-                    "label": int(test.labels[row]),
-                    "watermark": int(test.watermark[row]),
-                    "predicted": [predicted[at] for _, predicted in state.maps.values()],
-                }
-                for at, row in enumerate(shown.tolist())
-            ],
+            "maps": images,
             "checks": {"edits": len(state.edits), "restored": sum(state.edits)},
         }
         relevance = torch.stack([maps for maps, _ in state.maps.values()], dim=1)
@@ -214,8 +201,7 @@ def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any
     ):
         plan = partial(operator.plan, state.model, samples.batches, target=FORGET)
         show = None if name == "logit-mask" else f"forget: {method}"
-        row = state.row(f"forget-{name}", plan, _forgotten, show=show)
-        rows.append({"method": method, **row})
+        rows.append({"method": method, **state.row(f"forget-{name}", plan, _forgotten, show)})
     return {"class": FORGET, "rows": rows}
 
 
@@ -234,8 +220,7 @@ def _neutralize(state: _Run, before: Accuracy, validation: Samples) -> dict[str,
     ):
         plan = partial(operator.plan, state.model, validation.batches)
         show = None if name == "fictitious-sca" else method
-        row = state.row(f"neutralize-{name}", plan, _figures, show=show)
-        rows.append({"method": method, **row})
+        rows.append({"method": method, **state.row(f"neutralize-{name}", plan, _figures, show)})
     (sweep,) = FictitiousClass().sweep(state.model, validation.batches, target=DIGITS.marked)
     return {
         "rows": rows,
@@ -278,12 +263,9 @@ def _prune(
         for share in shares:
             shown = share == SHOWN_SHARE and method in (PLAIN, KEPT)
             name = method.replace(",", "").replace(" ", "-").lower()
-            row = state.row(
-                f"prune-{name}-{round(100 * share)}",
-                partial(replace(operator, share=share).plan, model, samples.batches),
-                _figures,
-                show=f"{method}, {share:.0%} pruned" if shown else None,
-            )
+            plan = partial(replace(operator, share=share).plan, model, samples.batches)
+            show = f"{method}, {share:.0%} pruned" if shown else None
+            row = state.row(f"prune-{name}-{round(100 * share)}", plan, _figures, show)
             rows.append({"method": method, "share": share, **row})
     return {
         "layer": ABLATED_LAYER,
@@ -301,10 +283,10 @@ def _references(samples: Samples) -> Samples:
 
 
 def _shown_images(model: nn.Module, test: Samples) -> Tensor:
-    """Return rows of test images, each without and with the watermark.
+    """Return rows of four test images, each without and with the watermark.
 
-    First one of each of two digits that the watermark turns into the watermarked one, where there
-    are any; then one of the watermarked digit and one of the digit to forget.
+    Two that the watermark makes the model take for the watermarked digit, if there are any, one of
+    that digit and one of the digit to forget.
     """
     images = len(test) // 2  # the second half is the first with the watermark
     labels = test.labels[:images]
@@ -332,10 +314,10 @@ def _figures(accuracy: Accuracy) -> dict[str, float]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Deterministic algorithms on one thread, the global random state kept.
+    """Use deterministic algorithms on one thread and keep the global random state.
 
-    The network is so small that a second thread costs more than it gives (a hundred times more on
-    a busy machine), and sums then do not depend on the number of cores.
+    The network is so small that a second thread makes it slower, and sums then do not depend on
+    the number of cores.
     """
     was, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), threadpool_limits(1):

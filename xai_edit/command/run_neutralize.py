@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def command(options: argparse.Namespace) -> int:
     run.compare(RETRAINED, lambda: LastLayerRetraining().plan(run.model, known))
 
     held_out = run.read(parts.held_out, "measuring")
-    head = _head(run, held_out, lambda inputs: overlap.add(inputs, "the held-out part"))
+    head = _head(run, held_out, partial(overlap.add, split="the held-out part"))
     overlap.refuse()
     files = {BEFORE: None, method: EDIT, RETRAINED: HEAD}
     figures = {
@@ -86,7 +87,7 @@ def command(options: argparse.Namespace) -> int:
 
 
 def _head(run: Run, data: Data, watch: Callable[[Tensor], None]) -> HeadFeatures:
-    """Return the last layer's inputs; ``watch`` sees the images on the way."""
+    """Return the last layer's inputs; ``watch`` is called with the images."""
     return collect_head_features(run.model, watched(data, watch), with_attribute=True)
 
 

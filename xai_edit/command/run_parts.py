@@ -1,16 +1,19 @@
-"""Labelled images with an attribute, divided at random into parts that share none."""
+"""Which images have an attribute, and labelled images divided at random into parts."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import is_image_file
 
-from xai_edit.command.load import Images
+from xai_edit.command.load import Images, csv_rows
 from xai_edit.core.data import Data, batches
 
 SEED = 0  # of the parts
@@ -49,14 +52,9 @@ def class_labels(images: Images) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Images divided into parts of which no two share one, each with images of every group.
+    """Parts that share no image, each with images of every group; figures are of ``held_out``.
 
-    Attributes
-    ----------
-    planning, validation : Marked
-        What edits are planned from; the second is empty where no edit needs it.
-    held_out : Marked
-        Half of each (class, attribute) group, for the figures.
+    ``validation`` is empty where no edit needs it.
     """
 
     planning: Marked
@@ -67,22 +65,16 @@ class Parts:
 def split(
     images: Images, attribute: Sequence[int] | None, *, validation: bool, seed: int = SEED
 ) -> Parts:
-    """Divide labelled images at random, each group by itself.
+    """Divide labelled images at random, each (class, attribute) group by itself.
 
-    ``attribute`` is 1 or 0 for each image, or None if unknown: then groups are classes. With
-    ``validation`` what is not held out is divided into planning and validation images.
-
-    Raises
-    ------
-    ValueError
-        If labels are missing, or a group has too few images.
+    Half of each group is held out; with ``validation`` the rest is divided into planning and
+    validation images. Without an ``attribute`` (1 or 0 for each image) groups are classes. Raises
+    ValueError if labels are missing or a group has too few images.
     """
     whole = Marked(images, [0] * len(images) if attribute is None else attribute)
     random = np.random.default_rng(seed)
     fewest, uses = (3, "planning, validation") if validation else (2, "planning")
-    planning: list[int] = []
-    validating: list[int] = []
-    held_out: list[int] = []
+    parts: tuple[list[int], ...] = ([], [], [])
     for (label, has), own in sorted(indices_by(whole.groups).items()):
         if len(own) < fewest:
             which = "" if attribute is None else f" {'with' if has else 'without'} the feature"
@@ -93,18 +85,17 @@ def split(
         drawn = random.permutation(own).tolist()
         half = len(drawn) // 2
         end = half + (len(drawn) - half) // 2 if validation else len(drawn)
-        held_out += drawn[:half]
-        planning += drawn[half:end]
-        validating += drawn[end:]
-    return Parts(*(whole.only(sorted(part)) for part in (planning, validating, held_out)))
+        for part, some in zip(parts, (drawn[half:end], drawn[end:], drawn[:half]), strict=True):
+            part.extend(some)
+    return Parts(*(whole.only(sorted(part)) for part in parts))
 
 
 def indices_by(kinds: Sequence[Any]) -> dict[Any, list[int]]:
     """Return the indices of each kind, in the order in which kinds first occur."""
-    found: dict[Any, list[int]] = {}
+    indices: dict[Any, list[int]] = {}
     for index, kind in enumerate(kinds):
-        found.setdefault(kind, []).append(index)
-    return found
+        indices.setdefault(kind, []).append(index)
+    return indices
 
 
 def watched(data: Data, watch: Callable[[Tensor], None]) -> Iterator[Any]:
@@ -112,3 +103,93 @@ def watched(data: Data, watch: Callable[[Tensor], None]) -> Iterator[Any]:
     for batch in batches(data):
         watch(batch.inputs)
         yield batch.inputs, batch.labels, batch.groups
+
+
+def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list[int]:
+    """Return whether each image has the attribute, 1 or 0, in the order of ``images``.
+
+    ``spec`` is a CSV file of ``path,0`` and ``path,1`` lines, one for each image, with paths
+    relative to ``folder`` (that of the images) or to the file; for a torchvision data set the
+    numbers of its images, from 0, take the place of paths. Or it is a folder with copies of the
+    images that have the attribute, at the same relative paths or, where their names are unique,
+    anywhere. Raises ValueError or OSError where an image is unknown, missing or listed with both
+    values, or where all images have the same value.
+    """
+    spec, folder = Path(spec), Path(folder)
+    listed = isinstance(images.source, list)
+    if spec.is_dir():
+        if not listed:
+            raise ValueError(
+                f"attribute: {spec} is a folder, and the data set has no paths; give a CSV file "
+                "of number,0 or number,1 lines"
+            )
+        having = _from_folder(spec, images, folder)
+        values = {row: int(row in having) for row in images.rows}
+    elif spec.is_file():
+        values = _from_table(spec, images, [folder, spec.parent] if listed else [])
+        missing = [row for row in images.rows if row not in values]
+        if missing:
+            first = images.source[missing[0]][0] if listed else missing[0]
+            raise ValueError(
+                f"attribute: {spec} has no line for {len(missing)} of {len(images)} images, the "
+                f"first {first}; give path,0 or path,1 for each"
+            )
+    else:
+        raise FileNotFoundError(
+            f"attribute: {spec}: no such file or folder; give a CSV file of path,0 and path,1 "
+            "lines or a folder of the images that have the attribute"
+        )
+    labels = [values[row] for row in images.rows]
+    if len(set(labels)) < 2:
+        raise ValueError(
+            f"attribute: by {spec}, {sum(labels)} of {len(labels)} images have it; images with "
+            "and without it are needed"
+        )
+    return labels
+
+
+def _from_table(file: Path, images: Images, folders: Sequence[Path]) -> dict[int, int]:
+    """Return the values of a CSV file by rows of the source."""
+    if folders:
+        known = indices_by([os.path.realpath(path) for path, _ in images.source])
+    else:
+        known = {str(row): [row] for row in range(len(images.source))}
+    values: dict[int, int] = {}
+    for at, (line, cells) in enumerate(csv_rows(file, "attribute")):
+        where = f"attribute: {file}, line {line}"
+        names = [os.path.realpath(folder / cells[0]) for folder in folders] or [cells[0].strip()]
+        rows = next((known[name] for name in names if name in known), None)
+        value = cells[1].strip() if len(cells) == 2 else None
+        if value not in ("0", "1"):
+            if at == 0 and rows is None and len(cells) == 2:
+                continue  # a header
+            raise ValueError(f"{where}: {','.join(cells)!r} given; give path,0 or path,1")
+        if rows is None:
+            raise ValueError(f"{where}: {cells[0]!r} is not an image of the data")
+        for row in rows:
+            if values.setdefault(row, int(value)) != int(value):
+                raise ValueError(f"{where}: {cells[0]!r} had the other value before")
+    return values
+
+
+def _from_folder(folder: Path, images: Images, home: Path) -> set[int]:
+    """Return the rows of the source whose images are in a folder."""
+    paths = [path for path, _ in images.source]
+    known = indices_by([*map(os.path.realpath, paths)])
+    by_name = indices_by([*map(os.path.basename, paths)])
+    having: set[int] = set()
+    for file in sorted(folder.rglob("*")):
+        if file.name.startswith(".") or not is_image_file(file.name):
+            continue
+        names = map(os.path.realpath, (file, home / file.relative_to(folder)))
+        rows = next((known[name] for name in names if name in known), by_name.get(file.name, ()))
+        if len({paths[row] for row in rows}) != 1:
+            several = f"{len(rows)} images of the data have this name; " if rows else ""
+            raise ValueError(
+                f"attribute: {file}: {several or 'not an image of the data; '}give the files the "
+                f"same paths in {folder} as in {home}"
+            )
+        having.update(rows)
+    if not having:
+        raise ValueError(f"attribute: {folder}: no images")
+    return having

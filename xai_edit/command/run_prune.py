@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from xai_edit.command.prune_plans import (
     TUNED,
     Operator,
     Plans,
-    check_layers,
     finder_named,
     references,
     tuning,
@@ -26,12 +26,12 @@ from xai_edit.command.run import BEFORE, Run
 from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.files import write_atomically, write_safetensors
-from xai_edit.core.layers import TRANSPOSED
+from xai_edit.core.layers import TRANSPOSED, resolve_layers
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.evaluation.outputs import Overlap
-from xai_edit.evaluation.sizes import Size, compare_sizes
+from xai_edit.evaluation.sizes import compare_sizes
 from xai_edit.pruning.coupled_channels import LAYERS
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.pruning.to_smaller import to_smaller
@@ -50,19 +50,16 @@ def command(options: argparse.Namespace) -> int:
     run = Run(options)
     parts = split(run.images, run.attribute, validation=False)
     model, held_out = run.model, parts.held_out
-    check_layers(model, operator)
+    for layer in filter(None, (*operator.protect, options.layer)):
+        resolve_layers(model, [layer])  # before the long part
     run.check_labels()
     tuned_on, which = None, None
     if epochs is not None:
         tuned_on, which = tuning(parts.planning, marked=run.attribute is not None)
     overlap = Overlap(None)
     planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), overlap.know))
-    before = evaluate_groups(
-        model,
-        watched(
-            run.read(held_out, "measuring"), lambda inputs: overlap.add(inputs, "the held-out part")
-        ),
-    )
+    seen = partial(overlap.add, split="the held-out part")
+    before = evaluate_groups(model, watched(run.read(held_out, "measuring"), seen))
     overlap.refuse()
 
     scored = references(parts.planning)
@@ -73,12 +70,12 @@ def command(options: argparse.Namespace) -> int:
     for name, plan in others:
         run.compare(name, plan)
     network, reason = _smaller(model, edit, example)
-    figures = {BEFORE: _figures(before, 0, _size(model, model, example))}
+    figures = {BEFORE: _figures(before, 0, model, model, example)}
     for name, own in run.edits.items():
         with own.applied(model):
             accuracy = evaluate_groups(model, run.read(held_out, name))
         less = model if name == TUNED else _smaller(model, own, example)[0]
-        figures[name] = _figures(accuracy, own.size, _size(model, less, example))
+        figures[name] = _figures(accuracy, own.size, model, less, example)
     if method in figures:
         figures[method]["edit"] = EDIT
     names = [BEFORE, method, *(name for name, _ in others)]
@@ -86,7 +83,9 @@ def command(options: argparse.Namespace) -> int:
     if concept is not None:
         names.append(ABLATION)
         if concept["ablated"]:
-            alone = _ablated(plans, concept["ablated"], held_out)
+            assert plans.subspaces is not None  # fitted when the pruning was planned
+            with ablated(model, concept["layer"], plans.subspaces, concept["ablated"]):
+                alone = evaluate_groups(model, run.read(held_out, ABLATION))
             figures[ABLATION] = {**figures[BEFORE], "figures": alone.to_dict()}
         else:
             run.withheld[ABLATION] = concept["reason"]
@@ -113,9 +112,9 @@ def command(options: argparse.Namespace) -> int:
         "smaller": {
             "file": None if network is None else SMALLER,
             "withheld": reason if network is None else None,
-            "program": None if program is None else PROGRAMS[program.kind],
-            "kind": None if program is None else program.kind,
-            "batch": None if program is None else program.batch,
+            "program": program and PROGRAMS[program.kind],
+            "kind": program and program.kind,
+            "batch": program and program.batch,
             "failed": failed,
         },
         "sizes": sizes,
@@ -126,7 +125,7 @@ def command(options: argparse.Namespace) -> int:
 
 
 def _operator(options: argparse.Namespace) -> Operator:
-    """Return what prunes: concept-aware where ``--attribute`` is given."""
+    """Return the operator, which is concept-aware with ``--attribute``."""
     how = {"share": options.share, "steps": options.steps, "protect": tuple(options.protect)}
     if options.attribute is not None:
         if options.layer is None:
@@ -135,7 +134,7 @@ def _operator(options: argparse.Namespace) -> Operator:
         return ConceptAwarePruning(options.layer, finder, "auto", **how)
     for name in ("layer", "finder"):
         if getattr(options, name) is not None:
-            raise ValueError(f"{name}: given without --attribute, which is looked for there")
+            raise ValueError(f"{name}: given without --attribute, whose subspaces it is for")
     return RelevancePruning(**how)
 
 
@@ -161,35 +160,26 @@ def _smaller(
 def _sizes(
     model: nn.Module, network: nn.Module, example: Tensor
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the sizes before and after, and by themselves the seconds, which never come again."""
+    """Return the sizes before and after and, apart, the seconds, which differ between runs."""
     sizes = compare_sizes(model, network, example, rounds=ROUNDS)
-    found = {**asdict(sizes), "ratios": sizes.ratios}
-    return found, {part: found[part].pop("seconds") for part in ("before", "after", "ratios")}
+    figures = {**asdict(sizes), "ratios": sizes.ratios}
+    return figures, {part: figures[part].pop("seconds") for part in ("before", "after", "ratios")}
 
 
-def _size(model: nn.Module, network: nn.Module | None, example: Tensor) -> Size | None:
-    if network is None:
-        return None
-    return compare_sizes(model, network, example[:1], rounds=1).after
-
-
-def _figures(accuracy: Accuracy, changed: int, size: Size | None) -> dict[str, Any]:
-    """Return the figures of one method."""
+def _figures(
+    accuracy: Accuracy, changed: int, model: nn.Module, network: nn.Module | None, example: Tensor
+) -> dict[str, Any]:
+    """Return the figures of one method, whose smaller network may be None."""
+    size = None
+    if network is not None:
+        size = compare_sizes(model, network, example[:1], rounds=1).after
     return {
         "figures": accuracy.to_dict(),
         "weights_changed": changed,
-        "parameters": None if size is None else size.parameters,
-        "operations": None if size is None else size.operations,
+        "parameters": size and size.parameters,
+        "operations": size and size.operations,
         "edit": None,
     }
-
-
-def _ablated(plans: Plans, blocks: list[int], held_out: Any) -> Accuracy:
-    """Measure the ablation of subspaces with all units left."""
-    assert isinstance(plans.operator, ConceptAwarePruning)
-    assert plans.subspaces is not None  # found when the pruning was planned
-    with ablated(plans.run.model, plans.operator.layer, plans.subspaces, blocks):
-        return evaluate_groups(plans.run.model, plans.run.read(held_out, ABLATION))
 
 
 def _edited(model: nn.Module, operator: Operator, edit: ModelEdit) -> dict[str, Any]:
@@ -220,7 +210,7 @@ def _units(module: nn.Module) -> int:
 
 
 def _concept(plans: Plans, edit: ModelEdit) -> dict[str, Any] | None:
-    """Return what was found of the feature in the model itself, before anything was cut."""
+    """Return the subspaces of the feature in the model before pruning."""
     if not isinstance(plans.operator, ConceptAwarePruning):
         return None
     assert plans.images is not None

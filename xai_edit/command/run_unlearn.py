@@ -10,21 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.run import BEFORE, Run
 from xai_edit.command.run_parts import class_labels, indices_by, watched
 from xai_edit.comparisons.logit_mask import LogitMask
-from xai_edit.core.checks import distinct, with_labels
-from xai_edit.core.counting import count_by_group
-from xai_edit.core.data import batches, model_device
+from xai_edit.core.checks import distinct
 from xai_edit.core.files import write_atomically, write_safetensors
-from xai_edit.core.guard import preserved
-from xai_edit.core.layers import predict
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.evaluation.accuracy import Accuracy
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning
 from xai_edit.evaluation.outputs import Overlap
 from xai_edit.evaluation.unlearning_figures import Unlearning
@@ -43,19 +38,11 @@ SHOWN_FORGOTTEN, SHOWN_KEPT = 4, 2  # images with maps, at most
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Labelled images, divided into parts of which no two share a sample.
+    """Labelled images, divided into parts that share none, and the classes to forget.
 
-    Attributes
-    ----------
-    target : list of int
-        The classes to forget.
-    planning, others : Images
-        The first samples of each class to forget; and of the others, at most half of each, which
-        only baselines need.
-    validation : Images
-        Every other one of the remaining samples to forget, for the smallest sufficient share.
-    held_out : Images
-        All the rest, for the figures.
+    ``planning`` has the first samples of each class to forget; ``others``, which only comparison
+    methods need, of every other class, at most half of each; ``validation`` every other one of the
+    remaining samples to forget, for the smallest sufficient share; ``held_out`` the rest.
     """
 
     target: list[int]
@@ -71,14 +58,11 @@ class Parts:
 
 
 def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
-    """Return the numbers of classes given by number or by name.
+    """Return the numbers of classes that are named by number or by name.
 
-    Raises
-    ------
-    ValueError
-        If a name is unknown or of several classes, or a class is named twice or none is.
+    Raises ValueError if a name is unknown or of several classes, or a class is named twice.
     """
-    found = []
+    numbers = []
     for word in words:
         named = [number for number, name in known.items() if name == word]
         if word.isdecimal():
@@ -88,17 +72,14 @@ def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
             raise ValueError(f"target: {word!r} given; give numbers{names}")
         if len(named) > 1:
             raise ValueError(f"target: {word!r} is the name of {_listed(named)}; give a number")
-        found += named
-    return distinct(found, "target", "give one or several different classes")
+        numbers += named
+    return distinct(numbers, "target", "give one or several different classes")
 
 
 def split(images: Images, target: Sequence[int], samples: int) -> Parts:
     """Divide labelled images into ``samples`` of each class to plan from, and the other parts.
 
-    Raises
-    ------
-    ValueError
-        If labels are missing, a class is absent or has too few samples, or no other is there.
+    Raises ValueError if labels are missing or a class is absent or has too few samples.
     """
     labels = class_labels(images)
     by_class = indices_by(labels)
@@ -115,7 +96,8 @@ def split(images: Images, target: Sequence[int], samples: int) -> Parts:
             )
     if len(by_class) == len(target):
         raise ValueError(f"data: only has classes {_listed(sorted(target))}; samples of others too")
-    planning, others, validation, held_out = [], [], [], []
+    parts: tuple[list[int], ...] = ([], [], [], [])
+    planning, others, validation, held_out = parts
     for label, indices in by_class.items():
         if label in target:
             planning += indices[:samples]
@@ -125,10 +107,7 @@ def split(images: Images, target: Sequence[int], samples: int) -> Parts:
             cut = min(samples, len(indices) // 2)
             others += indices[:cut]
             held_out += indices[cut:]
-    return Parts(
-        [*target],
-        *(images.only(sorted(part)) for part in (planning, others, validation, held_out)),
-    )
+    return Parts([*target], *(images.only(sorted(part)) for part in parts))
 
 
 def command(options: argparse.Namespace) -> int:
@@ -146,15 +125,10 @@ def command(options: argparse.Namespace) -> int:
     operator = replace(operator, scorer=scorer_of(options.composite, options, run.model, fitted))
     run.check_labels()
 
-    edit = run.plan(
-        METHOD,
-        lambda: operator.plan(
-            run.model,
-            run.read(parts.planning, "planning"),
-            target=target,
-            validation=run.read(parts.validation, "finding the share"),
-        ),
-    )
+    planning = run.read(parts.planning, "planning")
+    validation = run.read(parts.validation, "finding the share")
+    plan = partial(operator.plan, run.model, planning, target=target, validation=validation)
+    edit = run.plan(METHOD, plan)
     analysis = _joined(parts.planning, parts.others)
     for name, baseline in BASELINES.items():
         plan = partial(baseline.plan, run.model, run.read(analysis, name), target=target)
@@ -162,7 +136,7 @@ def command(options: argparse.Namespace) -> int:
     known = _joined(analysis, parts.validation)
     figures = _figures(run, parts, known)
     evaluation = {} if train is None else _evaluated(run, parts, known, train)
-    maps, drawn = _maps(run, edit, parts)
+    maps = _maps(run, edit, parts)
     samples = Counter(parts.labels)
     results = {
         **run.about(train=options.train_data),
@@ -174,23 +148,19 @@ def command(options: argparse.Namespace) -> int:
             "validation": len(parts.validation),
             "held_out": len(held_out),
             "held_out_forgotten": sum(samples[label] for label in target),
-            "train": None if train is None else len(train),
+            "train": train and len(train),
         },
         "edit": _planned(edit, target),
         "samples": [samples[label] for label in range(len(figures[BEFORE]["classes"]))],
         "rows": run.rows([BEFORE, METHOD, *BASELINES], figures),
-        "evaluation": {name: _lasting(found) for name, found in evaluation.items()} or None,
+        "evaluation": {name: _lasting(figures) for name, figures in evaluation.items()} or None,
         "maps": maps,
     }
-    timing = {
-        "plan": run.seconds,
-        "evaluation": {
-            name: {part: cost.seconds for part, cost in found.evaluation.items()}
-            for name, found in evaluation.items()
-        },
+    seconds = {
+        name: {part: cost.seconds for part, cost in figures.evaluation.items()}
+        for name, figures in evaluation.items()
     }
-    _write_maps(run, drawn)
-    return run.finish(results, timing, {EDIT: edit})
+    return run.finish(results, {"plan": run.seconds, "evaluation": seconds}, {EDIT: edit})
 
 
 def _joined(first: Images, second: Images) -> Images:
@@ -198,37 +168,27 @@ def _joined(first: Images, second: Images) -> Images:
 
 
 def _figures(run: Run, parts: Parts, known: Images) -> dict[str, dict[str, Any]]:
-    """Measure every edit in one pass over the held-out data, of which none may be known."""
+    """Measure every edit on the held-out data, which may share no sample with ``known``."""
     overlap = Overlap(run.read(known, "planning data"))
-    held_out = watched(
-        run.read(parts.held_out, "measuring"),
-        lambda inputs: overlap.add(inputs, "the held-out data"),
-    )
-    edits = {BEFORE: ModelEdit({}), **run.edits}
-    counts: dict[str, Tensor] = {}
-    with preserved(run.model), torch.no_grad():
-        for batch in batches(held_out, model_device(run.model)):
-            labels = with_labels(batch.labels)
-            for name, edit in edits.items():
-                with edit.applied(run.model):
-                    logits = predict(run.model, batch.inputs)
-                found = count_by_group(logits.argmax(1), labels, logits.shape[1])
-                counts[name] = counts[name] + found if name in counts else found
-    overlap.refuse()
     rows = {}
-    for name, (right, samples, _) in counts.items():
-        figures = Accuracy(right, samples)
+    for name, edit in {BEFORE: ModelEdit({}), **run.edits}.items():
+        held_out: Any = run.read(parts.held_out, f"measuring: {name}")
+        if name == BEFORE:
+            held_out = watched(held_out, partial(overlap.add, split="the held-out data"))
+        with edit.applied(run.model):
+            accuracy = evaluate_groups(run.model, held_out)
+        overlap.refuse()
         rows[name] = {
-            "forgotten": figures.of(*parts.target),
-            "rest": figures.rest(*parts.target),
-            "classes": [figures.groups.get((label, 0)) for label in range(len(samples))],
-            "weights_changed": edits[name].size,
+            "forgotten": accuracy.of(*parts.target),
+            "rest": accuracy.rest(*parts.target),
+            "classes": [accuracy.groups.get((label, 0)) for label in range(len(accuracy.samples))],
+            "weights_changed": edit.size,
         }
     return rows
 
 
 def _evaluated(run: Run, parts: Parts, known: Images, train: Images) -> dict[str, Unlearning]:
-    """Return what a probe and relearning find in the network with each edit."""
+    """Return the results of a probe and of relearning for each edit."""
     return {
         name: evaluate_unlearning(
             run.model,
@@ -242,14 +202,17 @@ def _evaluated(run: Run, parts: Parts, known: Images, train: Images) -> dict[str
     }
 
 
-def _lasting(found: Unlearning) -> dict[str, Any]:
-    """Return the figures that are the same in each run of the same command."""
-    figures = found.to_dict()
-    return {name: value for name, value in figures.items() if name not in ("cost", "evaluation")}
+def _lasting(figures: Unlearning) -> dict[str, Any]:
+    """Return the figures without the costs, which differ between runs."""
+    return {
+        name: value
+        for name, value in figures.to_dict().items()
+        if name not in ("cost", "evaluation")
+    }
 
 
 def _planned(edit: ModelEdit, target: Sequence[int]) -> dict[str, Any]:
-    """Return what the edit switches off: where, how, and how much for each class."""
+    """Return the layers, options and, for each class, the share and number of neurons off."""
     origin = edit.origin
     layers = origin["layer"] if isinstance(origin["layer"], list) else [origin["layer"]]
     neurons, shares = origin["neurons"], origin["share"]
@@ -268,54 +231,40 @@ def _length(neurons: Any) -> int:
     return sum(map(_length, neurons)) if isinstance(neurons, list) else 1
 
 
-def _maps(
-    run: Run, edit: ModelEdit, parts: Parts
-) -> tuple[dict[str, Any], tuple[bytes, dict[str, Tensor]] | None]:
-    """Return what the maps show, the picture and tensors; or why the model has no maps.
+def _maps(run: Run, edit: ModelEdit, parts: Parts) -> dict[str, Any]:
+    """Write the relevance maps and return their rules and images, or why there are none.
 
-    The relevance has the shape (images, rules, 2, height, width): before and after, summed over
+    Relevance has the shape (images, rules, 2, height, width): before and after, summed over
     channels.
     """
-    indices = _shown(parts)
-    labels = class_labels(parts.held_out.only(indices))
+    wanted = dict.fromkeys(parts.target[:SHOWN_FORGOTTEN], 2 if len(parts.target) == 1 else 1)
+    by_class = indices_by(parts.labels)
+    wanted |= dict.fromkeys(sorted({*by_class} - {*parts.target})[:SHOWN_KEPT], 1)
+    indices = [index for label, count in wanted.items() for index in by_class[label][:count]]
+    labels = [parts.labels[index] for index in indices]
     inputs = torch.stack([parts.held_out[index][0] for index in indices])
+    files = [run.out / name for name in MAPS]
     try:
         maps = before_after_maps(run.model, edit, inputs)
     except ValueError as problem:
-        return {"rules": [], "images": [], "withheld": str(problem)}, None
+        for file in files:
+            file.unlink(missing_ok=True)  # of an earlier run
+        return {"rules": [], "images": [], "withheld": str(problem)}
     low, high = parts.held_out.preprocessing.bounds
-    titles = [
-        f"class {label}, {'to forget' if label in parts.target else 'kept'}" for label in labels
-    ]
     pixels = (inputs - low) / (high - low)
     pairs = [torch.stack([maps.before[r].sum(1), maps.after[r].sum(1)], dim=1) for r in RULES]
     tensors = {"images": pixels, "relevance": torch.stack(pairs, dim=1)}
+    write_safetensors(files[0], tensors, "xai_edit.maps", "")
+    titles = [
+        f"class {label}, {'to forget' if label in parts.target else 'kept'}" for label in labels
+    ]
+    write_atomically(files[1], maps.png(pixels, titles=titles))
     predicted = (maps.predicted_before.tolist(), maps.predicted_after.tolist())
     images = [
         {"class": label, "before": before, "after": after}
         for label, before, after in zip(labels, *predicted, strict=True)
     ]
-    shown = {"rules": [*RULES], "images": images, "withheld": None}
-    return shown, (maps.png(pixels, titles=titles), tensors)
-
-
-def _shown(parts: Parts) -> list[int]:
-    """Return indices of held-out images: the first of the forgotten and of some other classes."""
-    wanted = dict.fromkeys(parts.target[:SHOWN_FORGOTTEN], 2 if len(parts.target) == 1 else 1)
-    by_class = indices_by(parts.labels)
-    kept = sorted({*by_class} - {*parts.target})[:SHOWN_KEPT]
-    wanted |= dict.fromkeys(kept, 1)
-    return [index for label, count in wanted.items() for index in by_class[label][:count]]
-
-
-def _write_maps(run: Run, drawn: tuple[bytes, dict[str, Tensor]] | None) -> None:
-    if drawn is None:
-        for name in MAPS:
-            (run.out / name).unlink(missing_ok=True)  # of an earlier run
-    else:
-        picture, tensors = drawn
-        write_safetensors(run.out / MAPS[0], tensors, "xai_edit.maps", "")
-        write_atomically(run.out / MAPS[1], picture)
+    return {"rules": [*RULES], "images": images, "withheld": None}
 
 
 def _listed(classes: Sequence[int]) -> str:

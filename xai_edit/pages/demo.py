@@ -18,12 +18,8 @@ EXPLAINED = (
     "<p>Relevance (LRP, epsilon-plus) of the digit that the network predicts: red speaks for it, "
     "blue against it.</p>"
 )
-FIGURES = {
-    "worst": "worst group",
-    "worst_of_four": "worst of four",
-    "balanced": "balanced",
-    "average": "average",
-}
+FIGURES = {"worst": "worst group", "worst_of_four": "worst of four", "balanced": "balanced"}
+FIGURES |= {"average": "average"}
 
 
 def demo_page(
@@ -32,7 +28,7 @@ def demo_page(
     maps: Mapping[str, Tensor],
     changed: str,
 ) -> Report:
-    """Return the page; arguments as in the files of the run, and the table of weights."""
+    """Return the page; ``changed`` is HTML, the weights of the edits."""
     edits = results["checks"]
     pairs = [
         wipe(f"Before and after: {name}", _maps(results, maps, 0, column))
@@ -68,23 +64,15 @@ def _wrong(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> list[str |
     data, before = results["data"], results["before"]
     marked = data["watermarked_class"]
     by_group = {(row["class"], row["watermark"]): row for row in before["groups"]}
+    others = [label for label in range(data["classes"]) if label != marked]
     plain, watermarked = (
-        fmean(
-            row["accuracy"]
-            for (label, has), row in by_group.items()
-            if label != marked and has == watermark
-        )
-        for watermark in (0, 1)
+        fmean(by_group[label, watermark]["accuracy"] for label in others) for watermark in (0, 1)
     )
-    rows = [
-        [
-            f"digit {label}" + (" (trained with the watermark)" if label == marked else ""),
-            by_group[label, 0]["accuracy"],
-            by_group[label, 1]["accuracy"],
-            by_group[label, 0]["samples"],
-        ]
-        for label in range(data["classes"])
-    ]
+    rows = []
+    for label in range(data["classes"]):
+        name = f"digit {label}" + (" (trained with the watermark)" if label == marked else "")
+        without, having = by_group[label, 0], by_group[label, 1]
+        rows.append([name, without["accuracy"], having["accuracy"], without["samples"]])
     columns = ["group", "without watermark", "with watermark", "images each"]
     return [
         "<p>A small convolutional network learned ten handwritten digits. In its training data "
@@ -101,10 +89,8 @@ def _wrong(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> list[str |
 
 def _forget(results: Mapping[str, Any], timing: Mapping[str, float]) -> list[str | Shown]:
     forget = results["forget"]
-    rows = [
-        [row["method"], row["class_accuracy"], row["rest_accuracy"], *_cost(row, timing)]
-        for row in forget["rows"]
-    ]
+    keys = ("method", "class_accuracy", "rest_accuracy")
+    rows = [[*(row[key] for key in keys), *_cost(row, timing)] for row in forget["rows"]]
     columns = ["method", "on the class (A_t)", "on the rest (A_g)", "weights changed", "seconds"]
     return [
         f"<h2>1. Forget digit {forget['class']}</h2>"
@@ -116,10 +102,8 @@ def _forget(results: Mapping[str, Any], timing: Mapping[str, float]) -> list[str
 
 def _neutralize(results: Mapping[str, Any], timing: Mapping[str, float]) -> list[str | Shown]:
     part = results["neutralize"]
-    rows = [
-        [row["method"], *(row[figure] for figure in FIGURES), *_cost(row, timing)]
-        for row in part["rows"]
-    ]
+    keys = ("method", *FIGURES)
+    rows = [[*(row[key] for key in keys), *_cost(row, timing)] for row in part["rows"]]
     columns = ["method", *FIGURES.values(), "weights changed", "seconds"]
     sweep = part["sweep"]
     return [
@@ -177,20 +161,15 @@ def _prune(results: Mapping[str, Any]) -> list[str | Shown]:
 
 
 def _maps(results: Mapping[str, Any], maps: Mapping[str, Tensor], *columns: int) -> list[Maps]:
-    """Return the images with their maps in some columns: the network before, or an edited one."""
+    """Return the images with their maps in some columns: before, or of an edited model."""
     shown = []
     for number, one in enumerate(results["maps"]):
-        said = [one["predicted"][column] for column in columns]
-        kind, mark = ("right", "✓") if said[-1] == one["label"] else ("wrong", "✗")
-        shown.append(
-            Maps(
-                maps["images"][number],
-                f"digit {one['label']} {'with' if one['watermark'] else 'without'} watermark",
-                [maps["relevance"][number, column].sum(0) for column in columns],
-                said,
-                f'<span class="{kind}">says {" → ".join(map(str, said))} {mark}</span>',
-            )
-        )
+        predicted = [one["predicted"][column] for column in columns]
+        kind, mark = ("right", "✓") if predicted[-1] == one["label"] else ("wrong", "✗")
+        name = f"digit {one['label']} {'with' if one['watermark'] else 'without'} watermark"
+        relevance = [maps["relevance"][number, column].sum(0) for column in columns]
+        verdict = f'<span class="{kind}">says {" → ".join(map(str, predicted))} {mark}</span>'
+        shown.append(Maps(maps["images"][number], name, relevance, predicted, verdict))
     return shown
 
 

@@ -20,7 +20,7 @@ SMALL = (
 def neutralizing_page(
     results: Mapping[str, Any], timing: Mapping[str, Any], changed: str
 ) -> Report:
-    """Return the page; arguments as in the JSON files, and HTML: the weights of the edits."""
+    """Return the page; ``changed`` is HTML, the weights of the edits."""
     cut, marked, edit = results["split"], results["spurious"], results["edit"]
     worst, average = (
         f"from {edit['validation'][name]['before']:.3f} to {edit['validation'][name]['after']:.3f}"
@@ -62,16 +62,16 @@ def shown_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def groups(results: Mapping[str, Any]) -> Table:
-    """Return the accuracy of each group, which is a class where nobody knows the feature."""
+    """Return the accuracy of each group, which is a class where the feature is unknown."""
     rows = shown_rows(results)
     cells = []
     for same in zip(*(row["figures"]["groups"] for row in rows), strict=True):
-        first = same[0]
-        name = class_name(results, first["class"])
+        before = same[0]
+        name = class_name(results, before["class"])
         if results["spurious"]:
-            name += f", {'with' if first['attribute'] else 'without'} the feature"
-        ends = interval(first["interval"])
-        cells.append([name, first["samples"], ends, *(group["accuracy"] for group in same)])
+            name += f", {'with' if before['attribute'] else 'without'} the feature"
+        accuracies = [group["accuracy"] for group in same]
+        cells.append([name, before["samples"], interval(before["interval"]), *accuracies])
     columns = ["group", "images", "interval before", *(row["method"] for row in rows)]
     return Table("accuracy by group", columns, cells, lambda row: row[3])
 
@@ -94,21 +94,11 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
 def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
     rows = []
     for row in shown_rows(results):
-        worst, average, balanced = (
-            row["figures"][name] for name in ("worst", "average", "balanced")
-        )
-        rows.append(
-            [
-                row["method"],
-                worst["accuracy"],
-                interval(worst["interval"]),
-                average["accuracy"],
-                balanced["accuracy"],
-                average["gap"],
-                row["weights_changed"],
-                seconds(timing, row["method"]),
-            ]
-        )
+        figures = row["figures"]
+        worst, average = figures["worst"], figures["average"]
+        cells = [row["method"], worst["accuracy"], interval(worst["interval"])]
+        cells += [average["accuracy"], figures["balanced"]["accuracy"], average["gap"]]
+        rows.append([*cells, row["weights_changed"], seconds(timing, row["method"])])
     confidence = results["rows"][0]["figures"]["bootstrap"]["confidence"]
     columns = ["method", "worst group", f"{confidence:.0%} interval", "average", "balanced"]
     columns += ["gap (average − worst)", "weights changed", "seconds"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from xai_edit.report.comparison_figures import map_grid
 from xai_edit.report.html import Report
 from xai_edit.report.table import Table
 
+RUNS = ("demo", "unlearn", "neutralize", "prune")  # that have a page
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
 COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
 
@@ -29,24 +30,9 @@ COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` (and ``overview.png`` of the demo) from the results in ``folder``.
 
-    Parameters
-    ----------
-    folder : str or Path
-        With ``results.json`` and ``timing.json`` of ``xai-edit demo``, ``unlearn``,
-        ``neutralize`` or ``prune``, and of the first two ``maps.safetensors``, of the second only
-        if the model has maps. Edits are shown that are there.
-
-    Returns
-    -------
-    Path
-        Of the page.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file of the run is missing.
-    ValueError
-        If ``results.json`` is not of a run that this version knows.
+    Needs ``results.json``, ``timing.json`` and, where the run made it, ``maps.safetensors``; shows
+    those edits that are in the folder. Returns the path of the page. Raises FileNotFoundError if a
+    file is missing and ValueError if it is damaged or of a run that has no page.
     """
     _write(Path(folder))
     return Path(folder) / "report.html"
@@ -63,12 +49,12 @@ def write_run(folder: Path, results: Mapping[str, Any], timing: Mapping[str, Any
 def _write(folder: Path) -> Report:
     results = _json(folder / "results.json")
     kind = results.get("run")
-    if kind not in PAGES:
+    if kind not in RUNS:
         raise ValueError(
-            f"{folder / 'results.json'}: run {kind!r} has no report page; {', '.join(PAGES)} have"
+            f"{folder / 'results.json'}: run {kind!r} has no report page; {', '.join(RUNS)} have"
         )
     try:
-        report = PAGES[kind](folder, results, _json(folder / "timing.json"))
+        report = _page(folder, results, _json(folder / "timing.json"))
         content = report.html()
     except KeyError as problem:
         raise ValueError(f"{folder / 'results.json'}: damaged ({problem} is missing)") from None
@@ -93,26 +79,16 @@ def _demo(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Repo
     return demo_page(results, timing, maps, _weights(folder, edits))
 
 
-def _unlearn(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
-    changed = _weights(folder, {"path perturbation": results["edit"]["file"]})
-    maps = _maps(folder) if results["maps"]["withheld"] is None else None
-    return unlearning_page(results, timing, maps, changed)
-
-
-def _neutralize(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
-    return neutralizing_page(results, timing, _by_method(folder, results))
-
-
-def _prune(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
-    return pruning_page(results, timing, _by_method(folder, results))
-
-
-PAGES: dict[Any, Callable[[Path, dict[str, Any], dict[str, Any]], Report]] = {
-    "demo": _demo,
-    "unlearn": _unlearn,
-    "neutralize": _neutralize,
-    "prune": _prune,
-}
+def _page(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
+    if results["run"] == "demo":
+        return _demo(folder, results, timing)
+    if results["run"] == "unlearn":
+        changed = _weights(folder, {"path perturbation": results["edit"]["file"]})
+        maps = _maps(folder) if results["maps"]["withheld"] is None else None
+        return unlearning_page(results, timing, maps, changed)
+    changed = _weights(folder, {row["method"]: row["edit"] for row in results["rows"]})
+    page = neutralizing_page if results["run"] == "neutralize" else pruning_page
+    return page(results, timing, changed)
 
 
 def _weights(folder: Path, edits: Mapping[str, str | None]) -> str:
@@ -136,23 +112,17 @@ def _changes(folder: Path, name: str, file: str) -> str:
         for index, old, new in zip(*first, strict=True):
             entry = [int(axis) for axis in torch.unravel_index(index, change.shape)]
             rows.append([tensor, of, entry, f"{old.item():.6g}", f"{new.item():.6g}"])
-    count = len(edit.changes)
-    summary = (
-        f"{name}: {edit.size:,} {'weight' if edit.size == 1 else 'weights'} of "
-        f"{count} {'tensor' if count == 1 else 'tensors'}"
-    )
+    weights = "weight" if edit.size == 1 else "weights"
+    tensors = "tensor" if len(edit.changes) == 1 else "tensors"
+    summary = f"{name}: {edit.size:,} {weights} of {len(edit.changes)} {tensors}"
     listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
     return f"<details><summary>{escape(summary)}</summary>{listed}</details>"
-
-
-def _by_method(folder: Path, results: dict[str, Any]) -> str:
-    return _weights(folder, {row["method"]: row["edit"] for row in results["rows"]})
 
 
 def _require(file: Path) -> Path:
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is missing; give the folder of a finished run of xai-edit {', '.join(PAGES)}"
+            f"{file} is missing; give the folder of a finished run of xai-edit {', '.join(RUNS)}"
         )
     return file
 

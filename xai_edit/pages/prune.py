@@ -1,4 +1,4 @@
-"""The page of ``xai-edit prune``: what was removed, what that did, which criteria do as well."""
+"""The page of ``xai-edit prune``: units removed, accuracy and sizes beside other criteria."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from xai_edit.report.table import Notes, Table, interval
 
 
 def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed: str) -> Report:
-    """Return the page; arguments as in the JSON files, and HTML: the weights of the edit."""
+    """Return the page; ``changed`` is HTML, the weights of the edit."""
     cut, edit, smaller = results["split"], results["edit"], results["smaller"]
     layers = [[one["layer"], one["units"], one["removed"]] for one in edit["layers"]]
-    fixed = "".join(
-        f"<p>{escape(f'{layer} keeps its units: {why}')}</p>"
-        for layer, why in edit["fixed"].items()
-    )
+    fixed = Notes(*(f"{layer} keeps its units: {why}" for layer, why in edit["fixed"].items()))
     files = [row["edit"] for row in results["rows"] if row["edit"]]
     files += [smaller[key] for key in ("file", "program") if smaller[key]]
     sizes: list[Shown] = [] if results["sizes"] is None else [_sizes(results, timing)]
@@ -44,7 +41,7 @@ def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed:
             groups(results),
             Notes(SMALL),
             "<h2>Layer by layer</h2>",
-            Table("units", ["layer", "before", "removed"], layers).html() + fixed,
+            Table("units", ["layer", "before", "removed"], layers).html() + fixed.html(),
             changed,
             "<h2>What pruning does not do</h2><p>Pruning takes capacity away. It does not prove "
             "that the network no longer knows a feature, and training on images where the feature "
@@ -78,7 +75,7 @@ def _what(results: Mapping[str, Any]) -> str:
 
 
 def _planned(results: Mapping[str, Any]) -> list[str]:
-    """Return what was removed, by which concept, or why nothing; and whether it helps."""
+    """Return the units removed and how they were scored, or why none; and whether it helps."""
     edit, concept = results["edit"], results["concept"]
     if edit["reason"] is not None:
         return [f"no edit: {edit['reason']}"]
@@ -94,8 +91,7 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
     before, after = [*reached.values()][:2]
     if concept is not None and after <= before:
         lines.append(NO_GAIN)
-    equals = [name for name, other in [*reached.items()][2:] if other >= after]
-    if equals:
+    if equals := [name for name, other in [*reached.items()][2:] if other >= after]:
         lines.append(f"as good or better on held-out images ({words}): {', '.join(equals)}")
     return lines
 
@@ -104,21 +100,16 @@ def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
     first = results["rows"][0]
     rows = []
     for row in shown_rows(results):
-        average, worst, balanced = (
-            row["figures"][name] for name in ("average", "worst", "balanced")
-        )
-        rows.append(
-            [
-                row["method"],
-                average["accuracy"],
-                interval(average["interval"]),
-                worst["accuracy"],
-                interval(worst["interval"]),
-                balanced["accuracy"],
-                *(_ratio(row[key], first[key]) for key in ("parameters", "operations")),
-                seconds(timing, row["method"]),
-            ]
-        )
+        figures = row["figures"]
+        cells = [row["method"]]
+        for part in (figures["average"], figures["worst"]):
+            cells += [part["accuracy"], interval(part["interval"])]
+        ratios = [
+            None if row[key] is None else f"{row[key] / first[key]:.1%}"
+            for key in ("parameters", "operations")
+        ]
+        took = seconds(timing, row["method"])
+        rows.append([*cells, figures["balanced"]["accuracy"], *ratios, took])
     group = "group" if results["spurious"] else "class"
     ends = f"{first['figures']['bootstrap']['confidence']:.0%} interval"
     columns = ["method", "average", ends, f"worst {group}", ends, "balanced"]
@@ -142,7 +133,7 @@ def _sizes(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
 
 
 def _files(results: Mapping[str, Any]) -> list[str]:
-    """Return which files hold the smaller network, and what could not be made."""
+    """Return the files of the smaller network and why others are missing."""
     smaller = results["smaller"]
     if results["edit"]["reason"] is not None:
         return ["no smaller network"]
@@ -156,7 +147,3 @@ def _files(results: Mapping[str, Any]) -> list[str]:
         batch = "any number of samples" if smaller["batch"] is None else "one sample at a time"
         lines.append(f"program ({smaller['kind']}), {batch}: {smaller['program']}")
     return lines + [f"not made: {tried} ({why})" for tried, why in smaller["failed"].items()]
-
-
-def _ratio(after: int | None, before: int) -> str | None:
-    return None if after is None else f"{after / before:.1%}"

@@ -1,4 +1,4 @@
-"""The page of ``xai-edit unlearn``: what the edit did, what simpler edits do, what is left."""
+"""The page of ``xai-edit unlearn``: accuracy beside simpler edits, probe and relearning, maps."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ def unlearning_page(
     maps: Mapping[str, Tensor] | None,
     changed: str,
 ) -> Report:
-    """Return the page; arguments as in the files of the run.
-
-    ``maps`` is None where the model has none; ``changed`` is HTML, the weights of the edit.
-    """
+    """Return the page; ``maps`` may be None, ``changed`` is HTML, the weights of the edit."""
     edit, cut, target = results["edit"], results["split"], results["forget"]
     split = [
         f"planned from {cut['planned_from']} samples; figures from {cut['held_out']} others, "
@@ -78,11 +75,12 @@ def class_name(results: Mapping[str, Any], label: int) -> str:
 
 def withheld(results: Mapping[str, Any], known: str | None = None) -> Notes:
     """Return which methods have no edit, with the reason unless it is the ``known`` one."""
-    without = [row for row in results["rows"] if row["withheld"] is not None]
-    reasons = ["" if row["withheld"] == known else f" ({row['withheld']})" for row in without]
-    return Notes(
-        *(f"{row['method']}: none{why}" for row, why in zip(without, reasons, strict=True))
-    )
+    lines = [
+        f"{row['method']}: none" + ("" if row["withheld"] == known else f" ({row['withheld']})")
+        for row in results["rows"]
+        if row["withheld"] is not None
+    ]
+    return Notes(*lines)
 
 
 def seconds(timing: Mapping[str, Any], method: str) -> str | None:
@@ -112,19 +110,19 @@ def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
 
 
 def _left(results: Mapping[str, Any]) -> list[str | Shown]:
-    """Return what a probe and relearning find in each network."""
+    """Return the results of the probe and of relearning for each edit."""
     evaluation: Mapping[str, Any] | None = results["evaluation"]
     if evaluation is None:
         return [Notes(ONLY_ANSWERS)]
     first = next(iter(evaluation.values()))
     before = first["before"]
-    found = {name: one["after"] for name, one in evaluation.items()}
+    after = {name: one["after"] for name, one in evaluation.items()}
     steps = first["after"]["relearning_test"]["steps"]
-    curve = {name: one["relearning_test"]["forgotten"] for name, one in found.items()}
+    curve = {name: one["relearning_test"]["forgotten"] for name, one in after.items()}
     rows = [["before", before["forgetting_rate_train"], before["probe_test"], *[None] * len(steps)]]
     rows += [
         [name, one["forgetting_rate_train"], one["probe_test"], *curve[name]]
-        for name, one in found.items()
+        for name, one in after.items()
     ]
     columns = ["method", "F_r", "probe", *(f"step {step}" for step in steps)]
     reasons = {"F_r": first["attack"]["withheld"], "probe": before["probe_withheld"]}
@@ -147,12 +145,12 @@ def _left(results: Mapping[str, Any]) -> list[str | Shown]:
 
 
 def _classes(results: Mapping[str, Any]) -> Table:
-    """Return the accuracy of each class; of many, the text shows the most changed ones."""
+    """Return the accuracy of each class; of many, the text has those that changed most."""
     rows = [row for row in results["rows"] if row["classes"] is not None]
     cells = []
     for label, samples in enumerate(results["samples"]):
-        fate = ", to forget" if label in results["forget"] else ""
-        name = class_name(results, label) + fate
+        suffix = ", to forget" if label in results["forget"] else ""
+        name = class_name(results, label) + suffix
         cells.append([name, samples, *(row["classes"][label] for row in rows)])
 
     def order(row: Sequence[Any]) -> tuple[bool, float]:
@@ -166,28 +164,24 @@ def _classes(results: Mapping[str, Any]) -> Table:
 def _pictures(results: Mapping[str, Any], maps: Mapping[str, Tensor] | None) -> str:
     if maps is None:
         return f"<p>No relevance maps: {escape(results['maps']['withheld'])}</p>"
+    wipes = (
+        wipe(f"Before and after by the rule {rule}", _of_rule(results, maps, at))
+        for at, rule in enumerate(results["maps"]["rules"])
+    )
     return (
         "<p>Relevance, by several LRP rules, of the class that the network predicts: red speaks "
-        "for it, blue against it. The two maps of a pair share one scale.</p>"
-        + "".join(
-            wipe(f"Before and after by the rule {rule}", _of_rule(results, maps, at))
-            for at, rule in enumerate(results["maps"]["rules"])
-        )
+        f"for it, blue against it. The two maps of a pair share one scale.</p>{''.join(wipes)}"
     )
 
 
 def _of_rule(results: Mapping[str, Any], maps: Mapping[str, Tensor], rule: int) -> list[Maps]:
     shown = []
     for number, one in enumerate(results["maps"]["images"]):
-        said = (one["before"], one["after"])
-        fate = "to forget" if one["class"] in results["forget"] else "kept"
-        shown.append(
-            Maps(
-                maps["images"][number],
-                f"image {number + 1}: class {class_name(results, one['class'])}, {fate}",
-                maps["relevance"][number, rule].unbind(),
-                said,
-                escape("says {} → {}".format(*(class_name(results, label) for label in said))),
-            )
-        )
+        predicted = (one["before"], one["after"])
+        name = f"image {number + 1}: class {class_name(results, one['class'])}, "
+        name += "to forget" if one["class"] in results["forget"] else "kept"
+        before, after = (class_name(results, label) for label in predicted)
+        pair = maps["relevance"][number, rule].unbind()
+        verdict = escape(f"says {before} → {after}")
+        shown.append(Maps(maps["images"][number], name, pair, predicted, verdict))
     return shown

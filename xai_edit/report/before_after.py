@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +23,7 @@ RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
 
 @dataclass(frozen=True, eq=False)
 class BeforeAfter:
-    """What speaks for the class, in the same images, before and after an edit.
+    """Relevance maps of the same images before and after an edit.
 
     Attributes
     ----------
@@ -33,7 +32,7 @@ class BeforeAfter:
     before, after : dict of Tensor
         Per rule the relevance of the input values, shape of ``images``.
     predicted_before, predicted_after : Tensor, int64, shape (samples,)
-        What each network says.
+        The class with the largest logit.
     explained_before, explained_after : Tensor, int64, shape (samples,)
         The class that each map is about.
     """
@@ -52,30 +51,28 @@ class BeforeAfter:
         return [*self.before]
 
     def png(self, images: Tensor | None = None, *, titles: Sequence[str] | None = None) -> bytes:
-        """Draw a row for each rule, and for each image two columns: before and after.
+        """Draw a PNG file with a row for each rule and two columns, before and after, an image.
 
-        Red speaks for the class, blue against it; the two maps of a pair share one scale. Above
-        are the image and what the network predicts before → after, and the class that is
-        explained where it is another.
+        Red is relevance for the class, blue against it; the two maps of a pair share one scale.
+        Above are the image, the classes predicted before → after, and the class explained where it
+        is another.
 
         Parameters
         ----------
         images : Tensor, shape (samples, 1 or 3, height, width), in [0, 1], optional
-            What is shown for the inputs; these, stretched to their extremes, when left out.
+            Drawn for the inputs; by default the inputs, stretched to their extremes.
         titles : sequence of str, optional
             A line above each image.
-
-        Returns
-        -------
-        bytes
-            A PNG file.
 
         Raises
         ------
         ValueError
             If there are not as many images or titles as inputs, or they are not images.
         """
-        shown = _stretched(self.images) if images is None else images.cpu()
+        if images is None:
+            low, high = self.images.aminmax()
+            images = (self.images - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+        shown = images.cpu()
         count = len(self.images)
         if shown.ndim != 4 or shown.shape[1] not in (1, 3) or len(shown) != count:
             raise ValueError(
@@ -112,7 +109,7 @@ class BeforeAfter:
 
 def before_after_maps(
     model: nn.Module,
-    edit: ModelEdit | nn.Module,
+    edit: ModelEdit,
     images: Tensor,
     targets: Targets | int | Sequence[int] | None = None,
     *,
@@ -126,14 +123,14 @@ def before_after_maps(
     Parameters
     ----------
     model : nn.Module
-        The classifier before. Left exactly as it was, as is an edited network.
-    edit : ModelEdit or nn.Module
-        An edit of ``model``, not applied; or the edited network itself.
+        The classifier before. Left exactly as it was.
+    edit : ModelEdit
+        An edit of ``model``, not applied.
     images : Tensor, shape (samples, ...)
-        Inputs, passed through the networks as one batch.
+        Inputs, passed through the model as one batch.
     targets : int, sequence or Tensor of int64, or callable, optional
-        The class explained in both networks: one for all images, one for each, or a function of
-        the logits. When left out, a map explains the class that its own network predicts.
+        The class explained: one for all images, one for each, or a function of the logits; by
+        default the class predicted before in the maps before, and after in those after.
     scorers : mapping or sequence
         As for `compare_scorers`; those without a ``heatmap`` are left out.
 
@@ -150,9 +147,7 @@ def before_after_maps(
     TypeError
         If the images are no tensor or the edit is of another kind.
     """
-    if edit is model:
-        raise ValueError("edit: the model itself was given; give a ModelEdit or the edited network")
-    require_type(edit, (ModelEdit, nn.Module), "edit", "give a ModelEdit or the edited network")
+    require_type(edit, ModelEdit, "edit", "give a ModelEdit")
     require_type(images, Tensor, "images", "give a tensor of inputs")
     (batch,) = batches([images])
     wanted: Targets = partial(torch.argmax, dim=1)
@@ -161,23 +156,15 @@ def before_after_maps(
         if isinstance(wanted, Tensor) and not wanted.ndim:
             wanted = wanted.expand(len(batch))
 
-    def explain(network: nn.Module) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        inputs = batch.inputs.to(model_device(network))
-        with preserved(network), torch.no_grad():
-            logits = predict(network, inputs)
+    def explain() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        inputs = batch.inputs.to(model_device(model))
+        with preserved(model), torch.no_grad():
+            logits = predict(model, inputs)
         classes = classes_of(wanted, logits)
-        maps = relevance_maps(network, inputs, scorers, targets=classes)
-        return logits.argmax(1).cpu(), classes.cpu(), maps
+        maps = relevance_maps(model, inputs, scorers, targets=classes)
+        return maps, logits.argmax(1).cpu(), classes.cpu()
 
-    said, about, before = explain(model)
-    edited: AbstractContextManager[nn.Module] = (
-        edit.applied(model) if isinstance(edit, ModelEdit) else nullcontext(edit)
-    )
-    with edited as network:
-        said_after, about_after, after = explain(network)
+    before, said, about = explain()
+    with edit.applied(model):
+        after, said_after, about_after = explain()
     return BeforeAfter(batch.inputs, before, after, said, said_after, about, about_after)
-
-
-def _stretched(inputs: Tensor) -> Tensor:
-    low, high = inputs.min(), inputs.max()
-    return (inputs - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)

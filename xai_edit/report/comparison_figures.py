@@ -18,22 +18,11 @@ from xai_edit.evaluation.deletion_curve import DeletionCurve
 def relevance_maps(
     model: nn.Module, inputs: Tensor, scorers: Scorers, *, targets: Targets
 ) -> dict[str, Tensor]:
-    """Return each scorer's relevance of the input values, in the shape of ``inputs``.
+    """Return each scorer's relevance of the input values, in the shape of ``inputs``, on the CPU.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left exactly as it was.
-    inputs : Tensor, shape (samples, ...)
-    scorers : mapping or sequence
-        As for `compare_scorers`; those without a ``heatmap``, such as `Random`, are left out.
-    targets : Tensor, int64, shape (samples,), or callable
-        The class explained for each sample, or a function of the logits.
-
-    Raises
-    ------
-    ValueError
-        If none of the scorers has a heatmap.
+    ``scorers`` are as for `compare_scorers`; those without a ``heatmap``, such as `Random`, are
+    left out. ``targets`` has the class explained for each sample, int64, or is a function of the
+    logits. Raises ValueError if no scorer has a heatmap.
     """
     named = named_scorers(scorers)
     drawing = {name: scorer for name, scorer in named.items() if hasattr(scorer, "heatmap")}
@@ -50,7 +39,7 @@ def map_grid(
     notes: Mapping[str, Sequence[str]] | None = None,
     one_scale: bool = False,
 ) -> bytes:
-    """Draw images and their relevance maps side by side: red speaks for the class, blue against.
+    """Draw images beside their relevance maps as a PNG file: red is for the class, blue against.
 
     Parameters
     ----------
@@ -60,13 +49,7 @@ def map_grid(
     notes : mapping, optional
         Title of a column → a line below each of its maps.
     one_scale : bool
-        All maps of an image share the scale of the first. Each has its own otherwise, since rules
-        differ in how much relevance they hand out.
-
-    Returns
-    -------
-    bytes
-        A PNG file.
+        All maps of an image share the scale of the first, instead of one scale each.
     """
     figure, grid = _panels(len(images), len(maps) + 1, (1.25, 1.35 if notes is None else 1.6))
     for row, (axes, image) in enumerate(zip(grid, images.cpu(), strict=True)):
@@ -97,18 +80,9 @@ def show_relevance(ax: Any, values: Tensor, *scale: Tensor) -> None:
 
 
 def rank_matrices(comparison: Comparison, *, layers: Sequence[str] | None = None) -> bytes:
-    """Draw the rank correlation of each two scorers, a matrix for each layer.
+    """Draw the rank correlation of each two scorers as a PNG file, a matrix for each layer.
 
-    Parameters
-    ----------
-    comparison : Comparison
-    layers : sequence of str, optional
-        All layers compared when left out.
-
-    Returns
-    -------
-    bytes
-        A PNG file; a cell without a number is undefined.
+    Of all layers compared by default. A cell without a number is undefined.
     """
     shown = comparison.layers if layers is None else list(layers)
     names = comparison.names
@@ -117,7 +91,7 @@ def rank_matrices(comparison: Comparison, *, layers: Sequence[str] | None = None
     figure, grid = _panels(rows, columns, (0.6 + 0.42 * len(names), 1.4 + 0.42 * len(names)))
     for ax in grid.flat[len(shown) :]:
         ax.set_axis_off()
-    for place, (ax, layer) in enumerate(zip(grid.flat, shown, strict=False)):
+    for at, (ax, layer) in enumerate(zip(grid.flat, shown, strict=False)):
         matrix = comparison.rank_correlation[layer]
         ax.imshow(matrix.numpy(), cmap="PuOr", vmin=-1, vmax=1)
         for row, column in (~matrix.isnan()).nonzero().tolist():
@@ -126,23 +100,15 @@ def rank_matrices(comparison: Comparison, *, layers: Sequence[str] | None = None
             ax.text(column, row, f"{rho:.2f}", ha="center", va="center", color=color, fontsize=7)
         ax.set_title(layer, fontsize=9)
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        ax.set_yticks(range(len(names)), names if place % columns == 0 else [], fontsize=7)
+        ax.set_yticks(range(len(names)), names if at % columns == 0 else [], fontsize=7)
     return as_png(figure)
 
 
 def deletion_curves(panels: Mapping[str, Mapping[str, DeletionCurve]]) -> bytes:
-    """Draw accuracy against the share of units that is off.
+    """Draw accuracy against the share of units that is off, as a PNG file.
 
-    Parameters
-    ----------
-    panels : mapping
-        Title of a panel → name of a line → its curve, such as `Comparison.deletion`. Accuracy on
-        the other classes, where there is any, is dashed.
-
-    Returns
-    -------
-    bytes
-        A PNG file.
+    ``panels`` is title of a panel → name of a line → its curve, such as `Comparison.deletion`.
+    Accuracy on the other classes, where there is any, is dashed.
     """
     from matplotlib.lines import Line2D
 
@@ -179,13 +145,9 @@ def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 def as_png(figure: Any) -> bytes:
     """Return a figure as a PNG file, the same for the same figure."""
     target = io.BytesIO()
-    # Without the version of matplotlib, the same figures give the same file.
+    metadata = {"Software": None}  # the version of Matplotlib
+    # "tight", since labels of a square matrix reach beyond its panel.
     figure.savefig(
-        target,
-        format="png",
-        dpi=80,
-        metadata={"Software": None},
-        bbox_inches="tight",  # labels of a square matrix reach beyond its panel
-        pad_inches=0.05,
+        target, format="png", dpi=80, metadata=metadata, bbox_inches="tight", pad_inches=0.05
     )
     return target.getvalue()

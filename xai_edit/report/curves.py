@@ -25,13 +25,13 @@ def curves(
 ) -> str:
     """Return accuracy curves as a ``<figure>``, the same for the same input.
 
-    ``lines`` has the values of each curve at ``x``, in [0, 1]. ``log_x`` is logarithmic above the
-    smallest positive x and linear below it; at ``mark`` is a dotted line.
+    ``lines`` has the values in [0, 1] of each curve at ``x``. ``log_x`` is logarithmic above the
+    smallest positive x and linear below; ``mark`` is the x of a dotted line.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Sizes are in points: at 72 a inch they are the units of the SVG, and so are the places below.
+    # At 72 dots an inch, points are the units of the SVG.
     with rc_context({"svg.hashsalt": "xai_edit", "svg.fonttype": "none", "font.size": 11}):
         figure = Figure(figsize=(4.8, 3.1 + 0.24 * len(lines)), layout="constrained", dpi=72)
         axes = figure.add_subplot()
@@ -50,13 +50,15 @@ def curves(
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
     points = ""
     for name, values in lines.items():
-        places = axes.transData.transform([*zip(x, values, strict=True)])
-        texts = [f"{name}: {b:.3f} at {x_label} {a:.3g}" for a, b in zip(x, values, strict=True)]
-        circles = (
-            _point(left, figure.bbox.height - up, text)
-            for (left, up), text in zip(places, texts, strict=True)
-        )
-        points += f'<g class="line">{"".join(circles)}</g>'
+        pairs = [*zip(x, values, strict=True)]
+        circles = ""
+        for (a, b), (left, up) in zip(pairs, axes.transData.transform(pairs), strict=True):
+            circles += (
+                f'<circle class="point" cx="{left:.1f}" cy="{figure.bbox.height - up:.1f}" r="6" '
+                f'role="img" tabindex="-1"><title>'
+                f"{escape(f'{name}: {b:.3f} at {x_label} {a:.3g}')}</title></circle>"
+            )
+        points += f'<g class="line">{circles}</g>'
     points = points.replace('tabindex="-1"', 'tabindex="0"', 1)  # the others go from there
     label = escape(caption)
     drawn = _themed(target.getvalue()).replace("</svg>", f"{points}</svg>")
@@ -67,18 +69,11 @@ def curves(
     )
 
 
-def _point(x: float, y: float, text: str) -> str:
-    return (
-        f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6" role="img" tabindex="-1">'
-        f"<title>{escape(text)}</title></circle>"
-    )
-
-
 def _themed(drawn: str) -> str:
-    """Return the picture alone: black is the colour of text, and no name clashes on the page."""
+    """Return the SVG without styles, in the colour of text, with ids unique on the page."""
     drawn = re.sub("<!--.*?-->|<style.*?</style>", "", drawn[drawn.index("<svg") :], flags=re.S)
     drawn = re.sub('font-family: [^;"]*', "font-family: inherit", drawn)
-    own = hashlib.sha256(drawn.encode()).hexdigest()[:8]
-    drawn = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>c{own}-", drawn)
+    prefix = hashlib.sha256(drawn.encode()).hexdigest()[:8]
+    drawn = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>c{prefix}-", drawn)
     drawn = drawn.replace("#000000", "currentColor")
     return drawn.replace('<g id="', '<g aria-hidden="true" id="', 1)

@@ -1,4 +1,4 @@
-"""A page as one HTML document: its parts, its policy, and links that save what it holds."""
+"""A page as one HTML document: parts, content security policy and download links."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HERE = files("xai_edit.report")
 STYLE = _HERE.joinpath("style.css").read_text(encoding="utf-8")
 SCRIPT = _HERE.joinpath("page.js").read_text(encoding="utf-8")
 _DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-# The page may load nothing, and run no script but its own, should anything escape the escaping.
+# The page may load nothing and run only its own script, should markup get past the escaping.
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     f"script-src 'sha256-{_DIGEST}'; base-uri 'none'; form-action 'none'"
@@ -23,7 +23,7 @@ POLICY = (
 
 
 class Shown(Protocol):
-    """What stands on the page and in the terminal: a table, or notes."""
+    """A part of the page that prints in the terminal too: a table or notes."""
 
     def html(self) -> str:
         """Return HTML."""
@@ -36,13 +36,7 @@ class Shown(Protocol):
 class Report:
     """The page of a run, which prints as text too.
 
-    Attributes
-    ----------
-    heading : str
-    parts : sequence of str or Shown
-        A str is HTML, and on the page only.
-    title : str, optional
-        Of the document; the heading when left out.
+    Parts that are strings are HTML and on the page only; ``title`` is by default the heading.
     """
 
     heading: str
@@ -84,7 +78,7 @@ def download(text: str, name: str, kind: str, content: str, label: str) -> str:
 
 
 def repeat(results: Mapping[str, Any], edits: Iterable[str], more: str = "") -> str:
-    """Return how to repeat the run: command, versions, its figures to save, its files."""
+    """Return HTML on how to repeat the run: command, versions, ``results.json``, files."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     name = "results.json"

@@ -12,23 +12,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-SMALL = 64  # images of fewer pixels a side are shown as squares, not blurred
+SMALL = 64  # images of fewer pixels a side are not smoothed
 
 
 class Maps(NamedTuple):
-    """What is shown of one image.
+    """An image with its relevance map, or its maps before and after an edit.
 
-    Attributes
-    ----------
-    image : Tensor, shape (1 or 3, height, width), in [0, 1]
-    name : str
-        What the image is, for those who do not see it too.
-    relevance : sequence of Tensor, shape (height, width)
-        The map before the edit, and that after it where there is one.
-    explained : sequence of int
-        The class that each map is about.
-    verdict : str
-        HTML: what the network says.
+    ``image`` has the shape (1 or 3, height, width) and values in [0, 1]; ``name`` is its text
+    alternative; each of ``relevance`` has the shape (height, width) and is about the class in
+    ``explained``; ``verdict`` is HTML, the class predicted.
     """
 
     image: Tensor
@@ -39,10 +31,7 @@ class Maps(NamedTuple):
 
 
 def wipe(caption: str, shown: Iterable[Maps]) -> str:
-    """Return images with their two maps, and one slider for all.
-
-    Without JavaScript there is no slider, and the maps of a pair stand side by side.
-    """
+    """Return images with their two maps and one slider; without JavaScript side by side."""
     label = escape(caption)
     return (
         f'<figure class="wipe"><figcaption>{label}</figcaption>'

@@ -19,16 +19,8 @@ LINES = 20  # rows that the text shows
 class Table:
     """Rows of a run; fractions get three digits, None is a dash.
 
-    Attributes
-    ----------
-    caption : str
-    columns : sequence of str
-        The first is over the rows' names.
-    rows : sequence of sequence
-    order : callable, optional
-        Returns a number for a row; of many rows, the text shows those of lowest number.
-    shown : str
-        Which those are.
+    The first of ``columns`` heads the names of the rows. Of many rows the text has those for which
+    ``order`` returns the lowest numbers; ``shown`` describes them.
     """
 
     caption: str
@@ -38,7 +30,7 @@ class Table:
     shown: str = "the lowest"
 
     def text(self) -> str:
-        """Return lines of columns as wide as they must be, the caption over the rows' names."""
+        """Return lines with aligned columns, the caption as the first head."""
         caption, rows = self.caption, [*self.rows]
         if self.order is not None and len(rows) > LINES:
             caption += f" ({LINES} of {len(rows)}, {self.shown})"
@@ -53,10 +45,7 @@ class Table:
         )
 
     def html(self) -> str:
-        """Return an HTML table that can be sorted, with a link to it as CSV.
-
-        Everything shown is escaped. Fractions are sorted by, and stand in the CSV, as they are.
-        """
+        """Return a sortable HTML table, escaped, with a link to its CSV, both with all digits."""
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
         body = "".join(
             f'<tr><th scope="row"{_exact(name)}>{escape(_cell(name))}</th>'
@@ -73,7 +62,7 @@ class Table:
         )
 
     def csv(self) -> str:
-        """Return a CSV file; a text that a spreadsheet would compute is marked as text."""
+        """Return a CSV file; what a spreadsheet would take for a formula begins with a quote."""
         target = io.StringIO()
         rows = [self.columns, *self.rows]
         csv.writer(target, lineterminator="\n").writerows([_plain(v) for v in row] for row in rows)
