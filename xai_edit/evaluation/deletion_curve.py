@@ -42,7 +42,9 @@ class DeletionCurve:
 
     Attributes
     ----------
-    layers, target, order
+    layers : tuple of str
+    target : int or None
+    order : str
         See `deletion_curve`.
     shares, units : tuple of float, tuple of int
         The share and the number of units that are off.
