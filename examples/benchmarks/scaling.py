@@ -108,7 +108,7 @@ def main() -> None:
     given = parser.parse_args()
     for name in dir(xe):
         getattr(xe, name)  # loaded once, before processes part
-    figures = {
+    results = {
         "command": "python examples/benchmarks/scaling.py --out docs/results/scaling.json",
         "versions": {name: metadata.version(name) for name in ("xai_edit", "torch", "numpy")},
         "threads": 1,
@@ -121,7 +121,7 @@ def main() -> None:
         ],
     }
     if given.out is not None:
-        write_json(given.out, figures)
+        write_json(given.out, results)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,6 @@ OPERATORS = [
     (lambda w: path(w, model=w.no_head), V, "model: a final linear layer is needed"),
     (lambda w: xe.SingleWeight("best"), V, "select: 'best' given; it is one of 'sca'"),
     (lambda w: xe.SingleWeight(rate=50), V, "rate: 50 given; it is a fraction in [0, 1]; is"),
-    (lambda w: xe.SingleWeight(dose=0), V, "dose: 0 given; it is a finite number other than"),
     (lambda w: xe.SingleWeight(n_weights=0), V, "n_weights: 0 given; it is a whole number from 1"),
     (lambda w: xe.SingleWeight(tolerance=2), V, "tolerance: 2 given; it is a fraction"),
     (lambda w: xe.SingleWeight(anchor="yes"), V, "anchor: 'yes' given"),

@@ -194,7 +194,9 @@ def test_files_of_the_first_kinds_are_read(tmp_path, kind, write, read):
 
 @pytest.mark.parametrize("kind", ["xai_edit_weights", edit_files.KIND])
 def test_weights_of_the_first_and_the_present_kind_are_read(tmp_path, monkeypatch, kind):
-    (tmp_path / "of_a_user.py").write_text("from torch import nn\n\nmodel = nn.Linear(2, 2)\n")
+    (tmp_path / "of_a_user.py").write_text(
+        "from torch import nn\n\n\ndef model():\n    return nn.Linear(2, 2)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     weights = {"weight": torch.eye(2), "bias": torch.ones(2)}
     write_safetensors(tmp_path / "w.safetensors", weights, kind, json.dumps({"applied": "edit"}))

@@ -186,7 +186,7 @@ def test_unknown_choices_are_refused(arguments, match):
 
 
 REFUSED = {
-    "k of 0": ({"rank": "count", "k": 0}, "k for layer 'fc1': 0 given"),
+    "k of 0": ({"rank": "count", "k": 0}, "k: 0 given"),
     "k beyond the width": ({"rank": "count", "k": 13}, "whole number from 1 to 12"),
     "unknown layer": ({"layer": "fcl"}, "did you mean 'fc1'"),
     "activation": ({"layer": "relu3"}, "'relu3'"),

@@ -377,9 +377,9 @@ BAD_CALLS = {
     "labels missing": ([X], {}, ValueError, "'label' given, but the data has no labels"),
     "NaN input": ([(X, Y), (nan_in(X), Y)], {}, NonFiniteError, "batch 1 has inputs that are NaN"),
     "unknown aggregate": ([(X, Y)], {"aggregate": "max"}, ValueError, "'max' given; .*'sum'"),
-    "k zero": ([(X, Y)], {"k": 0}, ValueError, "k for .*'conv1': 0 given; .* from 1 to 4"),
-    "k too high": ([(X, Y)], {"k": 5}, ValueError, "k for .*'conv1': 5 given; .* from 1 to 4"),
-    "k a fraction": ([(X, Y)], {"k": 0.5}, ValueError, r"k .*: 0\.5 given"),
+    "k zero": ([(X, Y)], {"k": 0}, ValueError, "k: 0 given; .* from 1 to 4"),
+    "k too high": ([(X, Y)], {"k": 5}, ValueError, "k: 5 given; .* from 1 to 4"),
+    "k a fraction": ([(X, Y)], {"k": 0.5}, ValueError, r"k: 0\.5 given"),
 }
 
 
