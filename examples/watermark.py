@@ -98,9 +98,9 @@ results = {
     "versions": versions(),
 }
 for when in ("before", "after"):
-    for name, figures in results[when].items():
-        print(f"{when:<6} {name:<7} the watermark: p(carton) {figures['p_carton']:.5f}, "
-              f"top-1 {figures['top_1']:.3f}")  # fmt: skip
+    for name, shown in results[when].items():
+        print(f"{when:<6} {name:<7} the watermark: p(carton) {shown['p_carton']:.5f}, "
+              f"top-1 {shown['top_1']:.3f}")  # fmt: skip
 
 # %% [markdown]
 # ## Cartons
@@ -126,9 +126,9 @@ for when, head in (("before", small), ("after", small.edited(edit))):
                 "p_carton": float(logits.softmax(1)[:, CARTON].mean()),
                 "called_carton": float((logits.argmax(1) == CARTON).double().mean()),
             }
-for key, figures in results["tiles"].items():
-    before, after = (figures[when]["p_carton"] for when in ("before", "after"))
-    print(f"{key} ({figures['images']}): p(carton) {before:.4f} before, {after:.4f} after")
+for key, shown in results["tiles"].items():
+    before, after = (shown[when]["p_carton"] for when in ("before", "after"))
+    print(f"{key} ({shown['images']}): p(carton) {before:.4f} before, {after:.4f} after")
 
 if arguments.out is not None:
     write_json(arguments.out, results)
