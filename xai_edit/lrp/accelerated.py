@@ -86,8 +86,8 @@ def is_pass(rule: Hook | None) -> bool:
 class DirectHook(Hook):  # type: ignore[misc]
     """A Zennit hook that replaces the backward pass of its module by ``rule``.
 
-    While it is registered, an in-place module writes to a new tensor, since the rules before it
-    need its input unchanged. ``name`` is the module's, for messages.
+    While it is registered, an in-place module other than a ReLU writes to a new tensor, since the
+    rules before it need its input unchanged. ``name`` is the module's, for messages.
     """
 
     def __init__(self, rule: Hook, name: str = "") -> None:
@@ -103,7 +103,8 @@ class DirectHook(Hook):  # type: ignore[misc]
 
     def register(self, module: nn.Module) -> RemovableHandleList:
         """Attach to a module."""
-        if getattr(module, "inplace", False) is True:
+        rectifies = type(module) is nn.ReLU and is_pass(self.rule)
+        if getattr(module, "inplace", False) is True and not rectifies:
             self.in_place, module.inplace = module, False  # type: ignore[assignment]
         enter = module.register_forward_pre_hook(self.enter, with_kwargs=True)
         leave = module.register_forward_hook(self.leave, with_kwargs=True)
@@ -146,6 +147,8 @@ class DirectHook(Hook):  # type: ignore[misc]
             return None
         if output is local and not is_pass(self.rule):  # as dropout in evaluation mode
             output = output.clone()
+        if output is local and type(module) is nn.ReLU:
+            _rectified(x)
         step = _Step(self.rule, module, local, output)
         ruled: Tensor = _InPlaceOf.apply(x, output.detach(), step)
         if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):
@@ -171,6 +174,15 @@ class _InPlaceOf(torch.autograd.Function):
         return step(relevance[0]), None, None
 
 
+def _rectified(x: Tensor) -> None:
+    """Let the rule that made ``x`` use it although a ReLU has overwritten it in place."""
+    node: Any = x.grad_fn
+    while node is not None and (not hasattr(node, "step") or is_pass(node.step.rule)):
+        node = node.next_functions[0][0] if node.next_functions else None
+    if node is not None:
+        node.step.overwritten_by_relu(x)
+
+
 def mark_gate(x: Tensor) -> None:
     """Mark a tensor as the output of a sigmoid, a gate of what it is multiplied with."""
     x._xai_edit_gate = True  # type: ignore[attr-defined]
@@ -191,6 +203,13 @@ class _Step:
         self.x = x
         self.z = output if isinstance(rule, (zr.Epsilon, zr.Gamma)) else x  # others need no output
         self.versions = (x._version, self.z._version)
+        self.rectified = False
+
+    def overwritten_by_relu(self, output: Tensor) -> None:
+        """Accept z⁺ for z, if z was unchanged before: R is zero where they differ, mostly."""
+        before = output._version - 1
+        if self.z.data_ptr() == output.data_ptr() and before == self.versions[1]:
+            self.versions, self.rectified = (self.versions[0], output._version), True
 
     def __call__(self, relevance: Tensor) -> Tensor:
         if is_pass(self.rule):
@@ -201,13 +220,17 @@ class _Step:
                 "so its relevance cannot be computed; write that operation out of place"
             )
         shortcut = _SHORTCUTS.get(type(self.rule))
-        if shortcut is not None and self.shortcut_holds():
+        if shortcut is not None and self.shortcut_holds(relevance):
             return shortcut(self, relevance)
         return self.by_zennit(relevance)
 
-    def shortcut_holds(self) -> bool:
+    def shortcut_holds(self, relevance: Tensor) -> bool:
         """Return whether the short formula of the rule equals the rule for this call."""
         overwritten = self.z._version != self.versions[1]
+        if self.rectified:
+            stabilizer = stabilizer_of(self.rule)
+            overwritten |= type(stabilizer) is not Stabilizer or stabilizer.norm_scale
+            overwritten |= bool(torch.logical_and(relevance, self.z == 0).any())
         if overwritten or self.rule.param_modifiers[0].zero_params or not _unmodified(self.module):
             return False
         if type(self.rule) is zr.Epsilon:
@@ -240,7 +263,7 @@ class _Step:
 
 
 def _epsilon(step: _Step, R: Tensor) -> Tensor:
-    return _share(step.rule, step.x, step.z, R)
+    return _share(step.rule, step.x, step.z, R, positive=step.rectified)
 
 
 def _z_plus(step: _Step, R: Tensor) -> Tensor:
@@ -292,10 +315,10 @@ def _share(
     if type(stabilizer) is not Stabilizer or stabilizer.clip or stabilizer.norm_scale:
         ratio = relevance / stabilizer(value)
     else:  # it adds a constant
-        shift = epsilon = value.new_tensor(stabilizer.epsilon)
-        if not positive:
-            shift = torch.where(value < 0, -epsilon, epsilon)
-        ratio = torch.add(value, shift)
+        epsilon = value.new_tensor(stabilizer.epsilon)
+        ratio = (
+            value + epsilon if positive else torch.where(value < 0, -epsilon, epsilon).add_(value)
+        )
         torch.div(relevance, ratio, out=ratio)
     # The graph lives as long as the step, which several backward passes may call.
     (context,) = torch.autograd.grad(z, x, ratio, retain_graph=True)
