@@ -6,6 +6,7 @@ import captum.attr
 import pytest
 import torch
 import torchvision
+from networks import value_and_gradient
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from xai_edit import (
     Subspaces,
     Taylor,
     ablated,
+    check_model,
     collect_features,
     edge_relevance,
     fit_patterns,
@@ -195,21 +197,15 @@ SCORERS = {
 }
 
 
-def passed_on(model, layer, inputs):
-    """What a layer gives, and the gradient of the likelihood there."""
-    kept = []
-    handle = model.get_submodule(layer).register_forward_hook(lambda *call: kept.append(call[2]))
-    loss = F.cross_entropy(model(inputs), LABELS, reduction="sum")
-    handle.remove()
-    (gradient,) = torch.autograd.grad(-loss, kept[0])
-    return kept[0].detach(), gradient
+def likelihood(logits):
+    return -F.cross_entropy(logits, LABELS, reduction="sum")
 
 
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks:UserWarning")
 @pytest.mark.parametrize(("name", "layer", "axis"), BLOCKS)
 def test_blocks_are_scored_by_feature(name, layer, axis):
     model, x = family(name).eval(), torch.rand(2, 3, 32, 32)
-    values, gradient = passed_on(model, layer, x)
+    values, gradient = value_and_gradient(model, x, layer, likelihood)
     positions = [at for at in range(1, values.ndim) if at != axis]
     expected = {
         "Activation": values.clamp(min=0).mean(positions),
@@ -227,7 +223,7 @@ def test_blocks_are_scored_by_feature(name, layer, axis):
 def test_features_of_a_block_are_its_tokens():
     model, x = family("vit").eval(), torch.rand(2, 3, 32, 32)
     layer = "encoder.layers.encoder_layer_0"
-    values, _ = passed_on(model, layer, x)
+    values, _ = value_and_gradient(model, x, layer, likelihood)
     for scorer in (None, LRP("epsilon")):
         features = collect_features(
             model, [(x, LABELS)], layer=layer, positions=None, scorer=scorer
@@ -321,7 +317,7 @@ def test_every_scorer_sums_along_the_axis_given(axis):
     def wrapped(model, inputs, targets, layers):
         return Taylor()(model, inputs, targets, layers)
 
-    values, gradient = passed_on(model, "stream", x)
+    values, gradient = value_and_gradient(model, x, "stream", likelihood)
     positions = 2 if axis == 1 else 1
     for scorer, expected in (
         (Taylor(), values * gradient),
@@ -388,7 +384,7 @@ def test_heads_patterns_edges_and_features_see_calls_by_keyword():
 
 
 class Branches(nn.Module):
-    """Branches that are not called, see constants only, or lead nowhere."""
+    """Branches that are not called, see constants only (a table of positions), or lead nowhere."""
 
     def __init__(self):
         super().__init__()
@@ -396,7 +392,7 @@ class Branches(nn.Module):
         self.idle, self.constant, self.lost = nn.Linear(5, 3), nn.Linear(2, 5), nn.Linear(5, 3)
 
     def forward(self, x):
-        x = self.body(x).relu() + self.constant(torch.ones(2))
+        x = self.body(x).relu() + self.constant(torch.ones(7, 2)).mean(0)
         self.lost(x)
         return self.head(x)
 
@@ -406,9 +402,16 @@ class Branches(nn.Module):
 def test_branches_without_part_in_the_output_are_skipped_unless_named(scorer):
     model, data = Branches(), [(TOKENS[:, 0], LABELS)]
     assert score_units(model, data, scorer).layers == ["body", "head"]
-    with pytest.raises(ValueError, match="'idle' takes no part"):
-        score_units(model, data, scorer, layers="idle")
+    with pytest.raises(ValueError, match="'idle' takes no part in the model's forward pass"):
+        score_units(model, data, scorer, layers=["head", "idle"])
     assert trace(model, data[0][0]).unused == {"lost"}
+
+
+def test_a_branch_that_no_sample_reaches_is_not_checked_and_has_no_relevance():
+    model = Branches()
+    assert "constant" not in check_model(model, TOKENS[:, 0]).ratios
+    with pytest.raises(ValueError, match="constant"):
+        score_units(model, [(TOKENS[:, 0], LABELS)], LRP(), layers="constant")
 
 
 class Encoder(nn.Module):

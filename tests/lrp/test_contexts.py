@@ -1,16 +1,14 @@
 """Contexts: exact, at inactive neurons too, under any composite."""
 
-import copy
-
 import pytest
 import torch
+from networks import value_and_gradient
 from torch import nn
 from zennit import rules as zr
 from zennit.composites import LayerMapComposite, NameMapComposite, layer_map_base
 from zennit.core import BasicHook
 
 from xai_edit import LRP, Taylor, collect_features
-from xai_edit.core.layers import layer_module
 
 RULES = {
     "epsilon": (zr.Epsilon(0.1), lambda g: g[0]),
@@ -47,23 +45,11 @@ def doubled(batches):
 
 
 def gradient_at(model, layer, inputs, labels):
-    """The gradient of the target logit at a layer, by autograd on a network without rules."""
-    kept = []
-
-    def keep(value):
-        kept.append(value)
-        value.retain_grad()
-        return value.clone()  # an in-place activation may follow
-
-    model = copy.deepcopy(model)
-    module = layer_module(model, layer)
-    if layer.endswith(":input"):
-        module.register_forward_pre_hook(lambda _, given: (keep(given[0]),))
-    else:
-        module.register_forward_hook(lambda _, __, output: keep(output))
-    model(inputs.requires_grad_())[range(len(labels)), labels].sum().backward()
-    inputs.requires_grad_(False)
-    return kept[0].grad, kept[0].detach()
+    """The gradient of the target logit at a layer, on a network without rules; and the values."""
+    values, gradient = value_and_gradient(
+        model, inputs, layer, lambda logits: logits[range(len(labels)), labels].sum()
+    )
+    return gradient, values
 
 
 def rows(values):
@@ -76,7 +62,7 @@ def test_contexts_are_the_gradient_where_lrp_is_gradient_times_input(plain, batc
     features = collect_features(
         model, data, layer=layer, scorer=LRP("epsilon", epsilon=1e-14), positions=None
     )
-    found = [gradient_at(model, layer, x.clone(), y) for x, y in data]
+    found = [gradient_at(model, layer, x, y) for x, y in data]
     gradient, activations = (torch.cat([rows(one[i]) for one in found]) for i in (0, 1))
     assert torch.equal(features.activations, activations)
     assert torch.allclose(features.contexts, gradient, rtol=1e-8, atol=1e-10)
@@ -93,7 +79,7 @@ def test_contexts_take_all_paths_from_a_layer(batches, layer):
     features = collect_features(
         model, data, layer=layer, scorer=LRP("epsilon", epsilon=1e-14), positions=None
     )
-    expected = torch.cat([rows(gradient_at(model, layer, x.clone(), y)[0]) for x, y in data])
+    expected = torch.cat([rows(gradient_at(model, layer, x, y)[0]) for x, y in data])
     assert torch.allclose(features.contexts, expected, rtol=1e-7, atol=1e-10)
 
 
