@@ -6,6 +6,8 @@ import copy
 
 import torch
 from torch import nn
+from torchvision import models
+from torchvision.models.resnet import BasicBlock
 
 
 class Crosswise(nn.Module):
@@ -63,3 +65,34 @@ def value_and_gradient(model, inputs, name, loss):
         layer.register_forward_hook(lambda _, __, output: probe(output))
     loss(twin(inputs)).backward()
     return kept["value"], kept["probe"].grad
+
+
+def residual_network(classes=3):
+    """Two blocks of a ResNet, the second with a shortcut that has a layer of its own."""
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        BasicBlock(4, 4),
+        BasicBlock(4, 6, 2, shortcut),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, classes),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.eps = 0.0  # which Zennit 0.5 leaves in a merged batch norm
+    return model.eval()
+
+
+def family(name):
+    """A small network of three classes from one of torchvision's families."""
+    torch.manual_seed(0)
+    if name == "swin":
+        return models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [4, 4], num_classes=3).eval()
+    if name == "convnext":
+        block = models.convnext.CNBlockConfig
+        return models.ConvNeXt([block(8, 16, 1), block(16, None, 1)], num_classes=3).eval()
+    return models.VisionTransformer(32, 8, 1, 2, 16, 16, num_classes=3).eval()

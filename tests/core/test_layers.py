@@ -5,8 +5,7 @@ from __future__ import annotations
 import captum.attr
 import pytest
 import torch
-import torchvision
-from networks import value_and_gradient
+from networks import family, value_and_gradient
 from torch import nn
 from torch.nn import functional as F
 
@@ -165,31 +164,11 @@ def test_positions_are_summed():
 # Networks of torchvision, whose documentation says which axis is which
 
 
-def family(name):
-    torch.manual_seed(0)
-    models = torchvision.models
-    if name == "swin":
-        return models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [4, 4], num_classes=3)
-    if name == "convnext":
-        setting = [
-            models.convnext.CNBlockConfig(8, 16, 1),
-            models.convnext.CNBlockConfig(16, None, 1),
-        ]
-        return models.ConvNeXt(setting, num_classes=3)
-    return models.VisionTransformer(32, 8, 1, 2, 16, 16, num_classes=3)
-
-
-BLOCKS = [
-    ("swin", "features.1.0", 3),
-    ("swin", "features.1", 3),
-    ("swin", "features.1.0.norm1", 3),
-    ("swin", "permute", 1),
-    ("convnext", "features.1.0", 1),
-    ("convnext", "features.1.0.block.3", 3),
-    ("convnext", "features.0.1", 1),
-    ("vit", "encoder.layers.encoder_layer_0", 2),
-    ("vit", "encoder.ln", 2),
-]
+BLOCKS = {  # name → the axis of the features of each layer
+    "swin": {"features.1.0": 3, "features.1": 3, "features.1.0.norm1": 3, "permute": 1},
+    "convnext": {"features.1.0": 1, "features.1.0.block.3": 3, "features.0.1": 1},
+    "vit": {"encoder.layers.encoder_layer_0": 2, "encoder.ln": 2},
+}
 SCORERS = {
     "Activation": Activation(),
     "Taylor": Taylor(),
@@ -202,26 +181,33 @@ def likelihood(logits):
 
 
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks:UserWarning")
-@pytest.mark.parametrize(("name", "layer", "axis"), BLOCKS)
-def test_blocks_are_scored_by_feature(name, layer, axis):
-    model, x = family(name).eval(), torch.rand(2, 3, 32, 32)
-    values, gradient = value_and_gradient(model, x, layer, likelihood)
-    positions = [at for at in range(1, values.ndim) if at != axis]
-    expected = {
-        "Activation": values.clamp(min=0).mean(positions),
-        "Taylor": (values * gradient).sum(positions),
-        "LayerActivation": values.sum(positions),
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_scored_by_feature(name):
+    model, x, layers = family(name), torch.rand(2, 3, 32, 32), [*BLOCKS[name]]
+    got = {
+        kind: score_units(model, [(x, LABELS)], scorer, layers=layers)
+        for kind, scorer in SCORERS.items()
     }
-    for kind, scorer in SCORERS.items():
-        got = score_units(model, [(x, LABELS)], scorer, layers=layer)
-        torch.testing.assert_close(got[layer], expected[kind].double().sum(0), rtol=1e-4, atol=1e-6)
-    relevance = LRP("epsilon").relevance(model, x, LABELS, [layer])[layer]
-    got = LRP("epsilon")(model, x, LABELS, [layer])[layer]
-    torch.testing.assert_close(got, relevance.sum(positions), rtol=1e-4, atol=1e-6)
+    relevance = LRP("epsilon").relevance(model, x, LABELS, layers)
+    summed = LRP("epsilon")(model, x, LABELS, layers)
+    for layer, axis in BLOCKS[name].items():
+        values, gradient = value_and_gradient(model, x, layer, likelihood)
+        positions = [at for at in range(1, values.ndim) if at != axis]
+        for kind, expected in (
+            ("Activation", values.clamp(min=0).mean(positions)),
+            ("Taylor", (values * gradient).sum(positions)),
+            ("LayerActivation", values.sum(positions)),
+        ):
+            torch.testing.assert_close(
+                got[kind][layer], expected.double().sum(0), rtol=1e-4, atol=1e-6
+            )
+        torch.testing.assert_close(
+            summed[layer], relevance[layer].sum(positions), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_features_of_a_block_are_its_tokens():
-    model, x = family("vit").eval(), torch.rand(2, 3, 32, 32)
+    model, x = family("vit"), torch.rand(2, 3, 32, 32)
     layer = "encoder.layers.encoder_layer_0"
     values, _ = value_and_gradient(model, x, layer, likelihood)
     for scorer in (None, LRP("epsilon")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from functools import partial
 
 import pytest
@@ -122,10 +121,8 @@ def test_layers_behind_the_trouble_may_be_scored(kind, layers):
     model = net(middle, copy.deepcopy(extra))
     assert check_model(model, X, layers=layers).ok
     got = score_units(model, [(X, TARGETS)], LRP("epsilon"), layers=layers)
-    plain = net()
-    plain.load_state_dict(model.state_dict(), strict=False)
     hidden = model.middle(model, torch.relu(model.first(X))).detach()
-    tail = nn.Sequential(plain.second, nn.ReLU(), plain.head)
+    tail = nn.Sequential(model.second, nn.ReLU(), model.head)
     names = {"second": "0", "head": "2", "second:input": "0:input", "head:input": "2:input"}
     expected = score_units(tail, [(hidden, TARGETS)], LRP(), layers=[names[one] for one in layers])
     for name in layers:
@@ -239,47 +236,28 @@ def test_a_hook_that_mixes_up_calls_is_an_error():
 # Weights
 
 
-def pruned(model):
-    prune.l1_unstructured(model.second, "weight", amount=0.5)
-
-
-def parametrized(model):
-    parametrizations.weight_norm(model.second)
-
-
-def weight_norm_of_old(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        nn.utils.weight_norm(model.second)
-
-
-def spectral_norm_of_old(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        nn.utils.spectral_norm(model.second)
-
-
-REMOVED = {
-    pruned: lambda model: prune.remove(model.second, "weight"),
-    parametrized: lambda model: parametrize.remove_parametrizations(model.second, "weight"),
-    weight_norm_of_old: lambda model: nn.utils.remove_weight_norm(model.second),
-    spectral_norm_of_old: lambda model: nn.utils.remove_spectral_norm(model.second),
+COMPUTED = {  # how a weight comes to be computed, and how it is made permanent
+    "prune": (partial(prune.l1_unstructured, name="weight", amount=0.5), prune.remove),
+    "parametrization": (parametrizations.weight_norm, parametrize.remove_parametrizations),
+    "weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
 }
 
 
-@pytest.mark.parametrize("compute", REMOVED)
-def test_a_weight_computed_anew_at_each_call_is_an_error_until_made_permanent(compute):
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm:FutureWarning")
+@pytest.mark.parametrize("way", COMPUTED)
+def test_a_weight_computed_anew_at_each_call_is_an_error_until_made_permanent(way):
+    compute, make_permanent = COMPUTED[way]
     model = net()
-    compute(model)
+    compute(model.second)
     model.double().eval()
-    check = check_model(model, X)
-    (found,) = errors(check)
+    (found,) = errors(check_model(model, X))
     assert found.module == "second"
     assert "computed anew" in found.message
     for layers in (None, ["head"], ["first"]):
         with pytest.raises(ValueError, match="'second': its weight is computed anew"):
             score_units(model, [(X, TARGETS)], LRP("epsilon-plus"), layers=layers)
-    REMOVED[compute](model)
+    make_permanent(model.second, "weight")
     assert check_model(model, X).ok
     score_units(model, [(X, TARGETS)], LRP("epsilon-plus"))
 
@@ -502,27 +480,21 @@ def test_operations_on_what_does_not_depend_on_the_data_are_left_out():
     assert check_model(model, X).ok
 
 
-NORMED = {
-    "alone": (lambda m, x: m.norm(m.conv(x)), True),
-    "read by another": (lambda m, x: (lambda y: m.norm(y) + y)(m.conv(x)), False),
-    "read through an attribute": (
-        lambda m, x: (lambda y: torch.cat([m.norm(y), y.mT], 1))(m.conv(x)),
-        False,
-    ),
-    "after a ReLU in place": (lambda m, x: (lambda y: m.norm(y.relu_()))(m.conv(x)), False),
-    "after an in-place product": (lambda m, x: (lambda y: m.norm(y.mul_(2)))(m.conv(x)), False),
-    "conv called twice": (lambda m, x: m.norm(m.conv(x)) + m.conv(x), False),
-    "norm called twice": (lambda m, x: m.norm(m.conv(x)) + m.norm(m.other(x)), False),
-    "norm called again on its output": (lambda m, x: m.norm(m.norm(m.conv(x))), False),
-    "only its shape is read": (
-        lambda m, x: (lambda y: m.norm(y).reshape(y.shape))(m.conv(x)),
-        True,
-    ),
+NORMED = {  # what is made of the layer's output y, and whether the norm alone reads it
+    "alone": (lambda m, x, y: m.norm(y), True),
+    "read by another": (lambda m, x, y: m.norm(y) + y, False),
+    "read through an attribute": (lambda m, x, y: torch.cat([m.norm(y), y.mT], 1), False),
+    "after a ReLU in place": (lambda m, x, y: m.norm(y.relu_()), False),
+    "after an in-place product": (lambda m, x, y: m.norm(y.mul_(2)), False),
+    "conv called twice": (lambda m, x, y: m.norm(y) + m.conv(x), False),
+    "norm called twice": (lambda m, x, y: m.norm(y) + m.norm(m.other(x)), False),
+    "norm called again on its output": (lambda m, x, y: m.norm(m.norm(y)), False),
+    "only its shape is read": (lambda m, x, y: m.norm(y).reshape(y.shape), True),
     "written into": (
-        lambda m, x: (lambda y: (y.__setitem__((slice(None), 0), 0.0), m.norm(y))[1])(m.conv(x)),
+        lambda m, x, y: (y.__setitem__((slice(None), 0), 0.0), m.norm(y))[1],
         False,
     ),
-    "a norm of a view": (lambda m, x: m.norm(m.conv(x)[:, :4]), False),
+    "a norm of a view": (lambda m, x, y: m.norm(y[:, :4]), False),
 }
 
 
@@ -543,7 +515,7 @@ class Normed(nn.Module):
         self.head = nn.LazyLinear(3)
 
     def forward(self, x):
-        return self.head(self.middle(self, x).flatten(1))
+        return self.head(self.middle(self, x, self.conv(x)).flatten(1))
 
 
 MERGES = {  # a layer, its batch norm, the shape of a sample, and whether the trace pairs the two
@@ -582,7 +554,7 @@ def test_a_batch_norm_is_merged_where_nobody_else_reads_the_layer_and_the_logits
         model, x = Normed(middle), IMAGES
     else:
         make, norm, shape, merged = MERGES[kind]
-        model = Normed(lambda m, x: torch.relu(m.norm(m.conv(x))), make(), norm(6))
+        model = Normed(lambda m, x, y: torch.relu(m.norm(y)), make(), norm(6))
         x = torch.randn(4, *shape, dtype=torch.float64)
     model.double().eval()(x)  # the lazy layer takes its shape
     assert trace(model, x).norms == ({"conv": "norm"} if merged else {})

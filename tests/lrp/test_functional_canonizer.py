@@ -393,6 +393,7 @@ FAMILIES = {
     "mobilenet_v3_small": 32,
     "densenet121": 32,
     "shufflenet_v2_x0_5": 32,
+    "resnet18": 32,
     "googlenet": 64,
     "efficientnet_b0": 32,
 }
