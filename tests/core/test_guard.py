@@ -33,8 +33,8 @@ def _replace_parameter(model):
 
 
 def _swap_storage(model):
-    for parameter in model.parameters():
-        parameter.data = torch.zeros_like(parameter)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.zeros_like(tensor)
 
 
 def _running_statistics(model):
@@ -47,11 +47,6 @@ def _replace_buffers(model):
     for module in model.modules():
         for name in [*module._buffers]:
             module._buffers[name] = torch.zeros(1)
-
-
-def _swap_buffer_storage(model):
-    for buffer in model.buffers():
-        buffer.data = torch.zeros(1, dtype=buffer.dtype)
 
 
 def _delete_buffers(model):
@@ -109,7 +104,6 @@ VANDALS = {
     ),
     "running statistics": _running_statistics,
     "buffers": _replace_buffers,
-    "storage of buffers": _swap_buffer_storage,
     "no buffers": _delete_buffers,
     "added buffer": lambda model: model.register_buffer("extra", torch.zeros(2), persistent=False),
     "added parameter": lambda model: first_conv(model).register_parameter(
