@@ -39,6 +39,15 @@ def without_biases(model):
     return model.double().eval()
 
 
+def dense(layer, shape):
+    """W (outputs, inputs) and b (outputs,) of a layer, from its answers to unit vectors."""
+    units = torch.eye(torch.Size(shape).numel(), dtype=torch.float64)
+    with torch.no_grad():
+        offset = layer(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
+        weight = (layer(units.reshape(-1, *shape)).flatten(1) - offset).T
+    return weight, offset
+
+
 def out_of_place(model):
     """A copy without in-place activations, for oracles that hold on to tensors."""
     twin = copy.deepcopy(model)

@@ -139,22 +139,12 @@ def test_the_model_leaves_as_it_came(model, unchanged, vandal, raises):
     assert torch.equal(model(images()), logits)
 
 
-def write_in_place(model):
-    with torch.no_grad():
-        last_linear(model).weight.zero_()
-
-
-def train_a_step(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(images()).square().sum().backward()
-    optimizer.step()
-
-
-@pytest.mark.parametrize("vandal", [write_in_place, train_a_step])
-def test_weights_written_in_place_get_their_values_back(model, unchanged, vandal):
+def test_weights_written_in_place_get_their_values_back(model, unchanged):
     check = unchanged(model)
     with preserved(model, weights=True):
-        vandal(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(images()).square().sum().backward()
+        optimizer.step()
     check()
 
 

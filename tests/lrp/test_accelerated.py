@@ -515,15 +515,6 @@ def test_an_input_overwritten_after_the_layer_is_one_clear_error_or_zennits(comp
         assert_as_zennit(got, expected, 1e-10, "heat map")
 
 
-def test_the_logits_under_the_hooks_are_the_models_own():
-    for kind in NETWORKS:
-        model, x = made(kind)
-        logits = model(x.clone()).detach()
-        with accelerated(LRP("alpha2beta1").composite).context(model):
-            hooked = model(x.clone().requires_grad_())
-        torch.testing.assert_close(hooked.detach(), logits, rtol=1e-12, atol=1e-14)
-
-
 @pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1"])
 def test_a_layer_whose_forward_was_replaced_gives_zennits_relevance(composite):
     model, x = made("in-place ReLU")
@@ -613,23 +604,14 @@ class Calls(nn.Module):
         return self.head(self.call(self.up, x).flatten(1))
 
 
-def test_a_layer_is_called_by_keyword_but_not_with_further_arguments():
-    x = torch.rand(3, *IMAGE, dtype=torch.float64)
-    models = [
-        Calls(lambda up, x: up(x)),
-        Calls(lambda up, x: up(input=x)),
-        Calls(lambda up, x: up(x, output_size=[18, 18])),
-        Calls(lambda up, x: up(x, [18, 18])),
-    ]
-    for model in models:
-        model.double()(x)
-    models[1].load_state_dict(models[0].state_dict())
-    scorer = LRP("epsilon-plus")
-    expected, got = (scorer.relevance(model, x, TARGETS, ["up:input"]) for model in models[:2])
-    assert torch.equal(got["up:input"], expected["up:input"])
-    for model in models[2:]:
-        with pytest.raises(ValueError, match=r"'up' is called with 2 arguments"):
-            scorer.heatmap(model, x, TARGETS)
+@pytest.mark.parametrize(
+    "call", [lambda up, x: up(x, output_size=[18, 18]), lambda up, x: up(x, [18, 18])]
+)
+def test_a_layer_called_with_further_arguments_is_refused(call):
+    x, model = torch.rand(3, *IMAGE), Calls(call)
+    model(x)
+    with pytest.raises(ValueError, match=r"'up' is called with 2 arguments"):
+        LRP("epsilon-plus").heatmap(model, x, TARGETS)
 
 
 # Registered elsewhere, or already, or half way

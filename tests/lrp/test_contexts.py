@@ -40,32 +40,28 @@ def seeded(make):
     return make().double().eval()
 
 
-def doubled(batches):
-    return [(x[:20].double(), y[:20]) for x, y in batches]
-
-
-def gradient_at(model, layer, inputs, labels):
-    """The gradient of the target logit at a layer, on a network without rules; and the values."""
-    values, gradient = value_and_gradient(
-        model, inputs, layer, lambda logits: logits[range(len(labels)), labels].sum()
-    )
-    return gradient, values
-
-
 def rows(values):
     return values.movedim(1, -1).flatten(0, -2)
 
 
+def contexts_and_gradient(model, batches, layer):
+    """Contexts, and by a network without rules the target logit's gradient and the activations."""
+    data = [(x[:20].double(), y[:20]) for x, y in batches]
+    scorer = LRP("epsilon", epsilon=1e-14)
+    features = collect_features(model, data, layer=layer, scorer=scorer, positions=None)
+    found = [
+        value_and_gradient(model, x, layer, lambda z, y=y: z[range(len(y)), y].sum())
+        for x, y in data
+    ]
+    activations, gradient = (torch.cat([rows(one[i]) for one in found]) for i in (0, 1))
+    assert torch.equal(features.activations, activations)
+    return features.contexts, gradient, activations
+
+
 @pytest.mark.parametrize("layer", ["conv1", "relu1", "pool1", "fc1:input", "head"])
 def test_contexts_are_the_gradient_where_lrp_is_gradient_times_input(plain, batches, layer):
-    model, data = plain.double(), doubled(batches)
-    features = collect_features(
-        model, data, layer=layer, scorer=LRP("epsilon", epsilon=1e-14), positions=None
-    )
-    found = [gradient_at(model, layer, x, y) for x, y in data]
-    gradient, activations = (torch.cat([rows(one[i]) for one in found]) for i in (0, 1))
-    assert torch.equal(features.activations, activations)
-    assert torch.allclose(features.contexts, gradient, rtol=1e-8, atol=1e-10)
+    contexts, gradient, activations = contexts_and_gradient(plain.double(), batches, layer)
+    torch.testing.assert_close(contexts, gradient, rtol=1e-8, atol=1e-10)
     if layer.startswith(("relu", "pool")):
         inactive = activations == 0
         assert gradient[inactive].abs().max() > 1e-2  # else the test would not see the loss
@@ -73,14 +69,11 @@ def test_contexts_are_the_gradient_where_lrp_is_gradient_times_input(plain, batc
 
 @pytest.mark.parametrize("layer", ["stem", "relu", "conv1", "conv2"])
 def test_contexts_take_all_paths_from_a_layer(batches, layer):
-    model, data = seeded(Residual), doubled(batches)
+    model = seeded(Residual)
     if layer == "relu":  # called once in this network
         model.relu = nn.ReLU(inplace=True)
-    features = collect_features(
-        model, data, layer=layer, scorer=LRP("epsilon", epsilon=1e-14), positions=None
-    )
-    expected = torch.cat([rows(gradient_at(model, layer, x, y)[0]) for x, y in data])
-    assert torch.allclose(features.contexts, expected, rtol=1e-7, atol=1e-10)
+    contexts, gradient, _ = contexts_and_gradient(model, batches, layer)
+    torch.testing.assert_close(contexts, gradient, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from networks import residual_network
+from networks import dense, residual_network
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -171,9 +171,7 @@ def matrix(layer, weight, shape):
     """The layer with another weight and without bias as a matrix (outputs, inputs)."""
     probe = copy.deepcopy(layer)
     probe.weight.data, probe.bias = weight.clone(), None
-    units = torch.eye(torch.Size(shape).numel()).double()
-    with torch.no_grad():
-        return probe(units.reshape(-1, *shape)).flatten(1).T
+    return dense(probe, shape)[0]
 
 
 def backward_by_matrices(net, x, target, weights):
@@ -216,38 +214,31 @@ def weights_of(patterns, two_component):
 
 
 @pytest.mark.parametrize("two_component", [False, True])
-def test_patternattribution_is_a_backward_pass_with_w_times_a(net, images, two_component):
+def test_composites_are_backward_passes_with_w_times_a_and_with_a_in_another_unit(
+    net, images, two_component
+):
     patterns = fit_patterns(net, [images])
     assert patterns.rectified == ("conv1", "conv2", "fc")
-    build = patternattribution_two_component if two_component else patternattribution
-    targets = torch.tensor([0, 1, 2, 0, 1])
-    got = heatmaps(net, build(patterns), images[:5], targets)
+    attribution = patternattribution_two_component if two_component else patternattribution
+    signal = patternnet_two_component if two_component else patternnet
+    x, targets = images[:5], torch.tensor([0, 1, 2, 0, 1])
     weights = {
-        name: net.get_submodule(name).weight.detach() * a
+        name: (net.get_submodule(name).weight.detach(), a)
         for name, a in weights_of(patterns, two_component).items()
     }
-    expected = backward_by_matrices(net, images[:5], targets, weights)
+    got = heatmaps(net, attribution(patterns), x, targets)
+    products = {name: w * a for name, (w, a) in weights.items()}
+    expected = backward_by_matrices(net, x, targets, products)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
     assert got.flatten(1).any(1).sum() >= 4
-
-
-@pytest.mark.parametrize("two_component", [False, True])
-def test_patternnet_is_a_backward_pass_with_a_in_another_unit(net, images, two_component):
-    patterns = fit_patterns(net, [images])
-    build = patternnet_two_component if two_component else patternnet
-    targets = torch.tensor([0, 1, 2, 0, 1])
-    got = heatmaps(net, build(patterns), images[:5], targets)
-    weights = weights_of(patterns, two_component)
-    expected = backward_by_matrices(net, images[:5], targets, weights)
     scale = 1.0
-    for name, a in weights.items():
-        w, a = net.get_submodule(name).weight.detach().flatten(1), a.flatten(1)
-        lengths = w.norm(dim=1), a.norm(dim=1)
-        gains = [
-            torch.linalg.matrix_norm(rows / length[:, None], 2)
-            for rows, length in zip((w, a), lengths, strict=True)
-        ]
-        scale *= (lengths[0] / lengths[1]).median() * gains[0] / gains[1]
+    for pair in weights.values():
+        rows = [one.flatten(1) for one in pair]
+        w, a = (one.norm(dim=1) for one in rows)
+        gains = [torch.linalg.matrix_norm(F.normalize(one), 2) for one in rows]
+        scale *= (w / a).median() * gains[0] / gains[1]
+    got = heatmaps(net, signal(patterns), x, targets)
+    expected = backward_by_matrices(net, x, targets, {name: a for name, (_, a) in weights.items()})
     # One number for all samples.
     unit = got.norm() / expected.norm()
     assert unit.item() == pytest.approx(scale.item(), rel=0.02)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from networks import Crosswise, without_biases
+from networks import Crosswise, dense, without_biases
 from torch import nn
 from zennit import composites as zc
 from zennit import rules as zr
@@ -34,15 +34,6 @@ LAYERS = {
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 2)),
     "transposed conv2d": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=2), (2, 3, 2)),
 }
-
-
-def dense(layer, shape):
-    """W (outputs, inputs) and b (outputs,) of a layer, from its answers to unit vectors."""
-    units = torch.eye(torch.Size(shape).numel(), dtype=torch.float64)
-    with torch.no_grad():
-        offset = layer(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
-        weight = (layer(units.reshape(-1, *shape)).flatten(1) - offset).T
-    return weight, offset
 
 
 def share(parts, bias):
