@@ -26,7 +26,6 @@ from xai_edit import (
 from xai_edit.core import axes as axes_of_units
 from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.axes import unit_axes
-from xai_edit.core.layers import sum_positions
 from xai_edit.core.trace import trace
 from xai_edit.last_layer.head import find_head
 
@@ -152,13 +151,6 @@ def test_layers_of_a_known_kind_cost_no_forward_pass(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     names = ["0", "0:input", "1", "3", "3:input"]
     assert [*unit_axes(model, None, names).values()] == [1, 1, 1, -1, -1]
-
-
-def test_positions_are_summed():
-    values = torch.rand(2, 3, 4, 5)
-    assert torch.equal(sum_positions(values, 1), values.sum((2, 3)))
-    assert torch.equal(sum_positions(values, -1), values.sum((1, 2)))
-    assert torch.equal(sum_positions(values[:, :, 0, 0], 1), values[:, :, 0, 0])
 
 
 # Networks of torchvision, whose documentation says which axis is which

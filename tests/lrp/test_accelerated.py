@@ -365,9 +365,18 @@ def test_what_a_shortcut_does_not_cover_goes_to_zennits_own_rule(counted, rule):
     compare(plain, by_layers(zr.Epsilon(), Own(*arguments)), x)
 
 
+@pytest.fixture
 def live_tensors():
+    """Count the tensors made since the test began."""
     gc.collect()
-    return sum(type(one) is torch.Tensor for one in gc.get_objects())
+    gc.freeze()  # what is there already is not looked at
+
+    def count():
+        gc.collect()
+        return sum(type(one) is torch.Tensor for one in gc.get_objects())
+
+    yield count
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(
@@ -378,7 +387,9 @@ def live_tensors():
         ("gamma+epsilon", "in-place ReLU"),
     ],
 )
-def test_a_session_gives_the_same_bits_again_and_no_tensor_outlives_its_batch(composite, kind):
+def test_a_session_gives_the_same_bits_again_and_no_tensor_outlives_its_batch(
+    composite, kind, live_tensors
+):
     model, x = made(kind)
     layers = [*weighted(model), "0:input"]
     with LRP(COMPOSITES[composite]()).session(model, x, layers) as (score, _):

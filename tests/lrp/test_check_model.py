@@ -159,15 +159,11 @@ def test_a_modules_own_rule_covers_what_it_runs():
 ALONE = {
     "Softmax": lambda: nn.Softmax(1),
     "PReLU": nn.PReLU,
-    "GroupNorm": lambda: nn.GroupNorm(2, 8),
-    "LayerNorm": lambda: nn.LayerNorm(8),
-    "GLU": lambda: nn.Sequential(nn.GLU(), nn.Linear(4, 8)),
-    "Upsample": lambda: nn.Sequential(
-        nn.Unflatten(1, (2, 4)), nn.Upsample(scale_factor=2.0), nn.MaxPool1d(2), nn.Flatten()
-    ),
-    "LPPool": lambda: nn.Sequential(
-        nn.Unflatten(1, (2, 4)), nn.LPPool1d(2, 2), nn.Flatten(), nn.Linear(4, 8)
-    ),
+    "GroupNorm": lambda: nn.GroupNorm(2, 2),
+    "LayerNorm": lambda: nn.LayerNorm(4),
+    "GLU": nn.GLU,
+    "Upsample": lambda: nn.Upsample(scale_factor=2.0),
+    "LPPool": lambda: nn.LPPool1d(2, 2),
 }
 
 
@@ -179,9 +175,11 @@ class Plus(nn.Module):
 @pytest.mark.parametrize("make", ALONE)
 def test_a_module_of_pytorch_is_judged_alike_with_and_without_a_sum_elsewhere(make):
     torch.manual_seed(0)
-    modules = [nn.Linear(6, 8), nn.ReLU(), ALONE[make](), nn.Linear(8, 3)]
-    plain = check_model(nn.Sequential(*modules).double().eval(), X)
-    summed = check_model(nn.Sequential(*modules, Plus(), nn.Linear(3, 3)).double().eval(), X)
+    before = [nn.Linear(6, 8), nn.ReLU(), nn.Unflatten(1, (2, 4))]
+    model = nn.Sequential(*before, ALONE[make](), nn.Flatten(), nn.LazyLinear(3)).double().eval()
+    model(X)
+    plain = check_model(model, X)
+    summed = check_model(model.extend([Plus(), nn.Linear(3, 3).double()]), X)
     assert plain.ok == summed.ok
     for check in (plain, summed):
         assert check.ok or "no relevance rule" in errors(check)[0].message
@@ -304,12 +302,18 @@ def test_the_users_own_hooks_are_no_finding():
     assert not check_model(model, X).findings
 
 
-def test_a_batch_norm_in_training_mode_is_a_warning_and_scored_as_in_evaluation(norm, digits):
+def test_a_batch_norm_in_training_mode_is_a_warning_and_scored_as_in_evaluation(
+    norm, digits, unchanged
+):
     images = digits[0][:8]
     expected = check_model(norm, images).ratios
     norm.train()
+    for number, parameter in enumerate(norm.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    norm.fc(torch.ones(1, 8)).sum().backward()
+    check_unchanged = unchanged(norm)
     check = check_model(norm, images)
-    assert norm.training
+    check_unchanged()
     assert check.ok
     (found,) = check.findings
     assert found.severity == "warning"
@@ -408,16 +412,6 @@ def test_a_gate_is_a_warning_and_the_layers_that_make_it_have_no_relevance():
     assert "gate" in found.message
     assert check.ratios["extra"] == 0
     assert not check_model(model, X, layers=["head"]).findings  # they lie behind the gate
-
-
-def test_a_check_leaves_the_model_as_it_was(norm, digits, unchanged):
-    norm.train()
-    for number, parameter in enumerate(norm.parameters()):
-        parameter.requires_grad_(number % 2 == 0)
-    norm(digits[0][:4]).sum().backward()
-    check = unchanged(norm)
-    check_model(norm, digits[0][:4], "alpha2beta1")
-    check()
 
 
 def test_a_layer_without_influence_is_a_finding_and_no_crash():
@@ -602,9 +596,7 @@ def test_a_network_that_overwrites_its_input_is_scored_on_a_copy(first, name):
     ("targets", "message"),
     [
         (torch.tensor([0, 1]), r"shape \(2,\).*for 4 "),
-        (torch.tensor([[0], [1], [2], [0]]), r"shape \(4, 1\).*for 4 "),
         (torch.tensor([0, 1, 2, 3]), r"class 3 is out of range; the model has 3 classes"),
-        (torch.tensor([0, -1, 2, 0]), r"class -1 is out of range"),
         ([0, 1, 2, 0], r"target: .*one class a sample, int64"),
         (torch.tensor([0.0, 1.0, 2.0, 0.0]), r"target: .*one class a sample, int64"),
     ],
