@@ -105,14 +105,12 @@ def test_a_changed_model_is_scored_as_one_never_seen(norm, change):
     assert torch.equal(LRP()(norm, X, TARGETS, ["fc"])["fc"], fresh["fc"])
 
 
-@pytest.fixture
-def wrong(monkeypatch):
-    """Canonizers that merge the neighbours among the modules, as if chosen by LRP."""
+def test_canonizers_are_compared_again_once_the_weights_changed_and_refused_at_every_call(
+    monkeypatch,
+):
+    # As if LRP chose those that merge the neighbours among the modules.
     canonizers = [SequentialMergeBatchNorm(), FunctionalCanonizer()]
     monkeypatch.setattr(scorers, "choose_canonizers", lambda *_: canonizers)
-
-
-def test_canonizers_are_compared_again_once_the_weights_changed_and_refused_at_every_call(wrong):
     model = Crosswise(1).eval()
     for _ in range(2):
         score_units(model, [X], LRP(), layers=["fc"], target=0)

@@ -43,16 +43,13 @@ def _running_statistics(model):
         model(images() * 5 + 1)
 
 
-def _replace_buffers(model):
-    for module in model.modules():
-        for name in [*module._buffers]:
-            module._buffers[name] = torch.zeros(1)
+def _each_buffer(change):
+    def vandal(model):
+        for module in model.modules():
+            for name in [*module._buffers]:
+                change(module, name)
 
-
-def _delete_buffers(model):
-    for module in model.modules():
-        for name in [*module._buffers]:
-            delattr(module, name)
+    return vandal
 
 
 def _hooks(model):
@@ -103,8 +100,8 @@ VANDALS = {
         last_linear(model), "weight", torch.zeros(1)
     ),
     "running statistics": _running_statistics,
-    "buffers": _replace_buffers,
-    "no buffers": _delete_buffers,
+    "buffers": _each_buffer(lambda module, name: module._buffers.update({name: torch.zeros(1)})),
+    "no buffers": _each_buffer(delattr),
     "added buffer": lambda model: model.register_buffer("extra", torch.zeros(2), persistent=False),
     "added parameter": lambda model: first_conv(model).register_parameter(
         "extra", nn.Parameter(torch.zeros(2))
@@ -152,9 +149,9 @@ def test_weights_written_in_place_get_their_values_back(model, unchanged):
 def test_nested_guards_restore_as_one_does(norm, unchanged, vandal):
     check = unchanged(norm)
     with preserved(norm):
+        check_inner = unchanged(norm)
         with preserved(norm):
             vandal(norm)
-        check_inner = unchanged(norm)
         check_inner()
         vandal(norm)
     check()

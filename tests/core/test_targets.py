@@ -251,18 +251,10 @@ def test_a_class_may_come_in_any_whole_number(target):
     assert type(checked_target(target)) is int
 
 
-class Margin:
-    """A function with a state."""
-
-    def __call__(self, logits):
-        return logits[:, 0] - logits[:, 2]
-
-
 @pytest.mark.parametrize(
     ("target", "name"),
     [
         (runner_up, "runner_up"),
-        (Margin(), "Margin"),
         (functools.partial(difference), "partial"),
         (2, 2),
         ("label", "label"),

@@ -381,11 +381,7 @@ def live_tensors():
 
 @pytest.mark.parametrize(
     ("composite", "kind"),
-    [
-        ("epsilon", "in-place SiLU"),
-        ("alpha2beta1", "VGG-like"),
-        ("gamma+epsilon", "in-place ReLU"),
-    ],
+    [("epsilon", "in-place SiLU"), ("alpha2beta1", "VGG-like"), ("gamma+epsilon", "in-place ReLU")],
 )
 def test_a_session_gives_the_same_bits_again_and_no_tensor_outlives_its_batch(
     composite, kind, live_tensors

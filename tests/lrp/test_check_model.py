@@ -73,12 +73,7 @@ NO_RULE = {
     "cumsum": (lambda m, x: x.cumsum(1), None, "cumsum", ""),
     "var": (lambda m, x: x + x.var(1, keepdim=True), None, "var", ""),
     "addcmul": (lambda m, x: torch.addcmul(x, x, x), None, "addcmul", ""),
-    "a function of autograd": (
-        lambda m, x: Adds.apply(x, 2 * x).flatten(1),
-        None,
-        "AddsBackward",
-        "",
-    ),
+    "autograd": (lambda m, x: Adds.apply(x, 2 * x).flatten(1), None, "AddsBackward", ""),
     "a power": (lambda m, x: x**2, None, "pow", ""),
     "deep inside": (
         lambda m, x: m.extra(x),
@@ -148,12 +143,14 @@ def test_an_operation_in_many_modules_is_one_finding():
     assert found.module == "extra.0"
 
 
-def test_a_modules_own_rule_covers_what_it_runs():
+def test_a_modules_own_rule_is_used_and_covers_what_it_runs():
     squares = Squares()
-    squares.lrp_rule = zr.Norm()
+    squares.lrp_rule = zr.Pass()
     model = net(lambda m, x: m.extra(x), squares)
     assert check_model(model, X).ok
-    LRP().heatmap(model, X, TARGETS)
+    got = LRP().relevance(model, X, TARGETS, ["extra:input", "extra"])
+    assert torch.equal(got["extra:input"], got["extra"])
+    assert got["extra"].any(1).all()
 
 
 ALONE = {
@@ -208,8 +205,8 @@ class Twice(Net):
         return self.head(self.extra(self.second(x)))
 
 
-def twice(activation=None):
-    return Twice(extra=activation or nn.ReLU()).double().eval()
+def twice():
+    return Twice(extra=nn.ReLU()).double().eval()
 
 
 def test_a_module_called_twice_is_reported_where_scoring_refuses_it():
@@ -484,10 +481,7 @@ NORMED = {  # what is made of the layer's output y, and whether the norm alone r
     "norm called twice": (lambda m, x, y: m.norm(y) + m.norm(m.other(x)), False),
     "norm called again on its output": (lambda m, x, y: m.norm(m.norm(y)), False),
     "only its shape is read": (lambda m, x, y: m.norm(y).reshape(y.shape), True),
-    "written into": (
-        lambda m, x, y: (y.__setitem__((slice(None), 0), 0.0), m.norm(y))[1],
-        False,
-    ),
+    "written into": (lambda m, x, y: (y.__setitem__((slice(None), 0), 0.0), m.norm(y))[1], False),
     "a norm of a view": (lambda m, x, y: m.norm(y[:, :4]), False),
 }
 

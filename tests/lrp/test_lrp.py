@@ -16,22 +16,15 @@ from zennit import rules as zr
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.core import Composite
 
-from xai_edit import (
-    LRP,
-    Activation,
-    CaptumLayer,
-    Random,
-    Taylor,
-    WeightMagnitude,
-    score_units,
-)
+from xai_edit import LRP, Activation, CaptumLayer, Random, Taylor, WeightMagnitude, score_units
 from xai_edit.core import NonFiniteError
 
-PLAIN_LAYERS = ["conv1", "conv2", "fc1", "head"]
-NORM_LAYERS = ["body.0", "body.3", "fc"]
 LAYERS = {
-    "plain": [name + suffix for name in PLAIN_LAYERS for suffix in ("", ":input")],
-    "norm": [name + suffix for name in NORM_LAYERS for suffix in ("", ":input")],
+    kind: [name + suffix for name in names for suffix in ("", ":input")]
+    for kind, names in (
+        ("plain", ["conv1", "conv2", "fc1", "head"]),
+        ("norm", ["body.0", "body.3", "fc"]),
+    )
 }
 
 
@@ -59,11 +52,7 @@ SCORERS = {
     ),
     "LRP user's rule": lambda: LRP(
         zc.LayerMapComposite(
-            [
-                (nn.ReLU, zr.Pass()),
-                (nn.Conv2d, OwnFlat()),
-                (nn.Linear, zr.Epsilon()),
-            ]
+            [(nn.ReLU, zr.Pass()), (nn.Conv2d, OwnFlat()), (nn.Linear, zr.Epsilon())]
         )
     ),
     "LayerConductance": lambda: CaptumLayer(ca.LayerConductance, n_steps=4),

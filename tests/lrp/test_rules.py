@@ -162,27 +162,6 @@ def test_a_wrong_composite_or_initial_relevance_is_an_error():
         LRP("epsilon", initial="two")
 
 
-class Scale(nn.Module):
-    """Elementwise weights: no composite has a rule for it."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1.9, size))
-        self.lrp_rule = zr.Pass()
-
-    def forward(self, x):
-        return x * self.weight
-
-
-def test_a_modules_own_rule_is_used_where_the_composite_has_none():
-    torch.manual_seed(0)
-    model = nn.Sequential(Scale(7), nn.Linear(7, 4)).double()
-    x = torch.randn(3, 7, dtype=torch.float64)
-    got = LRP("epsilon").relevance(model, x, torch.tensor([0, 1, 2]), ["0:input", "0"])
-    torch.testing.assert_close(got["0:input"], got["0"], rtol=0, atol=0)
-    assert got["0"].abs().min() > 0
-
-
 def test_a_rule_of_the_composite_goes_before_the_modules_own():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 4)).double()
