@@ -37,8 +37,10 @@ def heads(network, halves):
 
 
 @pytest.fixture(scope="module")
-def before(heads):
+def before(network, halves, heads):
     accuracy = xe.evaluate_head(heads[1])
+    part = xe.evaluate_groups(network, halves[1][:1]).average
+    assert part == pytest.approx(xe.evaluate_head(heads[1][torch.arange(250)]).average, abs=0.005)
     assert accuracy.average > 0.9  # the network is the one that was trained
     return accuracy
 
