@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torchvision
+from networks import family
 from torch import nn
 from torch.nn import functional as F
 
@@ -122,16 +122,9 @@ def test_relevance_through_attention_is_attnlrp(form):
     torch.testing.assert_close(got["blocks.1"], expected[4], rtol=1e-9, atol=1e-12)
 
 
-TRANSFORMERS = {
-    "heads.head": lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 16, 32, num_classes=3),
-    "head": lambda: torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [1, 2], [4, 4], 2.0),
-}
-
-
-@pytest.mark.parametrize("head", TRANSFORMERS)
-def test_a_transformer_of_torchvision_is_scored_and_its_head_edited(head):
-    torch.manual_seed(0)
-    model = TRANSFORMERS[head]().double().eval()
+@pytest.mark.parametrize(("name", "head"), [("vit", "heads.head"), ("swin", "head")])
+def test_a_transformer_of_torchvision_is_scored_and_its_head_edited(name, head):
+    model = family(name).double()
     nn.init.normal_(model.get_submodule(head).weight)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     labels = model(x).argmax(1)

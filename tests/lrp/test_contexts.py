@@ -1,16 +1,14 @@
 """Contexts: exact, at inactive neurons too, under any composite."""
 
-import copy
-
 import pytest
 import torch
+from networks import value_and_gradient
 from torch import nn
 from zennit import rules as zr
 from zennit.composites import LayerMapComposite, NameMapComposite, layer_map_base
 from zennit.core import BasicHook
 
 from xai_edit import LRP, Taylor, collect_features
-from xai_edit.core.layers import layer_module
 
 RULES = {
     "epsilon": (zr.Epsilon(0.1), lambda g: g[0]),
@@ -42,44 +40,28 @@ def seeded(make):
     return make().double().eval()
 
 
-def doubled(batches):
-    return [(x[:20].double(), y[:20]) for x, y in batches]
-
-
-def gradient_at(model, layer, inputs, labels):
-    """The gradient of the target logit at a layer, by autograd on a network without rules."""
-    kept = []
-
-    def keep(value):
-        kept.append(value)
-        value.retain_grad()
-        return value.clone()  # an in-place activation may follow
-
-    model = copy.deepcopy(model)
-    module = layer_module(model, layer)
-    if layer.endswith(":input"):
-        module.register_forward_pre_hook(lambda _, given: (keep(given[0]),))
-    else:
-        module.register_forward_hook(lambda _, __, output: keep(output))
-    model(inputs.requires_grad_())[range(len(labels)), labels].sum().backward()
-    inputs.requires_grad_(False)
-    return kept[0].grad, kept[0].detach()
-
-
 def rows(values):
     return values.movedim(1, -1).flatten(0, -2)
 
 
+def contexts_and_gradient(model, batches, layer):
+    """Contexts, and by a network without rules the target logit's gradient and the activations."""
+    data = [(x[:20].double(), y[:20]) for x, y in batches]
+    scorer = LRP("epsilon", epsilon=1e-14)
+    features = collect_features(model, data, layer=layer, scorer=scorer, positions=None)
+    found = [
+        value_and_gradient(model, x, layer, lambda z, y=y: z[range(len(y)), y].sum())
+        for x, y in data
+    ]
+    activations, gradient = (torch.cat([rows(one[i]) for one in found]) for i in (0, 1))
+    assert torch.equal(features.activations, activations)
+    return features.contexts, gradient, activations
+
+
 @pytest.mark.parametrize("layer", ["conv1", "relu1", "pool1", "fc1:input", "head"])
 def test_contexts_are_the_gradient_where_lrp_is_gradient_times_input(plain, batches, layer):
-    model, data = plain.double(), doubled(batches)
-    features = collect_features(
-        model, data, layer=layer, scorer=LRP("epsilon", epsilon=1e-14), positions=None
-    )
-    found = [gradient_at(model, layer, x.clone(), y) for x, y in data]
-    gradient, activations = (torch.cat([rows(one[i]) for one in found]) for i in (0, 1))
-    assert torch.equal(features.activations, activations)
-    assert torch.allclose(features.contexts, gradient, rtol=1e-8, atol=1e-10)
+    contexts, gradient, activations = contexts_and_gradient(plain.double(), batches, layer)
+    torch.testing.assert_close(contexts, gradient, rtol=1e-8, atol=1e-10)
     if layer.startswith(("relu", "pool")):
         inactive = activations == 0
         assert gradient[inactive].abs().max() > 1e-2  # else the test would not see the loss
@@ -87,14 +69,11 @@ def test_contexts_are_the_gradient_where_lrp_is_gradient_times_input(plain, batc
 
 @pytest.mark.parametrize("layer", ["stem", "relu", "conv1", "conv2"])
 def test_contexts_take_all_paths_from_a_layer(batches, layer):
-    model, data = seeded(Residual), doubled(batches)
+    model = seeded(Residual)
     if layer == "relu":  # called once in this network
         model.relu = nn.ReLU(inplace=True)
-    features = collect_features(
-        model, data, layer=layer, scorer=LRP("epsilon", epsilon=1e-14), positions=None
-    )
-    expected = torch.cat([rows(gradient_at(model, layer, x.clone(), y)[0]) for x, y in data])
-    assert torch.allclose(features.contexts, expected, rtol=1e-7, atol=1e-10)
+    contexts, gradient, _ = contexts_and_gradient(model, batches, layer)
+    torch.testing.assert_close(contexts, gradient, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("rule", RULES)

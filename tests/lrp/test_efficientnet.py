@@ -23,7 +23,7 @@ def test_its_relevance_is_complete_at_every_cut_without_biases():
         if isinstance(module, (nn.BatchNorm2d, nn.Linear)):
             nn.init.zeros_(module.bias)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, 224, 224, generator=generator, dtype=torch.float64)
+    x = torch.randn(1, 3, 96, 96, generator=generator, dtype=torch.float64)
     cuts = ["_conv_stem", "_blocks.3", "_blocks.9", "_conv_head", "_fc"]
     check = check_model(model, x, LRP("epsilon", epsilon=1e-12), layers=cuts)
     assert check.ok

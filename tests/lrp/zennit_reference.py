@@ -57,3 +57,11 @@ def assert_as_zennit(got, expected, tolerance=1e-10, name=""):
     scale = float(expected.abs().max())
     error = float((got - expected).abs().max())
     assert error <= tolerance * scale, f"{name}: off by {error:.2g}, the largest is {scale:.2g}"
+
+
+def assert_lrp_as_zennit(scorer, model, x, targets, expected, tolerance=1e-10):
+    """Compare LRP at the layers of `by_zennit`'s result, all in one pass, and at the input."""
+    got = scorer.relevance(model, x, targets, [name for name in expected if name])
+    got[""] = scorer.heatmap(model, x, targets)
+    for name, values in expected.items():
+        assert_as_zennit(got[name], values, tolerance, name)
