@@ -213,28 +213,6 @@ def test_check_of_a_sound_network_is_zero_and_of_a_broken_one_is_one(folder, cap
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (f"score {DIGITS} --input-size 8by8", "--input-size: '8by8' is not a whole number"),
-        (f"score {DIGITS} --mean x", "--mean: 'x' is not numbers between commas"),
-        (f"score {DIGITS} --composite a --compare b", "not allowed with argument --composite"),
-        (f"score {DIGITS} --classes 10", "unrecognized arguments: --classes"),
-        ("neutralize --model a --data b --out c --spurious d", "arguments are required: --attri"),
-        ("reproduce cnp-mnist --strengths 0,2", "'0,2' is not numbers from 0 to 1 between commas"),
-    ],
-)
-def test_a_wrong_argument_is_one_line_and_the_way_to_help(folder, capsys, line, message):
-    with pytest.raises(SystemExit) as stopped:
-        main(shlex.split(line))
-    assert stopped.value.code == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert printed.count("\n") == 1
-    assert printed.startswith("xai-edit")
-    assert printed.endswith("--help\n")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
         (f"score {DIGITS} --layers 7", "layer '7' not found"),
         (f"score {DIGITS} --compare epsilon,eps", "'eps' given; it is one of 'epsilon', "),
         (f"score {DIGITS} --target cat", "target: 'cat' given"),
@@ -245,8 +223,6 @@ def test_a_wrong_argument_is_one_line_and_the_way_to_help(folder, capsys, line, 
         ("score --model cli_net:build --data digits", "the model does not take inputs of shape"),
         ("score --model cli_net:build --data digits --input-size 64", "give channels, height"),
         (f"check {DIGITS} --composite random", "'random' is not a preset"),
-        ("reproduce cnp-mnist --data-root . --target 1", "target: given; cnp-mnist takes --only-"),
-        ("reproduce npp-mnist --data-root . --only-classes 1", "npp-mnist takes --target"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(folder, calls, capsys, line, message):

@@ -17,7 +17,7 @@ import xai_edit as xe
 from xai_edit.command.export import exported
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
-from xai_edit.command.prune_plans import finder_named, of_concept, references, tuning
+from xai_edit.command.prune_plans import of_concept, references, tuning
 from xai_edit.command.run_parts import read_attribute, split
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 
@@ -253,7 +253,7 @@ def test_with_a_feature_the_filters_that_see_only_it_go(aware, here):
         positions=100,
     )
     assert concept["images"] == len(parts.planning)
-    operator = ConceptAwarePruning("1", finder_named("contrastive-pca"), "auto", 0.4)
+    operator = ConceptAwarePruning("1", xe.ContrastivePCA(), "auto", 0.4)
     expected = operator.plan(model, references(parts.planning), features=features)
     assert edit.origin == as_json(expected.origin)
     assert concept["predictiveness"] == edit.origin["predictiveness"]

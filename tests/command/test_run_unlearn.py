@@ -83,7 +83,7 @@ def test_parts_share_no_sample_and_lose_none(home):
     assert parts.planning.rows == threes[:10]
     assert parts.validation.rows == threes[10::2]
     assert {labels[row] for row in parts.others.rows} == {0, 1, 2}
-    assert [labels[row] for row in parts.held_out.rows] == parts.labels
+    assert [labels[row] for row in parts.held_out.rows] == parts.held_out.labels
 
 
 def test_a_kept_class_of_few_samples_gives_half_to_planning(tmp_path):
@@ -93,7 +93,7 @@ def test_a_kept_class_of_few_samples_gives_half_to_planning(tmp_path):
             Image.new("L", (8, 8), 40 * label + at).save(tmp_path / str(label) / f"{at}.png")
     parts = split(images_of(tmp_path), [0], 3)
     assert [len(part) for part in (parts.planning, parts.others, parts.validation)] == [3, 2, 1]
-    assert parts.labels == [0, 1, 2, 2]
+    assert parts.held_out.labels == [0, 1, 2, 2]
 
 
 def test_two_runs_agree_and_the_tables_are_printed(here, capsys):

@@ -20,8 +20,6 @@ from safetensors import safe_open
 from torch import nn
 
 import xai_edit as xe
-from xai_edit.command import edit_files
-from xai_edit.command.load import load_model
 from xai_edit.core.files import sealed, write_atomically, write_safetensors
 from xai_edit.edits import model_edit as edits
 from xai_edit.pruning import schedule
@@ -192,18 +190,6 @@ def test_files_of_the_first_kinds_are_read(tmp_path, kind, write, read):
     read(path)
 
 
-@pytest.mark.parametrize("kind", ["xai_edit_weights", edit_files.KIND])
-def test_weights_of_the_first_and_the_present_kind_are_read(tmp_path, monkeypatch, kind):
-    (tmp_path / "of_a_user.py").write_text(
-        "from torch import nn\n\n\ndef model():\n    return nn.Linear(2, 2)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    weights = {"weight": torch.eye(2), "bias": torch.ones(2)}
-    write_safetensors(tmp_path / "w.safetensors", weights, kind, json.dumps({"applied": "edit"}))
-    model = load_model("of_a_user:model", weights=tmp_path / "w.safetensors")
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
 def test_all_kinds_follow_one_pattern():
     package = Path(xe.__file__).parent
     kinds = re.findall(
@@ -288,14 +274,6 @@ def test_a_pickle_is_never_opened(kind, tmp_path):
         with pytest.raises(kind.error, match=r"evil\.safetensors"):
             kind.load(path)
         assert not mark.exists()
-
-
-def test_weights_that_are_a_pickle_of_code_are_refused_and_nothing_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"w": Evil(tmp_path / "mark")}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"weights: evil\.pt: not a whole file of tensors"):
-        load_model("torchvision:squeezenet1_1", weights="evil.pt")
-    assert not (tmp_path / "mark").exists()
 
 
 # Files that cannot be written

@@ -64,6 +64,11 @@ class Preprocessing:
         low, high = (((edge - mean) / std).view(1, -1, 1, 1) for edge in (0.0, 1.0))
         return low, high
 
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """Return the images in [0, 1] that inputs were made of, on the CPU."""
+        low, high = self.bounds
+        return (inputs.cpu() - low) / (high - low)
+
     def __call__(self, image: Any) -> Tensor:
         """Return the input made of a PIL image, in the steps of torchvision's presets."""
         channels, height, width = self.shape
@@ -242,16 +247,26 @@ class Images(Dataset[Any]):
         return self.preprocessing(image) if label is None else (self.preprocessing(image), label)
 
     @property
-    def labels(self) -> list[int | None]:
-        """The label of each, None without; read with the images only where nothing lists them."""
+    def labels(self) -> list[int]:
+        """The label of each, read with the images only where nothing lists them.
+
+        Raises ValueError where one has none.
+        """
         listed = getattr(self.source, "targets", ())  # of torchvision's data sets
         if len(listed) == len(self.source):
             return [int(listed[row]) for row in self.rows]
-        return [self.source[row][1] for row in self.rows]
+        labels = [self.source[row][1] for row in self.rows]
+        if None in labels:
+            raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
+        return labels
 
     def only(self, chosen: Sequence[int]) -> Images:
         """Return some of the images, by their indices among these."""
         return replace(self, rows=[self.rows[index] for index in chosen])
+
+    def joined(self, other: Images) -> Images:
+        """Return these images and some others of the same source, in its order."""
+        return replace(self, rows=sorted([*self.rows, *other.rows]))
 
     def __str__(self) -> str:
         named = [f"{label} = {name}" for label, name in self.classes.items()]
@@ -332,6 +347,9 @@ def _one_sentence(text: str) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        # The sentences after the first are advice for programmers.
-        sentence = " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]
-        raise ValueError(f"{text} ({sentence})") from problem
+        raise ValueError(f"{text} ({first_sentence(problem)})") from problem
+
+
+def first_sentence(problem: Exception) -> str:
+    """Return an exception in one line; the sentences after the first are for programmers."""
+    return " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from xai_edit.command.inputs import batches_of, images_of, model_of, note, run_of
-from xai_edit.command.run_parts import class_labels, read_attribute
+from xai_edit.command.run_parts import read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import Cost, measured
 from xai_edit.core.data import Data
@@ -62,7 +62,7 @@ class Run:
         inputs = self.images[0][0][None].to(self.options.device)
         with preserved(self.model), torch.no_grad():
             outputs = predict(self.model, inputs).shape[1]
-        in_range(class_labels(self.images), outputs, "labels")
+        in_range(self.images.labels, outputs, "labels")
 
     def plan(
         self, name: str, plan: Callable[[], ModelEdit], *, empty: str | None = None

@@ -39,15 +39,7 @@ class Marked(Dataset[Any]):
     @property
     def groups(self) -> list[tuple[int, int]]:
         """Class and attribute of each image."""
-        return [*zip(class_labels(self.images), self.attribute, strict=True)]
-
-
-def class_labels(images: Images) -> list[int]:
-    """Return the label of each image; raise ValueError where one has none."""
-    labels = [label for label in images.labels if label is not None]
-    if len(labels) < len(images):
-        raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
-    return labels
+        return [*zip(self.images.labels, self.attribute, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +52,11 @@ class Parts:
     planning: Marked
     validation: Marked
     held_out: Marked
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of images of each part."""
+        return {name: len(part) for name, part in vars(self).items()}
 
 
 def split(

@@ -110,8 +110,7 @@ def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
         batch = Batch(batch.inputs[:DRAWN], labels)
         targets = targets_of(batch, run.options.target)
         maps = relevance_maps(run.model, batch.inputs, scorers, targets=targets)
-        low, high = preprocessing_given(run.options).bounds
-        images = (batch.inputs.cpu() - low) / (high - low)
+        images = preprocessing_given(run.options).pixels(batch.inputs)
         pictures["relevance-maps.png"] = map_grid(images, maps)
     for name, picture in pictures.items():
         write_atomically(run.out / name, picture)
