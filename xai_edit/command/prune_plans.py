@@ -56,9 +56,9 @@ def of_concept(planning: Marked, target: int) -> Marked:
 def tuning(planning: Marked, *, marked: bool) -> tuple[Marked, str]:
     """Return images to fine-tune with, in which the feature predicts no class, and their name.
 
-    All planning images where the feature is unknown (``marked=False``). Otherwise every (class,
-    feature) group is repeated up to the size of the largest; or, where a class has no images with
-    the feature, those without it are taken. Raises ValueError if a class then has no images.
+    All planning images, each (class, feature) group repeated up to the size of the largest where
+    the feature is known (``marked``); or those without the feature where a class has none with it.
+    Raises ValueError if a class then has no images.
     """
     if not marked:
         return planning, "all planning images"
