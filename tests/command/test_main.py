@@ -64,12 +64,9 @@ def test_score_prints_a_table_and_writes_what_the_library_gives(folder, capsys):
     printed = capsys.readouterr()
 
     model = load_model("torchvision:resnet18", weights="w.safetensors")
-    data = load_images(
-        "photos", preprocessing=preprocessing_of("torchvision:resnet18", shape=(3, 64, 64))
-    )
-    expected = xe.score_units(
-        model, data, xe.LRP("epsilon-plus"), layers=["layer4.1.conv2", "fc"], target="label"
-    )
+    asked = preprocessing_of("torchvision:resnet18", shape=(3, 64, 64))
+    data, layers = load_images("photos", preprocessing=asked), ["layer4.1.conv2", "fc"]
+    expected = xe.score_units(model, data, xe.LRP("epsilon-plus"), layers=layers, target="label")
     assert printed.out == f"{expected}\n"
     assert "4 of 4 images of 2 classes (0 = china, 1 = flower); as inputs 3×64×64" in printed.err
     assert "written: " in printed.err
@@ -200,9 +197,8 @@ def test_check_of_a_sound_network_is_zero_and_of_a_broken_one_is_one(folder, cap
     assert main(shlex.split(f"check {RESNET} --data photos --composite epsilon-plus")) == 0
     # A weight-normalised layer has no weight of its own that a rule could modify.
     layer = "nn.Conv2d(1, 4, 3)"
-    Path("cli_net.py").write_text(
-        NET.replace(layer, f"nn.utils.parametrizations.weight_norm({layer})")
-    )
+    weight_norm = f"nn.utils.parametrizations.weight_norm({layer})"
+    Path("cli_net.py").write_text(NET.replace(layer, weight_norm))
     sys.modules.pop("cli_net")
     assert main(shlex.split(line)) == 1
 

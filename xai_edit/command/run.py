@@ -134,7 +134,7 @@ class Run:
         report = write_run(self.out, results, timing)
         return self.show(results, report.text(), "report.html")
 
-    def show(self, results: Mapping[str, Any], text: str, file: str | None) -> int:
+    def show(self, results: Mapping[str, Any], text: str, file: str | None = None) -> int:
         """Print the results as JSON or the text, name the file and return exit code 0."""
         print(as_json(results) if self.options.json else text)
         if file is not None:

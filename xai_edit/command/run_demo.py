@@ -47,6 +47,7 @@ ABLATED_LAYER, ABLATED = "pool1", 4
 SHARES = (0.2, 0.3, 0.4, 0.5)
 QUICK_SHARES = (0.3,)
 SHOWN_SHARE = 0.3
+UNEDITED = {"weights_changed": 0, "edit": None}
 PLAIN, EXACT = "plain LRP", "FCR: exact selection"
 CLEAN = "plain LRP, references without watermark"
 CONCEPT_AWARE, KEPT = "concept-aware", "concept-aware, ablation kept"
@@ -139,7 +140,6 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
             {"label": label, "watermark": mark, "predicted": [*said]}
             for label, mark, said in zip(labels, marks, predicted, strict=True)
         ]
-        sizes = {"train": len(training), "validation": len(validation), "test": len(test)}
         results = {
             "run": "demo",
             "command": f"xai-edit demo --seed {seed}" + (" --quick" if quick else ""),
@@ -147,7 +147,9 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
             "versions": versions(),
             "data": {
                 "source": "scikit-learn load_digits",
-                **sizes,
+                "train": len(training),
+                "validation": len(validation),
+                "test": len(test),
                 "classes": len(samples),
                 "watermarked_class": DIGITS.marked,
                 "watermarked_share": DIGITS.share,
@@ -188,7 +190,7 @@ def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any
     clean = validation[validation.watermark == 0]
     of_class = clean[clean.labels == FORGET][torch.arange(SAMPLES_TO_FORGET)]
     npp, single = PathPerturbation(share=FORGET_SHARE), SingleWeight(select="sca")
-    rows = [{"method": "before", **_forgotten(before), "weights_changed": 0, "edit": None}]
+    rows = [{"method": "before", **_forgotten(before), **UNEDITED}]
     for name, method, operator, samples in (
         ("path-perturbation", "NPP: neurons switched off", npp, of_class),
         ("single-weight", "SCA: one weight", single, clean),
@@ -206,11 +208,10 @@ def _forgotten(accuracy: Accuracy) -> dict[str, float]:
 
 
 def _neutralize(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
-    sca, exact = FictitiousClass(select="sca"), FictitiousClass(select="exact")
-    rows = [{"method": "before", **_figures(before), "weights_changed": 0, "edit": None}]
+    rows = [{"method": "before", **_figures(before), **UNEDITED}]
     for name, method, operator in (
-        ("fictitious-sca", "FCR: SCA, best rate", sca),
-        ("fictitious-exact", EXACT, exact),
+        ("fictitious-sca", "FCR: SCA, best rate", FictitiousClass(select="sca")),
+        ("fictitious-exact", EXACT, FictitiousClass(select="exact")),
         ("last-layer", "last-layer retraining (DFR)", LastLayerRetraining()),
     ):
         plan = partial(operator.plan, state.model, validation.batches)

@@ -23,8 +23,7 @@ from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times
 
 Plan: TypeAlias = Callable[[nn.Module, Any], ModelEdit]
 BATCH = 40
-TARGET = 1
-"""The class that an edit is planned for where an operator needs one."""
+TARGET = 1  # the class that an edit is planned for where an operator needs one
 
 
 def check_operator(
@@ -36,7 +35,7 @@ def check_operator(
     """Check that an operator keeps its promises; it takes about as long as some twelve plans.
 
     - Planning leaves the model, the data and the random generators of the process as they were,
-      as in `check_scorer`, also where reading the data or a forward pass of the model raises.
+      also where reading the data or a forward pass of the model raises.
     - The same model and data give the same edit, bit for bit; hooks, gradients of an earlier step,
       frozen parameters and training mode, with dropout, make no difference.
     - The edit changes on the model what it says and nothing else, and undoing it restores every
@@ -48,11 +47,10 @@ def check_operator(
     ----------
     operator : object
     plan : callable, optional
-        ``plan(model, data)`` returns a `ModelEdit`. When left out, ``operator.plan(model, data)``,
-        with ``target=1`` where it requires a target.
+        Returns a `ModelEdit` for a model and data, a list of batches ``(inputs, labels, groups)``.
+        Default: ``operator.plan``, with ``target=1`` where it requires a target.
     example : callable
         Returns the model and data, for operators that need others than those of `small_example`.
-        Data is a list of batches ``(inputs, labels, groups)``.
 
     Raises
     ------

@@ -18,10 +18,8 @@ from xai_edit.scoring.unit_scores import UnitScores, score_units
 from xai_edit.testing.example import Example, small_example
 from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times
 
-FEW = 7
-"""How many samples of the example are scored."""
-ROUNDING = 1e-9
-"""How far scores in float64 may differ, as a share of the layer's largest."""
+FEW = 7  # samples of the example that are scored
+ROUNDING = 1e-9  # of the layer's largest score: how far scores in float64 may differ
 
 
 def check_scorer(
@@ -35,8 +33,7 @@ def check_scorer(
       parameters make no difference.
     - It leaves the model (hooks, parameters, buffers, gradients, modes, attributes), the data and
       the random generators of the process as they were, also where the model raises in one of its
-      forward passes or a target is no class of the model. `score_units` restores a model anyway;
-      a scorer that passes here may be called without it.
+      forward passes or a target is no class of the model.
     - A sample's scores do not depend on its batch: in float64, batches of one, of three and of all
       samples agree within 1e-9 of the layer's largest score, and `score_units` returns their sum.
       A scorer whose scores are of a batch says ``per_sample = False``.
