@@ -40,7 +40,6 @@ LINES = {
     "neutralize": f"neutralize {DATA} --attribute marks.csv --select exact",
     "prune": f"prune {DATA} --share 0.3 --steps 1",
 }
-EPOCHS = 4  # of the demo's training, instead of twenty
 MARKED = 2  # the class that the mark goes with in training
 HARMFUL = '"><b class=evil></script><img class=evil src=x onerror=alert(1)>\u2028<!--'
 
@@ -88,7 +87,6 @@ def finished(home: Path, line: str, out: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(home / "elsewhere"))
         patch.chdir(home)
-        patch.setattr("xai_edit.command.run_demo.EPOCHS", EPOCHS)
         assert main([*shlex.split(line), "--quiet", "--out", out]) == 0
     return home / out
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from command_runs import EPOCHS, files, read
+from command_runs import files, read
 from safetensors.torch import load_file
 
 import xai_edit.command.run_demo
@@ -40,7 +40,6 @@ def again(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xai_edit.command.run_demo, "small_cnn", keep)
-        patch.setattr(xai_edit.command.run_demo, "EPOCHS", EPOCHS)
         torch.rand(3)  # the run does not depend on the state of the global generator
         run(out, seed=0, quick=True, quiet=True)
     return out, kept[0]

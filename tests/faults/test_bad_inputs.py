@@ -404,9 +404,7 @@ def test_a_share_that_would_empty_layers_leaves_each_its_best_unit_and_says_so(r
     edit = operator.plan(w.model, w.data)
     assert edit.origin["kept"] == {"one unit each, though the share takes all": ["conv1", "conv2"]}
     assert edit.origin["removed"] == "8 of 10 units"
-    assert {name: len(units) for name, units in edit.origin["units"].items()} == {
-        "conv1": 3,
-        "conv2": 5,
-    }
+    removed = {name: len(units) for name, units in edit.origin["units"].items()}
+    assert removed == {"conv1": 3, "conv2": 5}
     smaller = xe.to_smaller(w.model, edit, w.images)
     assert (smaller.conv1.out_channels, smaller.conv2.out_channels) == (1, 1)
