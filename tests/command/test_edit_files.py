@@ -25,11 +25,11 @@ def files(tmp_path):
 
 
 def run(line, folder):
-    words = shlex.split(line)
-    return main([word.replace("DIR", str(folder)) for word in words])
+    return main(shlex.split(line.replace("DIR", str(folder))))
 
 
 MODEL = "--model torchvision:mobilenet_v3_small --outputs 5 --quiet"
+OWN, NEW = "--weights DIR/own.safetensors", "--out DIR/new.safetensors"
 
 
 def test_applied_and_taken_back_bit_for_bit(files):
@@ -70,16 +70,9 @@ def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
         (f"apply DIR/edit.safetensors {MODEL} --out DIR/new.pt", "NAME.safetensors"),
         (f"apply DIR/edit.safetensors {MODEL} --out DIR/own.safetensors", "there already"),
         (f"apply DIR/edit.safetensors {MODEL} --out DIR/no/new.safetensors", "does not exist"),
-        (f"apply DIR/edit.safetensors {MODEL} --out DIR/new.safetensors", "differs from the model"),
-        (
-            f"undo DIR/edit.safetensors {MODEL} --weights DIR/own.safetensors "
-            "--out DIR/new.safetensors",
-            "does not hold this edit",
-        ),
-        (
-            "apply DIR/edit.safetensors --model torchvision:resnet18 --out DIR/new.safetensors",
-            "which the model does not have",
-        ),
+        (f"apply DIR/edit.safetensors {MODEL} {NEW}", "differs from the model"),
+        (f"undo DIR/edit.safetensors {MODEL} {OWN} {NEW}", "does not hold this edit"),
+        (f"apply DIR/edit.safetensors --model torchvision:resnet18 {NEW}", "does not have"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_writes_nothing(files, capsys, line, message):

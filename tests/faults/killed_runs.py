@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,15 +34,11 @@ def network(classes=4):
     ).eval()  # fmt: skip
 
 
-def batches(count=6, size=16):
+def batches():
     generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.rand(size, 1, 8, 8, generator=generator),
-            torch.randint(4 if at % 3 == 0 else 3, (size,), generator=generator),
-        )
-        for at in range(count)
-    ]
+    images = torch.rand(96, 1, 8, 8, generator=generator)
+    labels = torch.randint(4, (96,), generator=generator)
+    return [*zip(images.split(16), labels.split(16), strict=True)]
 
 
 class Counted:
@@ -64,11 +60,9 @@ def prune(folder):
     """Prune in steps with fine-tuning and a checkpoint."""
     from xai_edit import FineTuning, RelevancePruning
 
-    train = Counted(FineTuning(batches(), epochs=2, learning_rate=0.05), folder / "marks")
-    operator = RelevancePruning(0.6, steps=PRUNING_STEPS)
-    edit = operator.plan(
-        network(), batches(), fine_tune=train, checkpoint=folder / "prune.safetensors"
-    )
+    train = Counted(FineTuning(batches(), epochs=1, learning_rate=0.05), folder / "marks")
+    operator, checkpoint = RelevancePruning(0.6, steps=PRUNING_STEPS), folder / "prune.safetensors"
+    edit = operator.plan(network(), batches(), fine_tune=train, checkpoint=checkpoint)
     edit.save(folder / "edit.safetensors")
 
 
@@ -138,9 +132,8 @@ def child(order):
         status = 0
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def serve():
@@ -161,23 +154,19 @@ def serve():
         print(json.dumps({"code": code, "seconds": passed}), flush=True)
 
 
-@dataclass
 class Server:
     """The server as seen from a test."""
 
-    process: subprocess.Popen
-
-    @classmethod
-    def started(cls, errors):
+    def __init__(self, errors):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__]
-        return cls(subprocess.Popen(command, **pipes, text=True, env=environment))
+        self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
 
     def run(self, name, folder, *, seconds=None, call=None, number=1):
         """Run until done or killed; return whether it was done, and the seconds it took."""
-        order = {"run": name, "folder": str(folder), "seconds": seconds}
-        order |= {"call": call, "number": number}
+        order = {"run": name, "folder": str(folder), "seconds": seconds, "call": call}
+        order["number"] = number
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())

@@ -23,6 +23,10 @@ LINES = [
     (f"check {MODEL} --weights words.pt", "weights: words.pt: not a whole file of tensors"),
     (f"check {MODEL} --weights words.safetensors", "words.safetensors: not a whole file of"),
     (f"check {MODEL} --input-size 3x0x8", "'0' is not a whole number from 1"),
+    (f"check {MODEL} --input-size 8by8", "--input-size: '8by8' is not a whole number"),
+    (f"check {MODEL} --mean x", "--mean: 'x' is not numbers between commas"),
+    (f"score {MODEL} --composite a --compare b", "not allowed with argument --composite"),
+    (f"score {MODEL} --data empty --classes 10", "unrecognized arguments: --classes"),
     (f"score {MODEL}", "the following arguments are required: --data"),
     (f"score {MODEL} --data nowhere", "data: nowhere: no such folder or file"),
     (f"score {MODEL} --data empty", "data: empty: no images"),
@@ -32,14 +36,18 @@ LINES = [
     (f"score {MODEL} --data empty --limit 0", "'0' is not a whole number from 1"),
     (f"unlearn {MODEL} --data empty --target 3 --out o --bound 2", "bound: 2.0 given"),
     (f"unlearn {MODEL} --data empty --target 3 --out o --rank top", "rank: 'top' given"),
-    (f"unlearn {MODEL} --data empty --target 3 --out o --share all", "neither a number nor auto"),
+    (f"unlearn {MODEL} --data empty --target 3 --out o --share all", "share: 'all' given"),
     (f"neutralize {MODEL} --data empty --attribute s --out o --select no", "select: 'no' given"),
     (f"neutralize {MODEL} --data empty --attribute s --out o --rate 7", "rate: 7.0 given"),
+    ("neutralize --model a --data b --out c --spurious d", "arguments are required: --attri"),
     (f"prune {MODEL} --data empty --out o --share 0", "share: 0.0 given; it is a fraction"),
     (f"prune {MODEL} --data empty --out o --share 0.5 --layer 3", "layer: given without"),
     ("reproduce", "name"),
     ("reproduce npp-mnis", "npp-mnist"),
     ("reproduce npp-mnist --data-root empty --target a", "'a'"),
+    ("reproduce cnp-mnist --strengths 0,2", "'0,2' is not numbers from 0 to 1 between commas"),
+    ("reproduce cnp-mnist --data-root . --target 1", "target: given; cnp-mnist takes --only-"),
+    ("reproduce npp-mnist --data-root . --only-classes 1", "npp-mnist takes --target"),
     ("report nowhere", "nowhere"),
 ]
 
@@ -51,12 +59,14 @@ def test_a_bad_command_is_one_line_and_exit_code_two(line, message, tmp_path, mo
     (tmp_path / "empty").mkdir()
     for name in ("words.pt", "words.safetensors"):
         (tmp_path / name).write_text("words, not tensors")
+    help_is_named = False
     try:
         code = main(shlex.split(line))
     except SystemExit as left:
-        code = left.code
+        code, help_is_named = left.code, True
     printed = capsys.readouterr()
     assert code == 2
+    assert printed.err.endswith(" --help\n") == help_is_named
     assert message in printed.err
     assert printed.err.startswith("xai-edit")
     assert printed.err.count("\n") == 1

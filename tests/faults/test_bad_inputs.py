@@ -12,7 +12,6 @@ import torchvision
 from captum.attr import LayerConductance, Saliency
 from conftest import PlainNet, snapshot
 from torch import nn
-from zennit.composites import EpsilonPlus
 
 import xai_edit as xe
 from xai_edit.datasets.image_set import ImageSet
@@ -38,7 +37,6 @@ def world():
     data = [(images[:30], labels[:30], has[:30]), (images[30:], labels[30:], has[30:])]
     unmarked = [(x, y) for x, y, _ in data]
     features = xe.collect_features(model, data, layer="relu1", positions=4, scorer=xe.LRP())
-    head = xe.collect_head_features(model, data, with_attribute=True)
     return SimpleNamespace(
         model=model,
         images=images,
@@ -51,11 +49,8 @@ def world():
         unlabelled=xe.concepts.Features(features.activations, features.contexts, features.sample),
         subspaces=xe.PCA(2).fit(features),
         wide=xe.Subspaces(torch.eye(7).double(), (7,), torch.zeros(7).double()),
-        head=head,
         edit=xe.RelevancePruning(0.5, xe.WeightMagnitude()).plan(model, data),
-        pair=ImageSet(torch.zeros(8, 1, 9, 9).byte(), torch.arange(8) % 2, (0.5,), (0.5,), 9),
         grey=ImageSet(torch.zeros(8, 1, 9, 9).byte(), torch.arange(8) % 4, (0.5,), (0.5,), 9),
-        colour=ImageSet(torch.zeros(8, 3, 9, 9).byte(), torch.arange(8) % 2, (0,) * 3, (1,) * 3, 9),
         one_output=nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).eval(),
         no_bias=nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False)).eval(),
         no_head=nn.Sequential(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(),
@@ -142,8 +137,8 @@ def unlearning(w, edit=None, **given):
     return xe.evaluate_unlearning(w.model, edit or w.edit, **{**usual, **given})
 
 
-def planted(w, what, images=None):
-    return xe.datasets.Shortcut(what, 0.9).train(w.grey if images is None else images, seed=0)
+def planted(w, what):
+    return xe.datasets.Shortcut(what, 0.9).train(w.grey, seed=0)
 
 
 EYE = torch.eye(3).double()
@@ -159,9 +154,7 @@ SCORERS = [
     (lambda w: score(w, scorer="epsilon"), T, "scorer: 'epsilon' given; wrap"),
     (lambda w: score(w, model=w.no_logits), V, "model: its output is (30, 10, 6, 6) for"),
     (lambda w: xe.LRP(3), T, "composite: 3 is neither a preset"),
-    (lambda w: xe.LRP(initial="two"), V, "initial: 'two' given; it is one of 'logit', 'one'"),
     (lambda w: xe.LRP("epsilon", gamma=1), T, "composite: preset 'epsilon'"),
-    (lambda w: xe.LRP(EpsilonPlus(), gamma=1), T, "['gamma'] go with a preset name"),
     (lambda w: xe.CaptumLayer(Saliency), T, "method: <class"),
     (lambda w: xe.CaptumLayer(LayerConductance, steps=1), T, "no argument ['steps'] here"),
     (lambda w: xe.fit_patterns(w.model, w.data, layers=["relu1"]), V, "layer 'relu1' is"),
@@ -176,7 +169,6 @@ EDITS = [
     (lambda w: between(w, **{"fc1.bias": ([1, 2], [1.0])}), V, "'fc1.bias' has indices of"),
     (lambda w: between(w, **{"fc1.bias": ([True], [1.0])}), V, "'fc1.bias' has indices of"),
     (lambda w: xe.ModelEdit.between(w.model, {}, {"at": {1}}), T, "origin: Object of type"),
-    (lambda w: xe.ModelEdit.to_copy(w.model, w.no_bias, {}), V, "copy: has no 'conv1.weight'"),
     (lambda w: w.edit.apply(w.no_bias), V, "'conv2.weight', which the model does not have"),
     (lambda w: w.edit.undo(w.model), V, "the model does not hold this edit"),
     (lambda w: w.edit.save("none/edit"), OSError, "the folder 'none' does not exist"),
@@ -200,7 +192,6 @@ OPERATORS = [
     (lambda w: aware(w, ablate="all"), V, "ablate: 'all' given; it is 'auto' or"),
     (lambda w: aware(w, layer="relu9"), L, "layer 'relu9' not found"),
     (lambda w: aware(w, subspaces=xe.CAV()), V, "features: none given; a finder and"),
-    (lambda w: aware(w, features=w.features), V, "features: given, but"),
     (lambda w: aware(w, subspaces=w.wide), V, "subspaces: of 7 channels, but the layer"),
     (lambda w: aware(w, keep_ablation=True), V, "layer 'relu1': its output goes to"),
     (lambda w: path(w, share=2), V, "share: 2 given; it is a fraction in (0, 1]"),
@@ -213,7 +204,6 @@ OPERATORS = [
     (lambda w: path(w, target=10), V, "target: class 10 is out of range; the model"),
     (lambda w: path(w, target="3"), V, "target: '3' given; it is a whole number"),
     (lambda w: path(w, data=[(w.images[:3], [0, 1, 2])]), V, "class 3"),
-    (lambda w: path(w, layer="head"), V, "'head' is the output; name 'head:input'"),
     (lambda w: path(w, model=w.no_head), V, "model: a final linear layer is needed"),
     (lambda w: xe.SingleWeight("best"), V, "select: 'best' given; it is one of 'sca'"),
     (lambda w: xe.SingleWeight(rate=50), V, "rate: 50 given; it is a fraction in [0, 1]; is"),
@@ -222,12 +212,9 @@ OPERATORS = [
     (lambda w: xe.SingleWeight(anchor="yes"), V, "anchor: 'yes' given"),
     (lambda w: xe.SingleWeight(seed=1.5), V, "seed: 1.5 given; it is a whole number"),
     (lambda w: single(w, w.bare), V, "data: has no labels; give (input, label) batches"),
-    (lambda w: single(w, [(w.images[:2], [0, 1])]), V, "target: class 3 is absent from the"),
     (lambda w: single(w, w.data, [3, 3]), V, "target: [3, 3] given; give one class or several"),
-    (lambda w: single(w, w.head, 3, w.no_bias), V, "data: its features were collected for"),
     (lambda w: xe.FictitiousClass(rate="best"), V, "rate: 'best' given; it is 'auto', 'least"),
     (lambda w: xe.FictitiousClass(aim="mean"), V, "aim: 'mean' given; it is one of 'worst"),
-    (lambda w: fictitious(w, w.unmarked), V, "attribute: not given, and the data has no"),
     (lambda w: fictitious(w, attribute=torch.ones(60)), V, "attribute: samples with"),
     (lambda w: fictitious(w, attribute=torch.ones(3)), V, "attribute: "),
     (lambda w: fictitious(w, target=10), V, "target: class 10 is out of range; the model"),
@@ -273,22 +260,18 @@ CONCEPTS = [
     (lambda w: collect(w, target="label 3"), V, "target: 'label 3' given"),
     (lambda w: xe.PCA(0), V, "n_subspaces: 0 given; it is a whole number from 1"),
     (lambda w: xe.PCA(9).fit(w.features), V, "n_subspaces: 9 given; the activations vary in"),
-    (lambda w: xe.PCA(1).fit(rows([[1.0]])), V, "features: 1 given; at least 2 vectors"),
     (lambda w: xe.PRCA().fit(w.plain_features), V, "features: they have no contexts; collect"),
     (lambda w: xe.PRCA(9).fit(w.features), V, "n_subspaces: 9 given; relevance is positive"),
     (lambda w: xe.PRCA(1).fit(rows(E, N_E)), V, "relevance is positive along 0 directions"),
     (lambda w: xe.DRSA(0), V, "n_subspaces: 0 given; it is a whole number"),
     (lambda w: xe.DRSA(tol=2), V, "tol: 2 given; it is a fraction in [0, 1)"),
-    (lambda w: xe.DRSA(9).fit(w.features), V, "n_subspaces: 9 of 1 directions asked for"),
     (lambda w: xe.DRSA(2, size=3).fit(w.features), V, "2 of 3 directions asked for; the features"),
     (lambda w: xe.DRSA(2).fit(rows(E[:1], E[:1])), V, "features: 1 given; 2 directions need"),
     (lambda w: xe.DRSA(1).fit(rows(E, N_E)), V, "features: no positive relevance in any"),
-    (lambda w: xe.DRSA(2).fit(w.plain_features), V, "features: they have no contexts; collect"),
     (lambda w: xe.CAV("mean"), V, "kind: 'mean' given; it is one of 'pattern', 'logistic'"),
     (lambda w: xe.CAV(C=-1), V, "C: -1 given; it is a finite number above 0"),
     (lambda w: xe.CAV().fit(w.unlabelled), V, "attribute: one yes (1) or no (0) for each"),
     (lambda w: xe.CAV().fit(w.features, torch.ones(60)), V, "and some of each"),
-    (lambda w: xe.CAV().fit(rows([[1.0], [1.0]]), torch.tensor([0, 1])), V, "do not differ"),
     (lambda w: xe.ContrastivePCA(0), V, "size: 0 given; it is a whole number from 1"),
     (lambda w: xe.ContrastivePCA(4).fit(w.features), V, "size: 4 given; the activations vary"),
     (lambda w: xe.ContrastivePCA(1).fit(w.features, w.labels % 2), V, "features: no class has"),
@@ -318,13 +301,9 @@ EVALUATION = [
     (lambda w: groups(w, data=[(w.images, w.labels + 1)]), V, "labels: class 10 is out of"),
     (lambda w: groups(w, groups=torch.ones(9)), V, "groups: (9,) values for 30 samples"),
     (lambda w: groups(w, groups=lambda x: -torch.ones(len(x))), V, "groups: -1 given; they"),
-    (lambda w: groups(w, data=[*w.data, *w.unmarked]), V, "some batches have groups and some"),
-    (lambda w: groups(w, train_samples=torch.ones(2, 2)), V, "train_samples: "),
-    (lambda w: groups(w, train_samples=[6, 6]), V, "train_samples: shape (2,) given"),
     (lambda w: groups(w, train_samples="many"), V, "train_samples: 'many' given; give"),
     (lambda w: groups(w).gap("median"), V, "average: 'median' given; it is one of 'average'"),
     (lambda w: groups(w).of(99), V, "classes: no samples"),
-    (lambda w: xe.evaluate_head(w.head, train_samples=torch.ones(2)), V, "train_samples: "),
     (lambda w: unlearning(w, 3), T, "edit: int given; give a ModelEdit or a network"),
     (lambda w: unlearning(w, w.model), V, "edit: the model itself was given"),
     (lambda w: unlearning(w, target=10), V, "target: class 10 is out of range"),
@@ -334,13 +313,11 @@ EVALUATION = [
     (lambda w: unlearning(w, analysis=w.data), V, "analysis: of 60 different samples"),
     (lambda w: unlearning(w, relearn=(5, 1)), V, "relearn: (5, 1) given; give steps from"),
     (lambda w: unlearning(w, retrained="net"), T, "retrained: str given; give a ModelEdit"),
-    (lambda w: xe.compare_sizes(w.model, w.model, w.images, rounds=0), V, "rounds: 0 given"),
     (lambda w: xe.compare_sizes(w.model, w.model, torch.rand(1, 3, 8, 8)), V, "(1, 3, 8, 8"),
     (lambda w: xe.before_after_maps(w.model, 3, w.images), T, "edit: int given; give a ModelEdit"),
 ]
 TRAINING = [
     (lambda w: xe.FineTuning(iter(w.data)), T, "data: a list_iterator can be read only once"),
-    (lambda w: xe.FineTuning(w.data, epochs=0)(w.model), V, "epochs: 0 given"),
     (lambda w: xe.comparisons.random_labels(w.model, w.data, target=10), V, "target: class 10 is"),
     (lambda w: xe.comparisons.negative_gradient(w.model, w.data, target=1, learning_rate=0),
      V, "learning_rate: 0 given"),
@@ -348,8 +325,6 @@ TRAINING = [
      V, "target: all 10 classes"),
     (lambda w: xe.comparisons.boundary_shrink(w.model, w.data, target=1, epsilon=0),
      V, "epsilon: 0 given"),
-    (lambda w: xe.comparisons.amnesiac(w.model, xe.comparisons.AmnesiacLog(), target=1),
-     V, "log: is empty"),
     (lambda w: enter(xe.comparisons.AmnesiacLog().recording(w.model, [0.5])),
      V, "labels: torch.float32"),
     (lambda w: xe.comparisons.retrain(w.model, w.data, target=1, build=3, train=print),
@@ -358,19 +333,14 @@ TRAINING = [
      T, "train: int given"),
 ]
 SHORTCUTS = [
-    (lambda w: xe.datasets.Mark(PICTURE, opacity=0), V, "opacity: 0 given; it is a fraction in"),
     (lambda w: xe.datasets.Mark(PICTURE, place=(-1, 0)), V, "place: -1 given; it is a whole"),
     (lambda w: xe.datasets.Mark(PICTURE, size=(0, 3)), V, "size: 0 given; it is a whole number"),
-    (lambda w: xe.datasets.Mark(PICTURE[:3]), V, "picture: torch.uint8 of shape (3, 3, 3) given"),
     (lambda w: xe.datasets.Mark("none.png"), OSError, "picture: none.png: no such file"),
-    (lambda w: planted(w, xe.datasets.Mark(PICTURE, place=(7, 7)), w.pair), V, "place: a mark of"),
     (lambda w: xe.datasets.Colours([(1, 2, 3)]), V, "colours: [(1, 2, 3)] given; give two or more"),
     (lambda w: xe.datasets.Colours([(0, 0, 256)] * 2), V, "colours: [(0, 0, 256), (0, 0, 256)]"),
-    (lambda w: planted(w, RED, w.colour), V, "images: 3 channels; only grey ones get a"),
     (lambda w: xe.datasets.Shortcut("mark", 0.9), V, "planted: 'mark' given; give Mark(…),"),
     (lambda w: xe.datasets.Shortcut(RED, 90), V, "strength: 90 given; it is a fraction in [0, 1]"),
     (lambda w: planted(w, RED), V, "goes_with: attribute 3 for a label, and what is planted"),
-    (lambda w: planted(w, RED, w.grey[torch.zeros(0).long()]), V, "images: none given"),
 ]
 # fmt: on
 CASES = [*SCORERS, *EDITS, *OPERATORS, *CONCEPTS, *EVALUATION, *TRAINING, *SHORTCUTS]
@@ -434,9 +404,7 @@ def test_a_share_that_would_empty_layers_leaves_each_its_best_unit_and_says_so(r
     edit = operator.plan(w.model, w.data)
     assert edit.origin["kept"] == {"one unit each, though the share takes all": ["conv1", "conv2"]}
     assert edit.origin["removed"] == "8 of 10 units"
-    assert {name: len(units) for name, units in edit.origin["units"].items()} == {
-        "conv1": 3,
-        "conv2": 5,
-    }
+    removed = {name: len(units) for name, units in edit.origin["units"].items()}
+    assert removed == {"conv1": 3, "conv2": 5}
     smaller = xe.to_smaller(w.model, edit, w.images)
     assert (smaller.conv1.out_channels, smaller.conv2.out_channels) == (1, 1)

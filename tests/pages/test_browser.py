@@ -17,15 +17,9 @@ from xai_edit.report.table import Table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-missing = [
-    name
-    for name, found in (
-        ("chromium", CHROMIUM),
-        ("chromedriver", DRIVER),
-        ("the Python package selenium", importlib.util.find_spec("selenium")),
-    )
-    if not found
-]
+SELENIUM = importlib.util.find_spec("selenium")
+NEEDED = {"chromium": CHROMIUM, "chromedriver": DRIVER, "the Python package selenium": SELENIUM}
+missing = [name for name, found in NEEDED.items() if not found]
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"{' and '.join(missing)} not found: pages are not opened in a browser"
 )

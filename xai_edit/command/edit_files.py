@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from xai_edit.command.inputs import model_of, note
 from xai_edit.command.run import as_json
@@ -18,12 +17,9 @@ KIND = "xai_edit.weights"
 def show(options: argparse.Namespace) -> int:
     """Run ``xai-edit show``."""
     edit = ModelEdit.load(options.edit)
-    print(as_json(described(edit)) if options.json else edit.summary())
-    return 0
-
-
-def described(edit: ModelEdit) -> dict[str, Any]:
-    """Return what ``show --json`` prints of an edit."""
+    if not options.json:
+        print(edit.summary())
+        return 0
     changes = {
         name: {
             "shape": [*change.shape],
@@ -33,7 +29,8 @@ def described(edit: ModelEdit) -> dict[str, Any]:
         }
         for name, change in edit.changes.items()
     }
-    return {"weights": edit.size, "changes": changes, "origin": edit.origin}
+    print(as_json({"weights": edit.size, "changes": changes, "origin": edit.origin}))
+    return 0
 
 
 def apply(options: argparse.Namespace) -> int:

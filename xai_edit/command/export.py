@@ -6,7 +6,7 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.command.load import first_sentence
 from xai_edit.core.guard import copied
 
 TOLERANCE = 1e-5  # of the largest logit
-Made = tuple[Callable[[Tensor], Any], bytes]
 
 
 @dataclass(frozen=True)
@@ -43,41 +43,31 @@ def exported(network: nn.Module, sample: Tensor) -> tuple[Program | None, dict[s
     network = copied(network).cpu().eval()
     one = sample[:1].detach().cpu()
     failed: dict[str, str] = {}
-    kinds = {"torch.export": _exported, "TorchScript": _traced}
     sizes = {"any number of samples": None, "one sample at a time": 1}
-    for (kind, make), (of, batch) in itertools.product(kinds.items(), sizes.items()):
+    for kind, (of, batch) in itertools.product(("torch.export", "TorchScript"), sizes.items()):
         # Two samples, as PyTorch takes the number one for a constant.
         inputs = one if batch else torch.cat([one, one])
+        file = io.BytesIO()
         try:
             with _quiet(), torch.no_grad():
-                program, content = make(network, inputs, batch is None)
-                for given in {len(inputs): inputs, 1: one}.values():
-                    _require_same(program(given), network(given))
+                if kind == "torch.export":
+                    shapes = None if batch else ({0: torch.export.Dim("samples")},)
+                    made = torch.export.export(network, (inputs,), dynamic_shapes=shapes)
+                    torch.export.save(made, file)
+                    program: Any = made.module()
+                else:
+                    program = torch.jit.trace(network, inputs)
+                    torch.jit.save(program, file)
+                for given in (inputs, one):
+                    found, expected = program(given), network(given)
+                    difference = float((found - expected).abs().max())
+                    if not difference <= TOLERANCE * float(expected.abs().max()):
+                        raise ValueError(f"outputs differ from the network's by {difference:.3g}")
         except Exception as problem:  # of any kind, from the depth of the compiler
-            message = " ".join(f"{type(problem).__name__}: {problem}".split())
-            failed[f"{kind}, {of}"] = message.split(". ")[0]
+            failed[f"{kind}, {of}"] = first_sentence(problem)
         else:
-            return Program(kind, content, batch), failed
+            return Program(kind, file.getvalue(), batch), failed
     return None, failed
-
-
-def _exported(network: nn.Module, inputs: Tensor, dynamic: bool) -> Made:
-    shapes = ({0: torch.export.Dim("samples")},) if dynamic else None
-    program = torch.export.export(network, (inputs,), dynamic_shapes=shapes)
-    torch.export.save(program, buffer := io.BytesIO())
-    return program.module(), buffer.getvalue()
-
-
-def _traced(network: nn.Module, inputs: Tensor, dynamic: bool) -> Made:
-    script = torch.jit.trace(network, inputs)
-    torch.jit.save(script, buffer := io.BytesIO())
-    return script, buffer.getvalue()
-
-
-def _require_same(found: Tensor, expected: Tensor) -> None:
-    difference = float((found - expected).abs().max())
-    if not difference <= TOLERANCE * float(expected.abs().max()):
-        raise ValueError(f"its outputs differ from the network's by {difference:.3g}")
 
 
 @contextmanager

@@ -90,9 +90,10 @@ def require_device(name: str) -> None:
         raise ValueError(f"device: {name!r} cannot be used: {problem}") from None
 
 
-def require_known(name: str) -> None:
+def require_known(*names: str) -> None:
     """Raise `ValueError` if there is no scorer of a name."""
-    one_of(name, (*PRESETS, *OTHERS), "scorer")
+    for name in names:
+        one_of(name, (*PRESETS, *OTHERS), "scorer")
 
 
 def lrp_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data) -> LRP:

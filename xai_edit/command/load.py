@@ -35,9 +35,9 @@ TRAINING_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits."
 class Preprocessing:
     """How an image becomes an input: resized, cut out at the centre, normalised.
 
-    ``shape`` is channels (1: grey, 3: colour), height and width of an input; ``resize`` the length
-    of the image's shorter side before the cut, by default the input's longer side; ``mean`` and
-    ``std`` have one number a channel, or one for all, for values in [0, 1].
+    ``shape`` is channels (1: grey, 3: colour), height and width of an input; ``resize`` the image's
+    shorter side before the cut, by default the input's longer side; ``mean`` and ``std`` have one
+    number a channel, or one for all, for values in [0, 1].
     """
 
     shape: tuple[int, int, int] = (3, 224, 224)
@@ -64,6 +64,11 @@ class Preprocessing:
         low, high = (((edge - mean) / std).view(1, -1, 1, 1) for edge in (0.0, 1.0))
         return low, high
 
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """Return the images in [0, 1] that inputs were made of, on the CPU."""
+        low, high = self.bounds
+        return (inputs.cpu() - low) / (high - low)
+
     def __call__(self, image: Any) -> Tensor:
         """Return the input made of a PIL image, in the steps of torchvision's presets."""
         channels, height, width = self.shape
@@ -86,9 +91,8 @@ def preprocessing_of(
 ) -> Preprocessing:
     """Return torchvision's preset for a model of `load_model`, or ImageNet's, changed.
 
-    With another ``shape`` than the preset's the whole image is taken, unless ``resize`` is asked;
-    one channel has no usual normalisation. Of ``asked``, other fields of `Preprocessing`, None
-    keeps the preset's value.
+    With another ``shape`` the whole image is taken, unless ``resize`` is asked; one channel has no
+    usual normalisation. Of ``asked``, other fields, None keeps the preset's value.
     """
     usual = IMAGENET
     if spec.startswith(TORCHVISION):
@@ -193,14 +197,13 @@ def load_images(
     preprocessing: Preprocessing = IMAGENET,
     limit: int | None = None,
 ) -> Images:
-    """Return the images that ``spec`` names.
+    """Return the images that ``spec`` names, at most ``limit`` of them, spread evenly.
 
     ``spec`` is a folder of images without labels; a folder of class folders, numbered in
-    alphabetical order or, if all names are numbers, by them; a CSV file of ``path,label`` or
+    alphabetical order or by their names if all are numbers; a CSV file of ``path,label`` or
     ``path`` lines, relative to it; or ``"torchvision:CIFAR10"``, of which ``split`` is read in the
-    folder ``root``, without download. At most ``limit`` samples, spread evenly over the data.
-    Raises ValueError or OSError if there are no such data; an image that cannot be read is named
-    when it is reached.
+    folder ``root``, without download. Raises ValueError or OSError if there are no such data, or
+    when an image that cannot be read is reached.
     """
     path = Path(spec)
     classes: dict[int, str] = {}
@@ -242,16 +245,26 @@ class Images(Dataset[Any]):
         return self.preprocessing(image) if label is None else (self.preprocessing(image), label)
 
     @property
-    def labels(self) -> list[int | None]:
-        """The label of each, None without; read with the images only where nothing lists them."""
+    def labels(self) -> list[int]:
+        """The label of each, read with the images only where nothing lists them.
+
+        Raises ValueError where one has none.
+        """
         listed = getattr(self.source, "targets", ())  # of torchvision's data sets
         if len(listed) == len(self.source):
             return [int(listed[row]) for row in self.rows]
-        return [self.source[row][1] for row in self.rows]
+        labels = [self.source[row][1] for row in self.rows]
+        if None in labels:
+            raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
+        return labels
 
     def only(self, chosen: Sequence[int]) -> Images:
         """Return some of the images, by their indices among these."""
         return replace(self, rows=[self.rows[index] for index in chosen])
+
+    def joined(self, other: Images) -> Images:
+        """Return these images and some others of the same source, in its order."""
+        return replace(self, rows=sorted([*self.rows, *other.rows]))
 
     def __str__(self) -> str:
         named = [f"{label} = {name}" for label, name in self.classes.items()]
@@ -275,10 +288,7 @@ def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]
 
 
 def csv_rows(file: Path, name: str) -> list[tuple[int, list[str]]]:
-    """Return the number and the cells of each line of a CSV file that is not empty.
-
-    Errors begin with the ``name`` of the argument.
-    """
+    """Return the number and the cells of each line that is not empty of the file of an argument."""
     with _one_sentence(f"{name}: {file} cannot be read as a CSV file"):
         text = file.read_text(encoding="utf-8-sig").splitlines()
         return [(line, row) for line, row in enumerate(csv.reader(text), start=1) if row]
@@ -332,6 +342,9 @@ def _one_sentence(text: str) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        # The sentences after the first are advice for programmers.
-        sentence = " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]
-        raise ValueError(f"{text} ({sentence})") from problem
+        raise ValueError(f"{text} ({first_sentence(problem)})") from problem
+
+
+def first_sentence(problem: Exception) -> str:
+    """Return an exception in one line; the sentences after the first are for programmers."""
+    return " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]

@@ -61,6 +61,7 @@ def reproduce(options: argparse.Namespace) -> int:
     import torch
 
     from xai_edit.command.inputs import note, require_device
+    from xai_edit.core.checks import one_of
     from xai_edit.reproduce.catalogue import CATALOGUE
     from xai_edit.reproduce.experiments import Options
     from xai_edit.reproduce.tables import text
@@ -69,8 +70,7 @@ def reproduce(options: argparse.Namespace) -> int:
         for name, entry in CATALOGUE.items():
             print(f"{name:<14} {entry.title}")
         return 0
-    if options.name not in CATALOGUE:
-        raise ValueError(f"name: {options.name!r} given; it is one of {', '.join(CATALOGUE)}")
+    entry = CATALOGUE[one_of(options.name, CATALOGUE, "name")]
     root = options.data_root or os.environ.get("XAI_EDIT_DATA")
     if root is None:
         raise ValueError("data-root: none given, and XAI_EDIT_DATA is not set")
@@ -90,7 +90,6 @@ def reproduce(options: argparse.Namespace) -> int:
         device=device,
         command=options.line,
     )
-    entry = CATALOGUE[options.name]
     results = entry.run(asked)
     if not options.quiet:
         print(text(entry.tables(entry.summary(results))))

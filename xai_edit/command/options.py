@@ -6,11 +6,9 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 from xai_edit._version import __version__
-
-T = TypeVar("T")
 
 
 class Option(NamedTuple):
@@ -29,15 +27,16 @@ class Option(NamedTuple):
     def add_to(self, parser: argparse._ActionsContainer) -> None:
         """Add the option to a parser."""
         name, _, metavar = self.names.partition(" ")
+        known = "" if self.default in (None, (), (0,)) else "; default: %(default)s"
+        how: dict[str, Any] = {"help": self.help + known}
         if name.isupper():
-            how: dict[str, Any] = {"type": self.kind, "metavar": name, "help": self.help}
-            parser.add_argument(name.lower(), nargs=None if self.required else "?", **how)
-        elif not metavar:
-            parser.add_argument(name, action="store_true", help=self.help)
+            how |= {"type": self.kind, "metavar": name, "nargs": None if self.required else "?"}
+        elif metavar:
+            how |= {"type": self.kind, "metavar": metavar, "default": self.default}
+            how["required"] = self.required
         else:
-            known = "" if self.default in (None, (), (0,)) else "; default: %(default)s"
-            how = {"type": self.kind, "default": self.default, "help": self.help + known}
-            parser.add_argument(name, required=self.required, metavar=metavar, **how)
+            how["action"] = "store_true"
+        parser.add_argument(name.lower(), **how)
 
 
 def _names(text: str) -> list[str]:
@@ -56,13 +55,6 @@ def _rate(text: str) -> float | str:
         return text  # one of the operator's words
 
 
-def _share(text: str) -> float | str:
-    share = _rate(text)
-    if isinstance(share, str) and share != "auto":
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
-    return share
-
-
 def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
@@ -73,8 +65,8 @@ def _size(text: str) -> tuple[int, ...]:
     return tuple(_whole(part) for part in text.split("x"))
 
 
-def _list_of(what: str, pattern: str, kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    def convert(text: str) -> tuple[T, ...]:
+def _list_of(what: str, pattern: str, kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def convert(text: str) -> tuple[Any, ...]:
         parts = text.split(",")
         if not all(re.fullmatch(pattern, part.strip()) for part in parts):
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} between commas")
@@ -115,9 +107,13 @@ INPUTS = (
     Option("--std R,G,B", "then divided by", _numbers),
 )
 IMAGES = (Option("--data DATA", LABELLED, required=True), *INPUTS)
-EDITED = Option("--out FILE", "a new .safetensors file", Path, required=True)
 RESNET = "--model torchvision:resnet18 --weights DEFAULT --data photos/"
-RESNET_FILE = "--model torchvision:resnet18 --weights own.safetensors"
+APPLIED = (
+    (EDIT, *MODEL, Option("--out FILE", "a new .safetensors file", Path, required=True)),
+    (),
+    "out/edits/unlearn.safetensors --model torchvision:resnet18 --weights own.safetensors "
+    "--out new.safetensors",
+)
 
 
 class Command(NamedTuple):
@@ -177,7 +173,7 @@ COMMANDS = {
         (
             Option("--target A,B", "classes to forget, numbers or names", _names, required=True),
             OUT,
-            Option("--share S", "of each layer's neurons, or auto: just enough", _share, "auto"),
+            Option("--share S", "of each layer's neurons, or auto: just enough", _rate, "auto"),
             Option("--bound B", "with auto: share of a class still predicted", float, 0.05),
             Option("--samples N", "of each class to plan from", _whole, 36),
             COMPOSITE,
@@ -240,14 +236,12 @@ COMMANDS = {
     "apply": Command(
         "Apply an edit to a model's weights, into a new file. Checks that the edit fits the "
         "weights bit for bit.",
-        (EDIT, *MODEL, EDITED),
-        example=f"out/edits/unlearn.safetensors {RESNET_FILE} --out new.safetensors",
+        *APPLIED,
     ),
     "undo": Command(
         "Take an edit back from a model's weights, into a new file. Checks that the weights hold "
         "the edit bit for bit.",
-        (EDIT, *MODEL, EDITED),
-        example=f"out/edits/unlearn.safetensors {RESNET_FILE} --out old.safetensors",
+        *APPLIED,
     ),
     "reproduce": Command(
         "Run a table of a paper anew, with the paper's figures beside it. npp-* forget one class "

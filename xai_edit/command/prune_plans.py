@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from torch import nn
-
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, Marked, class_labels, indices_by
+from xai_edit.command.run_parts import SEED, Marked, indices_by
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.core.checks import one_of
 from xai_edit.core.guard import copied
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.lrp.lrp import LRP, Scorer
@@ -43,17 +40,11 @@ FINDERS: dict[str, Callable[[], Finder]] = {
 }
 
 
-def finder_named(name: str) -> Finder:
-    """Return the finder of a name."""
-    return FINDERS[one_of(name, FINDERS, "finder")]()
-
-
 def references(planning: Marked, *, clean: bool = False) -> Marked:
     """Return ten images of each class, or fewer; with ``clean``, of those without the feature."""
-    chosen = [index for index, has in enumerate(planning.attribute) if not (clean and has)]
-    labels = class_labels(planning.images)
-    drawn = spread([labels[index] for index in chosen], REFERENCES)
-    return planning.only([chosen[at] for at in drawn])
+    if clean:
+        planning = without_feature(planning)
+    return planning.only(spread(planning.images.labels, REFERENCES))
 
 
 def of_concept(planning: Marked, target: int) -> Marked:
@@ -65,9 +56,9 @@ def of_concept(planning: Marked, target: int) -> Marked:
 def tuning(planning: Marked, *, marked: bool) -> tuple[Marked, str]:
     """Return images to fine-tune with, in which the feature predicts no class, and their name.
 
-    All planning images where the feature is unknown (``marked=False``). Otherwise every (class,
-    feature) group is repeated up to the size of the largest; or, where a class has no images with
-    the feature, those without it are taken. Raises ValueError if a class then has no images.
+    All planning images, each (class, feature) group repeated up to the size of the largest where
+    the feature is known (``marked``); or those without the feature where a class has none with it.
+    Raises ValueError if a class then has no images.
     """
     if not marked:
         return planning, "all planning images"
@@ -82,8 +73,12 @@ def tuning(planning: Marked, *, marked: bool) -> tuple[Marked, str]:
             f"fine-tune: class {missing[0]} has no images without the feature and another none "
             "with it, so that training would bring the shortcut back; give some, or no --fine-tune"
         )
-    without = [index for index, has in enumerate(planning.attribute) if not has]
-    return planning.only(without), "planning images without the feature"
+    return without_feature(planning), "planning images without the feature"
+
+
+def without_feature(images: Marked) -> Marked:
+    """Return the images that do not have the feature."""
+    return images.only([index for index, has in enumerate(images.attribute) if not has])
 
 
 def spread(kinds: Sequence[Hashable], most: int) -> list[int]:
@@ -96,13 +91,33 @@ def spread(kinds: Sequence[Hashable], most: int) -> list[int]:
 
 
 @dataclass(eq=False)
+class FirstKept:
+    """A finder that keeps the first subspaces it finds, which are those of the model itself."""
+
+    finder: Finder
+    layer: str
+    first: Subspaces | None = None
+
+    def fit(self, features: Features) -> Subspaces:
+        """Fit the finder; raise ValueError with the layer where it finds nothing."""
+        try:
+            subspaces = self.finder.fit(features)
+        except ValueError as problem:
+            raise ValueError(
+                f"finder: nothing found at layer {self.layer!r} ({problem}); name another layer or "
+                "another finder"
+            ) from problem
+        if self.first is None:
+            self.first = subspaces
+        return subspaces
+
+
+@dataclass(frozen=True, eq=False)
 class Plans:
     """The pruning and its comparison methods, all in as many steps with the same fine-tuning.
 
     ``target`` is the class whose output contexts explain, which the feature is to speak for;
-    ``epochs`` those of fine-tuning after each step on ``tuned_on``, None for no fine-tuning. Once
-    concept-aware pruning is planned, ``subspaces`` are those of the model and ``images`` those
-    that they were fitted on.
+    ``epochs`` those of fine-tuning after each step on ``tuned_on``, None for no fine-tuning.
     """
 
     run: Run
@@ -111,8 +126,6 @@ class Plans:
     target: int
     epochs: int | None
     tuned_on: Marked | None
-    images: Marked | None = field(default=None, init=False)
-    subspaces: Subspaces | None = field(default=None, init=False)
 
     def methods(self) -> dict[str, Callable[[], ModelEdit]]:
         """Return the function that plans each edit, by method; the pruning itself is first."""
@@ -137,38 +150,17 @@ class Plans:
         return plain.plan(self.run.model, data, fine_tune=self._tuning(name))
 
     def _aware(self, operator: ConceptAwarePruning) -> ModelEdit:
-        self.images = images = of_concept(self.planning, self.target)
-
-        def features(network: nn.Module) -> Features:
-            return collect_features(
-                network,
-                self.run.read(images, "collecting features"),
-                layer=operator.layer,
-                scorer=LRP("epsilon-plus", initial="one"),
-                target=self.target,
-                positions=POSITIONS,
-                seed=SEED,
-            )
-
+        features = partial(
+            collect_features,
+            data=self.run.read(of_concept(self.planning, self.target), "collecting features"),
+            layer=operator.layer,
+            scorer=LRP("epsilon-plus", initial="one"),
+            target=self.target,
+            positions=POSITIONS,
+            seed=SEED,
+        )
         data = self.run.read(references(self.planning), AWARE)
-        own, fine_tune = replace(operator, subspaces=self), self._tuning(AWARE)
-        return own.plan(self.run.model, data, features=features, fine_tune=fine_tune)
-
-    def fit(self, features: Features) -> Subspaces:
-        """Fit the finder and keep the first subspaces, which are those of the model itself."""
-        assert isinstance(self.operator, ConceptAwarePruning)
-        finder = self.operator.subspaces
-        assert not isinstance(finder, Subspaces)
-        try:
-            subspaces = finder.fit(features)
-        except ValueError as problem:
-            raise ValueError(
-                f"finder: nothing found at layer {self.operator.layer!r} ({problem}); name another "
-                "layer or another finder"
-            ) from problem
-        if self.subspaces is None:
-            self.subspaces = subspaces
-        return subspaces
+        return operator.plan(self.run.model, data, features=features, fine_tune=self._tuning(AWARE))
 
     def _tuned(self) -> ModelEdit:
         tune, network = self._tuning(TUNED), copied(self.run.model)

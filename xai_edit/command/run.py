@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from xai_edit.command.inputs import batches_of, images_of, model_of, note, run_of
-from xai_edit.command.run_parts import class_labels, read_attribute
+from xai_edit.command.run_parts import read_attribute
 from xai_edit.core.checks import in_range
-from xai_edit.core.cost import Cost, measured
+from xai_edit.core.cost import measured
 from xai_edit.core.data import Data
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
@@ -28,10 +28,9 @@ BEFORE = "before"  # the name of the model without an edit
 class Run:
     """What the options of a command name, and the edits that are planned from it.
 
-    ``edits`` and ``costs`` of planning them have the names of methods as keys; ``withheld`` the
-    reason where a method has no edit. ``attribute`` says for each image whether it has the
-    attribute of ``--attribute``, where the command has this option. The folder of ``--out`` is
-    made at once, so that a wrong one fails before the long part.
+    By the name of a method are the ``edits``, the ``seconds`` of planning them, and ``withheld``,
+    why it has no edit. ``attribute`` is 1 for each image that has that of ``--attribute``, else 0.
+    The folder of ``--out`` is made at once, so that a wrong one fails before the long part.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -45,7 +44,7 @@ class Run:
             folder = data if data.is_dir() else data.parent
             self.attribute = read_attribute(options.attribute, self.images, folder)
         self.edits: dict[str, ModelEdit] = {}
-        self.costs: dict[str, Cost] = {}
+        self.seconds: dict[str, float] = {}
         self.withheld: dict[str, str] = {}
 
     @cached_property
@@ -62,7 +61,7 @@ class Run:
         inputs = self.images[0][0][None].to(self.options.device)
         with preserved(self.model), torch.no_grad():
             outputs = predict(self.model, inputs).shape[1]
-        in_range(class_labels(self.images), outputs, "labels")
+        in_range(self.images.labels, outputs, "labels")
 
     def plan(
         self, name: str, plan: Callable[[], ModelEdit], *, empty: str | None = None
@@ -74,7 +73,7 @@ class Run:
         """
         with measured() as cost:
             edit = plan()
-        self.costs[name] = cost
+        self.seconds[name] = cost.seconds
         if edit.size or empty is None:
             self.edits[name] = edit
         else:
@@ -115,11 +114,6 @@ class Run:
         return about
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of planning by method, as in ``timing.json``."""
-        return {name: cost.seconds for name, cost in self.costs.items()}
-
-    @property
     def class_names(self) -> dict[str, str]:
         """Names of classes by number, as in ``results.json``."""
         return {str(number): name for number, name in self.images.classes.items()}
@@ -140,7 +134,7 @@ class Run:
         report = write_run(self.out, results, timing)
         return self.show(results, report.text(), "report.html")
 
-    def show(self, results: Mapping[str, Any], text: str, file: str | None) -> int:
+    def show(self, results: Mapping[str, Any], text: str, file: str | None = None) -> int:
         """Print the results as JSON or the text, name the file and return exit code 0."""
         print(as_json(results) if self.options.json else text)
         if file is not None:

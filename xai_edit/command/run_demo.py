@@ -47,6 +47,7 @@ ABLATED_LAYER, ABLATED = "pool1", 4
 SHARES = (0.2, 0.3, 0.4, 0.5)
 QUICK_SHARES = (0.3,)
 SHOWN_SHARE = 0.3
+UNEDITED = {"weights_changed": 0, "edit": None}
 PLAIN, EXACT = "plain LRP", "FCR: exact selection"
 CLEAN = "plain LRP, references without watermark"
 CONCEPT_AWARE, KEPT = "concept-aware", "concept-aware, ablation kept"
@@ -66,6 +67,7 @@ class _Run:
 
     def row(
         self,
+        method: str,
         name: str,
         plan: Callable[[], ModelEdit],
         figures: Callable[[Accuracy], dict[str, float]],
@@ -85,7 +87,8 @@ class _Run:
                 self.explain(show)
         after = self.model.state_dict()
         self.edits.append(all(torch.equal(after[key], before[key]) for key in before))
-        return {**figures(accuracy), "weights_changed": edit.size, "edit": file}
+        row = {"method": method, **figures(accuracy)}
+        return {**row, "weights_changed": edit.size, "edit": file}
 
     def explain(self, name: str) -> None:
         """Keep the relevance maps of the shown images for the class the model now predicts."""
@@ -126,22 +129,16 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         prune = _prune(state, training, validation, QUICK_SHARES if quick else SHARES)
         next_step("writing")
         worst, has = before.worst_group
+        samples = before.samples.tolist()
         groups = [
-            {
-                "class": label,
-                "watermark": watermark,
-                "accuracy": accuracy,
-                "samples": int(before.samples[label, watermark]),
-            }
-            for (label, watermark), accuracy in before.groups.items()
+            {"class": c, "watermark": mark, "accuracy": accuracy, "samples": samples[c][mark]}
+            for (c, mark), accuracy in before.groups.items()
         ]
+        predicted = zip(*(one for _, one in state.maps.values()), strict=True)
+        labels, marks = test.labels[shown].tolist(), test.watermark[shown].tolist()
         images = [
-            {
-                "label": int(test.labels[row]),
-                "watermark": int(test.watermark[row]),
-                "predicted": [predicted[at] for _, predicted in state.maps.values()],
-            }
-            for at, row in enumerate(shown.tolist())
+            {"label": label, "watermark": mark, "predicted": [*said]}
+            for label, mark, said in zip(labels, marks, predicted, strict=True)
         ]
         results = {
             "run": "demo",
@@ -153,7 +150,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
                 "train": len(training),
                 "validation": len(validation),
                 "test": len(test),
-                "classes": before.samples.shape[0],
+                "classes": len(samples),
                 "watermarked_class": DIGITS.marked,
                 "watermarked_share": DIGITS.share,
                 "other_share": DIGITS.other_share,
@@ -193,7 +190,7 @@ def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any
     clean = validation[validation.watermark == 0]
     of_class = clean[clean.labels == FORGET][torch.arange(SAMPLES_TO_FORGET)]
     npp, single = PathPerturbation(share=FORGET_SHARE), SingleWeight(select="sca")
-    rows = [{"method": "before", **_forgotten(before), "weights_changed": 0, "edit": None}]
+    rows = [{"method": "before", **_forgotten(before), **UNEDITED}]
     for name, method, operator, samples in (
         ("path-perturbation", "NPP: neurons switched off", npp, of_class),
         ("single-weight", "SCA: one weight", single, clean),
@@ -201,7 +198,7 @@ def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any
     ):
         plan = partial(operator.plan, state.model, samples.batches, target=FORGET)
         show = None if name == "logit-mask" else f"forget: {method}"
-        rows.append({"method": method, **state.row(f"forget-{name}", plan, _forgotten, show)})
+        rows.append(state.row(method, f"forget-{name}", plan, _forgotten, show))
     return {"class": FORGET, "rows": rows}
 
 
@@ -211,27 +208,21 @@ def _forgotten(accuracy: Accuracy) -> dict[str, float]:
 
 
 def _neutralize(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
-    sca, exact = FictitiousClass(select="sca"), FictitiousClass(select="exact")
-    rows = [{"method": "before", **_figures(before), "weights_changed": 0, "edit": None}]
+    rows = [{"method": "before", **_figures(before), **UNEDITED}]
     for name, method, operator in (
-        ("fictitious-sca", "FCR: SCA, best rate", sca),
-        ("fictitious-exact", EXACT, exact),
+        ("fictitious-sca", "FCR: SCA, best rate", FictitiousClass(select="sca")),
+        ("fictitious-exact", EXACT, FictitiousClass(select="exact")),
         ("last-layer", "last-layer retraining (DFR)", LastLayerRetraining()),
     ):
         plan = partial(operator.plan, state.model, validation.batches)
         show = None if name == "fictitious-sca" else method
-        rows.append({"method": method, **state.row(f"neutralize-{name}", plan, _figures, show)})
+        rows.append(state.row(method, f"neutralize-{name}", plan, _figures, show))
     (sweep,) = FictitiousClass().sweep(state.model, validation.batches, target=DIGITS.marked)
+    curves = {name: getattr(sweep, name).tolist() for name in ("rates", "worst", "average")}
+    chosen = float(sweep.rates[sweep.best])
     return {
         "rows": rows,
-        "sweep": {
-            "class": sweep.row,
-            "column": sweep.column,
-            "rates": sweep.rates.tolist(),
-            "worst": sweep.worst.tolist(),
-            "average": sweep.average.tolist(),
-            "chosen": float(sweep.rates[sweep.best]),
-        },
+        "sweep": {"class": sweep.row, "column": sweep.column, **curves, "chosen": chosen},
     }
 
 
@@ -265,8 +256,8 @@ def _prune(
             name = method.replace(",", "").replace(" ", "-").lower()
             plan = partial(replace(operator, share=share).plan, model, samples.batches)
             show = f"{method}, {share:.0%} pruned" if shown else None
-            row = state.row(f"prune-{name}-{round(100 * share)}", plan, _figures, show)
-            rows.append({"method": method, "share": share, **row})
+            file = f"prune-{name}-{round(100 * share)}"
+            rows.append({"share": share, **state.row(method, file, plan, _figures, show)})
     return {
         "layer": ABLATED_LAYER,
         "ablated": ablate,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from xai_edit.command.run import BEFORE, Run
-from xai_edit.command.run_parts import SEED, Marked, split, watched
+from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.command.run_unlearn import classes_named
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.cost import measured
@@ -36,12 +36,10 @@ def command(options: argparse.Namespace) -> int:
 
     method = f"one weight ({'SCA' if operator.select == 'sca' else operator.select})"
     overlap = Overlap(None)
-    rows = [*parts.planning.images.rows, *parts.validation.images.rows]
-    marks = [*parts.planning.attribute, *parts.validation.attribute]
-    known_images = Marked(replace(run.images, rows=rows), marks)
     with measured() as reading:
-        known = _head(run, run.read(known_images, "planning"), overlap.know)
-    planning, validation = _divided(known, len(parts.planning))
+        known = _head(run, run.read(parts.planning + parts.validation, "planning"), overlap.know)
+    cut = [len(parts.planning), len(parts.validation)]
+    planning, validation = (known[rows] for rows in torch.arange(sum(cut)).split(cut))
     edit = run.plan(
         method,
         lambda: operator.plan(run.model, planning, target=target, validation=validation),
@@ -65,12 +63,7 @@ def command(options: argparse.Namespace) -> int:
     results = {
         **run.about(),
         "names": run.class_names,
-        "split": {
-            "seed": SEED,
-            "planning": len(parts.planning),
-            "validation": len(parts.validation),
-            "held_out": len(parts.held_out),
-        },
+        "split": {"seed": SEED, **parts.sizes},
         "edit": {
             "select": operator.select,
             "rate": operator.rate,
@@ -89,13 +82,3 @@ def command(options: argparse.Namespace) -> int:
 def _head(run: Run, data: Data, watch: Callable[[Tensor], None]) -> HeadFeatures:
     """Return the last layer's inputs; ``watch`` is called with the images."""
     return collect_head_features(run.model, watched(data, watch), with_attribute=True)
-
-
-def _divided(head: HeadFeatures, at: int) -> list[HeadFeatures]:
-    """Return the features of the first samples, and of all others."""
-    labels, attribute = head.require_labels(), head.attribute
-    assert attribute is not None  # collected with it
-    return [
-        replace(head, features=head.features[part], labels=labels[part], attribute=attribute[part])
-        for part in (slice(at), slice(at, None))
-    ]

@@ -39,15 +39,7 @@ class Marked(Dataset[Any]):
     @property
     def groups(self) -> list[tuple[int, int]]:
         """Class and attribute of each image."""
-        return [*zip(class_labels(self.images), self.attribute, strict=True)]
-
-
-def class_labels(images: Images) -> list[int]:
-    """Return the label of each image; raise ValueError where one has none."""
-    labels = [label for label in images.labels if label is not None]
-    if len(labels) < len(images):
-        raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
-    return labels
+        return [*zip(self.images.labels, self.attribute, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,20 +53,24 @@ class Parts:
     validation: Marked
     held_out: Marked
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of images of each part."""
+        return {name: len(part) for name, part in vars(self).items()}
 
-def split(
-    images: Images, attribute: Sequence[int] | None, *, validation: bool, seed: int = SEED
-) -> Parts:
+
+def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) -> Parts:
     """Divide labelled images at random, each (class, attribute) group by itself.
 
     Half of each group is held out; with ``validation`` the rest is divided into planning and
-    validation images. Without an ``attribute`` (1 or 0 for each image) groups are classes. Raises
-    ValueError if labels are missing or a group has too few images.
+    validation images. Raises ValueError if labels are missing or a group has too few images.
     """
     whole = Marked(images, [0] * len(images) if attribute is None else attribute)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(SEED)
     fewest, uses = (3, "planning, validation") if validation else (2, "planning")
-    parts: tuple[list[int], ...] = ([], [], [])
+    planning: list[int] = []
+    checking: list[int] = []
+    held_out: list[int] = []
     for (label, has), own in sorted(indices_by(whole.groups).items()):
         if len(own) < fewest:
             which = "" if attribute is None else f" {'with' if has else 'without'} the feature"
@@ -85,9 +81,10 @@ def split(
         drawn = random.permutation(own).tolist()
         half = len(drawn) // 2
         end = half + (len(drawn) - half) // 2 if validation else len(drawn)
-        for part, some in zip(parts, (drawn[half:end], drawn[end:], drawn[:half]), strict=True):
-            part.extend(some)
-    return Parts(*(whole.only(sorted(part)) for part in parts))
+        held_out += drawn[:half]
+        planning += drawn[half:end]
+        checking += drawn[end:]
+    return Parts(*(whole.only(sorted(part)) for part in (planning, checking, held_out)))
 
 
 def indices_by(kinds: Sequence[Any]) -> dict[Any, list[int]]:
@@ -108,12 +105,11 @@ def watched(data: Data, watch: Callable[[Tensor], None]) -> Iterator[Any]:
 def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list[int]:
     """Return whether each image has the attribute, 1 or 0, in the order of ``images``.
 
-    ``spec`` is a CSV file of ``path,0`` and ``path,1`` lines, one for each image, with paths
-    relative to ``folder`` (that of the images) or to the file; for a torchvision data set the
-    numbers of its images, from 0, take the place of paths. Or it is a folder with copies of the
-    images that have the attribute, at the same relative paths or, where their names are unique,
-    anywhere. Raises ValueError or OSError where an image is unknown, missing or listed with both
-    values, or where all images have the same value.
+    ``spec`` is a CSV file of ``path,0`` and ``path,1`` lines, with paths relative to ``folder``
+    (that of the images) or to the file; numbers from 0 are the paths of a torchvision data set. Or
+    it is a folder with copies of the images that have the attribute, at the same relative paths or,
+    where their names are unique, anywhere. Raises ValueError or OSError where an image is unknown,
+    missing or listed with both values, or all have the same value.
     """
     spec, folder = Path(spec), Path(folder)
     listed = isinstance(images.source, list)
@@ -124,22 +120,21 @@ def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list
                 "of number,0 or number,1 lines"
             )
         having = _from_folder(spec, images, folder)
-        values = {row: int(row in having) for row in images.rows}
+        labels = [int(row in having) for row in images.rows]
     elif spec.is_file():
         values = _from_table(spec, images, [folder, spec.parent] if listed else [])
-        missing = [row for row in images.rows if row not in values]
-        if missing:
+        if missing := [row for row in images.rows if row not in values]:
             first = images.source[missing[0]][0] if listed else missing[0]
             raise ValueError(
                 f"attribute: {spec} has no line for {len(missing)} of {len(images)} images, the "
                 f"first {first}; give path,0 or path,1 for each"
             )
+        labels = [values[row] for row in images.rows]
     else:
         raise FileNotFoundError(
             f"attribute: {spec}: no such file or folder; give a CSV file of path,0 and path,1 "
             "lines or a folder of the images that have the attribute"
         )
-    labels = [values[row] for row in images.rows]
     if len(set(labels)) < 2:
         raise ValueError(
             f"attribute: by {spec}, {sum(labels)} of {len(labels)} images have it; images with "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,26 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.command.export import Program, exported
+from xai_edit.command.export import exported
 from xai_edit.command.prune_plans import (
+    FINDERS,
     TUNED,
+    FirstKept,
     Operator,
     Plans,
-    finder_named,
+    of_concept,
     references,
     tuning,
 )
 from xai_edit.command.run import BEFORE, Run
 from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.concepts.ablation import ablated
+from xai_edit.core.checks import one_of
 from xai_edit.core.files import write_atomically, write_safetensors
-from xai_edit.core.layers import TRANSPOSED, resolve_layers
+from xai_edit.core.layers import resolve_layers
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.evaluation.outputs import Overlap
 from xai_edit.evaluation.sizes import compare_sizes
-from xai_edit.pruning.coupled_channels import LAYERS
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.pruning.to_smaller import to_smaller
 
@@ -79,19 +80,18 @@ def command(options: argparse.Namespace) -> int:
     if method in figures:
         figures[method]["edit"] = EDIT
     names = [BEFORE, method, *(name for name, _ in others)]
-    concept = _concept(plans, edit)
-    if concept is not None:
+    concept = None
+    if isinstance(operator, ConceptAwarePruning):
         names.append(ABLATION)
+        concept = _concept(plans, operator, edit)
         if concept["ablated"]:
-            assert plans.subspaces is not None  # fitted when the pruning was planned
-            with ablated(model, concept["layer"], plans.subspaces, concept["ablated"]):
+            subspaces = operator.subspaces.first  # type: ignore[union-attr]
+            with ablated(model, operator.layer, subspaces, concept["ablated"]):
                 alone = evaluate_groups(model, run.read(held_out, ABLATION))
             figures[ABLATION] = {**figures[BEFORE], "figures": alone.to_dict()}
         else:
             run.withheld[ABLATION] = concept["reason"]
 
-    sizes, latency = (None, None) if network is None else _sizes(model, network, example)
-    program, failed = (None, {}) if network is None else exported(network, example)
     results = {
         **run.about(),
         "names": run.class_names,
@@ -109,18 +109,17 @@ def command(options: argparse.Namespace) -> int:
         },
         "concept": concept,
         "rows": run.rows(names, figures),
-        "smaller": {
-            "file": None if network is None else SMALLER,
-            "withheld": reason if network is None else None,
-            "program": program and PROGRAMS[program.kind],
-            "kind": program and program.kind,
-            "batch": program and program.batch,
-            "failed": failed,
-        },
-        "sizes": sizes,
+        "smaller": _written(run.out, network, reason, example),
+        "sizes": None,
     }
+    latency = None
+    if network is not None:
+        sizes = compare_sizes(model, network, example, rounds=ROUNDS)
+        found: dict[str, Any] = {**asdict(sizes), "ratios": sizes.ratios}
+        # Seconds differ between runs.
+        latency = {part: found[part].pop("seconds") for part in ("before", "after", "ratios")}
+        results["sizes"] = found
     timing = {"plan": run.seconds, "latency": latency}
-    _write_networks(run.out, network, program)
     return run.finish(results, timing, {EDIT: edit if edit.size else None})
 
 
@@ -130,8 +129,8 @@ def _operator(options: argparse.Namespace) -> Operator:
     if options.attribute is not None:
         if options.layer is None:
             raise ValueError("layer: none given; --attribute needs the layer of the subspaces")
-        finder = finder_named(options.finder or "contrastive-pca")
-        return ConceptAwarePruning(options.layer, finder, "auto", **how)
+        finder = FINDERS[one_of(options.finder or "contrastive-pca", FINDERS, "finder")]()
+        return ConceptAwarePruning(options.layer, FirstKept(finder, options.layer), "auto", **how)
     for name in ("layer", "finder"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name}: given without --attribute, whose subspaces it is for")
@@ -157,15 +156,6 @@ def _smaller(
         return None, str(problem)
 
 
-def _sizes(
-    model: nn.Module, network: nn.Module, example: Tensor
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the sizes before and after and, apart, the seconds, which differ between runs."""
-    sizes = compare_sizes(model, network, example, rounds=ROUNDS)
-    figures = {**asdict(sizes), "ratios": sizes.ratios}
-    return figures, {part: figures[part].pop("seconds") for part in ("before", "after", "ratios")}
-
-
 def _figures(
     accuracy: Accuracy, changed: int, model: nn.Module, network: nn.Module | None, example: Tensor
 ) -> dict[str, Any]:
@@ -184,56 +174,52 @@ def _figures(
 
 def _edited(model: nn.Module, operator: Operator, edit: ModelEdit) -> dict[str, Any]:
     """Return the options of the pruning and which units went, layer by layer."""
-    origin = edit.origin
-    units: Mapping[str, list[int]] = origin.get("units", {}) if edit.size else {}
-    layers = [
-        {"layer": name, "units": _units(model.get_submodule(name)), "removed": len(gone)}
-        for name, gone in units.items()
-    ]
+    layers = []
+    for name, gone in edit.origin.get("units", {}).items() if edit.size else ():
+        module: Any = model.get_submodule(name)
+        units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        layers.append({"layer": name, "units": units, "removed": len(gone)})
     return {
         "share": operator.share,
         "ranking": operator.ranking,
         "steps": operator.steps,
-        "scorer": origin["scorer"],
+        "scorer": edit.origin["scorer"],
         "protect": [*operator.protect],
-        "removed": sum(map(len, units.values())),
+        "removed": sum(one["removed"] for one in layers),
         "units": sum(one["units"] for one in layers),
         "layers": layers,
-        "fixed": origin.get("fixed", {}),
+        "fixed": edit.origin.get("fixed", {}),
     }
 
 
-def _units(module: nn.Module) -> int:
-    assert isinstance(module, LAYERS)
-    weight: Tensor = module.weight
-    return weight.shape[1] * module.groups if isinstance(module, TRANSPOSED) else weight.shape[0]
-
-
-def _concept(plans: Plans, edit: ModelEdit) -> dict[str, Any] | None:
+def _concept(plans: Plans, operator: ConceptAwarePruning, edit: ModelEdit) -> dict[str, Any]:
     """Return the subspaces of the feature in the model before pruning."""
-    if not isinstance(plans.operator, ConceptAwarePruning):
-        return None
-    assert plans.images is not None
     steps = edit.origin.get("steps", [edit.origin])
     return {
-        "layer": plans.operator.layer,
+        "layer": operator.layer,
         "finder": steps[0]["subspaces"]["finder"],
-        "images": len(plans.images),
+        "images": len(of_concept(plans.planning, plans.target)),
         "target": plans.target,
         **{key: steps[0][key] for key in ("ablated", "reason", "predictiveness")},
         "steps": [step["ablated"] for step in steps],
     }
 
 
-def _write_networks(out: Path, network: nn.Module | None, program: Program | None) -> None:
-    """Write the smaller network and its program; remove those of an earlier run."""
+def _written(
+    out: Path, network: nn.Module | None, reason: str | None, example: Tensor
+) -> dict[str, Any]:
+    """Write the smaller network and its program, remove those of an earlier run; say which."""
+    for file in (SMALLER, *PROGRAMS.values()):
+        (out / file).unlink(missing_ok=True)
+    written = {"file": None, "withheld": reason, "program": None, "kind": None, "batch": None}
     if network is None:
-        (out / SMALLER).unlink(missing_ok=True)
-    else:
-        header = json.dumps({"edit": EDIT, "versions": versions()})
-        write_safetensors(out / SMALLER, network.state_dict(), KIND, header)
-    for kind, file in PROGRAMS.items():
-        if program is not None and program.kind == kind:
-            write_atomically(out / file, program.content)
-        else:
-            (out / file).unlink(missing_ok=True)
+        return {**written, "failed": {}}
+    header = json.dumps({"edit": EDIT, "versions": versions()})
+    write_safetensors(out / SMALLER, network.state_dict(), KIND, header)
+    program, failed = exported(network, example)
+    found: dict[str, Any] = {**written, "file": SMALLER, "withheld": None, "failed": failed}
+    if program is not None:
+        file = PROGRAMS[program.kind]
+        write_atomically(out / file, program.content)
+        found |= {"program": file, "kind": program.kind, "batch": program.batch}
+    return found

@@ -62,8 +62,7 @@ def score(options: argparse.Namespace) -> int:
     if options.held_out and not options.compare:
         raise ValueError("--held-out: given without --compare, whose deletion curves need it")
     names = options.compare or [options.composite]
-    for name in names:
-        require_known(name)
+    require_known(*names)
     run = Run(options)
     data = run.read(run.images, "scoring")
     curves: dict[str, Any] = {}
@@ -77,27 +76,27 @@ def score(options: argparse.Namespace) -> int:
         **{name: getattr(options, name) for name in ("target", "aggregate", "share")},
     }
     if options.compare:
-        results["run"] = "compare"
+        file, results["run"] = "comparison.json", "compare"
         found = compare_scorers(run.model, data, scorers, share=options.share, **how, **curves)
         results |= found.to_dict()
-        file = "comparison.json"
         if run.out is not None:
             _draw(run, found, scorers)
         text = str(found)
     else:
+        file = "results.json"
         scores = score_units(run.model, data, scorers[options.composite], **how)
         results |= {"scorer": scores.origin, "samples": scores.samples, "layers": {}}
         for layer in scores:
             units = scores.top(layer, share=options.share).tolist()
             top = [{"unit": unit, "score": float(scores[layer][unit])} for unit in units]
             results["layers"][layer] = {"units": len(scores[layer]), "top": top}
-        file = "results.json"
         if run.out is not None:
             scores.save(run.out / "scores.safetensors")
         text = str(scores)
-    if run.out is not None:
-        write_atomically(run.out / file, as_json(results).encode())
-    return run.show(results, text, None if run.out is None else file)
+    if run.out is None:
+        return run.show(results, text)
+    write_atomically(run.out / file, as_json(results).encode())
+    return run.show(results, text, file)
 
 
 def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
@@ -110,8 +109,7 @@ def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
         batch = Batch(batch.inputs[:DRAWN], labels)
         targets = targets_of(batch, run.options.target)
         maps = relevance_maps(run.model, batch.inputs, scorers, targets=targets)
-        low, high = preprocessing_given(run.options).bounds
-        images = (batch.inputs.cpu() - low) / (high - low)
+        images = preprocessing_given(run.options).pixels(batch.inputs)
         pictures["relevance-maps.png"] = map_grid(images, maps)
     for name, picture in pictures.items():
         write_atomically(run.out / name, picture)

@@ -14,15 +14,15 @@ import torch
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.run import BEFORE, Run
-from xai_edit.command.run_parts import class_labels, indices_by, watched
+from xai_edit.command.run_parts import indices_by, watched
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.core.checks import distinct
+from xai_edit.core.data import Data
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning
 from xai_edit.evaluation.outputs import Overlap
-from xai_edit.evaluation.unlearning_figures import Unlearning
 from xai_edit.forgetting.path_perturbation import PathPerturbation
 from xai_edit.last_layer.single_weight import SingleWeight
 from xai_edit.report.before_after import RULES, before_after_maps
@@ -38,23 +38,17 @@ SHOWN_FORGOTTEN, SHOWN_KEPT = 4, 2  # images with maps, at most
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Labelled images, divided into parts that share none, and the classes to forget.
+    """Labelled images, divided into parts that share none.
 
     ``planning`` has the first samples of each class to forget; ``others``, which only comparison
     methods need, of every other class, at most half of each; ``validation`` every other one of the
     remaining samples to forget, for the smallest sufficient share; ``held_out`` the rest.
     """
 
-    target: list[int]
     planning: Images
     others: Images
     validation: Images
     held_out: Images
-
-    @property
-    def labels(self) -> list[int]:
-        """The classes of the samples held out."""
-        return class_labels(self.held_out)
 
 
 def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
@@ -67,7 +61,7 @@ def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
         named = [number for number, name in known.items() if name == word]
         if word.isdecimal():
             named = [int(word)]
-        elif not named:
+        if not named:
             names = f" or names such as {', '.join([*known.values()][:5])}" if known else ""
             raise ValueError(f"target: {word!r} given; give numbers{names}")
         if len(named) > 1:
@@ -81,21 +75,21 @@ def split(images: Images, target: Sequence[int], samples: int) -> Parts:
 
     Raises ValueError if labels are missing or a class is absent or has too few samples.
     """
-    labels = class_labels(images)
-    by_class = indices_by(labels)
+    by_class = indices_by(images.labels)
+    known = _listed(sorted(by_class))
     for label in target:
-        if label not in by_class:
-            known = _listed(sorted(by_class))
+        count = len(by_class.get(label, ()))
+        if not count:
             raise ValueError(
                 f"target: class {label} is absent from the data, which has classes {known}"
             )
-        if len(by_class[label]) < samples + 2:
+        if count < samples + 2:
             raise ValueError(
-                f"samples: class {label} has {len(by_class[label])}; {samples} to plan from and at "
-                "least 2 others are needed; give more data or a smaller number"
+                f"samples: class {label} has {count}; {samples} to plan from and at least 2 others "
+                "are needed; give more data or a smaller number"
             )
     if len(by_class) == len(target):
-        raise ValueError(f"data: only has classes {_listed(sorted(target))}; samples of others too")
+        raise ValueError(f"data: only has classes {known}; samples of others too")
     parts: tuple[list[int], ...] = ([], [], [], [])
     planning, others, validation, held_out = parts
     for label, indices in by_class.items():
@@ -107,7 +101,7 @@ def split(images: Images, target: Sequence[int], samples: int) -> Parts:
             cut = min(samples, len(indices) // 2)
             others += indices[:cut]
             held_out += indices[cut:]
-    return Parts([*target], *(images.only(sorted(part)) for part in parts))
+    return Parts(*(images.only(sorted(part)) for part in parts))
 
 
 def command(options: argparse.Namespace) -> int:
@@ -116,8 +110,9 @@ def command(options: argparse.Namespace) -> int:
     how = {name: getattr(options, name) for name in ("share", "rank", "k", "scope", "bound")}
     operator = PathPerturbation(options.layers, **how)  # refuses a wrong option at once
     run = Run(options)
-    parts = split(run.images, classes_named(options.target, run.images.classes), options.samples)
-    target, held_out = parts.target, parts.held_out
+    target = classes_named(options.target, run.images.classes)
+    parts = split(run.images, target, options.samples)
+    held_out, labels = parts.held_out, parts.held_out.labels
     train = None if options.train_data is None else images_of(options, options.train_data, "train")
     if train is not None and train.classes and dict(train.classes) != dict(held_out.classes):
         raise ValueError("data: its classes are named otherwise than those of the training data")
@@ -129,15 +124,32 @@ def command(options: argparse.Namespace) -> int:
     validation = run.read(parts.validation, "finding the share")
     plan = partial(operator.plan, run.model, planning, target=target, validation=validation)
     edit = run.plan(METHOD, plan)
-    analysis = _joined(parts.planning, parts.others)
+    analysis = parts.planning.joined(parts.others)
     for name, baseline in BASELINES.items():
         plan = partial(baseline.plan, run.model, run.read(analysis, name), target=target)
         run.compare(name, plan)
-    known = _joined(analysis, parts.validation)
-    figures = _figures(run, parts, known)
-    evaluation = {} if train is None else _evaluated(run, parts, known, train)
-    maps = _maps(run, edit, parts)
-    samples = Counter(parts.labels)
+    known = run.read(analysis.joined(parts.validation), "planning data")
+    figures = _figures(run, held_out, target, known)
+    evaluation = {
+        name: evaluate_unlearning(
+            run.model,
+            edit,
+            train=run.read(train, f"{name}: training data"),
+            test=run.read(held_out, f"{name}: held-out data"),
+            target=target,
+            analysis=known,
+        )
+        for name, edit in run.edits.items()
+        if train is not None
+    }
+    found = {name: one.to_dict() for name, one in evaluation.items()}
+    seconds = {
+        name: {part: cost.seconds for part, cost in one.evaluation.items()}
+        for name, one in evaluation.items()
+    }
+    for one in found.values():
+        del one["cost"], one["evaluation"]  # which differ between runs
+    samples = Counter(labels)
     results = {
         **run.about(train=options.train_data),
         "forget": target,
@@ -153,62 +165,32 @@ def command(options: argparse.Namespace) -> int:
         "edit": _planned(edit, target),
         "samples": [samples[label] for label in range(len(figures[BEFORE]["classes"]))],
         "rows": run.rows([BEFORE, METHOD, *BASELINES], figures),
-        "evaluation": {name: _lasting(figures) for name, figures in evaluation.items()} or None,
-        "maps": maps,
-    }
-    seconds = {
-        name: {part: cost.seconds for part, cost in figures.evaluation.items()}
-        for name, figures in evaluation.items()
+        "evaluation": found or None,
+        "maps": _maps(run, edit, held_out, labels, target),
     }
     return run.finish(results, {"plan": run.seconds, "evaluation": seconds}, {EDIT: edit})
 
 
-def _joined(first: Images, second: Images) -> Images:
-    return replace(first, rows=sorted([*first.rows, *second.rows]))
-
-
-def _figures(run: Run, parts: Parts, known: Images) -> dict[str, dict[str, Any]]:
+def _figures(
+    run: Run, held_out: Images, target: Sequence[int], known: Data
+) -> dict[str, dict[str, Any]]:
     """Measure every edit on the held-out data, which may share no sample with ``known``."""
-    overlap = Overlap(run.read(known, "planning data"))
+    overlap = Overlap(known)
     rows = {}
     for name, edit in {BEFORE: ModelEdit({}), **run.edits}.items():
-        held_out: Any = run.read(parts.held_out, f"measuring: {name}")
+        data: Any = run.read(held_out, f"measuring: {name}")
         if name == BEFORE:
-            held_out = watched(held_out, partial(overlap.add, split="the held-out data"))
+            data = watched(data, partial(overlap.add, split="the held-out data"))
         with edit.applied(run.model):
-            accuracy = evaluate_groups(run.model, held_out)
+            accuracy = evaluate_groups(run.model, data)
         overlap.refuse()
         rows[name] = {
-            "forgotten": accuracy.of(*parts.target),
-            "rest": accuracy.rest(*parts.target),
+            "forgotten": accuracy.of(*target),
+            "rest": accuracy.rest(*target),
             "classes": [accuracy.groups.get((label, 0)) for label in range(len(accuracy.samples))],
             "weights_changed": edit.size,
         }
     return rows
-
-
-def _evaluated(run: Run, parts: Parts, known: Images, train: Images) -> dict[str, Unlearning]:
-    """Return the results of a probe and of relearning for each edit."""
-    return {
-        name: evaluate_unlearning(
-            run.model,
-            edit,
-            train=run.read(train, f"{name}: training data"),
-            test=run.read(parts.held_out, f"{name}: held-out data"),
-            target=parts.target,
-            analysis=run.read(known, "planning data"),
-        )
-        for name, edit in run.edits.items()
-    }
-
-
-def _lasting(figures: Unlearning) -> dict[str, Any]:
-    """Return the figures without the costs, which differ between runs."""
-    return {
-        name: value
-        for name, value in figures.to_dict().items()
-        if name not in ("cost", "evaluation")
-    }
 
 
 def _planned(edit: ModelEdit, target: Sequence[int]) -> dict[str, Any]:
@@ -218,31 +200,30 @@ def _planned(edit: ModelEdit, target: Sequence[int]) -> dict[str, Any]:
     neurons, shares = origin["neurons"], origin["share"]
     if len(target) == 1:
         neurons, shares = [neurons], [shares]
+    if len(layers) == 1:
+        neurons = [[units] for units in neurons]
     classes = [
-        {"class": label, "share": share, "neurons": _length(units)}
+        {"class": label, "share": share, "neurons": sum(map(len, units))}
         for label, share, units in zip(target, shares, neurons, strict=True)
     ]
     how = {key: origin[key] for key in ("rank", "k", "scope", "scorer")}
     return {"file": EDIT, "layers": layers, **how, "bound": origin.get("bound"), "classes": classes}
 
 
-def _length(neurons: Any) -> int:
-    """Return how many numbers a list holds, which has a list for each layer if several."""
-    return sum(map(_length, neurons)) if isinstance(neurons, list) else 1
-
-
-def _maps(run: Run, edit: ModelEdit, parts: Parts) -> dict[str, Any]:
+def _maps(
+    run: Run, edit: ModelEdit, held_out: Images, labels: Sequence[int], target: Sequence[int]
+) -> dict[str, Any]:
     """Write the relevance maps and return their rules and images, or why there are none.
 
     Relevance has the shape (images, rules, 2, height, width): before and after, summed over
     channels.
     """
-    wanted = dict.fromkeys(parts.target[:SHOWN_FORGOTTEN], 2 if len(parts.target) == 1 else 1)
-    by_class = indices_by(parts.labels)
-    wanted |= dict.fromkeys(sorted({*by_class} - {*parts.target})[:SHOWN_KEPT], 1)
+    wanted = dict.fromkeys(target[:SHOWN_FORGOTTEN], 2 if len(target) == 1 else 1)
+    by_class = indices_by(labels)
+    wanted |= dict.fromkeys(sorted({*by_class} - {*target})[:SHOWN_KEPT], 1)
     indices = [index for label, count in wanted.items() for index in by_class[label][:count]]
-    labels = [parts.labels[index] for index in indices]
-    inputs = torch.stack([parts.held_out[index][0] for index in indices])
+    shown = [labels[index] for index in indices]
+    inputs = torch.stack([held_out[index][0] for index in indices])
     files = [run.out / name for name in MAPS]
     try:
         maps = before_after_maps(run.model, edit, inputs)
@@ -250,19 +231,16 @@ def _maps(run: Run, edit: ModelEdit, parts: Parts) -> dict[str, Any]:
         for file in files:
             file.unlink(missing_ok=True)  # of an earlier run
         return {"rules": [], "images": [], "withheld": str(problem)}
-    low, high = parts.held_out.preprocessing.bounds
-    pixels = (inputs - low) / (high - low)
+    pixels = held_out.preprocessing.pixels(inputs)
     pairs = [torch.stack([maps.before[r].sum(1), maps.after[r].sum(1)], dim=1) for r in RULES]
     tensors = {"images": pixels, "relevance": torch.stack(pairs, dim=1)}
     write_safetensors(files[0], tensors, "xai_edit.maps", "")
-    titles = [
-        f"class {label}, {'to forget' if label in parts.target else 'kept'}" for label in labels
-    ]
+    titles = [f"class {label}, {'to forget' if label in target else 'kept'}" for label in shown]
     write_atomically(files[1], maps.png(pixels, titles=titles))
     predicted = (maps.predicted_before.tolist(), maps.predicted_after.tolist())
     images = [
         {"class": label, "before": before, "after": after}
-        for label, before, after in zip(labels, *predicted, strict=True)
+        for label, before, after in zip(shown, *predicted, strict=True)
     ]
     return {"rules": [*RULES], "images": images, "withheld": None}
 

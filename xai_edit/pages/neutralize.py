@@ -8,7 +8,7 @@ from typing import Any
 
 from xai_edit.pages.unlearn import class_name, seconds, withheld
 from xai_edit.report.html import Report, repeat
-from xai_edit.report.table import Notes, Table, interval
+from xai_edit.report.table import Notes, Table
 
 NO_GAIN = "On the held-out images the worst group does not gain: nothing speaks for this edit."
 SMALL = (
@@ -61,6 +61,11 @@ def shown_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in results["rows"] if row["figures"] is not None]
 
 
+def with_interval(figure: Mapping[str, Any]) -> list[Any]:
+    """Return an accuracy and its interval as cells."""
+    return [figure["accuracy"], "{:.3f}–{:.3f}".format(*figure["interval"])]
+
+
 def groups(results: Mapping[str, Any]) -> Table:
     """Return the accuracy of each group, which is a class where the feature is unknown."""
     rows = shown_rows(results)
@@ -71,7 +76,7 @@ def groups(results: Mapping[str, Any]) -> Table:
         if results["spurious"]:
             name += f", {'with' if before['attribute'] else 'without'} the feature"
         accuracies = [group["accuracy"] for group in same]
-        cells.append([name, before["samples"], interval(before["interval"]), *accuracies])
+        cells.append([name, before["samples"], with_interval(before)[1], *accuracies])
     columns = ["group", "images", "interval before", *(row["method"] for row in rows)]
     return Table("accuracy by group", columns, cells, lambda row: row[3])
 
@@ -94,9 +99,8 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
 def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
     rows = []
     for row in shown_rows(results):
-        figures = row["figures"]
-        worst, average = figures["worst"], figures["average"]
-        cells = [row["method"], worst["accuracy"], interval(worst["interval"])]
+        figures, average = row["figures"], row["figures"]["average"]
+        cells = [row["method"], *with_interval(figures["worst"])]
         cells += [average["accuracy"], figures["balanced"]["accuracy"], average["gap"]]
         rows.append([*cells, row["weights_changed"], seconds(timing, row["method"])])
     confidence = results["rows"][0]["figures"]["bootstrap"]["confidence"]

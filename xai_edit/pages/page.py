@@ -20,7 +20,7 @@ from xai_edit.pages.prune import pruning_page
 from xai_edit.pages.unlearn import unlearning_page
 from xai_edit.report.comparison_figures import map_grid
 from xai_edit.report.html import Report
-from xai_edit.report.table import Table
+from xai_edit.report.table import Table, counted
 
 RUNS = ("demo", "unlearn", "neutralize", "prune")  # that have a page
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
@@ -30,9 +30,8 @@ COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` (and ``overview.png`` of the demo) from the results in ``folder``.
 
-    Needs ``results.json``, ``timing.json`` and, where the run made it, ``maps.safetensors``; shows
-    those edits that are in the folder. Returns the path of the page. Raises FileNotFoundError if a
-    file is missing and ValueError if it is damaged or of a run that has no page.
+    Shows those edits that are in the folder. Returns the path of the page. Raises FileNotFoundError
+    if another file of the run is missing, ValueError if it is damaged or of a run without a page.
     """
     _write(Path(folder))
     return Path(folder) / "report.html"
@@ -47,17 +46,15 @@ def write_run(folder: Path, results: Mapping[str, Any], timing: Mapping[str, Any
 
 
 def _write(folder: Path) -> Report:
-    results = _json(folder / "results.json")
+    results = _json(file := folder / "results.json")
     kind = results.get("run")
     if kind not in RUNS:
-        raise ValueError(
-            f"{folder / 'results.json'}: run {kind!r} has no report page; {', '.join(RUNS)} have"
-        )
+        raise ValueError(f"{file}: run {kind!r} has no report page; {', '.join(RUNS)} have")
     try:
         report = _page(folder, results, _json(folder / "timing.json"))
         content = report.html()
     except KeyError as problem:
-        raise ValueError(f"{folder / 'results.json'}: damaged ({problem} is missing)") from None
+        raise ValueError(f"{file}: damaged ({problem} is missing)") from None
     write_atomically(folder / "report.html", content.encode())
     return report
 
@@ -112,9 +109,7 @@ def _changes(folder: Path, name: str, file: str) -> str:
         for index, old, new in zip(*first, strict=True):
             entry = [int(axis) for axis in torch.unravel_index(index, change.shape)]
             rows.append([tensor, of, entry, f"{old.item():.6g}", f"{new.item():.6g}"])
-    weights = "weight" if edit.size == 1 else "weights"
-    tensors = "tensor" if len(edit.changes) == 1 else "tensors"
-    summary = f"{name}: {edit.size:,} {weights} of {len(edit.changes)} {tensors}"
+    summary = f"{name}: {counted(edit.size, 'weight')} of {counted(len(edit.changes), 'tensor')}"
     listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
     return f"<details><summary>{escape(summary)}</summary>{listed}</details>"
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from xai_edit.pages.neutralize import NO_GAIN, SMALL, groups, shown_rows
+from xai_edit.pages.neutralize import NO_GAIN, SMALL, groups, shown_rows, with_interval
 from xai_edit.pages.unlearn import class_name, seconds, withheld
 from xai_edit.report.html import Report, Shown, repeat
-from xai_edit.report.table import Notes, Table, interval
+from xai_edit.report.table import Notes, Table, counted
 
 
 def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed: str) -> Report:
@@ -69,7 +69,7 @@ def _what(results: Mapping[str, Any]) -> str:
             "that units which only served them fall to the bottom."
         )
     if edit["epochs"] is not None:
-        epochs = "1 epoch" if edit["epochs"] == 1 else f"{edit['epochs']} epochs"
+        epochs = counted(edit["epochs"], "epoch")
         text += f" Each step ends with {epochs} of fine-tuning on {escape(edit['tuned_on'])}."
     return f"{text}</p>"
 
@@ -101,20 +101,17 @@ def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
     rows = []
     for row in shown_rows(results):
         figures = row["figures"]
-        cells = [row["method"]]
-        for part in (figures["average"], figures["worst"]):
-            cells += [part["accuracy"], interval(part["interval"])]
+        cells = [*with_interval(figures["average"]), *with_interval(figures["worst"])]
         ratios = [
             None if row[key] is None else f"{row[key] / first[key]:.1%}"
             for key in ("parameters", "operations")
         ]
-        took = seconds(timing, row["method"])
-        rows.append([*cells, figures["balanced"]["accuracy"], *ratios, took])
+        cells += [figures["balanced"]["accuracy"], *ratios, seconds(timing, row["method"])]
+        rows.append([row["method"], *cells])
     group = "group" if results["spurious"] else "class"
     ends = f"{first['figures']['bootstrap']['confidence']:.0%} interval"
     columns = ["method", "average", ends, f"worst {group}", ends, "balanced"]
-    columns += ["parameters", "operations", "seconds"]
-    return Table("on held-out images", columns, rows)
+    return Table("on held-out images", [*columns, "parameters", "operations", "seconds"], rows)
 
 
 def _sizes(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
@@ -127,7 +124,7 @@ def _sizes(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
     milliseconds = [f"{1e3 * latency[part]:.2f}" for part in ("before", "after")]
     name = f"ms for {sizes['samples']} samples"
     rows.append([name, *milliseconds, f"{latency['ratios']:.1%}"])
-    threads = f"{sizes['threads']} {'thread' if sizes['threads'] == 1 else 'threads'}"
+    threads = counted(sizes["threads"], "thread")
     caption = f"size (median of {sizes['rounds']} rounds in turn, {sizes['device']}, {threads})"
     return Table(caption, ["what", "before", "after", "of before"], rows)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from xai_edit.report.curves import curves
 from xai_edit.report.html import Report, Shown, repeat
 from xai_edit.report.map_slider import Maps, wipe
-from xai_edit.report.table import Notes, Table
+from xai_edit.report.table import Notes, Table, counted
 
 ONLY_ANSWERS = (
     "The accuracies show what the network answers, not what it still knows. Give --train-data, "
@@ -94,8 +94,8 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
     where = ", ".join(edit["layers"])
     what = "switched off" if edit["scope"] == "neuron" else "cut from the class"
     return [
-        f"class {class_name(results, one['class'])}: {one['neurons']} "
-        f"{'neuron' if one['neurons'] == 1 else 'neurons'} of {where} {what} ({one['share']:.1%})"
+        f"class {class_name(results, one['class'])}: {counted(one['neurons'], 'neuron')} of "
+        f"{where} {what} ({one['share']:.1%})"
         for one in edit["classes"]
     ]
 
@@ -103,9 +103,7 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
 def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
     columns = ["method", "on the class (A_t)", "on the rest (A_g)", "weights changed", "seconds"]
     keys = ("method", "forgotten", "rest", "weights_changed")
-    rows = [
-        [*(row[key] for key in keys), seconds(timing, row["method"])] for row in results["rows"]
-    ]
+    rows = [[*map(row.get, keys), seconds(timing, row["method"])] for row in results["rows"]]
     return Table("accuracy on held-out samples", columns, rows)
 
 

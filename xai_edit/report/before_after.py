@@ -134,10 +134,6 @@ def before_after_maps(
     scorers : mapping or sequence
         As for `compare_scorers`; those without a ``heatmap`` are left out.
 
-    Returns
-    -------
-    BeforeAfter
-
     Raises
     ------
     EditMismatchError
@@ -150,11 +146,11 @@ def before_after_maps(
     require_type(edit, ModelEdit, "edit", "give a ModelEdit")
     require_type(images, Tensor, "images", "give a tensor of inputs")
     (batch,) = batches([images])
-    wanted: Targets = partial(torch.argmax, dim=1)
-    if targets is not None:
-        wanted = targets if callable(targets) else torch.as_tensor(targets)
-        if isinstance(wanted, Tensor) and not wanted.ndim:
-            wanted = wanted.expand(len(batch))
+    if targets is None:
+        targets = partial(torch.argmax, dim=1)
+    wanted: Targets = targets if callable(targets) else torch.as_tensor(targets)
+    if isinstance(wanted, Tensor) and not wanted.ndim:
+        wanted = wanted.expand(len(batch))
 
     def explain() -> tuple[dict[str, Tensor], Tensor, Tensor]:
         inputs = batch.inputs.to(model_device(model))

@@ -86,9 +86,9 @@ def rank_matrices(comparison: Comparison, *, layers: Sequence[str] | None = None
     """
     shown = comparison.layers if layers is None else list(layers)
     names = comparison.names
-    columns = min(len(shown), 6)
+    columns, side = min(len(shown), 6), 0.42 * len(names)
     rows = math.ceil(len(shown) / max(columns, 1))
-    figure, grid = _panels(rows, columns, (0.6 + 0.42 * len(names), 1.4 + 0.42 * len(names)))
+    figure, grid = _panels(rows, columns, (0.6 + side, 1.4 + side))
     for ax in grid.flat[len(shown) :]:
         ax.set_axis_off()
     for at, (ax, layer) in enumerate(zip(grid.flat, shown, strict=False)):
@@ -117,12 +117,11 @@ def deletion_curves(panels: Mapping[str, Mapping[str, DeletionCurve]]) -> bytes:
     for ax, (title, curves) in zip(grid[0], panels.items(), strict=True):
         for name, curve in curves.items():
             at = names.index(name)
-            color = f"C{at % 10}"
             # The first are the widest, so that one which coincides with a later one is seen.
             width = max(1.2, 4.2 - 0.8 * at)
-            ax.plot(curve.shares, curve.accuracy, label=name, color=color, linewidth=width)
+            ax.plot(curve.shares, curve.accuracy, color=f"C{at % 10}", linewidth=width)
             if curve.rest is not None:
-                ax.plot(curve.shares, curve.rest, linestyle="--", linewidth=1, color=color)
+                ax.plot(curve.shares, curve.rest, "--", linewidth=1, color=f"C{at % 10}")
         ax.set(ylim=(-0.02, 1.02), xlabel="share of units off")
         ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3)

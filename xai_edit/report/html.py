@@ -77,7 +77,7 @@ def download(text: str, name: str, kind: str, content: str, label: str) -> str:
     )
 
 
-def repeat(results: Mapping[str, Any], edits: Iterable[str], more: str = "") -> str:
+def repeat(results: Mapping[str, Any], edits: Iterable[str]) -> str:
     """Return HTML on how to repeat the run: command, versions, ``results.json``, files."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
@@ -87,6 +87,6 @@ def repeat(results: Mapping[str, Any], edits: Iterable[str], more: str = "") -> 
     return (
         '<h2>Repeat it</h2><pre class="scroll" tabindex="0"><code>'
         f"{escape(results['command'])}</code></pre>"
-        f"<p>With {escape(versions)}. {escape(more)}</p>"
+        f"<p>With {escape(versions)}.</p>"
         f"<p>Figures: {link}; files beside this page: {listed or 'none'}.</p>"
     )

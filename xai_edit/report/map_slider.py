@@ -48,12 +48,11 @@ def cards(shown: Iterable[Maps]) -> str:
 
 def _card(maps: Maps) -> str:
     limit = max(float(values.abs().max()) for values in maps.relevance)
-    over = "".join(
-        _picture(_coloured(values, limit), f"relevance for {about} {when} the edit, {maps.name}")
-        for values, about, when in zip(
-            maps.relevance, maps.explained, ("before", "after"), strict=False
-        )
-    )
+    over = ""
+    sides = zip(maps.relevance, maps.explained, ("before", "after"), strict=False)
+    for values, about, when in sides:
+        text = f"relevance for {about} {when} the edit, {maps.name}"
+        over += _picture(_coloured(values, limit), text)
     pixels = (maps.image.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     return (

@@ -86,9 +86,9 @@ class Notes:
         return f"<ul>{lines}</ul>" if self.listed and lines else lines
 
 
-def interval(ends: Sequence[float]) -> str:
-    """Return an interval as a cell."""
-    return "{:.3f}–{:.3f}".format(*ends)
+def counted(number: int, thing: str) -> str:
+    """Return a number of things, such as "1 weight" or "2 weights"."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def _exact(value: Any) -> str:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.training import seeded
+from xai_edit.datasets.small_network import train
+
 CLASSES = 4
 SAMPLES = 96
 STEPS = 60
@@ -65,8 +68,7 @@ class Network(nn.Module):
         """Return the logits, shape (samples, classes)."""
         x = self.pool1(self.relu1(self.norm(self.conv1(x))))
         x = self.pool2(self.relu2(self.conv2(x)))
-        x = self.relu3(self.fc1(self.dropout(x.flatten(1))))
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(self.relu3(self.fc1(self.dropout(x.flatten(1)))))
         return logits
 
 
@@ -88,17 +90,11 @@ def _trained() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(SAMPLES) % CLASSES
     shortcut = _images(labels, (labels == 0).long(), generator)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(0)
-        model = Network().train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(shortcut), labels).backward()
-            optimizer.step()
-        optimizer.zero_grad()
+    with seeded(0), torch.inference_mode(False), torch.enable_grad():
+        how = {"epochs": STEPS, "seed": 0, "batch_size": SAMPLES}
+        model = train(Network(), shortcut, labels, learning_rate=1e-2, **how)
     marked = torch.arange(SAMPLES) // CLASSES % 2
-    return model.eval(), _images(labels, marked, generator), labels, marked
+    return model, _images(labels, marked, generator), labels, marked
 
 
 def _images(labels: Tensor, marked: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from xai_edit.core.errors import EditFileError, EditMismatchError
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.testing.example import Example, small_example
-from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times, watched
+from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times
 
 Plan: TypeAlias = Callable[[nn.Module, Any], ModelEdit]
 BATCH = 40
-TARGET = 1
-"""The class that an edit is planned for where an operator needs one."""
+TARGET = 1  # the class that an edit is planned for where an operator needs one
 
 
 def check_operator(
@@ -36,7 +35,7 @@ def check_operator(
     """Check that an operator keeps its promises; it takes about as long as some twelve plans.
 
     - Planning leaves the model, the data and the random generators of the process as they were,
-      as in `check_scorer`, also where reading the data or a forward pass of the model raises.
+      also where reading the data or a forward pass of the model raises.
     - The same model and data give the same edit, bit for bit; hooks, gradients of an earlier step,
       frozen parameters and training mode, with dropout, make no difference.
     - The edit changes on the model what it says and nothing else, and undoing it restores every
@@ -48,11 +47,10 @@ def check_operator(
     ----------
     operator : object
     plan : callable, optional
-        ``plan(model, data)`` returns a `ModelEdit`. When left out, ``operator.plan(model, data)``,
-        with ``target=1`` where it requires a target.
+        Returns a `ModelEdit` for a model and data, a list of batches ``(inputs, labels, groups)``.
+        Default: ``operator.plan``, with ``target=1`` where it requires a target.
     example : callable
         Returns the model and data, for operators that need others than those of `small_example`.
-        Data is a list of batches ``(inputs, labels, groups)``.
 
     Raises
     ------
@@ -105,9 +103,9 @@ class _Check(Promises):
         return edit
 
     def repeats_itself(self) -> ModelEdit:
-        changed = watched(model := deepcopy(self.example.model), generators=False)
+        check = self.unchanged(model := deepcopy(self.example.model), generators=False)
         first = self.planned(model)
-        self.require_none(changed(), "planning")
+        check("planning")
         again = self.planned(deepcopy(self.example.model))
         self.same(first, again, "planning again with the same model and data gives other")
         used = self.planned(lived_in(self.example, Fuse(), training=True))
@@ -147,21 +145,19 @@ class _Check(Promises):
         """Plan on a model with hooks and gradients, and raise where that leaves a trace."""
         model = lived_in(self.example, passes, training=True)
         batches = self.example.batches(BATCH)
-        changed = watched(model, [part for batch in batches for part in batch])
-        raised = False
+        check = self.unchanged(model, [part for batch in batches for part in batch])
+        hidden = False
         try:
             self.planned(model, _Batches(batches, reads))
+            hidden = passes.blown or reads.blown
         except Exception:
-            raised = passes.blown or reads.blown
-            if not raised:
+            if not (passes.blown or reads.blown):
                 raise
-        self.require_none(changed(), "planning", when)
-        hidden = not raised and (passes.blown or reads.blown)
+        check("planning", when)
         self.require(not hidden, f"plans an edit {when}, and hides the error")
 
     def changes_what_it_says(self, edit: ModelEdit) -> None:
-        model = lived_in(self.example, Fuse())
-        changed = watched(model)
+        check = self.unchanged(model := lived_in(self.example, Fuse()))
         expected = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
         for name, change in edit.changes.items():
             known = name in expected and tuple(expected[name].shape) == tuple(change.shape)
@@ -170,43 +166,42 @@ class _Check(Promises):
             what = f"the edit names entries of {name!r} twice or not in their order"
             self.require(rising, what)
             expected[name].view(-1)[change.index] = change.new.to(expected[name])
-        with self.naming(EditMismatchError, "the edit does not fit the model it was planned on"):
+        with self.naming("the edit does not fit the model it was planned on", EditMismatchError):
             edit.apply(model)
         for name, tensor in _tensors(model).items():
             what = f"applying the edit gives {name!r} other values than it says"
             self.require(bits(tensor) == bits(expected[name]), what)
         self.refused(edit.apply, model, "a model that holds it already")
-        with self.naming(EditMismatchError, "the edit cannot be undone"):
+        with self.naming("the edit cannot be undone", EditMismatchError):
             edit.undo(model)
-        self.require_none(changed(), "applying and undoing the edit")
+        check("applying and undoing the edit")
         self.refused(edit.undo, model, "to be undone on a model that does not hold it")
 
     def refuses_other_models(self, edit: ModelEdit) -> None:
         for name, change in edit.changes.items():
             other = deepcopy(self.example.model)
             with torch.no_grad():
-                tensor = _tensors(other)[name]
-                at = torch.unravel_index(change.index[:1].to(tensor.device), change.shape)
-                tensor[at] = torch.nextafter(tensor[at], torch.full_like(tensor[at], torch.inf))
+                values = _tensors(other)[name].view(-1)
+                first = values[change.index[0]]
+                first.copy_(first.nextafter(torch.full_like(first, torch.inf)))
             self.refused(edit.apply, other, f"a model whose {name!r} differs in one bit")
         self.refused(edit.apply, nn.Identity(), "a model without the parameters that it changes")
 
     def refused(self, act: Callable[[nn.Module], object], model: nn.Module, what: str) -> None:
-        changed, sentence = watched(model), f"the edit does not refuse {what}"
+        check, found = self.unchanged(model), ""
         try:
             act(model)
         except EditMismatchError:
-            self.require_none(changed(), f"the edit refuses {what}, but")
+            return check(f"the edit refuses {what}, but")
         except Exception as problem:
-            error = f"but raises {type(problem).__name__}: {problem}"
-            self.require(False, f"{sentence} with EditMismatchError, {error}")
-        else:
-            self.require(False, sentence)
+            error = f"{type(problem).__name__}: {problem}"
+            found = f" with EditMismatchError, but raises {error}"
+        raise AssertionError(f"{self.who}: the edit does not refuse {what}{found}")
 
     def survives_a_file(self, edit: ModelEdit) -> None:
         named = isinstance(edit.origin.get("operator"), str)
         self.require(named, "the edit's origin does not name its operator")
-        with self.naming((TypeError, ValueError), "the edit's origin is not JSON"):
+        with self.naming("the edit's origin is not JSON", TypeError, ValueError):
             read = json.loads(json.dumps(edit.origin, allow_nan=False))
         for key, value in edit.origin.items():
             found = read.get(key)
@@ -214,15 +209,13 @@ class _Check(Promises):
             self.require(found == value, f"the edit's origin is not JSON: {what}")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "edit.safetensors")
-            with self.naming(EditFileError, "the edit cannot be saved and loaded"):
+            with self.naming("the edit cannot be saved and loaded", EditFileError):
                 edit.save(path)
                 loaded = ModelEdit.load(path)
             self.same(edit, loaded, "saving and loading the edit gives other")
 
     @contextmanager
-    def naming(
-        self, errors: type[Exception] | tuple[type[Exception], ...], sentence: str
-    ) -> Iterator[None]:
+    def naming(self, sentence: str, *errors: type[Exception]) -> Iterator[None]:
         """Turn errors into the promise that they break."""
         try:
             yield

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from textwrap import shorten
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,10 @@ from xai_edit.lrp.lrp import Scorer, describe
 from xai_edit.scoring.criteria import Activation
 from xai_edit.scoring.unit_scores import UnitScores, score_units
 from xai_edit.testing.example import Example, small_example
-from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times, watched
+from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times
 
-FEW = 7
-"""How many samples of the example are scored."""
-ROUNDING = 1e-9
-"""How far scores in float64 may differ, as a share of the layer's largest."""
+FEW = 7  # samples of the example that are scored
+ROUNDING = 1e-9  # of the layer's largest score: how far scores in float64 may differ
 
 
 def check_scorer(
@@ -34,8 +33,7 @@ def check_scorer(
       parameters make no difference.
     - It leaves the model (hooks, parameters, buffers, gradients, modes, attributes), the data and
       the random generators of the process as they were, also where the model raises in one of its
-      forward passes or a target is no class of the model. `score_units` restores a model anyway;
-      a scorer that passes here may be called without it.
+      forward passes or a target is no class of the model.
     - A sample's scores do not depend on its batch: in float64, batches of one, of three and of all
       samples agree within 1e-9 of the layer's largest score, and `score_units` returns their sum.
       A scorer whose scores are of a batch says ``per_sample = False``.
@@ -82,9 +80,9 @@ class _Check(Promises):
         """Return the scores of samples of the example; a copy of its model is scored by default."""
         model = deepcopy(self.example.model) if model is None else model
         inputs, labels = self.example.inputs[part].clone(), self.example.labels[part].clone()
-        changed = watched(model, generators=False)
+        check = self.unchanged(model, generators=False)
         scores = self.call(model, inputs, labels)
-        self.require_none(changed())
+        check()
         what = f"gives a {type(scores).__name__}, not a mapping from layer names to tensors"
         self.require(isinstance(scores, Mapping), what)
         return scores
@@ -93,12 +91,12 @@ class _Check(Promises):
         scores, example = self.scores(), self.example
         weights = next(example.model.parameters())
         units = self.summed(Activation(), FEW)
+        samples = len(example.inputs) if self.needs_data else 1
         for name in example.layers:
-            values: object = scores.get(name)
-            if not isinstance(values, Tensor):
-                got = f"a {type(values).__name__}" if name in scores else "nothing"
-                raise AssertionError(f"{self.who}: gives {got} for layer {name!r}, not a tensor")
-            samples = len(example.inputs) if self.needs_data else 1
+            values: Any = scores.get(name)
+            got = f"a {type(values).__name__}" if name in scores else "nothing"
+            what = f"gives {got} for layer {name!r}, not a tensor"
+            self.require(isinstance(values, Tensor), what)
             found = (*values.shape,), values.dtype, str(values.device)
             expected = (samples, len(units[name])), weights.dtype, str(weights.device)
             what = f"scores of layer {name!r} are {found}, expected {expected}: (samples, units)"
@@ -135,13 +133,13 @@ class _Check(Promises):
         model, raised = lived_in(self.example, fuse), None
         inputs = self.example.inputs.clone()
         targets = (self.example.labels if labels is None else labels).clone()
-        changed = watched(model, (inputs, targets))
+        check = self.unchanged(model, (inputs, targets))
         try:
             self.call(model, inputs, targets)
         except Exception as problem:
             raised = problem
         if when or raised is None:
-            self.require_none(changed(), "", when)
+            check("", when)
         return raised
 
     def ignores_hooks_and_gradients(self) -> None:

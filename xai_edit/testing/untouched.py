@@ -58,34 +58,9 @@ def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Modu
     return model
 
 
-def watched(
-    model: nn.Module, data: Iterable[Tensor] = (), *, generators: bool = True
-) -> Callable[[], str | None]:
-    """Return a function that returns the first thing that has changed since, or None.
-
-    Without ``generators`` the global random generators may change: a first call may import
-    packages that draw numbers.
-    """
-    data = list(data)
-    before = _state(model, data, generators)
-
-    def changed() -> str | None:
-        after = _state(model, data, generators)
-        for what in [*after, *before]:
-            if what not in after:
-                return f"takes away {what}"
-            if what not in before:
-                return f"leaves behind {what}"
-            if before[what] != after[what]:
-                return f"changes {what}"
-        return None
-
-    return changed
-
-
 @dataclass
 class Promises:
-    """The promises of a scorer or an operator, whose name begins each message."""
+    """The promises of a scorer or an operator, whose name ``who`` begins each message."""
 
     who: str
 
@@ -94,26 +69,31 @@ class Promises:
         if not kept:
             raise AssertionError(f"{self.who}: {sentence}")
 
-    def require_none(self, change: str | None, doing: str = "", when: str = "") -> None:
-        """Raise AssertionError where something has changed, as `watched` names it."""
-        self.require(change is None, f"{doing} {change} {when}".strip())
+    def unchanged(
+        self, model: nn.Module, data: Iterable[Tensor] = (), *, generators: bool = True
+    ) -> Callable[..., None]:
+        """Return a function that raises AssertionError with the first thing that has changed.
+
+        Its arguments are the words before and after it. Without ``generators`` the global random
+        generators may change: a first call may import packages that draw numbers.
+        """
+        data = list(data)
+        before = _state(model, data, generators)
+
+        def check(doing: str = "", when: str = "") -> None:
+            after = _state(model, data, generators)
+            for what in [*after, *before]:
+                verb = "changes" if what in before else "leaves behind"
+                verb = verb if what in after else "takes away"
+                same = what in before and what in after and before[what] == after[what]
+                self.require(same, f"{doing} {verb} {what} {when}".strip())
+
+        return check
 
 
 def bits(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor's values, in which -0.0 is not 0.0 and a NaN equals itself."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-class _Same:
-    """Equal where the object is the same one; keeps the object alive."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _state(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, Any]:
@@ -125,7 +105,7 @@ def _state(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, 
     }
     for name, module in model.named_modules():
         layer = f"layer {name!r}" if name else "the model"
-        state[f"the module {name!r}"] = _Same(module), type(module)
+        state[f"the module {name!r}"] = _same(module), type(module)
         state[f"the training mode of {layer}"] = module.training
         for attribute, value in vars(module).items():
             if attribute not in COMPARED:
@@ -135,12 +115,12 @@ def _state(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, 
         for key, tensor in named(remove_duplicate=False):
             name = f"{kind} {key!r}"
             layout = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
-            state[name] = _Same(tensor), layout
+            state[name] = _same(tensor), layout
             state[f"the values of {name}"] = bits(tensor)
             state[f"requires_grad of {name}"] = tensor.requires_grad
             state[f"the gradient of {name}"] = _content(tensor.grad)
-            hooks = [getattr(tensor, registry, None) or {} for registry in TENSOR_HOOKS]
-            state[f"the hooks of {name}"] = [_entries(registry) for registry in hooks]
+            hooks = [_entries(getattr(tensor, one, None) or {}) for one in TENSOR_HOOKS]
+            state[f"the hooks of {name}"] = hooks
     for at, tensor in enumerate(data):
         content = bits(tensor), tensor.shape, tensor.requires_grad
         state[f"the data it was given (tensor {at})"] = content
@@ -159,8 +139,13 @@ def _words(attribute: str) -> str:
     return attribute.strip("_").replace("_", " ")
 
 
-def _entries(registry: Mapping[Any, object]) -> list[tuple[Any, _Same]]:
-    return [(key, _Same(value)) for key, value in registry.items()]
+def _same(value: object) -> tuple[int, object]:
+    """Return a tuple that equals only that of the same object, and keeps the object alive."""
+    return id(value), value
+
+
+def _entries(registry: Mapping[Any, object]) -> list[tuple[Any, object]]:
+    return [(key, _same(value)) for key, value in registry.items()]
 
 
 def _content(value: object) -> Any:
@@ -168,9 +153,9 @@ def _content(value: object) -> Any:
     if isinstance(value, (int, float, str, bytes, type(None))):
         return repr(value)
     if isinstance(value, Tensor):
-        return _Same(value), bits(value)
+        return _same(value), bits(value)
     if isinstance(value, Mapping):
-        return _Same(value), _entries(value)
+        return _same(value), _entries(value)
     if isinstance(value, (list, set, tuple)):
-        return _Same(value), [_Same(one) for one in value]
-    return _Same(value)
+        return _same(value), [_same(one) for one in value]
+    return _same(value)
