@@ -216,11 +216,7 @@ def test_a_class_without_samples_is_refused(plain, batches):
 def test_a_grouped_convolutions_inputs_are_refused(batches):
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3, groups=4),
-        nn.Flatten(),
-        nn.Linear(64, 10),
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(64, 10)
     )
     nn.init.ones_(model[4].bias[TARGET:][:1])
     with pytest.raises(ValueError, match="grouped"):

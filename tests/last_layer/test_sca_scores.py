@@ -40,10 +40,7 @@ def test_accumulated_gradients_equal_autograd_of_each_sample(seed, signed, biase
         scores = edge_scores(x, labels, weight, bias if biased else None, output=output)
         for c in range(5):
             torch.testing.assert_close(
-                scores.gradients[c],
-                gradients[labels == c, output].abs().sum(0),
-                rtol=1e-6,
-                atol=0,
+                scores.gradients[c], gradients[labels == c, output].abs().sum(0), rtol=1e-6, atol=0
             )
             torch.testing.assert_close(
                 scores.activations[c], x[labels == c].abs().sum(0), rtol=1e-12, atol=0

@@ -216,11 +216,7 @@ def _scored(
 
 
 def _curves(
-    model: nn.Module,
-    data: Data,
-    scores: dict[str, UnitScores],
-    layer: str,
-    options: dict[str, Any],
+    model: nn.Module, data: Data, scores: dict[str, UnitScores], layer: str, options: dict[str, Any]
 ) -> dict[str, DeletionCurve]:
     """Measure the curve of each different ranking once; return them by scorer."""
     curves: dict[tuple[int, ...], DeletionCurve] = {}

@@ -7,14 +7,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.checks import finite, in_range, with_labels
 from xai_edit.core.counting import add_counts, count_by_group
-from xai_edit.core.data import (
-    Attribute,
-    Data,
-    attribute_of,
-    batches,
-    check_length,
-    model_device,
-)
+from xai_edit.core.data import Attribute, Data, attribute_of, batches, check_length, model_device
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
 from xai_edit.evaluation.accuracy import Accuracy, check_train_samples
@@ -22,11 +15,7 @@ from xai_edit.last_layer.head import HeadFeatures
 
 
 def evaluate_groups(
-    model: nn.Module,
-    data: Data,
-    *,
-    groups: Attribute = None,
-    train_samples: Tensor | None = None,
+    model: nn.Module, data: Data, *, groups: Attribute = None, train_samples: Tensor | None = None
 ) -> Accuracy:
     """Count right answers by class and attribute, in one pass.
 

@@ -38,11 +38,7 @@ class Attack:
 
 
 def forgetting_rates(
-    trained: Mapping[str, Tensor],
-    unseen: Mapping[str, Tensor],
-    *,
-    target: Sequence[int],
-    seed: int,
+    trained: Mapping[str, Tensor], unseen: Mapping[str, Tensor], *, target: Sequence[int], seed: int
 ) -> tuple[Attack, dict[str, float]]:
     """Fit the attack on the unedited network; return it and F_r of each network, none if withheld.
 
