@@ -91,8 +91,7 @@ class LastLayerRetraining:
         pairs, cells, sizes = np.unique(groups, axis=0, return_inverse=True, return_counts=True)
         cells = cells.reshape(-1)  # NumPy 2.0.0 gave it a second axis
         tuned: dict[str, Any] = {}
-        strength = self.C
-        if strength == "auto":
+        if self.C == "auto":
             if sizes.min() < 2:
                 raise ValueError(
                     f"data: one sample of (class, feature) {tuple(pairs[sizes.argmin()].tolist())};"
@@ -101,6 +100,8 @@ class LastLayerRetraining:
             worst = self._worst_groups(x, y, cells)
             strength = max(STRENGTHS, key=lambda C: worst[C])
             tuned = {"penalty": "l1", "tuned": {str(C): value for C, value in worst.items()}}
+        else:
+            strength = self.C
         weight, bias = self._averaged(x, y, cells, strength, lasso=bool(tuned))
         values = {
             head.parameter(kind): (torch.arange(new.size), torch.from_numpy(new).flatten())

@@ -249,8 +249,9 @@ def removal_doses(
         edited[:, row] = logits[:, row]
         reached = -torch.inf
         for only in [None] * n_weights if columns is None else [[at] for at in columns[row]]:
-            given = {"logits": edited[judged], "columns": only, "added": doses[row]}
-            found, accuracy = best_dose(part, row, own, objective, **given)
+            found, accuracy = best_dose(
+                part, row, own, objective, logits=edited[judged], columns=only, added=doses[row]
+            )
             if float(objective(accuracy)) <= reached:
                 break
             reached = float(objective(accuracy))

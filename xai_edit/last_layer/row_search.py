@@ -84,5 +84,6 @@ def _exact_weight(
     objective: EditObjective, row: int, others: Weights, columns: Mapping[int, int] | None = None
 ) -> EditedWeight:
     """Return the best weight of a row in closed form; ``columns`` keeps the column of each row."""
-    given = {"logits": objective.logits(others), "columns": columns and [columns[row]]}
-    return best_dose(objective.samples, row, *objective.of_accuracies, **given)[0]
+    logits, kept = objective.logits(others), None if columns is None else [columns[row]]
+    groups, wanted = objective.of_accuracies
+    return best_dose(objective.samples, row, groups, wanted, logits=logits, columns=kept)[0]
