@@ -33,11 +33,9 @@ def evaluate_groups(
 
     Raises
     ------
-    ValueError
+    ValueError, NonFiniteError
         If labels are missing, a class or an attribute is out of range, or ``train_samples`` does
-        not fit the data.
-    NonFiniteError
-        If an input or a logit is NaN or infinite.
+        not fit the data; if an input or a logit is NaN or infinite.
     """
     if train_samples is not None:
         check_train_samples(train_samples)
@@ -65,8 +63,7 @@ def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) ->
 
     ``evaluate_head(head.edited(edit))`` is the accuracy of the network with an edit of its last
     layer. Logits are in float64, so that two may differ that are equal in the network. The groups
-    are by the features' attribute, if they have one; labels are needed. Errors as for
-    `evaluate_groups`.
+    are by the features' attribute, if they have one. Errors as for `evaluate_groups`.
     """
     labels, logits = head.require_labels(), head.logits()
     predicted = finite(logits, "head: its logits").argmax(1)

@@ -76,19 +76,9 @@ def relearning_curves(
     of the other rows, which takes no knowledge. Otherwise a single huge weight, or a masked logit,
     would pass for forgetting although nothing is easier to undo.
 
-    Parameters
-    ----------
-    models, heads, start : mapping
-        Name → network, which is only copied, last linear layer where there is one, and accuracy at
-        step 0.
-    train : mapping
-        ``inputs`` and ``labels``, on the CPU.
-    test : iterable or Dataset
-        Read once for each step that is measured, for all networks together.
-    steps, target : sequence of int
-        The steps to measure after, and the forgotten classes.
-    seed : int
-        Of the order of the batches.
+    ``heads`` has the last linear layers, where there is one, and ``start`` the accuracy at step 0,
+    by the networks' names; ``train`` has ``inputs`` and ``labels``, on the CPU. ``test`` is read
+    once for each step that is measured. The seed is that of the order of the batches.
     """
     copies = {name: copied(model) for name, model in models.items()}
     optimizers = {}

@@ -32,21 +32,12 @@ class Divergence:
 class NetworkFigures:
     """The figures of one network.
 
-    Attributes
-    ----------
-    train, test : SplitAccuracy
-    forgetting_rate_train : float or None
-        F_r: the share of the forgotten classes' training samples that a membership attack calls
-        unseen. None where it is withheld; `Unlearning.attack` has the reason.
-    divergence_test : Divergence or None
-        On test samples; None without a retrained network, and for itself.
-    probe_test : float or None
-        Recall of the forgotten classes on test samples by a logistic regression on the inputs of
-        the network's last linear layer, fitted on training samples.
-    probe_withheld : str or None
-        Why there is no probe; None where there is one.
-    relearning_test : Relearning or None
-        None with ``relearn=()``, and for the network before the edit.
+    ``forgetting_rate_train`` is F_r, the share of the forgotten classes' training samples that a
+    membership attack calls unseen; `Unlearning.attack` says why where it is None. ``probe_test`` is
+    the recall of the forgotten classes on test samples by a logistic regression on the inputs of
+    the last linear layer, fitted on training samples; ``probe_withheld`` says why where it is None.
+    ``divergence_test`` is None without a retrained network and for itself, ``relearning_test`` with
+    ``relearn=()`` and before the edit.
     """
 
     train: SplitAccuracy
@@ -73,16 +64,11 @@ class Unlearning:
         The membership attack behind F_r.
     probe_train_samples : int
         Training samples that the probe was fitted on, balanced over the classes as far as possible.
-    weights_changed : int or None
-        None where the edited network has other parameters than the original one.
-    parameters : int
-        Of the original network.
-    seed : int
-    cost : Cost or None
-        Of the edit itself.
-    evaluation : dict of Cost
-        Of each part of this evaluation: ``train`` and ``test`` (one pass each), ``probe``,
-        ``attack``, ``relearning``.
+    weights_changed, parameters : int or None, int
+        Of the original network; None where the edited one has other parameters.
+    cost, evaluation : Cost or None, dict of Cost
+        Of the edit, and of the parts of this evaluation: ``train`` and ``test`` (one pass each),
+        ``probe``, ``attack``, ``relearning``.
     """
 
     target: tuple[int, ...]
