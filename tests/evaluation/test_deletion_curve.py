@@ -138,7 +138,7 @@ def test_the_area_is_that_of_scikit_learn(plain, batches):
 
 def test_lrp_finds_the_units_of_a_class_and_the_order_matters(plain, digits):
     images, labels = digits
-    held_out = [(images[400:1000], labels[400:1000])]
+    held_out = [(images[400:700], labels[400:700])]
     areas = {"most": [], "least": [], "random": []}
     for target in range(10):
         own = [images[:400][labels[:400] == target]]

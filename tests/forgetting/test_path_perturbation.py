@@ -1,9 +1,7 @@
 """Neuronal path perturbation: which neurons, and that they are really off."""
 
 import dataclasses
-from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -13,7 +11,6 @@ from xai_edit import (
     LRP,
     Activation,
     LogitMask,
-    ModelEdit,
     PathPerturbation,
     evaluate_groups,
     score_units,
@@ -165,24 +162,11 @@ def test_mixed_filtered_and_unlabelled_samples_plan_the_same(plain, batches):
     assert changed(operator.plan(plain, iter(batches), target=TARGET)) == changed(mixed)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        *(({"share": share}, r"share.*\(0, 1\]") for share in (0, 1.2, float("nan"), "0.2", None)),
-        ({"rank": "most"}, "rank"),
-        ({"rank": "count"}, "k: None"),
-        ({"k": 3}, "k: 3"),
-        ({"scope": "all"}, "scope"),
-        ({"bound": 1.0}, "bound"),
-        ({"bound": float("nan")}, "bound"),
-        ({"noise": "uniform"}, "noise"),
-        ({"noise": "gaussian", "scale": 0}, "scale"),
-        ({"noise": "gaussian", "share": "auto"}, "share: 'auto'"),
-    ],
-)
-def test_unknown_choices_are_refused(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        PathPerturbation(**arguments)
+def test_choices_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match="k: None"):
+        PathPerturbation(rank="count")
+    with pytest.raises(ValueError, match="share: 'auto'"):
+        PathPerturbation(noise="gaussian", share="auto")
 
 
 REFUSED = {
@@ -588,17 +572,6 @@ def test_cached_features_spare_the_pass(plain, digits, batches):
     assert (found.forgotten, found.rest) == (expected.forgotten, expected.rest)
     with pytest.raises(ValueError, match="cached inputs of 'head'"):
         PathPerturbation("conv2").sweep(plain, batches, validation=cached, **settings)
-
-
-@pytest.mark.parametrize("kind", [np.float32, torch.tensor, Fraction])
-def test_numbers_of_other_libraries_are_saved_with_the_edit(plain, batches, tmp_path, kind):
-    operator = PathPerturbation(share=kind(0.25), noise="gaussian", scale=kind(0.5))
-    edit = operator.plan(plain, batches, target=TARGET)
-    edit.save(tmp_path / "edit.safetensors")
-    assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
-    assert (edit.origin["share"], edit.origin["scale"]) == (0.25, 0.5)
-    operator = PathPerturbation(share="auto", bound=kind(0.5))
-    operator.plan(plain, batches, target=TARGET).save(tmp_path / "auto.safetensors")
 
 
 @pytest.mark.parametrize("layer", ["fc1", "conv2"])

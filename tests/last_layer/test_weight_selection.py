@@ -141,18 +141,6 @@ def test_further_exact_weights_are_taken_while_they_help(seed, n_weights):
     assert reached == sorted(reached, reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("select", "best"), ("rate", "least"), ("rate", {0: 50})),
-        *(("aim", "fairness"), ("tolerance", -0.1)),
-    ],
-)
-def test_what_is_no_choice_of_the_fictitious_class_is_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        FictitiousClass(**{name: value})
-
-
 def test_exact_has_no_indifference_and_no_sweep():
     with pytest.raises(ValueError, match="aim: 'indifference' goes with the other selections"):
         FictitiousClass("exact", aim="indifference")
@@ -204,7 +192,7 @@ def test_several_values_need_a_name():
         FictitiousClass().plan(model_of(head), head, fictitious=[0, 2])
 
 
-def both_ways(seed=0, samples=400):
+def both_ways(seed=0, samples=200):
     """Two classes, each leaning on one of two backgrounds; feature 0 and 1 tell the background."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % 2
@@ -335,9 +323,8 @@ def test_the_feature_no_longer_raises_the_probability(select):
 
     def raised(weight):
         probability = (head.features @ weight.T).softmax(1)[:, 1]
-        return float((probability[head.attribute == 1]).mean()) - float(
-            probability[head.attribute == 0].mean()
-        )
+        with_it, without = (probability[head.attribute == value].mean() for value in (1, 0))
+        return float(with_it - without)
 
     weight = head.weight.clone()
     assert edit.origin["raised"]["before"] == pytest.approx(raised(weight))

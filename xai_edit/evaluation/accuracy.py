@@ -151,8 +151,8 @@ class Accuracy:
     def train_weighted(self) -> float | None:
         """Mean of the group accuracies, each weighted by its share of the training data.
 
-        What the literature on group robustness calls average (Sagawa et al. 2020, *Distributionally
-        Robust Neural Networks for Group Shifts*). None without ``train_samples``.
+        The average of Sagawa et al. 2020, *Distributionally Robust Neural Networks for Group
+        Shifts*. None without ``train_samples``.
         """
         weights = self._weights().get("train_weighted")
         if weights is None:

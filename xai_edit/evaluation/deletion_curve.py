@@ -49,7 +49,7 @@ class DeletionCurve:
     accuracy, logit, probability : tuple of float
         Accuracy, mean logit and mean probability of the label, over the samples of the target.
     rest : tuple of float, or None
-        Accuracy over the samples of all other classes; None where there are none.
+        Accuracy over the samples of all other classes, where there are some.
     """
 
     layers: tuple[str, ...]
@@ -64,10 +64,7 @@ class DeletionCurve:
 
     @property
     def area(self) -> float:
-        """Area under the accuracy, divided by the span of shares: the mean accuracy on the way.
-
-        Lower is better for ``order="most"``, higher for ``"least"``.
-        """
+        """Mean accuracy over the shares; lower is better, higher with ``order="least"``."""
         return float(trapezoid(self.accuracy, self.shares)) / (self.shares[-1] - self.shares[0])
 
     def to_dict(self) -> dict[str, Any]:

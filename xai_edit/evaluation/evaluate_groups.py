@@ -22,12 +22,12 @@ def evaluate_groups(
     Parameters
     ----------
     model : nn.Module
-        A classifier. Left exactly as it was.
+        A classifier; only read.
     data : iterable or Dataset
         Labelled batches.
     groups : callable, Tensor or None
-        The attribute of each sample, a whole number from 0; see `xai_edit.core.data.Attribute`.
-        Without any the groups are the classes.
+        The attribute of each sample, from 0; see `xai_edit.core.data.Attribute`. Without any the
+        groups are the classes.
     train_samples : Tensor, int64, shape (classes, attributes), optional
         Samples of each group in the training data, for the train-weighted average.
 

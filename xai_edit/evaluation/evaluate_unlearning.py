@@ -61,7 +61,7 @@ def evaluate_unlearning(
     Parameters
     ----------
     model : nn.Module
-        The original classifier. Left exactly as it was, like the other networks.
+        The original classifier; only read, like the other networks.
     edit : ModelEdit or nn.Module
         An edit of ``model``, not applied; or the unlearned network itself.
     train, test : iterable or Dataset

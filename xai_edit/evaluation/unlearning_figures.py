@@ -105,17 +105,17 @@ class Unlearning:
             for split in (self.before.train, self.before.test)
         )
         samples = f"{train} training samples, {test} test samples"
-        lines = [
-            f"{classes} {', '.join(map(str, self.target))}: {samples}",
-            "",
-            aligned(self._table()),
-            "",
-            *self._notes(),
-            "",
-        ]
-        if any(one.relearning_test for one in self.networks.values()):
-            lines += [aligned(self._curves()), ""]
-        lines += [aligned(self._classes()), "", self._changed()]
+        lines = [f"{classes} {', '.join(map(str, self.target))}: {samples}", ""]
+        lines += [aligned(self._table()), "", *self._notes(), ""]
+        if curves := self._curves():
+            lines += [aligned(curves), ""]
+        lines += [aligned(self._classes()), ""]
+        if self.weights_changed is None:
+            lines.append("weights changed: not counted, the edited network has other parameters")
+        else:
+            share = self.weights_changed / self.parameters if self.parameters else 0.0
+            counts = f"{self.weights_changed} of {self.parameters} ({share:.3%})"
+            lines.append(f"weights changed: {counts}")
         if self.cost is not None:
             lines.append(f"the edit took {self.cost}")
         parts = "; ".join(f"{part} {cost}" for part, cost in self.evaluation.items())
@@ -155,22 +155,20 @@ class Unlearning:
         return lines
 
     def _curves(self) -> list[list[Any]]:
-        curves = {name: one.relearning_test for name, one in self.networks.items()}
         rows: list[list[Any]] = []
-        for name, curve in curves.items():
-            if curve is not None:
+        for name, network in self.networks.items():
+            if (curve := network.relearning_test) is not None:
+                rows = rows or [["relearning, test; step", *curve.steps]]
                 rows.append([f"  {name}, A_t", *curve.forgotten])
                 rows.append([f"  {name}, A_g", *curve.rest])
-                steps = curve.steps
-        return [["relearning, test; step", *steps], *rows]
+        return rows
 
     def _classes(self) -> list[list[Any]]:
-        before, after = self.before, self.after
-        splits = (before.train, after.train, before.test, after.test)
-        columns = [split.classes for split in splits]
+        pair = self.before, self.after
+        columns = [getattr(one, split).classes for split in ("train", "test") for one in pair]
 
         def change(one: int) -> tuple[bool, float]:
-            old, new = before.test.classes[one], after.test.classes[one]
+            old, new = columns[2][one], columns[3][one]
             moved = 0.0 if old is None or new is None else abs(new - old)
             return one not in self.target, -moved
 
@@ -184,9 +182,3 @@ class Unlearning:
             mark = "  forgotten" if one in self.target else ""
             rows.append([f"  {one}{mark}", *(column[one] for column in columns)])
         return rows
-
-    def _changed(self) -> str:
-        if self.weights_changed is None:
-            return "weights changed: not counted, the edited network has other parameters"
-        share = self.weights_changed / self.parameters if self.parameters else 0.0
-        return f"weights changed: {self.weights_changed} of {self.parameters} ({share:.3%})"

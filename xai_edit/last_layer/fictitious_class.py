@@ -131,24 +131,19 @@ class FictitiousClass:
         head, objective, left_alone = self._prepared(
             fictitious, target, model, data, attribute, validation
         )
-        exact = self.select == "exact"
-        weights, reported = (
-            exact_weights(objective) if exact else (self._weights(head, objective), {})
-        )
+        exact, rate = self.select == "exact", self.rate
+        found = exact_weights(objective) if exact else (self._weights(head, objective), {})
+        weights, reported = found
         before, after = objective.figures({}), objective.figures(weights)
-        rate: Any = self.rate
         if isinstance(rate, Mapping):
             rate = {str(row): rate[row] for row in objective.values}  # as JSON has it
-        origin = {
-            "operator": "FictitiousClass",
-            "select": self.select,
-            "rate": rate,
-            "aim": self.aim,
-            "samples": len(head.features),
-            **{name: {"before": before[name], "after": after[name]} for name in after},
-            **reported,
-            **({"left_alone": left_alone} if left_alone else {}),
-        }
+        origin: dict[str, Any]
+        origin = {"operator": "FictitiousClass", "select": self.select, "rate": rate}
+        origin |= {"aim": self.aim, "samples": len(head.features)}
+        origin |= {name: {"before": before[name], "after": after[name]} for name in after}
+        origin |= reported
+        if left_alone:
+            origin["left_alone"] = left_alone
         if not weights:
             origin["reason"] = f"no edit of one weight {EFFECTS[self.aim]} on validation data"
         rows = [

@@ -29,10 +29,9 @@ ANCHOR_QUANTILE = 1e-3
 
 
 def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float | Tensor = 1.0) -> Tensor:
-    """Return the value that turns the hyperplane of ``row`` about one axis (Eq. 7 and 8).
+    """Return the value that turns the hyperplane of ``row``, w, about the axis of ``column``, j.
 
-    ``row`` holds the weights w of one output, shape (d,), ``column`` is j, ``rate`` r in [0, 1].
-    At rate 1 the normals (w, −1) before and after are orthogonal. Eq. 8 simplifies to
+    At ``rate`` r = 1 the normals (w, −1) before and after are orthogonal. Eq. 8 simplifies to
     w_j − r (‖w‖² + 1) / w_j and crosses zero at r = w_j² / (‖w‖² + 1).
     """
     w = row.double()
@@ -42,8 +41,7 @@ def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float | Tensor = 
 def editable(row: Tensor, mean_feature: Tensor) -> Tensor:
     """Return which weights of a row Eq. 7 may change, bool, shape (d,).
 
-    Those that are not nearly zero and add to the output, w_j · E[x_j] > 0: an edge that lowers the
-    class would raise it when flipped.
+    They add to the output, w_j · E[x_j] > 0, or they would raise it when flipped; none is tiny.
     """
     return (row * mean_feature > 0) & (row.abs() >= SMALLEST_WEIGHT * row.abs().max())
 
