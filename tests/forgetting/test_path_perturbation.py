@@ -191,10 +191,11 @@ def test_layers_k_and_classes_that_the_model_does_not_have_are_refused(plain, ba
         PathPerturbation(**arguments).plan(plain, batches, target=target)
 
 
-def test_a_class_without_samples_is_refused(plain, batches):
-    data = [(x[y != TARGET], y[y != TARGET]) for x, y in batches]
-    with pytest.raises(ValueError, match=f"class {TARGET} is absent"):
-        PathPerturbation().plan(plain, data, target=TARGET)
+def test_a_class_without_samples_to_plan_from_or_to_measure_on_is_refused(plain, batches):
+    without = [(x[y != TARGET], y[y != TARGET]) for x, y in batches]
+    for data, held, share in ((without, None, 0.2), (batches, without, "auto")):
+        with pytest.raises(ValueError, match=f"class {TARGET} is absent"):
+            PathPerturbation(share=share).plan(plain, data, target=TARGET, validation=held)
 
 
 def test_a_grouped_convolutions_inputs_are_refused(batches):
@@ -554,12 +555,6 @@ def test_what_auto_cannot_reach_is_said_with_what_would_reach_it(shared_path):
         dataclasses.replace(rows, bound=0.1).plan(model, data, target=0)
     with pytest.raises(ValueError, match=r"class_row' comes to 0\.333"):
         PathPerturbation(share="auto", bound=0.1).plan(model, data, target=0)
-
-
-def test_a_class_without_samples_to_measure_on_is_refused(plain, batches):
-    held = [(x[y != TARGET], y[y != TARGET]) for x, y in batches]
-    with pytest.raises(ValueError, match="class 3 is absent"):
-        PathPerturbation(share="auto").plan(plain, batches, target=TARGET, validation=held)
 
 
 def test_cached_features_spare_the_pass(plain, digits, batches):

@@ -57,14 +57,19 @@ def heads(draw, ties=False, groups=3):
     return head, member, draw(st.integers(0, classes - 1))
 
 
-def edited_accuracy(head, row, column, dose, groups):
-    """Accuracy of each group with the weight edited: plain argmax of the edited head."""
+def edited_right(head, doses):
+    """Which samples are right with weights edited: plain argmax of the edited head."""
     weight = head.weight.double().clone()
-    weight[row, column] += dose
-    logits = head.features.double() @ weight.T
-    if head.bias is not None:
-        logits = logits + head.bias.double()
-    right = (logits.argmax(1) == head.labels).double()
+    for row, added in doses.items():
+        for column, dose in added.items():
+            weight[row, column] += dose
+    bias = 0 if head.bias is None else head.bias.double()
+    return ((head.features.double() @ weight.T + bias).argmax(1) == head.labels).double()
+
+
+def edited_accuracy(head, row, column, dose, groups):
+    """Accuracy of each group with one weight edited."""
+    right = edited_right(head, {row: {column: dose}})
     return torch.stack([right[groups == g].mean() for g in groups.unique()])
 
 
@@ -134,13 +139,7 @@ def test_the_best_worst_group_is_the_brute_force_optimum_within_the_bound(proble
 
 def jointly(head, doses):
     """Accuracy on the classes that stay and on those removed, all doses applied together."""
-    weight = head.weight.double().clone()
-    for row, added in doses.items():
-        for column, dose in added.items():
-            weight[row, column] += dose
-    bias = 0 if head.bias is None else head.bias.double()
-    right = ((head.features.double() @ weight.T + bias).argmax(1) == head.labels).double()
-    gone = torch.isin(head.labels, torch.tensor([*doses]))
+    right, gone = edited_right(head, doses), torch.isin(head.labels, torch.tensor([*doses]))
     return float(right[~gone].mean()), float(right[gone].mean())
 
 

@@ -63,7 +63,7 @@ def test_one_class_is_removed_by_each_selection(coloured, tmp_path):
 
 def test_several_classes_are_removed(coloured, tmp_path, monkeypatch):
     monkeypatch.setattr(removal, "DRAWS", 2)
-    results, told = run("fcr-multi", options(tmp_path, tmp_path))
+    results, told = run("fcr-multi", options(tmp_path, tmp_path, limit=40))
     (seed,) = results["seeds"].values()
     assert {row["count"] for row in seed["rows"]} == {2, 4, 6, 8}
     before = np.array(seed["before"])
@@ -76,7 +76,7 @@ def test_several_classes_are_removed(coloured, tmp_path, monkeypatch):
 
 
 def test_digits_are_removed_from_odd_and_even(as_mnist, tmp_path):
-    given = options(as_mnist, tmp_path, classes=(0, 7))
+    given = options(as_mnist, tmp_path, classes=(0, 7), limit=40)
     results, told = run("fcr-parity", given)
     (seed,) = results["seeds"].values()
     for row in seed["curves"]:
@@ -95,7 +95,7 @@ def test_digits_are_removed_from_odd_and_even(as_mnist, tmp_path):
 def test_coloured_digits_lean_less_on_their_colour(as_mnist, tmp_path, monkeypatch):
     one = replace(CATALOGUE["fcr-colored"], strengths=(0.95,), upweight=2)
     monkeypatch.setitem(CATALOGUE, "fcr-colored", one)
-    results, told = run("fcr-colored", options(as_mnist, tmp_path, limit=200))
+    results, told = run("fcr-colored", options(as_mnist, tmp_path, limit=40))
     rows = {row["method"]: row for row in results["seeds"]["0"]["0.95"]["rows"]}
     assert {*rows} == {"unedited (ERM)", *one.methods}
     rows = {method: row for method, row in rows.items() if "refused" not in row}

@@ -285,14 +285,13 @@ def _on_class(
     ascend: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train a copy on the class's samples alone, with ``labels``; return it and its origin."""
-    batch_size = whole_number(options["batch_size"], "batch_size", least=1)
-    generator = torch.Generator().manual_seed(seed)
+    settings, generator = dict(options), torch.Generator().manual_seed(seed)
+    batch_size = whole_number(settings.pop("batch_size"), "batch_size", least=1)
 
     def epoch(_: int) -> Iterator[Batch]:
         for rows in torch.randperm(len(chosen), generator=generator).split(batch_size):
             yield Batch(chosen.inputs[rows], labels[rows])
 
-    settings: dict[str, Any] = {name: options[name] for name in ("epochs", "learning_rate")}
     edited, steps = fine_tuned(model, epoch, ascend=ascend, seed=seed, **settings)
     return edited, {**options, "seed": seed, "samples": len(chosen), "steps": steps}
 

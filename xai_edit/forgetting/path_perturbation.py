@@ -98,6 +98,9 @@ class PathPerturbation:
     ) -> ModelEdit:
         """Plan the perturbation; the model is only read.
 
+        The edit's origin has the layer, the neurons and the number of samples; a list of them for
+        several layers or classes.
+
         Parameters
         ----------
         model : nn.Module
@@ -109,12 +112,6 @@ class PathPerturbation:
             The class to forget, or several, which need labels.
         validation : iterable or Dataset, optional
             For ``share="auto"``: samples of the class other than ``data``. Default: ``data``.
-
-        Returns
-        -------
-        ModelEdit
-            Its origin has the layer, the neurons and the number of samples; a list of them for
-            several layers or classes.
 
         Raises
         ------

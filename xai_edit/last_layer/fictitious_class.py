@@ -92,17 +92,20 @@ class FictitiousClass:
         target: int | Sequence[int] | None = None,
         validation: Data | HeadFeatures | None = None,
     ) -> ModelEdit:
-        """Plan the edit; the model is only read.
+        """Plan at most one weight for each affected class; the model is only read.
+
+        The edit's origin has the figures before and after on the validation data, the classes left
+        alone and why, with "exact" what `SingleWeight` reports, and the reason where no rate raises
+        the objective.
 
         Parameters
         ----------
-        model : nn.Module
-            A classifier that ends in a linear layer.
-        data : iterable, Dataset or HeadFeatures
-            Labelled batches, read once, or the result of `collect_head_features`.
+        model, data
+            As for `SingleWeight.plan`.
         attribute : callable, Tensor, Subspaces or None
             The feature: see `xai_edit.core.data.Attribute`; or a concept subspace of the last
-            layer's inputs, whose stronger half by two means has the feature.
+            layer's inputs, whose stronger half by two means has the feature. ValueError if no
+            sample has it, or every one.
         fictitious : int or sequence of int, optional
             The value that is the fictitious class, or one for each target. When left out, for an
             attribute of 0 and 1: without a target the value that speaks for each class; with one
@@ -111,22 +114,9 @@ class FictitiousClass:
             The classes the feature speaks for. When left out, for an attribute of 0 and 1, every
             class whose logit it moves (`affected_classes.moved_classes`); for ``aim="removal"``
             and an attribute of more values, the class whose share of the model's predictions rises
-            most with each value of ``fictitious``.
+            most with each value of ``fictitious``. ValueError if the feature moves no class.
         validation : iterable, Dataset or HeadFeatures, optional
             Where the objective is measured; ``data`` when left out.
-
-        Returns
-        -------
-        ModelEdit
-            At most one weight for each affected class. Its origin has the figures before and after
-            on the validation data, the classes left alone and why, with "exact" what
-            `SingleWeight` reports, and the reason where no rate raises the objective.
-
-        Raises
-        ------
-        ValueError
-            If the model has no final linear layer, labels or feature are missing, no sample or
-            every sample has the feature, or it moves no class.
         """
         head, objective, left_alone = self._prepared(
             fictitious, target, model, data, attribute, validation

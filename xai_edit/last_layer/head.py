@@ -105,16 +105,11 @@ def collect_head_features(
     Parameters
     ----------
     model : nn.Module
-        A classifier that ends in a linear layer; only read.
+        A classifier; only read. ValueError if its output is not that of a linear layer.
     data : iterable or Dataset
         See `xai_edit.core.data.batches`; samples × d features are held in memory.
     attribute : callable, Tensor or None
         See `xai_edit.core.data.Attribute`; recorded ``with_attribute``.
-
-    Raises
-    ------
-    ValueError
-        If the model's output is not that of a linear layer, or the data does not fit.
     """
     require_finite(model)
     features: list[Tensor] = []

@@ -22,12 +22,11 @@ class RateSweep:
 
     Attributes
     ----------
-    row, column : int
-        The class whose row is edited, and the feature.
+    row, column, anchor : int, int, float
+        The class whose row is edited, the feature, and its value at which the edit leaves the
+        output alone; 0 for a plain edit.
     rates, doses : Tensor, float64, shape (R,)
         Ascending rates, and what each adds to the weight.
-    anchor : float
-        Value of the feature at which the edit leaves the output alone; 0 for a plain edit.
     accuracy : Tensor, float64, shape (R, G)
         Of each group (class × attribute) that has samples.
     average, objective : Tensor, float64, shape (R,)

@@ -99,27 +99,19 @@ class SingleWeight:
     ) -> ModelEdit:
         """Plan the removal of one class or several; the model is only read.
 
+        The edit's origin lists the class, column, old and new value of each weight; with "exact"
+        also what `exact_dose.planned_removal` reports.
+
         Parameters
         ----------
         model : nn.Module
-            A classifier that ends in a linear layer.
+            A classifier; ValueError if it does not end in a linear layer.
         data : iterable, Dataset or HeadFeatures
             Labelled batches with samples of the class and of others, read once, or the result of
             `collect_head_features`.
         target : int or sequence of int
             The classes to remove; "exact" plans them together, the others each on its own.
-
-        Returns
-        -------
-        ModelEdit
-            Its origin lists the class, column, old and new value of each weight; with "exact" also
-            what `exact_dose.planned_removal` reports.
-
-        Raises
-        ------
-        ValueError
-            If the model has no final linear layer, a class is out of range or absent, or too few
-            weights of its row can be edited.
+            ValueError if one is out of range or absent, or has too few weights to edit.
         """
         head = head_features(model, data)
         targets = class_list(target, head.classes)
