@@ -191,10 +191,8 @@ def test_classes_that_run_to_each_other_are_removed_together(order):
 @property_test
 def test_figures_of_several_classes_are_those_of_all_edits_together(problem, n_weights, few):
     head, _, _ = problem
-    head = replace(
-        head, features=head.features.abs() + 0.01, labels=torch.arange(12)[: len(head.labels)]
-    )
-    head = replace(head, labels=head.labels % head.classes)
+    labels = torch.arange(len(head.labels)) % head.classes
+    head = replace(head, features=head.features.abs() + 0.01, labels=labels)
     rows = list(range(1, head.classes))[: 1 if few else None]
     doses, reported = planned_removal(head, rows, tolerance=0.0, n_weights=n_weights)
     retained, removed = jointly(head, doses)
