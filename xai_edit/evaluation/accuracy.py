@@ -31,25 +31,32 @@ AVERAGES: dict[Average, str] = {
 
 @dataclass(frozen=True)
 class GroupIntervals:
-    """Percentile bootstrap intervals of the figures of an `Accuracy`."""
+    """Percentile bootstrap intervals of the figures of an `Accuracy`.
+
+    ``worst`` is that of the lowest accuracy, whichever group has it in a resample; ``gaps`` are
+    those of each average less the worst.
+    """
 
     confidence: float
     resamples: int
     seed: int
     groups: dict[Group, Interval]
-    worst: Interval  # of the lowest accuracy, whichever group has it in a resample
+    worst: Interval
     averages: dict[Average, Interval]
     gaps: dict[Average, Interval]
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How often the positive class is predicted for one attribute."""
+    """How often the positive class is predicted for one attribute.
+
+    ``true_positive_rate`` is over the ``positives``, its samples of that class.
+    """
 
     attribute: int
-    true_positive_rate: float  # over the samples of the positive class, the ``positives``
+    true_positive_rate: float
     positives: int
-    positive_rate: float  # over all its samples
+    positive_rate: float
     samples: int
 
 

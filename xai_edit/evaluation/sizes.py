@@ -35,13 +35,16 @@ class Size:
 
 @dataclass(frozen=True)
 class SizeComparison:
-    """Sizes of two networks, timed alternately in one run."""
+    """Sizes of two networks, timed alternately on a batch of ``samples``, ``rounds`` times each.
+
+    ``threads`` are those of PyTorch on the CPU.
+    """
 
     before: Size
     after: Size
-    samples: int  # in the batch
-    rounds: int  # how often each was timed
-    threads: int  # of PyTorch on the CPU
+    samples: int
+    rounds: int
+    threads: int
     device: str
 
     @property

@@ -121,10 +121,11 @@ class FictitiousClass:
         head, objective, left_alone = self._prepared(
             fictitious, target, model, data, attribute, validation
         )
-        exact, rate = self.select == "exact", self.rate
+        exact = self.select == "exact"
         found = exact_weights(objective) if exact else (self._weights(head, objective), {})
         weights, reported = found
         before, after = objective.figures({}), objective.figures(weights)
+        rate: Any = self.rate
         if isinstance(rate, Mapping):
             rate = {str(row): rate[row] for row in objective.values}  # as JSON has it
         origin: dict[str, Any]
