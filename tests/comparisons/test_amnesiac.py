@@ -56,6 +56,13 @@ def steps():
     return list(zip(x, y, strict=True))
 
 
+def of_others(steps, updates, name):
+    """The summed updates of a parameter in the eight batches without class 3."""
+    others = [u[name] for (_, y), u in zip(steps, updates, strict=True) if not (y == 3).any()]
+    assert len(others) == 8
+    return torch.stack(others).sum(0)
+
+
 @pytest.mark.parametrize("classes", [None, [3], [1, 3]])
 def test_what_is_left_is_the_sum_of_the_other_batches_updates(
     model, steps, tmp_path, classes, unchanged
@@ -67,9 +74,7 @@ def test_what_is_left_is_the_sum_of_the_other_batches_updates(
     edit = amnesiac(model, log, target=3)
     check()
     for name, value in left(model, edit).items():
-        others = [u[name] for (_, y), u in zip(steps, updates, strict=True) if not (y == 3).any()]
-        assert len(others) == 8
-        expected = start[name] + torch.stack(others).sum(0)
+        expected = start[name] + of_others(steps, updates, name)
         assert torch.allclose(value, expected, rtol=1e-12, atol=1e-14)
     origin = {name: edit.origin[name] for name in ("operator", "target", "steps", "undone")}
     assert origin == {"operator": "amnesiac", "target": [3], "steps": 12, "undone": 4}
@@ -110,8 +115,8 @@ def test_a_saved_log_is_continued_where_it_ended(model, steps, tmp_path, classes
     log = AmnesiacLog.load(path)
     updates += train(model, steps[5:], log, optimizer)
     for name, value in left(model, amnesiac(model, log, target=3)).items():
-        others = [u[name] for (_, y), u in zip(steps, updates, strict=True) if not (y == 3).any()]
-        assert torch.allclose(value, start[name] + sum(others), rtol=1e-12, atol=1e-14)
+        expected = start[name] + of_others(steps, updates, name)
+        assert torch.allclose(value, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_a_step_that_fails_is_not_logged(model, steps):

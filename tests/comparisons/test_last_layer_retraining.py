@@ -1,4 +1,4 @@
-"""The tuned last-layer retraining against scikit-learn pipelines written out here."""
+"""Last-layer retraining against scikit-learn pipelines written out here."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from xai_edit import LastLayerRetraining, ModelEdit
+from xai_edit import LastLayerRetraining
 
 GRID = [1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01]
 RENAMED = LogisticRegression().get_params()["penalty"] == "deprecated"
@@ -45,8 +45,11 @@ def balanced(y, a, rng):
     return np.concatenate([rng.choice(own, smallest, replace=False) for own in members])
 
 
-def pipeline(x, y, rows, C, seed):
-    """A one-against-rest lasso on features standardised over all samples."""
+def pipeline(x, y, rows, C, seed, tuned=True):
+    """A one-against-rest lasso on features standardised over all samples, or one plain fit."""
+    if not tuned:
+        plain = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000))
+        return plain.fit(x[rows], y[rows])
     lasso = LogisticRegression(C=C, solver="liblinear", max_iter=1000, random_state=seed, **L1)
     scaler = StandardScaler().fit(x)
     fitted = OneVsRestClassifier(lasso).fit(scaler.transform(x[rows]), y[rows])
@@ -58,35 +61,24 @@ def outputs(model, edit, x):
         return model(torch.from_numpy(x)).detach().numpy()
 
 
-@pytest.mark.parametrize(("classes", "values", "repeats"), [(3, 2, 4), (4, 3, 1)])
-def test_repeats_average_the_pipelines_of_the_chosen_strength(classes, values, repeats):
+@pytest.mark.parametrize("C", ["auto", 0.1, 1.0])
+@pytest.mark.parametrize(("classes", "values", "repeats"), [(2, 2, 1), (3, 2, 4), (4, 3, 1)])
+def test_repeats_average_the_pipelines(classes, values, repeats, C):
     x, y, a = biased(classes, values)
     model = linear(x, classes)
-    edit = LastLayerRetraining(repeats=repeats, C="auto", seed=3).plan(model, batches(x, y, a))
+    edit = LastLayerRetraining(repeats=repeats, C=C, seed=3).plan(model, batches(x, y, a))
+    assert {*edit.changes} == {"weight", "bias"}
     rng = np.random.default_rng(3)
     expected = []
     for _ in range(repeats):
         rows = balanced(y, a, rng)
-        fitted = pipeline(x, y, rows, edit.origin["C"], seed=3)
+        fitted = pipeline(x, y, rows, edit.origin["C"], seed=3, tuned=C == "auto")
         expected.append(fitted.decision_function(x))
     assert edit.origin["per_group"] == len(rows) / (classes * values)
-    assert np.allclose(outputs(model, edit, x), np.mean(expected, axis=0), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("C", ["auto", 1.0])
-def test_two_classes_share_the_one_row_of_scikit_learn(C):
-    x, y, a = biased()
-    model = linear(x, 2)
-    edit = LastLayerRetraining(repeats=1, C=C).plan(model, batches(x, y, a))
-    rows = balanced(y, a, np.random.default_rng(0))
-    if C == "auto":
-        expected = pipeline(x, y, rows, edit.origin["C"], seed=0)
-    else:
-        fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        expected = fitted.fit(x[rows], y[rows])
     logits = outputs(model, edit, x)
-    margin = expected.decision_function(x)
-    assert np.allclose(logits[:, 1] - logits[:, 0], margin, rtol=1e-9, atol=1e-9)
+    if classes == 2:  # scikit-learn has one row
+        logits = logits[:, 1] - logits[:, 0]
+    assert np.allclose(logits, np.mean(expected, axis=0), rtol=1e-9, atol=1e-9)
 
 
 def test_the_strength_is_the_best_on_the_half_that_was_not_fitted():
@@ -121,16 +113,6 @@ def test_the_strength_is_the_best_on_the_half_that_was_not_fitted():
     assert edit.origin["C"] != GRID[0]  # tuning did choose
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"repeats": 0}, {"repeats": 2.5}, {"C": 0.0}, {"C": None}, {"C": "tuned"}, {"seed": 1.5}],
-)
-def test_arguments_out_of_range_are_refused(arguments):
-    name = next(iter(arguments))
-    with pytest.raises(ValueError, match=f"^{name}: "):
-        LastLayerRetraining(**arguments)
-
-
 def test_a_group_of_one_sample_cannot_be_tuned_on():
     x, y, a = biased()
     keep = ~((y == 1) & (a == 0))
@@ -139,22 +121,3 @@ def test_a_group_of_one_sample_cannot_be_tuned_on():
     with pytest.raises(ValueError, match=r"one sample of \(class, feature\) \(1, 0\)"):
         LastLayerRetraining(C="auto").plan(linear(x, 2), data)
     LastLayerRetraining().plan(linear(x, 2), data)
-
-
-def test_numbers_of_numpy_and_torch_are_plain_ones_in_the_saved_edit(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(40, 5, generator=generator)
-    labels, has = torch.arange(40) % 2, torch.arange(40) // 2 % 2
-    torch.manual_seed(0)
-    model = nn.Linear(5, 2)
-    plans = [
-        LastLayerRetraining(repeats=repeats, C=C, seed=seed).plan(model, [(inputs, labels, has)])
-        for repeats, C, seed in (
-            (2, 0.5, 1),
-            (np.int64(2), np.float32(0.5), np.int64(1)),
-            (torch.tensor(2), torch.tensor(0.5), torch.tensor(1)),
-        )
-    ]
-    for edit in plans:
-        edit.save(tmp_path / "edit.safetensors")
-        assert ModelEdit.load(tmp_path / "edit.safetensors").origin == plans[0].origin

@@ -138,11 +138,7 @@ def test_intervals_of_all_figures_are_those_of_scipys_bootstrap():
         return np.stack([worst, *averages, *(average - worst for average in averages)])
 
     scipys = scipy.stats.bootstrap(
-        groups,
-        figures,
-        n_resamples=4000,
-        method="percentile",
-        rng=np.random.default_rng(1),
+        groups, figures, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
     ).confidence_interval
     names = ("average", "train_weighted", "balanced")
     own = [found.worst, *(part[name] for part in (found.averages, found.gaps) for name in names)]

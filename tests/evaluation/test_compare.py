@@ -256,7 +256,7 @@ def test_pictures_are_the_same_bytes_for_the_same_figures(plain, batches):
     scorers = {"epsilon": xe.LRP("epsilon"), "none": Fixed(conv1=[1.0] * 4, fc1=[1.0] * 12)}
     options = {"layers": ["conv1", "fc1"], "deletion": (0, 0.5), "held_out": batches}
     comparison = compare_scorers(plain, batches, scorers, **options)
-    maps = relevance_maps(plain, x, RULES, targets=y)
+    maps = relevance_maps(plain, x, RULES[:2], targets=y)
     for draw in (
         lambda: map_grid(x, maps),
         lambda: map_grid(x.expand(-1, 3, -1, -1), maps),

@@ -48,7 +48,7 @@ def network(_network):
 @pytest.fixture(scope="module")
 def splits(digits):
     images, labels = digits
-    train, test = slice(0, 800), slice(800, 1300)
+    train, test = slice(0, 400), slice(800, 1050)
     return {"train": cut(images[train], labels[train]), "test": cut(images[test], labels[test])}
 
 
@@ -172,7 +172,7 @@ def test_divergence_is_bounded_and_takes_zeros():
 def test_the_probe_is_that_of_scikit_learn(network, splits):
     edit = xe.PathPerturbation(layer="fc1", share=0.3).plan(network, splits["test"], target=FORGET)
     account = evaluate_unlearning(network, edit, **splits, target=FORGET, relearn=())
-    assert account.probe_train_samples == 800
+    assert account.probe_train_samples == 400
     edited = edit.apply(copy.deepcopy(network))
     for model, figures in ((network, account.before), (edited, account.after)):
         before_head = model[:-1]

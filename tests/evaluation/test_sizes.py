@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from xai_edit.evaluation import sizes as sizes_module
 from xai_edit.evaluation.sizes import compare_sizes
 
 
@@ -40,7 +41,10 @@ def test_counts_are_those_of_the_closed_form() -> None:
     assert "operations a sample" in str(sizes)
 
 
-def test_operations_of_a_known_network_are_those_torchvision_tells() -> None:
+def test_operations_of_a_known_network_are_those_torchvision_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sizes_module, "WARM_UP", 0)
     meta = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta
     model = torchvision.models.resnet18(weights=None)
     sizes = compare_sizes(model, model, example_input=torch.randn(1, 3, 224, 224), rounds=1)

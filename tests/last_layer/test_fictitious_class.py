@@ -49,17 +49,6 @@ def changed(edit):
     return {name: (c.index.tolist(), c.new.tolist()) for name, c in edit.changes.items()}
 
 
-@pytest.mark.parametrize("select", ["sca", "exact"])
-def test_the_mark_is_taken_from_the_class_it_speaks_for(shortcut, select):
-    model, planning, test = shortcut
-    before = evaluate_groups(model, batched(*test))
-    edit = FictitiousClass(select).plan(model, batched(*planning), target=MARKED)
-    with edit.applied(model):
-        after = evaluate_groups(model, batched(*test))
-    assert [(row["class"], row["column"]) for row in edit.origin["rows"]] == [(MARKED, 0)]
-    assert after.worst > before.worst
-
-
 def test_without_a_target_the_class_that_the_mark_moves_is_edited(shortcut):
     model, planning, _ = shortcut
     edit = FictitiousClass().plan(model, batched(*planning))
@@ -191,24 +180,13 @@ def test_the_worst_group_promised_is_the_one_the_edit_gives(shortcut, select, ta
     model, planning, _ = shortcut
     data = batched(*planning)
     edit = FictitiousClass(select).plan(model, data, target=target)
+    if target == MARKED:  # the mark is taken from the class it speaks for
+        assert [(row["class"], row["column"]) for row in edit.origin["rows"]] == [(MARKED, 0)]
     before = evaluate_groups(model, data).worst
     with edit.applied(model):
         after = evaluate_groups(model, data).worst
-    reported = edit.origin["worst_group"]
-    assert reported["before"] == pytest.approx(before, abs=1e-6)
-    assert reported["after"] == pytest.approx(after, abs=1e-6)
-
-
-@pytest.mark.parametrize("select", ["sca", "exact"])
-def test_the_feature_may_be_a_function_a_vector_or_the_third_element(shortcut, select):
-    model, planning, _ = shortcut
-    without = batched(*planning, third=False)
-    operator = FictitiousClass(select)
-    third = changed(operator.plan(model, batched(*planning), target=MARKED))
-    assert third[HEAD][0]
-    for attribute in (marked, planning[2], planning[2].bool()):
-        edit = operator.plan(model, without, target=MARKED, attribute=attribute)
-        assert changed(edit) == third
+    assert before < after
+    assert edit.origin["worst_group"] == pytest.approx({"before": before, "after": after}, abs=1e-6)
 
 
 def test_the_rate_is_judged_on_validation_data_and_the_column_on_planning_data(shortcut):
@@ -232,7 +210,7 @@ def test_the_rate_is_judged_on_validation_data_and_the_column_on_planning_data(s
 def test_a_vector_is_not_taken_for_the_validation_data(shortcut):
     model, planning, test = shortcut
     plan = batched(*planning, third=False)
-    operator, vector = FictitiousClass(), {"target": MARKED, "attribute": planning[2]}
+    operator, vector = FictitiousClass(), {"target": MARKED, "attribute": planning[2].bool()}
     edit = operator.plan(model, plan, validation=batched(*test), **vector)
     same = operator.plan(model, batched(*planning), target=MARKED, validation=batched(*test))
     assert changed(edit) == changed(same)
@@ -270,18 +248,6 @@ def test_validation_may_be_all_with_or_all_without_the_feature(shortcut, select,
             FictitiousClass(aim=aim).plan(
                 model, batched(*planning), target=MARKED, validation=judge
             )
-
-
-@pytest.mark.parametrize("rate", [torch.tensor(0.5), {np.int64(0): np.float32(0.5)}])
-def test_numbers_of_numpy_and_torch_are_plain_ones_in_the_saved_edit(shortcut, tmp_path, rate):
-    model, planning, _ = shortcut
-    where = {"target": np.int64(MARKED), "fictitious": torch.tensor(1)}
-    edit = FictitiousClass(rate=rate).plan(model, batched(*planning), **where)
-    edit.save(tmp_path / "edit.safetensors")
-    assert ModelEdit.load(tmp_path / "edit.safetensors").origin == edit.origin
-    plain = {0: 0.5} if isinstance(rate, dict) else 0.5
-    same = FictitiousClass(rate=plain).plan(model, batched(*planning), target=0, fictitious=1)
-    assert changed(edit) == changed(same)
 
 
 def test_rates_to_sweep_may_be_an_array(shortcut):

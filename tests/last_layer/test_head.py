@@ -104,17 +104,13 @@ def test_labels_out_of_range_are_refused(plain, batches, label):
 
 @pytest.mark.parametrize("how", ["function", "vector", "third element"])
 def test_the_attribute_is_kept_in_data_order(plain, batches, how):
-    expected = torch.cat([x[:, 0, 4, 4] > 0.5 for x, _ in batches]).long()
-    data, attribute = batches, None
-    if how == "function":
+    def marked(x):
+        return x[:, 0, 4, 4] > 0.5
 
-        def attribute(x):
-            return x[:, 0, 4, 4] > 0.5
-
-    elif how == "vector":
-        attribute = expected
-    else:
-        data = [(x, y, (x[:, 0, 4, 4] > 0.5).long()) for x, y in batches]
+    expected = torch.cat([marked(x) for x, _ in batches]).long()
+    data, attribute = batches, {"function": marked, "vector": expected}.get(how)
+    if attribute is None:
+        data = [(x, y, marked(x).long()) for x, y in batches]
     head = collect_head_features(plain, data, attribute=attribute, with_attribute=True)
     assert torch.equal(head.attribute, expected)
     assert 0 < int(expected.sum()) < len(expected)

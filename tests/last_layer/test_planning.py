@@ -1,7 +1,9 @@
 """What every operator keeps: the model as it came, the same file each time, clear errors."""
 
 import random
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from xai_edit import (
     SingleWeight,
     Subspaces,
 )
-from xai_edit.comparisons import LEACE
+from xai_edit.comparisons import LEACE, SelectiveSynapticDampening
 from xai_edit.core import NonFiniteError
 
 OPERATORS = {
@@ -37,11 +39,6 @@ OPERATORS = {
 }
 SUBSPACES = Subspaces(torch.eye(4).double()[:, :2], (1, 1), torch.zeros(4).double())
 every_operator = pytest.mark.parametrize("plan", OPERATORS.values(), ids=[*OPERATORS])
-reads_all = pytest.mark.parametrize(
-    "plan",
-    [p for n, p in OPERATORS.items() if n != "mask"],
-    ids=[n for n in OPERATORS if n != "mask"],
-)
 
 
 @pytest.fixture
@@ -78,8 +75,8 @@ def test_planning_keeps_training_mode_hooks_gradients_and_frozen_parameters(
     assert content(edit, tmp_path / "edit") == expected
 
 
-@reads_all
-def test_an_iterator_that_raises_half_way_leaves_the_model_untouched(plain, data, plan, unchanged):
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "mask"])  # reads all
+def test_an_iterator_that_raises_half_way_leaves_the_model_untouched(plain, data, name, unchanged):
     def loader():
         yield data[0]
         yield data[1]
@@ -88,7 +85,7 @@ def test_an_iterator_that_raises_half_way_leaves_the_model_untouched(plain, data
     plain.train()
     check = unchanged(plain)
     with pytest.raises(OSError, match="disk gone"):
-        plan(plain, loader())
+        OPERATORS[name](plain, loader())
     check()
 
 
@@ -153,3 +150,67 @@ def test_the_edit_survives_a_file(plain, data, plan, tmp_path, unchanged):
     edit.apply(plain)
     loaded.undo(plain)
     check()
+
+
+NUMBERS = {
+    "numpy": lambda value: (np.int64 if isinstance(value, int) else np.float32)(value),
+    "torch": torch.tensor,
+    "fraction": lambda value: value if isinstance(value, int) else Fraction(value),
+}
+NUMBERED = [
+    (SingleWeight, {"rate": 0.5, "n_weights": 2, "tolerance": 0.25}, {"target": 3}),
+    (SingleWeight, {"select": "random", "seed": 3}, {"target": 3}),
+    (FictitiousClass, {"rate": 0.5}, {"target": 3, "fictitious": 1}),
+    (FictitiousClass, {"rate": {3: 0.5}}, {"target": 3, "fictitious": 1}),
+    (PathPerturbation, {"share": 0.25, "noise": "gaussian", "scale": 0.5}, {"target": 3}),
+    (PathPerturbation, {"share": "auto", "bound": 0.5}, {"target": 3}),
+    (LastLayerRetraining, {"repeats": 2, "C": 0.5, "seed": 1}, {}),
+]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize(("operator", "arguments", "where"), NUMBERED)
+def test_numbers_of_other_libraries_are_plain_ones_in_the_saved_edit(
+    plain, data, tmp_path, operator, arguments, where, kind
+):
+    def odd(value):
+        if isinstance(value, dict):
+            return {np.int64(row): odd(one) for row, one in value.items()}
+        return value if isinstance(value, str) else NUMBERS[kind](value)
+
+    edit = operator(**{name: odd(value) for name, value in arguments.items()}).plan(
+        plain, data, **{name: odd(value) for name, value in where.items()}
+    )
+    expected = content(operator(**arguments).plan(plain, data, **where), tmp_path / "plain")
+    assert content(edit, tmp_path / "odd") == expected
+
+
+NAN = float("nan")
+WRONG = {
+    SingleWeight: [
+        *(("select", "SCA"), ("anchor", "yes"), ("seed", 2.0), ("n_weights", 0)),
+        *(("n_weights", True), ("tolerance", "a"), ("tolerance", 2), ("rate", 1.5), ("rate", NAN)),
+    ],
+    FictitiousClass: [
+        *(("select", "best"), ("rate", "least"), ("rate", {0: 50}), ("aim", "fairness")),
+        ("tolerance", -0.1),
+    ],
+    PathPerturbation: [
+        *(("share", share) for share in (0, 1.2, NAN, "0.2", None)),
+        *(("rank", "most"), ("k", 3), ("scope", "all"), ("bound", 1.0), ("bound", NAN)),
+        *(("noise", "uniform"), ("scale", 0)),
+    ],
+    LastLayerRetraining: [
+        *(("repeats", 0), ("repeats", 2.5), ("C", 0.0), ("C", None), ("C", "tuned"), ("seed", 1.5)),
+    ],
+    SelectiveSynapticDampening: [("alpha", 0), ("lambda_", -1), ("chunk_size", 0)],
+}
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "value"),
+    [(operator, *pair) for operator, pairs in WRONG.items() for pair in pairs],
+)
+def test_an_argument_out_of_range_is_refused_by_name(operator, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: .* given"):
+        operator(**{name: value})

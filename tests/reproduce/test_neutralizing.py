@@ -22,21 +22,21 @@ from xai_edit.reproduce.tables import text
 
 @pytest.fixture
 def coloured(monkeypatch, digits):
-    """Digits in place of CIFAR-10: three channels of 32 × 32."""
+    """Digits in place of CIFAR-10: three channels of 16 × 16."""
     images, labels = digits
-    large = torch.nn.functional.interpolate(images, size=32, mode="bilinear")
+    large = torch.nn.functional.interpolate(images, size=16, mode="bilinear")
     pixels = (large * 255).byte().expand(-1, 3, -1, -1).contiguous()
 
     def read(_, split, side):
         part = slice(0, 1100) if split == "train" else slice(1100, None)
-        return ImageSet(pixels[part], labels[part], (0.5,) * 3, (0.5,) * 3, 32)
+        return ImageSet(pixels[part], labels[part], (0.5,) * 3, (0.5,) * 3, 16)
 
     for name in ("fcr-cifar10", "fcr-multi"):
         monkeypatch.setitem(CATALOGUE, name, replace(CATALOGUE[name], read=read))
 
 
 def options(root, out, **more):
-    return Options(root, out, **{"quiet": True, "epochs": 6, **more})
+    return Options(root, out, **{"quiet": True, "epochs": 2, **more})
 
 
 def run(name, given):
@@ -63,7 +63,7 @@ def test_one_class_is_removed_by_each_selection(coloured, tmp_path):
 
 def test_several_classes_are_removed(coloured, tmp_path, monkeypatch):
     monkeypatch.setattr(removal, "DRAWS", 2)
-    results, told = run("fcr-multi", options(tmp_path, tmp_path))
+    results, told = run("fcr-multi", options(tmp_path, tmp_path, limit=40))
     (seed,) = results["seeds"].values()
     assert {row["count"] for row in seed["rows"]} == {2, 4, 6, 8}
     before = np.array(seed["before"])
@@ -76,7 +76,7 @@ def test_several_classes_are_removed(coloured, tmp_path, monkeypatch):
 
 
 def test_digits_are_removed_from_odd_and_even(as_mnist, tmp_path):
-    given = options(as_mnist, tmp_path, classes=(0, 7))
+    given = options(as_mnist, tmp_path, classes=(0, 7), limit=40)
     results, told = run("fcr-parity", given)
     (seed,) = results["seeds"].values()
     for row in seed["curves"]:
@@ -93,9 +93,9 @@ def test_digits_are_removed_from_odd_and_even(as_mnist, tmp_path):
 
 
 def test_coloured_digits_lean_less_on_their_colour(as_mnist, tmp_path, monkeypatch):
-    one = replace(CATALOGUE["fcr-colored"], strengths=(0.95,))
+    one = replace(CATALOGUE["fcr-colored"], strengths=(0.95,), upweight=2)
     monkeypatch.setitem(CATALOGUE, "fcr-colored", one)
-    results, told = run("fcr-colored", options(as_mnist, tmp_path, epochs=2))
+    results, told = run("fcr-colored", options(as_mnist, tmp_path, limit=40, epochs=1))
     rows = {row["method"]: row for row in results["seeds"]["0"]["0.95"]["rows"]}
     assert {*rows} == {"unedited (ERM)", *one.methods}
     rows = {method: row for method, row in rows.items() if "refused" not in row}
@@ -129,10 +129,12 @@ def as_waterbirds(tmp_path, digits):
     return tmp_path / "data"
 
 
-def test_waterbirds_in_the_published_layout(as_waterbirds, tmp_path, capsys):
+def test_waterbirds_in_the_published_layout(as_waterbirds, tmp_path, capsys, monkeypatch):
+    few = replace(CATALOGUE["fcr-waterbirds"], upweight=2)
+    monkeypatch.setitem(CATALOGUE, "fcr-waterbirds", few)
     out = tmp_path / "out"
     line = f"reproduce fcr-waterbirds --data-root {as_waterbirds} --out {out} --network conv-2net"
-    assert main([*line.split(), "--side", "32", "--epochs", "2", "--device", "cpu"]) == 0
+    assert main([*line.split(), "--side", "16", "--epochs", "2", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert "0.932, 0.019" in told  # the paper's, beside ours
     results = json.loads((out / "results.json").read_text())

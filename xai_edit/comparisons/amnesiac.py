@@ -37,13 +37,8 @@ class AmnesiacLog:
                 optimizer.zero_grad(); loss.backward(); optimizer.step()
 
     The log is on the CPU and takes the size of the model for each different set of classes: one
-    where every batch has all of them, at most 2ᵏ − 1 with k ``classes``. Buffers, such as the
-    statistics of batch norms, are not logged.
-
-    Parameters
-    ----------
-    classes : sequence of int, optional
-        Log only batches with these classes. Default: all classes.
+    where every batch has all of them, at most 2ᵏ − 1 with k ``classes``, where only batches with
+    these are logged. Buffers, such as the statistics of batch norms, are not.
     """
 
     def __init__(self, *, classes: Sequence[int] | None = None) -> None:
@@ -57,24 +52,22 @@ class AmnesiacLog:
     def recording(self, model: nn.Module, labels: Tensor | Sequence[int]) -> Iterator[None]:
         """Log the parameter update of one optimiser step inside the block, unless it raises.
 
-        Parameters
-        ----------
-        model : nn.Module
-            The model in training; only read.
-        labels : Tensor or sequence of int, shape (samples,)
-            The labels of the step's batch.
-
-        Raises
-        ------
-        ValueError
-            If the labels are not one class number a sample, or the model's weights are not those
-            after the last recorded step.
+        ``labels``, shape (samples,), are those of the step's batch; the model is only read.
+        ValueError if they are not one class number a sample, or the model's weights are not those
+        after the last recorded step.
         """
-        kept = self.classes
-        logged = tuple(one for one in _classes(labels) if kept is None or one in kept)
+        values = torch.as_tensor(labels)
+        # One-hot rows would look like classes 0 and 1.
+        if values.ndim != 1 or values.dtype == torch.bool or (values != values.long()).any():
+            raise ValueError(
+                f"labels: {values.dtype} of shape {tuple(values.shape)} given; give one class "
+                "number a sample"
+            )
+        seen = sorted({*values.long().tolist()})
+        logged = tuple(one for one in seen if self.classes is None or one in self.classes)
         if self.steps:
             self.require_last_weights(model)
-        before = {n: p.detach().clone() for n, p in model.named_parameters()} if logged else {}
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if logged}
         yield
         if logged:
             sums = self.updates.setdefault(logged, {})
@@ -117,13 +110,10 @@ class AmnesiacLog:
     def load(cls, path: str | Path) -> AmnesiacLog:
         """Read a file that `save` wrote.
 
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            If there is no such file, or it is not a log, was changed, or is of a newer format.
+        FileNotFoundError if there is none; ValueError if it is no log, changed or too new.
         """
-        entries: dict[str, Any] = {"steps": int, "sets": list}
-        entries |= {"classes": list | None, "left": list | None}
+        maybe: Any = list | None
+        entries = {"steps": int, "sets": list, "classes": maybe, "left": maybe}
         tensors, header = read_sealed(path, KIND, entries)
         log = cls(classes=header["classes"])
         log.steps, log._sums = header["steps"], header["left"]
@@ -159,28 +149,19 @@ def amnesiac(
         With the weights after the last recorded step. Only read.
     log : AmnesiacLog
     target : int or sequence of int
-        The class or classes.
+        The class or classes. ValueError if no logged step saw one, or the log does not fit.
     repair : iterable or Dataset, optional
         Labelled batches that can be read several times, to fine-tune on afterwards, without the
         samples of the class.
     epochs, learning_rate, batch_size, seed
-        Of the repair, as for `random_labels`.
-
-    Raises
-    ------
-    ValueError
-        If the log is empty, ends in other weights than the model's, or has no step that saw the
-        class.
-    TypeError, NonFiniteError
-        As for `random_labels`.
+        Of the repair, with its errors, as for `random_labels`.
     """
     with torch.inference_mode(False):
         log.require_last_weights(model)
         classes = class_list(target, sys.maxsize)  # checked against the log, not the model
-        logged_classes = {one for logged in log.updates for one in logged}
+        known = sorted({one for logged in log.updates for one in logged})
         for one in classes:
-            works = f"the log has batches with classes {sorted(logged_classes)}"
-            require(one in logged_classes, "target", one, works)
+            require(one in known, "target", one, f"the log has batches with classes {known}")
         require_finite(model)
         edited = copied(model)
         undone = [logged for logged in log.updates if set(logged) & set(classes)]
@@ -195,8 +176,8 @@ def amnesiac(
             readable_again(repair, "training", "repair")
             _, outputs, _ = classes_to_forget(edited, repair, classes)
             data = Remaining(shuffled(repair, batch_size), classes, outputs, model_device(edited))
-            options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
-            options["seed"] = seed
+            options: dict[str, Any]
+            options = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
             origin |= options
             edited, origin["repair_steps"] = fine_tuned(
                 edited, lambda _: (Batch(*parts) for parts in data), statistics=True, **options
@@ -204,21 +185,9 @@ def amnesiac(
         return ModelEdit.to_copy(model, edited, origin)
 
 
-def _classes(labels: Tensor | Sequence[int]) -> list[int]:
-    """Return the classes in a batch; one-hot rows, which look like classes 0 and 1, are refused."""
-    values = torch.as_tensor(labels)
-    if values.ndim != 1 or values.dtype == torch.bool or (values != values.long()).any():
-        raise ValueError(
-            f"labels: {values.dtype} of shape {tuple(values.shape)} given; give one class number "
-            "a sample"
-        )
-    return sorted({*values.long().tolist()})
-
-
 def _weight_sums(model: nn.Module) -> list[int]:
     """Return the sum of each parameter's bits read as integers, a checksum."""
-    sums = [
-        p.detach().contiguous().view(_WORDS[p.element_size()]).sum(dtype=torch.int64)
+    return [
+        int(p.detach().contiguous().view(_WORDS[p.element_size()]).sum(dtype=torch.int64))
         for p in model.parameters()
     ]
-    return [int(total) for total in sums]

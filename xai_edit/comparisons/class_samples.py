@@ -18,17 +18,13 @@ from xai_edit.core.targets import class_list
 
 @dataclass(frozen=True, eq=False)
 class ClassSamples:
-    """All samples of the classes to forget, on the CPU.
-
-    ``outputs`` is the number of the model's classes, ``others`` that of samples of other classes in
-    the data. ``labels`` is int64, shape (samples,).
-    """
+    """All samples of the classes to forget, on the CPU."""
 
     classes: list[int]
-    outputs: int
+    outputs: int  # the number of the model's classes
     inputs: Tensor
-    labels: Tensor
-    others: int
+    labels: Tensor  # int64, shape (samples,)
+    others: int  # samples of other classes in the data
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from xai_edit.comparisons.class_samples import (
-    among,
-    classes_to_forget,
-    labelled,
-    require_present,
-)
+from xai_edit.comparisons.class_samples import among, classes_to_forget, labelled, require_present
 from xai_edit.core.checks import finite, positive, whole_number
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.guard import preserved, require_finite
@@ -27,18 +22,15 @@ class SelectiveSynapticDampening:
 
     Foster, Schoepf and Brintrup 2024, *Fast machine unlearning without retraining through
     selective synaptic dampening* (AAAI; arXiv 2308.07707). A weight θ is selected if
-    I_forget > α I_overall, and becomes βθ with β = min(λ I_overall / I_forget, 1).
-
-    The importance I is the paper's definition, the mean over *samples* of the squared gradient of
-    the loss. The authors' code squares the gradient of a batch's mean loss instead, which depends
-    on the batch size, so its figures differ.
+    I_forget > α I_overall, and becomes βθ with β = min(λ I_overall / I_forget, 1). The importance I
+    is the mean over *samples* of the squared gradient of the loss, as in the paper; the authors'
+    code squares the gradient of a batch's mean loss, which depends on the batch size.
 
     Parameters
     ----------
     alpha : float
         Selection threshold α; the paper uses 10. I_forget / I_overall is at most samples / samples
-        of the class, 10 on balanced data with ten classes, so α has to be smaller; start with 4 or
-        5.
+        of the class, 10 on balanced data of ten classes, so start with 4 or 5 there.
     lambda_ : float
         Dampening strength λ; the smaller, the closer to zero. The paper uses 1.
     chunk_size : int
@@ -68,11 +60,10 @@ class SelectiveSynapticDampening:
 
         Raises
         ------
-        ValueError
+        ValueError, NonFiniteError
             If a class is out of range or has no samples, the data has no labels, ``alpha`` is too
-            large for any weight, or the model cannot be differentiated per sample.
-        NonFiniteError
-            If a weight or a gradient is not finite.
+            large for any weight, or the model cannot be differentiated per sample; if a weight or
+            a gradient is not finite.
         """
         classes, outputs, data = classes_to_forget(model, data, target)
         with torch.inference_mode(False):
@@ -105,20 +96,13 @@ class SelectiveSynapticDampening:
 
 
 def importance(
-    model: nn.Module,
-    data: Data,
-    *,
-    classes: Sequence[int],
-    outputs: int,
-    chunk_size: int = 16,
+    model: nn.Module, data: Data, *, classes: Sequence[int], outputs: int, chunk_size: int = 16
 ) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """Return the diagonal of the Fisher information over all samples and over those of classes.
 
     By parameter, the mean squared gradient of the cross-entropy over all samples and over those of
     ``classes``, shape (2, *parameter), float32 or wider; zero where the parameter takes no part in
-    the output. Then the numbers of samples of both. The model is left exactly as it was;
-    ``chunk_size`` samples are differentiated at a time. Errors as for
-    `SelectiveSynapticDampening.plan`.
+    the output. Then the numbers of samples of both. Errors as for `SelectiveSynapticDampening`.
     """
     require_finite(model)
     named = model.named_parameters()

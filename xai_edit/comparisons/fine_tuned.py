@@ -44,7 +44,7 @@ def retrain(
     Parameters
     ----------
     model : nn.Module
-        A classifier; only read.
+        A classifier; only read. The edit leads from it to the new network, buffers included.
     data : iterable or Dataset
         Labelled batches that can be read several times. Batches keep their order and lose the
         samples of the class. A ``Dataset`` is shuffled in each pass and read ``batch_size`` samples
@@ -60,20 +60,10 @@ def retrain(
     seed : int
         Set before ``build``; the caller's random state is restored afterwards.
 
-    Returns
-    -------
-    ModelEdit
-        From ``model`` to the new network, buffers included.
-
     Raises
     ------
-    TypeError
-        If ``build`` or ``train`` is no such function, or the data can be read only once.
-    ValueError
-        If the data has no labels, no sample of a class or no others, or the network has other
-        parameters than the model.
-    NonFiniteError
-        If the trained weights are not finite.
+    TypeError, ValueError, NonFiniteError
+        As `random_labels`; also if the network has other parameters than the model.
     """
     readable_again(data, "training")
     for name, function in (("build", build), ("train", train)):
@@ -84,13 +74,12 @@ def retrain(
         require_type(network, nn.Module, "build", "it returns a network")
         classes, outputs, _ = classes_to_forget(model, data, target)
         batches = shuffled(data, batch_size)
-        remaining = Remaining(batches, classes, outputs, model_device(network))
         labels = torch.cat([batch_labels for _, batch_labels in labelled(batches, outputs)])
         require_present(classes, labels)
         removed = int(among(labels, classes).sum())
         if removed == len(labels):
             raise ValueError(ONLY_TARGET)
-        returned = train(network, remaining)
+        returned = train(network, Remaining(batches, classes, outputs, model_device(network)))
         network = returned if isinstance(returned, nn.Module) else network
         origin = {"samples": len(labels) - removed, "removed": removed, "seed": seed}
         return _edit(model, network, "retrain", classes, origin)
@@ -127,13 +116,9 @@ def random_labels(
 
     Raises
     ------
-    TypeError
-        If the data can be read only once.
-    ValueError
-        If a class is out of range or has no samples, no class or no other sample is left, or the
-        data has no labels.
-    NonFiniteError
-        If the loss or a weight is no longer finite.
+    TypeError, ValueError, NonFiniteError
+        If the data can be read only once; if it has no labels, a class is out of range or has no
+        samples, or no other is left; if the loss or a weight is no longer finite.
     """
     readable_again(data, "training")
     with seeded(seed), torch.inference_mode(False):
@@ -177,10 +162,8 @@ def negative_gradient(
     NegGrad of Golatkar et al. 2020, *Eternal sunshine of the spotless net*, on the class's samples
     alone. The loss has no upper bound and ruins the model after some steps, so the number of steps
     times the rate has to be tuned. The default rate is for some thousand samples of the class; with
-    fewer, take a larger one.
-
-    Parameters and errors are those of `random_labels`, but the data is read only once, and samples
-    of other classes are ignored.
+    fewer, take a larger one. Parameters and errors are those of `random_labels`, but the data is
+    read only once, and samples of other classes are ignored.
     """
     options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
@@ -205,9 +188,7 @@ def boundary_shrink(
 
     Boundary shrink of Chen et al. 2023, *Boundary unlearning* (CVPR). `nearest_classes` finds the
     labels, with ``epsilon`` and ``clip``. The defaults are for classes of 5,000 samples; with
-    fewer, take a larger rate, since the number of steps times the rate counts.
-
-    Other parameters and errors are those of `negative_gradient`.
+    fewer, take a larger rate. Other parameters and errors are those of `negative_gradient`.
     """
     options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
@@ -234,9 +215,7 @@ def boundary_expanding(
 
     Boundary expanding of Chen et al. 2023, *Boundary unlearning* (CVPR). The last layer, which has
     to be linear, gets one more row, initialised as in a new linear layer, for all classes to forget
-    together; after the training the row is removed.
-
-    Parameters and errors are those of `boundary_shrink`.
+    together; after the training the row is removed. Parameters and errors as `boundary_shrink`.
     """
     options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
@@ -267,16 +246,8 @@ def nearest_classes(
     """Return the class across the nearest boundary, by one step of the fast gradient sign method.
 
     x' = x + ε · sign(∇ₓ L(x, y)); of the classes that stay, the one of highest logit at x'; int64,
-    shape (samples,). The model is left exactly as it was.
-
-    Parameters
-    ----------
-    epsilon : float
-        The step ε, in units of the inputs; the paper's images are in [0, 1].
-    clip : (float, float), optional
-        The range of x', such as (0, 1).
-    batch_size : int
-        Samples at a time.
+    shape (samples,). ``epsilon`` is ε, in units of the inputs (the paper's images are in [0, 1]),
+    ``clip`` the range of x', such as (0, 1).
     """
     epsilon = positive(epsilon, "epsilon")
     batch_size = whole_number(batch_size, "batch_size", least=1)
@@ -314,14 +285,13 @@ def _on_class(
     ascend: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train a copy on the class's samples alone, with ``labels``; return it and its origin."""
-    batch_size = whole_number(options["batch_size"], "batch_size", least=1)
-    generator = torch.Generator().manual_seed(seed)
+    settings, generator = dict(options), torch.Generator().manual_seed(seed)
+    batch_size = whole_number(settings.pop("batch_size"), "batch_size", least=1)
 
     def epoch(_: int) -> Iterator[Batch]:
         for rows in torch.randperm(len(chosen), generator=generator).split(batch_size):
             yield Batch(chosen.inputs[rows], labels[rows])
 
-    settings: dict[str, Any] = {name: options[name] for name in ("epochs", "learning_rate")}
     edited, steps = fine_tuned(model, epoch, ascend=ascend, seed=seed, **settings)
     return edited, {**options, "seed": seed, "samples": len(chosen), "steps": steps}
 

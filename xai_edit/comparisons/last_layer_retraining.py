@@ -13,6 +13,7 @@ from torch import nn
 from xai_edit.core.checks import positive, require, whole_number
 from xai_edit.core.data import Attribute, Data
 from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.last_layer.fictitious_class import one_row_a_class
 from xai_edit.last_layer.head import HeadFeatures, head_features
 
 Array: TypeAlias = NDArray[Any]
@@ -27,8 +28,7 @@ class LastLayerRetraining:
 
     Kirichenko et al. 2023, *Last layer re-training is sufficient for robustness to spurious
     correlations* (DFR): logistic regression on standardised features, fitted on random subsets with
-    the same number of samples of every (class, spurious feature) group, and averaged. The scaler is
-    folded into the weights.
+    the same number of samples of every (class, spurious feature) group, and averaged.
 
     ``C="auto"`` is the tuned protocol of the paper: an L1 penalty whose strength has the highest
     worst-group accuracy on a half of the samples after fitting on the other half, then a fit on all
@@ -54,13 +54,13 @@ class LastLayerRetraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Plain numbers, since the edit's origin is JSON.
-        object.__setattr__(self, "repeats", whole_number(self.repeats, "repeats", least=1))
-        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
         if isinstance(self.C, str):
             require(self.C == "auto", "C", self.C, "it is a positive number or 'auto'")
-        else:
-            object.__setattr__(self, "C", positive(self.C, "C"))
+        vars(self).update(  # plain numbers, since the edit's origin is JSON
+            repeats=whole_number(self.repeats, "repeats", least=1),
+            seed=whole_number(self.seed, "seed"),
+            C=self.C if isinstance(self.C, str) else positive(self.C, "C"),
+        )
 
     def plan(
         self, model: nn.Module, data: Data | HeadFeatures, *, attribute: Attribute = None
@@ -70,17 +70,12 @@ class LastLayerRetraining:
         Parameters
         ----------
         model : nn.Module
-            A classifier that ends in a linear layer.
+            A classifier that ends in a linear layer. ValueError if that has no bias.
         data : iterable, Dataset or HeadFeatures
-            Labelled batches with samples of every group, held out from training.
+            Labelled batches with samples of every group, held out from training. ValueError if a
+            class has none, or a group only one with ``C="auto"`` (``origin["tuned"]`` reports it).
         attribute : callable, Tensor or None
             See `xai_edit.core.data.Attribute`; it may have more than two values.
-
-        Raises
-        ------
-        ValueError
-            If a class has no samples, the last layer has no bias, or a group has only one sample
-            with ``C="auto"``, whose accuracies are in ``origin["tuned"]``.
         """
         head = head_features(model, data, attribute=attribute, with_attribute=True)
         assert head.attribute is not None  # with_attribute
@@ -90,8 +85,7 @@ class LastLayerRetraining:
                 f"data: samples of {len(labels.unique())} classes; retraining needs samples of all "
                 f"{head.classes}, and two or more of them"
             )
-        if head.bias is None:
-            raise ValueError(f"model: the last layer {head.layer!r} has no bias")
+        head.require_bias()
         x, y = head.features.double().numpy(), labels.numpy()
         groups = np.stack([y, head.attribute.numpy()], axis=1)
         pairs, cells, sizes = np.unique(groups, axis=0, return_inverse=True, return_counts=True)
@@ -160,9 +154,7 @@ class LastLayerRetraining:
             else:
                 fitted = LogisticRegression(C=C, max_iter=2000).fit(scaled, y[rows])
                 coefficients, intercept = fitted.coef_, fitted.intercept_
-            if len(coefficients) == 1:  # scikit-learn gives the row of the second class alone
-                coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
-                intercept = np.concatenate([-intercept / 2, intercept / 2])
+            coefficients, intercept = one_row_a_class(coefficients, intercept)
             weights.append(coefficients / scaler.scale_)
             biases.append(intercept - weights[-1] @ scaler.mean_)
         return np.mean(weights, axis=0), np.mean(biases, axis=0)
@@ -179,6 +171,6 @@ def _one_against_rest(x: Array, y: Array, C: float, seed: int) -> tuple[Array, A
     fitted = OneVsRestClassifier(
         LogisticRegression(C=C, solver="liblinear", max_iter=1000, random_state=seed, **penalty)
     ).fit(x, y)
-    coefficients = [row.coef_ for row in fitted.estimators_]
-    intercepts = [row.intercept_ for row in fitted.estimators_]
-    return np.concatenate(coefficients), np.concatenate(intercepts)
+    rows = [(row.coef_, row.intercept_) for row in fitted.estimators_]
+    coefficients, intercepts = map(np.concatenate, zip(*rows, strict=True))
+    return coefficients, intercepts

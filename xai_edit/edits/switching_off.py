@@ -48,6 +48,18 @@ def silencing_entries(
     return entries
 
 
+def all_silencing_entries(
+    model: nn.Module, units: Mapping[str, Tensor], batch_norms: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return the `silencing_entries` of units of several layers, each entry once and ascending."""
+    entries: dict[str, list[Tensor]] = {}
+    for layer, off in units.items():
+        for name, at in silencing_entries(model, layer, off, batch_norms.get(layer)).items():
+            entries.setdefault(name, []).append(at)
+    # Two named layers may share a weight, as "fc" and "fc:input" do.
+    return {name: torch.cat(parts).unique() for name, parts in entries.items()}
+
+
 def _slices(shape: torch.Size, axis: int, units: Tensor) -> Tensor:
     """Return the flat positions of the ``units`` along an axis of a tensor."""
     positions = torch.zeros(1, dtype=torch.long)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -32,9 +33,8 @@ AVERAGES: dict[Average, str] = {
 class GroupIntervals:
     """Percentile bootstrap intervals of the figures of an `Accuracy`.
 
-    ``groups`` has those of each group's accuracy, ``worst`` of the lowest accuracy, whichever group
-    has it in a resample, ``averages`` and ``gaps`` of each average and of the average less the
-    worst.
+    ``worst`` is that of the lowest accuracy, whichever group has it in a resample; ``gaps`` are
+    those of each average less the worst.
     """
 
     confidence: float
@@ -50,8 +50,7 @@ class GroupIntervals:
 class Rate:
     """How often the positive class is predicted for one attribute.
 
-    ``true_positive_rate`` is over its ``positives``, the samples of the positive class, and
-    ``positive_rate`` over all its ``samples``.
+    ``true_positive_rate`` is over the ``positives``, its samples of that class.
     """
 
     attribute: int
@@ -68,17 +67,10 @@ class Demographics:
     Each is the highest rate less the lowest, also within each resample of its interval, which
     therefore never reaches below 0. Equal opportunity is in the true positive rate (Hardt et al.
     2016, *Equality of Opportunity in Supervised Learning*), demographic parity in the positive rate
-    (Dwork et al. 2012, *Fairness through Awareness*).
-
-    Attributes
-    ----------
-    positive : int
-        The class that is a benefit.
-    rates : tuple of Rate
-        Of each attribute that has samples.
+    (Dwork et al. 2012, *Fairness through Awareness*). ``rates`` are of the attributes with samples.
     """
 
-    positive: int
+    positive: int  # the class that is a benefit
     equal_opportunity_difference: float
     equal_opportunity_interval: Interval
     demographic_parity_difference: float
@@ -95,14 +87,13 @@ class Demographics:
         caption = f"class {self.positive} predicted, by attribute"
         rows: list[list[Any]] = [[caption, "true positive rate", "of", "rate", "of"]]
         for one in self.rates:
-            _, *figures = asdict(one).values()
-            rows.append([f"  attribute {one.attribute}", *figures])
+            attribute, *figures = asdict(one).values()
+            rows.append([f"  attribute {attribute}", *figures])
         rows.append(["", "difference", f"{self.confidence:.0%} interval"])
-        for name in ("equal_opportunity", "demographic_parity"):
-            difference, interval = (
-                getattr(self, f"{name}_{what}") for what in ("difference", "interval")
-            )
-            rows.append([f"{name.replace('_', ' ')} difference", difference, interval])
+        for name in ("equal opportunity", "demographic parity"):
+            start = name.replace(" ", "_")
+            figures = [getattr(self, f"{start}_{what}") for what in ("difference", "interval")]
+            rows.append([f"{name} difference", *figures])
         return aligned(rows)
 
 
@@ -119,12 +110,8 @@ class Accuracy:
     predicted : Tensor or None, int64, shape (classes, attributes)
         How many samples of each attribute are predicted as each class; `demographics` needs it.
     train_samples : Tensor or None, int64, shape (classes, attributes)
-        Samples of each group in the training data, the weights of `train_weighted`.
-
-    Raises
-    ------
-    ValueError
-        If ``train_samples`` does not fit the samples.
+        Samples of each group in the training data, the weights of `train_weighted`. ValueError if
+        they do not fit the samples.
     """
 
     right: Tensor
@@ -171,15 +158,13 @@ class Accuracy:
     def train_weighted(self) -> float | None:
         """Mean of the group accuracies, each weighted by its share of the training data.
 
-        What the literature on group robustness calls average (Sagawa et al. 2020, *Distributionally
-        Robust Neural Networks for Group Shifts*). None without ``train_samples``.
+        The average of Sagawa et al. 2020, *Distributionally Robust Neural Networks for Group
+        Shifts*. None without ``train_samples``.
         """
-        if self.train_samples is None:
+        weights = self._weights().get("train_weighted")
+        if weights is None:
             return None
-        at = self.samples > 0
-        return float(
-            (self.right[at].double() / self.samples[at]) @ self._weights()["train_weighted"]
-        )
+        return float(torch.tensor([*self.groups.values()], dtype=torch.double) @ weights)
 
     @property
     def balanced(self) -> float:
@@ -195,10 +180,7 @@ class Accuracy:
     def gap(self, average: Average = "average") -> float:
         """Return an average less the worst-group accuracy. Lower is better.
 
-        Raises
-        ------
-        ValueError
-            If there is no such average; ``train_weighted`` needs ``train_samples``.
+        ValueError if there is no such average; ``train_weighted`` needs ``train_samples``.
         """
         known = self.averages
         if average == "train_weighted":
@@ -222,9 +204,8 @@ class Accuracy:
         """Return bootstrap intervals of all figures.
 
         Samples are drawn with replacement within each group; an interval holds ``confidence`` of
-        the resamples. The worst group is that of each resample, so that its interval reaches low
-        where several groups are nearly as bad. The interval of a group with no wrong answer has no
-        width, however few its samples.
+        the resamples. The worst group is that of each resample. The interval of a group with no
+        wrong answer has no width, however few its samples.
         """
         fraction(confidence, "confidence", one=False)
         whole_number(resamples, "resamples", least=1)
@@ -233,10 +214,7 @@ class Accuracy:
         draws = resampled_shares(self.right[at], self.samples[at], resamples=resamples, seed=seed)
         worst = draws.min(1)
         averages = {name: draws @ weights.numpy() for name, weights in self._weights().items()}
-
-        def interval(drawn: Any) -> Interval:
-            return percentile_interval(drawn, confidence)
-
+        interval = partial(percentile_interval, confidence=confidence)
         return GroupIntervals(
             confidence,
             resamples,
@@ -250,13 +228,8 @@ class Accuracy:
     def demographics(self, positive: int) -> Demographics:
         """Return how unequally a class is predicted for the groups of people in the attribute.
 
-        ``positive`` is the class that is a benefit, such as "granted".
-
-        Raises
-        ------
-        ValueError
-            If it is no class, there is one attribute only, an attribute has no samples of the
-            class, or ``predicted`` is None.
+        ``positive`` is the class that is a benefit, such as "granted". ValueError if it is no
+        class, there is one attribute only, one has no samples of it, or ``predicted`` is None.
         """
         if self.predicted is None:
             raise ValueError("predicted: not counted; evaluate_groups counts it")
@@ -291,9 +264,8 @@ class Accuracy:
 
         ``groups`` lists ``class``, ``attribute``, ``samples``, ``right``, ``accuracy`` and
         ``interval`` of each group that has samples; ``worst`` is the entry of the worst of them,
-        with the interval of the minimum. ``average``, ``train_weighted`` and ``balanced`` have
-        their ``accuracy``, ``interval``, ``gap`` and ``gap_interval``; ``train_weighted`` is None
-        where it is not known. ``samples`` counts all, ``bootstrap`` says how intervals were made.
+        with the interval of the minimum. ``average``, ``train_weighted`` (or None) and ``balanced``
+        have their ``accuracy``, ``interval``, ``gap`` and ``gap_interval``.
         """
         found = self.intervals()
         listed: dict[Group, dict[str, Any]] = {}
@@ -346,16 +318,13 @@ class Accuracy:
 
     def _padded_train_samples(self) -> Tensor:
         """Return a copy of the training counts with no fewer columns than ``samples``."""
-        assert self.train_samples is not None  # its users have checked
+        assert self.train_samples is not None
         missing = max(0, self.samples.shape[1] - self.train_samples.shape[1])
         return torch.nn.functional.pad(self.train_samples.long().cpu(), (0, missing))
 
 
 def check_train_samples(samples: Any, classes: int | None = None) -> Tensor:
-    """Return numbers of samples by class and attribute as a tensor; raise ValueError otherwise.
-
-    ``classes`` is the number of rows they need, where it is known.
-    """
+    """Return numbers of samples by class and attribute as a tensor, or raise ValueError."""
     try:
         counts: Tensor = torch.as_tensor(samples)
     except (TypeError, ValueError, RuntimeError) as problem:

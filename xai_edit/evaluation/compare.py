@@ -82,11 +82,10 @@ class Comparison:
         lines.append(aligned(rows))
         if self.deletion:
             lines.append("mean accuracy while the top units are switched off, lower is better")
-            areas = [
-                [layer, *(curve.area for curve in curves.values())]
-                for layer, curves in self.deletion.items()
-            ]
-            lines.append(aligned([["", *self.names], *areas]))
+            rows = [["", *self.names]]
+            for layer, curves in self.deletion.items():
+                rows.append([layer, *(f"{curve.area:.3f}" for curve in curves.values())])
+            lines.append(aligned(rows))
         return "\n".join(lines)
 
 
@@ -122,12 +121,7 @@ def compare_scorers(
     deletion_layers : sequence of str, optional
         Layers that get a curve, one each. Default: all but the output.
     held_out : iterable or Dataset, optional
-        Labelled samples for the curves, other than ``data``; see `deletion_curve`.
-
-    Raises
-    ------
-    UnknownLayerError, NonFiniteError, ValueError, TypeError
-        On bad input; the model is as it was.
+        Labelled samples for the curves, other than ``data``. Errors as for `deletion_curve`.
     """
     named = named_scorers(scorers)
     fraction(share, "share")
@@ -216,11 +210,7 @@ def _scored(
 
 
 def _curves(
-    model: nn.Module,
-    data: Data,
-    scores: dict[str, UnitScores],
-    layer: str,
-    options: dict[str, Any],
+    model: nn.Module, data: Data, scores: dict[str, UnitScores], layer: str, options: dict[str, Any]
 ) -> dict[str, DeletionCurve]:
     """Measure the curve of each different ranking once; return them by scorer."""
     curves: dict[tuple[int, ...], DeletionCurve] = {}

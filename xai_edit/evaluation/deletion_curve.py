@@ -26,7 +26,7 @@ from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.edits.switching_off import silencing_entries
+from xai_edit.edits.switching_off import all_silencing_entries
 from xai_edit.scoring.criteria import unit_weights
 from xai_edit.scoring.unit_scores import UnitScores, share_of
 
@@ -42,16 +42,14 @@ class DeletionCurve:
 
     Attributes
     ----------
-    layers : tuple of str
-    target : int or None
-    order : str
-        See `deletion_curve`.
+    layers, target, order
+        As given to `deletion_curve`.
     shares, units : tuple of float, tuple of int
         The share and the number of units that are off.
     accuracy, logit, probability : tuple of float
         Accuracy, mean logit and mean probability of the label, over the samples of the target.
     rest : tuple of float, or None
-        Accuracy over the samples of all other classes; None where there are none.
+        Accuracy over the samples of all other classes, where there are some.
     """
 
     layers: tuple[str, ...]
@@ -66,10 +64,7 @@ class DeletionCurve:
 
     @property
     def area(self) -> float:
-        """Area under the accuracy, divided by the span of shares: the mean accuracy on the way.
-
-        Lower is better for ``order="most"``, higher for ``"least"``.
-        """
+        """Mean accuracy over the shares; lower is better, higher with ``order="least"``."""
         return float(trapezoid(self.accuracy, self.shares)) / (self.shares[-1] - self.shares[0])
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +95,6 @@ def deletion_curve(
     data : iterable or Dataset
         Labelled batches, read once a share; other samples than those that were scored.
     scores : UnitScores
-        See `score_units`.
     layers : sequence of str, optional
         Scored layers whose units are switched off, a share of each. Default: all but the output.
     target : int, optional
@@ -124,16 +118,18 @@ def deletion_curve(
             (target,) = class_list(target, predict(model, sample).shape[1])
     names = _hidden(model, scores, layers, sample)
     norms = following_batch_norms(model, sample, names)
-    ranked = {name: scores.rank(name) for name in names}
-    if order == "least":
-        ranked = {name: units.flip(0) for name, units in ranked.items()}
+    ranked = {
+        name: scores.rank(name) if order == "most" else scores.rank(name).flip(0) for name in names
+    }
     points = []
     for share in shares:
         off = {
             name: units[: share_of(len(units), share) if share else 0]
             for name, units in ranked.items()
         }
-        with _silenced(model, off, norms).applied(model):
+        entries = all_silencing_entries(model, off, norms)
+        values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
+        with ModelEdit.between(model, values, {}).applied(model):
             points.append((sum(map(len, off.values())), *_measure(model, data, target)))
     units, accuracy, logit, probability, rest = zip(*points, strict=True)
     figures = units, accuracy, logit, probability, None if None in rest else rest
@@ -163,18 +159,6 @@ def _hidden(
         if len(scores[name]) != (units := len(unit_weights(model, name))):
             raise ValueError(f"scores: {len(scores[name])} for the {units} units of layer {name!r}")
     return names
-
-
-def _silenced(model: nn.Module, off: dict[str, Tensor], norms: dict[str, str]) -> ModelEdit:
-    """Return the edit that sets the units' weights to zero."""
-    entries: dict[str, list[Tensor]] = {}
-    for layer, units in off.items():
-        for name, at in silencing_entries(model, layer, units, norms.get(layer)).items():
-            entries.setdefault(name, []).append(at)
-    # A weight from one named layer to another ("fc" and "fc:input") is set once.
-    once = {name: torch.cat(parts).unique() for name, parts in entries.items()}
-    zeros = {name: (at, torch.zeros(len(at))) for name, at in once.items()}
-    return ModelEdit.between(model, zeros, {"operator": "deletion_curve"})
 
 
 def _measure(

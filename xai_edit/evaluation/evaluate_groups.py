@@ -7,14 +7,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.checks import finite, in_range, with_labels
 from xai_edit.core.counting import add_counts, count_by_group
-from xai_edit.core.data import (
-    Attribute,
-    Data,
-    attribute_of,
-    batches,
-    check_length,
-    model_device,
-)
+from xai_edit.core.data import Attribute, Data, attribute_of, batches, check_length, model_device
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
 from xai_edit.evaluation.accuracy import Accuracy, check_train_samples
@@ -22,33 +15,27 @@ from xai_edit.last_layer.head import HeadFeatures
 
 
 def evaluate_groups(
-    model: nn.Module,
-    data: Data,
-    *,
-    groups: Attribute = None,
-    train_samples: Tensor | None = None,
+    model: nn.Module, data: Data, *, groups: Attribute = None, train_samples: Tensor | None = None
 ) -> Accuracy:
     """Count right answers by class and attribute, in one pass.
 
     Parameters
     ----------
     model : nn.Module
-        A classifier. Left exactly as it was.
+        A classifier; only read.
     data : iterable or Dataset
         Labelled batches.
     groups : callable, Tensor or None
-        The attribute of each sample, a whole number from 0; see `xai_edit.core.data.Attribute`.
-        Without any the groups are the classes.
+        The attribute of each sample, from 0; see `xai_edit.core.data.Attribute`. Without any the
+        groups are the classes.
     train_samples : Tensor, int64, shape (classes, attributes), optional
         Samples of each group in the training data, for the train-weighted average.
 
     Raises
     ------
-    ValueError
+    ValueError, NonFiniteError
         If labels are missing, a class or an attribute is out of range, or ``train_samples`` does
-        not fit the data.
-    NonFiniteError
-        If an input or a logit is NaN or infinite.
+        not fit the data; if an input or a logit is NaN or infinite.
     """
     if train_samples is not None:
         check_train_samples(train_samples)
@@ -76,8 +63,7 @@ def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) ->
 
     ``evaluate_head(head.edited(edit))`` is the accuracy of the network with an edit of its last
     layer. Logits are in float64, so that two may differ that are equal in the network. The groups
-    are by the features' attribute, if they have one; labels are needed. Errors as for
-    `evaluate_groups`.
+    are by the features' attribute, if they have one. Errors as for `evaluate_groups`.
     """
     labels, logits = head.require_labels(), head.logits()
     predicted = finite(logits, "head: its logits").argmax(1)

@@ -55,14 +55,13 @@ def evaluate_unlearning(
     without the classes.
 
     Takes one pass over ``train`` and one over ``test``, and one more over ``test`` for each step of
-    the relearning. Memory does not grow with the data: copies of the network, features and outputs
-    of about 10,000 samples, and 640 training samples for the relearning, at least one of each
-    class.
+    the relearning. Holds copies of the network, features and outputs of about 10,000 samples, and
+    640 training samples for the relearning, at least one of each class.
 
     Parameters
     ----------
     model : nn.Module
-        The original classifier. Left exactly as it was, like the other networks.
+        The original classifier; only read, like the other networks.
     edit : ModelEdit or nn.Module
         An edit of ``model``, not applied; or the unlearned network itself.
     train, test : iterable or Dataset
@@ -85,13 +84,10 @@ def evaluate_unlearning(
     ------
     EditMismatchError
         If the edit is of another model, or already applied.
-    NonFiniteError
-        If an input or an output is NaN or infinite.
-    ValueError
+    ValueError, TypeError, NonFiniteError
         If labels are missing or out of range, a forgotten class or all others have no samples in a
-        split, the networks' outputs differ in number, or ``analysis`` overlaps with a split.
-    TypeError
-        If an argument is of another kind, or data can be read only once.
+        split, the networks' outputs differ in number, or ``analysis`` overlaps with a split; if
+        data can be read only once; if an input or an output is not finite.
     """
     steps, seed = checked_steps(relearn), operator.index(seed)
     readable_again(train, "the evaluation", "train")
@@ -121,7 +117,7 @@ def evaluate_unlearning(
             lessons = ClassSample(lessons_kept(classes, targets), seed)
             for batch in read(networks, heads, train, "train", counts["train"]):
                 overlap.add(batch.inputs, "train")
-                outputs.add(batch.labels, _single(batch.probabilities))
+                outputs.add(batch.labels, {n: p.float() for n, p in batch.probabilities.items()})
                 features.add(batch.labels, batch.features)
                 if steps:
                     lessons.add(batch.labels, {"inputs": batch.inputs})
@@ -136,7 +132,7 @@ def evaluate_unlearning(
             for batch in read(networks, heads, test, "test", counts["test"]):
                 overlap.add(batch.inputs, "test")
                 p = batch.probabilities
-                unseen.add(batch.labels, _single({"before": p["before"]}))
+                unseen.add(batch.labels, {"before": p["before"].float()})
                 forgotten = torch.isin(batch.labels, torch.tensor(targets))
                 for name, probe in probes.items() if forgotten.any() else ():
                     answers = probe.predict(batch.features[name][forgotten].double().numpy())
@@ -147,22 +143,14 @@ def evaluate_unlearning(
             tested = {n: split_accuracy(c, targets, "test") for n, c in counts["test"].items()}
         overlap.refuse()
         with measured() as parts["attack"]:
-            attack, rates = forgetting_rates(
-                outputs.rows(), unseen.rows(), target=targets, seed=seed
-            )
+            given: dict[str, Any] = {"target": targets, "seed": seed}
+            attack, rates = forgetting_rates(outputs.rows(), unseen.rows(), **given)
         curves: dict[str, Relearning] = {}
         if steps:
             with measured() as parts["relearning"]:
-                curves = relearning_curves(
-                    {name: network for name, network in networks.items() if name != "before"},
-                    heads,
-                    lessons.rows(),
-                    test,
-                    steps=steps,
-                    start=tested,
-                    target=targets,
-                    seed=seed,
-                )
+                others = {name: network for name, network in networks.items() if name != "before"}
+                given |= {"steps": steps, "start": tested}
+                curves = relearning_curves(others, heads, lessons.rows(), test, **given)
         changed = _weights_changed(model, edit)
 
     def figures(name: str) -> NetworkFigures:
@@ -198,8 +186,7 @@ def evaluate_unlearning(
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     """Return the Jensen–Shannon divergence of each two rows, in nats, 0 to ln 2.
 
-    H((p + q)/2) − (H(p) + H(q))/2, where 0·log 0 = 0; float64, shape (samples,). ``p`` and ``q``
-    are probabilities, float64, shape (samples, classes).
+    H((p + q)/2) − (H(p) + H(q))/2, where 0·log 0 = 0; float64, shape (samples,).
     """
     mixed, own = torch.special.entr((p + q) / 2), torch.special.entr(p) + torch.special.entr(q)
     divergence: Tensor = mixed.sum(1) - own.sum(1) / 2
@@ -228,10 +215,6 @@ def _classes(networks: Mapping[str, nn.Module], inputs: Tensor) -> int:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(f"model: the networks' numbers of classes differ: {listed}")
     return one_logit_a_class(counts["before"])
-
-
-def _single(probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: values.float() for name, values in probabilities.items()}
 
 
 def _heads(

@@ -17,32 +17,19 @@ MARGIN = 0.05
 class Attack:
     """Accuracy of the attack that separates training from unseen samples, on the unedited network.
 
-    Attributes
-    ----------
-    accuracy : float or None
-        On the half of the samples that it was not fitted on; 0.5 is chance. None with too few
-        samples.
-    train_samples, test_samples : int
-        Training samples (trained) and test samples (unseen) in that half.
-    forgotten_train_samples : int
-        Training samples of the forgotten classes, not fitted on, that F_r is over.
-    withheld : str or None
-        Why there is no F_r; None where there is one.
+    ``accuracy`` is that on the half of the samples that it was not fitted on, which has so many
+    ``train_samples`` and ``test_samples``; 0.5 is chance.
     """
 
-    accuracy: float | None
+    accuracy: float | None  # None with too few samples
     train_samples: int
     test_samples: int
-    forgotten_train_samples: int
-    withheld: str | None
+    forgotten_train_samples: int  # those of the forgotten classes that F_r is over, not fitted on
+    withheld: str | None  # why there is no F_r
 
 
 def forgetting_rates(
-    trained: Mapping[str, Tensor],
-    unseen: Mapping[str, Tensor],
-    *,
-    target: Sequence[int],
-    seed: int,
+    trained: Mapping[str, Tensor], unseen: Mapping[str, Tensor], *, target: Sequence[int], seed: int
 ) -> tuple[Attack, dict[str, float]]:
     """Fit the attack on the unedited network; return it and F_r of each network, none if withheld.
 
@@ -53,17 +40,9 @@ def forgetting_rates(
     The columns are not standardised: one that is nearly 0 before an edit would decide alone after
     it.
 
-    Parameters
-    ----------
-    trained : mapping
-        ``labels`` (samples,) and, by the networks' names, ``before`` among them, the probabilities
-        (samples, classes) of training samples, in random order within each class.
-    unseen : mapping
-        ``labels`` and the probabilities of ``before`` on test samples.
-    target : sequence of int
-        The forgotten classes.
-    seed : int
-        Of the SVM.
+    ``trained`` has ``labels`` (samples,) and, by the networks' names, ``before`` among them, the
+    probabilities (samples, classes) of training samples, in random order within each class;
+    ``unseen`` has ``labels`` and ``before`` of test samples. The seed is the SVM's.
     """
     from sklearn.svm import LinearSVC
 

@@ -20,22 +20,12 @@ from xai_edit.core.layers import INPUT_SUFFIX, predict, tapped
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """Outputs and features of several models on one batch, by the models' names, on the CPU.
+    """Outputs and features of several models on one batch, by the models' names, on the CPU."""
 
-    Attributes
-    ----------
-    inputs : Tensor, shape (samples, ...)
-        On the device of the first model.
-    labels : Tensor, int64, shape (samples,)
-    probabilities : dict of Tensor, float64, shape (samples, classes)
-    features : dict of Tensor, shape (samples, d)
-        The inputs of the last linear layer, for the models that have one.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-    probabilities: dict[str, Tensor]
-    features: dict[str, Tensor]
+    inputs: Tensor  # on the device of the first model
+    labels: Tensor  # int64, shape (samples,)
+    probabilities: dict[str, Tensor]  # float64, shape (samples, classes)
+    features: dict[str, Tensor]  # the inputs of the last linear layer, where there is one
 
 
 def read(
@@ -47,10 +37,9 @@ def read(
 ) -> Iterator[Outputs]:
     """Read the data once and yield each batch's outputs of all models.
 
-    Models are by name, in evaluation mode; call it inside ``preserved`` and ``no_grad``. ``heads``
-    has the last linear layer of those that have one. Right answers and samples by class, int64,
-    shape (2, classes), are added to ``counts``. Errors on bad data or outputs name ``split`` and
-    the model.
+    Call it inside ``preserved`` and ``no_grad``. ``heads`` has the last linear layer of those
+    models that have one. Right answers and samples by class, int64, shape (2, classes), are added
+    to ``counts``. Errors on bad data or outputs name ``split`` and the model.
     """
     device = model_device(next(iter(models.values())))
     with naming(split):
@@ -92,25 +81,14 @@ def naming(where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SplitAccuracy:
-    """Accuracy of one network on one split.
+    """Accuracy of one network on one split: on the forgotten classes and on the others."""
 
-    Attributes
-    ----------
-    forgotten, rest : float
-        A_t (lower is better) and A_g (higher is better): accuracy on the forgotten classes and on
-        the others, with ``forgotten_samples`` and ``rest_samples``.
-    classes : tuple of float or None
-        Accuracy of each class; None without samples.
-    samples : tuple of int
-        Samples of each class.
-    """
-
-    forgotten: float
-    rest: float
-    classes: tuple[float | None, ...]
+    forgotten: float  # A_t; lower is better
+    rest: float  # A_g; higher is better
+    classes: tuple[float | None, ...]  # of each class; None without samples
     forgotten_samples: int
     rest_samples: int
-    samples: tuple[int, ...]
+    samples: tuple[int, ...]  # of each class
 
 
 def split_accuracy(counts: Tensor, target: Sequence[int], split: str) -> SplitAccuracy:
@@ -134,8 +112,8 @@ def split_accuracy(counts: Tensor, target: Sequence[int], split: str) -> SplitAc
 class ClassSample:
     """A random sample of each class, of bounded size, from a stream (reservoir sampling).
 
-    Every sample draws a key; at most ``limits`` of each class stay, those of lowest key. So the
-    choice depends on the seed and the order of the stream, not on its batches.
+    Every sample draws a key; at most ``limits`` of each class stay, those of lowest key. The choice
+    does not depend on the batches.
     """
 
     def __init__(self, limits: Sequence[int], seed: int) -> None:
@@ -178,10 +156,9 @@ class ClassSample:
 
 
 class Overlap:
-    """Samples that an edit was planned from and is also measured on.
+    """Samples that an edit was planned from and is also measured on, compared by their bytes.
 
-    Samples are compared by their bytes, so an augmented copy is not noticed. Holds 16 bytes a
-    sample.
+    An augmented copy is not noticed. Holds 16 bytes a sample.
     """
 
     def __init__(self, analysis: Data | None) -> None:

@@ -70,25 +70,15 @@ def relearning_curves(
     Cross-entropy, SGD with a learning rate of 0.01, momentum 0.9 and the norm of the gradient
     clipped to 5 (on a ResNet-20, without clipping the other classes are lost); all weights, in
     evaluation mode. A batch has 8 samples of the forgotten classes and 24 of the others.
-    NonFiniteError if a copy diverges.
+    NonFiniteError if a copy diverges. Call it inside ``no_grad``.
 
     Before the first step the rows of the forgotten classes in the last linear layer become the mean
     of the other rows, which takes no knowledge. Otherwise a single huge weight, or a masked logit,
     would pass for forgetting although nothing is easier to undo.
 
-    Parameters
-    ----------
-    models, heads, start : mapping
-        Name → network, which is only copied, last linear layer where there is one, and accuracy at
-        step 0.
-    train : mapping
-        ``inputs`` and ``labels``, on the CPU.
-    test : iterable or Dataset
-        Read once for each step that is measured, for all networks together.
-    steps, target : sequence of int
-        The steps to measure after, and the forgotten classes.
-    seed : int
-        Of the order of the batches.
+    ``heads`` has the last linear layers, where there is one, and ``start`` the accuracy at step 0,
+    by the networks' names; ``train`` has ``inputs`` and ``labels``, on the CPU. ``test`` is read
+    once for each step that is measured. The seed is that of the order of the batches.
     """
     copies = {name: copied(model) for name, model in models.items()}
     optimizers = {}
@@ -97,7 +87,7 @@ def relearning_curves(
             parameter.requires_grad_(parameter.is_floating_point())  # also frozen ones
         optimizers[name] = torch.optim.SGD(copy.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     order = _batches(train["labels"], target, seed)
-    points: dict[str, list[SplitAccuracy]] = {name: [] for name in copies}
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in copies}
     for step in range(max(steps, default=0) + 1):
         if step == 1:
             for name, copy in copies.items():
@@ -109,46 +99,33 @@ def relearning_curves(
                 for name, copy in copies.items():
                     _learn(copy, optimizers[name], train["inputs"][rows], train["labels"][rows])
             if step in steps:
-                now = _measure(copies, test, target) if step else start
+                counts: dict[str, Tensor] = {}
+                for _ in read(copies, {}, test, "test", counts) if step else ():
+                    pass
                 for name, reached in points.items():
-                    reached.append(now[name])
-    curves = {}
-    for name, reached in points.items():
-        forgotten, rest = zip(*((one.forgotten, one.rest) for one in reached), strict=True)
-        curves[name] = Relearning(steps, forgotten, rest)
-    return curves
+                    now = split_accuracy(counts[name], target, "test") if step else start[name]
+                    reached.append((now.forgotten, now.rest))
+    return {
+        name: Relearning(steps, *zip(*reached, strict=True)) for name, reached in points.items()
+    }
 
 
 def _reset_rows(head: nn.Module, target: Sequence[int]) -> None:
     """Set the rows of the forgotten classes to the mean of the others."""
-    with torch.no_grad():
-        for parameter in head.parameters(recurse=False):
-            chosen = torch.zeros(len(parameter), dtype=torch.bool)
-            chosen[list(target)] = True
-            parameter[chosen] = parameter[~chosen].mean(0)
+    for parameter in head.parameters(recurse=False):
+        chosen = torch.zeros(len(parameter), dtype=torch.bool)
+        chosen[list(target)] = True
+        parameter[chosen] = parameter[~chosen].mean(0)
 
 
-def _learn(
-    copy: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor
-) -> None:
-    device = model_device(copy)
+def _learn(copy: nn.Module, optimizer: torch.optim.Optimizer, *batch: Tensor) -> None:
+    inputs, labels = (part.to(model_device(copy)) for part in batch)
     with torch.enable_grad():
-        output = predict(copy, inputs.to(device))
-        loss = nn.functional.nll_loss(log_probabilities(output), labels.to(device))
+        loss = nn.functional.nll_loss(log_probabilities(predict(copy, inputs)), labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(copy.parameters(), LONGEST)
     optimizer.step()
-
-
-def _measure(
-    copies: Mapping[str, nn.Module], test: Data, target: Sequence[int]
-) -> dict[str, SplitAccuracy]:
-    counts: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for _ in read(copies, {}, test, "test", counts):
-            pass
-    return {name: split_accuracy(counts[name], target, "test") for name in copies}
 
 
 def _batches(labels: Tensor, target: Sequence[int], seed: int) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
@@ -22,14 +23,9 @@ WARM_UP = 3
 class Size:
     """The size of one network.
 
-    Attributes
-    ----------
-    parameters : int
-    operations : int
-        Multiply-accumulate operations of a sample as Torch-Pruning counts them, in modules only;
-        activations, pooling, norms and biases count too.
-    seconds : float
-        Median wall-clock time of a forward pass of the whole batch in evaluation mode.
+    ``operations`` are the multiply-accumulate operations of a sample as Torch-Pruning counts them,
+    in modules only; activations, pooling, norms and biases count too. ``seconds`` is the median
+    wall-clock time of a forward pass of the whole batch in evaluation mode.
     """
 
     parameters: int
@@ -39,10 +35,9 @@ class Size:
 
 @dataclass(frozen=True)
 class SizeComparison:
-    """Sizes of two networks, timed alternately in one run.
+    """Sizes of two networks, timed alternately on a batch of ``samples``, ``rounds`` times each.
 
-    ``samples`` is the size of the batch, ``rounds`` how often each was timed, ``threads`` the
-    number of PyTorch's threads on the CPU.
+    ``threads`` are those of PyTorch on the CPU.
     """
 
     before: Size
@@ -80,16 +75,11 @@ def compare_sizes(
     Parameters
     ----------
     before, after : nn.Module
-        Only read; on one device.
+        Only read. ValueError if they are on different devices.
     example_input : Tensor, shape (samples, ...)
-        The batch to time.
+        The batch to time. ValueError if it does not fit.
     rounds : int
         How often each network is timed, after three passes of warm-up.
-
-    Raises
-    ------
-    ValueError
-        If the input does not fit, the networks are on different devices or ``rounds`` is below 1.
     """
     rounds = whole_number(rounds, "rounds", least=1)
     device = model_device(before)
@@ -98,18 +88,17 @@ def compare_sizes(
             f"after: the network is on {model_device(after)}, before is on {device}; move one"
         )
     inputs = example_input.detach().to(device)
-    seconds: tuple[list[float], list[float]] = ([], [])
     with preserved(before), preserved(after), torch.no_grad():
-        for passed in range(WARM_UP + rounds):
-            for network, times in zip((before, after), seconds, strict=True):
-                spent = _timed(network, inputs)
-                if passed >= WARM_UP:
-                    times.append(spent)
-    sizes = _size(before, inputs, seconds[0]), _size(after, inputs, seconds[1])
+        seconds = [
+            [_timed(network, inputs) for network in (before, after)]
+            for _ in range(WARM_UP + rounds)
+        ]
+    one, other = zip(*seconds[WARM_UP:], strict=True)
+    sizes = _size(before, inputs, one), _size(after, inputs, other)
     return SizeComparison(*sizes, len(inputs), rounds, torch.get_num_threads(), str(device))
 
 
-def _size(network: nn.Module, inputs: Tensor, seconds: list[float]) -> Size:
+def _size(network: nn.Module, inputs: Tensor, seconds: Sequence[float]) -> Size:
     import torch_pruning  # slow to import
 
     parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -32,21 +32,12 @@ class Divergence:
 class NetworkFigures:
     """The figures of one network.
 
-    Attributes
-    ----------
-    train, test : SplitAccuracy
-    forgetting_rate_train : float or None
-        F_r: the share of the forgotten classes' training samples that a membership attack calls
-        unseen. None where it is withheld; `Unlearning.attack` has the reason.
-    divergence_test : Divergence or None
-        On test samples; None without a retrained network, and for itself.
-    probe_test : float or None
-        Recall of the forgotten classes on test samples by a logistic regression on the inputs of
-        the network's last linear layer, fitted on training samples.
-    probe_withheld : str or None
-        Why there is no probe; None where there is one.
-    relearning_test : Relearning or None
-        None with ``relearn=()``, and for the network before the edit.
+    ``forgetting_rate_train`` is F_r, the share of the forgotten classes' training samples that a
+    membership attack calls unseen; `Unlearning.attack` says why where it is None. ``probe_test`` is
+    the recall of the forgotten classes on test samples by a logistic regression on the inputs of
+    the last linear layer, fitted on training samples; ``probe_withheld`` says why where it is None.
+    ``divergence_test`` is None without a retrained network and for itself, ``relearning_test`` with
+    ``relearn=()`` and before the edit.
     """
 
     train: SplitAccuracy
@@ -73,16 +64,11 @@ class Unlearning:
         The membership attack behind F_r.
     probe_train_samples : int
         Training samples that the probe was fitted on, balanced over the classes as far as possible.
-    weights_changed : int or None
-        None where the edited network has other parameters than the original one.
-    parameters : int
-        Of the original network.
-    seed : int
-    cost : Cost or None
-        Of the edit itself.
-    evaluation : dict of Cost
-        Of each part of this evaluation: ``train`` and ``test`` (one pass each), ``probe``,
-        ``attack``, ``relearning``.
+    weights_changed, parameters : int or None, int
+        Of the original network; None where the edited one has other parameters.
+    cost, evaluation : Cost or None, dict of Cost
+        Of the edit, and of the parts of this evaluation: ``train`` and ``test`` (one pass each),
+        ``probe``, ``attack``, ``relearning``.
     """
 
     target: tuple[int, ...]
@@ -119,17 +105,17 @@ class Unlearning:
             for split in (self.before.train, self.before.test)
         )
         samples = f"{train} training samples, {test} test samples"
-        lines = [
-            f"{classes} {', '.join(map(str, self.target))}: {samples}",
-            "",
-            aligned(self._table()),
-            "",
-            *self._notes(),
-            "",
-        ]
-        if any(one.relearning_test for one in self.networks.values()):
-            lines += [aligned(self._curves()), ""]
-        lines += [aligned(self._classes()), "", self._changed()]
+        lines = [f"{classes} {', '.join(map(str, self.target))}: {samples}", ""]
+        lines += [aligned(self._table()), "", *self._notes(), ""]
+        if curves := self._curves():
+            lines += [aligned(curves), ""]
+        lines += [aligned(self._classes()), ""]
+        if self.weights_changed is None:
+            lines.append("weights changed: not counted, the edited network has other parameters")
+        else:
+            share = self.weights_changed / self.parameters if self.parameters else 0.0
+            counts = f"{self.weights_changed} of {self.parameters} ({share:.3%})"
+            lines.append(f"weights changed: {counts}")
         if self.cost is not None:
             lines.append(f"the edit took {self.cost}")
         parts = "; ".join(f"{part} {cost}" for part, cost in self.evaluation.items())
@@ -169,22 +155,20 @@ class Unlearning:
         return lines
 
     def _curves(self) -> list[list[Any]]:
-        curves = {name: one.relearning_test for name, one in self.networks.items()}
         rows: list[list[Any]] = []
-        for name, curve in curves.items():
-            if curve is not None:
+        for name, network in self.networks.items():
+            if (curve := network.relearning_test) is not None:
+                rows = rows or [["relearning, test; step", *curve.steps]]
                 rows.append([f"  {name}, A_t", *curve.forgotten])
                 rows.append([f"  {name}, A_g", *curve.rest])
-                steps = curve.steps
-        return [["relearning, test; step", *steps], *rows]
+        return rows
 
     def _classes(self) -> list[list[Any]]:
-        before, after = self.before, self.after
-        splits = (before.train, after.train, before.test, after.test)
-        columns = [split.classes for split in splits]
+        pair = self.before, self.after
+        columns = [getattr(one, split).classes for split in ("train", "test") for one in pair]
 
         def change(one: int) -> tuple[bool, float]:
-            old, new = before.test.classes[one], after.test.classes[one]
+            old, new = columns[2][one], columns[3][one]
             moved = 0.0 if old is None or new is None else abs(new - old)
             return one not in self.target, -moved
 
@@ -198,9 +182,3 @@ class Unlearning:
             mark = "  forgotten" if one in self.target else ""
             rows.append([f"  {one}{mark}", *(column[one] for column in columns)])
         return rows
-
-    def _changed(self) -> str:
-        if self.weights_changed is None:
-            return "weights changed: not counted, the edited network has other parameters"
-        share = self.weights_changed / self.parameters if self.parameters else 0.0
-        return f"weights changed: {self.weights_changed} of {self.parameters} ({share:.3%})"

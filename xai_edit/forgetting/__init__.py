@@ -3,7 +3,4 @@
 from xai_edit.forgetting.path_perturbation import PathPerturbation
 from xai_edit.forgetting.share_sweep import ShareSweep
 
-__all__ = [
-    "PathPerturbation",
-    "ShareSweep",
-]
+__all__ = ["PathPerturbation", "ShareSweep"]

@@ -28,9 +28,9 @@ def feeding_layer(model: nn.Module, head: str, width: int, inputs: Tensor) -> st
     """Return the linear layer whose outputs the head takes one by one, else the head's inputs.
 
     Follows the input of the last linear layer, ``head``, of ``width`` units, back through
-    activations, dropout, norms and changes of shape, on every branch. One sample of ``inputs`` is
-    used; the model is left exactly as it was. ValueError if a linear layer as wide as the head
-    reaches it together with other tensors, or through an operation that may mix its units.
+    activations, dropout, norms and changes of shape, on every branch, for one of the ``inputs``.
+    ValueError if a linear layer as wide as the head reaches it together with other tensors, or
+    through an operation that may mix its units.
     """
     made: dict[Any, str] = {}  # node of the graph → the layer whose output it is
     wide: list[str] = []
@@ -80,10 +80,7 @@ def _parents(node: Any) -> list[Any]:
 
 
 def _ends(last: Any, made: dict[Any, str]) -> set[Any]:
-    """Follow each branch while units keep their positions; return the nodes of layers at the ends.
-
-    None stands for all other ends.
-    """
+    """Follow each branch while units keep their places; return the ends, None if no layer's."""
     ends: set[Any] = set()
     todo, seen = [last], set()
     while todo:

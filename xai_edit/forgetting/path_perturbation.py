@@ -17,7 +17,12 @@ from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit, versions
-from xai_edit.edits.switching_off import Noise, noisy_values, silencing_entries
+from xai_edit.edits.switching_off import (
+    Noise,
+    all_silencing_entries,
+    noisy_values,
+    silencing_entries,
+)
 from xai_edit.forgetting.feeding_layer import feeding_layer
 from xai_edit.forgetting.share_sweep import Counts, Path, ShareSweep, sweep
 from xai_edit.last_layer.head import HeadFeatures, find_head
@@ -40,26 +45,21 @@ class PathPerturbation:
         (ResNet), the inputs of the last layer.
     share : float in (0, 1] or "auto"
         Share of each layer's neurons to switch off (the paper's m_p). "auto" takes the smallest
-        with which A_t, the accuracy on the class, is at most ``bound``.
+        with which A_t, the accuracy on the class, is at most ``bound``, in [0, 1).
     rank : {"sum", "count"}
         "sum" ranks by relevance summed over the samples. "count", the paper's, by how many samples
         have the neuron among their ``k`` most relevant (Eq. 8–10), ties by summed relevance.
-    k : int, optional
-        For ``rank="count"``.
     scope : {"neuron", "class_row"}
         "neuron", the paper's, switches the neuron off for every class (Eq. 12–13). "class_row"
         only sets its weight to the class to zero.
     scorer : callable
         Any scorer; LRP with the epsilon rule by default.
-    bound : float in [0, 1)
-        For ``share="auto"``.
     noise : {"gaussian", "laplacian"}, optional
         Add noise to the same weights (and biases) instead of zeroing them: the paper's neuronal
         path noise, a comparison.
-    scale : float
-        Standard deviation of the noise, in standard deviations of the layer's weights.
-    seed : int
-        Of the noise.
+    scale, seed
+        Of the noise: its standard deviation, in standard deviations of the layer's weights, and
+        its seed.
     """
 
     layer: str | Sequence[str] | None = None
@@ -74,21 +74,19 @@ class PathPerturbation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self._auto:
-            object.__setattr__(self, "share", fraction(self.share, "share"))
-        elif self.noise is not None:
+        auto = isinstance(self.share, str) and self.share == "auto"
+        if auto and self.noise is not None:
             raise ValueError("share: 'auto' is for neurons switched off; give a number with noise")
-        object.__setattr__(self, "bound", fraction(self.bound, "bound", zero=True, one=False))
-        object.__setattr__(self, "scale", positive(self.scale, "scale"))
+        vars(self).update(  # plain numbers, since the edit's origin is JSON
+            share=self.share if auto else fraction(self.share, "share"),
+            bound=fraction(self.bound, "bound", zero=True, one=False),
+            scale=positive(self.scale, "scale"),
+        )
         one_of(self.rank, ("sum", "count"), "rank")
         one_of(self.scope, ("neuron", "class_row"), "scope")
         one_of(self.noise, (None, "gaussian", "laplacian"), "noise")
         if (self.rank == "count") != (self.k is not None):
             raise ValueError(f"k: {self.k!r} given with rank={self.rank!r}; k goes with 'count'")
-
-    @property
-    def _auto(self) -> bool:
-        return isinstance(self.share, str) and self.share == "auto"
 
     def plan(
         self,
@@ -100,23 +98,20 @@ class PathPerturbation:
     ) -> ModelEdit:
         """Plan the perturbation; the model is only read.
 
+        The edit's origin has the layer, the neurons and the number of samples; a list of them for
+        several layers or classes.
+
         Parameters
         ----------
         model : nn.Module
             A classifier.
         data : iterable or Dataset
             Samples of the class; of labelled data, samples of other classes are ignored. One pass
-            a class.
+            a class. Warns if some, without labels, are not predicted as the class.
         target : int or sequence of int
             The class to forget, or several, which need labels.
         validation : iterable or Dataset, optional
             For ``share="auto"``: samples of the class other than ``data``. Default: ``data``.
-
-        Returns
-        -------
-        ModelEdit
-            Its origin has the layer, the neurons and the number of samples; a list of them for
-            several layers or classes.
 
         Raises
         ------
@@ -125,28 +120,23 @@ class PathPerturbation:
             data has no sample of a class or none that the model predicts as such, the neurons do
             not feed the output (``scope="class_row"``), two classes have the same neurons, or the
             bound is not reached.
-
-        Warns
-        -----
-        UserWarning
-            If some of the samples, without labels, are not predicted as the class.
         """
         plans = _Plans(self, model, data)
         targets = class_list(target, plans.classes)
+        held_out = plans.data if validation is None else validation
         edit, neurons, shares, samples = ModelEdit({}), {}, [], []
         for one in targets:
             ranked, count = plans.ranked(one, several=len(targets) > 1)
-            samples.append(count)
             share = self.share
             if share == "auto":
-                held_out = plans.data if validation is None else validation
                 share = plans.smallest_share(ranked, held_out, one)
-            shares.append(share)
             path = plans.path(ranked, one, self.scope)
             counts = path.counts(share)
             edit |= path.edit(counts)
             chosen = [ranked[layer][:count] for layer, count in counts.items()]
             neurons[one] = [units.sort().values.tolist() for units in chosen]
+            shares.append(share)
+            samples.append(count)
         if self.scope == "neuron":
             _require_different(neurons, plans.layers)
         origin: dict[str, Any] = {
@@ -161,7 +151,7 @@ class PathPerturbation:
             "scorer": describe(self.scorer),
             "samples": _one(samples),
         }
-        if self._auto:
+        if self.share == "auto":
             origin["bound"] = self.bound
         if self.noise is not None:
             origin |= {"noise": self.noise, "scale": self.scale, "seed": self.seed}
@@ -179,18 +169,15 @@ class PathPerturbation:
         """Measure A_t and A_g at several shares; the share of the operator is ignored.
 
         Takes one pass over ``validation`` where the neurons feed the last layer, else one a share.
-        Errors as for `plan`.
+        Other arguments and errors as for `plan`.
 
         Parameters
         ----------
-        model, data, target
-            As for `plan`.
         validation : iterable, Dataset or HeadFeatures
             Samples to measure on, for A_g with labelled samples of other classes. Features of
             `xai_edit.last_layer.head.collect_head_features` save the pass.
         shares : sequence of float in (0, 1], optional
-            Default: each number of neurons, or at most each hundredth where each share takes a
-            pass.
+            Default: each number of neurons, or at most each hundredth where each takes a pass.
         """
         for share in shares or ():
             fraction(share, "share")
@@ -247,8 +234,8 @@ class _Plans:
         for layer in self.layers:
             if not scores[layer].any():
                 raise ValueError(f"layer: no relevance reaches the neurons of {layer!r}")
-        rank = self.operator.rank
-        return {layer: scores.rank(layer, rank) for layer in self.layers}, scores.samples
+        ranked = {layer: scores.rank(layer, self.operator.rank) for layer in self.layers}
+        return ranked, scores.samples
 
     def path(self, ranked: dict[str, Tensor], target: int, scope: str) -> Path:
         """Return the neurons in order, with the edit that switches off the first of them."""
@@ -256,17 +243,13 @@ class _Plans:
         noise = self.operator.noise
 
         def edit(counts: Counts) -> ModelEdit:
-            entries: dict[str, Tensor] = {}
-            for layer, count in counts.items():
-                neurons = ranked[layer][:count]
-                if row is None:
-                    norm = None if noise else self.norms.get(layer)
-                    more = silencing_entries(self.model, layer, neurons, norm)
-                else:
-                    name = f"{self.head}.weight".removeprefix(".")
-                    more = {name: row * self.linear.in_features + neurons}
-                for name, at in more.items():  # a layer's outputs and inputs share its weights
-                    entries[name] = torch.cat([entries.get(name, at[:0]), at]).unique()
+            off = {layer: ranked[layer][:count] for layer, count in counts.items()}
+            if row is None:
+                entries = all_silencing_entries(self.model, off, {} if noise else self.norms)
+            else:
+                neurons = torch.cat([*off.values()]).unique()
+                name = f"{self.head}.weight".removeprefix(".")
+                entries = {name: row * self.linear.in_features + neurons}
             if noise is None:  # Eq. 12
                 values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
             else:
@@ -295,11 +278,9 @@ class _Plans:
         if scope == "neuron" and path.feeding:
             row = self.path(ranked, target, "class_row")
             share, left = sweep(self.model, row, held_out, target, bound=bound).lowest()
-            best = min(best, left)
-            text += "; scope='class_row' "
             if left <= bound:
-                raise ValueError(text + f"reaches it with {share:.1%}")
-            text += f"comes to {left:.3f}"
+                raise ValueError(f"{text}; scope='class_row' reaches it with {share:.1%}")
+            best, text = min(best, left), f"{text}; scope='class_row' comes to {left:.3f}"
         least = math.ceil(best * 1000) / 1000
         works = f", or bound={least:g}" if least < 1 else ""
         raise ValueError(f"{text}; give another layer{works}")
@@ -328,23 +309,20 @@ class _Samples:
         if several:
             readable_again(data, "planning for several classes")
         self.data, self.target, self.device, self.several = data, target, device, several
-        self.samples = self.right = 0
+        self.samples = self.right = self.found = 0
         self.labelled = False
 
     def __iter__(self) -> Iterator[Tensor]:
-        found = False
         for batch in batches(self.data, self.device):
             self.labelled = batch.labels is not None
             if self.several and not self.labelled:
                 raise ValueError("data: has no labels; several classes need (input, label) batches")
             chosen = batch if batch.labels is None else batch[batch.labels == self.target]
+            self.found += len(chosen)
             if len(chosen):
-                found = True
                 yield chosen.inputs
-        if not found:
-            raise ValueError(
-                f"target: class {self.target} is absent from the data; give samples of it"
-            )
+        if not self.found:
+            raise ValueError(f"target: class {self.target} is absent from the data; give samples")
 
     def explained(self, logits: Tensor) -> Tensor:
         """Return the class for each sample; count the samples and those predicted as it."""

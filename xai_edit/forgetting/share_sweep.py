@@ -32,16 +32,12 @@ class ShareSweep:
 
     Attributes
     ----------
-    shares : list of float
-        Ascending from 0.
-    neurons : list of int
-        Neurons off at each share, over all layers.
+    shares, neurons : list of float, list of int
+        Ascending from 0, and the neurons off at each share, over all layers.
     forgotten, rest : list of float
         A_t and A_g: accuracy on the class and on the others; None where the data has no others.
-    samples : int
-        Of the class.
-    passes : int
-        Passes over the data.
+    samples, passes : int
+        Samples of the class, and passes over the data.
     """
 
     shares: list[float]
@@ -64,37 +60,19 @@ class ShareSweep:
 
 Counts: TypeAlias = dict[str, int]
 Measure: TypeAlias = Callable[[Counts], Tensor]
-"""Neurons off in each layer → right answers and samples (rows) of the class and of the others
-(columns), float64."""
+"""Neurons off in each layer → `_counted` answers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """The neurons of a class, most relevant first.
+    """The neurons of a class, most relevant first."""
 
-    Attributes
-    ----------
-    layers : dict of Tensor
-        Layer → its neurons in order, int64.
-    edit : callable
-        ``edit(counts)`` returns the edit that switches off so many of each layer's neurons.
-    feeding : bool
-        Whether they are the neurons of one layer that feeds the last layer.
-    silenced : str
-        The module whose outputs are zero for neurons that are off: the last of the layers, or the
-        batch norm behind it.
-    row : int or None
-        The class whose logit alone changes; None where the neurons are off for all.
-    sample : Tensor, shape (samples, ...)
-        Inputs to check how the neurons reach the last layer.
-    """
-
-    layers: dict[str, Tensor]
-    edit: Callable[[Counts], ModelEdit]
-    feeding: bool
-    silenced: str
-    row: int | None
-    sample: Tensor
+    layers: dict[str, Tensor]  # layer → its neurons in order, int64
+    edit: Callable[[Counts], ModelEdit]  # switches off so many neurons of each layer
+    feeding: bool  # whether they are the neurons of one layer that feeds the last layer
+    silenced: str  # the last of the layers or its batch norm: zero for neurons that are off
+    row: int | None  # the class whose logit alone changes; None where neurons are off for all
+    sample: Tensor  # inputs to check how the neurons reach the last layer
 
     def counts(self, share: float) -> Counts:
         """Return the number of each layer's neurons in a share, rounded, at least one."""
@@ -113,18 +91,8 @@ def sweep(
     """Measure A_t and A_g at ascending shares, until A_t ≤ ``bound``.
 
     Without ``shares``, at each number of neurons, or where each share takes a pass over the data
-    and there are more than a hundred neurons, at each hundredth.
-
-    Parameters
-    ----------
-    data : iterable, Dataset or HeadFeatures
-        Samples of the class, and of others for A_g. Without labels all are of the class.
-
-    Raises
-    ------
-    ValueError
-        If the data has no sample of the class or a label that is no class, or the cached features
-        are of another last layer.
+    and there are more than a hundred neurons, at each hundredth. Without labels all samples are of
+    the class. ValueError if none is, a label is no class, or features are of another last layer.
     """
     cached = _from_features(model, path, data, target) if path.feeding else None
     if cached is None and isinstance(data, HeadFeatures):
@@ -177,13 +145,13 @@ def _from_features(
     """
     head = head_features(model, data, name="validation")
     ((name, order),) = path.layers.items()
-    W = head.weight.double()
     rows = slice(None) if path.row is None else slice(path.row, path.row + 1)
+    W = head.weight.double()[rows]
     off = torch.zeros(W.shape[1], dtype=torch.float64)  # inputs x with all neurons off
 
     def change(x: Tensor, neurons: Tensor) -> Tensor:
         """Return the decrease of the logits when neurons are switched off."""
-        return (x[:, neurons].double() - off[neurons]) @ W[rows][:, neurons].T
+        return (x[:, neurons].double() - off[neurons]) @ W[:, neurons].T
 
     if path.row is None and not name.endswith(INPUT_SUFFIX):
         with _silent(model, path.silenced, order):
@@ -217,7 +185,7 @@ def _silent(model: nn.Module, name: str, neurons: Tensor) -> Iterator[None]:
 
 
 def _counted(logits: Tensor, labels: Tensor | None, target: int) -> Tensor:
-    """Return right answers and samples (rows) of the class and of the others (columns)."""
+    """Return right answers and samples (rows) of the class and the others (columns), float64."""
     predicted, classes = logits.argmax(1), logits.shape[1]
     labels = torch.full_like(predicted, target) if labels is None else labels
     in_range(labels, classes, "labels")

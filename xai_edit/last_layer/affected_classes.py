@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,34 +26,31 @@ def features_with_attribute(
     validation: Data | HeadFeatures | None,
 ) -> tuple[HeadFeatures, HeadFeatures]:
     """Return the features to plan on and those to judge by; see `FictitiousClass.plan`."""
+    concept = isinstance(attribute, Subspaces)
+    given: dict[str, Any] = {"attribute": None if concept else attribute}
+    given["with_attribute"] = not concept
+    heads = [head_features(model, data, **given)]
+    if validation is not None:
+        if not callable(attribute) or isinstance(validation, HeadFeatures):
+            given["attribute"] = None  # a vector counts the samples of data alone
+        heads.append(head_features(model, validation, name="validation", **given))
     if isinstance(attribute, Subspaces):
-        head = head_features(model, data)
-        judged = head if validation is None else head_features(model, validation, name="validation")
-        point = split_point(concept_strength(attribute, head.features))
-        head, judged = (
-            replace(one, attribute=(concept_strength(attribute, one.features) > point).long())
-            for one in (head, judged)
-        )
-    else:
-        if attribute is not None and not callable(attribute):
-            attribute = torch.as_tensor(attribute)
-        head = judged = head_features(model, data, attribute=attribute, with_attribute=True)
-        if validation is not None:  # a vector counts the samples of data alone
-            own = attribute if callable(attribute) else None
-            own = None if isinstance(validation, HeadFeatures) else own
-            judged = head_features(
-                model, validation, attribute=own, with_attribute=True, name="validation"
-            )
-    for one, name in ((head, "attribute"), (judged, "validation")):
+        strengths = [concept_strength(attribute, one.features) for one in heads]
+        point = split_point(strengths[0])
+        heads = [
+            replace(one, attribute=(strength > point).long())
+            for one, strength in zip(heads, strengths, strict=True)
+        ]
+    for one, name in zip(heads, ("attribute", "validation"), strict=False):
         assert one.attribute is not None
         values = one.attribute.unique().tolist()
         require(values[0] >= 0, name, values[:5], "it is yes or no (1, 0)")
-        if one is head and len(values) < 2:
+        if name == "attribute" and len(values) < 2:
             raise ValueError(
                 f"{name}: samples with and without the feature are needed; all have the value "
                 f"{values[0]}"
             )
-    return head, judged
+    return heads[0], heads[-1]
 
 
 def affected_classes(
@@ -65,8 +63,7 @@ def affected_classes(
     attribute, labels = head.attribute, head.require_labels()
     assert attribute is not None
     one_logit_a_class(head.classes)
-    kinds = attribute.unique().tolist()
-    predicted = head.logits().argmax(1)
+    kinds, predicted = attribute.unique().tolist(), head.logits().argmax(1)
     rows = None if target is None else class_list(target, head.classes)
     if fictitious is not None:
         bare = int(fictitious) if isinstance(fictitious, bool) else fictitious
@@ -78,20 +75,22 @@ def affected_classes(
             f"attribute: values {kinds[:5]} given; it is yes or no (1 or 0), or name the value to "
             "act on by fictitious="
         )
-    elif rows is None:
-        values = kinds if aim != "removal" else [1]
-    elif len(rows) == 1:
+    elif rows is None and aim != "removal":
+        values = kinds
+    elif rows is None or len(rows) == 1:
         values = [1]
     else:  # the value with which each class is predicted more often
-        shares = [
-            [(predicted[attribute == kind] == row).double().mean() for kind in kinds]
-            for row in rows
-        ]
-        values = [int(without <= with_it) for without, with_it in shares]
+        rise = _rise(predicted, attribute == 1, head.classes)
+        values = [int(rise[row] >= 0) for row in rows]
     if rows is None and max(kinds) == 1 and aim != "removal":
         return moved_classes(head.logits(), labels, attribute, values)
     if rows is None:
-        rows = [_favoured(predicted, attribute == value, head.classes) for value in values]
+        rises = [_rise(predicted, attribute == value, head.classes) for value in values]
+        if min(float(rise.max()) for rise in rises) <= 0:
+            raise ValueError(
+                "attribute: no class is predicted more often with the feature; name target"
+            )
+        rows = [int(rise.argmax()) for rise in rises]
     if len(values) == 1:
         values *= len(rows)
     if aim == "removal" and {*kinds} <= {*values}:
@@ -116,12 +115,8 @@ def moved_classes(
     classes, which moves no prediction. A class is moved if the normal interval of its change, 95 %
     over all classes together, excludes 0, and the change is at least half of the largest.
 
-    Parameters
-    ----------
-    logits : Tensor, float64, shape (samples, classes)
-    labels, attribute : Tensor, int64, shape (samples,)
-    values : sequence of int
-        Those of the attribute's values 0 and 1 to consider. ValueError if they move no class.
+    ``logits`` are float64, shape (samples, classes), ``values`` those of the attribute's values 0
+    and 1 to consider. ValueError if they move no class.
     """
     has, classes = attribute == 1, logits.shape[1]
     strata = [labels == label for label in labels.unique()]
@@ -160,17 +155,13 @@ def moved_classes(
     return moved, left_alone
 
 
-def _favoured(predicted: Tensor, has: Tensor, classes: int) -> int:
-    """Return the class whose share of the predictions rises most with the feature."""
+def _rise(predicted: Tensor, has: Tensor, classes: int) -> Tensor:
+    """Return the rise of each class's share of the predictions with the feature, (classes,)."""
     with_it, without = (
-        torch.bincount(predicted[where], minlength=classes) / where.sum() for where in (has, ~has)
+        torch.bincount(predicted[where], minlength=classes).double() / where.sum()
+        for where in (has, ~has)
     )
-    rise = with_it - without
-    if not rise.max() > 0:
-        raise ValueError(
-            "attribute: no class is predicted more often with the feature; name target"
-        )
-    return int(rise.argmax())
+    return with_it - without
 
 
 def concept_strength(subspaces: Subspaces, activations: Tensor) -> Tensor:

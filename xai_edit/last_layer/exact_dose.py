@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -37,28 +37,17 @@ def accuracy_by_dose(
     "not predicted c" at one dose, δ = −margin_s / x_js, the margin being the row's logit less the
     highest other. The accuracies change at these flips alone.
 
-    Parameters
-    ----------
-    features, logits : Tensor, float64, shapes (samples, d) and (samples, classes)
-    labels, groups : Tensor, int64, shape (samples,)
-        Groups are numbered 0 … G−1, each with a sample.
-    row : int
-
-    Yields
-    ------
-    start : int
-        The chunk's first feature.
-    flips : Tensor, float64, shape (samples, chunk)
-        Ascending; infinite where a sample never changes.
-    accuracy : Tensor, float64, shape (samples + 1, chunk, G)
-        Before the first flip, between two neighbours, after the last.
+    ``features`` and ``logits`` are float64, ``labels`` and ``groups`` int64, shape (samples,), with
+    groups numbered 0 … G−1, each with a sample. Yields the chunk's first feature; the flips,
+    float64, shape (samples, chunk), ascending, infinite where a sample never changes; and the
+    accuracies before the first flip, between two neighbours and after the last, float64, shape
+    (samples + 1, chunk, G).
     """
     samples, d = features.shape
-    best_other, other_class = strongest_other(logits, row)
+    best_other, rival = strongest_other(logits, row)
     margin = logits[:, row] - best_other
-    unedited = wins(logits[:, row], best_other, row, other_class).double()
-    right_if_row = (labels == row).double()
-    right_if_other = (labels == other_class).double()
+    unedited = wins(logits[:, row], best_other, row, rival).double()
+    right_if_row, right_if_other = (labels == row).double(), (labels == rival).double()
     member = torch.nn.functional.one_hot(groups).double()  # (samples, G)
     width = max(1, CHUNK // (samples * member.shape[1]))
     for start in range(0, d, width):
@@ -109,14 +98,15 @@ def doses_between(flips: Tensor, low: Tensor | None = None, high: Tensor | None 
     return doses
 
 
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """One weight of a row, the dose added to it, and the group accuracies it gives."""
+@dataclass(frozen=True)
+class EditedWeight:
+    """A weight of a row and the dose added to it."""
 
     column: int
     dose: float
-    accuracy: Tensor  # (G,)
-    bounded: bool  # whether a larger weight than `LARGEST` allows has a higher objective
+    anchor: float = 0.0  # the feature's value that the edit leaves alone
+    rate: float | None = None  # r of Eq. 8 where there is one
+    bounded: bool = False  # whether a larger weight than `LARGEST` allows has a higher objective
 
 
 def best_dose(
@@ -128,12 +118,12 @@ def best_dose(
     logits: Tensor | None = None,
     columns: Sequence[int] | None = None,
     added: Mapping[int, float] | None = None,
-) -> Choice:
-    """Return the weight and dose of a row that maximise an objective, among equals the smallest.
+) -> tuple[EditedWeight, Tensor]:
+    """Return the weight and dose of a row that maximise an objective, and the group accuracies.
 
-    ``groups`` as for `accuracy_by_dose`; ``columns`` are the features to choose from, all when left
-    out. Where weights were edited already, ``logits`` are those to start from and ``added`` the
-    doses in this row, by column.
+    Among equals the smallest dose. ``groups`` as for `accuracy_by_dose`; ``columns`` are the
+    features to choose from, all when left out. Where weights were edited already, ``logits`` are
+    those to start from and ``added`` the doses in this row, by column.
     """
     kept = list(range(head.features.shape[1]) if columns is None else columns)
     weight = head.weight[row].double().clone()
@@ -141,15 +131,9 @@ def best_dose(
         weight[column] += dose
     largest = float(head.weight.abs().max()) * LARGEST or torch.inf  # a head of zeros has no bound
     low, high = -largest - weight[kept], largest - weight[kept]
-    best: tuple[float, float] = (-torch.inf, -torch.inf)
-    choice, unbounded = None, -torch.inf
-    for start, flips, accuracy in accuracy_by_dose(
-        head.features[:, kept].double(),
-        head.logits() if logits is None else logits,
-        head.require_labels(),
-        groups,
-        row,
-    ):
+    best, chosen, unbounded = (-torch.inf, -torch.inf), None, -torch.inf
+    x, z = head.features[:, kept].double(), head.logits() if logits is None else logits
+    for start, flips, accuracy in accuracy_by_dose(x, z, head.require_labels(), groups, row):
         here = slice(start, start + flips.shape[1])
         doses = doses_between(flips, low[here], high[here])
         score = objective(accuracy)
@@ -160,11 +144,11 @@ def best_dose(
         at, column = divmod(int(size.argmin()), doses.shape[1])
         reached = (float(score[at, column]), -float(size[at, column]))
         if reached > best:
-            best, dose = reached, float(doses[at, column])
-            choice = Choice(kept[start + column], dose, accuracy[at, column], False)
-    if choice is None:
+            best, chosen = reached, EditedWeight(kept[start + column], float(doses[at, column]))
+            accuracies = accuracy[at, column]
+    if chosen is None:
         raise ValueError(f"class {row}: every feature is zero in every sample; no weight matters")
-    return Choice(choice.column, choice.dose, choice.accuracy, unbounded > best[0])
+    return replace(chosen, bounded=unbounded > best[0]), accuracies
 
 
 def removal(floor: float) -> Objective:
@@ -181,7 +165,7 @@ def with_margin(logits: Tensor, labels: Tensor, wrong: Tensor, quantile: float) 
     """Return logits by which every answer has to hold by a margin.
 
     The margin is a quantile over samples of ``|label's logit − highest other|``. The label's logit
-    is raised by it where the answer is to be ``wrong``, bool, shape (samples,), and else lowered.
+    is raised by it where the answer is to be ``wrong``, bool, (samples,), and lowered elsewhere.
     """
     if not quantile:
         return logits
@@ -195,28 +179,20 @@ def best_margin(
     groups: Tensor,
     predicted: Callable[[Tensor], Sequence[Tensor]],
     objective: Callable[[Tensor], Tensor],
-) -> tuple[int, Tensor | None]:
-    """Return which of `MARGINS` is best in cross-validation, and the classes predicted with it.
+    figures: Callable[[Tensor], dict[str, float]],
+) -> tuple[int, dict[str, Any]]:
+    """Return which of `MARGINS` is best in cross-validation, and what is reported about it.
 
-    Parameters
-    ----------
-    groups : Tensor, int64, shape (samples,)
-        Each is dealt out over the folds in turn. Those of -1 need not be in every fold.
-    predicted : callable
-        Plans on the samples of a mask, and returns the class predicted for every sample with each
-        margin.
-    objective : callable
-        A function of predicted classes, int64, (margins, samples), that is to be large, (margins,).
-
-    Returns
-    -------
-    int, Tensor or None
-        The smallest of equals; 0 and None where a group has only one sample.
+    The smallest of equals, and the first where a group has only one sample. The ``groups``, int64,
+    shape (samples,), are dealt out over the folds in turn; -1 need not be in every fold.
+    ``predicted`` plans on the samples of a mask and returns the class predicted for every sample
+    with each margin. ``objective`` of predicted classes, (margins, samples), is to be large;
+    ``figures`` are those of classes (samples,).
     """
     kinds, sizes = groups.unique(return_counts=True)
     folds = min(FOLDS, int(sizes[kinds >= 0].min()))
     if folds < 2:
-        return 0, None
+        return 0, {"cross_validated": None, "margin": MARGINS[0]}
     fold = torch.empty_like(groups)
     for kind, size in zip(kinds, sizes.tolist(), strict=True):
         fold[groups == kind] = torch.arange(size) % folds
@@ -225,7 +201,7 @@ def best_margin(
         for at, classes in enumerate(predicted(fold != held)):
             held_out[at, fold == held] = classes[fold == held]
     best = int(objective(held_out).argmax())
-    return best, held_out[best]
+    return best, {"cross_validated": figures(held_out[best]), "margin": MARGINS[best]}
 
 
 def edited_logits(logits: Tensor, head: HeadFeatures, doses: Doses) -> Tensor:
@@ -248,10 +224,10 @@ def removal_doses(
 ) -> tuple[Doses, list[int]]:
     """Return the doses that remove classes together, and the rows that `LARGEST` holds back.
 
-    For each row in turn: accuracy on its class down, subject to accuracy on the classes that stay
-    no more than ``tolerance`` below what it was. Rows that follow count as removed already, so what
-    one dose reaches no later one takes back. Weights of a row are added while that helps.
-    ``quantile`` is that of `with_margin`; ``columns`` are doses whose columns are kept.
+    For each row in turn: accuracy on its class down, while that on the classes that stay falls by
+    at most ``tolerance``. Rows that follow count as removed already, so no later dose takes back
+    what one reached. Weights of a row are added while that helps. ``quantile`` is that of
+    `with_margin`; ``columns`` are doses whose columns are kept.
     """
     labels = head.require_labels()
     gone = torch.isin(labels, torch.tensor(rows))
@@ -273,16 +249,15 @@ def removal_doses(
         edited[:, row] = logits[:, row]
         reached = -torch.inf
         for only in [None] * n_weights if columns is None else [[at] for at in columns[row]]:
-            start = edited[judged]
-            choice = best_dose(
-                part, row, own, objective, logits=start, columns=only, added=doses[row]
+            found, accuracy = best_dose(
+                part, row, own, objective, logits=edited[judged], columns=only, added=doses[row]
             )
-            if float(objective(choice.accuracy)) <= reached:
+            if float(objective(accuracy)) <= reached:
                 break
-            reached = float(objective(choice.accuracy))
-            doses[row][choice.column] = doses[row].get(choice.column, 0.0) + choice.dose
-            edited = edited_logits(edited, head, {row: {choice.column: choice.dose}})
-            bounded += [row] * (choice.bounded and row not in bounded)
+            reached = float(objective(accuracy))
+            doses[row][found.column] = doses[row].get(found.column, 0.0) + found.dose
+            edited = edited_logits(edited, head, {row: {found.column: found.dose}})
+            bounded += [row] * (found.bounded and row not in bounded)
     return doses, bounded
 
 
@@ -292,9 +267,9 @@ def planned_removal(
     """Return `removal_doses` with the margin of `best_margin`, and what the edit reports.
 
     ``planned`` and ``cross_validated`` (None where a class has one sample) are the accuracies over
-    the classes that stay and over those removed, all edits together, on the planning data and on
-    folds that were not planned on; ``margin`` is the quantile, and ``bounded`` lists the classes of
-    which a larger weight would remove more.
+    the classes that stay and over those removed, on the planning data and on folds that were not
+    planned on; ``margin`` is the quantile, and ``bounded`` lists the classes of which a larger
+    weight would remove more.
     """
     labels, logits = head.require_labels(), head.logits()
     gone = torch.isin(labels, torch.tensor(rows))
@@ -318,12 +293,7 @@ def planned_removal(
 
     choices, bounded = planned(head)
     objective = removal(float(accuracy(logits.argmax(1))[0]) - tolerance)
-    best, held_out = best_margin(
-        torch.where(gone, labels, -1), predicted, lambda classes: objective(accuracy(classes))
-    )
-    return choices[best], {
-        "planned": figures(edited_logits(logits, head, choices[best]).argmax(1)),
-        "cross_validated": None if held_out is None else figures(held_out),
-        "margin": MARGINS[best],
-        "bounded": bounded,
-    }
+    groups = torch.where(gone, labels, -1)
+    best, reported = best_margin(groups, predicted, lambda z: objective(accuracy(z)), figures)
+    reached = figures(edited_logits(logits, head, choices[best]).argmax(1))
+    return choices[best], {"planned": reached, **reported, "bounded": bounded}

@@ -16,17 +16,12 @@ from xai_edit.core.checks import fraction, one_of, require, whole_number
 from xai_edit.core.data import Attribute, Data
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.affected_classes import affected_classes, features_with_attribute
+from xai_edit.last_layer.exact_dose import EditedWeight
 from xai_edit.last_layer.head import HeadFeatures
-from xai_edit.last_layer.objective import Aim, EditedWeight, EditObjective
+from xai_edit.last_layer.objective import Aim, EditObjective
 from xai_edit.last_layer.rate_sweep import RateSweep, rate_sweep
 from xai_edit.last_layer.row_search import Weights, best_weights, exact_weights
-from xai_edit.last_layer.single_weight import (
-    anchor_point,
-    check_choices,
-    editable,
-    head_edit,
-    orthogonal_weight,
-)
+from xai_edit.last_layer.single_weight import check_choices, dosed, editable, head_edit
 from xai_edit.last_layer.weight_selection import Selection, most_significant, selection_scores
 
 EFFECTS = {
@@ -41,10 +36,10 @@ class FictitiousClass:
     """Neutralise a classifier's reliance on a spurious feature, by one weight an affected class.
 
     Hakemi et al., *Post-hoc Spurious Correlation Neutralization with Single-Weight Fictitious
-    Class Unlearning*, Algorithm 2: a copy of the last layer learns the spurious feature as a class
-    of its own; the edge that serves it most (SCA, Eq. 6) is edited in the model itself, in the row
-    of the class that the feature goes with. The copy needs labels and the attribute; "auto" and
-    "exact" need samples of every group, also those where feature and class do not go together.
+    Class Unlearning*, Algorithm 2: a copy of the last layer learns the feature as a class of its
+    own; the edge that serves it most (SCA, Eq. 6) is edited in the model itself, in the row of the
+    class that the feature goes with. "auto" and "exact" need samples of every (class, feature)
+    group.
 
     Parameters
     ----------
@@ -56,13 +51,11 @@ class FictitiousClass:
         objective on the validation data; "least-gap", the paper's choice, the one with the least
         gap between average and worst-group accuracy, which a collapsed model has too.
     aim : {"worst-group", "removal", "indifference"}
-        The objective. "worst-group": its accuracy. "removal", of a sub-class: accuracy on the
-        samples with the feature down, that on the others at most ``tolerance`` below what it was.
+        The objective. "worst-group": its accuracy. "removal", of a sub-class: a low accuracy with
+        the feature, while that without it falls by at most ``tolerance``, a fraction.
         "indifference", for the same samples with and without the feature: it no longer raises the
         mean probability of the class; not with "exact".
-    tolerance : float
-        For ``aim="removal"``, as a fraction.
-    anchor, seed
+    tolerance, anchor, seed
         As for `SingleWeight`.
     """
 
@@ -74,22 +67,20 @@ class FictitiousClass:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choices(self.select, self.anchor)
-        if self.select == "exact" and self.rate != "auto":
-            raise ValueError("rate: goes with the other selections; 'exact' finds its own dose")
-        if isinstance(self.rate, str):
+        check_choices(self.select, self.anchor, self.rate, "auto")
+        rate: Any = self.rate
+        if isinstance(rate, str):
             works = "it is 'auto', 'least-gap' or a fraction in [0, 1]"
-            require(self.rate in ("auto", "least-gap"), "rate", self.rate, works)
-        elif isinstance(self.rate, Mapping):
-            rates = {row: fraction(rate, "rate", zero=True) for row, rate in self.rate.items()}
-            object.__setattr__(self, "rate", rates)
+            require(rate in ("auto", "least-gap"), "rate", rate, works)
+        elif isinstance(rate, Mapping):
+            rate = {row: fraction(one, "rate", zero=True) for row, one in rate.items()}
         else:
-            object.__setattr__(self, "rate", fraction(self.rate, "rate", zero=True))
+            rate = fraction(rate, "rate", zero=True)
         one_of(self.aim, EFFECTS, "aim")
         if (self.select, self.aim) == ("exact", "indifference"):
             raise ValueError("aim: 'indifference' goes with the other selections, not with 'exact'")
-        object.__setattr__(self, "tolerance", fraction(self.tolerance, "tolerance", zero=True))
-        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
+        tolerance = fraction(self.tolerance, "tolerance", zero=True)
+        vars(self).update(rate=rate, tolerance=tolerance, seed=whole_number(self.seed, "seed"))
 
     def plan(
         self,
@@ -101,18 +92,20 @@ class FictitiousClass:
         target: int | Sequence[int] | None = None,
         validation: Data | HeadFeatures | None = None,
     ) -> ModelEdit:
-        """Plan the edit; the model is only read.
+        """Plan at most one weight for each affected class; the model is only read.
+
+        The edit's origin has the figures before and after on the validation data, the classes left
+        alone and why, with "exact" what `SingleWeight` reports, and the reason where no rate raises
+        the objective.
 
         Parameters
         ----------
-        model : nn.Module
-            A classifier that ends in a linear layer.
-        data : iterable, Dataset or HeadFeatures
-            Labelled batches, read once, or the result of `collect_head_features`.
+        model, data
+            As for `SingleWeight.plan`.
         attribute : callable, Tensor, Subspaces or None
-            The spurious feature of each sample: a function of a batch of inputs, a vector in the
-            order of the data, a concept subspace of the last layer's inputs (its stronger half by
-            two means), or the third element of the batches.
+            The feature: see `xai_edit.core.data.Attribute`; or a concept subspace of the last
+            layer's inputs, whose stronger half by two means has the feature. ValueError if no
+            sample has it, or every one.
         fictitious : int or sequence of int, optional
             The value that is the fictitious class, or one for each target. When left out, for an
             attribute of 0 and 1: without a target the value that speaks for each class; with one
@@ -121,57 +114,35 @@ class FictitiousClass:
             The classes the feature speaks for. When left out, for an attribute of 0 and 1, every
             class whose logit it moves (`affected_classes.moved_classes`); for ``aim="removal"``
             and an attribute of more values, the class whose share of the model's predictions rises
-            most with each value of ``fictitious``.
+            most with each value of ``fictitious``. ValueError if the feature moves no class.
         validation : iterable, Dataset or HeadFeatures, optional
             Where the objective is measured; ``data`` when left out.
-
-        Returns
-        -------
-        ModelEdit
-            At most one weight for each affected class. Its origin has the figures before and after
-            on the validation data, the classes left alone and why, with "exact" what
-            `SingleWeight` reports, and the reason where no rate raises the objective.
-
-        Raises
-        ------
-        ValueError
-            If the model has no final linear layer, labels or feature are missing, no sample or
-            every sample has the feature, or it moves no class.
         """
         head, objective, left_alone = self._prepared(
             fictitious, target, model, data, attribute, validation
         )
-        reported: dict[str, Any] = {}
-        if self.select == "exact":
-            weights, reported = exact_weights(objective)
-        else:
-            weights = self._weights(head, objective)
+        exact = self.select == "exact"
+        found = exact_weights(objective) if exact else (self._weights(head, objective), {})
+        weights, reported = found
         before, after = objective.figures({}), objective.figures(weights)
         rate: Any = self.rate
         if isinstance(rate, Mapping):
             rate = {str(row): rate[row] for row in objective.values}  # as JSON has it
-        origin = {
-            "operator": "FictitiousClass",
-            "select": self.select,
-            "rate": rate,
-            "aim": self.aim,
-            "samples": len(head.features),
-            **{name: {"before": before[name], "after": after[name]} for name in after},
-            **reported,
-            **({"left_alone": left_alone} if left_alone else {}),
-        }
+        origin: dict[str, Any]
+        origin = {"operator": "FictitiousClass", "select": self.select, "rate": rate}
+        origin |= {"aim": self.aim, "samples": len(head.features)}
+        origin |= {name: {"before": before[name], "after": after[name]} for name in after}
+        origin |= reported
+        if left_alone:
+            origin["left_alone"] = left_alone
         if not weights:
             origin["reason"] = f"no edit of one weight {EFFECTS[self.aim]} on validation data"
         rows = [
-            {
-                "class": row,
-                "column": weight.column,
-                "weight": float(head.weight[row, weight.column]) + weight.dose,
-                **({} if weight.rate is None else {"rate": weight.rate}),
-            }
+            dosed(head, row, weight.column, weight.dose)
+            | ({} if weight.rate is None else {"rate": weight.rate})
             for row, weight in weights.items()
         ]
-        anchor = False if self.select == "exact" else self.anchor
+        anchor = False if exact else self.anchor
         return head_edit(model, head, rows, origin, anchor=anchor)  # step 6
 
     def sweep(
@@ -187,9 +158,8 @@ class FictitiousClass:
     ) -> list[RateSweep]:
         """Return the accuracies over rates for each affected class, the others unedited.
 
-        Arguments as for `plan`; not for ``select="exact"``. Without ``rates`` in [0, 1] a grid
-        over them and a logarithmic one about the rate at which the weight crosses zero, where most
-        of the effect is.
+        Arguments as for `plan`; not for ``select="exact"``. ``rates`` are in [0, 1]; the default
+        has more about the rate at which the weight crosses zero, where most of the effect is.
         """
         if rates is not None:
             rates = [fraction(rate, "rates", zero=True) for rate in rates]
@@ -197,8 +167,9 @@ class FictitiousClass:
         if self.select == "exact":
             raise ValueError("select: 'exact' finds its own dose; a sweep needs another selection")
         head, objective, _ = self._prepared(fictitious, target, model, data, attribute, validation)
+        given: dict[str, Any] = {"rates": rates, "anchor": self.anchor, "others": {}}
         return [
-            self._sweep(head, objective, row, self._column(head, row, value), {}, rates)
+            rate_sweep(head, objective, row, self._column(head, row, value), **given)
             for row, value in objective.values.items()
         ]
 
@@ -220,8 +191,9 @@ class FictitiousClass:
 
         def turned(objective: EditObjective, row: int, others: Weights) -> EditedWeight:
             rate = self.rate[row] if isinstance(self.rate, Mapping) else self.rate
-            rates = None if isinstance(rate, str) else [rate]
-            sweep = self._sweep(head, objective, row, columns[row], others, rates)
+            given: dict[str, Any] = {"rates": None if isinstance(rate, str) else [rate]}
+            given |= {"anchor": self.anchor, "others": others}
+            sweep = rate_sweep(head, objective, row, columns[row], **given)
             at = sweep.least_gap if rate == "least-gap" else sweep.best
             dose, r = float(sweep.doses[at]), float(sweep.rates[at])
             return EditedWeight(sweep.column, dose, sweep.anchor, r)
@@ -254,37 +226,22 @@ class FictitiousClass:
         allowed = editable(head.weight[row].double(), mean) & (W[c] * mean > 0)
         return most_significant(score, allowed, 1, row)[0]
 
-    def _sweep(
-        self,
-        head: HeadFeatures,
-        objective: EditObjective,
-        row: int,
-        column: int,
-        others: Weights,
-        rates: Sequence[float] | None,
-    ) -> RateSweep:
-        """Return the sweep of one weight, with the weights of other rows edited."""
-        w = head.weight[row].double()
-        crossing = float(w[column] ** 2 / (w @ w + 1))
-        logarithmic = crossing * np.logspace(-2, 3, 101)
-        grid = np.union1d(np.linspace(0, 1, 101), logarithmic[logarithmic <= 1])
-        r = torch.from_numpy(grid if rates is None else np.unique(rates))
-        doses = orthogonal_weight(w, column, r) - w[column]  # Eq. 8
-        anchor = anchor_point(head, column, self.anchor, raised=bool(doses[-1] > 0)) or 0.0
-        return rate_sweep(objective, row, column, r, doses, anchor, objective.logits(others))
-
 
 def fitted_last_layer(x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """Fit the last layer of the copy, all else frozen, and return its weight and bias."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import MaxAbsScaler
 
-    scaler = MaxAbsScaler().fit(x.numpy())
+    scaler, classifier = MaxAbsScaler(), LogisticRegression(max_iter=2000)
     with warnings.catch_warnings():  # many classes of one sample are no regression here
         warnings.filterwarnings("ignore", "The number of unique classes")
-        classifier = LogisticRegression(max_iter=2000)
-        classifier.fit(scaler.transform(x.numpy()), classes.numpy())
-    W, b = classifier.coef_ / scaler.scale_, classifier.intercept_
-    if len(W) == 1:  # of two classes scikit-learn has the row of the second alone
-        W, b = (np.concatenate([-part / 2, part / 2]) for part in (W, b))
+        classifier.fit(scaler.fit_transform(x.numpy()), classes.numpy())
+    W, b = one_row_a_class(classifier.coef_ / scaler.scale_, classifier.intercept_)
     return torch.from_numpy(W), torch.from_numpy(b)
+
+
+def one_row_a_class(weight: Any, bias: Any) -> tuple[Any, Any]:
+    """Return both rows where scikit-learn has, of two classes, that of the second alone."""
+    if len(weight) > 1:
+        return weight, bias
+    return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])

@@ -54,10 +54,9 @@ class HeadFeatures:
 
     def __getitem__(self, samples: Tensor) -> HeadFeatures:
         """Return the samples of a mask or of indices."""
-        labels = None if self.labels is None else self.labels[samples]
-        attribute = None if self.attribute is None else self.attribute[samples]
-        features = self.features[samples]
-        return replace(self, features=features, labels=labels, attribute=attribute)
+        columns = {name: getattr(self, name) for name in ("features", "labels", "attribute")}
+        known = {name: column for name, column in columns.items() if column is not None}
+        return replace(self, **{name: column[samples] for name, column in known.items()})
 
     def parameter(self, kind: str) -> str:
         """Return the name of the layer's ``weight`` or ``bias`` among the model's parameters."""
@@ -71,8 +70,7 @@ class HeadFeatures:
     def edited(self, edit: ModelEdit) -> HeadFeatures:
         """Return the features with the edited layer's weight and bias.
 
-        Raises ValueError if the edit changes another layer, EditMismatchError if it was planned on
-        other values.
+        ValueError if the edit changes another layer, EditMismatchError if it is of other values.
         """
         kinds = {self.parameter(kind): kind for kind in ("weight", "bias")}
         for name in edit.changes.keys() - kinds.keys():
@@ -86,6 +84,12 @@ class HeadFeatures:
         ModelEdit({kinds[name]: change for name, change in edit.changes.items()}).apply(layer)
         return replace(self, **{kind: value.data for kind, value in layer.items()})
 
+    def require_bias(self) -> Tensor:
+        """Return the bias; ValueError where the layer has none."""
+        if self.bias is None:
+            raise ValueError(f"model: the last layer {self.layer!r} has no bias")
+        return self.bias
+
     def require_labels(self) -> Tensor:
         """Return the labels; ValueError where the data has none or one is out of range."""
         labels = with_labels(self.labels)
@@ -94,54 +98,38 @@ class HeadFeatures:
 
 
 def collect_head_features(
-    model: nn.Module,
-    data: Data,
-    *,
-    attribute: Attribute = None,
-    with_attribute: bool = False,
+    model: nn.Module, data: Data, *, attribute: Attribute = None, with_attribute: bool = False
 ) -> HeadFeatures:
     """Return the inputs of a model's last linear layer, by one pass over the data.
 
     Parameters
     ----------
     model : nn.Module
-        A classifier that ends in a linear layer. Left exactly as it was.
+        A classifier; only read. ValueError if its output is not that of a linear layer.
     data : iterable or Dataset
         See `xai_edit.core.data.batches`; samples × d features are held in memory.
     attribute : callable, Tensor or None
         See `xai_edit.core.data.Attribute`; recorded ``with_attribute``.
-
-    Raises
-    ------
-    ValueError
-        If the model's output is not that of a linear layer, or the data does not fit.
     """
     require_finite(model)
     features: list[Tensor] = []
     labels: list[Tensor | None] = []
-    attributes: list[Tensor | None] = []
+    attributes: list[Tensor] = []
     samples = 0
     with preserved(model), torch.no_grad():
         last = _LastLinear(model)
         for batch in batches(data, model_device(model)):
-            output = predict(model, batch.inputs)
-            layer = last.name_for(output)
+            layer = last.name_for(predict(model, batch.inputs))
             features.append(last.inputs.cpu())
             labels.append(batch.labels)
-            attributes.append(
-                attribute_of(attribute, batch, samples, "attribute") if with_attribute else None
-            )
+            if with_attribute:
+                attributes.append(attribute_of(attribute, batch, samples, "attribute"))
             samples += len(batch)
     check_length(attribute, samples, "attribute")
     head = cast(nn.Linear, model.get_submodule(layer))
-    return HeadFeatures(
-        layer,
-        head.weight.detach().cpu().clone(),
-        None if head.bias is None else head.bias.detach().cpu().clone(),
-        torch.cat(features),
-        together(labels, "labels"),
-        together(attributes, "groups"),
-    )
+    bias = None if head.bias is None else head.bias.detach().cpu().clone()
+    columns = torch.cat(features), together(labels, "labels"), together(attributes, "groups")
+    return HeadFeatures(layer, head.weight.detach().cpu().clone(), bias, *columns)
 
 
 def head_features(
@@ -161,20 +149,17 @@ def head_features(
             model, data, attribute=attribute, with_attribute=with_attribute
         )
     parameters = dict(model.named_parameters())
-    for kind, kept in (("weight", data.weight), ("bias", data.bias)):
-        own = parameters.get(data.parameter(kind))
-        same = kept is own is None or (
-            kept is not None and own is not None and torch.equal(kept, own.detach().cpu())
-        )
-        if not same:
+    for kind in ("weight", "bias"):
+        parameter = data.parameter(kind)
+        both = getattr(data, kind), parameters.get(parameter)
+        known = [one.detach().cpu() for one in both if one is not None]
+        if len(known) == 1 or (known and not torch.equal(*known)):
             raise ValueError(
-                f"{name}: its features were collected for another {data.parameter(kind)!r} than "
-                "the model's; collect them anew"
+                f"{name}: its features were collected for another {parameter!r} than the model's; "
+                "collect them anew"
             )
     finite(data.features, f"{name}: features")
-    if not with_attribute:
-        return data
-    if attribute is None and data.attribute is not None:
+    if not with_attribute or (attribute is None and data.attribute is not None):
         return data
     if attribute is None:
         raise ValueError(
@@ -209,18 +194,10 @@ class _LastLinear:
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(partial(self._record, name), with_kwargs=True)
 
-    def _record(
-        self,
-        name: str,
-        _: nn.Module,
-        inputs: tuple[Any, ...],
-        named: dict[str, Any],
-        output: Tensor,
-    ) -> None:
+    def _record(self, name: str, _: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
         # Copies, since an in-place operation may follow.
-        self.name = name
-        x = first_tensor(inputs, named)
-        self.inputs, self.outputs = x.detach().clone(), output.detach().clone()
+        self.name, self.outputs = name, output.detach().clone()
+        self.inputs = first_tensor(inputs, named).detach().clone()
 
     def name_for(self, output: Tensor) -> str:
         """Return the layer's name if the model's output is its output, or a softmax of it."""

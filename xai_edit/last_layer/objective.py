@@ -9,24 +9,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from xai_edit.last_layer.exact_dose import Objective, removal, with_margin
+from xai_edit.last_layer.exact_dose import EditedWeight, Objective, removal, with_margin
 from xai_edit.last_layer.head import HeadFeatures
 
 Aim: TypeAlias = Literal["worst-group", "removal", "indifference"]
-
-
-@dataclass(frozen=True)
-class EditedWeight:
-    """A weight of a row, the dose added to it, and the feature value that the edit leaves alone.
-
-    ``rate`` is the r of Eq. 8 where there is one; ``bounded`` as in `exact_dose.Choice`.
-    """
-
-    column: int
-    dose: float
-    anchor: float = 0.0
-    rate: float | None = None
-    bounded: bool = False
 
 
 @dataclass(eq=False)
@@ -56,10 +42,10 @@ class EditObjective:
 
     def of(self, right: Tensor, raised: Sequence[Tensor] = ()) -> Tensor:
         """Return the objective of right answers (..., samples), and of `raised`, shape (...)."""
-        if self.aim == "removal":
-            return removal(self.floor)(group_accuracy(right, self.has))
         if self.aim == "indifference" and raised:
             return -torch.stack([*raised]).clamp(min=0).sum(0)
+        if self.aim == "removal":
+            return removal(self.floor)(group_accuracy(right, self.has))
         return self._of_groups(group_accuracy(right, self.groups))
 
     @property
@@ -76,10 +62,9 @@ class EditObjective:
         return worst if len(self.values) == 1 else _lowest_first(accuracy)
 
     def raised(self, row: int, probability: Tensor) -> Tensor | None:
-        """Return how much more probable a class is with its value than without, on average.
+        """Return a class's mean probability with its value less that without, shape (...).
 
-        ``probability`` has shape (..., samples), the result (...). None where all samples have the
-        value, or none.
+        ``probability`` has shape (..., samples). None where all samples have the value, or none.
         """
         has = self.attribute == self.values[row]
         if has.all() or not has.any():
@@ -102,10 +87,10 @@ class EditObjective:
     def figures(self, weights: Mapping[int, EditedWeight]) -> dict[str, float]:
         """Return the figures that an edit reports, with some weights edited."""
         logits = self.logits(weights)
-        figures = self.accuracies(logits.argmax(1))
-        if self.aim == "indifference":
-            figures["raised"] = float(max(self._all_raised(logits)))
-        return figures
+        raised = self._all_raised(logits)
+        return self.accuracies(logits.argmax(1)) | (
+            {"raised": float(max(raised))} if raised else {}
+        )
 
     def accuracies(self, predicted: Tensor) -> dict[str, float]:
         """Return the accuracies that an edit reports, for predicted classes (samples,)."""

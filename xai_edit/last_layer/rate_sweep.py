@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from xai_edit.last_layer.exact_dose import strongest_other, wins
+from xai_edit.last_layer.exact_dose import EditedWeight, strongest_other, wins
+from xai_edit.last_layer.head import HeadFeatures
 from xai_edit.last_layer.objective import EditObjective, group_accuracy
+from xai_edit.last_layer.single_weight import anchor_point, orthogonal_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,23 +22,20 @@ class RateSweep:
 
     Attributes
     ----------
-    row, column : int
-        The class whose row is edited, and the feature.
+    row, column, anchor : int, int, float
+        The class whose row is edited, the feature, and its value at which the edit leaves the
+        output alone; 0 for a plain edit.
     rates, doses : Tensor, float64, shape (R,)
         Ascending rates, and what each adds to the weight.
-    anchor : float
-        Value of the feature at which the edit leaves the output alone; 0 for a plain edit.
     accuracy : Tensor, float64, shape (R, G)
         Of each group (class × attribute) that has samples.
-    average : Tensor, float64, shape (R,)
-        Accuracy over all samples.
+    average, objective : Tensor, float64, shape (R,)
+        Accuracy over all samples, and what ``rate="auto"`` maximises.
     removed, retained : Tensor or None, float64, shape (R,)
         Accuracy over the samples of the fictitious class and over the others (Fig. 8); None where
         the validation data has none.
     raised : Tensor or None, float64, shape (R,)
         Mean probability of the row's class over the former less that over the latter.
-    objective : Tensor, float64, shape (R,)
-        The objective that ``rate="auto"`` maximises.
     """
 
     row: int
@@ -83,19 +84,24 @@ class RateSweep:
 
 
 def rate_sweep(
+    head: HeadFeatures,
     objective: EditObjective,
     row: int,
     column: int,
-    rates: Tensor,
-    doses: Tensor,
-    anchor: float,
-    logits: Tensor,
+    *,
+    rates: Sequence[float] | None = None,
+    anchor: bool | Literal["auto"],
+    others: Mapping[int, EditedWeight],
 ) -> RateSweep:
-    """Return the sweep of one weight without a forward pass a rate.
-
-    ``logits``, shape (samples, classes), are those without this edit.
-    """
-    x = objective.samples.features[:, column].double() - anchor
+    """Return the sweep of one weight, with those of other rows edited; no forward pass a rate."""
+    w = head.weight[row].double()
+    if rates is None:  # most of the effect is about the rate at which the weight crosses zero
+        logarithmic = float(w[column] ** 2 / (w @ w + 1)) * np.logspace(-2, 3, 101)
+        rates = [*np.linspace(0, 1, 101), *logarithmic[logarithmic <= 1]]
+    r = torch.from_numpy(np.unique(rates))
+    doses = orthogonal_weight(w, column, r) - w[column]  # Eq. 8
+    fixed = anchor_point(head, column, anchor, raised=bool(doses[-1] > 0)) or 0.0
+    x, logits = objective.samples.features[:, column].double() - fixed, objective.logits(others)
     edited = logits[:, row] + doses[:, None] * x  # (R, samples)
     best_other, rival = strongest_other(logits, row)
     as_row = wins(edited, best_other, row, rival)
@@ -107,11 +113,7 @@ def rate_sweep(
         right[:, samples].double().mean(1) if samples.any() else None for samples in (has, ~has)
     )
     return RateSweep(
-        *(row, column, rates, doses, anchor),
-        accuracy=group_accuracy(right, objective.groups),
-        average=right.double().mean(1),
-        removed=removed,
-        retained=retained,
-        raised=raised,
-        objective=objective.of(right, () if raised is None else (raised,)),
+        *(row, column, r, doses, fixed, group_accuracy(right, objective.groups)),
+        *(right.double().mean(1), removed, retained, raised),
+        objective.of(right, () if raised is None else (raised,)),
     )

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from xai_edit.last_layer.exact_dose import MARGINS, best_dose, best_margin
-from xai_edit.last_layer.objective import EditedWeight, EditObjective
+from xai_edit.last_layer.exact_dose import MARGINS, EditedWeight, best_dose, best_margin
+from xai_edit.last_layer.objective import EditObjective
 
 # The rows are gone through again, each chosen anew beside the others, while that helps.
 ROUNDS = 10
@@ -53,15 +53,13 @@ def exact_weights(objective: EditObjective) -> tuple[Weights, dict[str, Any]]:
         part = replace(objective, samples=objective.samples[samples])
         return [objective.logits(weights).argmax(1) for weights in planned(part)]
 
+    def of_classes(classes: Tensor) -> Tensor:
+        return objective.of(classes == objective.labels)
+
     choices = planned(objective)
-    best, held_out = best_margin(
-        objective.groups, predicted, lambda classes: objective.of(classes == objective.labels)
-    )
-    return choices[best], {
-        "cross_validated": None if held_out is None else objective.accuracies(held_out),
-        "margin": MARGINS[best],
-        "bounded": [row for row, weight in choices[0].items() if weight.bounded],
-    }
+    best, reported = best_margin(objective.groups, predicted, of_classes, objective.accuracies)
+    bounded = [row for row, weight in choices[0].items() if weight.bounded]
+    return choices[best], {**reported, "bounded": bounded}
 
 
 def _improved(
@@ -86,9 +84,6 @@ def _exact_weight(
     objective: EditObjective, row: int, others: Weights, columns: Mapping[int, int] | None = None
 ) -> EditedWeight:
     """Return the best weight of a row in closed form; ``columns`` keeps the column of each row."""
-    kept = None if columns is None else [columns[row]]
-    logits = objective.logits(others)
-    choice = best_dose(
-        objective.samples, row, *objective.of_accuracies, logits=logits, columns=kept
-    )
-    return EditedWeight(choice.column, choice.dose, bounded=choice.bounded)
+    logits, kept = objective.logits(others), None if columns is None else [columns[row]]
+    groups, wanted = objective.of_accuracies
+    return best_dose(objective.samples, row, groups, wanted, logits=logits, columns=kept)[0]

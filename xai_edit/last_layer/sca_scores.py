@@ -16,15 +16,13 @@ ACTIVATION_ENTROPY_FLOOR = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class EdgeScores:
-    """Scores of the edges from all features to one output of the last layer.
+    """Scores of the edges from all d features to one ``output`` of the last layer, of K classes.
 
     Hakemi et al., *Post-hoc Spurious Correlation Neutralization with Single-Weight Fictitious
-    Class Unlearning*. K classes of samples, d features.
+    Class Unlearning*.
 
     Attributes
     ----------
-    output : int
-        A row of the weight matrix.
     activations, gradients : Tensor, float64, shape (K, d)
         By class, the sum of ``|x_j|`` (Eq. 3; signed sums have no entropy), and the sum of
         ``|∂ cross-entropy / ∂w_j|`` (Eq. 4).
@@ -53,12 +51,7 @@ class EdgeScores:
 
 
 def edge_scores(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    output: int,
+    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, *, output: int
 ) -> EdgeScores:
     """Accumulate Eq. 3 and Eq. 4 for one output of a last layer z = W x + b.
 
@@ -73,11 +66,7 @@ def edge_scores(
 
 
 def edge_scores_of(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    outputs: Sequence[int],
+    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, outputs: Sequence[int]
 ) -> Iterator[EdgeScores]:
     """Yield the scores of several outputs; the table of them all, K·K·d numbers, is never held."""
     in_range(labels, len(weight), "target")
@@ -91,8 +80,7 @@ def edge_scores_of(
             )
     x = features.double()
     logits = x @ weight.double().T + (0.0 if bias is None else bias.double())
-    probabilities = logits.softmax(1)
-    size = x.abs()
+    probabilities, size = logits.softmax(1), x.abs()
     nothing = torch.zeros(len(weight), x.shape[1], dtype=x.dtype, device=x.device)
     activations = nothing.index_add(0, labels, size)  # Eq. 3
     for output in outputs:

@@ -29,10 +29,9 @@ ANCHOR_QUANTILE = 1e-3
 
 
 def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float | Tensor = 1.0) -> Tensor:
-    """Return the value that turns the hyperplane of ``row`` about one axis (Eq. 7 and 8).
+    """Return the value that turns the hyperplane of ``row``, w, about the axis of ``column``, j.
 
-    ``row`` holds the weights w of one output, shape (d,), ``column`` is j, ``rate`` r in [0, 1].
-    At rate 1 the normals (w, −1) before and after are orthogonal. Eq. 8 simplifies to
+    At ``rate`` r = 1 the normals (w, −1) before and after are orthogonal. Eq. 8 simplifies to
     w_j − r (‖w‖² + 1) / w_j and crosses zero at r = w_j² / (‖w‖² + 1).
     """
     w = row.double()
@@ -42,8 +41,7 @@ def orthogonal_weight(row: Tensor, column: int | Tensor, rate: float | Tensor = 
 def editable(row: Tensor, mean_feature: Tensor) -> Tensor:
     """Return which weights of a row Eq. 7 may change, bool, shape (d,).
 
-    Those that are not nearly zero and add to the output, w_j · E[x_j] > 0: an edge that lowers the
-    class would raise it when flipped.
+    They add to the output, w_j · E[x_j] > 0, or they would raise it when flipped; none is tiny.
     """
     return (row * mean_feature > 0) & (row.abs() >= SMALLEST_WEIGHT * row.abs().max())
 
@@ -63,9 +61,9 @@ class SingleWeight:
     select : str
         "sca" takes the edge with the highest SCA score (Eq. 6) and turns it by Eq. 7 or 8; "ca",
         "gradient-activation", "relevance", "weight" and "random" choose by other scores, see
-        `weight_selection.selection_scores`. "exact", ours, scores every weight of the row
-        at every dose in closed form and takes the one that removes most of the class while the
-        accuracy on the classes that stay falls by at most ``tolerance``; with a margin that
+        `weight_selection.selection_scores`. "exact", ours, scores every weight of the row at every
+        dose in closed form and takes the one that removes most of the class while the accuracy on
+        the classes that stay falls by at most ``tolerance``, a fraction; with a margin that
         five-fold cross-validation chooses, and a new weight of at most 50 times the largest.
     rate : float in [0, 1]
         Neutralisation rate r of Eq. 8; 1 is Eq. 7. Not with "exact", which finds its own dose.
@@ -76,10 +74,8 @@ class SingleWeight:
         Also correct the output's bias so that the edit leaves the feature's extreme value alone.
         "auto" does it where the feature takes negative values (tanh, GELU, layer norm), for which
         the plain edit raises the class on other samples. Not with "exact".
-    tolerance : float
-        For "exact": the loss of accuracy on the classes that stay that is allowed, as a fraction.
-    seed : int
-        For "random".
+    tolerance, seed
+        For "exact" and for "random".
     """
 
     select: Selection = "sca"
@@ -90,84 +86,69 @@ class SingleWeight:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choices(self.select, self.anchor)
-        plain = {  # numbers of NumPy and torch become plain ones: the edit's origin is JSON
-            "rate": fraction(self.rate, "rate", zero=True),
-            "n_weights": whole_number(self.n_weights, "n_weights", least=1),
-            "seed": whole_number(self.seed, "seed"),
-            "tolerance": fraction(self.tolerance, "tolerance", zero=True),
-        }
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
-        if self.select == "exact" and self.rate != 1:
-            raise ValueError("rate: goes with the other selections; 'exact' finds its own dose")
+        check_choices(self.select, self.anchor, self.rate, 1)
+        vars(self).update(  # plain numbers, since the edit's origin is JSON
+            rate=fraction(self.rate, "rate", zero=True),
+            n_weights=whole_number(self.n_weights, "n_weights", least=1),
+            seed=whole_number(self.seed, "seed"),
+            tolerance=fraction(self.tolerance, "tolerance", zero=True),
+        )
 
     def plan(
         self, model: nn.Module, data: Data | HeadFeatures, *, target: int | Sequence[int]
     ) -> ModelEdit:
         """Plan the removal of one class or several; the model is only read.
 
+        The edit's origin lists the class, column, old and new value of each weight; with "exact"
+        also what `exact_dose.planned_removal` reports.
+
         Parameters
         ----------
         model : nn.Module
-            A classifier that ends in a linear layer.
+            A classifier; ValueError if it does not end in a linear layer.
         data : iterable, Dataset or HeadFeatures
-            ``(input, label)`` batches with samples of the class and of others, read once, or the
-            result of `collect_head_features`.
+            Labelled batches with samples of the class and of others, read once, or the result of
+            `collect_head_features`.
         target : int or sequence of int
             The classes to remove; "exact" plans them together, the others each on its own.
-
-        Returns
-        -------
-        ModelEdit
-            Its origin lists the class, column, old and new value of each weight; with "exact" also
-            what `exact_dose.planned_removal` reports.
-
-        Raises
-        ------
-        ValueError
-            If the model has no final linear layer, a class is out of range or absent, or too few
-            weights of its row can be edited.
+            ValueError if one is out of range or absent, or has too few weights to edit.
         """
         head = head_features(model, data)
         targets = class_list(target, head.classes)
-        samples = len(head.features)
-        origin = {"operator": "SingleWeight", "select": self.select, "samples": samples}
-        if self.select != "exact":
-            return head_edit(model, head, self._scored(head, targets), origin, anchor=self.anchor)
-        doses, reported = planned_removal(
-            head, targets, tolerance=self.tolerance, n_weights=self.n_weights
-        )
-        rows = [
-            {"class": row, "column": column, "weight": float(head.weight[row, column]) + dose}
-            for row, added in doses.items()
-            for column, dose in added.items()
-        ]
-        return head_edit(model, head, rows, origin | reported, anchor=False)
-
-    def _scored(self, head: HeadFeatures, targets: Sequence[int]) -> list[dict[str, Any]]:
-        labels = head.require_labels()
-        assert self.select != "exact"
+        origin: dict[str, Any] = {"operator": "SingleWeight", "select": self.select}
+        origin["samples"] = len(head.features)
+        if self.select == "exact":
+            doses, reported = planned_removal(
+                head, targets, tolerance=self.tolerance, n_weights=self.n_weights
+            )
+            rows = [
+                dosed(head, row, column, dose)
+                for row, added in doses.items()
+                for column, dose in added.items()
+            ]
+            return head_edit(model, head, rows, origin | reported, anchor=False)
+        x, labels, rows = head.features, head.require_labels(), []
         scores = selection_scores(
-            self.select, head.features, labels, head.weight, head.bias, targets, seed=self.seed
+            self.select, x, labels, head.weight, head.bias, targets, seed=self.seed
         )
-        rows = []
-        for target, score in zip(targets, scores, strict=True):
-            weights = head.weight[target]
-            allowed = editable(weights, head.features[labels == target].mean(0))
-            for column in most_significant(score, allowed, self.n_weights, target):  # step 7
+        for row, score in zip(targets, scores, strict=True):
+            weights = head.weight[row]
+            allowed = editable(weights, x[labels == row].mean(0))
+            for column in most_significant(score, allowed, self.n_weights, row):  # step 7
                 new = float(orthogonal_weight(weights, column, self.rate))  # step 8
-                row = {"class": target, "column": column, "weight": new, "rate": self.rate}
-                rows.append(row | {"score": float(score[column])})
-        return rows
+                rows.append({"class": row, "column": column, "weight": new, "rate": self.rate})
+                rows[-1]["score"] = float(score[column])
+        return head_edit(model, head, rows, origin, anchor=self.anchor)
 
 
-def check_choices(select: object, anchor: object) -> None:
+def check_choices(select: object, anchor: object, rate: object, default: object) -> None:
     """Raise ValueError unless selection and anchor are among their values and go together."""
     one_of(select, (*get_args(Scored), "exact"), "select")
     one_of(anchor, (True, False, "auto"), "anchor")
     if anchor is True and select == "exact":
         raise ValueError("anchor: True goes with the other selections; 'exact' scores plain edits")
+    if select == "exact" and rate != default:
+        raise ValueError("rate: goes with the other selections; 'exact' finds its own dose")
 
 
 def anchor_point(
@@ -180,6 +161,11 @@ def anchor_point(
     return float(torch.quantile(x, 1 - ANCHOR_QUANTILE if raised else ANCHOR_QUANTILE))
 
 
+def dosed(head: HeadFeatures, row: int, column: int, dose: float) -> dict[str, Any]:
+    """Return a row of `head_edit` that adds a dose to a weight."""
+    return {"class": row, "column": column, "weight": float(head.weight[row, column]) + dose}
+
+
 def head_edit(
     model: nn.Module,
     head: HeadFeatures,
@@ -190,15 +176,14 @@ def head_edit(
 ) -> ModelEdit:
     """Return the edit that sets weights of the head, and corrects biases where it is anchored.
 
-    ``rows`` have the ``class``, the ``column`` and the new ``weight``; they go into the origin with
-    all that they hold.
+    ``rows`` have ``class``, ``column`` and new ``weight``, and go into the origin as they are.
     """
     d = head.weight.shape[1]
     largest = float(head.weight.abs().max())
     index, new, reported = [], [], []
     biases: dict[int, float] = {}
     for row in rows:
-        at, column, value = row["class"], row["column"], float(row["weight"])
+        at, column, value = row["class"], row["column"], row["weight"]
         old = float(head.weight[at, column])
         index.append(at * d + column)
         new.append(value)
@@ -210,8 +195,7 @@ def head_edit(
                 )
             biases[at] = biases.get(at, float(head.bias[at])) - (value - old) * fixed
         times = abs(value) / largest if largest else None  # a head of zeros has no largest
-        more = {"old": old, "anchored": fixed is not None, "times_largest": times}
-        reported.append({**row, "weight": value, **more})
+        reported.append(row | {"old": old, "anchored": fixed is not None, "times_largest": times})
     weight = (torch.tensor(index), torch.tensor(new, dtype=torch.double))
     values = {head.parameter("weight"): weight}
     if biases:
