@@ -243,7 +243,7 @@ def test_errors_name_what_is_wrong(plain, digits):
         ({"inputs": x[:0]}, ValueError, "no samples"),
         ({"inputs": x / 0}, ValueError, "NaN"),
         ({"layer": "conv3"}, UnknownLayerError, "conv3"),
-        ({"layer": "conv1"}, ValueError, "of 6 channels, but the values of layer 'conv1'"),
+        ({"layer": "conv1"}, ValueError, r"layer .conv1.: .* the subspaces have 6 channels"),
         ({"target": 10}, ValueError, "target: class 10"),
         ({"target": "label"}, ValueError, "no labels"),
         ({"target": torch.zeros(2).long()}, ValueError, "target"),
@@ -301,5 +301,5 @@ def test_a_count_that_cannot_be_and_features_of_another_layer_are_refused():
     for count in (0, 13, 1.5):
         with pytest.raises(ValueError, match=r"count: .* from 1 to 12"):
             strongest_samples(subspaces_of(5, (1,)), random_features(False), count=count)
-    with pytest.raises(ValueError, match="of 6 channels, but the features have 5"):
+    with pytest.raises(ValueError, match="the subspaces have 6 channels"):
         strongest_samples(subspaces_of(6, (1,)), random_features(True), count=1)

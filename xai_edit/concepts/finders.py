@@ -46,10 +46,9 @@ class PCA:
 class PRCA:
     """Principal relevant component analysis, one component a subspace (Chormai et al. 2024).
 
-    The components are the leading eigenvectors of E[a cᵀ + c aᵀ], uncentred. The mean relevance
-    (uᵀa)(uᵀc) along an eigenvector u is half its eigenvalue, the largest of all directions.
-    Fitting sets ``components_``, shape (n_subspaces, channels), each with a positive largest entry,
-    and their mean relevance ``relevance_``, shape (n_subspaces,).
+    The components are the leading eigenvectors of E[a cᵀ + c aᵀ], uncentred; along each the mean
+    relevance (uᵀa)(uᵀc) is half the eigenvalue. Fitting sets ``components_``, shape (n_subspaces,
+    channels), each with a positive largest entry, and ``relevance_``, shape (n_subspaces,).
 
     Parameters
     ----------
@@ -81,9 +80,8 @@ class ContrastivePCA:
     The leading eigenvectors of E₁[a aᵀ] − E₀[a aᵀ], the second moments of activations with the
     feature less those without it (Abid et al. 2018, Eq. 2, with α = 1 and uncentred). With labels
     the difference is the mean over classes, so that a correlation of feature and class does not
-    matter. A feature at few positions, such as a watermark, changes second moments more than the
-    means that `CAV` uses. Fitting sets ``components_``, shape (size, channels), and their
-    differences of second moments ``contrast_``, shape (size,), descending.
+    matter. Suits a feature at few positions, such as a watermark. Fitting sets ``components_``,
+    shape (size, channels), and ``contrast_``, their eigenvalues, shape (size,), descending.
 
     Parameters
     ----------
@@ -97,25 +95,14 @@ class ContrastivePCA:
     def fit(self, features: Features, attribute: Tensor | None = None) -> Subspaces:
         """Find the subspace.
 
-        Parameters
-        ----------
-        features : Features
-            Of samples with and without the feature.
-        attribute : Tensor, optional
-            Whether each sample has the feature, shape (samples,); ``features.attribute`` when left
-            out.
-
-        Raises
-        ------
-        ValueError
-            If the feature is missing or the same in every sample or within every class, or the
-            contrast is positive in fewer directions.
+        ``attribute`` is whether each sample has the feature, shape (samples,); that of the features
+        when left out. ValueError if it is missing or the same in every sample or within every
+        class, or the contrast is positive in fewer directions.
         """
         has = features.by_vector(features.require_attribute(attribute))
         a = _activations(features)
-        labels = torch.zeros(len(a)).long()
-        if features.labels is not None:
-            labels = features.by_vector(features.labels)
+        known = features.labels
+        labels = torch.zeros(len(a)) if known is None else features.by_vector(known)
         contrasts = []
         for label in labels.unique():
             a_1, a_0 = a[(labels == label) & has], a[(labels == label) & ~has]

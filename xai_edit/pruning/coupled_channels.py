@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
-from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, run
+from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, run
 
-LAYERS = (nn.Linear, *CONVOLUTIONS)
+LAYERS = WEIGHTED
 Channel = tuple[str, int]  # the name of a layer and the number of its channel
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -45,10 +45,8 @@ def channel_groups(model: nn.Module, inputs: Tensor) -> list[ChannelGroup]:
     Fang et al. 2023, *DepGraph: Towards any structural pruning*. Layers whose outputs are added or
     multiplied share their units; a depthwise convolution has those of the layer before it; a unit
     of a grouped convolution has one channel in each of its groups. Each channel of the layers in
-    the forward pass is in exactly one group.
-
-    The model is traced with the first sample of the inputs and not changed. ValueError if they do
-    not fit it, it cannot be copied, or Torch-Pruning cannot trace it.
+    the forward pass is in exactly one group. A copy of the model is traced with the first sample.
+    ValueError if the inputs do not fit, or the model cannot be copied or traced.
     """
     with torch.inference_mode(False):
         return groups_of(traced(copied(model), inputs))
@@ -131,7 +129,7 @@ def _tracing(model: nn.Module) -> Iterator[None]:
         ) from problem
 
 
-def pruning_group(found: Traced, module: nn.Module, channels: Sequence[int]) -> Any:
+def pruning_group(found: Traced, module: nn.Module, channels: Iterable[int]) -> Any:
     """Return Torch-Pruning's group of a layer's output channels and those coupled to them."""
     pruner = found.graph.get_pruner_of_module(module)
     with _tracing(found.model):
@@ -219,21 +217,18 @@ def _gathered(
     for members in alike.values():
         members.sort(key=first)
     for (_, reason), members in sorted(alike.items(), key=lambda item: first(item[1][0])):
-        layers: dict[str, Tensor] = {}
-        norms: dict[str, Tensor] = {}
-        for name in members[0]:
-            kind = layers if isinstance(model.get_submodule(name), LAYERS) else norms
-            kind[name] = torch.tensor([unit[name] for unit in members])
+        at = {name: torch.tensor([unit[name] for unit in members]) for name in members[0]}
+        weighted = {name for name in at if isinstance(model.get_submodule(name), LAYERS)}
+        layers = {name: channels for name, channels in at.items() if name in weighted}
+        norms = {name: channels for name, channels in at.items() if name not in weighted}
         yield ChannelGroup(len(members), layers, norms, reason)
 
 
 def _shared(model: nn.Module) -> set[nn.Module]:
     """Return the modules that share a parameter with another module."""
-    owned = [
-        (module, id(p)) for module in model.modules() for p in module.parameters(recurse=False)
-    ]
-    times = Counter(number for _, number in owned)
-    return {module for module, number in owned if times[number] > 1}
+    owned = [(module, p) for module in model.modules() for p in module.parameters(recurse=False)]
+    times = Counter(parameter for _, parameter in owned)
+    return {module for module, parameter in owned if times[parameter] > 1}
 
 
 def _reasons(

@@ -35,34 +35,30 @@ FeaturesOf = Features | Callable[[nn.Module], Features]
 class Finder(Protocol):
     """`PCA`, `PRCA`, `DRSA`, `CAV`, `ContrastivePCA`, or a class of a user's own."""
 
-    def fit(self, features: Features) -> Subspaces:
-        """Return the subspaces of features."""
+    def fit(self, features: Features) -> Subspaces: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class RelevancePruning:
     """Switch off the units with the lowest scores (Yeom et al. 2021, *Pruning by explaining*).
 
-    Scores are summed over positions, and their absolute values over samples, so that the sign of
-    a criterion does not matter. Coupled units (`channel_groups`) are removed together by the sum
-    of their scores.
+    Scores are summed over positions, and their absolute values over samples. Coupled units
+    (`channel_groups`) are removed together by the sum of their scores.
 
     Parameters
     ----------
     share : float in (0, 1]
         Share of all units of the layers to remove. Every layer keeps its best unit.
     scorer : callable
-        Any scorer; ``LRP("epsilon-plus", initial="one")`` by default. One with
-        ``behind_norm = True``, such as `Taylor` and `Activation`, scores the output of the batch
-        norm that follows a layer, since that is what is switched off.
+        ``LRP("epsilon-plus", initial="one")`` by default. One with ``behind_norm = True``, such as
+        `Taylor`, scores the output of the batch norm that follows a layer.
     layers : sequence of str, optional
         All convolution layers when left out; all hidden linear layers where there are none.
     ranking : {"global", "local"}
         "global" ranks the units of all layers together, each layer's scores divided by their L1
         norm; "local" removes the share in each layer.
     steps : int
-        Number of steps up to the share; each scores the network that the last one pruned and
-        fine-tuned.
+        Steps up to the share; each scores the network that the last one pruned and fine-tuned.
     protect : sequence of str
         Layers that keep all units, as do layers coupled to them.
     """
@@ -86,7 +82,7 @@ class RelevancePruning:
         fine_tune: FineTune | None = None,
         checkpoint: str | Path | None = None,
     ) -> ModelEdit:
-        """Plan the pruning.
+        """Plan the pruning; ValueError if the model cannot be traced or nothing can be pruned.
 
         Parameters
         ----------
@@ -107,11 +103,6 @@ class RelevancePruning:
             Sets the units' incoming weights and biases to zero, and the scale and shift of their
             batch norms. Its origin has the pruned ``units``, layers that keep only their best unit
             (``kept``), and those whose units have to stay, with the reason (``fixed``).
-
-        Raises
-        ------
-        ValueError
-            If the model cannot be traced (`channel_groups`), or nothing can be pruned.
         """
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         return plan.edit(lambda network, step: plan.scores(network))
@@ -174,8 +165,6 @@ class ConceptAwarePruning:
 
         Parameters
         ----------
-        model, data, target, fine_tune, checkpoint
-            See `RelevancePruning.plan`.
         features : Features or callable, optional
             Of samples with and without the concept, for a finder or ``ablate="auto"``. A function
             that collects them from a network is called in each step; if none of the new subspaces
@@ -183,13 +172,13 @@ class ConceptAwarePruning:
         """
         resolve_layers(model, [self.layer])
         search = not isinstance(self.subspaces, Subspaces) or self.ablate == "auto"
-        if search and features is None:
+        if search == (features is None):
             raise ValueError(
                 "features: none given; a finder and ablate='auto' need those of samples with and "
                 "without the concept"
+                if search
+                else "features: given, but the subspaces and their indices need none"
             )
-        if features is not None and not search:
-            raise ValueError("features: given, but the subspaces and their indices need none")
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         plan.origin |= {"layer": self.layer, "keep_ablation": self.keep_ablation}
         subspaces, indices, about = self._concept(model, features)

@@ -44,8 +44,8 @@ def prunable(
 ) -> Prunable:
     """Return the groups that have a layer to prune and no protected one.
 
-    UnknownLayerError if a protected layer has no channels to prune; ValueError if no layer can be
-    pruned, or with ``named`` any of the layers cannot.
+    UnknownLayerError if a protected layer has no channels; ValueError if no layer can be pruned,
+    or with ``named`` any of the layers cannot.
     """
     known = {name for group in groups for name in group.layers}
     for name in protect:
