@@ -196,32 +196,23 @@ def _gathered(
 ) -> Iterator[ChannelGroup]:
     """Yield a group for all units that have the same number of channels in the same layers."""
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    units: dict[Channel, dict[str, list[int]]] = {}
     reasons: dict[Channel, str] = {}
     for channel in joined:
-        root, (name, number) = joined[channel], channel
-        if name in order:
-            units.setdefault(root, {}).setdefault(name, []).append(number)
         if channel in fixed:
-            reasons.setdefault(root, fixed[channel])
+            reasons.setdefault(joined[channel], fixed[channel])
+    units: dict[Channel, dict[str, list[int]]] = {}
+    channels = [channel for channel in joined if channel[0] in order]
+    for name, number in sorted(channels, key=lambda channel: (order[channel[0]], channel[1])):
+        units.setdefault(joined[name, number], {}).setdefault(name, []).append(number)
     alike: dict[Any, list[dict[str, list[int]]]] = {}
     for root, unit in units.items():
-        ordered = {name: sorted(unit[name]) for name in sorted(unit, key=order.__getitem__)}
-        widths = tuple((name, len(channels)) for name, channels in ordered.items())
-        alike.setdefault((widths, reasons.get(root)), []).append(ordered)
-
-    def first(unit: dict[str, list[int]]) -> tuple[int, list[int]]:
-        name = next(iter(unit))
-        return order[name], unit[name]
-
-    for members in alike.values():
-        members.sort(key=first)
-    for (_, reason), members in sorted(alike.items(), key=lambda item: first(item[1][0])):
+        widths = tuple((name, len(numbers)) for name, numbers in unit.items())
+        alike.setdefault((widths, reasons.get(root)), []).append(unit)
+    for (_, reason), members in alike.items():
         at = {name: torch.tensor([unit[name] for unit in members]) for name in members[0]}
-        weighted = {name for name in at if isinstance(model.get_submodule(name), LAYERS)}
-        layers = {name: channels for name, channels in at.items() if name in weighted}
-        norms = {name: channels for name, channels in at.items() if name not in weighted}
-        yield ChannelGroup(len(members), layers, norms, reason)
+        layers = {name for name in at if isinstance(model.get_submodule(name), LAYERS)}
+        norms = {name: at.pop(name) for name in [*at] if name not in layers}
+        yield ChannelGroup(len(members), at, norms, reason)
 
 
 def _shared(model: nn.Module) -> set[nn.Module]:

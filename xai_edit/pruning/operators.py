@@ -53,7 +53,7 @@ class RelevancePruning:
         ``LRP("epsilon-plus", initial="one")`` by default. One with ``behind_norm = True``, such as
         `Taylor`, scores the output of the batch norm that follows a layer.
     layers : sequence of str, optional
-        All convolution layers when left out; all hidden linear layers where there are none.
+        All convolution layers, or all hidden linear layers where there are none, when left out.
     ranking : {"global", "local"}
         "global" ranks the units of all layers together, each layer's scores divided by their L1
         norm; "local" removes the share in each layer.
@@ -89,7 +89,7 @@ class RelevancePruning:
         model : nn.Module
             A classifier. Not changed.
         data : iterable or Dataset
-            Reference samples; 5 to 10 a class suffice. One pass a step.
+            Reference samples, 5 to 10 a class; one pass a step.
         target : int, "label", "predicted" or callable
             The output that the scores are about.
         fine_tune : callable, optional
@@ -120,7 +120,7 @@ class ConceptAwarePruning:
         A finder such as `DRSA` is fitted to the ``features`` of `plan`.
     ablate : sequence of int or "auto"
         The subspaces of the spurious concept. "auto" applies `choose_spurious` to the features; if
-        it chooses none, the edit is empty and its origin has the reason.
+        it chooses none at first, the edit is empty; in a later step, nothing is ablated.
     share, scorer, layers, ranking, steps, protect
         See `RelevancePruning`.
     keep_ablation : bool
@@ -161,24 +161,23 @@ class ConceptAwarePruning:
         fine_tune: FineTune | None = None,
         checkpoint: str | Path | None = None,
     ) -> ModelEdit:
-        """Plan the pruning; see `RelevancePruning.plan`.
+        """Plan the pruning; other arguments and errors as of `RelevancePruning.plan`.
 
         Parameters
         ----------
         features : Features or callable, optional
             Of samples with and without the concept, for a finder or ``ablate="auto"``. A function
-            that collects them from a network is called in each step; if none of the new subspaces
-            predicts the concept, the step scores without ablation.
+            that collects them from a network is called in each step.
         """
         resolve_layers(model, [self.layer])
         search = not isinstance(self.subspaces, Subspaces) or self.ablate == "auto"
-        if search == (features is None):
+        if search and features is None:
             raise ValueError(
                 "features: none given; a finder and ablate='auto' need those of samples with and "
                 "without the concept"
-                if search
-                else "features: given, but the subspaces and their indices need none"
             )
+        if features is not None and not search:
+            raise ValueError("features: given, but the subspaces and their indices need none")
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         plan.origin |= {"layer": self.layer, "keep_ablation": self.keep_ablation}
         subspaces, indices, about = self._concept(model, features)
@@ -208,15 +207,15 @@ class ConceptAwarePruning:
         features: Any = source(network) if callable(source) else source
         finder = self.subspaces
         subspaces = finder if isinstance(finder, Subspaces) else finder.fit(features)
-        about: dict[str, Any] = {}
+        about: dict[str, Any] = {"subspaces": subspaces.origin}
         if self.ablate == "auto":
             table = predictiveness(subspaces, features)
             choice = choose_spurious(table)
             indices = choice.indices
-            about = {"predictiveness": table.to_dict(), "reason": choice.reason}
+            about |= {"predictiveness": table.to_dict(), "reason": choice.reason}
         else:
             indices = subspaces.checked(self.ablate)
-        return subspaces, indices, {"ablated": [*indices], "subspaces": subspaces.origin, **about}
+        return subspaces, indices, {"ablated": [*indices], **about}
 
 
 class _Plan:
@@ -240,10 +239,10 @@ class _Plan:
             readable_again(data, f"pruning in {operator.steps} steps")
         first, whole = peek(data, model_device(model))
         self.data = whole if isinstance(data, Iterator) else data
-        self.inputs, sample = first.inputs, first.inputs[:1]
-        layers = _layers(model, operator.layers, sample)
+        self.inputs = first.inputs
+        layers = _layers(model, operator.layers, first.inputs[:1])
         named = operator.layers is not None
-        groups = channel_groups(model, sample)
+        groups = channel_groups(model, first.inputs)
         self.found = prunable(groups, layers, protect=operator.protect, named=named)
         self.model, self.scorer, self.target = model, operator.scorer, target
         steps = operator.share, operator.ranking, operator.steps
@@ -282,12 +281,11 @@ def _layers(model: nn.Module, layers: Sequence[str] | None, inputs: Tensor) -> l
         if last in (named := resolve_layers(model, layers)):
             raise ValueError(f"layers: {last!r} gives the output; its units are the classes")
         return named
-    modules = {name: module for name, module in model.named_modules() if name != last}
-    convolutions = [name for name, module in modules.items() if isinstance(module, CONVOLUTIONS)]
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    if not convolutions and not linear:
-        raise ValueError("layers: the model has no convolution and no hidden linear layer to prune")
-    return convolutions or linear
+    hidden = {name: module for name, module in model.named_modules() if name != last}
+    for kinds in (CONVOLUTIONS, nn.Linear):
+        if names := [name for name, module in hidden.items() if isinstance(module, kinds)]:
+            return names
+    raise ValueError("layers: the model has no convolution and no hidden linear layer to prune")
 
 
 def _check(operator: RelevancePruning | ConceptAwarePruning) -> None:
