@@ -15,7 +15,14 @@ from xai_edit.core.checks import one_of, positive, require, whole_number
 Kind = Literal["pattern", "logistic", "svm"]
 
 
-class PCA:
+class _Components:
+    def __init__(self, n_subspaces: int | None = 4) -> None:
+        if n_subspaces is not None:
+            n_subspaces = whole_number(n_subspaces, "n_subspaces", least=1)
+        self.n_subspaces = n_subspaces
+
+
+class PCA(_Components):
     """Principal component analysis of centred activations, one component a subspace.
 
     Fitting sets ``components_`` and ``explained_variance_``, as in scikit-learn.
@@ -25,9 +32,6 @@ class PCA:
     n_subspaces : int or None
         Number of components, by descending variance; None for all with variance.
     """
-
-    def __init__(self, n_subspaces: int | None = 4) -> None:
-        self.n_subspaces = _count(n_subspaces)
 
     def fit(self, features: Features) -> Subspaces:
         """Find the subspaces; ValueError if fewer directions than subspaces have variance."""
@@ -43,7 +47,7 @@ class PCA:
         return Subspaces(self.components_.T.contiguous(), (1,) * kept, mean, origin)
 
 
-class PRCA:
+class PRCA(_Components):
     """Principal relevant component analysis, one component a subspace (Chormai et al. 2024).
 
     The components are the leading eigenvectors of E[a cᵀ + c aᵀ], uncentred; along each the mean
@@ -55,9 +59,6 @@ class PRCA:
     n_subspaces : int or None
         Number of components, by descending relevance; None for all with positive relevance.
     """
-
-    def __init__(self, n_subspaces: int | None = 4) -> None:
-        self.n_subspaces = _count(n_subspaces)
 
     def fit(self, features: Features) -> Subspaces:
         """Find the subspaces; ValueError without contexts or enough positive relevance."""
@@ -118,7 +119,8 @@ class ContrastivePCA:
         _kept(values, self.size, "size", "the activations vary more with the feature in")
         self.components_ = vectors[:, : self.size].T.contiguous()
         self.contrast_ = values[: self.size]
-        return _subspaces(self, a, self.components_, (self.size,), {"with": int(has.sum())})
+        with_it = {"with": int(has.sum())}
+        return _subspaces(self, a, self.components_, (self.size,), **with_it)
 
 
 class CAV:
@@ -153,7 +155,8 @@ class CAV:
         basis = torch.linalg.qr(self.direction_[:, None], mode="complete").Q
         basis[:, 0] = self.direction_
         sizes = (1, len(basis) - 1)[: len(basis)]  # one channel leaves no complement
-        return _subspaces(self, a, basis.T, sizes, {"kind": self.kind, "with": int(has.sum())})
+        with_it = {"with": int(has.sum())}
+        return _subspaces(self, a, basis.T, sizes, kind=self.kind, **with_it)
 
     def _direction(self, a: Tensor, has: Tensor) -> Tensor:
         if self.kind == "pattern":
@@ -173,10 +176,6 @@ class CAV:
         return torch.from_numpy(classifier.coef_[0].copy()).double()
 
 
-def _count(n_subspaces: int | None) -> int | None:
-    return None if n_subspaces is None else whole_number(n_subspaces, "n_subspaces", least=1)
-
-
 def _activations(features: Features, least: int = 1) -> Tensor:
     a = features.activations.double().cpu()
     require(len(a) >= least, "features", len(a), f"at least {least} vectors are needed")
@@ -193,12 +192,8 @@ def _kept(values: Tensor, count: int | None, name: str, along: str) -> int:
 
 
 def _subspaces(
-    finder: object,
-    a: Tensor,
-    components: Tensor,
-    sizes: tuple[int, ...],
-    origin: dict[str, Any] | None = None,
+    finder: object, a: Tensor, components: Tensor, sizes: tuple[int, ...], **origin: Any
 ) -> Subspaces:
     """Cut components, shape (directions, channels), into blocks."""
-    made = {"finder": type(finder).__name__, "vectors": len(a), **(origin or {})}
+    made = {"finder": type(finder).__name__, "vectors": len(a), **origin}
     return Subspaces(components.T.contiguous(), sizes, a.mean(0), made)

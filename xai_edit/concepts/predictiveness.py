@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from xai_edit.concepts.average_precision import average_precision, resampled_cou
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import require, whole_number
+from xai_edit.core.text import aligned
 
 CONFIDENCE = 0.95
 LINES = 20  # subspaces that the text shows
@@ -34,7 +35,9 @@ COLUMNS = MappingProxyType(
         "rest_without": ((3,), (1,)),
     }
 )
-HEADINGS = ("all samples", "in the class", "in the rest", "all samples", "with it", "without it")
+SHOWN = [*COLUMNS][:6]
+HEADINGS = ["subspace", "all samples", "in the class", "in the rest"]
+HEADINGS += ["all samples", "with it", "without it"]
 
 
 @dataclass(frozen=True)
@@ -116,21 +119,12 @@ class Predictiveness:
         shown = sorted(range(len(self)), key=lambda index: -column[index])[:LINES]
         some = f" of the {LINES} best of {len(self)} subspaces" if len(shown) < len(self) else ""
         of = "the class" if self.target is None else f"class {self.target}"
-
-        def line(first: object, row: Mapping[str, Any], form: str = "") -> str:
-            cells = [*row.values()][: len(HEADINGS)]
-            texts = ["–" if cell is None else format(cell, form) for cell in cells]
-            return (f"{first:<10}" + "".join(f"{text:<21}" for text in texts)).rstrip()
-
-        return "\n".join(
-            [
-                f"average precision by {self.score}{some}, {CONFIDENCE:.0%} intervals of "
-                f"{self.resamples} resamples",
-                f"{'':10}{'for the spurious feature':63}for {of}",
-                line("subspace", dict(zip(COLUMNS, HEADINGS, strict=False))),
-                *(line(index, self.rows[index]) for index in sorted(shown)),
-                line("chance", self.chance, ".3f"),
-            ]
+        listed = [(index, self.rows[index]) for index in sorted(shown)]
+        rows = [[first, *(row[name] for name in SHOWN)] for first, row in listed]
+        return (
+            f"average precision by {self.score}{some}, {CONFIDENCE:.0%} intervals of "
+            f"{self.resamples} resamples\nthree columns for the spurious feature, three for {of}\n"
+            + aligned([HEADINGS, *rows, ["chance", *(self.chance[name] for name in SHOWN)]])
         )
 
 
