@@ -360,8 +360,3 @@ def test_a_file_that_the_first_version_wrote_still_loads():
     assert (first["operator"], first["rate"], first["note"]) == ("first", 0.1, "ü")
     assert second["operator"] == "second"
     assert {"xai_edit", "torch", "zennit", "captum"} == {*first["versions"]}
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent"):
-        ModelEdit.load(tmp_path / "absent")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from captum.attr import LayerGradientXActivation
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from xai_edit import (
     LRP,
@@ -21,7 +21,6 @@ from xai_edit import (
     with_ablation,
 )
 from xai_edit.concepts.collect import values_at as output
-from xai_edit.core import UnknownLayerError
 from xai_edit.reproduce.networks import ResNet20
 
 SCORERS = [LRP("epsilon-plus", initial="one"), Taylor(), Activation(), WeightMagnitude(), Random(1)]
@@ -153,7 +152,7 @@ def test_without_labels_a_target_is_needed(plain, batches):
 
 def test_a_residual_network_is_pruned_behind_its_batch_norms(unchanged):
     torch.manual_seed(0)
-    model = resnet18(num_classes=10).eval()
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
     convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     for name in norms:
@@ -166,7 +165,7 @@ def test_a_residual_network_is_pruned_behind_its_batch_norms(unchanged):
     following = dict(zip(convolutions, norms, strict=True))  # they alternate
     total = sum(model.get_submodule(name).out_channels for name in convolutions)
     removed = sum(map(len, edit.origin["units"].values()))
-    assert abs(removed - round(0.3 * total)) <= 5 / 2  # up to five channels go together
+    assert abs(removed - round(0.3 * total)) <= 2 / 2  # up to two channels go together
     assert edit.origin["removed"] == f"{removed} of {total} units"
     with edit.applied(model):
         for layer, units in off(edit).items():
@@ -215,25 +214,6 @@ def test_concept_aware_pruning_scores_the_ablated_network(plain, batches, subspa
     gone = {(layer, unit) for layer, units in off(edit).items() for unit in units}
     assert gone == {(layer, unit) for _, layer, unit in ranked[:5]}
     assert edit.origin["ablated"] == [0]
-
-
-@pytest.mark.parametrize("share", [0, 1.01, float("nan"), True, None])
-def test_a_share_outside_zero_to_one_is_refused(share, subspaces):
-    with pytest.raises(ValueError, match=r"share.*\(0, 1\]"):
-        RelevancePruning(share)
-    with pytest.raises(ValueError, match=r"share.*\(0, 1\]"):
-        ConceptAwarePruning("conv1", subspaces, [0], share)
-
-
-def test_unknown_choices_are_refused(plain, batches, subspaces):
-    with pytest.raises(ValueError, match="ranking"):
-        RelevancePruning(0.5, ranking="all")
-    with pytest.raises(ValueError, match="subspaces"):
-        ConceptAwarePruning("conv1", subspaces, [2], 0.5)
-    with pytest.raises(UnknownLayerError, match="conv1"):
-        RelevancePruning(0.5, layers=["conv"]).plan(plain, batches)
-    with pytest.raises(UnknownLayerError, match="conv1"):
-        ConceptAwarePruning("conv", subspaces, [0], 0.5).plan(plain, batches)
 
 
 def test_subspaces_behind_a_block_whose_own_filters_are_pruned():
