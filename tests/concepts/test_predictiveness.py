@@ -133,14 +133,6 @@ def test_what_is_given_goes_before_the_features_own(problem, spurious):
     assert found == expected
 
 
-def test_a_direction_that_is_the_feature_has_average_precision_one():
-    has = torch.tensor([0, 1, 0, 1, 1, 0])
-    a = torch.stack([5.0 * has, torch.tensor([3.0, 0, 3, 0, 0, 3])], 1)
-    subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
-    table = predictiveness(subspaces, Features(a, attribute=has))
-    assert table.column("spurious") == [1.0, pytest.approx(0.5)]
-
-
 def test_without_labels_only_the_feature_is_looked_for(problem):
     subspaces, a, c = problem
     table = predictiveness(subspaces, Features(a, c, SAMPLE, attribute=HAS))

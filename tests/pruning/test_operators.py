@@ -98,17 +98,6 @@ def test_local_ranking_takes_the_share_of_each_layer(plain, batches, share):
         assert sorted(values[unit] for unit in removed) == sorted(values)[:count]
 
 
-class Negative:
-    """A criterion with the other sign."""
-
-    def __init__(self, scorer):
-        self.scorer = scorer
-
-    def __call__(self, model, inputs, targets, layers):
-        scores = self.scorer(model, inputs, targets, layers)
-        return {layer: -values for layer, values in scores.items()}
-
-
 def test_the_score_of_a_unit_is_the_absolute_sum_over_positions_of_each_sample():
     """Two filters whose positions cancel within a sample, or whose samples cancel."""
     model = nn.Sequential(
@@ -121,10 +110,14 @@ def test_the_score_of_a_unit_is_the_absolute_sum_over_positions_of_each_sample()
     x = torch.ones(2, 1, 2, 2)
     x[1] = -1  # unit 0: each sample sums to zero; unit 1: +2 and −2; unit 2: ±0.4
     scorer = CaptumLayer(LayerGradientXActivation)
+
+    def negative(*arguments):
+        return {layer: -values for layer, values in scorer(*arguments).items()}
+
     data = [(x, torch.zeros(2).long())]
     edit = RelevancePruning(2 / 3, scorer).plan(model, data)
     assert edit.origin["units"] == {"0": [0, 2]}
-    for criterion in (scorer, Negative(scorer)):
+    for criterion in (scorer, negative):
         edit = RelevancePruning(1 / 3, criterion).plan(model, data)
         assert edit.origin["units"] == {"0": [0]}
 

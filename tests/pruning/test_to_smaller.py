@@ -58,12 +58,9 @@ def random_mask(model: nn.Module, inputs: Tensor, share: float) -> tuple[ModelEd
 
 def narrow_vgg() -> nn.Module:
     """torchvision's VGG with few channels and a narrow classifier."""
-    model = models.VGG(models.vgg.make_layers([8, "M", 12, "M", 16, 16, "M"], batch_norm=True), 10)
-    model.avgpool = nn.AdaptiveAvgPool2d(2)
-    model.classifier[0] = nn.Linear(16 * 4, 64)
-    model.classifier[3] = nn.Linear(64, 64)
-    model.classifier[6] = nn.Linear(64, 10)
-    return model
+    layers = models.vgg.make_layers([8, "M", 12, "M", 16, 16, "M"], batch_norm=True)
+    classifier = [nn.Linear(16 * 4, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10)]
+    return nn.Sequential(layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *classifier)
 
 
 def short_resnet() -> nn.Module:
