@@ -5,21 +5,12 @@ import torch
 
 from xai_edit import collect_features
 from xai_edit.concepts import Features
-
-
-def layer_output(model, layer, inputs):
-    seen = []
-    handle = model.get_submodule(layer).register_forward_hook(
-        lambda _, __, out: seen.append(out.detach().clone())
-    )
-    model(inputs)
-    handle.remove()
-    return seen[0]
+from xai_edit.concepts.collect import values_at
 
 
 def test_a_linear_layer_gives_one_vector_a_sample(plain, batches):
     features = collect_features(plain, batches, layer="fc1")
-    expected = torch.cat([layer_output(plain, "fc1", x) for x, _ in batches])
+    expected = torch.cat([values_at(plain, "fc1", x) for x, _ in batches])
     assert torch.equal(features.activations, expected)
     assert features.sample.tolist() == list(range(200))
     assert torch.equal(features.labels, torch.cat([y for _, y in batches]))

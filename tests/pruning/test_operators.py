@@ -85,19 +85,6 @@ def test_criteria_on_activations_are_read_behind_the_batch_norm_that_is_switched
     )
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_local_ranking_takes_the_share_of_each_layer(plain, batches, share):
-    layers = ["conv1", "conv2", "fc1"]
-    scores = score_units(plain, batches, Taylor(), layers=layers, aggregate="abs")
-    edit = RelevancePruning(share, Taylor(), layers=layers, ranking="local").plan(plain, batches)
-    for layer in layers:
-        values = scores[layer].tolist()
-        count = min(max(1, round(share * len(values))), len(values) - 1)
-        removed = edit.origin["units"][layer]
-        assert len({*removed}) == count
-        assert sorted(values[unit] for unit in removed) == sorted(values)[:count]
-
-
 def test_the_score_of_a_unit_is_the_absolute_sum_over_positions_of_each_sample():
     """Two filters whose positions cancel within a sample, or whose samples cancel."""
     model = nn.Sequential(

@@ -132,22 +132,17 @@ class Stops:
         sgd(network)
 
 
-def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_refused(plain, batches, tmp_path):
+def test_a_checkpoint_of_another_plan_is_refused(plain, batches, tmp_path):
     path = tmp_path / "prune.safetensors"
     RelevancePruning(0.4, steps=2).plan(plain, batches, checkpoint=path)
-    operator, other = RelevancePruning(0.4, steps=2), [(x + 0.01, y) for x, y in batches]
+    other = [(x + 0.01, y) for x, y in batches]
     for changed, data in (
         (RelevancePruning(0.5, steps=2), batches),
         (RelevancePruning(0.4, WeightMagnitude(), steps=2), batches),
-        (operator, other),
+        (RelevancePruning(0.4, steps=2), other),
     ):
         with pytest.raises(ValueError, match="another model, data or plan"):
             changed.plan(plain, data, checkpoint=path)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"prune\.safetensors"):
-        operator.plan(plain, batches, checkpoint=path)
 
 
 def test_data_that_can_be_read_once_serve_one_step_only(plain, batches):

@@ -51,9 +51,8 @@ def collect_features(
     """Return a layer's activation vectors at random positions, from one pass over the data.
 
     Inside ``torchrun`` each rank collects from its own shard, and `Features.all_reduce` joins them.
-    Raises UnknownLayerError, NonFiniteError, TypeError or ValueError on bad input; ValueError also
-    if the composite's relevance is not in proportion to activations, or a batch norm is merged into
-    the layer.
+    UnknownLayerError, NonFiniteError, TypeError or ValueError on bad input, and if relevance is not
+    in proportion to activations, or a batch norm is merged into the layer.
 
     Parameters
     ----------

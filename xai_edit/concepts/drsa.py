@@ -26,8 +26,7 @@ ROUNDING = 1e-7  # relative, of the objective in single precision
 def disentanglement(parts: Tensor) -> Tensor:
     """Return the objective J = M^½ over subspaces of M² over vectors of max(0, R_kn).
 
-    M^p is the power mean (mean x^p)^{1/p} (Chormai et al. 2024); ``parts`` has the relevance by
-    subspace, shape (vectors, subspaces), see `Subspaces.split`.
+    M^p is the power mean (mean x^p)^{1/p} (Chormai et al. 2024); `Subspaces.split` gives R.
     """
     return _strengths(parts).sqrt().mean().square()
 
@@ -49,9 +48,8 @@ class DRSA:
 
     Parameters
     ----------
-    n_subspaces : int
-    size : int, optional
-        Directions of each subspace; channels // n_subspaces when left out.
+    n_subspaces, size : int
+        Subspaces and directions of each; channels // n_subspaces when ``size`` is left out.
     n_init : int, optional
         Random starts; 2048 // channels within 4 and 32 when left out.
     max_iter : int
@@ -82,9 +80,8 @@ class DRSA:
     def fit(self, features: Features) -> Subspaces:
         """Find the subspaces, by descending mean relevance.
 
-        Their ``origin`` has the objective after each step (``course``). ValueError if the features
-        have no contexts or no positive relevance, or there are fewer channels or vectors than
-        directions.
+        ValueError if the features have no contexts or no positive relevance, or there are fewer
+        channels or vectors than directions.
         """
         contexts = features.require_contexts()
         vectors, channels = features.activations.shape

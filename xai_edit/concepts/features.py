@@ -32,7 +32,7 @@ class Features:
     contexts : Tensor or None, shape (vectors, channels)
         The factors c of relevance R = a ⊙ c.
     sample : Tensor or None, int64, shape (vectors,)
-        The index of each vector's sample; vector i belongs to sample i when left out.
+        The index of each vector's sample; i for vector i when left out.
     labels, attribute : Tensor or None, shape (samples,)
         The class and the spurious feature of each sample.
     origin : dict

@@ -165,10 +165,8 @@ class CAV:
         from sklearn.linear_model import LogisticRegression
         from sklearn.svm import LinearSVC
 
-        if self.kind == "logistic":
-            classifier = LogisticRegression(C=self.C, max_iter=1000)
-        else:
-            classifier = LinearSVC(C=self.C, dual=False, max_iter=10_000)
+        svm = LinearSVC(C=self.C, dual=False, max_iter=10_000)
+        classifier = svm if self.kind == "svm" else LogisticRegression(C=self.C, max_iter=1000)
         scale = a.square().mean().sqrt()
         if scale == 0:
             return torch.zeros(a.shape[1]).double()

@@ -144,21 +144,20 @@ def groups_of(found: Traced) -> list[ChannelGroup]:
     shared = _shared(found.model)
     fixed: dict[Channel, str] = {}
 
-    def channels_of(layer: str, numbers: Iterable[int]) -> list[Channel]:
+    def coupled(roots: Iterable[Channel], layer: str, numbers: Iterable[int]) -> list[Channel]:
         channels = [(layer, int(number)) for number in numbers]
-        for channel in channels:
+        for root, channel in zip(roots, channels, strict=True):
             units.add(channel)
+            units.merge(root, channel)
         return channels
-
-    def couple(left: list[Channel], right: list[Channel]) -> None:
-        for pair in zip(left, right, strict=True):
-            units.merge(*pair)
 
     for module, layer in names.items():
         if not isinstance(module, LAYERS) or module not in graph.module2node:
             continue
         every = range(graph.get_out_channels(module))
-        own = channels_of(layer, every)
+        own = [(layer, number) for number in every]
+        for channel in own:
+            units.add(channel)
         affected = [*own]
         reasons: list[str] = []
         for item in pruning_group(found, module, every):
@@ -175,17 +174,16 @@ def groups_of(found: Traced) -> list[ChannelGroup]:
                 # Beyond the last channel only behind an operation that is not followed.
                 width = graph.get_out_channels(target)
                 pairs = [pair for pair in zip(roots, item.idxs, strict=True) if pair[1] < width]
-                coupled = channels_of(names[target.module], [number for _, number in pairs])
-                couple([root for root, _ in pairs], coupled)
-                affected += coupled
+                kept, numbers = [root for root, _ in pairs], [number for _, number in pairs]
+                affected += coupled(kept, names[target.module], numbers)
             elif isinstance(target.module, CONVOLUTIONS) and target.module.groups > 1:
                 width = target.module.in_channels // target.module.groups
                 name = f"{names[target.module]}:in"
-                couple(roots, channels_of(name, [one % width for one in item.idxs]))
+                coupled(roots, name, [one % width for one in item.idxs])
         groups = getattr(module, "groups", 1)
         if 1 < groups < len(every):
             width = len(every) // groups
-            couple(own, channels_of(f"{layer}:out", [one % width for one in every]))
+            coupled(own, f"{layer}:out", [one % width for one in every])
         if reasons:
             fixed |= dict.fromkeys(affected, reasons[0])
     return [*_gathered(units, found.model, fixed)]

@@ -30,9 +30,8 @@ class FineTuning:
         Labelled batches that can be read several times; a ``Dataset`` is shuffled.
     epochs : int
         Of each call.
-    learning_rate : float
-    weight_decay : float
-        L2 penalty, as in `torch.optim.SGD`.
+    learning_rate, weight_decay : float
+        As in `torch.optim.SGD`.
     batch_size : int
         For a ``Dataset``.
     seed : int

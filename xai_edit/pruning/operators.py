@@ -91,7 +91,7 @@ class RelevancePruning:
         data : iterable or Dataset
             Reference samples, 5 to 10 a class; one pass a step.
         target : int, "label", "predicted" or callable
-            The output that the scores are about.
+            See `xai_edit.core.targets.Target`.
         fine_tune : callable, optional
             Trains a pruned copy of the model in place after each step, such as `FineTuning`.
         checkpoint : str or Path, optional
@@ -247,11 +247,8 @@ class _Plan:
         self.model, self.scorer, self.target = model, operator.scorer, target
         steps = operator.share, operator.ranking, operator.steps
         self.schedule = Schedule(*steps, fine_tune, checkpoint)
-        self.origin: dict[str, Any] = {
-            "operator": type(operator).__name__,
-            "scorer": describe(operator.scorer),
-            "target": describe_target(target),
-        }
+        described = {"scorer": describe(operator.scorer), "target": describe_target(target)}
+        self.origin: dict[str, Any] = {"operator": type(operator).__name__, **described}
 
     def edit(self, score: Score, **more: Any) -> ModelEdit:
         """Return the edit; see `xai_edit.pruning.schedule.pruned`."""

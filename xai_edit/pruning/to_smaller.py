@@ -121,7 +121,6 @@ def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Tensor)
     if not difference <= TOLERANCE * largest:
         raise ValueError(
             f"model: without the units its logits differ by {difference:.3g} from the masked "
-            f"network's, the largest of which is {largest:.3g}; a unit that is switched off may "
-            "pass no value on, which an activation such as the sigmoid, or a constant added to "
-            "it, prevents"
+            f"network's, the largest of which is {largest:.3g}; an activation such as the sigmoid, "
+            "or a constant that is added, gives a unit that is switched off a value"
         )

@@ -217,13 +217,13 @@ def score_units(
     scorer : callable
         `LRP`, `CaptumLayer`, `Taylor`, `Activation`, `WeightMagnitude`, `Random` or your own.
     layers : sequence of str, optional
-        Module names; ``"fc:input"`` names the inputs of ``fc``. When left out, all convolution and
-        linear layers through which the output depends on the data.
+        Module names; ``"fc:input"`` names the inputs of ``fc``. All convolution and linear layers
+        between the data and the output when left out.
     target : int, "label", "predicted" or callable
         The output that is explained; see `xai_edit.core.targets.Target`.
     aggregate : {"sum", "mean", "abs", "positive"}
         What is summed over samples, after the signed sum over positions: the score, its absolute
-        value (what pruning uses) or its positive part; "mean" divides the sum by the samples.
+        value or its positive part; "mean" divides the sum by the samples.
     k : int, optional
         Also count, per unit, the samples that have it among their k highest scores (Chang et al.,
         zero-shot class unlearning, Eq. 8–9).
