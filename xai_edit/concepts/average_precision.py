@@ -27,7 +27,7 @@ def resampled_counts(
             times = torch.zeros(size + 1, width, dtype=torch.int32)
             if size:
                 drawn = torch.randint(1, size + 1, (size, width), generator=generator)
-                times.scatter_add_(0, drawn, torch.ones_like(drawn, dtype=torch.int32))
+                times.scatter_add_(0, drawn, torch.ones((), dtype=torch.int32).expand(size, width))
             counts.append(times.cumsum(0).float())
         yield counts
 

@@ -42,12 +42,12 @@ class Subspaces:
 
     def __post_init__(self) -> None:
         basis, mean = self.basis, self.mean
-        expected = {"basis": "(channels, directions)", "mean": f"({len(basis)},)"}
         for name, values, ndim in (("basis", basis, 2), ("mean", mean, 1)):
             fits = values.ndim == ndim and values.is_floating_point()
             if not fits or len(values) != len(basis):
+                expected = "(channels, directions)" if ndim == 2 else f"({len(basis)},)"
                 given = f"shape {tuple(values.shape)}, {values.dtype}"
-                raise ValueError(f"{name}: {given} given; expected {expected[name]}, float64")
+                raise ValueError(f"{name}: {given} given; expected {expected}, float64")
         finite(mean, "mean")
         whole = all(type(size) is int and size > 0 for size in self.sizes)
         cuts = whole and 0 < sum(self.sizes) == basis.shape[1]
