@@ -27,6 +27,7 @@ from xai_edit.core.layers import (
 )
 from xai_edit.core.trace import trace
 
+UnitAxis = int | Mapping[str, int] | None
 ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
 
 
@@ -36,12 +37,10 @@ class SubspaceAblation(nn.Module):
     directions: Tensor
     mean: Tensor
 
-    def __init__(
-        self, subspaces: Subspaces, indices: Sequence[int], channel_axis: int | None
-    ) -> None:
+    def __init__(self, subspaces: Subspaces, indices: Sequence[int], axis: int | None) -> None:
         super().__init__()
         # None before the first forward pass; an object, so that `preserved` keeps what it holds.
-        self.axis = SimpleNamespace(number=channel_axis)
+        self.axis = SimpleNamespace(number=axis)
         self.register_buffer("directions", subspaces.directions(indices))
         self.register_buffer("mean", subspaces.mean.clone())  # `load_state_dict` writes into it
         self.lrp_rule = Epsilon()
@@ -67,7 +66,7 @@ def ablated(
     subspaces: Subspaces,
     indices: Sequence[int],
     *,
-    unit_axis: int | Mapping[str, int] | None = None,
+    unit_axis: UnitAxis = None,
 ) -> Iterator[str]:
     """Remove subspaces from a layer's output inside a ``with`` block.
 
@@ -101,7 +100,7 @@ def with_ablation(
     subspaces: Subspaces,
     indices: Sequence[int],
     *,
-    unit_axis: int | Mapping[str, int] | None = None,
+    unit_axis: UnitAxis = None,
 ) -> nn.Module:
     """Return a copy of a model with the ablation as a layer, which can be pruned and exported.
 
@@ -140,11 +139,7 @@ class _Ablated(nn.Module):
 
 
 def _insert(
-    model: nn.Module,
-    layer: str,
-    subspaces: Subspaces,
-    indices: Sequence[int],
-    unit_axis: int | Mapping[str, int] | None,
+    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int], unit_axis: UnitAxis
 ) -> None:
     """Replace a layer by the layer followed by its ablation."""
     resolve_layers(model, [layer])

@@ -20,6 +20,7 @@ from xai_edit.core.guard import copied
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, run
 
 LAYERS = WEIGHTED
+Shape = tuple[int, ...]
 Channel = tuple[str, int]  # the name of a layer and the number of its channel
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -59,7 +60,7 @@ class Traced:
     model: nn.Module
     graph: Any
     entry: Any  # the autograd node of the model's input
-    shapes: dict[Any, tuple[int, ...]]  # output shape by autograd node
+    shapes: dict[Any, Shape]  # output shape by autograd node
 
 
 def traced(model: nn.Module, inputs: Tensor) -> Traced:
@@ -95,11 +96,9 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
     return Traced(model, graph, entry[0] if entry else None, shapes)
 
 
-def _shapes(
-    graph: Any, outputs: Sequence[Tensor], leaves: Sequence[Tensor]
-) -> dict[Any, tuple[int, ...]]:
+def _shapes(graph: Any, outputs: list[Tensor], leaves: list[Tensor]) -> dict[Any, Shape]:
     """Return the output shape of each operation, which is that of its gradient."""
-    shapes: dict[Any, tuple[int, ...]] = {}
+    shapes: dict[Any, Shape] = {}
     for node in graph.module2node.values():
         operation = node.grad_fn
         if hasattr(operation, "variable"):  # a parameter, whose gradient is not handed on
@@ -261,7 +260,7 @@ def _followed(found: Traced, node: Any) -> bool:
     return all(_same_channels(found.shapes.get(of.grad_fn, ()), after) for of in node.inputs)
 
 
-def _same_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+def _same_channels(before: Shape, after: Shape) -> bool:
     """Return whether two shapes have the same channels; () is an unknown shape."""
     if not before or not after:
         return False

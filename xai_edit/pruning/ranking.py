@@ -70,12 +70,7 @@ def prunable(
 
 
 def lowest_units(
-    found: Prunable,
-    scores: UnitScores,
-    share: float,
-    *,
-    ranking: Ranking,
-    gone: Sequence[Tensor],
+    found: Prunable, scores: UnitScores, share: float, *, ranking: Ranking, gone: Sequence[Tensor]
 ) -> list[Tensor]:
     """Return the units of each group with the lowest scores, int64, without the group's best.
 

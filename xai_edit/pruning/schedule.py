@@ -22,6 +22,7 @@ from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_unit
 from xai_edit.scoring.unit_scores import UnitScores
 
 KIND = "xai_edit.pruning"
+History: TypeAlias = list[dict[str, Any]]
 
 FineTune: TypeAlias = Callable[[nn.Module], object]
 """Trains a network in place after a step of pruning, such as `FineTuning`."""
@@ -61,7 +62,7 @@ def pruned(
     network = copied(model).eval()
     checkpoint = None
     gone = [torch.zeros(0, dtype=torch.long) for _ in found.groups]
-    history: list[dict[str, Any]] = []  # one entry a finished step
+    history: History = []  # one entry a finished step
     if schedule.checkpoint is not None:
         plan = [dict(origin), schedule.share, schedule.ranking, schedule.steps]
         text = json.dumps([*plan, repr(schedule.fine_tune)])
@@ -143,9 +144,7 @@ class _Checkpoint:
     path: Path
     plan: str  # a checksum of the model, the first inputs and the arguments
 
-    def restored(
-        self, network: nn.Module, gone: list[Tensor]
-    ) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    def restored(self, network: nn.Module, gone: list[Tensor]) -> tuple[list[Tensor], History]:
         """Load the file's state into a network, and return pruned units and history."""
         clear_parts(self.path.parent, self.path.name)
         if not self.path.exists():
@@ -160,7 +159,7 @@ class _Checkpoint:
                 tensor.copy_(tensors[f"network/{name}"])
         return [tensors[f"gone/{index}"] for index in range(len(gone))], header["history"]
 
-    def write(self, network: nn.Module, gone: list[Tensor], history: list[dict[str, Any]]) -> None:
+    def write(self, network: nn.Module, gone: list[Tensor], history: History) -> None:
         """Write the file, atomically."""
         tensors = {f"network/{name}": tensor for name, tensor in _tensors(network).items()}
         tensors |= {f"gone/{index}": units for index, units in enumerate(gone)}

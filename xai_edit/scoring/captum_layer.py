@@ -75,7 +75,7 @@ class CaptumLayer:
             logits = predict(model, inputs)
         tap.require(layers)
         explained: nn.Module = model
-        target: Tensor | None = None
+        given: dict[str, Tensor] = {}
         value = targets(logits) if callable(targets) else None
         if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
             weights_of(targets, logits)  # raises if it has no gradient
@@ -85,8 +85,8 @@ class CaptumLayer:
                 )
             explained = _Explained(model, targets)
         else:
-            target = classes_of(targets, logits)
-        given = {"target": target} if "target" in self._attribute else {}
+            classes = classes_of(targets, logits)
+            given = {"target": classes} if "target" in self._attribute else {}
         scores = {}
         for name in layers:
             module = layer_module(model, name)
@@ -112,9 +112,8 @@ class CaptumLayer:
                 if getattr(other, "inplace", False) is True:
                     other.inplace = False  # type: ignore[assignment]
             try:
-                values = self.method(model, module, **self.constructor).attribute(
-                    differentiable(inputs), **arguments
-                )
+                method = self.method(model, module, **self.constructor)
+                values = method.attribute(differentiable(inputs), **arguments)
             except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as problem:
                 raise ValueError(
                     f"Captum's {self.method.__name__} cannot explain layer {name!r} of this "

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Aggregate = Literal["sum", "mean", "abs", "positive"]
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
+Order = Literal["sum", "count"]
 KIND = "xai_edit.unit_scores"
 HEADER = {"layers": list, "samples": int, "aggregate": str, "k": int | None, "origin": dict}
 # Scorers that never write into a model's parameters.
@@ -93,12 +94,12 @@ class UnitScores:
         scores = self[layer]
         return scores / scores.abs().sum().clamp(min=torch.finfo(scores.dtype).tiny)
 
-    def rank(self, layer: str, by: Literal["sum", "count"] = "sum") -> Tensor:
+    def rank(self, layer: str, by: Order = "sum") -> Tensor:
         """Return all units of a layer, most relevant first, int64, shape (units,).
 
         ``by="count"`` orders by occurrence among the top k, ties by summed relevance.
         """
-        one_of(by, ("sum", "count"), "by")
+        one_of(by, get_args(Order), "by")
         order = torch.argsort(self[layer], descending=True, stable=True)
         if by == "count":
             works = "it needs occurrence counts; give k to score_units"
@@ -107,12 +108,7 @@ class UnitScores:
         return order
 
     def top(
-        self,
-        layer: str,
-        *,
-        share: float | None = None,
-        count: int | None = None,
-        by: Literal["sum", "count"] = "sum",
+        self, layer: str, *, share: float | None = None, count: int | None = None, by: Order = "sum"
     ) -> Tensor:
         """Return the first units of `rank`: a share in (0, 1], see `share_of`, or a count."""
         order = self.rank(layer, by)
