@@ -89,11 +89,6 @@ def test_what_cannot_score_a_group_is_refused():
         TorchPruningImportance(3)
     with pytest.raises(ValueError, match=r"gave \(2,\) for the 8 channels of '0'"):
         TorchPruningImportance(lambda group: torch.ones(2))(plain(), INPUTS, LABELS, ["0"])
-    with pytest.raises(ValueError, match=r"'1': .*linear and convolution"):
-        score_units(
-            plain(),
-            [(INPUTS, LABELS)],
-            TorchPruningImportance(IMPORTANCE.RandomImportance()),
-            layers=["1"],
-            target="label",
-        )
+    scorer = TorchPruningImportance(IMPORTANCE.RandomImportance())
+    with pytest.raises(ValueError, match=r"'1': only linear and convolution"):
+        score_units(plain(), [(INPUTS, LABELS)], scorer, layers="1")

@@ -98,9 +98,8 @@ class Predictiveness:
 
     def column(self, name: str) -> list[float]:
         """Return the average precision of each subspace in one column; ValueError if unknown."""
-        if self.chance.get(name) is None:
-            known = [column for column, chance in self.chance.items() if chance is not None]
-            raise ValueError(f"column: {name!r} given; there are {known}")
+        known = [column for column, chance in self.chance.items() if chance is not None]
+        require(name in known, "column", name, f"there are {known}")
         return [entry.value for row in self.rows if (entry := row[name]) is not None]
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,8 +118,7 @@ class Predictiveness:
         shown = sorted(range(len(self)), key=lambda index: -column[index])[:LINES]
         some = f" of the {LINES} best of {len(self)} subspaces" if len(shown) < len(self) else ""
         of = "the class" if self.target is None else f"class {self.target}"
-        listed = [(index, self.rows[index]) for index in sorted(shown)]
-        rows = [[first, *(row[name] for name in SHOWN)] for first, row in listed]
+        rows = [[index, *(self.rows[index][name] for name in SHOWN)] for index in sorted(shown)]
         return (
             f"average precision by {self.score}{some}, {CONFIDENCE:.0%} intervals of "
             f"{self.resamples} resamples\nthree columns for the spurious feature, three for {of}\n"

@@ -24,11 +24,6 @@ class Prunable:
     layers: tuple[str, ...]  # whose scores rank the units
     fixed: dict[str, str]  # by layer that has to stay, the reason
 
-    @property
-    def channels(self) -> int:
-        """The number of channels of all layers of the groups."""
-        return sum(group.units * width(group) for group in self.groups)
-
 
 def width(group: ChannelGroup) -> int:
     """Return the number of channels of a unit in all layers of its group."""

@@ -18,7 +18,7 @@ from xai_edit.core.guard import copied, require_finite
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.edits.switching_off import silencing_entries
 from xai_edit.pruning.coupled_channels import ChannelGroup
-from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_units
+from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_units, width
 from xai_edit.scoring.unit_scores import UnitScores
 
 KIND = "xai_edit.pruning"
@@ -86,16 +86,17 @@ def pruned(
         if checkpoint is not None:
             checkpoint.write(network, gone, history)
     last = history[-1]
+    units = sum(group.units * width(group) for group in found.groups)
     about: dict[str, Any] = {
         **origin,
         **last,
         "share": schedule.share,
         "ranking": schedule.ranking,
-        "removed": f"{last['removed']} of {found.channels} units",
+        "removed": f"{last['removed']} of {units} units",
         "units": channels_of(found, gone),
     }
     pairs = zip(found.groups, gone, strict=True)
-    with_one = [group for group, units in pairs if group.units - len(units) == 1 < group.units]
+    with_one = [group for group, off in pairs if group.units - len(off) == 1 < group.units]
     if kept := [layer for group in with_one for layer in group.layers]:
         about["kept"] = {"one unit each, though the share takes all": kept}
     if found.fixed:
