@@ -204,26 +204,3 @@ def test_subspaces_that_stay_without_relevance_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert DRSA(2).fit(unrelated()).origin["dead"] == 0
-
-
-def test_bad_input_is_refused():
-    features = unrelated()
-    a = features.activations
-    with pytest.raises(ValueError, match="features: they have no contexts"):
-        DRSA(2).fit(Features(a))
-    with pytest.raises(ValueError, match=r"n_subspaces: 9 of 1 directions asked for; .* 8"):
-        DRSA(9).fit(features)
-    with pytest.raises(ValueError, match="3 of 3 directions asked for"):
-        DRSA(3, size=3).fit(features)
-    with pytest.raises(ValueError, match="features: 7 given; 8 directions need"):
-        DRSA(2).fit(Features(a[:7], features.contexts[:7]))
-    for contexts in (-a, 0 * a):
-        with pytest.raises(ValueError, match="no positive relevance in any subspace"):
-            DRSA(1).fit(Features(a, contexts))
-    for name in ("n_subspaces", "size", "n_init", "max_iter"):
-        for value in (0, -1, 1.5, True):
-            with pytest.raises(ValueError, match=name):
-                DRSA(**{name: value})
-    for tol in (-1e-4, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="tol"):
-            DRSA(tol=tol)

@@ -17,7 +17,7 @@ from zennit.composites import (
 )
 from zennit.torchvision import ResNetCanonizer
 
-from xai_edit import LRP, Subspaces, Taylor, collect_features
+from xai_edit import LRP, Subspaces, collect_features
 from xai_edit.concepts import Features
 from xai_edit.concepts.explanations import strongest_samples, subspace_maps
 from xai_edit.concepts.predictiveness import sample_scores
@@ -237,13 +237,10 @@ def test_errors_name_what_is_wrong(plain, digits):
     at_relu = {"layer": "relu3", "subspaces": subspaces_of(12, (2,)), "scorer": flat}
     plain.extra = nn.Conv2d(1, 6, 1)
     for arguments, error, match in (
-        ({"scorer": Taylor()}, TypeError, "scorer"),
-        ({"inputs": [x]}, TypeError, "inputs: list"),
-        ({"inputs": torch.zeros(3, 1, 8, 8).long()}, ValueError, r"int64.*no relevance"),
         ({"inputs": x[:0]}, ValueError, "no samples"),
         ({"inputs": x / 0}, ValueError, "NaN"),
         ({"layer": "conv3"}, UnknownLayerError, "conv3"),
-        ({"layer": "conv1"}, ValueError, "of 6 channels, but the values of layer 'conv1'"),
+        ({"layer": "conv1"}, ValueError, r"layer .conv1.: .* the subspaces have 6 channels"),
         ({"target": 10}, ValueError, "target: class 10"),
         ({"target": "label"}, ValueError, "no labels"),
         ({"target": torch.zeros(2).long()}, ValueError, "target"),
@@ -297,9 +294,6 @@ def test_equal_samples_keep_their_order():
     assert strongest_samples(subspaces, features, count=3).tolist() == [[0, 1, 2]] * 2
 
 
-def test_a_count_that_cannot_be_and_features_of_another_layer_are_refused():
-    for count in (0, 13, 1.5):
-        with pytest.raises(ValueError, match=r"count: .* from 1 to 12"):
-            strongest_samples(subspaces_of(5, (1,)), random_features(False), count=count)
-    with pytest.raises(ValueError, match="of 6 channels, but the features have 5"):
+def test_features_of_another_layer_are_refused():
+    with pytest.raises(ValueError, match="the subspaces have 6 channels"):
         strongest_samples(subspaces_of(6, (1,)), random_features(True), count=1)

@@ -5,22 +5,12 @@ import torch
 
 from xai_edit import collect_features
 from xai_edit.concepts import Features
-from xai_edit.core import NonFiniteError, UnknownLayerError
-
-
-def layer_output(model, layer, inputs):
-    seen = []
-    handle = model.get_submodule(layer).register_forward_hook(
-        lambda _, __, out: seen.append(out.detach().clone())
-    )
-    model(inputs)
-    handle.remove()
-    return seen[0]
+from xai_edit.concepts.collect import values_at
 
 
 def test_a_linear_layer_gives_one_vector_a_sample(plain, batches):
     features = collect_features(plain, batches, layer="fc1")
-    expected = torch.cat([layer_output(plain, "fc1", x) for x, _ in batches])
+    expected = torch.cat([values_at(plain, "fc1", x) for x, _ in batches])
     assert torch.equal(features.activations, expected)
     assert features.sample.tolist() == list(range(200))
     assert torch.equal(features.labels, torch.cat([y for _, y in batches]))
@@ -57,26 +47,6 @@ def test_the_model_is_as_before(plain, batches, unchanged):
     assert torch.equal(features.activations, again.activations)
 
 
-def test_errors_name_what_is_wrong(plain, batches):
-    with pytest.raises(UnknownLayerError, match="did you mean 'conv1'"):
-        collect_features(plain, batches, layer="conv11")
-    for name, value in (("positions", 0), ("positions", 1.5), ("seed", -1), ("seed", None)):
-        with pytest.raises(ValueError, match=f"{name}: {value} given; it is a whole number"):
-            collect_features(plain, batches, layer="conv1", **{name: value})
-    with pytest.raises(ValueError, match="no samples"):
-        collect_features(plain, [], layer="conv1")
-    x, y = batches[0]
-    with pytest.raises(NonFiniteError, match="batch 1"):
-        collect_features(plain, [(x, y), (x / 0, y)], layer="conv1")
-    plain.unused = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="'unused' takes no part"):
-        collect_features(plain, batches, layer="unused")
-    with torch.no_grad():
-        plain.conv1.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"conv1\.weight"):
-        collect_features(plain, batches, layer="conv1")
-
-
 def test_without_sample_numbers_each_vector_is_a_sample():
     features = Features(torch.zeros(3, 2))
     assert features.samples == 3
@@ -86,14 +56,11 @@ def test_without_sample_numbers_each_vector_is_a_sample():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"activations": torch.zeros(2)}, r"activations: \(2,\) given"),
         ({"activations": torch.zeros(2, 2, 2)}, "activations"),
-        ({"contexts": torch.zeros(2, 3)}, r"contexts: \(2, 3\) given"),
-        ({"sample": torch.zeros(3).long()}, "sample: .* 2 whole numbers"),
+        ({"contexts": torch.full((2, 2), torch.inf)}, "contexts: NaN or infinite"),
         ({"sample": torch.tensor([0.0, 1.0])}, "sample: .*int64"),
         ({"sample": torch.tensor([0, -1])}, r"sample: \(-1, 0\) given"),
         ({"sample": torch.tensor([0, 2]), "labels": torch.zeros(2)}, "sample: .* from 0 to 1"),
-        ({"labels": torch.zeros(3)}, r"labels: \(3,\) given; .* 2 samples"),
         ({"labels": torch.zeros(2), "attribute": torch.zeros(3)}, "attribute"),
         ({"labels": torch.zeros(2, 1)}, "labels"),
     ],
@@ -101,12 +68,3 @@ def test_without_sample_numbers_each_vector_is_a_sample():
 def test_shapes_and_numbers_that_do_not_fit_are_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         Features(**({"activations": torch.zeros(2, 2)} | arguments))
-
-
-@pytest.mark.parametrize("name", ["activations", "contexts"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(name, value):
-    tensors = {"activations": torch.zeros(2, 2), "contexts": torch.zeros(2, 2)}
-    tensors[name][0, 0] = value
-    with pytest.raises(NonFiniteError, match=name):
-        Features(**tensors)

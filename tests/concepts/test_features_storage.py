@@ -129,15 +129,9 @@ def test_features_on_disk_are_those_in_memory(plain, batches, tmp_path, layer, s
 
 def test_what_was_collected_how_is_told(norm, batches):
     features = collect(norm, batches, layer="body.5", scorer=LRP("epsilon"), target=3, seed=2)
-    assert features.origin == {
-        "layer": "body.5",
-        "positions": 20,
-        "seed": 2,
-        "scorer": "LRP('epsilon', initial='logit')",
-        "target": 3,
-        "canonizers": features.origin["canonizers"],
-    }
-    assert "ExactMergeBatchNorm" in features.origin["canonizers"]
+    assert "ExactMergeBatchNorm" in features.origin.pop("canonizers")
+    expected = {"layer": "body.5", "positions": 20, "seed": 2, "target": 3}
+    assert features.origin == expected | {"scorer": "LRP('epsilon', initial='logit')"}
 
 
 def test_a_failure_leaves_no_file_and_no_folder(plain, batches, tmp_path, unchanged):
@@ -150,15 +144,6 @@ def test_a_failure_leaves_no_file_and_no_folder(plain, batches, tmp_path, unchan
     check()
     assert os.listdir(tmp_path) == ["old"]
     assert (tmp_path / "old").read_text() == "old"
-
-
-def test_a_missing_folder_is_told_before_the_data_are_read(plain, tmp_path):
-    def data():
-        raise AssertionError
-        yield
-
-    with pytest.raises(FileNotFoundError, match="missing"):
-        collect(plain, data(), layer="conv1", on_disk=tmp_path / "missing" / "f")
 
 
 def test_batches_of_other_channels_are_refused(tmp_path):

@@ -133,14 +133,6 @@ def test_what_is_given_goes_before_the_features_own(problem, spurious):
     assert found == expected
 
 
-def test_a_direction_that_is_the_feature_has_average_precision_one():
-    has = torch.tensor([0, 1, 0, 1, 1, 0])
-    a = torch.stack([5.0 * has, torch.tensor([3.0, 0, 3, 0, 0, 3])], 1)
-    subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
-    table = predictiveness(subspaces, Features(a, attribute=has))
-    assert table.column("spurious") == [1.0, pytest.approx(0.5)]
-
-
 def test_without_labels_only_the_feature_is_looked_for(problem):
     subspaces, a, c = problem
     table = predictiveness(subspaces, Features(a, c, SAMPLE, attribute=HAS))
@@ -200,15 +192,8 @@ def test_a_feature_that_is_missing_or_not_yes_or_no_is_refused(problem, spurious
 
 def test_bad_labels_targets_and_numbers_are_refused(problem):
     subspaces, a, c = problem
-    features = Features(a, c, SAMPLE, LABELS, HAS)
-    with pytest.raises(ValueError, match=r"labels: \(9,\) given"):
-        predictiveness(subspaces, features, labels=LABELS[:9])
-    with pytest.raises(ValueError, match=r"target: 1 given; the samples' classes are \[0, 2, 4\]"):
-        predictiveness(subspaces, features, target=1)
+    features = Features(a, c, SAMPLE, attribute=HAS)
     with pytest.raises(ValueError, match="target: 2 given; the samples have no labels"):
-        predictiveness(subspaces, Features(a, c, SAMPLE, attribute=HAS), target=2)
-    for resamples in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="resamples"):
-            predictiveness(subspaces, features, resamples=resamples)
+        predictiveness(subspaces, features, target=2)
     with pytest.raises(ValueError, match="seed"):
         predictiveness(subspaces, features, seed=-1)

@@ -275,7 +275,7 @@ CONCEPTS = [
     (lambda w: xe.ContrastivePCA(0), V, "size: 0 given; it is a whole number from 1"),
     (lambda w: xe.ContrastivePCA(4).fit(w.features), V, "size: 4 given; the activations vary"),
     (lambda w: xe.ContrastivePCA(1).fit(w.features, w.labels % 2), V, "features: no class has"),
-    (lambda w: predict(w, w.wide), V, "subspaces: of 7 channels, but the features have 4"),
+    (lambda w: predict(w, w.wide), V, "4) given; the subspaces have 7 channels"),
     (lambda w: predict(w, resamples=0), V, "resamples: 0 given; it is a whole number from"),
     (lambda w: predict(w, target=99), V, "target: 99 given; the samples' classes are [0, 1"),
     (lambda w: predict(w, labels=torch.ones(3)), V, "labels: (3,) given; one class"),
@@ -294,7 +294,7 @@ CONCEPTS = [
     (lambda w: maps(w, scorer=xe.Taylor()), T, "scorer: Taylor given; maps need a rule"),
     (lambda w: maps(w, inputs=[1]), T, "inputs: list given; give a batch as one tensor"),
     (lambda w: maps(w, inputs=w.images.long()), V, "inputs: torch.int64 given; token ids"),
-    (lambda w: maps(w, subspaces=w.wide), V, "subspaces: of 7 channels, but the values of"),
+    (lambda w: maps(w, subspaces=w.wide), V, "given; the subspaces have 7 channels"),
 ]
 EVALUATION = [
     (lambda w: xe.evaluate_groups(w.model, w.bare), V, "data: has no labels; give (input"),

@@ -197,19 +197,13 @@ def test_a_layer_without_part_in_the_forward_pass_is_in_no_group() -> None:
     assert "idle" not in by_first_layer(channel_groups(model, torch.randn(1, 3, 8, 8)))
 
 
-def test_the_model_is_only_read() -> None:
+def test_the_model_is_only_read(unchanged: Any) -> None:
     model = Residual().train()
     model.stem.requires_grad_(False)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check = unchanged(model)
     with torch.no_grad():
         channel_groups(model, torch.randn(2, 3, 8, 8))
-    assert model.training
-    assert all(module.training for module in model.modules())
-    assert not model.stem.weight.requires_grad
-    assert model.inner.weight.requires_grad
-    assert all(not module._forward_hooks for module in model.modules())
-    after = model.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    check()
 
 
 def test_a_frozen_model_is_traced_in_inference_mode() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from captum.attr import LayerGradientXActivation
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from xai_edit import (
     LRP,
@@ -21,7 +21,6 @@ from xai_edit import (
     with_ablation,
 )
 from xai_edit.concepts.collect import values_at as output
-from xai_edit.core import UnknownLayerError
 from xai_edit.reproduce.networks import ResNet20
 
 SCORERS = [LRP("epsilon-plus", initial="one"), Taylor(), Activation(), WeightMagnitude(), Random(1)]
@@ -86,30 +85,6 @@ def test_criteria_on_activations_are_read_behind_the_batch_norm_that_is_switched
     )
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_local_ranking_takes_the_share_of_each_layer(plain, batches, share):
-    layers = ["conv1", "conv2", "fc1"]
-    scores = score_units(plain, batches, Taylor(), layers=layers, aggregate="abs")
-    edit = RelevancePruning(share, Taylor(), layers=layers, ranking="local").plan(plain, batches)
-    for layer in layers:
-        values = scores[layer].tolist()
-        count = min(max(1, round(share * len(values))), len(values) - 1)
-        removed = edit.origin["units"][layer]
-        assert len({*removed}) == count
-        assert sorted(values[unit] for unit in removed) == sorted(values)[:count]
-
-
-class Negative:
-    """A criterion with the other sign."""
-
-    def __init__(self, scorer):
-        self.scorer = scorer
-
-    def __call__(self, model, inputs, targets, layers):
-        scores = self.scorer(model, inputs, targets, layers)
-        return {layer: -values for layer, values in scores.items()}
-
-
 def test_the_score_of_a_unit_is_the_absolute_sum_over_positions_of_each_sample():
     """Two filters whose positions cancel within a sample, or whose samples cancel."""
     model = nn.Sequential(
@@ -122,10 +97,14 @@ def test_the_score_of_a_unit_is_the_absolute_sum_over_positions_of_each_sample()
     x = torch.ones(2, 1, 2, 2)
     x[1] = -1  # unit 0: each sample sums to zero; unit 1: +2 and −2; unit 2: ±0.4
     scorer = CaptumLayer(LayerGradientXActivation)
+
+    def negative(*arguments):
+        return {layer: -values for layer, values in scorer(*arguments).items()}
+
     data = [(x, torch.zeros(2).long())]
     edit = RelevancePruning(2 / 3, scorer).plan(model, data)
     assert edit.origin["units"] == {"0": [0, 2]}
-    for criterion in (scorer, Negative(scorer)):
+    for criterion in (scorer, negative):
         edit = RelevancePruning(1 / 3, criterion).plan(model, data)
         assert edit.origin["units"] == {"0": [0]}
 
@@ -153,7 +132,7 @@ def test_without_labels_a_target_is_needed(plain, batches):
 
 def test_a_residual_network_is_pruned_behind_its_batch_norms(unchanged):
     torch.manual_seed(0)
-    model = resnet18(num_classes=10).eval()
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
     convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     for name in norms:
@@ -166,7 +145,7 @@ def test_a_residual_network_is_pruned_behind_its_batch_norms(unchanged):
     following = dict(zip(convolutions, norms, strict=True))  # they alternate
     total = sum(model.get_submodule(name).out_channels for name in convolutions)
     removed = sum(map(len, edit.origin["units"].values()))
-    assert abs(removed - round(0.3 * total)) <= 5 / 2  # up to five channels go together
+    assert abs(removed - round(0.3 * total)) <= 2 / 2  # up to two channels go together
     assert edit.origin["removed"] == f"{removed} of {total} units"
     with edit.applied(model):
         for layer, units in off(edit).items():
@@ -215,25 +194,6 @@ def test_concept_aware_pruning_scores_the_ablated_network(plain, batches, subspa
     gone = {(layer, unit) for layer, units in off(edit).items() for unit in units}
     assert gone == {(layer, unit) for _, layer, unit in ranked[:5]}
     assert edit.origin["ablated"] == [0]
-
-
-@pytest.mark.parametrize("share", [0, 1.01, float("nan"), True, None])
-def test_a_share_outside_zero_to_one_is_refused(share, subspaces):
-    with pytest.raises(ValueError, match=r"share.*\(0, 1\]"):
-        RelevancePruning(share)
-    with pytest.raises(ValueError, match=r"share.*\(0, 1\]"):
-        ConceptAwarePruning("conv1", subspaces, [0], share)
-
-
-def test_unknown_choices_are_refused(plain, batches, subspaces):
-    with pytest.raises(ValueError, match="ranking"):
-        RelevancePruning(0.5, ranking="all")
-    with pytest.raises(ValueError, match="subspaces"):
-        ConceptAwarePruning("conv1", subspaces, [2], 0.5)
-    with pytest.raises(UnknownLayerError, match="conv1"):
-        RelevancePruning(0.5, layers=["conv"]).plan(plain, batches)
-    with pytest.raises(UnknownLayerError, match="conv1"):
-        ConceptAwarePruning("conv", subspaces, [0], 0.5).plan(plain, batches)
 
 
 def test_subspaces_behind_a_block_whose_own_filters_are_pruned():

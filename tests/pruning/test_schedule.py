@@ -132,30 +132,23 @@ class Stops:
         sgd(network)
 
 
-def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_refused(plain, batches, tmp_path):
+def test_a_checkpoint_of_another_plan_is_refused(plain, batches, tmp_path):
     path = tmp_path / "prune.safetensors"
     RelevancePruning(0.4, steps=2).plan(plain, batches, checkpoint=path)
-    operator, other = RelevancePruning(0.4, steps=2), [(x + 0.01, y) for x, y in batches]
+    other = [(x + 0.01, y) for x, y in batches]
     for changed, data in (
         (RelevancePruning(0.5, steps=2), batches),
         (RelevancePruning(0.4, WeightMagnitude(), steps=2), batches),
-        (operator, other),
+        (RelevancePruning(0.4, steps=2), other),
     ):
         with pytest.raises(ValueError, match="another model, data or plan"):
             changed.plan(plain, data, checkpoint=path)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"prune\.safetensors"):
-        operator.plan(plain, batches, checkpoint=path)
 
 
 def test_data_that_can_be_read_once_serve_one_step_only(plain, batches):
     assert RelevancePruning(0.5).plan(plain, iter(batches)).origin["samples"] == 200
     with pytest.raises(TypeError, match="2 steps"):
         RelevancePruning(0.5, steps=2).plan(plain, iter(batches))
-    with pytest.raises(ValueError, match="steps"):
-        RelevancePruning(0.5, steps=0)
 
 
 def marked(batches):
@@ -205,19 +198,10 @@ def test_an_ablation_that_is_kept_holds_after_fine_tuning(plain, batches):
         assert (model[2].bias[gone] == 0).all()
 
 
-def test_features_are_asked_for_exactly_where_they_are_needed(plain, batches):
-    features = collect_features(plain, marked(batches), layer="relu1")
-    subspaces = CAV().fit(features)
-    with pytest.raises(ValueError, match="features: none given"):
-        ConceptAwarePruning("relu1", CAV(), [0], 0.5).plan(plain, batches)
+def test_a_choice_of_given_subspaces_needs_features(plain, batches):
+    subspaces = CAV().fit(collect_features(plain, marked(batches), layer="relu1"))
     with pytest.raises(ValueError, match="features: none given"):
         ConceptAwarePruning("relu1", subspaces, "auto", 0.5).plan(plain, batches)
-    with pytest.raises(ValueError, match="features: given, but the subspaces"):
-        ConceptAwarePruning("relu1", subspaces, [0], 0.5).plan(plain, batches, features=features)
-    with pytest.raises(TypeError, match="subspaces"):
-        ConceptAwarePruning("relu1", "cav", [0], 0.5)
-    with pytest.raises(ValueError, match="ablate"):
-        ConceptAwarePruning("relu1", subspaces, "all", 0.5)
 
 
 def test_auto_takes_the_subspace_of_the_mark_and_leaves_the_network_alone_without_one(
@@ -248,8 +232,6 @@ def test_protected_layers_keep_all_units_and_named_layers_have_to_be_prunable(pl
     assert edit.origin["removed"] == "3 of 6 units"
     with pytest.raises(ValueError, match="protected"):
         RelevancePruning(0.5, layers=["conv1"], protect=["conv1"]).plan(plain, batches)
-    with pytest.raises(KeyError, match="conv1"):
-        RelevancePruning(0.5, protect=["conv"]).plan(plain, batches)
     everything = RelevancePruning(1.0).plan(plain, batches)
     assert everything.origin["kept"] == {
         "one unit each, though the share takes all": ["conv1", "conv2"]
@@ -267,7 +249,5 @@ def test_fine_tuning_warns_where_the_data_carry_the_spurious_feature(plain, digi
         warnings.simplefilter("error")
         FineTuning(clean)(plain)
         FineTuning([(x, y, m.long()) for x, y, m in both])(plain)
-    with pytest.raises(TypeError, match="read only once"):
-        FineTuning(iter(clean))
     with pytest.raises(ValueError, match="no labels"):
         FineTuning([images])(plain)

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
+from torchvision import models
 
-from xai_edit.core.errors import EditMismatchError
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pruning.coupled_channels import channel_groups
 from xai_edit.pruning.schedule import silenced_entries
@@ -58,34 +57,48 @@ def random_mask(model: nn.Module, inputs: Tensor, share: float) -> tuple[ModelEd
 
 
 def narrow_vgg() -> nn.Module:
-    """torchvision's VGG-11 with a classifier that does not take a minute."""
-    model = torchvision.models.vgg11_bn(weights=None)
-    model.avgpool = nn.AdaptiveAvgPool2d(2)
-    model.classifier[0] = nn.Linear(512 * 4, 64)
-    model.classifier[3] = nn.Linear(64, 64)
-    model.classifier[6] = nn.Linear(64, 10)
-    return model
+    """torchvision's VGG with few channels and a narrow classifier."""
+    layers = models.vgg.make_layers([8, "M", 12, "M", 16, 16, "M"], batch_norm=True)
+    classifier = [nn.Linear(16 * 4, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10)]
+    return nn.Sequential(layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *classifier)
+
+
+def short_resnet() -> nn.Module:
+    """torchvision's ResNet-18 with fewer blocks."""
+    return models.ResNet(models.resnet.BasicBlock, [2, 1, 1, 1], 10)
 
 
 def short_resnext() -> nn.Module:
-    """torchvision's ResNeXt-50 with one block a stage."""
-    block = torchvision.models.resnet.Bottleneck
-    return torchvision.models.ResNet(block, [1, 1, 1, 1], 10, groups=32, width_per_group=4)
+    """torchvision's ResNeXt-50 with one block a stage and fewer groups."""
+    block = models.resnet.Bottleneck
+    return models.ResNet(block, [1, 1, 1, 1], 10, groups=4, width_per_group=4)
+
+
+def small_efficientnet() -> nn.Module:
+    """torchvision's EfficientNet with three kinds of blocks, one repeated."""
+    sizes = [(1, 3, 1, 8, 8, 1), (6, 3, 2, 8, 12, 2), (6, 5, 2, 12, 16, 1)]
+    blocks = [models.efficientnet.MBConvConfig(*size) for size in sizes]
+    return models.EfficientNet(blocks, 0.2, num_classes=10, last_channel=32)
+
+
+def small_mobilenet() -> nn.Module:
+    blocks = [[1, 8, 1, 1], [6, 12, 2, 2], [6, 16, 1, 2]]
+    return models.MobileNetV2(10, inverted_residual_setting=blocks)
 
 
 def vision_transformer() -> nn.Module:
-    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 24, num_classes=5)
+    model = models.VisionTransformer(32, 8, 2, 2, 16, 24, num_classes=5)
     nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero
     return model
 
 
 NETWORKS: dict[str, Any] = {
-    "vgg11_bn": (narrow_vgg, 64, 0.5),
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 64, 0.5),
+    "vgg": (narrow_vgg, 64, 0.5),
+    "resnet": (short_resnet, 64, 0.5),
     "resnext": (short_resnext, 64, 0.4),
-    "densenet121": (lambda: torchvision.models.densenet121(num_classes=10), 32, 0.3),
-    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64, 0.4),
-    "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(num_classes=10), 64, 0.4),
+    "densenet": (lambda: models.DenseNet(8, (2, 2, 2), 16, num_classes=10), 32, 0.3),
+    "mobilenet": (small_mobilenet, 64, 0.4),
+    "efficientnet": (small_efficientnet, 64, 0.4),
     "vision_transformer": (vision_transformer, 32, 0.5),
     "resnet20": (ResNet20, 32, 0.5),
     "all_cnn": (lambda: all_cnn(channels=3), 32, 0.5),
@@ -187,15 +200,16 @@ def test_one_unit_of_each_group_stays() -> None:
     assert to_smaller(model, edit, inputs).inner.weight.shape == (1, 4, 3, 3)
 
 
-def test_the_flags_dtype_and_the_model_itself_stay() -> None:
+def test_the_flags_dtype_and_the_model_itself_stay(unchanged: Any) -> None:
     model, inputs = small_residual().double(), torch.randn(2, 1, 3, 3).double()
     edit = stem_and_inner(model, inputs)
     model.train()
     model.late.eval()
     model.stem.weight.requires_grad_(False)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check = unchanged(model)
     with torch.no_grad():
         smaller = to_smaller(model, edit, inputs)
+    check()
     for name, module in smaller.named_modules():
         old = model.get_submodule(name)
         assert (type(module), module.training) == (type(old), old.training), name
@@ -205,7 +219,6 @@ def test_the_flags_dtype_and_the_model_itself_stay() -> None:
         assert parameter.requires_grad == (name != "stem.weight"), name
         assert parameter.dtype == torch.float64
         assert parameter.is_leaf
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_network_in_half_precision_is_made_smaller_as_it_is() -> None:
@@ -218,11 +231,9 @@ def test_a_network_in_half_precision_is_made_smaller_as_it_is() -> None:
 
 def test_an_edit_that_switches_nothing_off_is_refused() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
-    with pytest.raises(ValueError, match="no unit that can be removed is switched off; a unit is"):
-        to_smaller(model, None, inputs)
     # In one of two layers that share their units: the other still gives something.
     edit = zeros_at(model, [{"stem.weight": torch.arange(9), "stem.bias": torch.tensor([0])}])
-    with pytest.raises(ValueError, match="no unit that can be removed"):
+    with pytest.raises(ValueError, match="no unit that can be removed is switched off; a unit is"):
         to_smaller(model, edit, inputs)
 
 
@@ -231,16 +242,6 @@ def test_units_that_have_to_stay_say_why() -> None:
     edit = zeros_at(model, [{"head.weight": torch.arange(6), "head.bias": torch.tensor([0])}])
     with pytest.raises(ValueError, match="layer 'head' are, but have to stay: they are the model"):
         to_smaller(model, edit, inputs)
-
-
-def test_another_model_or_input_is_refused() -> None:
-    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
-    edit = stem_and_inner(model, inputs)
-    with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 1, 5, 5\)"):
-        to_smaller(model, edit, torch.randn(1, 1, 5, 5))
-    torch.manual_seed(1)
-    with pytest.raises(EditMismatchError, match="differs from the model"):
-        to_smaller(as_trained(Residual()), edit, inputs)
 
 
 class CountsChannels(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from xai_edit.core.layers import (
 )
 from xai_edit.core.trace import trace
 
+UnitAxis = int | Mapping[str, int] | None
 ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
 
 
@@ -36,11 +37,10 @@ class SubspaceAblation(nn.Module):
     directions: Tensor
     mean: Tensor
 
-    def __init__(
-        self, subspaces: Subspaces, indices: Sequence[int], channel_axis: int | None
-    ) -> None:
+    def __init__(self, subspaces: Subspaces, indices: Sequence[int], axis: int | None) -> None:
         super().__init__()
-        self.axis = _Axis(channel_axis)
+        # None before the first forward pass; an object, so that `preserved` keeps what it holds.
+        self.axis = SimpleNamespace(number=axis)
         self.register_buffer("directions", subspaces.directions(indices))
         self.register_buffer("mean", subspaces.mean.clone())  # `load_state_dict` writes into it
         self.lrp_rule = Epsilon()
@@ -59,13 +59,6 @@ class SubspaceAblation(nn.Module):
         return ablated.movedim(-1, axis).clone()
 
 
-@dataclass
-class _Axis:
-    """The axis of the channels, None before the first forward pass; `preserved` keeps its value."""
-
-    number: int | None
-
-
 @contextmanager
 def ablated(
     model: nn.Module,
@@ -73,9 +66,11 @@ def ablated(
     subspaces: Subspaces,
     indices: Sequence[int],
     *,
-    unit_axis: int | Mapping[str, int] | None = None,
+    unit_axis: UnitAxis = None,
 ) -> Iterator[str]:
     """Remove subspaces from a layer's output inside a ``with`` block.
+
+    UnknownLayerError or ValueError if the layer or an index does not exist.
 
     Parameters
     ----------
@@ -83,22 +78,16 @@ def ablated(
         In evaluation mode inside the block; restored afterwards.
     layer : str
         A module that returns one tensor.
-    subspaces : Subspaces
-    indices : sequence of int
+    subspaces, indices : Subspaces, sequence of int
         The subspaces to remove.
     unit_axis : int, optional
-        The axis of the channels. When left out, the first forward pass determines it, or raises
-        ValueError; see `xai_edit.core.axes.unit_axes`.
+        The axis of the channels; when left out, the first forward pass determines it or raises
+        ValueError (`xai_edit.core.axes.unit_axes`).
 
     Yields
     ------
     str
         The name of the original layer inside the block, such as for a Zennit name map.
-
-    Raises
-    ------
-    UnknownLayerError, ValueError
-        If the layer or an index does not exist.
     """
     with preserved(model):
         _insert(model, layer, subspaces, indices, unit_axis)
@@ -111,15 +100,13 @@ def with_ablation(
     subspaces: Subspaces,
     indices: Sequence[int],
     *,
-    unit_axis: int | Mapping[str, int] | None = None,
+    unit_axis: UnitAxis = None,
 ) -> nn.Module:
-    """Return a copy of a model with the ablation as a layer.
+    """Return a copy of a model with the ablation as a layer, which can be pruned and exported.
 
-    For networks into which `fold_ablation` cannot fold it exactly; arguments and errors are those
-    of `ablated`. The copy can be pruned, saved and exported as any network, and pruning keeps the
-    channels that the ablation mixes. It has the layer's parameters under ``{layer}.layer`` and the
-    buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,), under
-    ``{layer}.ablation``.
+    Arguments and errors are those of `ablated`. Pruning keeps the channels that the ablation mixes.
+    The copy has the layer's parameters under ``{layer}.layer``, and under ``{layer}.ablation`` the
+    buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,).
     """
     copy = copied(model)
     _insert(copy, layer, subspaces, indices, unit_axis)
@@ -152,11 +139,7 @@ class _Ablated(nn.Module):
 
 
 def _insert(
-    model: nn.Module,
-    layer: str,
-    subspaces: Subspaces,
-    indices: Sequence[int],
-    unit_axis: int | Mapping[str, int] | None,
+    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int], unit_axis: UnitAxis
 ) -> None:
     """Replace a layer by the layer followed by its ablation."""
     resolve_layers(model, [layer])
@@ -179,7 +162,7 @@ def _find_axis(
     layer: str, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
     """Find the axis of the channels before the first forward pass; a pre-hook of the model."""
-    axis: _Axis = model.get_submodule(f"{layer}.ablation").axis  # type: ignore[assignment]
+    axis: Any = model.get_submodule(f"{layer}.ablation").axis
     if axis.number is not None:
         return
     name = f"{layer}.layer"
@@ -198,17 +181,19 @@ def fold_ablation(
     With P = I − U Uᵀ the ablated activations are P a + U Uᵀμ, so a layer W a + b that reads them
     becomes (W P) a + (b + W U Uᵀμ). Returns its weight and bias by name.
 
-    ValueError if no single linear or ungrouped convolution layer with a bias reads the activations
-    directly, or the outputs differ, as with zero padding or another branch that reads them.
-
-    Parameters
-    ----------
-    model, layer, subspaces, indices
-        See `ablated`.
-    inputs : Tensor, shape (samples, ...)
-        A batch on which the folded model is compared with the ablated one.
+    Arguments as of `ablated`; the folded model is compared with the ablated one on ``inputs``,
+    shape (samples, ...). ValueError if no single linear or ungrouped convolution layer with a bias
+    reads the activations directly, or the outputs differ, as with zero padding.
     """
-    name, reader = _reader(model, layer, inputs)
+    read_by = trace(model, inputs).readers(layer)
+    readers = [name for name in read_by if isinstance(model.get_submodule(name), WEIGHTED)]
+    if len(readers) != 1 or isinstance(model.get_submodule(readers[0]), TRANSPOSED):
+        raise ValueError(
+            f"layer {layer!r}: its output goes to {readers or 'no linear or convolution layer'} "
+            "directly; to fold the ablation, exactly one such layer has to read it"
+        )
+    (name,) = readers
+    reader: Any = model.get_submodule(name)
     grouped = getattr(reader, "groups", 1) > 1
     if grouped or reader.bias is None or reader.weight.shape[1] != len(subspaces.mean):
         raise ValueError(
@@ -237,18 +222,3 @@ def fold_ablation(
             "branch read the activations?"
         )
     return values
-
-
-def _reader(model: nn.Module, layer: str, inputs: Tensor) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Return the only linear or convolution layer that reads the layer's output directly."""
-    readers = [
-        name
-        for name in trace(model, inputs).readers(layer)
-        if isinstance(model.get_submodule(name), WEIGHTED)
-    ]
-    if len(readers) != 1 or isinstance(model.get_submodule(readers[0]), TRANSPOSED):
-        raise ValueError(
-            f"layer {layer!r}: its output goes to {readers or 'no linear or convolution layer'} "
-            "directly; to fold the ablation, exactly one such layer has to read it"
-        )
-    return readers[0], model.get_submodule(readers[0])  # type: ignore[return-value]

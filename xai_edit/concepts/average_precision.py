@@ -15,13 +15,9 @@ def resampled_counts(
 ) -> Iterator[list[Tensor]]:
     """Yield how often samples are drawn in a bootstrap within groups, some resamples at a time.
 
-    Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, ch. 8: each group is drawn with
-    replacement, so that no resample lacks a group.
-
-    Yields
-    ------
-    list of Tensor, float32, shape (size + 1, chunk)
-        For each group of ``size`` samples, the number of draws of its first 0, 1, … samples.
+    Each group is drawn with replacement (Efron & Tibshirani 1993, *An Introduction to the
+    Bootstrap*, ch. 8). For each group of ``size`` samples the list has the number of draws of its
+    first 0, 1, … samples, float32, shape (size + 1, chunk).
     """
     chunk = max(1, ENTRIES // max(1, sum(sizes)))
     for first in range(0, resamples, chunk):

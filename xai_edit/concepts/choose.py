@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xai_edit.concepts.predictiveness import COLUMNS, GROUPS, AveragePrecision, Predictiveness
@@ -39,17 +40,11 @@ def choose_spurious(table: Predictiveness) -> Choice:
     A subspace is chosen if its average precision
 
     - for the feature, within the class and within the rest, is above the middle between chance
-      and 1, with its whole interval above chance; and
+      and 1, (AP − chance) / (1 − chance) = ½, with its whole interval above chance; and
     - for the class and for the rest, with the feature and without it, is below that middle.
 
-    The middle, (AP − chance) / (1 − chance) = ½, makes columns of different chance comparable: it
-    separates the poster's two cases, 0.97 at a chance of 0.3 and 0.72 at a chance of 0.5. Columns
-    over all samples do not count, since in biased data the feature and the class are correlated.
-
-    Parameters
-    ----------
-    table : Predictiveness
-        Columns with fewer than ten positive or negative samples are left out.
+    Columns over all samples do not count, since in biased data the feature and the class are
+    correlated; nor do columns with fewer than ten positive or negative samples.
     """
     of_feature = [name for name in OF_FEATURE if _enough(table, name)]
     of_class = [name for name in OF_CLASS if _enough(table, name)]
@@ -62,35 +57,29 @@ def choose_spurious(table: Predictiveness) -> Choice:
             f"without the feature, and of another class with or without it, and {have}",
         )
 
-    def above_chance(index: int, name: str) -> AveragePrecision:
-        return _entry(table, index, name).over_chance
-
-    def weakest(index: int) -> str:
-        return min(of_feature, key=lambda name: above_chance(index, name).value)
-
-    def closest(index: int) -> str:
-        return max(of_class, key=lambda name: above_chance(index, name).value)
-
-    def strength(index: int) -> float:
-        return above_chance(index, weakest(index)).value
+    names = [*of_feature, *of_class]
+    above = [{name: _entry(row, name).over_chance for name in names} for row in table.rows]
+    weakest = [min(of_feature, key=lambda name: row[name].value) for row in above]
+    closest = [max(of_class, key=lambda name: row[name].value) for row in above]
+    strength = [row[name].value for row, name in zip(above, weakest, strict=True)]
 
     def holds_feature(index: int) -> bool:
-        lower = min(above_chance(index, name).interval[0] for name in of_feature)
-        return strength(index) > MIDDLE and lower > 0
+        lower = min(above[index][name].interval[0] for name in of_feature)
+        return strength[index] > MIDDLE and lower > 0
 
     def in_words(index: int, name: str) -> str:
-        entry = _entry(table, index, name)
+        entry = _entry(table.rows[index], name)
         middle = entry.chance + MIDDLE * (1 - entry.chance)
         return (
             f"average precision {entry} for {(OF_FEATURE | OF_CLASS)[name]}, where chance is "
             f"{entry.chance:.2f} and the middle {middle:.2f}"
         )
 
-    ranked = sorted(range(len(table)), key=strength, reverse=True)
+    ranked = sorted(range(len(table)), key=strength.__getitem__, reverse=True)
     holding = [index for index in ranked if holds_feature(index)]
-    chosen = tuple(k for k in holding if above_chance(k, closest(k)).value < MIDDLE)
+    chosen = tuple(k for k in holding if above[k][closest[k]].value < MIDDLE)
     best = chosen[0] if chosen else ranked[0]
-    feature, others = in_words(best, weakest(best)), in_words(best, closest(best))
+    feature, others = in_words(best, weakest[best]), in_words(best, closest[best])
     if chosen:
         listed = ", ".join(map(str, chosen))
         return Choice(
@@ -108,8 +97,8 @@ def choose_spurious(table: Predictiveness) -> Choice:
     )
 
 
-def _entry(table: Predictiveness, index: int, name: str) -> AveragePrecision:
-    entry = table.rows[index][name]
+def _entry(row: Mapping[str, AveragePrecision | None], name: str) -> AveragePrecision:
+    entry = row[name]
     assert entry is not None  # enough samples
     return entry
 

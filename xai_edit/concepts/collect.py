@@ -51,6 +51,8 @@ def collect_features(
     """Return a layer's activation vectors at random positions, from one pass over the data.
 
     Inside ``torchrun`` each rank collects from its own shard, and `Features.all_reduce` joins them.
+    UnknownLayerError, NonFiniteError, TypeError or ValueError on bad input, and if relevance is not
+    in proportion to activations, or a batch norm is merged into the layer.
 
     Parameters
     ----------
@@ -61,8 +63,7 @@ def collect_features(
     layer : str
         A module's name; ``"fc:input"`` names the inputs of ``fc``.
     scorer : LRP, optional
-        Also keep the contexts of the activations under its composite; see
-        `xai_edit.lrp.contexts.ContextGather`.
+        Keep also the contexts under its composite (`xai_edit.lrp.contexts.ContextGather`).
     target : int, "label", "predicted" or callable
         The output that the contexts explain; see `xai_edit.core.targets.Target`.
     positions : int or None
@@ -72,17 +73,10 @@ def collect_features(
     seed : int
         Of the drawn positions.
     unit_axis : int, optional
-        The axis of the layer's channels; determined by `xai_edit.core.axes.unit_axes` when left
-        out.
+        The axis of the layer's channels, see `xai_edit.core.axes.unit_axes`.
     on_disk : path, optional
-        A file for the vectors, memory-mapped, so that memory does not grow with the data. Each of
-        several ranks needs another file, and twice its size on disk while it is written.
-
-    Raises
-    ------
-    UnknownLayerError, NonFiniteError, TypeError, ValueError
-        On bad input; also if the composite's relevance is not in proportion to activations, or a
-        batch norm is merged into the layer, which changes the layer's values.
+        A memory-mapped file for the vectors, so that memory does not grow with the data: another
+        one on each rank, with twice its size free on the disk.
     """
     draw = PositionDraw(positions, seed)
     if scorer is not None:
@@ -120,8 +114,8 @@ def collect_features(
                     vectors.setdefault(name, _Rows(path)).append(rows.flatten(0, 1))
                 labels.append(batch.labels)
                 known = attribute is not None or batch.groups is not None
-                values = attribute_of(attribute, batch, samples, "attribute") if known else None
-                attributes.append(values)
+                has = attribute_of(attribute, batch, samples, "attribute") if known else None
+                attributes.append(has)
                 samples += len(batch)
         check_length(attribute, samples, "attribute")
         if not samples:  # on one of several ranks

@@ -26,8 +26,7 @@ ROUNDING = 1e-7  # relative, of the objective in single precision
 def disentanglement(parts: Tensor) -> Tensor:
     """Return the objective J = M^½ over subspaces of M² over vectors of max(0, R_kn).
 
-    M^p is the power mean (mean x^p)^{1/p} (Chormai et al. 2024); ``parts`` has the relevance by
-    subspace, shape (vectors, subspaces), see `Subspaces.split`.
+    M^p is the power mean (mean x^p)^{1/p} (Chormai et al. 2024); `Subspaces.split` gives R.
     """
     return _strengths(parts).sqrt().mean().square()
 
@@ -41,8 +40,7 @@ class DRSA:
 
     Maximises `disentanglement` over orthonormal bases U by steps U ← V(VᵀV)^{-½}, the orthonormal
     matrix nearest to V = U + rate · (∇J + conjugate part of the last step), with an adaptive rate.
-    After a few steps only the best of several random starts continues. A subspace without positive
-    relevance, which has no gradient, is mixed with the strongest one.
+    After a few steps only the best of several random starts continues.
 
     Fitting sets ``components_``, shape (n_subspaces · size, channels), the mean relevance of each
     subspace ``relevance_``, and ``objective_`` for activations and contexts each divided by their
@@ -50,9 +48,8 @@ class DRSA:
 
     Parameters
     ----------
-    n_subspaces : int
-    size : int, optional
-        Directions of each subspace; channels // n_subspaces when left out.
+    n_subspaces, size : int
+        Subspaces and directions of each; channels // n_subspaces when ``size`` is left out.
     n_init : int, optional
         Random starts; 2048 // channels within 4 and 32 when left out.
     max_iter : int
@@ -83,9 +80,8 @@ class DRSA:
     def fit(self, features: Features) -> Subspaces:
         """Find the subspaces, by descending mean relevance.
 
-        Their ``origin`` has the objective after each step (``course``) and of each start when the
-        best was chosen (``screened``). ValueError if the features have no contexts or no positive
-        relevance, or there are more directions than channels or vectors.
+        ValueError if the features have no contexts or no positive relevance, or there are fewer
+        channels or vectors than directions.
         """
         contexts = features.require_contexts()
         vectors, channels = features.activations.shape
@@ -121,15 +117,8 @@ class DRSA:
                 "more samples",
                 stacklevel=2,
             )
-        origin = {
-            "finder": "DRSA",
-            "vectors": vectors,
-            "seed": self.seed,
-            "course": best.course,
-            "screened": screened,
-            "revived": best.revived,
-            "dead": dead,
-        }
+        origin = {"finder": "DRSA", "vectors": vectors, "seed": self.seed, "course": best.course}
+        origin |= {"screened": screened, "revived": best.revived, "dead": dead}
         mean = features.activations.double().mean(0).cpu()
         found = Subspaces(best.point.basis.cpu(), (size,) * K, mean, origin)
         relevance = found.split(features.activations, contexts)[0].mean(0)
@@ -143,7 +132,7 @@ class DRSA:
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """The objective at one basis, with intermediate results for its gradient."""
+    """The objective at one basis, and what its gradient needs."""
 
     basis: Tensor  # float64
     a: Tensor  # Uᵀa of each vector, (vectors, directions)
@@ -180,8 +169,7 @@ class _Climb:
     """The ascent from one start."""
 
     def __init__(self, problem: _Problem, point: _Point, generator: torch.Generator) -> None:
-        self.problem, self.generator = problem, generator
-        self.revived = 0
+        self.problem, self.generator, self.revived = problem, generator, 0
         self.point = self._alive(point)
         self.course = [self.point.objective]
         self._look()
@@ -210,32 +198,24 @@ class _Climb:
         else:
             return False
         self.rate *= 1.2
-        revived = self.revived
+        revived, before = self.revived, self.tangent
         self.point = self._alive(reached)
         self.course.append(self.point.objective)
-        before = self.tangent
         self._look()
-        conjugate = self._conjugate(before)
+        # Polak and Ribière's direction. ``before`` needs no projection at the new basis: its
+        # normal part is orthogonal to the tangent.
+        share = float((self.tangent * (self.tangent - before)).sum() / before.square().sum())
+        last = _tangent(self.point.basis, self.direction)
+        conjugate = self.tangent + max(0.0, share) * last
         uphill = self.revived == revived and float((conjugate * self.tangent).sum()) > 0
         self.direction = conjugate if uphill else self.tangent
         return True
 
     def _look(self) -> None:
-        """Split the gradient into its tangent part, along which UᵀU stays the identity, and normal.
-
-        The normal part does not change J to first order, but halves the number of steps on planted
-        subspaces.
-        """
+        """Split the gradient: along the tangent UᵀU stays the identity; the normal saves steps."""
         gradient = self.problem.gradient(self.point)
         self.tangent = _tangent(self.point.basis, gradient)
         self.normal = gradient - self.tangent
-
-    def _conjugate(self, before: Tensor) -> Tensor:
-        """Return Polak and Ribière's direction, with the last one projected at the new basis."""
-        # ``before`` needs no projection: its normal part is orthogonal to the tangent.
-        change = self.tangent - before
-        share = float((self.tangent * change).sum() / before.square().sum())
-        return self.tangent + max(0.0, share) * _tangent(self.point.basis, self.direction)
 
     def _alive(self, point: _Point) -> _Point:
         """Mix each subspace without relevance with the strongest, by a random rotation of both."""

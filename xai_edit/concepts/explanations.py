@@ -16,7 +16,7 @@ from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import require_type, whole_number
 from xai_edit.core.data import batches, model_device
 from xai_edit.core.guard import preserved, require_finite
-from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
+from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, unit_axis_of
 from xai_edit.core.targets import Target, Targets, checked_target, targets_of
 from xai_edit.lrp.contexts import ContextGather
 from xai_edit.lrp.lrp import LRP
@@ -48,11 +48,11 @@ def subspace_maps(
 ) -> tuple[Tensor, Tensor]:
     """Split the relevance of the input by subspace: the disentangled explanation.
 
-    Chormai et al. 2024, *Disentangled Explanations of Neural Network Predictions by Finding
-    Relevant Subspaces*: a virtual layer h = Uᵀa follows the layer, and only the directions of
-    subspace k pass relevance on. Channel i gets R_i = a_i · (U_k U_kᵀ c)_i, where c is the context
-    of a, and the composite propagates it to the input. `Subspaces.split` returns its sum. The cost
-    is one forward and backward pass, and for each subspace a backward pass below the layer.
+    Channel i of the layer gets R_i = a_i · (U_k U_kᵀ c)_i for subspace k, where c is the context of
+    a, and the composite propagates it to the input (Chormai et al. 2024, *Disentangled Explanations
+    of Neural Network Predictions by Finding Relevant Subspaces*: a virtual layer h = Uᵀa). This
+    costs one forward and backward pass, and for each subspace a backward pass below the layer.
+    Errors as of `xai_edit.collect_features`.
 
     Parameters
     ----------
@@ -60,10 +60,8 @@ def subspace_maps(
         Not changed.
     inputs : Tensor, shape (samples, ...)
         One batch.
-    subspaces : Subspaces
-        Of the layer's channels.
-    layer, scorer, unit_axis
-        See `xai_edit.collect_features`.
+    subspaces, layer, scorer, unit_axis
+        Subspaces of the layer's channels; for the others see `xai_edit.collect_features`.
     target : int, "predicted", callable or Tensor of int64, shape (samples,)
         The output to explain, or the class of each sample.
 
@@ -74,11 +72,6 @@ def subspace_maps(
     residue : Tensor, shape (samples, ...)
         The relevance outside all subspaces and around the layer, as on a skip connection. All maps
         and the residue add up to ``scorer.heatmap``.
-
-    Raises
-    ------
-    UnknownLayerError, NonFiniteError, TypeError, ValueError
-        On bad input, and where the layer's activations have no contexts; see `collect_features`.
     """
     require_type(scorer, LRP, "scorer", "maps need a rule, so an xai_edit.LRP")
     require_type(inputs, Tensor, "inputs", "give a batch as one tensor")
@@ -94,12 +87,8 @@ def subspace_maps(
     with preserved(model):
         plain = values_at(model, layer, batch.inputs[:1])
         axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
-        channels = len(subspaces.basis)
-        if plain.ndim < 2 or plain.shape[axis] != channels:
-            raise ValueError(
-                f"subspaces: of {channels} channels, but the values of layer {layer!r} have "
-                f"the shape {tuple(plain.shape)}"
-            )
+        channels_last = plain.movedim(unit_axis_of(plain, axis), -1)
+        subspaces.require_channels(channels_last, f"layer {layer!r}")
         gather = SubspaceGather(layer, axis, subspaces)
         with scorer.session(model, batch.inputs, [], gather) as (score, canonizers):
             with backward_again():
@@ -113,9 +102,7 @@ class SubspaceGather(ContextGather):
 
     def __init__(self, layer: str, axis: int, subspaces: Subspaces) -> None:
         super().__init__(lambda values: lambda tensor: tensor)
-        self.layer = layer
-        self.subspaces = subspaces
-        self.axis = axis
+        self.layer, self.axis, self.subspaces = layer, axis, subspaces
         self.below: Tensor | None = None  # the layer's values in the graph
 
     def attach(self, model: nn.Module, layers: Sequence[str], *, inputs: bool) -> None:
@@ -139,10 +126,7 @@ class SubspaceGather(ContextGather):
         return replaced, paired
 
     def parts(self, pairs: Tensor) -> Iterator[Tensor]:
-        """Yield the layer's relevance through each subspace, and then the residue.
-
-        ``pairs`` are activations and their contexts, shape (samples, 2, ...).
-        """
+        """Yield the relevance of (a, c) pairs through each subspace, and then the residue."""
         a, c = (values.movedim(self.axis, -1).double() for values in pairs.unbind(1))
         rest = c
         for U_k in self.subspaces.basis.to(a).split(self.subspaces.sizes, dim=1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ class Features:
     contexts : Tensor or None, shape (vectors, channels)
         The factors c of relevance R = a ⊙ c.
     sample : Tensor or None, int64, shape (vectors,)
-        The index of each vector's sample; vector i belongs to sample i when left out.
+        The index of each vector's sample; i for vector i when left out.
     labels, attribute : Tensor or None, shape (samples,)
         The class and the spurious feature of each sample.
     origin : dict
@@ -91,8 +90,7 @@ class Features:
     def require_attribute(self, attribute: Tensor | None = None) -> Tensor:
         """Return which samples have the spurious feature, bool, shape (samples,), on the CPU.
 
-        ``attribute`` replaces that of the features. ValueError if there is none, or it is the same
-        in every sample.
+        ``attribute`` replaces the features' own. ValueError without one, or if all are the same.
         """
         values = self.attribute if attribute is None else torch.as_tensor(attribute)
         if values is None or values.shape != (self.samples,) or values.unique().tolist() != [0, 1]:
@@ -115,10 +113,7 @@ class Features:
         return sums.index_add_(0, self.sample.to(values.device), values)
 
     def merge(self, other: Features) -> Features:
-        """Return the features of this data set and then of another, in memory.
-
-        ValueError if the two were collected with different arguments.
-        """
+        """Join with another data set, in memory; ValueError if it was collected differently."""
         if not self.samples + other.samples:
             return self
         trouble = "merge: features {} and {} were collected differently"
@@ -127,9 +122,8 @@ class Features:
     def all_reduce(self, group: ProcessGroup | None = None) -> Features:
         """Return the features of all ranks in their order, the same on every rank, in memory.
 
-        ``group`` is by default all processes of ``torch.distributed``; without any the features are
-        returned unchanged. ValueError on every rank if they collected with different arguments or
-        none has samples.
+        ``group`` is by default all processes of ``torch.distributed``; without one the features are
+        unchanged. ValueError on every rank if they collected differently or none has samples.
         """
         alone = self
         if several_ranks():  # copies, as pickle would send the whole tensor behind a view
@@ -144,10 +138,7 @@ class Features:
 
     @classmethod
     def load(cls, path: str | Path) -> Features:
-        """Read a file that `save` wrote, memory-mapped.
-
-        FileNotFoundError if there is none, ValueError if it is not a whole file of features.
-        """
+        """Memory-map a file of `save`; FileNotFoundError without one, ValueError if damaged."""
         tensors, text = read_safetensors(path, KIND)
         header = read_header(path, text, {"origin": dict})
         if "activations" not in tensors or not tensors.keys() <= {*PARTS}:
@@ -163,7 +154,7 @@ class Features:
     def _made(self) -> dict[str, Any]:
         """Return the arguments and dtypes that have to agree for features to be joined."""
         if not self.samples:  # no dtypes without a forward pass
-            return dict(self.origin)
+            return self.origin
         parts = {name: getattr(self, name) for name in PARTS if name != "sample"}
         dtypes = {name: None if part is None else str(part.dtype) for name, part in parts.items()}
         return {**self.origin, "channels": self.activations.shape[1], **dtypes}
@@ -176,10 +167,9 @@ def _joined(parts: Sequence[Features]) -> Features:
     names = [name for name in parts[0]._tensors() if name != "sample"]
     kept = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     if any(part.sample is not None for part in parts):
-        starts = itertools.accumulate((part.samples for part in parts), initial=0)
-        numbers = [
-            start + part.by_vector(torch.arange(part.samples))
-            for part, start in zip(parts, starts, strict=False)
-        ]
+        numbers, start = [], 0
+        for part in parts:
+            numbers.append(part.by_vector(torch.arange(start, start + part.samples)))
+            start += part.samples
         kept["sample"] = torch.cat(numbers).to(kept["activations"].device)
     return Features(**kept, origin=parts[0].origin)

@@ -15,7 +15,14 @@ from xai_edit.core.checks import one_of, positive, require, whole_number
 Kind = Literal["pattern", "logistic", "svm"]
 
 
-class PCA:
+class _Components:
+    def __init__(self, n_subspaces: int | None = 4) -> None:
+        if n_subspaces is not None:
+            n_subspaces = whole_number(n_subspaces, "n_subspaces", least=1)
+        self.n_subspaces = n_subspaces
+
+
+class PCA(_Components):
     """Principal component analysis of centred activations, one component a subspace.
 
     Fitting sets ``components_`` and ``explained_variance_``, as in scikit-learn.
@@ -25,9 +32,6 @@ class PCA:
     n_subspaces : int or None
         Number of components, by descending variance; None for all with variance.
     """
-
-    def __init__(self, n_subspaces: int | None = 4) -> None:
-        self.n_subspaces = _count(n_subspaces)
 
     def fit(self, features: Features) -> Subspaces:
         """Find the subspaces; ValueError if fewer directions than subspaces have variance."""
@@ -43,22 +47,18 @@ class PCA:
         return Subspaces(self.components_.T.contiguous(), (1,) * kept, mean, origin)
 
 
-class PRCA:
+class PRCA(_Components):
     """Principal relevant component analysis, one component a subspace (Chormai et al. 2024).
 
-    The components are the leading eigenvectors of E[a cᵀ + c aᵀ], uncentred. The mean relevance
-    (uᵀa)(uᵀc) along an eigenvector u is half its eigenvalue, the largest of all directions.
-    Fitting sets ``components_``, shape (n_subspaces, channels), each with a positive largest entry,
-    and their mean relevance ``relevance_``, shape (n_subspaces,).
+    The components are the leading eigenvectors of E[a cᵀ + c aᵀ], uncentred; along each the mean
+    relevance (uᵀa)(uᵀc) is half the eigenvalue. Fitting sets ``components_``, shape (n_subspaces,
+    channels), each with a positive largest entry, and ``relevance_``, shape (n_subspaces,).
 
     Parameters
     ----------
     n_subspaces : int or None
         Number of components, by descending relevance; None for all with positive relevance.
     """
-
-    def __init__(self, n_subspaces: int | None = 4) -> None:
-        self.n_subspaces = _count(n_subspaces)
 
     def fit(self, features: Features) -> Subspaces:
         """Find the subspaces; ValueError without contexts or enough positive relevance."""
@@ -81,9 +81,8 @@ class ContrastivePCA:
     The leading eigenvectors of E₁[a aᵀ] − E₀[a aᵀ], the second moments of activations with the
     feature less those without it (Abid et al. 2018, Eq. 2, with α = 1 and uncentred). With labels
     the difference is the mean over classes, so that a correlation of feature and class does not
-    matter. A feature at few positions, such as a watermark, changes second moments more than the
-    means that `CAV` uses. Fitting sets ``components_``, shape (size, channels), and their
-    differences of second moments ``contrast_``, shape (size,), descending.
+    matter. Suits a feature at few positions, such as a watermark. Fitting sets ``components_``,
+    shape (size, channels), and ``contrast_``, their eigenvalues, shape (size,), descending.
 
     Parameters
     ----------
@@ -97,25 +96,14 @@ class ContrastivePCA:
     def fit(self, features: Features, attribute: Tensor | None = None) -> Subspaces:
         """Find the subspace.
 
-        Parameters
-        ----------
-        features : Features
-            Of samples with and without the feature.
-        attribute : Tensor, optional
-            Whether each sample has the feature, shape (samples,); ``features.attribute`` when left
-            out.
-
-        Raises
-        ------
-        ValueError
-            If the feature is missing or the same in every sample or within every class, or the
-            contrast is positive in fewer directions.
+        ``attribute`` is whether each sample has the feature, shape (samples,); that of the features
+        when left out. ValueError if it is missing or the same in every sample or within every
+        class, or the contrast is positive in fewer directions.
         """
         has = features.by_vector(features.require_attribute(attribute))
         a = _activations(features)
-        labels = torch.zeros(len(a)).long()
-        if features.labels is not None:
-            labels = features.by_vector(features.labels)
+        known = features.labels
+        labels = torch.zeros(len(a)) if known is None else features.by_vector(known)
         contrasts = []
         for label in labels.unique():
             a_1, a_0 = a[(labels == label) & has], a[(labels == label) & ~has]
@@ -131,7 +119,8 @@ class ContrastivePCA:
         _kept(values, self.size, "size", "the activations vary more with the feature in")
         self.components_ = vectors[:, : self.size].T.contiguous()
         self.contrast_ = values[: self.size]
-        return _subspaces(self, a, self.components_, (self.size,), {"with": int(has.sum())})
+        with_it = {"with": int(has.sum())}
+        return _subspaces(self, a, self.components_, (self.size,), **with_it)
 
 
 class CAV:
@@ -166,7 +155,8 @@ class CAV:
         basis = torch.linalg.qr(self.direction_[:, None], mode="complete").Q
         basis[:, 0] = self.direction_
         sizes = (1, len(basis) - 1)[: len(basis)]  # one channel leaves no complement
-        return _subspaces(self, a, basis.T, sizes, {"kind": self.kind, "with": int(has.sum())})
+        with_it = {"with": int(has.sum())}
+        return _subspaces(self, a, basis.T, sizes, kind=self.kind, **with_it)
 
     def _direction(self, a: Tensor, has: Tensor) -> Tensor:
         if self.kind == "pattern":
@@ -175,19 +165,13 @@ class CAV:
         from sklearn.linear_model import LogisticRegression
         from sklearn.svm import LinearSVC
 
-        if self.kind == "logistic":
-            classifier = LogisticRegression(C=self.C, max_iter=1000)
-        else:
-            classifier = LinearSVC(C=self.C, dual=False, max_iter=10_000)
+        svm = LinearSVC(C=self.C, dual=False, max_iter=10_000)
+        classifier = svm if self.kind == "svm" else LogisticRegression(C=self.C, max_iter=1000)
         scale = a.square().mean().sqrt()
         if scale == 0:
             return torch.zeros(a.shape[1]).double()
         classifier.fit((a / scale).numpy(), has.numpy())
         return torch.from_numpy(classifier.coef_[0].copy()).double()
-
-
-def _count(n_subspaces: int | None) -> int | None:
-    return None if n_subspaces is None else whole_number(n_subspaces, "n_subspaces", least=1)
 
 
 def _activations(features: Features, least: int = 1) -> Tensor:
@@ -206,12 +190,8 @@ def _kept(values: Tensor, count: int | None, name: str, along: str) -> int:
 
 
 def _subspaces(
-    finder: object,
-    a: Tensor,
-    components: Tensor,
-    sizes: tuple[int, ...],
-    origin: dict[str, Any] | None = None,
+    finder: object, a: Tensor, components: Tensor, sizes: tuple[int, ...], **origin: Any
 ) -> Subspaces:
     """Cut components, shape (directions, channels), into blocks."""
-    made = {"finder": type(finder).__name__, "vectors": len(a), **(origin or {})}
+    made = {"finder": type(finder).__name__, "vectors": len(a), **origin}
     return Subspaces(components.T.contiguous(), sizes, a.mean(0), made)

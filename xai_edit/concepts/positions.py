@@ -17,10 +17,9 @@ Words = npt.NDArray[np.uint64]
 
 
 class PositionDraw:
-    """Draw positions of each sample without replacement, by its content and a seed.
+    """Draw positions of each sample without replacement, by its content and a seed alone.
 
-    A sample's positions do not depend on its batch, the order of the data or the rank, and equal
-    samples have equal positions; None positions are all.
+    Equal samples have equal positions; None positions are all.
     """
 
     def __init__(self, positions: int | None, seed: int) -> None:
@@ -40,8 +39,7 @@ class PositionDraw:
     def __call__(self, values: Tensor, axis: int) -> Take:
         """Return a function from a layer's values to those drawn, (samples, positions, channels).
 
-        ``values``, shape (samples, ...), are of the last batch seen, or of its first samples;
-        ``axis`` is the axis of their channels.
+        ``values`` are of the last batch seen, or of its first samples; ``axis`` is their channels'.
         """
         axis = unit_axis_of(values, axis)
         if len(values) > self.samples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from xai_edit.concepts.average_precision import average_precision, resampled_cou
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import require, whole_number
+from xai_edit.core.text import aligned
 
 CONFIDENCE = 0.95
 LINES = 20  # subspaces that the text shows
@@ -34,15 +35,14 @@ COLUMNS = MappingProxyType(
         "rest_without": ((3,), (1,)),
     }
 )
-HEADINGS = ("all samples", "in the class", "in the rest", "all samples", "with it", "without it")
+SHOWN = [*COLUMNS][:6]
+HEADINGS = ["subspace", "all samples", "in the class", "in the rest"]
+HEADINGS += ["all samples", "with it", "without it"]
 
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """An average precision with its 95% percentile interval of the bootstrap.
-
-    ``chance`` is the mean of random rankings: the share of positive samples.
-    """
+    """An average precision, its 95% bootstrap interval, and chance: the share of positives."""
 
     value: float
     interval: tuple[float, float]
@@ -51,9 +51,8 @@ class AveragePrecision:
     @property
     def over_chance(self) -> AveragePrecision:
         """The average precision above chance, (AP − chance) / (1 − chance), at most 1."""
-        value, low, high = (
-            (end - self.chance) / (1 - self.chance) for end in (self.value, *self.interval)
-        )
+        ends = (self.value, *self.interval)
+        value, low, high = ((end - self.chance) / (1 - self.chance) for end in ends)
         return AveragePrecision(value, (low, high), 0.0)
 
     def __str__(self) -> str:
@@ -69,8 +68,7 @@ class Predictiveness:
     feature among all samples, those of the class and all others (AP_wm, AP_wm⁺, AP_wm⁻ on the
     poster). ``class``, ``class_with`` and ``class_without`` predict the class among all samples and
     those with and without the feature (AP_class, AP_class^wm, AP_class^nwm); ``rest_with`` and
-    ``rest_without`` the other classes. A subspace of low relevance where the feature is present
-    has an average precision below chance.
+    ``rest_without`` the other classes.
 
     Attributes
     ----------
@@ -100,9 +98,8 @@ class Predictiveness:
 
     def column(self, name: str) -> list[float]:
         """Return the average precision of each subspace in one column; ValueError if unknown."""
-        if self.chance.get(name) is None:
-            known = [column for column, chance in self.chance.items() if chance is not None]
-            raise ValueError(f"column: {name!r} given; there are {known}")
+        known = [column for column, chance in self.chance.items() if chance is not None]
+        require(name in known, "column", name, f"there are {known}")
         return [entry.value for row in self.rows if (entry := row[name]) is not None]
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,21 +118,11 @@ class Predictiveness:
         shown = sorted(range(len(self)), key=lambda index: -column[index])[:LINES]
         some = f" of the {LINES} best of {len(self)} subspaces" if len(shown) < len(self) else ""
         of = "the class" if self.target is None else f"class {self.target}"
-
-        def line(first: object, row: Mapping[str, Any], form: str = "") -> str:
-            cells = [*row.values()][: len(HEADINGS)]
-            texts = ["–" if cell is None else format(cell, form) for cell in cells]
-            return (f"{first:<10}" + "".join(f"{text:<21}" for text in texts)).rstrip()
-
-        return "\n".join(
-            [
-                f"average precision by {self.score}{some}, {CONFIDENCE:.0%} intervals of "
-                f"{self.resamples} resamples",
-                f"{'':10}{'for the spurious feature':63}for {of}",
-                line("subspace", dict(zip(COLUMNS, HEADINGS, strict=False))),
-                *(line(index, self.rows[index]) for index in sorted(shown)),
-                line("chance", self.chance, ".3f"),
-            ]
+        rows = [[index, *(self.rows[index][name] for name in SHOWN)] for index in sorted(shown)]
+        return (
+            f"average precision by {self.score}{some}, {CONFIDENCE:.0%} intervals of "
+            f"{self.resamples} resamples\nthree columns for the spurious feature, three for {of}\n"
+            + aligned([HEADINGS, *rows, ["chance", *(self.chance[name] for name in SHOWN)]])
         )
 
 
@@ -145,12 +132,6 @@ def sample_scores(subspaces: Subspaces, features: Features) -> Tensor:
     With contexts the score is the relevance Σ (U_kᵀa)·(U_kᵀc) over the sample's positions, else the
     activations' energy Σ ‖U_kᵀ(a − mean)‖². ValueError if the numbers of channels differ.
     """
-    channels, given = len(subspaces.basis), features.activations.shape[1]
-    if given != channels:
-        raise ValueError(
-            f"subspaces: of {channels} channels, but the features have {given}; collect them at "
-            "the subspaces' layer"
-        )
     activations = features.activations.split(VECTORS)
     if features.contexts is None:
         projected = map(subspaces.project, activations)
@@ -173,8 +154,10 @@ def predictiveness(
 ) -> Predictiveness:
     """Return how well each subspace predicts the spurious feature, and how well the class.
 
-    Samples are ranked by `sample_scores`. With contexts, collect them for one class
+    Samples are ranked by `sample_scores`. Collect contexts for one class
     (``collect_features(…, target=0)``): the relevance for its label is high in every sample.
+    ValueError if the feature is missing or the same in every sample, or labels or target do not
+    fit.
 
     Parameters
     ----------
@@ -189,11 +172,6 @@ def predictiveness(
         of samples has the feature.
     resamples, seed : int
         Of the bootstrap within the four groups of class and feature.
-
-    Raises
-    ------
-    ValueError
-        If the feature is missing or the same in every sample, or labels or target do not fit.
     """
     resamples = whole_number(resamples, "resamples", least=1)
     seed = whole_number(seed, "seed")
@@ -202,12 +180,11 @@ def predictiveness(
     group_of = 2 * (~of_class).long() + (~has).long()
     members = [torch.nonzero(group_of == group).flatten() for group in range(len(GROUPS))]
     sizes = [len(rows) for rows in members]
-    columns = {
-        name: sides
-        for name, sides in COLUMNS.items()
-        if all(sum(sizes[group] for group in side) for side in sides)
-        and (target is not None or name == "spurious")
-    }
+    shares: dict[str, float] = {}
+    for name, sides in COLUMNS.items():
+        positives, negatives = (sum(sizes[group] for group in side) for side in sides)
+        if positives and negatives and (target is not None or name == "spurious"):
+            shares[name] = positives / (positives + negatives)
     scores = sample_scores(subspaces, features)
     ranked = [[own[rows].sort().values for rows in members] for own in scores.T]
 
@@ -216,26 +193,22 @@ def predictiveness(
         cells = [
             average_precision(groups, counts, positive=positive, negative=negative)
             for groups in ranked
-            for positive, negative in columns.values()
+            for positive, negative in (COLUMNS[name] for name in shares)
         ]
-        return torch.stack(cells).view(len(subspaces), len(columns), -1)
+        return torch.stack(cells).view(len(subspaces), len(shares), -1)
 
     each_once = [torch.arange(size + 1).double()[:, None] for size in sizes]
     values = table(each_once).squeeze(2).tolist()
     generator = torch.Generator().manual_seed(seed)
     draws = torch.cat([table(part) for part in resampled_counts(sizes, resamples, generator)], 2)
     low, high = np.quantile(draws.numpy(), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=2)
-    chance: dict[str, float | None] = dict.fromkeys(COLUMNS)
-    rows: list[dict[str, AveragePrecision | None]]
-    rows = [dict.fromkeys(COLUMNS) for _ in range(len(subspaces))]
-    for column, (name, sides) in enumerate(columns.items()):
-        positives, negatives = (sum(sizes[group] for group in side) for side in sides)
-        chance[name] = share = positives / (positives + negatives)
-        for index, row in enumerate(rows):
-            interval = float(low[index, column]), float(high[index, column])
-            row[name] = AveragePrecision(values[index][column], interval, share)
+    rows: list[dict[str, AveragePrecision | None]] = []
+    for value, ends in zip(values, np.stack([low, high], 2).tolist(), strict=True):
+        of_subspace = map(AveragePrecision, value, map(tuple, ends), shares.values())
+        rows.append(dict.fromkeys(COLUMNS) | dict(zip(shares, of_subspace, strict=True)))
     score = "energy" if features.contexts is None else "relevance"
     groups = dict(zip(GROUPS, sizes, strict=True))
+    chance = dict.fromkeys(COLUMNS) | shares
     return Predictiveness(tuple(rows), chance, target, groups, score, resamples, seed)
 
 

@@ -33,7 +33,6 @@ class Subspaces:
         The activation that replaces ablated ones.
     origin : dict
         The finder and its data, as JSON values.
-
     """
 
     basis: Tensor
@@ -82,33 +81,33 @@ class Subspaces:
         require(bool(in_range), "subspaces", list(plain), works)
         return plain
 
-    def _require_channels(self, values: Tensor, name: str = "activations") -> None:
+    def require_channels(self, values: Tensor, name: str = "activations") -> None:
+        """Raise ValueError unless the last axis of the values is as long as the basis."""
         channels, shape = len(self.basis), tuple(values.shape)
         works = f"the subspaces have {channels} channels, which are the last axis"
         require(shape[-1:] == (channels,), name, shape, works)
 
     def project(self, activations: Tensor) -> list[Tensor]:
         """Return U_kᵀ(a − mean) for each subspace, shapes (..., size), of (..., channels)."""
-        self._require_channels(activations)
+        self.require_channels(activations)
         centred = activations.to(self.basis) - self.mean
         return list((centred @ self.basis).split(self.sizes, dim=-1))
 
     def ablate(self, activations: Tensor, indices: Sequence[int]) -> Tensor:
         """Return a − U Uᵀ(a − mean), the activations without some subspaces, (..., channels)."""
-        self._require_channels(activations)
+        self.require_channels(activations)
         U = self.directions(indices)
         a = activations.to(U)
         return (a - (a - self.mean) @ U @ U.T).to(activations)
 
     def split(self, activations: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """Split the relevance of activations by subspace, R_k = (U_kᵀa)·(U_kᵀc).
+        """Split the relevance of activations, shape (..., channels), R_k = (U_kᵀa)·(U_kᵀc).
 
-        Both arguments have the shape (..., channels). Returns the parts, float64, shape
-        (..., subspaces), and the residue outside all subspaces, (...), which adds up with the parts
-        to a·c.
+        Returns the parts, float64, shape (..., subspaces), and the residue outside all subspaces,
+        shape (...); together they add up to a·c.
         """
-        self._require_channels(activations)
-        self._require_channels(contexts, "contexts")
+        self.require_channels(activations)
+        self.require_channels(contexts, "contexts")
         a, c = activations.to(self.basis), contexts.to(self.basis)
         products = ((a @ self.basis) * (c @ self.basis)).split(self.sizes, dim=-1)
         parts = torch.stack([product.sum(-1) for product in products], dim=-1)
@@ -122,11 +121,7 @@ class Subspaces:
 
     @classmethod
     def load(cls, path: str | Path) -> Subspaces:
-        """Read a file that `save` wrote.
-
-        FileNotFoundError if there is none, ValueError if it is damaged, changed or of a newer
-        format.
-        """
+        """Read a file of `save`; FileNotFoundError without one, ValueError if it is damaged."""
         tensors, header = read_sealed(path, KIND, {"sizes": list, "origin": dict})
         if tensors.keys() != {"basis", "mean"}:
             raise ValueError(f"{path}: it holds {sorted(tensors)}, expected a basis and a mean")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.layers import CONVOLUTIONS, INPUT_SUFFIX, TRANSPOSED, layer_module
+from xai_edit.core.layers import INPUT_SUFFIX, TRANSPOSED, WEIGHTED, layer_module
 
 Noise = Literal["gaussian", "laplacian"]
 
@@ -30,7 +30,7 @@ def silencing_entries(
     """
     module = layer_module(model, layer)
     name = layer.removesuffix(INPUT_SUFFIX)
-    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+    if not isinstance(module, WEIGHTED):
         raise ValueError(
             f"layer {layer!r} is a {type(module).__name__}; units of linear and convolution "
             "layers can be switched off"

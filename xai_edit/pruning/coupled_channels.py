@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
-from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, run
+from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, run
 
-LAYERS = (nn.Linear, *CONVOLUTIONS)
+LAYERS = WEIGHTED
+Shape = tuple[int, ...]
 Channel = tuple[str, int]  # the name of a layer and the number of its channel
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -45,10 +46,8 @@ def channel_groups(model: nn.Module, inputs: Tensor) -> list[ChannelGroup]:
     Fang et al. 2023, *DepGraph: Towards any structural pruning*. Layers whose outputs are added or
     multiplied share their units; a depthwise convolution has those of the layer before it; a unit
     of a grouped convolution has one channel in each of its groups. Each channel of the layers in
-    the forward pass is in exactly one group.
-
-    The model is traced with the first sample of the inputs and not changed. ValueError if they do
-    not fit it, it cannot be copied, or Torch-Pruning cannot trace it.
+    the forward pass is in exactly one group. A copy of the model is traced with the first sample.
+    ValueError if the inputs do not fit, or the model cannot be copied or traced.
     """
     with torch.inference_mode(False):
         return groups_of(traced(copied(model), inputs))
@@ -61,7 +60,7 @@ class Traced:
     model: nn.Module
     graph: Any
     entry: Any  # the autograd node of the model's input
-    shapes: dict[Any, tuple[int, ...]]  # output shape by autograd node
+    shapes: dict[Any, Shape]  # output shape by autograd node
 
 
 def traced(model: nn.Module, inputs: Tensor) -> Traced:
@@ -97,11 +96,9 @@ def traced(model: nn.Module, inputs: Tensor) -> Traced:
     return Traced(model, graph, entry[0] if entry else None, shapes)
 
 
-def _shapes(
-    graph: Any, outputs: Sequence[Tensor], leaves: Sequence[Tensor]
-) -> dict[Any, tuple[int, ...]]:
+def _shapes(graph: Any, outputs: list[Tensor], leaves: list[Tensor]) -> dict[Any, Shape]:
     """Return the output shape of each operation, which is that of its gradient."""
-    shapes: dict[Any, tuple[int, ...]] = {}
+    shapes: dict[Any, Shape] = {}
     for node in graph.module2node.values():
         operation = node.grad_fn
         if hasattr(operation, "variable"):  # a parameter, whose gradient is not handed on
@@ -131,7 +128,7 @@ def _tracing(model: nn.Module) -> Iterator[None]:
         ) from problem
 
 
-def pruning_group(found: Traced, module: nn.Module, channels: Sequence[int]) -> Any:
+def pruning_group(found: Traced, module: nn.Module, channels: Iterable[int]) -> Any:
     """Return Torch-Pruning's group of a layer's output channels and those coupled to them."""
     pruner = found.graph.get_pruner_of_module(module)
     with _tracing(found.model):
@@ -146,21 +143,20 @@ def groups_of(found: Traced) -> list[ChannelGroup]:
     shared = _shared(found.model)
     fixed: dict[Channel, str] = {}
 
-    def channels_of(layer: str, numbers: Iterable[int]) -> list[Channel]:
+    def coupled(roots: Iterable[Channel], layer: str, numbers: Iterable[int]) -> list[Channel]:
         channels = [(layer, int(number)) for number in numbers]
-        for channel in channels:
+        for root, channel in zip(roots, channels, strict=True):
             units.add(channel)
+            units.merge(root, channel)
         return channels
-
-    def couple(left: list[Channel], right: list[Channel]) -> None:
-        for pair in zip(left, right, strict=True):
-            units.merge(*pair)
 
     for module, layer in names.items():
         if not isinstance(module, LAYERS) or module not in graph.module2node:
             continue
         every = range(graph.get_out_channels(module))
-        own = channels_of(layer, every)
+        own = [(layer, number) for number in every]
+        for channel in own:
+            units.add(channel)
         affected = [*own]
         reasons: list[str] = []
         for item in pruning_group(found, module, every):
@@ -177,17 +173,16 @@ def groups_of(found: Traced) -> list[ChannelGroup]:
                 # Beyond the last channel only behind an operation that is not followed.
                 width = graph.get_out_channels(target)
                 pairs = [pair for pair in zip(roots, item.idxs, strict=True) if pair[1] < width]
-                coupled = channels_of(names[target.module], [number for _, number in pairs])
-                couple([root for root, _ in pairs], coupled)
-                affected += coupled
+                kept, numbers = [root for root, _ in pairs], [number for _, number in pairs]
+                affected += coupled(kept, names[target.module], numbers)
             elif isinstance(target.module, CONVOLUTIONS) and target.module.groups > 1:
                 width = target.module.in_channels // target.module.groups
                 name = f"{names[target.module]}:in"
-                couple(roots, channels_of(name, [one % width for one in item.idxs]))
+                coupled(roots, name, [one % width for one in item.idxs])
         groups = getattr(module, "groups", 1)
         if 1 < groups < len(every):
             width = len(every) // groups
-            couple(own, channels_of(f"{layer}:out", [one % width for one in every]))
+            coupled(own, f"{layer}:out", [one % width for one in every])
         if reasons:
             fixed |= dict.fromkeys(affected, reasons[0])
     return [*_gathered(units, found.model, fixed)]
@@ -198,42 +193,30 @@ def _gathered(
 ) -> Iterator[ChannelGroup]:
     """Yield a group for all units that have the same number of channels in the same layers."""
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    units: dict[Channel, dict[str, list[int]]] = {}
     reasons: dict[Channel, str] = {}
     for channel in joined:
-        root, (name, number) = joined[channel], channel
-        if name in order:
-            units.setdefault(root, {}).setdefault(name, []).append(number)
         if channel in fixed:
-            reasons.setdefault(root, fixed[channel])
+            reasons.setdefault(joined[channel], fixed[channel])
+    units: dict[Channel, dict[str, list[int]]] = {}
+    channels = [channel for channel in joined if channel[0] in order]
+    for name, number in sorted(channels, key=lambda channel: (order[channel[0]], channel[1])):
+        units.setdefault(joined[name, number], {}).setdefault(name, []).append(number)
     alike: dict[Any, list[dict[str, list[int]]]] = {}
     for root, unit in units.items():
-        ordered = {name: sorted(unit[name]) for name in sorted(unit, key=order.__getitem__)}
-        widths = tuple((name, len(channels)) for name, channels in ordered.items())
-        alike.setdefault((widths, reasons.get(root)), []).append(ordered)
-
-    def first(unit: dict[str, list[int]]) -> tuple[int, list[int]]:
-        name = next(iter(unit))
-        return order[name], unit[name]
-
-    for members in alike.values():
-        members.sort(key=first)
-    for (_, reason), members in sorted(alike.items(), key=lambda item: first(item[1][0])):
-        layers: dict[str, Tensor] = {}
-        norms: dict[str, Tensor] = {}
-        for name in members[0]:
-            kind = layers if isinstance(model.get_submodule(name), LAYERS) else norms
-            kind[name] = torch.tensor([unit[name] for unit in members])
-        yield ChannelGroup(len(members), layers, norms, reason)
+        widths = tuple((name, len(numbers)) for name, numbers in unit.items())
+        alike.setdefault((widths, reasons.get(root)), []).append(unit)
+    for (_, reason), members in alike.items():
+        at = {name: torch.tensor([unit[name] for unit in members]) for name in members[0]}
+        layers = {name for name in at if isinstance(model.get_submodule(name), LAYERS)}
+        norms = {name: at.pop(name) for name in [*at] if name not in layers}
+        yield ChannelGroup(len(members), at, norms, reason)
 
 
 def _shared(model: nn.Module) -> set[nn.Module]:
     """Return the modules that share a parameter with another module."""
-    owned = [
-        (module, id(p)) for module in model.modules() for p in module.parameters(recurse=False)
-    ]
-    times = Counter(number for _, number in owned)
-    return {module for module, number in owned if times[number] > 1}
+    owned = [(module, p) for module in model.modules() for p in module.parameters(recurse=False)]
+    times = Counter(parameter for _, parameter in owned)
+    return {module for module, parameter in owned if times[parameter] > 1}
 
 
 def _reasons(
@@ -277,7 +260,7 @@ def _followed(found: Traced, node: Any) -> bool:
     return all(_same_channels(found.shapes.get(of.grad_fn, ()), after) for of in node.inputs)
 
 
-def _same_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+def _same_channels(before: Shape, after: Shape) -> bool:
     """Return whether two shapes have the same channels; () is an unknown shape."""
     if not before or not after:
         return False

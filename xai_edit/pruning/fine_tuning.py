@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from xai_edit.core.checks import readable_again, with_labels
-from xai_edit.core.counting import add_counts, count_by_group
 from xai_edit.core.data import Batch, Data, batches, model_device
 from xai_edit.core.training import fine_tuned
 
@@ -31,9 +30,8 @@ class FineTuning:
         Labelled batches that can be read several times; a ``Dataset`` is shuffled.
     epochs : int
         Of each call.
-    learning_rate : float
-    weight_decay : float
-        L2 penalty, as in `torch.optim.SGD`.
+    learning_rate, weight_decay : float
+        As in `torch.optim.SGD`.
     batch_size : int
         For a ``Dataset``.
     seed : int
@@ -53,10 +51,9 @@ class FineTuning:
     def __call__(self, network: nn.Module) -> None:
         """Train the network in place; ValueError if the data has no labels."""
         device = model_device(network)
-        counts = torch.zeros(3, 0, 0, dtype=torch.long)
+        seen: list[Tensor] = []  # labels, and which samples have the feature
 
         def epoch(number: int) -> Iterator[Batch]:
-            nonlocal counts
             data = self.data
             if isinstance(data, Dataset):
                 generator = torch.Generator().manual_seed(self.seed + number)
@@ -64,9 +61,7 @@ class FineTuning:
             for batch in batches(data, device):
                 labels = with_labels(batch.labels)
                 if number == 0 and batch.groups is not None:
-                    classes = max(counts.shape[1], int(labels.max()) + 1)
-                    more = count_by_group(labels, labels, classes, batch.groups > 0)
-                    counts = add_counts(counts, more)
+                    seen.append(torch.stack([labels, batch.groups > 0]).cpu())
                 yield batch
 
         trained, _ = fine_tuned(
@@ -79,20 +74,18 @@ class FineTuning:
             weight_decay=self.weight_decay,
         )
         network.load_state_dict(trained.state_dict())
-        _warn_of_a_shortcut(counts[1])
+        if seen:
+            _warn_of_a_shortcut(*torch.cat(seen, 1))
 
 
-def _warn_of_a_shortcut(samples: Tensor) -> None:
-    """Warn if the share with the feature differs by class, counts of shape (classes, 1 or 2)."""
-    present = samples.sum(1).nonzero().flatten()
-    if samples.shape[1] < 2 or len(present) < 2:
-        return
-    shares = samples[present, 1] / samples[present].sum(1)
-    if shares.max() - shares.min() > LEANING:
-        most, least = int(present[shares.argmax()]), int(present[shares.argmin()])
+def _warn_of_a_shortcut(labels: Tensor, has: Tensor) -> None:
+    """Warn if the share of samples with the feature differs by class."""
+    shares = {int(label): float(has[labels == label].double().mean()) for label in labels.unique()}
+    most, least = (end(shares, key=shares.__getitem__) for end in (max, min))
+    if shares[most] - shares[least] > LEANING:
         warnings.warn(
-            f"data: {shares.max():.0%} of class {most} have the spurious feature and "
-            f"{shares.min():.0%} of class {least}; fine-tuning on them brings the shortcut back. "
+            f"data: {shares[most]:.0%} of class {most} have the spurious feature and "
+            f"{shares[least]:.0%} of class {least}; fine-tuning on them brings the shortcut back. "
             "Take samples without it, or give every class the same share",
             stacklevel=3,
         )

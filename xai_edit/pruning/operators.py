@@ -35,34 +35,30 @@ FeaturesOf = Features | Callable[[nn.Module], Features]
 class Finder(Protocol):
     """`PCA`, `PRCA`, `DRSA`, `CAV`, `ContrastivePCA`, or a class of a user's own."""
 
-    def fit(self, features: Features) -> Subspaces:
-        """Return the subspaces of features."""
+    def fit(self, features: Features) -> Subspaces: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class RelevancePruning:
     """Switch off the units with the lowest scores (Yeom et al. 2021, *Pruning by explaining*).
 
-    Scores are summed over positions, and their absolute values over samples, so that the sign of
-    a criterion does not matter. Coupled units (`channel_groups`) are removed together by the sum
-    of their scores.
+    Scores are summed over positions, and their absolute values over samples. Coupled units
+    (`channel_groups`) are removed together by the sum of their scores.
 
     Parameters
     ----------
     share : float in (0, 1]
         Share of all units of the layers to remove. Every layer keeps its best unit.
     scorer : callable
-        Any scorer; ``LRP("epsilon-plus", initial="one")`` by default. One with
-        ``behind_norm = True``, such as `Taylor` and `Activation`, scores the output of the batch
-        norm that follows a layer, since that is what is switched off.
+        ``LRP("epsilon-plus", initial="one")`` by default. One with ``behind_norm = True``, such as
+        `Taylor`, scores the output of the batch norm that follows a layer.
     layers : sequence of str, optional
-        All convolution layers when left out; all hidden linear layers where there are none.
+        All convolution layers, or all hidden linear layers where there are none, when left out.
     ranking : {"global", "local"}
         "global" ranks the units of all layers together, each layer's scores divided by their L1
         norm; "local" removes the share in each layer.
     steps : int
-        Number of steps up to the share; each scores the network that the last one pruned and
-        fine-tuned.
+        Steps up to the share; each scores the network that the last one pruned and fine-tuned.
     protect : sequence of str
         Layers that keep all units, as do layers coupled to them.
     """
@@ -86,16 +82,16 @@ class RelevancePruning:
         fine_tune: FineTune | None = None,
         checkpoint: str | Path | None = None,
     ) -> ModelEdit:
-        """Plan the pruning.
+        """Plan the pruning; ValueError if the model cannot be traced or nothing can be pruned.
 
         Parameters
         ----------
         model : nn.Module
             A classifier. Not changed.
         data : iterable or Dataset
-            Reference samples; 5 to 10 a class suffice. One pass a step.
+            Reference samples, 5 to 10 a class; one pass a step.
         target : int, "label", "predicted" or callable
-            The output that the scores are about.
+            See `xai_edit.core.targets.Target`.
         fine_tune : callable, optional
             Trains a pruned copy of the model in place after each step, such as `FineTuning`.
         checkpoint : str or Path, optional
@@ -107,11 +103,6 @@ class RelevancePruning:
             Sets the units' incoming weights and biases to zero, and the scale and shift of their
             batch norms. Its origin has the pruned ``units``, layers that keep only their best unit
             (``kept``), and those whose units have to stay, with the reason (``fixed``).
-
-        Raises
-        ------
-        ValueError
-            If the model cannot be traced (`channel_groups`), or nothing can be pruned.
         """
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         return plan.edit(lambda network, step: plan.scores(network))
@@ -129,7 +120,7 @@ class ConceptAwarePruning:
         A finder such as `DRSA` is fitted to the ``features`` of `plan`.
     ablate : sequence of int or "auto"
         The subspaces of the spurious concept. "auto" applies `choose_spurious` to the features; if
-        it chooses none, the edit is empty and its origin has the reason.
+        it chooses none at first, the edit is empty; in a later step, nothing is ablated.
     share, scorer, layers, ranking, steps, protect
         See `RelevancePruning`.
     keep_ablation : bool
@@ -170,16 +161,13 @@ class ConceptAwarePruning:
         fine_tune: FineTune | None = None,
         checkpoint: str | Path | None = None,
     ) -> ModelEdit:
-        """Plan the pruning; see `RelevancePruning.plan`.
+        """Plan the pruning; other arguments and errors as of `RelevancePruning.plan`.
 
         Parameters
         ----------
-        model, data, target, fine_tune, checkpoint
-            See `RelevancePruning.plan`.
         features : Features or callable, optional
             Of samples with and without the concept, for a finder or ``ablate="auto"``. A function
-            that collects them from a network is called in each step; if none of the new subspaces
-            predicts the concept, the step scores without ablation.
+            that collects them from a network is called in each step.
         """
         resolve_layers(model, [self.layer])
         search = not isinstance(self.subspaces, Subspaces) or self.ablate == "auto"
@@ -219,15 +207,15 @@ class ConceptAwarePruning:
         features: Any = source(network) if callable(source) else source
         finder = self.subspaces
         subspaces = finder if isinstance(finder, Subspaces) else finder.fit(features)
-        about: dict[str, Any] = {}
+        about: dict[str, Any] = {"subspaces": subspaces.origin}
         if self.ablate == "auto":
             table = predictiveness(subspaces, features)
             choice = choose_spurious(table)
             indices = choice.indices
-            about = {"predictiveness": table.to_dict(), "reason": choice.reason}
+            about |= {"predictiveness": table.to_dict(), "reason": choice.reason}
         else:
             indices = subspaces.checked(self.ablate)
-        return subspaces, indices, {"ablated": [*indices], "subspaces": subspaces.origin, **about}
+        return subspaces, indices, {"ablated": [*indices], **about}
 
 
 class _Plan:
@@ -251,19 +239,16 @@ class _Plan:
             readable_again(data, f"pruning in {operator.steps} steps")
         first, whole = peek(data, model_device(model))
         self.data = whole if isinstance(data, Iterator) else data
-        self.inputs, sample = first.inputs, first.inputs[:1]
-        layers = _layers(model, operator.layers, sample)
+        self.inputs = first.inputs
+        layers = _layers(model, operator.layers, first.inputs[:1])
         named = operator.layers is not None
-        groups = channel_groups(model, sample)
+        groups = channel_groups(model, first.inputs)
         self.found = prunable(groups, layers, protect=operator.protect, named=named)
         self.model, self.scorer, self.target = model, operator.scorer, target
         steps = operator.share, operator.ranking, operator.steps
         self.schedule = Schedule(*steps, fine_tune, checkpoint)
-        self.origin: dict[str, Any] = {
-            "operator": type(operator).__name__,
-            "scorer": describe(operator.scorer),
-            "target": describe_target(target),
-        }
+        described = {"scorer": describe(operator.scorer), "target": describe_target(target)}
+        self.origin: dict[str, Any] = {"operator": type(operator).__name__, **described}
 
     def edit(self, score: Score, **more: Any) -> ModelEdit:
         """Return the edit; see `xai_edit.pruning.schedule.pruned`."""
@@ -293,12 +278,11 @@ def _layers(model: nn.Module, layers: Sequence[str] | None, inputs: Tensor) -> l
         if last in (named := resolve_layers(model, layers)):
             raise ValueError(f"layers: {last!r} gives the output; its units are the classes")
         return named
-    modules = {name: module for name, module in model.named_modules() if name != last}
-    convolutions = [name for name, module in modules.items() if isinstance(module, CONVOLUTIONS)]
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    if not convolutions and not linear:
-        raise ValueError("layers: the model has no convolution and no hidden linear layer to prune")
-    return convolutions or linear
+    hidden = {name: module for name, module in model.named_modules() if name != last}
+    for kinds in (CONVOLUTIONS, nn.Linear):
+        if names := [name for name, module in hidden.items() if isinstance(module, kinds)]:
+            return names
+    raise ValueError("layers: the model has no convolution and no hidden linear layer to prune")
 
 
 def _check(operator: RelevancePruning | ConceptAwarePruning) -> None:

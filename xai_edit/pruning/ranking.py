@@ -24,11 +24,6 @@ class Prunable:
     layers: tuple[str, ...]  # whose scores rank the units
     fixed: dict[str, str]  # by layer that has to stay, the reason
 
-    @property
-    def channels(self) -> int:
-        """The number of channels of all layers of the groups."""
-        return sum(group.units * width(group) for group in self.groups)
-
 
 def width(group: ChannelGroup) -> int:
     """Return the number of channels of a unit in all layers of its group."""
@@ -44,8 +39,8 @@ def prunable(
 ) -> Prunable:
     """Return the groups that have a layer to prune and no protected one.
 
-    UnknownLayerError if a protected layer has no channels to prune; ValueError if no layer can be
-    pruned, or with ``named`` any of the layers cannot.
+    UnknownLayerError if a protected layer has no channels; ValueError if no layer can be pruned,
+    or with ``named`` any of the layers cannot.
     """
     known = {name for group in groups for name in group.layers}
     for name in protect:
@@ -70,12 +65,7 @@ def prunable(
 
 
 def lowest_units(
-    found: Prunable,
-    scores: UnitScores,
-    share: float,
-    *,
-    ranking: Ranking,
-    gone: Sequence[Tensor],
+    found: Prunable, scores: UnitScores, share: float, *, ranking: Ranking, gone: Sequence[Tensor]
 ) -> list[Tensor]:
     """Return the units of each group with the lowest scores, int64, without the group's best.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,10 +18,11 @@ from xai_edit.core.guard import copied, require_finite
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.edits.switching_off import silencing_entries
 from xai_edit.pruning.coupled_channels import ChannelGroup
-from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_units
+from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_units, width
 from xai_edit.scoring.unit_scores import UnitScores
 
 KIND = "xai_edit.pruning"
+History: TypeAlias = list[dict[str, Any]]
 
 FineTune: TypeAlias = Callable[[nn.Module], object]
 """Trains a network in place after a step of pruning, such as `FineTuning`."""
@@ -60,42 +62,42 @@ def pruned(
     network = copied(model).eval()
     checkpoint = None
     gone = [torch.zeros(0, dtype=torch.long) for _ in found.groups]
-    history: list[dict[str, Any]] = []  # one entry a finished step
+    history: History = []  # one entry a finished step
     if schedule.checkpoint is not None:
-        checkpoint = _Checkpoint(Path(schedule.checkpoint), model, inputs, schedule, origin)
+        plan = [dict(origin), schedule.share, schedule.ranking, schedule.steps]
+        text = json.dumps([*plan, repr(schedule.fine_tune)])
+        digest = checksum({**_tensors(model), "inputs": inputs.cpu()}, text)
+        checkpoint = _Checkpoint(Path(schedule.checkpoint), digest)
         gone, history = checkpoint.restored(network, gone)
     for step in range(len(history), schedule.steps):
         share = schedule.share * (step + 1) / schedule.steps
         scores = score(network, step)
         gone = lowest_units(found, scores, share, ranking=schedule.ranking, gone=gone)
-        _switch_off(network, found.groups, gone, fold(network))
+        _switch_off(network, found, gone, fold(network))
         channels = channels_of(found, gone)
         if schedule.fine_tune is not None:
             with torch.enable_grad(), kept_off(network, channels):
                 schedule.fine_tune(network)
             require_finite(network.eval())
-            _switch_off(network, found.groups, gone, fold(network))
+            _switch_off(network, found, gone, fold(network))
         removed = sum(map(len, channels.values()))
         done = {"share": share, "removed": removed, "samples": scores.samples, **step_origin()}
         history.append(done)
         if checkpoint is not None:
             checkpoint.write(network, gone, history)
     last = history[-1]
+    units = sum(group.units * width(group) for group in found.groups)
     about: dict[str, Any] = {
         **origin,
         **last,
         "share": schedule.share,
         "ranking": schedule.ranking,
-        "removed": f"{last['removed']} of {found.channels} units",
+        "removed": f"{last['removed']} of {units} units",
         "units": channels_of(found, gone),
     }
-    kept = [
-        layer
-        for group, units in zip(found.groups, gone, strict=True)
-        if group.units - len(units) == 1 < group.units
-        for layer in group.layers
-    ]
-    if kept:
+    pairs = zip(found.groups, gone, strict=True)
+    with_one = [group for group, off in pairs if group.units - len(off) == 1 < group.units]
+    if kept := [layer for group in with_one for layer in group.layers]:
         about["kept"] = {"one unit each, though the share takes all": kept}
     if found.fixed:
         about["fixed"] = found.fixed
@@ -108,64 +110,42 @@ def pruned(
 
 @contextmanager
 def kept_off(network: nn.Module, channels: Mapping[str, list[int]]) -> Iterator[None]:
-    """Multiply channels by zero by hooks, so that training changes no incoming weight of theirs."""
-    handles = []
-    for name, off in channels.items():
-        module = network.get_submodule(name)
-        keep = torch.ones(len(module.weight), device=module.weight.device)  # type: ignore[arg-type]
-        keep[off] = 0
-        last = isinstance(module, nn.Linear)
-
-        def multiplied(
-            _: nn.Module, __: object, output: Tensor, keep: Tensor = keep, last: bool = last
-        ) -> Tensor:
-            shape = [-1] if last else [-1, *[1] * (output.ndim - 2)]
-            return output * keep.to(output).view(shape)
-
-        handles.append(module.register_forward_hook(multiplied))
-    try:
+    """Set channels to zero by hooks, so that training changes no incoming weight of theirs."""
+    with ExitStack() as hooks:
+        for name, off in channels.items():
+            module = network.get_submodule(name)
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            zeroed = partial(_zeroed, axis, torch.tensor(off, dtype=torch.long))
+            hooks.callback(module.register_forward_hook(zeroed).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _zeroed(axis: int, off: Tensor, _: nn.Module, __: object, output: Tensor) -> Tensor:
+    return output.index_fill(axis, off.to(output.device), 0)
 
 
 def _switch_off(
-    network: nn.Module,
-    groups: Sequence[ChannelGroup],
-    gone: Sequence[Tensor],
-    values: Mapping[str, Tensor],
+    network: nn.Module, found: Prunable, gone: Sequence[Tensor], values: Mapping[str, Tensor]
 ) -> None:
     """Set values of whole parameters, then the entries of pruned units to zero."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
-        for group, units in zip(groups, gone, strict=True):
+        for group, units in zip(found.groups, gone, strict=True):
             for name, entries in silenced_entries(network, group, units).items():
                 parameter = parameters[name]
                 parameter[torch.unravel_index(entries.to(parameter.device), parameter.shape)] = 0
 
 
+@dataclass(frozen=True)
 class _Checkpoint:
     """The file of an unfinished plan: network, pruned units and history after its last step."""
 
-    def __init__(
-        self,
-        path: Path,
-        model: nn.Module,
-        inputs: Tensor,
-        schedule: Schedule,
-        origin: Mapping[str, Any],
-    ) -> None:
-        self.path = path
-        plan = [dict(origin), schedule.share, schedule.ranking, schedule.steps]
-        text = json.dumps([*plan, repr(schedule.fine_tune)])
-        self.plan = checksum({**_tensors(model), "inputs": inputs.cpu()}, text)
+    path: Path
+    plan: str  # a checksum of the model, the first inputs and the arguments
 
-    def restored(
-        self, network: nn.Module, gone: list[Tensor]
-    ) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    def restored(self, network: nn.Module, gone: list[Tensor]) -> tuple[list[Tensor], History]:
         """Load the file's state into a network, and return pruned units and history."""
         clear_parts(self.path.parent, self.path.name)
         if not self.path.exists():
@@ -180,7 +160,7 @@ class _Checkpoint:
                 tensor.copy_(tensors[f"network/{name}"])
         return [tensors[f"gone/{index}"] for index in range(len(gone))], header["history"]
 
-    def write(self, network: nn.Module, gone: list[Tensor], history: list[dict[str, Any]]) -> None:
+    def write(self, network: nn.Module, gone: list[Tensor], history: History) -> None:
         """Write the file, atomically."""
         tensors = {f"network/{name}": tensor for name, tensor in _tensors(network).items()}
         tensors |= {f"gone/{index}": units for index, units in enumerate(gone)}
@@ -193,10 +173,9 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def silenced_entries(model: nn.Module, group: ChannelGroup, units: Tensor) -> dict[str, Tensor]:
-    """Return the entries that switch units of a group off when set to zero.
+    """Return by parameter the flat indices, int64, to set to zero to switch units of a group off.
 
-    By parameter name the flat indices, int64, of incoming weights and biases in all layers of the
-    group, and of the scale and shift of its norms.
+    They are of incoming weights and biases in all layers, and of the scale and shift of norms.
     """
     entries: dict[str, Tensor] = {}
     for layer, channels in group.layers.items():

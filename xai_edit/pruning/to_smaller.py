@@ -18,8 +18,10 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
     """Return a copy of a model without the units that are switched off.
 
     A unit is switched off when its weights and biases in all layers that share it and the scale and
-    shift of its norms are zero, by whatever edit or training. One unit of each group stays. The
-    logits for the example input are checked in float64 against the masked network's.
+    shift of its norms are zero. One unit of each group stays. The logits for the example input are
+    checked in float64 against the masked network's. EditMismatchError if the edit is not one of
+    this model; ValueError if the input does not fit, the model cannot be traced, no unit can be
+    removed, or the outputs differ afterwards.
 
     Parameters
     ----------
@@ -29,12 +31,6 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
         An edit of the model; None where units are already switched off.
     example_input : Tensor, shape (samples, ...)
         Inputs to trace the network with and to compare outputs on.
-
-    Raises
-    ------
-    EditMismatchError, ValueError
-        If the edit is not one of this model, the input does not fit, the model cannot be traced, no
-        unit is switched off that can be removed, or the outputs differ afterwards.
     """
     with torch.inference_mode(False):
         masked = copied(model)
@@ -125,7 +121,6 @@ def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Tensor)
     if not difference <= TOLERANCE * largest:
         raise ValueError(
             f"model: without the units its logits differ by {difference:.3g} from the masked "
-            f"network's, the largest of which is {largest:.3g}; a unit that is switched off may "
-            "pass no value on, which an activation such as the sigmoid, or a constant added to "
-            "it, prevents"
+            f"network's, the largest of which is {largest:.3g}; an activation such as the sigmoid, "
+            "or a constant that is added, gives a unit that is switched off a value"
         )

@@ -17,15 +17,13 @@ from xai_edit.pruning.coupled_channels import LAYERS, groups_of, pruning_group, 
 class TorchPruningImportance:
     """Torch-Pruning's importance of each channel and those coupled to it, split among their layers.
 
-    Importances such as ``GroupTaylorImportance`` read the gradients of the batch's cross-entropy
-    loss from the parameters.
+    The parameters have the gradients of the batch's cross-entropy loss.
 
     Parameters
     ----------
     importance : callable
-        Such as ``torch_pruning.importance.GroupMagnitudeImportance()``: takes a pruning group and
-        returns one score per channel. TypeError for those that collect gradients sample by sample
-        (``HessianImportance``).
+        Such as ``torch_pruning.importance.GroupTaylorImportance()``: returns one score per channel
+        of a pruning group. TypeError for those that collect gradients sample by sample.
     """
 
     per_sample = False
@@ -52,8 +50,7 @@ class TorchPruningImportance:
         for name in layers:
             if not isinstance(model.get_submodule(name), LAYERS):
                 raise ValueError(
-                    f"layer {name!r}: Torch-Pruning has importances only of linear and convolution "
-                    "layers"
+                    f"layer {name!r}: only linear and convolution layers have an importance"
                 )
         with torch.inference_mode(False), torch.enable_grad():
             found = traced(copied(model), inputs)

@@ -23,7 +23,7 @@ from xai_edit.core.layers import (
 from xai_edit.core.targets import Targets, classes_of, weights_of
 from xai_edit.lrp.functional_canonizer import ALONG_THE_GRADIENT
 
-# Arguments that the scorer sets, or that a result of another form comes from.
+# Arguments that the scorer sets, and one that changes the form of the result.
 OURS = ["self", "forward_func", "layer", "inputs", "target", "attribute_to_layer_input"]
 OURS += ["return_convergence_delta"]
 
@@ -50,8 +50,8 @@ class CaptumLayer:
         self.method = method
         constructor = inspect.signature(method).parameters
         self._attribute = inspect.signature(method.attribute).parameters
-        self.constructor = {name: arguments[name] for name in arguments if name in constructor}
         self.arguments = {name: arguments[name] for name in arguments if name not in constructor}
+        self.constructor = {name: arguments[name] for name in arguments if name in constructor}
         known = [name for name in (*constructor, *self._attribute) if name not in OURS]
         unknown = [name for name in arguments if name not in known]
         if unknown:
@@ -74,8 +74,8 @@ class CaptumLayer:
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
             logits = predict(model, inputs)
         tap.require(layers)
-        explained = model
-        target: Tensor | None = None
+        explained: nn.Module = model
+        given: dict[str, Tensor] = {}
         value = targets(logits) if callable(targets) else None
         if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
             weights_of(targets, logits)  # raises if it has no gradient
@@ -85,11 +85,12 @@ class CaptumLayer:
                 )
             explained = _Explained(model, targets)
         else:
-            target = classes_of(targets, logits)
+            classes = classes_of(targets, logits)
+            given = {"target": classes} if "target" in self._attribute else {}
         scores = {}
         for name in layers:
             module = layer_module(model, name)
-            values = self._attribute_layer(explained, module, name, inputs, target)
+            values = self._attribute_layer(explained, module, name, inputs, **given)
             if values.shape != tap.values[name].shape:
                 raise ValueError(
                     f"{self!r} gives values of shape {tuple(values.shape)} for layer {name!r}, "
@@ -100,16 +101,9 @@ class CaptumLayer:
         return scores
 
     def _attribute_layer(
-        self,
-        model: nn.Module,
-        module: nn.Module,
-        name: str,
-        inputs: Tensor,
-        target: Tensor | None,
+        self, model: nn.Module, module: nn.Module, name: str, inputs: Tensor, **arguments: Any
     ) -> Tensor:
-        arguments = dict(self.arguments)
-        if "target" in self._attribute:
-            arguments["target"] = target
+        arguments |= self.arguments
         if name.endswith(INPUT_SUFFIX):
             arguments["attribute_to_layer_input"] = True
         with preserved(model), torch.enable_grad():
@@ -118,17 +112,15 @@ class CaptumLayer:
                 if getattr(other, "inplace", False) is True:
                     other.inplace = False  # type: ignore[assignment]
             try:
-                values = self.method(model, module, **self.constructor).attribute(
-                    differentiable(inputs), **arguments
-                )
+                method = self.method(model, module, **self.constructor)
+                values = method.attribute(differentiable(inputs), **arguments)
             except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as problem:
                 raise ValueError(
                     f"Captum's {self.method.__name__} cannot explain layer {name!r} of this "
                     f"model: {problem}"
                 ) from problem
-        if isinstance(values, tuple):
-            (values,) = values
-        return values  # type: ignore[no-any-return]
+        (tensor,) = values if isinstance(values, tuple) else (values,)
+        return tensor  # type: ignore[no-any-return]
 
     def _refuse_lrp(self, model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> None:
         """Raise ValueError where Captum's LRP is silently wrong or fails without a reason."""
@@ -156,8 +148,7 @@ class _Explained(nn.Module):
 
     def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.model = model
-        self.function = function
+        self.model, self.function = model, function
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.function(self.model(inputs))

@@ -54,10 +54,7 @@ class Taylor:
 
 @dataclass(frozen=True)
 class Activation:
-    """Mean rectified activation of each unit over its positions (Molchanov et al. 2017, §2.2).
-
-    Rectified, as a layer's output is scored before the activation function.
-    """
+    """Mean rectified activation of each unit over its positions (Molchanov et al. 2017, §2.2)."""
 
     behind_norm = True
 
@@ -87,10 +84,8 @@ class WeightMagnitude:
         self, model: nn.Module, inputs: Any, targets: Any, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return one norm a unit, shape (1, units) per layer."""
-        return {
-            name: unit_weights(model, name).detach().abs().flatten(1).sum(1)[None]
-            for name in layers
-        }
+        weights = {name: unit_weights(model, name).detach() for name in layers}
+        return {name: values.abs().flatten(1).sum(1)[None] for name, values in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -112,9 +107,8 @@ class Random:
             generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
             weights = unit_weights(model, name)
             numbers = torch.rand(1, len(weights), generator=generator)
-            scores[name] = numbers.to(
-                weights.device, torch.promote_types(numbers.dtype, weights.dtype)
-            )
+            dtype = torch.promote_types(numbers.dtype, weights.dtype)
+            scores[name] = numbers.to(weights.device, dtype)
         return scores
 
 

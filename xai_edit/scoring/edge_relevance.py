@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from xai_edit.core.checks import require_type, whole_number
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.guard import preserved, require_finite
-from xai_edit.core.layers import CONVOLUTIONS, first_tensor, resolve_layers
+from xai_edit.core.layers import WEIGHTED, first_tensor, resolve_layers
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
 from xai_edit.lrp.accelerated import twin
 from xai_edit.lrp.canonizers import rules_of
@@ -28,8 +29,7 @@ from xai_edit.lrp.relevance_at_layers import Gather
 class EdgeRelevance:
     """The relevance through every weight of some layers, summed over a data set.
 
-    ``sums`` are float64, per layer in the shape of its weight; ``origin`` names scorer and
-    arguments, as JSON values.
+    ``sums`` are float64, per layer in the shape of its weight; ``origin`` has the arguments.
     """
 
     sums: dict[str, Tensor]
@@ -47,8 +47,9 @@ class EdgeRelevance:
         values = self[layer]
         count = whole_number(count, "count", least=1, most=values.numel())
         order = torch.argsort(values.flatten(), descending=True, stable=True)[:count]
-        where = torch.unravel_index(order, values.shape)
-        return list(zip(*(axis.tolist() for axis in where), strict=True))
+        return [
+            tuple(at) for at in torch.stack(torch.unravel_index(order, values.shape), 1).tolist()
+        ]
 
 
 def edge_relevance(
@@ -64,7 +65,8 @@ def edge_relevance(
     A rule distributes the relevance R_i of an output over the inputs; the share of input j, such as
     x_j w_ij R_i / z_i for epsilon, flows through the weight w_ij (Bach et al. 2015, Eq. 13). Summed
     over outputs it is the relevance of the inputs, summed over inputs that of the outputs, less the
-    shares of bias and stabiliser. In a convolution it is summed over positions.
+    shares of bias and stabiliser. In a convolution it is summed over positions. UnknownLayerError
+    or ValueError if a layer is unknown, or has no weights or no such rule.
 
     Parameters
     ----------
@@ -78,32 +80,29 @@ def edge_relevance(
         Convolution and linear layers; all when left out.
     target : int, "label", "predicted" or callable
         See `xai_edit.core.targets.Target`.
-
-    Raises
-    ------
-    UnknownLayerError, ValueError
-        If a layer is unknown, or has no weights or no such rule.
     """
     require_type(scorer, LRP, "scorer", "edge relevance needs a rule, so an xai_edit.LRP")
     target = checked_target(target)
     names = resolve_layers(model, layers)
     require_finite(model)
     rules = rules_of(scorer.composite, model)
-    for name in names:
-        module = dict(model.named_modules()).get(name)
-        if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+    modules: dict[str, Any] = {name: dict(model.named_modules()).get(name) for name in names}
+    for name, module in modules.items():
+        if not isinstance(module, WEIGHTED):
             raise ValueError(f"layer {name!r} has no weights of a convolution or linear layer")
         if not isinstance(rules[name], BasicHook):
             raise ValueError(
                 f"layer {name!r} has no rule that shares relevance out; its rule in "
                 f"{scorer!r} is {rules[name]}"
             )
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     seen: dict[str, Tensor] = {}
     sums = {
         name: torch.zeros_like(module.weight, dtype=torch.float64, device="cpu")
         for name, module in modules.items()
     }
+
+    def keep(name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen[name] = first_tensor(inputs, named).detach()
 
     def through(relevance: Tensor, name: str) -> Tensor:
         if len(relevance):
@@ -120,12 +119,7 @@ def edge_relevance(
                     scorer.session(model, batch.inputs, names, Gather(through))
                 )
                 for name, module in modules.items():
-                    module.register_forward_pre_hook(
-                        lambda _, inputs, named, name=name: seen.__setitem__(
-                            name, first_tensor(inputs, named).detach()
-                        ),
-                        with_kwargs=True,
-                    )
+                    module.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
             score(batch.inputs, targets_of(batch, target))
             samples += len(batch)
     origin = {"scorer": repr(scorer), "target": describe_target(target), "canonizers": canonizers}

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.analysis import Analysis, analysed
+from xai_edit.core.analysis import analysed
 from xai_edit.core.axes import decided_axes, unit_axes
 from xai_edit.core.checks import finite, fraction, one_of, require, whole_number
-from xai_edit.core.data import (
-    Batch,
-    Data,
-    batches,
-    gathered,
-    model_device,
-    several_ranks,
-    with_samples,
-)
+from xai_edit.core.data import Data, batches, gathered, model_device, several_ranks, with_samples
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.targets import (
     Target,
+    Targets,
     checked_target,
     classes_of,
     describe_target,
@@ -45,6 +38,7 @@ if TYPE_CHECKING:
 
 Aggregate = Literal["sum", "mean", "abs", "positive"]
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
+Order = Literal["sum", "count"]
 KIND = "xai_edit.unit_scores"
 HEADER = {"layers": list, "samples": int, "aggregate": str, "k": int | None, "origin": dict}
 # Scorers that never write into a model's parameters.
@@ -60,7 +54,6 @@ class UnitScores:
     sums : dict of Tensor
         Per layer the sum over samples, float64, shape (units,).
     samples : int
-        How many samples were summed.
     aggregate : {"sum", "mean", "abs", "positive"}
         See `score_units`.
     counts : dict of Tensor
@@ -101,13 +94,12 @@ class UnitScores:
         scores = self[layer]
         return scores / scores.abs().sum().clamp(min=torch.finfo(scores.dtype).tiny)
 
-    def rank(self, layer: str, by: Literal["sum", "count"] = "sum") -> Tensor:
+    def rank(self, layer: str, by: Order = "sum") -> Tensor:
         """Return all units of a layer, most relevant first, int64, shape (units,).
 
-        ``by="count"`` orders by occurrence among the top k, ties by summed relevance, then by the
-        order of the units.
+        ``by="count"`` orders by occurrence among the top k, ties by summed relevance.
         """
-        one_of(by, ("sum", "count"), "by")
+        one_of(by, get_args(Order), "by")
         order = torch.argsort(self[layer], descending=True, stable=True)
         if by == "count":
             works = "it needs occurrence counts; give k to score_units"
@@ -116,20 +108,9 @@ class UnitScores:
         return order
 
     def top(
-        self,
-        layer: str,
-        *,
-        share: float | None = None,
-        count: int | None = None,
-        by: Literal["sum", "count"] = "sum",
+        self, layer: str, *, share: float | None = None, count: int | None = None, by: Order = "sum"
     ) -> Tensor:
-        """Return the first units of `rank`: a share in (0, 1], see `share_of`, or a number of them.
-
-        Raises
-        ------
-        ValueError
-            If not exactly one of share and count is given, or it is out of range.
-        """
+        """Return the first units of `rank`: a share in (0, 1], see `share_of`, or a count."""
         order = self.rank(layer, by)
         if (share is None) == (count is None):
             raise ValueError(f"share, count: {share} and {count} given; give one of them")
@@ -145,13 +126,8 @@ class UnitScores:
     def all_reduce(self, group: ProcessGroup | None = None) -> UnitScores:
         """Return the scores over the data of all processes, the same bits on every rank.
 
-        ``group`` is the default group of ``torch.distributed`` when left out. Without a process
-        group the scores are returned as they are.
-
-        Raises
-        ------
-        ValueError
-            On every rank, if they scored differently or none has samples.
+        ``group`` is by default all processes of ``torch.distributed``; without one the scores are
+        unchanged. ValueError on every rank if they scored differently or none has samples.
         """
         trouble = "all_reduce: ranks {} and {} scored differently"
         parts = with_samples(gathered(self, group), UnitScores._made, trouble)
@@ -204,12 +180,8 @@ def _summed(parts: Sequence[UnitScores]) -> UnitScores:
     def total(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: reduce(torch.add, (one[name] for one in tensors)) for name in tensors[0]}
 
-    return replace(
-        parts[0],
-        sums=total([part.sums for part in parts]),
-        samples=sum(part.samples for part in parts),
-        counts=total([part.counts for part in parts]),
-    )
+    sums, counts = (total([getattr(part, of) for part in parts]) for of in ("sums", "counts"))
+    return replace(parts[0], sums=sums, samples=sum(part.samples for part in parts), counts=counts)
 
 
 def share_of(units: int, share: float) -> int:
@@ -230,6 +202,8 @@ def score_units(
 ) -> UnitScores:
     """Score every unit of the named layers over a data set, in one pass.
 
+    UnknownLayerError, NonFiniteError, ValueError or TypeError on bad input, before or during it.
+
     Parameters
     ----------
     model : nn.Module
@@ -237,27 +211,20 @@ def score_units(
     data : iterable or Dataset, or None
         See `xai_edit.core.data.batches`; None for a scorer that reads only weights.
     scorer : callable
-        `LRP`, `CaptumLayer`, `WeightMagnitude`, `Taylor`, `Activation`, `Random`, or your own
-        `Scorer`.
+        `LRP`, `CaptumLayer`, `Taylor`, `Activation`, `WeightMagnitude`, `Random` or your own.
     layers : sequence of str, optional
-        Module names; ``"fc:input"`` names the inputs of ``fc``. When left out, all convolution and
-        linear layers through which the output depends on the data.
+        Module names; ``"fc:input"`` names the inputs of ``fc``. All convolution and linear layers
+        between the data and the output when left out.
     target : int, "label", "predicted" or callable
-        The output that is explained: a class, each sample's label, its predicted class, or a
-        function of the logits; see `xai_edit.core.targets.Target`.
+        The output that is explained; see `xai_edit.core.targets.Target`.
     aggregate : {"sum", "mean", "abs", "positive"}
         What is summed over samples, after the signed sum over positions: the score, its absolute
-        value (what pruning uses) or its positive part; "mean" divides the sum by the samples.
+        value or its positive part; "mean" divides the sum by the samples.
     k : int, optional
         Also count, per unit, the samples that have it among their k highest scores (Chang et al.,
         zero-shot class unlearning, Eq. 8–9).
     unit_axis : int or mapping from layer names to int, optional
-        The axis of the units where it cannot be followed, see `xai_edit.core.axes.unit_axes`.
-
-    Raises
-    ------
-    UnknownLayerError, NonFiniteError, ValueError, TypeError
-        On bad input, before or during the pass; the model is as it was.
+        The axis of the units, see `xai_edit.core.axes.unit_axes`.
     """
     target = checked_target(target)
     if not callable(scorer) or isinstance(scorer, type):
@@ -292,7 +259,7 @@ def score_units(
             raise ValueError(f"data: None given, but {origin['scorer']} scores samples")
         else:
             with ExitStack() as session:
-                score: Callable[[Batch], Mapping[str, Tensor]] | None = None
+                score: Callable[[Tensor, Targets], Mapping[str, Tensor]] | None = None
                 for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                     if score is None:
                         analysis = None
@@ -302,40 +269,25 @@ def score_units(
                             names = [name for name in names if name in used]
                         axes = unit_axes(model, batch.inputs, names, unit_axis)
                         session.enter_context(decided_axes(axes))
-                        score = session.enter_context(
-                            _session(scorer, model, batch.inputs, names, target, origin, analysis)
-                        )
-                    add(score(batch), len(batch))
+                        score = partial(_scored, scorer, model, names)
+                        if isinstance(scorer, LRP):
+                            score, origin["canonizers"] = session.enter_context(
+                                scorer.session(model, batch.inputs, names, analysis=analysis)
+                            )
+                    add(score(batch.inputs, targets_of(batch, target)), len(batch))
                     samples += len(batch)
     return UnitScores(sums, samples, aggregate, counts, k, origin)
 
 
-@contextmanager
-def _session(
-    scorer: Scorer,
-    model: nn.Module,
-    sample: Tensor,
-    names: list[str],
-    target: Target,
-    origin: dict[str, Any],
-    analysis: Analysis | None,
-) -> Iterator[Callable[[Batch], Mapping[str, Tensor]]]:
-    """Yield a function that scores one batch."""
-    if isinstance(scorer, LRP):
-        with scorer.session(model, sample, names, analysis=analysis) as (score, canonizers):
-            origin["canonizers"] = canonizers
-            yield lambda batch: score(batch.inputs, targets_of(batch, target))
-        return
-
-    def score_batch(batch: Batch) -> Mapping[str, Tensor]:
-        targets = targets_of(batch, target)
-        with preserved(model):
-            if not isinstance(scorer, (CaptumLayer, Taylor, Activation)):
-                with torch.no_grad():
-                    targets = classes_of(targets, predict(model, batch.inputs))
-            return scorer(model, batch.inputs, targets, names)
-
-    yield score_batch
+def _scored(
+    scorer: Scorer, model: nn.Module, names: list[str], inputs: Tensor, targets: Targets
+) -> Mapping[str, Tensor]:
+    """Return the scores of one batch; a user's own scorer is called with classes."""
+    with preserved(model):
+        if not isinstance(scorer, (CaptumLayer, Taylor, Activation)):
+            with torch.no_grad():
+                targets = classes_of(targets, predict(model, inputs))
+        return scorer(model, inputs, targets, names)
 
 
 def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
