@@ -98,13 +98,13 @@ def test_figures_are_of_the_edited_network_on_images_that_nothing_was_planned_on
     as_mnist, tmp_path, small
 ):
     sets = [mnist(as_mnist, split) for split in ("train", "test")]
-    given = options(as_mnist, tmp_path, methods=())
-    table = unlearning.OneNetwork(CATALOGUE["npp-mnist"], given, 0, *sets)
+    chosen = CATALOGUE["npp-mnist"].chosen_by(options(as_mnist, tmp_path, methods=()))
+    table = unlearning.OneNetwork(chosen, 0, *sets)
 
     def pictures(images):
         return {picture.numpy().tobytes() for inputs, _ in images for picture in inputs}
 
-    held, kept = pictures(table.held), pictures(table.kept)
+    held, kept = pictures(table.images["test"]), pictures(table.kept)
     assert held <= pictures(sets[1])
     assert kept <= pictures(sets[0])
     assert not held & pictures(table.analysis)
@@ -115,11 +115,11 @@ def test_figures_are_of_the_edited_network_on_images_that_nothing_was_planned_on
     deep = PathPerturbation("conv1").plan(table.model, table.analysis, target=1)
     head = PathPerturbation().plan(table.model, table.analysis, target=1)
     for edit in (deep, head, LogitMask().plan(table.model, table.analysis, target=1)):
-        found = table._of_edit(edit)
+        found = table.of_edit(edit)
         with edit.applied(table.model), torch.no_grad():
-            for data, logits in ((table.held, found.test), (table.kept, found.train)):
+            for split, data in table.images.items():
                 expected = torch.cat([table.model(inputs) for inputs, _ in data]).double()
-                assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-4)
+                assert torch.allclose(found[split], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_run_goes_on_where_it_was_cut_short(as_mnist, tmp_path, small, monkeypatch):
