@@ -266,7 +266,7 @@ def chosen(model, inputs):
     return choose_canonizers(model, trace(model, inputs))
 
 
-def test_canonizers_are_chosen_by_the_modules_present(plain, norm, residual):
+def test_canonizers_are_with_options_the_modules_present(plain, norm, residual):
     x = torch.rand(2, 1, 8, 8)
     colour = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     assert chosen(plain, x) == []

@@ -159,7 +159,7 @@ def test_references_are_of_training_and_the_network_stays_as_it_was(
     train, test = (cifar10(data_folder, split).first(20) for split in ("train", "test"))
     weights = str(data_folder / "cifar10/resnet20.safetensors")
     given = Options(data_folder, data_folder, weights=weights, methods=("weight magnitude",))
-    chosen = RUN.chosen_by(given)
+    chosen = RUN.with_options(given)
     model = chosen.trained(0, train)
     monkeypatch.setattr(few_shot.FewShotPruning, "trained", lambda *_: model)
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -72,7 +72,7 @@ class Reproduction(ABC):
     flip : bool
         Whether images are mirrored by chance in training.
     options : Options
-        Of the run; see `chosen_by`.
+        Of the run; see `with_options`.
     """
 
     name: str
@@ -109,14 +109,14 @@ class Reproduction(ABC):
             require(bool(self.methods), "methods", method, f"{self.name} has none to choose from")
             one_of(method, self.methods, "methods")
         distinct(options.seeds, "seeds", "name each seed once")
-        chosen = self.chosen_by(options)
+        chosen = self.with_options(options)
         images = chosen.images()
         results, path = opened(options, chosen.setting(*images))
         for _ in chosen.measured(results, *images):
             write_atomically(path, json.dumps(results, indent=1).encode())
         return results
 
-    def chosen_by(self, options: Options) -> Reproduction:
+    def with_options(self, options: Options) -> Reproduction:
         """Return the reproduction with a user's options in place of its own settings."""
         own = {key: getattr(self, key) for key in self.choices}
         given = {key: getattr(options, key) or value for key, value in own.items() if value}
