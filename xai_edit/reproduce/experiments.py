@@ -64,15 +64,12 @@ class Reproduction(ABC):
         Reads a split of the data: ``read(folder, split)`` or ``read(folder, split, side)``.
     network : str
         See `build`.
-    epochs : int
     side : int or None
         Of the images; None where the reader has one size.
     training : mapping
         Arguments of `fit`.
     flip : bool
         Whether images are mirrored by chance in training.
-    options : Options
-        Of the run; see `with_options`.
     """
 
     name: str
@@ -99,11 +96,8 @@ class Reproduction(ABC):
     def run(self, options: Options) -> Results:
         """Measure what ``results.json`` does not have yet, and write it after each part.
 
-        Raises
-        ------
-        ValueError, OSError
-            If the data or the network is not there, an option is wrong, or the folder has a run
-            with other settings.
+        ValueError or OSError if the data or the network is not there, an option is wrong, or the
+        folder has a run with other settings.
         """
         for method in options.methods or ():
             require(bool(self.methods), "methods", method, f"{self.name} has none to choose from")
@@ -191,10 +185,7 @@ def refusals(rows: list[Results], row: Mapping[str, Any]) -> Iterator[None]:
 def opened(options: Options, setting: Mapping[str, Any]) -> tuple[Results, Path]:
     """Return what a run has measured so far, and the file it is written to.
 
-    Raises
-    ------
-    ValueError
-        If the folder holds a run with other settings, or a file that is no run.
+    ValueError if the folder holds a run with other settings, or a file that is no run.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"

@@ -39,11 +39,6 @@ class Training:
     validation : ImageSet, optional
         With the attribute. The network is kept as it was after the epoch of the highest
         worst-group accuracy; after the last epoch without it.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range, or an attribute is missing.
     """
 
     epochs: int
