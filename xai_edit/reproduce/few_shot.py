@@ -38,18 +38,11 @@ RESTRICTED_MEASURED = 100  # test images of each of those classes
 class Criterion:
     """How a filter is scored.
 
-    Attributes
-    ----------
-    scorer : callable
-        Gives the scorer of a seed.
-    behind_norm : bool
-        Scores are read behind the batch norm that follows a convolution, which is what pruning
-        switches off. LRP merges the norm, so that both places have one relevance.
-    aggregate : {"abs", "sum"}
-        Whether samples are summed by their absolute values, or with their signs.
+    With ``behind_norm`` scores are read behind the batch norm that follows a convolution, which is
+    what pruning switches off. LRP merges the norm, so that both places have one relevance.
     """
 
-    scorer: Callable[[int], Scorer]
+    scorer: Callable[[int], Scorer]  # of a seed
     behind_norm: bool = False
     aggregate: Aggregate = "abs"
 

@@ -35,15 +35,9 @@ class Neutralizing(Reproduction):
     """Edits planned on the validation split beside methods that train, as in DFR.
 
     Training starts from the weights of ImageNet with ``weights="DEFAULT"``; a file is the trained
-    network itself, and methods that train are left out.
-
-    Attributes
-    ----------
-    batch_size : int
-    erm, group_dro, jtt : mapping
-        Learning rate and weight decay of each training; those of the sources.
-    first_epochs, upweight : int
-        Of JTT.
+    network itself, and methods that train are left out. ``erm``, ``group_dro`` and ``jtt`` are the
+    learning rate and weight decay of each training, those of the sources; ``first_epochs`` and
+    ``upweight`` are of JTT.
     """
 
     batch_size: int = 128
@@ -104,15 +98,9 @@ class Neutralizing(Reproduction):
 
 @dataclass(frozen=True, kw_only=True)
 class NeutralizingColours(Neutralizing):
-    """Coloured digits: below 5 or not, where red and green agree with it in a share ρ.
+    """Coloured digits: below 5 or not, where red and green agree with it in a share ρ."""
 
-    Attributes
-    ----------
-    strengths : tuple of float
-        The shares ρ.
-    """
-
-    strengths: tuple[float, ...]
+    strengths: tuple[float, ...]  # the shares ρ
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
     def chosen(self, images: list[ImageSet]) -> list[ImageSet]:

@@ -45,8 +45,6 @@ class PairPruning(Reproduction):
         Where the subspaces are.
     strengths : tuple of float
         Shares of the training images of the second class with the watermark.
-    shift : int
-        Of training images, in pixels.
     rows : (int, int) or None
         Of the classes among ImageNet's 1,000.
     """
@@ -54,7 +52,7 @@ class PairPruning(Reproduction):
     classes: tuple[Any, Any]
     layer: str
     strengths: tuple[float, ...] = (0.9,)
-    shift: int = 0
+    shift: int = 0  # of training images, in pixels
     rows: tuple[int, int] | None = None
     methods = tuple(METHODS)
     shares: ClassVar[tuple[float, ...]] = SHARES

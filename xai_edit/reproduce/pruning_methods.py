@@ -41,28 +41,14 @@ Found = tuple[Subspaces, list[int]]
 
 @dataclass(frozen=True)
 class Context:
-    """A network, its images, and what its methods share.
-
-    Attributes
-    ----------
-    model : nn.Module
-    layer : str
-        Where the subspaces are.
-    seed : int
-    train : ImageSet
-        With the mark on a share of the second class.
-    planning : ImageSet
-        Others, of both classes, each without or with the mark by chance: no pairs.
-    test : ImageSet
-        Others, each once without and once with it.
-    """
+    """A network, its images, and what its methods share."""
 
     model: nn.Module
-    layer: str
+    layer: str  # of the subspaces
     seed: int
-    train: ImageSet
-    planning: ImageSet
-    test: ImageSet
+    train: ImageSet  # with the mark on a share of the second class
+    planning: ImageSet  # others of both classes, each without or with the mark by chance: no pairs
+    test: ImageSet  # others, each once without and once with it
     finders: dict[str, Found] = field(default_factory=dict)
 
     def references(self, *, clean: bool = False) -> ImageSet:
@@ -121,15 +107,13 @@ def marked(images: ImageSet, value: int) -> ImageSet:
 
 def paired_differences(context: Context) -> Found:
     """Return the main directions of what the mark changes in the same images; needs pairs."""
-    both = [
-        collect_features(
-            context.model, marked(context.planning, value), layer=context.layer, positions=None
-        )
-        for value in (0, 1)
-    ]
-    change = (both[1].activations - both[0].activations).double()
+    model, layer = context.model, context.layer
+    pair = (marked(context.planning, value) for value in (0, 1))
+    both = (collect_features(model, images, layer=layer, positions=None) for images in pair)
+    without, with_mark = (features.activations for features in both)
+    change = (with_mark - without).double()
     directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)[:, :RANK]
-    mean = both[0].activations.double().mean(0)
+    mean = without.double().mean(0)
     return Subspaces(directions.contiguous(), (RANK,), mean), [0]
 
 

@@ -59,13 +59,11 @@ class Unlearning(Reproduction):
     Attributes
     ----------
     share : float
-        Of the neurons, in the paper's best row.
-    shares : tuple of float
+        Of the neurons, in the paper's best row; ``shares`` are those of the sweeps.
     ks : tuple of int
         Of the ranking by occurrence among the k highest.
     classes : tuple of int
         That are forgotten.
-    rules : tuple of str
     """
 
     share: float
