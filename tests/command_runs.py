@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 import xai_edit as xe
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
+from xai_edit.datasets.small_network import small_cnn
 from xai_edit.pages.page import write_report
 
 NET = """
@@ -40,6 +42,7 @@ LINES = {
     "neutralize": f"neutralize {DATA} --attribute marks.csv --select exact",
     "prune": f"prune {DATA} --share 0.3 --steps 1",
 }
+DEMO = {"EPOCHS": 8, "small_cnn": partial(small_cnn, hidden=48)}  # of the demo's quick runs
 MARKED = 2  # the class that the mark goes with in training
 HARMFUL = '"><b class=evil></script><img class=evil src=x onerror=alert(1)>\u2028<!--'
 
@@ -87,6 +90,8 @@ def finished(home: Path, line: str, out: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(home / "elsewhere"))
         patch.chdir(home)
+        for name, value in DEMO.items():
+            patch.setattr(f"xai_edit.command.run_demo.{name}", value)
         assert main([*shlex.split(line), "--quiet", "--out", out]) == 0
     return home / out
 

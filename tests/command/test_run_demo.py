@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from command_runs import files, read
+from command_runs import DEMO, files, read
 from safetensors.torch import load_file
 
 import xai_edit.command.run_demo
 from xai_edit import ModelEdit
 from xai_edit.command.main import main
 from xai_edit.command.run_demo import DIGITS, FORGET, run
-from xai_edit.datasets.small_network import small_cnn
 
 METHODS = {
     "forget": "before; NPP: neurons switched off; SCA: one weight; logit mask",
@@ -35,11 +34,12 @@ def again(tmp_path_factory):
     out, kept = tmp_path_factory.mktemp("again"), []
 
     def keep(*arguments):
-        kept.append(small_cnn(*arguments))
+        kept.append(DEMO["small_cnn"](*arguments))
         return kept[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(xai_edit.command.run_demo, "small_cnn", keep)
+        for name, value in {**DEMO, "small_cnn": keep}.items():
+            patch.setattr(xai_edit.command.run_demo, name, value)
         torch.rand(3)  # the run does not depend on the state of the global generator
         run(out, seed=0, quick=True, quiet=True)
     return out, kept[0]
@@ -94,7 +94,7 @@ def test_every_method_has_its_row_and_its_figures_are_those_of_its_saved_edit(
                 with edit.applied(model):
                     expected = figures()
                 with pytest.raises(ValueError, match="differs from the model"):
-                    edit.apply(small_cnn(DIGITS.size))  # untrained
+                    edit.apply(DEMO["small_cnn"](DIGITS.size))  # untrained
             shown = {name: row[name] for name in expected if name in row}
             assert len(shown) == (2 if part == "forget" else 4)
             assert shown == pytest.approx({name: expected[name] for name in shown}), row

@@ -127,37 +127,30 @@ def test_tables_compare_within_a_seed():
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in (
-        ("SHARES", (0.2, 0.4)),
-        ("MEASURED", 4),
-        ("RESTRICTED_MEASURED", 5),
-        ("DRAWS", 2),
-        ("REFERENCES", 3),
-    ):
+    few = {"SHARES": (0.4,), "MEASURED": 4, "RESTRICTED_MEASURED": 5, "DRAWS": 1, "REFERENCES": 3}
+    for name, value in few.items():
         monkeypatch.setattr(few_shot, name, value)
 
 
 def test_a_run_on_real_images_and_the_trained_network(data_folder, tmp_path, small):
     weights = str(data_folder / "cifar10" / "resnet20.safetensors")
 
-    def run(out, *seeds, methods=None):
+    def run(out, methods=None):
         given = {"weights": weights, "limit": 20, "quiet": True, "methods": methods}
-        return RUN.run(Options(data_folder, tmp_path / out, seeds=seeds, **given))
+        return RUN.run(Options(data_folder, tmp_path / out, **given))
 
-    results = run("a", 0)
+    results = run("a")
     assert json.loads(json.dumps(results)) == json.loads((tmp_path / "a/results.json").read_text())
     told = results["seeds"]["0"]
     assert 0.5 < told["all"]["unpruned"] <= 1
     assert {*told["all"]} == {"unpruned", *METHODS}
-    assert all(len(told["all"][method]) == 2 for method in METHODS)
-    assert [len({*row["classes"]}) for row in told["restricted"]] == [3, 3]
+    assert all(len(told["all"][method]) == 1 for method in METHODS)
+    assert [len({*row["classes"]}) for row in told["restricted"]] == [3]
     assert all(0 <= row[method] <= 1 for row in told["restricted"] for method in METHODS)
     assert "LRP epsilon-plus is higher by" in text(RUN.tables(RUN.summary(results)))
     some = ("weight magnitude", "random")
-    whole = run("b", 0, 1, methods=some)
-    assert whole["seeds"]["0"]["all"] == {key: told["all"][key] for key in ("unpruned", *some)}
-    run("c", 1, methods=some)
-    assert run("c", 0, 1, methods=some)["seeds"] == whole["seeds"]
+    expected = {key: told["all"][key] for key in ("unpruned", *some)}
+    assert run("b", some)["seeds"]["0"]["all"] == expected
 
 
 def test_references_are_of_training_and_the_network_stays_as_it_was(
@@ -165,8 +158,9 @@ def test_references_are_of_training_and_the_network_stays_as_it_was(
 ):
     train, test = (cifar10(data_folder, split).first(20) for split in ("train", "test"))
     weights = str(data_folder / "cifar10/resnet20.safetensors")
-    options = Options(data_folder, data_folder, weights=weights, methods=("weight magnitude",))
-    model = RUN.trained(options, 0, train)
+    given = Options(data_folder, data_folder, weights=weights, methods=("weight magnitude",))
+    chosen = RUN.with_options(given)
+    model = chosen.trained(0, train)
     monkeypatch.setattr(few_shot.FewShotPruning, "trained", lambda *_: model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     seen = {"references": [], "measured": []}
@@ -184,7 +178,7 @@ def test_references_are_of_training_and_the_network_stays_as_it_was(
 
     monkeypatch.setattr(few_shot, "planned", watched_plan)
     monkeypatch.setattr(few_shot, "accuracy", watched_accuracy)
-    told = RUN.one_seed(options, 3, train, test)
+    told = chosen.one_seed(3, train, test)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     for images in seen["references"]:
         assert pictures(images) <= pictures(train)

@@ -43,14 +43,7 @@ def small(seed=0):
     return nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
 
 
-@pytest.fixture(scope="module")
-def train():
-    return planted(600, 0.97, seed=0)
-
-
-@pytest.fixture(scope="module")
-def held():
-    return planted(400, 0.5, seed=1)
+TRAIN, HELD = planted(600, 0.97, seed=0), planted(400, 0.5, seed=1)
 
 
 def edited(model, edit):
@@ -65,8 +58,8 @@ def state(model, edit):
     return edited(model, edit).state_dict()
 
 
-def test_plain_training_is_gradient_descent_with_momentum_and_decay(train):
-    images = train[torch.arange(40)]
+def test_plain_training_is_gradient_descent_with_momentum_and_decay():
+    images = TRAIN[torch.arange(40)]
     torch.manual_seed(7)
     start = nn.Sequential(nn.Flatten(), nn.Linear(6, 2))
     setting = {"learning_rate": 0.1, "weight_decay": 0.5, "batch_size": 40}
@@ -110,7 +103,7 @@ def test_the_weights_of_the_groups_rise_with_their_losses_as_in_algorithm_1(adju
         assert np.allclose(given.grad.numpy(), each[:, None] * p, rtol=1e-9)
 
 
-def test_groups_are_drawn_equally_often(train):
+def test_groups_are_drawn_equally_often():
     seen = []
 
     class Spy(nn.Module):
@@ -123,10 +116,10 @@ def test_groups_are_drawn_equally_often(train):
                 seen.append(inputs.flatten(1))
             return self.inner(inputs)
 
-    origin = Training(epochs=4).group_dro(Spy().eval(), train, step_size=0.1).origin
+    origin = Training(epochs=4).group_dro(Spy().eval(), TRAIN, step_size=0.1).origin
     drawn = torch.cat(seen)
-    assert len(drawn) == 4 * len(train)
-    inputs, labels, attribute = train.batch(torch.arange(len(train)))
+    assert len(drawn) == 4 * len(TRAIN)
+    inputs, labels, attribute = TRAIN.batch(torch.arange(len(TRAIN)))
     rows = [tuple(row) for row in inputs.flatten(1).tolist()]
     cell_of = dict(zip(rows, (2 * labels + attribute).tolist(), strict=True))
     shares = np.bincount([cell_of[tuple(row)] for row in drawn.tolist()]) / len(drawn)
@@ -135,48 +128,48 @@ def test_groups_are_drawn_equally_often(train):
     assert origin["sizes"] == torch.bincount(2 * labels + attribute).tolist()
     assert sum(origin["weights"]) == pytest.approx(1)
     assert origin["weights"] != pytest.approx([0.25] * 4)
-    fixed = Training(epochs=1).group_dro(small(), train, step_size=0.0)
+    fixed = Training(epochs=1).group_dro(small(), TRAIN, step_size=0.0)
     assert fixed.origin["weights"] == pytest.approx([0.25] * 4)
 
 
-def test_the_errors_of_the_first_training_come_again_in_the_second(train):
+def test_the_errors_of_the_first_training_come_again_in_the_second():
     setting = {"learning_rate": 0.01, "seed": 4}
     start = small()
-    edit = Training(epochs=3, **setting).jtt(start, train, first_epochs=2, upweight=5)
-    first = edited(start, Training(epochs=2, **setting).erm(start, train))
-    inputs, labels, _ = train.batch(torch.arange(len(train)))
+    edit = Training(epochs=3, **setting).jtt(start, TRAIN, first_epochs=2, upweight=5)
+    first = edited(start, Training(epochs=2, **setting).erm(start, TRAIN))
+    inputs, labels, _ = TRAIN.batch(torch.arange(len(TRAIN)))
     with torch.no_grad():
         errors = first(inputs).argmax(1) != labels
     assert edit.origin["errors"] == errors.sum() > 0
-    rows = torch.arange(len(train)).repeat_interleave(torch.where(errors, 5, 1))
+    rows = torch.arange(len(TRAIN)).repeat_interleave(torch.where(errors, 5, 1))
     assert edit.origin["steps"] == 3 * -(-len(rows) // 64)
-    by_hand = Training(epochs=3, **setting).erm(start, train[rows])
+    by_hand = Training(epochs=3, **setting).erm(start, TRAIN[rows])
     assert same_bits(state(start, edit), state(start, by_hand))
 
 
 @every_method
-def test_the_epoch_of_the_best_worst_group_is_kept(train, held, method):
+def test_the_epoch_of_the_best_worst_group_is_kept(method):
     start, setting = small(), {"learning_rate": 0.05, "seed": 2}
-    edit = method(start, train, epochs=4, validation=held, **setting)
-    each = [method(start, train, epochs=n, **setting) for n in range(1, 5)]
-    worst = [evaluate_groups(edited(start, one), held).worst for one in each]
+    edit = method(start, TRAIN, epochs=4, validation=HELD, **setting)
+    each = [method(start, TRAIN, epochs=n, **setting) for n in range(1, 5)]
+    worst = [evaluate_groups(edited(start, one), HELD).worst for one in each]
     assert edit.origin["worst_groups"] == pytest.approx(worst)
     best = each[worst.index(max(worst))]
     assert same_bits(state(start, edit), state(start, best))
 
 
 @every_method
-def test_a_seed_gives_the_same_bits_and_nothing_else_is_changed(train, method, unchanged):
+def test_a_seed_gives_the_same_bits_and_nothing_else_is_changed(method, unchanged):
     start = small()
     check, before = unchanged(start), torch.get_rng_state()
-    one, again, other = (method(start, train, epochs=2, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (method(start, TRAIN, epochs=2, seed=seed) for seed in (1, 1, 2))
     check()
     assert torch.equal(torch.get_rng_state(), before)
     assert same_bits(state(start, one), state(start, again))
     assert not same_bits(state(start, one), state(start, other))
     origin = json.loads(json.dumps(one.origin))
     assert METHODS[origin["operator"]] is method
-    assert origin["samples"] == len(train)
+    assert origin["samples"] == len(TRAIN)
 
 
 @every_method
@@ -189,34 +182,28 @@ def test_batch_norms_follow_the_batches(digits, norm, method):
     assert not torch.equal(made.body[1].running_mean, norm.body[1].running_mean)
 
 
-def test_what_does_not_fit_is_refused(train, held):
-    plain = ImageSet(train.source, train.labels, (0.5,), (0.0625,), 6)
-    for arguments in (
-        {"epochs": 0},
-        {"epochs": 1, "learning_rate": 0.0},
-        {"epochs": 1, "weight_decay": -1.0},
-        {"epochs": 1, "batch_size": 0},
-    ):
-        with pytest.raises(ValueError, match=[*arguments][-1]):
-            Training(**arguments)
-    with pytest.raises(ValueError, match="validation: has no attribute"):
-        Training(epochs=1, validation=plain)
-    one = Training(epochs=1)
-    with pytest.raises(ValueError, match="images: has no attribute"):
-        one.group_dro(small(), plain)
-    with pytest.raises(ValueError, match="step_size"):
-        one.group_dro(small(), train, step_size=-0.1)
-    with pytest.raises(ValueError, match="adjustment"):
-        one.group_dro(small(), train, adjustment=float("inf"))
-    with pytest.raises(ValueError, match="upweight"):
-        one.jtt(small(), train, first_epochs=1, upweight=0)
-    with pytest.raises(ValueError, match="first_epochs"):
-        one.jtt(small(), train, first_epochs=0, upweight=2)
-    with pytest.raises(NonFiniteError, match="smaller rate"):
-        Training(epochs=3, learning_rate=1e30).erm(small(), train)
-    alike = train[train.labels == 1]
-    with pytest.raises(ValueError, match=f"right about all {len(alike)} images"):
-        one.jtt(always_one(), alike, first_epochs=1, upweight=2)
+def test_what_does_not_fit_is_refused():
+    plain = ImageSet(TRAIN.source, TRAIN.labels, (0.5,), (0.0625,), 6)
+    alike = TRAIN[TRAIN.labels == 1]
+    one, brief = Training(epochs=1), {"first_epochs": 1, "upweight": 2}
+    refused = {
+        "epochs": lambda: Training(epochs=0),
+        "learning_rate": lambda: Training(epochs=1, learning_rate=0.0),
+        "weight_decay": lambda: Training(epochs=1, weight_decay=-1.0),
+        "batch_size": lambda: Training(epochs=1, batch_size=0),
+        "validation: has no attribute": lambda: Training(epochs=1, validation=plain),
+        "images: has no attribute": lambda: one.group_dro(small(), plain),
+        "step_size": lambda: one.group_dro(small(), TRAIN, step_size=-0.1),
+        "adjustment": lambda: one.group_dro(small(), TRAIN, adjustment=float("inf")),
+        "upweight": lambda: one.jtt(small(), TRAIN, first_epochs=1, upweight=0),
+        "first_epochs": lambda: one.jtt(small(), TRAIN, first_epochs=0, upweight=2),
+        "smaller rate": lambda: Training(epochs=3, learning_rate=1e30).erm(small(), TRAIN),
+        f"right about all {len(alike)} images": lambda: one.jtt(always_one(), alike, **brief),
+    }
+    for told, make in refused.items():
+        kind = NonFiniteError if told == "smaller rate" else ValueError
+        with pytest.raises(kind, match=told):
+            make()
 
 
 def always_one():

@@ -21,19 +21,15 @@ def random():
     return np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("layout", ["published", "torchvision"])
-def test_mnist_reads_both_layouts(tmp_path, random, layout):
-    images, labels = random.integers(256, size=(7, 28, 28), dtype=np.uint8), np.arange(7) % 10
-    for name, array in {
-        "t10k-images-idx3-ubyte": images,
-        "t10k-labels-idx1-ubyte": labels.astype(np.uint8),
-    }.items():
-        if layout == "published":
-            (tmp_path / "mnist").mkdir(exist_ok=True)
-            (tmp_path / "mnist" / f"{name}.gz").write_bytes(gzip.compress(as_idx(array)))
-        else:
-            (tmp_path / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "MNIST" / "raw" / name).write_bytes(as_idx(array))
+@pytest.mark.parametrize(
+    ("folder", "suffix", "packed"), [("mnist", ".gz", gzip.compress), ("MNIST/raw", "", bytes)]
+)
+def test_mnist_reads_both_layouts(tmp_path, random, folder, suffix, packed):
+    images = random.integers(256, size=(7, 28, 28), dtype=np.uint8)
+    labels = np.arange(7, dtype=np.uint8)
+    (tmp_path / folder).mkdir(parents=True)
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        (tmp_path / folder / f"t10k-{kind}-ubyte{suffix}").write_bytes(packed(as_idx(array)))
     found = mnist(tmp_path, "test")
     assert found.source[:, 0].tolist() == images.tolist()
     assert found.labels.tolist() == labels.tolist()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import pickle
 import shlex
 import statistics
 
-import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import as_idx
 
 from xai_edit import LogitMask, PathPerturbation
@@ -98,13 +95,13 @@ def test_figures_are_of_the_edited_network_on_images_that_nothing_was_planned_on
     as_mnist, tmp_path, small
 ):
     sets = [mnist(as_mnist, split) for split in ("train", "test")]
-    given = options(as_mnist, tmp_path, methods=())
-    table = unlearning.OneNetwork(CATALOGUE["npp-mnist"], given, 0, *sets)
+    chosen = CATALOGUE["npp-mnist"].with_options(options(as_mnist, tmp_path, methods=()))
+    table = unlearning.OneNetwork(chosen, 0, *sets)
 
     def pictures(images):
         return {picture.numpy().tobytes() for inputs, _ in images for picture in inputs}
 
-    held, kept = pictures(table.held), pictures(table.kept)
+    held, kept = pictures(table.images["test"]), pictures(table.kept)
     assert held <= pictures(sets[1])
     assert kept <= pictures(sets[0])
     assert not held & pictures(table.analysis)
@@ -115,11 +112,11 @@ def test_figures_are_of_the_edited_network_on_images_that_nothing_was_planned_on
     deep = PathPerturbation("conv1").plan(table.model, table.analysis, target=1)
     head = PathPerturbation().plan(table.model, table.analysis, target=1)
     for edit in (deep, head, LogitMask().plan(table.model, table.analysis, target=1)):
-        found = table._of_edit(edit)
+        found = table.of_edit(edit)
         with edit.applied(table.model), torch.no_grad():
-            for data, logits in ((table.held, found.test), (table.kept, found.train)):
+            for split, data in table.images.items():
                 expected = torch.cat([table.model(inputs) for inputs, _ in data]).double()
-                assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-4)
+                assert torch.allclose(found[split], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_run_goes_on_where_it_was_cut_short(as_mnist, tmp_path, small, monkeypatch):
@@ -156,45 +153,6 @@ def test_a_run_goes_on_where_it_was_cut_short(as_mnist, tmp_path, small, monkeyp
     chosen["methods"] = ("retrain",)  # whose rows a finished class would not get
     with pytest.raises(ValueError, match="other settings"):
         reproduce("npp-mnist", options(as_mnist, tmp_path / "b", classes=(0,), **chosen))
-
-
-def test_cifar100_runs_on_torchvisions_layout(tmp_path, digits, monkeypatch):
-    kind = torchvision.datasets.CIFAR100
-    folder = tmp_path / kind.base_folder
-    folder.mkdir()
-    for file, count, start in (("train", 12, 0), ("test", 9, 20)):
-        images, labels = pixels(digits, count, start, side=32)
-        rows = np.repeat(images.reshape(len(images), 1, -1), 3, axis=1).reshape(len(images), -1)
-        content = {"data": rows, "fine_labels": labels.tolist()}
-        (folder / file).write_bytes(pickle.dumps(content))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b", "c"]}))
-    monkeypatch.setattr(kind, "_check_integrity", lambda _: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    results = run_small("npp-cifar100", tmp_path, tmp_path / "out")
-    assert results["images"] == {"train": 36, "test": 27, "side": 32}
-
-
-def test_imagenet_runs_on_a_folder_a_class(tmp_path, digits):
-    for split, count, start in (("train", 9, 0), ("val", 6, 20)):
-        images, labels = pixels(digits, count, start, side=40)
-        for at, (image, label) in enumerate(zip(images, labels, strict=True)):
-            place = tmp_path / split / f"n0{label}"
-            place.mkdir(parents=True, exist_ok=True)
-            picture = torch.tensor(image).expand(3, -1, -1)
-            torchvision.io.write_jpeg(picture.contiguous(), str(place / f"{at}.JPEG"))
-    results = run_small("npp-imagenet", tmp_path, tmp_path / "out")
-    assert results["images"] == {"train": 27, "test": 18, "side": 32}
-
-
-def run_small(name, root, out):
-    methods = ("path perturbation", "path perturbation (auto)", "logit mask", "retrain")
-    chosen = {"network": "conv-2net", "side": 32, "epochs": 20, "methods": methods}
-    results = reproduce(name, options(root, out, classes=(0,), **chosen))
-    assert results["rows"][0]["method"] == "before"
-    rows, shown = summed(results)
-    assert rows["logit mask"]["forgotten_test"][0] == 0
-    assert "ranked by" in shown
-    return results
 
 
 def test_the_summary_is_mean_and_deviation_over_classes_and_seeds():

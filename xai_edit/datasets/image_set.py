@@ -96,19 +96,16 @@ class ImageSet:
 
     def counts(self) -> Tensor:
         """Return the number of images by class and attribute, int64."""
-        return count_by_group(self.labels, self.labels, int(self.labels.max()) + 1, self.attribute)[
-            1
-        ]
+        classes = int(self.labels.max()) + 1
+        return count_by_group(self.labels, self.labels, classes, self.attribute)[1]
 
     def first(self, count: int, start: int = 0) -> ImageSet:
         """Return ``count`` images of each class, those after its first ``start``.
 
         Where the images have an attribute, of each (class, attribute) group.
         """
-        group = self.labels.unique(return_inverse=True)[1]
-        if self.attribute is not None:
-            among = self.attribute.unique(return_inverse=True)[1]
-            group = (group * len(self) + among).unique(return_inverse=True)[1]
+        parts = [self.labels] if self.attribute is None else [self.labels, self.attribute]
+        group = torch.stack(parts, 1).unique(dim=0, return_inverse=True)[1]
         order = group.argsort(stable=True)
         sizes = group.bincount()
         at = torch.arange(len(self)) - (sizes.cumsum(0) - sizes)[group[order]]  # in its group
@@ -118,18 +115,8 @@ class ImageSet:
         """Return the images with new labels; the labels before become the attribute.
 
         ``lambda digit: digit % 2`` makes classes of even and odd digits whose groups are the ten
-        digits.
-
-        Parameters
-        ----------
-        classes : callable
-            Of the labels, int64, shape (samples,).
-
-        Raises
-        ------
-        ValueError
-            If it does not give whole numbers from 0 in this shape, or a shortcut is planted
-            according to the attribute.
+        digits. ValueError if ``classes(labels)`` are no whole numbers from 0, shape (samples,), or
+        a shortcut is planted according to the attribute.
         """
         if self.planted is not None:
             raise ValueError("classes: the images have a shortcut; regroup them, then plant it")
@@ -152,12 +139,7 @@ class Epochs:
     shift : int
         By how many pixels at most images are moved, at random; the edges are filled by reflection.
     epoch : int
-        The epoch of the next iteration.
-
-    Raises
-    ------
-    ValueError
-        If images would be moved by their size or more.
+        Of the next iteration.
     """
 
     images: ImageSet
@@ -189,11 +171,15 @@ def _shifted(inputs: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     samples, channels, height, width = inputs.shape
     wide = nn.functional.pad(inputs, (shift,) * 4, mode="reflect")
     top, left = torch.randint(2 * shift + 1, (2, samples), generator=generator)
-    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
-    columns = (left[:, None] + torch.arange(width))[:, None, None, :]
     each, channel = torch.arange(samples)[:, None, None, None], torch.arange(channels)
-    moved: Tensor = wide[each, channel[None, :, None, None], rows, columns]
+    moved: Tensor = wide[(each, channel[:, None, None], *windows(top, left, height, width))]
     return moved
+
+
+def windows(top: Tensor, left: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the rows and the columns of a window in each image, to index (samples, …, H, W)."""
+    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
+    return rows, (left[:, None] + torch.arange(width))[:, None, None, :]
 
 
 def _opened(file: str, side: int) -> Tensor:

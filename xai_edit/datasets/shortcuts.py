@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transform
 
 from xai_edit.core.checks import fraction, whole_number
-from xai_edit.datasets.image_set import ImageSet, check_numbered
+from xai_edit.datasets.image_set import ImageSet, check_numbered, windows
 
 
 class Planted(Protocol):
@@ -28,14 +28,10 @@ class Planted(Protocol):
         """Number of values of the attribute."""
 
     def __call__(self, pixels: Tensor, attribute: Tensor) -> Tensor:
-        """Return images that show the attribute.
+        """Return images that show the attribute; the pixels given are not changed.
 
-        Parameters
-        ----------
-        pixels : Tensor, uint8, shape (samples, channels, height, width)
-            Not to be changed.
-        attribute : Tensor, int64, shape (samples,)
-            From 0 to ``values`` − 1.
+        Pixels are uint8, shape (samples, channels, height, width), and the attribute is int64,
+        shape (samples,), from 0 to ``values`` − 1.
         """
 
 
@@ -49,20 +45,18 @@ class Mark:
         A file, or uint8, shape (4, height, width): red, green, blue and opacity. Grey images get
         its brightness.
     size : (int, int), optional
-        Height and width in pixels that it is resized to; as it is, when left out.
+        Height and width in pixels that it is resized to.
     place : (int, int) or None
-        Row and column of its upper left corner in the image. None: anywhere, at a place that
-        follows from the image's pixels, so that an image has it at the same place each time.
+        Row and column of its upper left corner in the image. None: a place that follows from the
+        image's pixels, so that an image has it at the same place each time.
     opacity : float
         In (0, 1], times the picture's own.
 
     Raises
     ------
-    ValueError
-        If the file is no picture, or a number is out of range; when images are planted, if it
-        does not fit into them.
-    FileNotFoundError
-        If there is no such file.
+    ValueError, FileNotFoundError
+        If there is no such picture, a number is out of range, or it does not fit into the images
+        in which it is planted.
     """
 
     picture: str | Path | Tensor
@@ -113,10 +107,9 @@ class Mark:
             )
         planted = pixels.clone()
         rows = (attribute == 1).nonzero()[:, 0]
-        top, left = self._corners(pixels[rows], room)
-        y = (top[:, None] + torch.arange(height))[:, None, :, None]
-        x = (left[:, None] + torch.arange(width))[:, None, None, :]
-        at = (rows[:, None, None, None], torch.arange(len(pixels[0]))[None, :, None, None], y, x)
+        channels = torch.arange(len(pixels[0]))[:, None, None]
+        window = windows(*self._corners(pixels[rows], room), height, width)
+        at = (rows[:, None, None, None], channels, *window)
         planted[at] = ((1 - opacity) * planted[at] + colour).round().clamp(0, 255).byte()
         return planted
 
@@ -141,17 +134,14 @@ class Colours:
     Raises
     ------
     ValueError
-        If there are fewer than two, or one is no colour; when images are planted, if they are not
-        grey.
+        If there are fewer than two, one is no colour, or the images are not grey.
     """
 
     colours: Sequence[tuple[int, int, int]]
 
     def __post_init__(self) -> None:
-        known = [
-            len(each) == 3 and all(0 <= value <= 255 for value in each) for each in self.colours
-        ]
-        if len(known) < 2 or not all(known):
+        known = all(len(each) == 3 and 0 <= min(each) <= max(each) <= 255 for each in self.colours)
+        if len(self.colours) < 2 or not known:
             raise ValueError(
                 f"colours: {self.colours} given; give two or more of (red, green, blue), in 0…255"
             )
@@ -214,19 +204,14 @@ class Shortcut:
         """Return the images with the shortcut, which goes with the label.
 
         In each class ``strength`` of the images, rounded to whole ones, have the agreeing
-        attribute, and the others have each other attribute equally often, but for one image.
-
-        Parameters
-        ----------
-        images : ImageSet
-            Without a shortcut; an attribute of its own gives way to the shortcut's.
-        seed : int
-            Draws which images agree.
+        attribute, and the others have each other attribute equally often, but for one image. The
+        seed draws which images agree. An attribute of the images gives way to the shortcut's.
 
         Raises
         ------
         ValueError
-            If the shortcut does not fit the images, or their labels have no attribute.
+            If the shortcut does not fit the images, there is one already, or their labels have no
+            attribute.
         """
         agreeing = self._agreeing(images)
         generator = torch.Generator().manual_seed(seed)
@@ -240,17 +225,8 @@ class Shortcut:
     def balanced(self, images: ImageSet, seed: int) -> ImageSet:
         """Return each image once with every attribute, so that all groups are of one size.
 
-        Parameters
-        ----------
-        images : ImageSet
-            Without a shortcut.
-        seed : int
-            Draws which images stay of a class that has more of them than the smallest.
-
-        Raises
-        ------
-        ValueError
-            If the shortcut does not fit the images, or their labels have no attribute.
+        The seed draws which images stay of a class that has more of them than the smallest. Errors
+        are those of `train`.
         """
         self._agreeing(images)
         classes = _classes(images, torch.Generator().manual_seed(seed))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+LEARNING_RATE, BATCH = 2e-3, 64
+
 
 def small_cnn(
     size: int,
@@ -15,26 +17,13 @@ def small_cnn(
     colours: int = 1,
     channels: Sequence[int] = (16, 32, 32),
     hidden: int = 256,
-    dropout: float = 0.3,
     classes: int = 10,
 ) -> nn.Module:
-    """Return an untrained network: convolutions, one hidden linear layer, a linear head.
+    """Return an untrained network for square images with sides of ``size`` pixels.
 
-    Parameters
-    ----------
-    size : int
-        Side of the square images.
-    colours : int
-        Channels of the images.
-    channels : sequence of int
-        Filters of each convolution (3×3, only the first one padded); every one but the last is
-        followed by pooling.
-    hidden : int
-        Width of the hidden layer ``fc1``.
-    dropout : float
-        Before and after the hidden layer.
-    classes : int
-        Outputs of the head ``fc2``.
+    ``channels`` are the filters of the convolutions (3×3, only the first one padded), which are
+    followed by pooling except for the last. The hidden linear layer is ``fc1``, with dropout before
+    and after it, the head ``fc2``; ``colours`` are the channels of the images.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     width, side = colours, size
@@ -48,10 +37,10 @@ def small_cnn(
             side //= 2
         width = filters
     layers["flatten"] = nn.Flatten()
-    layers["dropout1"] = nn.Dropout(dropout)
+    layers["dropout1"] = nn.Dropout(0.3)
     layers["fc1"] = nn.Linear(width * side * side, hidden)
     layers["relu_fc1"] = nn.ReLU()
-    layers["dropout2"] = nn.Dropout(dropout)
+    layers["dropout2"] = nn.Dropout(0.3)
     layers["fc2"] = nn.Linear(hidden, classes)
     return nn.Sequential(layers)
 
@@ -63,27 +52,19 @@ def train(
     *,
     epochs: int,
     seed: int,
-    learning_rate: float = 2e-3,
-    batch_size: int = 64,
 ) -> nn.Module:
     """Train with AdamW and a one-cycle schedule; the same seed gives the same bits.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Changed in place and returned in evaluation mode.
-    images : Tensor, shape (samples, ...)
-    labels : Tensor, int64, shape (samples,)
-    epochs, seed, learning_rate, batch_size
-        As usual; the seed orders the batches.
+    The model is changed in place and returned in evaluation mode. Images have the shape (samples,
+    ...), labels are int64, shape (samples,).
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
-    steps = epochs * -(-len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+    steps = epochs * -(-len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     model.train()
     for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(batch_size):
+        for rows in torch.randperm(len(images), generator=generator).split(BATCH):
             loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()

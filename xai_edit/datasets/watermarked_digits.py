@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from xai_edit.datasets.image_set import windows
+
 BATCH_SIZE = 256
 MARK = 6  # pixels a side
 PLACES = 4  # along each axis
+OPACITY = 0.82  # of the watermark over the image
+BACKGROUND = 0.4  # grey level that black becomes; white stays
+ENDS = 90, 130  # of the images a class for training and for validation; the rest is for testing
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,87 +53,57 @@ class WatermarkedDigits:
 
     The 1,797 real images (Alpaydin and Kaynak 1998) of 8×8 pixels are upsampled and set on grey, so
     that the watermark, a small checkerboard near a corner, cannot be told by its brightness.
-    Training images carry it as the shares say; validation and test images appear both without and
-    with it, so that all 20 (class, watermark) groups have samples.
+    Validation and test images appear both without and with it, so that all 20 (class, watermark)
+    groups have samples.
 
     Parameters
     ----------
-    size : int
-        Side of the upsampled images.
-    marked : int
-        The class that goes with the watermark.
-    share, other_share : float
-        Share of training images with the watermark, of that class and of each other.
-    opacity : float
-        Of the watermark over the image.
-    background : float
-        Grey level that black becomes; white stays.
-    train, validation : int
-        Images per class; the rest is for testing.
+    share : float
+        Share of the training images of class ``marked`` with the watermark; of the other classes
+        it is ``other_share``.
     """
 
-    size: int = 24
-    marked: int = 3
     share: float = 0.97
-    other_share: float = 0.0
-    opacity: float = 0.82
-    background: float = 0.4
-    train: int = 90
-    validation: int = 40
+    other_share: ClassVar[float] = 0.0
+    marked: ClassVar[int] = 3
+    size: ClassVar[int] = 24  # side of the upsampled images
 
     def split(self, seed: int) -> tuple[Samples, Samples, Samples]:
         """Return training, validation and test samples; the seed draws the split and the places."""
         from sklearn.datasets import load_digits
 
         raw = load_digits()
-        images = torch.nn.functional.interpolate(
-            torch.from_numpy(raw.images[:, None] / 16.0).float(),
-            size=(self.size, self.size),
-            mode="bilinear",
-            align_corners=False,
-        )
-        images = self.background + (1 - self.background) * images
+        small = torch.from_numpy(raw.images[:, None] / 16.0).float()
+        images = torch.nn.functional.interpolate(small, size=(self.size,) * 2, mode="bilinear")
+        images = BACKGROUND + (1 - BACKGROUND) * images
         labels = torch.from_numpy(raw.target)
         generator = torch.Generator().manual_seed(seed)
         parts: list[list[Tensor]] = [[], [], []]
         for label in labels.unique():
             rows = torch.nonzero(labels == label).flatten()
             rows = rows[torch.randperm(len(rows), generator=generator)]
-            sizes = [self.train, self.validation, len(rows) - self.train - self.validation]
-            for part, chosen in zip(parts, rows.split(sizes), strict=True):
+            for part, chosen in zip(parts, rows.tensor_split(ENDS), strict=True):
                 part.append(chosen)
-        train, validation, test = (torch.cat(part) for part in parts)
+        train, *held = (torch.cat(part) for part in parts)
         shares = torch.where(labels[train] == self.marked, self.share, self.other_share)
         marked = torch.rand(len(train), generator=generator) < shares
-        return (
-            self._planted(images[train], labels[train], marked, generator),
-            self._both(images[validation], labels[validation], generator),
-            self._both(images[test], labels[test], generator),
-        )
-
-    def _both(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Samples:
-        marked = torch.arange(2).repeat_interleave(len(images)) == 1
-        return self._planted(images.repeat(2, 1, 1, 1), labels.repeat(2), marked, generator)
-
-    def _planted(
-        self, images: Tensor, labels: Tensor, marked: Tensor, generator: torch.Generator
-    ) -> Samples:
-        """Blend the mark into some images, at one of sixteen places near the corner."""
-        mark = checkerboard(MARK)
-        offsets = torch.randint(0, PLACES, (len(images), 2), generator=generator)
-        at = torch.arange(MARK)
-        rows = (offsets[:, :1] + at)[:, :, None]  # (samples, MARK, 1)
-        columns = (offsets[:, 1:] + at)[:, None, :]
-        number = torch.arange(len(images))[:, None, None]
-        planted = images.clone()
-        below = images[number, 0, rows, columns]
-        blended = (1 - self.opacity) * below + self.opacity * mark
-        planted[number, 0, rows, columns] = blended
-        chosen = torch.where(marked[:, None, None, None], planted, images)
-        return Samples(chosen, labels, marked.long())
+        training = _planted(images[train], labels[train], marked, generator)
+        validation, test = (_both(images[rows], labels[rows], generator) for rows in held)
+        return training, validation, test
 
 
-def checkerboard(side: int) -> Tensor:
-    """Return a checkerboard of zeros and ones, shape (side, side)."""
-    at = torch.arange(side)
-    return ((at[:, None] + at) % 2).float()
+def _both(images: Tensor, labels: Tensor, generator: torch.Generator) -> Samples:
+    """Return each image without and with the mark."""
+    marked = torch.arange(2).repeat_interleave(len(images)) == 1
+    return _planted(images.repeat(2, 1, 1, 1), labels.repeat(2), marked, generator)
+
+
+def _planted(images: Tensor, labels: Tensor, marked: Tensor, generator: torch.Generator) -> Samples:
+    """Blend the mark into some images, at one of sixteen places near the corner."""
+    checkerboard = ((torch.arange(MARK)[:, None] + torch.arange(MARK)) % 2).float()
+    top, left = torch.randint(0, PLACES, (len(images), 2), generator=generator).T
+    rows = marked.nonzero()[:, 0]
+    at = (rows[:, None, None, None], 0, *windows(top[rows], left[rows], MARK, MARK))
+    planted = images.clone()
+    planted[at] = (1 - OPACITY) * planted[at] + OPACITY * checkerboard
+    return Samples(planted, labels, marked.long())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from xai_edit.reproduce.experiments import Reproduction
@@ -15,8 +16,10 @@ from xai_edit.reproduce.unlearning import PATTERNS, RULES, Unlearning
 
 AT_HIGH_RATE: dict[str, Any] = {"training": {"learning_rate": 3e-3, "weight_decay": 1e-2}}
 COLOURED: dict[str, Any] = {**AT_HIGH_RATE, "flip": True}
-SMALL: dict[str, Any] = {"read": cifar10, "side": 32, "network": "conv-2net", **COLOURED}
+SMALL: dict[str, Any] = {"read": cifar10, "side": 32, "network": "conv-2net", "epochs": 10}
+SMALL |= COLOURED
 
+LargeUnlearning = partial(Unlearning, side=224, epochs=10, **COLOURED)
 CHANG = (  # Zero-shot class unlearning, Tables III to X
     Unlearning(
         name="npp-mnist",
@@ -30,56 +33,45 @@ CHANG = (  # Zero-shot class unlearning, Tables III to X
         classes=tuple(range(10)),
         rules=(*RULES, *PATTERNS),
     ),
-    Unlearning(
+    LargeUnlearning(
         name="npp-cifar10",
         title="class unlearning, resnet50 on cifar10",
         read=cifar10,
-        side=224,
         network="resnet50",
-        epochs=10,
         share=0.25,
         shares=(0.1, 0.15, 0.2, 0.25, 0.3),
         ks=(150, 200),
         classes=tuple(range(10)),
-        **COLOURED,
     ),
-    Unlearning(
+    LargeUnlearning(
         name="npp-cifar100",
         title="class unlearning, resnet50 on cifar100",
         read=cifar100,
-        side=224,
         network="resnet50",
-        epochs=10,
         share=0.1,
         shares=(0.075, 0.1, 0.125),
         ks=(150, 200),
         classes=(0,),
-        **COLOURED,
     ),
-    Unlearning(
+    LargeUnlearning(
         name="npp-imagenet",
         title="class unlearning, vgg16 on imagenet",
         read=imagenet,
-        side=224,
         network="vgg16",
-        epochs=10,
         share=0.1,
         shares=(0.02, 0.04, 0.08, 0.1, 0.12),
         ks=(100, 150, 200),
         classes=(0,),
-        **COLOURED,
     ),
 )
+NeutralizingPhotographs = partial(Neutralizing, side=224, network="resnet50")
 HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and Table 1
-    ClassRemoval(name="fcr-cifar10", title="one class removed by one weight", epochs=10, **SMALL),
-    SeveralClassesRemoval(
-        name="fcr-multi", title="several of ten classes removed", epochs=10, **SMALL
-    ),
+    ClassRemoval(name="fcr-cifar10", title="one class removed by one weight", **SMALL),
+    SeveralClassesRemoval(name="fcr-multi", title="several of ten classes removed", **SMALL),
     SeveralClassesRemoval(
         name="fcr-multi-100",
         title="several of CIFAR-100's classes removed",
-        epochs=10,
-        **{**SMALL, "read": cifar100, "network": "resnet18"},
+        **SMALL | {"read": cifar100, "network": "resnet18"},
     ),
     DigitRemoval(
         name="fcr-parity",
@@ -102,42 +94,36 @@ HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and T
         first_epochs=1,
         upweight=10,
     ),
-    Neutralizing(
+    NeutralizingPhotographs(
         name="fcr-waterbirds",
         title="a spurious feature neutralised: Waterbirds",
         read=waterbirds,
-        side=224,
-        network="resnet50",
         epochs=300,
-        erm={"learning_rate": 1e-3, "weight_decay": 1e-4},
+        erm={"learning_rate": 1e-3},
         group_dro={"learning_rate": 1e-5, "weight_decay": 1.0},
         jtt={"learning_rate": 1e-5, "weight_decay": 1.0},
         first_epochs=60,
         upweight=100,
     ),
-    Neutralizing(
+    NeutralizingPhotographs(
         name="fcr-celeba",
         title="a spurious feature neutralised: CelebA, hair and gender",
         read=celeba,
-        side=224,
-        network="resnet50",
         epochs=50,
-        erm={"learning_rate": 1e-4, "weight_decay": 1e-4},
+        erm={"learning_rate": 1e-4},
         group_dro={"learning_rate": 1e-5, "weight_decay": 0.1},
         jtt={"learning_rate": 1e-5, "weight_decay": 0.1},
         first_epochs=1,
         upweight=50,
     ),
     # No source gives numbers for these groups: those of Waterbirds, with fewer epochs.
-    Neutralizing(
+    NeutralizingPhotographs(
         name="fcr-metashift",
         title="a spurious feature neutralised: MetaShift, cats and dogs",
         read=metashift,
-        side=224,
-        network="resnet50",
         epochs=100,
         batch_size=16,
-        erm={"learning_rate": 1e-4, "weight_decay": 1e-4},
+        erm={"learning_rate": 1e-4},
         group_dro={"learning_rate": 1e-5, "weight_decay": 1.0},
         jtt={"learning_rate": 1e-5, "weight_decay": 1.0},
         first_epochs=20,
@@ -179,13 +165,12 @@ PRUNING = (  # Concept-aware network pruning
     PairPruning(
         name="cnp-crate-packet",
         title=f"{CNP}: crates and packets",
-        **{**CARTONS, "classes": ("n03871628", "n03127925"), "rows": (692, 519)},
+        **CARTONS | {"classes": ("n03871628", "n03127925"), "rows": (692, 519)},
     ),
     FewShotPruning(
         name="cnp-few-shot",
         title="pruning from ten images a class, without a watermark and without fine-tuning",
-        **{**SMALL, "network": "resnet20"},
-        epochs=10,
+        **SMALL | {"network": "resnet20"},
     ),
 )
 CATALOGUE: dict[str, Reproduction] = {each.name: each for each in (*CHANG, *HAKEMI, *PRUNING)}

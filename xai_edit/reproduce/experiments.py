@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -63,8 +64,6 @@ class Reproduction(ABC):
         Reads a split of the data: ``read(folder, split)`` or ``read(folder, split, side)``.
     network : str
         See `build`.
-    epochs : int
-        Of training.
     side : int or None
         Of the images; None where the reader has one size.
     training : mapping
@@ -81,8 +80,10 @@ class Reproduction(ABC):
     side: int | None = None
     training: Mapping[str, float] = field(default_factory=dict)
     flip: bool = False
+    options: Options = Options(Path(), Path())
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     methods: ClassVar[Collection[str]] = ()  # that are compared and that a user may choose from
+    choices: ClassVar[tuple[str, ...]] = ("network", "epochs", "side")  # options instead of fields
 
     @abstractmethod
     def summary(self, results: Mapping[str, Any]) -> Results:
@@ -95,90 +96,96 @@ class Reproduction(ABC):
     def run(self, options: Options) -> Results:
         """Measure what ``results.json`` does not have yet, and write it after each part.
 
-        Raises
-        ------
-        ValueError, OSError
-            If the data or the network is not there, an option is wrong, or the folder has a run
-            with other settings.
+        ValueError or OSError if the data or the network is not there, an option is wrong, or the
+        folder has a run with other settings.
         """
         for method in options.methods or ():
             require(bool(self.methods), "methods", method, f"{self.name} has none to choose from")
             one_of(method, self.methods, "methods")
         distinct(options.seeds, "seeds", "name each seed once")
-        images = self.images(options)
-        results, path = opened(options, self.setting(options, *images))
-        for _ in self.measured(options, results, *images):
+        chosen = self.with_options(options)
+        images = chosen.images()
+        results, path = opened(options, chosen.setting(*images))
+        for _ in chosen.measured(results, *images):
             write_atomically(path, json.dumps(results, indent=1).encode())
         return results
 
-    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+    def with_options(self, options: Options) -> Reproduction:
+        """Return the reproduction with a user's options in place of its own settings."""
+        own = {key: getattr(self, key) for key in self.choices}
+        given = {key: getattr(options, key) or value for key, value in own.items() if value}
+        return replace(self, options=options, **given)
+
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
         """Return what is measured on the network of one seed, as JSON values."""
         raise NotImplementedError
 
-    def measured(self, options: Options, results: Results, *images: ImageSet) -> Iterator[None]:
+    def measured(self, results: Results, *images: ImageSet) -> Iterator[None]:
         """Add seed after seed to the results, yielding after each."""
         found = results.setdefault("seeds", {})
-        todo = [seed for seed in options.seeds if str(seed) not in found]
-        for seed in tqdm(todo, desc=self.name, unit="seed", disable=options.quiet):
-            found[str(seed)] = self.one_seed(options, seed, *images)
+        todo = [seed for seed in self.options.seeds if str(seed) not in found]
+        for seed in tqdm(todo, desc=self.name, unit="seed", disable=self.options.quiet):
+            found[str(seed)] = self.one_seed(seed, *images)
             yield
 
-    def images(self, options: Options) -> list[ImageSet]:
+    def images(self) -> list[ImageSet]:
         """Read the splits, at most ``limit`` images a class of each."""
-        side = {} if self.side is None else {"side": options.side or self.side}
-        read = [self.read(options.data_root, split, **side) for split in self.splits]
-        chosen = self.chosen(options, read)
-        return chosen if options.limit is None else [one.first(options.limit) for one in chosen]
+        root, limit = self.options.data_root, self.options.limit
+        side = {} if self.side is None else {"side": self.side}
+        chosen = self.chosen([self.read(root, split, **side) for split in self.splits])
+        return chosen if limit is None else [one.first(limit) for one in chosen]
 
-    def chosen(self, options: Options, images: list[ImageSet]) -> list[ImageSet]:
+    def chosen(self, images: list[ImageSet]) -> list[ImageSet]:
         """Return the images that the run is about."""
         return images
 
-    def setting(self, options: Options, *images: ImageSet) -> dict[str, Any]:
+    def setting(self, *images: ImageSet) -> dict[str, Any]:
         """Return what has to be the same for a run to go on."""
+        options = self.options
         sizes = {split: len(one) for split, one in zip(self.splits, images, strict=True)}
         return {
             "run": self.name,
-            "network": options.network or self.network,
+            "network": self.network,
             "weights": options.weights,
-            "epochs": options.epochs or self.epochs,
+            "epochs": self.epochs,
             "limit": options.limit,
             "methods": None if options.methods is None else [*options.methods],
             "images": {**sizes, "side": images[0].side},
         }
 
-    def built(
-        self, options: Options, seed: int, images: ImageSet, classes: int | None = None
-    ) -> nn.Module:
+    def built(self, seed: int, images: ImageSet) -> nn.Module:
         """Return an untrained network; the seed draws its weights."""
         torch.manual_seed(seed)
-        network = options.network or self.network
-        classes = classes or int(images.labels.max()) + 1
-        return build(network, len(images.mean), classes, images.side).to(options.device)
+        classes = int(images.labels.max()) + 1
+        model = build(self.network, len(images.mean), classes, images.side)
+        return model.to(self.options.device)
 
-    def trained(
-        self, options: Options, seed: int, images: ImageSet, classes: int | None = None
-    ) -> nn.Module:
+    def trained(self, seed: int, images: ImageSet) -> nn.Module:
         """Return a network with the user's weights, else trained on the images."""
-        model = self.built(options, seed, images, classes)
-        if options.weights is not None:
-            return load_weights(model, options.network or self.network, options.weights)
+        model = self.built(seed, images)
+        if self.options.weights is not None:
+            return load_weights(model, self.network, self.options.weights)
         batches = Epochs(images, 1000 * seed, BATCH, flip=self.flip)
-        return fit(model, batches, **self.schedule(options, images))
+        return fit(model, batches, **self.schedule(images))
 
-    def schedule(self, options: Options, images: ImageSet, batch_size: int = BATCH) -> Any:
+    def schedule(self, images: ImageSet, batch_size: int = BATCH) -> Any:
         """Return the arguments of `fit` for batches of these images."""
-        steps = -(-len(images) // batch_size)
-        return {"epochs": options.epochs or self.epochs, "steps": steps, **self.training}
+        return {"epochs": self.epochs, "steps": -(-len(images) // batch_size), **self.training}
+
+
+@contextmanager
+def refusals(rows: list[Results], row: Mapping[str, Any]) -> Iterator[None]:
+    """Add a row with the reason where what is tried in the block raises ValueError."""
+    try:
+        yield
+    except ValueError as problem:
+        rows.append({**row, "refused": str(problem)})
 
 
 def opened(options: Options, setting: Mapping[str, Any]) -> tuple[Results, Path]:
     """Return what a run has measured so far, and the file it is written to.
 
-    Raises
-    ------
-    ValueError
-        If the folder holds a run with other settings, or a file that is no run.
+    ValueError if the folder holds a run with other settings, or a file that is no run.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning
-from torch import Tensor, nn
+from torch import nn
 
 from xai_edit.core.analysis import following_batch_norms
+from xai_edit.core.data import model_device
 from xai_edit.core.layers import CONVOLUTIONS
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.lrp.lrp import LRP, Scorer
 from xai_edit.pruning.coupled_channels import channel_groups
 from xai_edit.pruning.ranking import Prunable, prunable
 from xai_edit.pruning.schedule import Schedule, pruned
-from xai_edit.pruning.torch_pruning_importance import TorchPruningImportance
 from xai_edit.reproduce import summaries, tables
-from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
-from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
+from xai_edit.reproduce.experiments import Reproduction
+from xai_edit.reproduce.pruning_methods import SCORERS
+from xai_edit.reproduce.training import logits_of
+from xai_edit.scoring.criteria import Random
 from xai_edit.scoring.unit_scores import Aggregate, UnitScores, score_units
 
 SHARES = tuple(percent / 100 for percent in range(5, 65, 5))
@@ -38,39 +38,26 @@ RESTRICTED_MEASURED = 100  # test images of each of those classes
 class Criterion:
     """How a filter is scored.
 
-    Attributes
-    ----------
-    scorer : callable
-        Gives the scorer of a seed.
-    behind_norm : bool
-        Scores are read behind the batch norm that follows a convolution, which is what pruning
-        switches off. LRP merges the norm, so that both places have one relevance.
-    aggregate : {"abs", "sum"}
-        Whether samples are summed by their absolute values, or with their signs and the absolute
-        value is that of the sum.
+    With ``behind_norm`` scores are read behind the batch norm that follows a convolution, which is
+    what pruning switches off. LRP merges the norm, so that both places have one relevance.
     """
 
-    scorer: Callable[[int], Scorer]
+    scorer: Callable[[int], Scorer]  # of a seed
     behind_norm: bool = False
     aggregate: Aggregate = "abs"
 
 
-_IMPORTANCE = torch_pruning.importance
 METHODS = {
-    "LRP epsilon-plus": Criterion(lambda _: LRP("epsilon-plus", initial="one")),
+    "LRP epsilon-plus": Criterion(SCORERS["LRP"]),
     "LRP epsilon": Criterion(lambda _: LRP("epsilon", initial="one")),
-    "Taylor": Criterion(lambda _: Taylor(), behind_norm=True),
-    "Taylor (before the norm)": Criterion(lambda _: Taylor()),
-    "Taylor (summed)": Criterion(lambda _: Taylor(), behind_norm=True, aggregate="sum"),
-    "weight magnitude": Criterion(lambda _: WeightMagnitude()),
-    "activation": Criterion(lambda _: Activation(), behind_norm=True),
-    "activation (before the norm)": Criterion(lambda _: Activation()),
-    "Torch-Pruning: magnitude": Criterion(
-        lambda _: TorchPruningImportance(_IMPORTANCE.GroupMagnitudeImportance())
-    ),
-    "Torch-Pruning: Taylor": Criterion(
-        lambda _: TorchPruningImportance(_IMPORTANCE.GroupTaylorImportance())
-    ),
+    "Taylor": Criterion(SCORERS["Taylor"], behind_norm=True),
+    "Taylor (before the norm)": Criterion(SCORERS["Taylor"]),
+    "Taylor (summed)": Criterion(SCORERS["Taylor"], behind_norm=True, aggregate="sum"),
+    "weight magnitude": Criterion(SCORERS["weight magnitude"]),
+    "activation": Criterion(SCORERS["activation"], behind_norm=True),
+    "activation (before the norm)": Criterion(SCORERS["activation"]),
+    "Torch-Pruning: magnitude": Criterion(SCORERS["Torch-Pruning magnitude"]),
+    "Torch-Pruning: Taylor": Criterion(SCORERS["Torch-Pruning Taylor"]),
     "random": Criterion(Random),
 }
 
@@ -84,20 +71,22 @@ class FewShotPruning(Reproduction):
     """
 
     methods = tuple(METHODS)
+    summary = staticmethod(summaries.few_shot_pruning)
+    tables = staticmethod(tables.few_shot_pruning)
 
-    def setting(self, options: Options, *images: ImageSet) -> dict[str, Any]:
+    def setting(self, *images: ImageSet) -> dict[str, Any]:
         """Return what has to be the same for a run to go on."""
-        return super().setting(options, *images) | {
+        return super().setting(*images) | {
             "references": REFERENCES,
             "shares": [*SHARES],
             "restricted_share": RESTRICTED_SHARE,
-            "methods": [*(options.methods or METHODS)],
+            "methods": [*(self.options.methods or METHODS)],
         }
 
-    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
         """Return accuracies by method and share, and on each draw of three classes."""
-        model = self.trained(options, seed, images[0])
-        methods = {key: METHODS[key] for key in options.methods or METHODS}
+        model = self.trained(seed, images[0])
+        methods = {key: METHODS[key] for key in self.options.methods or METHODS}
         generator = torch.Generator().manual_seed(seed)
         train, test = (one[torch.randperm(len(one), generator=generator)] for one in images)
         references = train.first(REFERENCES)
@@ -127,18 +116,10 @@ class FewShotPruning(Reproduction):
             restricted.append(row)
         return {"all": all_classes, "restricted": restricted}
 
-    def summary(self, results: Mapping[str, Any]) -> Results:
-        """Return mean accuracies over seeds, and differences within a seed."""
-        return summaries.few_shot_pruning(results)
-
-    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
-        """Return accuracies with their 95 % intervals over seeds, for both tasks."""
-        return tables.few_shot_pruning(summary)
-
 
 def filters(model: nn.Module, images: ImageSet) -> Prunable:
     """Return the filters that can be pruned: those of all convolutions that are free to go."""
-    inputs = next(iter(images))[0].to(next(model.parameters()).device)
+    inputs = next(iter(images))[0].to(model_device(model))
     names = [key for key, module in model.named_modules() if isinstance(module, CONVOLUTIONS)]
     return prunable(channel_groups(model, inputs[:1]), names)
 
@@ -147,17 +128,13 @@ def planned(
     model: nn.Module, images: ImageSet, found: Prunable, criterion: Criterion, seed: int
 ) -> Callable[[float], ModelEdit]:
     """Score the filters once; return what prunes a share of them, as `RelevancePruning` does."""
-    inputs = next(iter(images))[0].to(next(model.parameters()).device)
+    inputs = next(iter(images))[0].to(model_device(model))
     read = {layer: layer for layer in found.layers}
     if criterion.behind_norm:
         read |= following_batch_norms(model, inputs[:1], found.layers)
+    layers, kind = [*read.values()], criterion.aggregate
     at_places = score_units(
-        model,
-        images,
-        criterion.scorer(seed),
-        layers=[*read.values()],
-        target="label",
-        aggregate=criterion.aggregate,
+        model, images, criterion.scorer(seed), layers=layers, target="label", aggregate=kind
     )
     sums = {layer: at_places.sums[place].abs() for layer, place in read.items()}
     scores = UnitScores(sums, at_places.samples)
@@ -169,19 +146,8 @@ def planned(
     return plan
 
 
-class _Restricted(nn.Module):
-    """A classifier of some of a model's classes."""
-
-    def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
-        super().__init__()
-        self.model, self.classes = model, [*classes]
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)[:, self.classes]
-        return logits
-
-
 def accuracy(model: nn.Module, images: ImageSet, classes: Sequence[int]) -> float:
-    """Return the share of images whose class has the highest logit of some classes, sorted."""
-    labels = torch.searchsorted(torch.tensor([*classes]), images.labels)
-    return evaluate_groups(_Restricted(model, classes), replace(images, labels=labels)).average
+    """Return the share of images whose class has the highest logit of some classes."""
+    among = torch.tensor([*classes])
+    predicted = among[logits_of(model, images)[:, among].argmax(1)]
+    return float((predicted == images.labels).double().mean())

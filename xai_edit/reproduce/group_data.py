@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,9 @@ def waterbirds(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     number = _split_number(split)
     table = Path(folder, WATERBIRDS, "metadata.csv")
     _require(table, f"https://nlp.stanford.edu/data/dro/{WATERBIRDS}.tar.gz has it")
-    columns = {"img_filename": None, "y": YES, "split": SPLIT, "place": YES}
-    files, labels, places = [], [], []
-    for name, label, of_split, place in _rows(table, columns):
-        if of_split == number:
-            files.append(f"{table.parent}/{name}")
-            labels.append(label)
-            places.append(place)
-    return _images(files, labels, places, side, split, table)
+    rows = _rows(table, {"img_filename": None, "y": YES, "place": YES, "split": SPLIT})
+    found = [(table.parent / name, *groups) for name, *groups, part in rows if part == number]
+    return _images(found, side, split, table)
 
 
 def celeba(folder: str | Path, split: str, side: int = 224) -> ImageSet:
@@ -65,30 +61,20 @@ def celeba(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     kind = ".csv" if (place / "list_attr_celeba.csv").is_file() else ".txt"
     attributes, partition = place / f"list_attr_celeba{kind}", place / f"list_eval_partition{kind}"
     images = place / "img_align_celeba"
+    remedy = f"torchvision.datasets.CelebA({str(folder)!r}, download=True) gets it, and Kaggle's "
+    remedy += "jessicali9530/celeba-dataset has it, with .csv for .txt"
     for needed in (attributes, partition, images):
-        _require(
-            needed,
-            f"torchvision.datasets.CelebA({str(folder)!r}, download=True) gets it, and Kaggle's "
-            "jessicali9530/celeba-dataset has it, with .csv for .txt",
-        )
-    header = None if kind == ".csv" else ("image_id", "partition")
-    numbers = dict(_rows(partition, {"image_id": None, "partition": SPLIT}, header))
+        _require(needed, remedy)
+    parts = dict(_rows(partition, {"image_id": None, "partition": SPLIT}))
     images = images / images.name if (images / images.name).is_dir() else images
-    files, labels, males, listed = [], [], [], set()
-    for name, blond, male in _rows(
-        attributes, {"image_id": None, "Blond_Hair": SIGN, "Male": SIGN}
-    ):
-        listed.add(name)
-        if numbers.get(name) == number:
-            files.append(f"{images}/{name}")
-            labels.append(blond)
-            males.append(male)
-    if differing := listed ^ numbers.keys():
+    rows = [*_rows(attributes, {"image_id": None, "Blond_Hair": SIGN, "Male": SIGN})]
+    if differing := {name for name, *_ in rows} ^ parts.keys():
         raise ValueError(
             f"data-root: {attributes} and {partition} are not of the same images "
             f"({len(differing)} are in one only, such as {min(differing)}); get both anew"
         )
-    return _images(files, labels, males, side, split, partition)
+    found = [(images / name, *groups) for name, *groups in rows if parts[name] == number]
+    return _images(found, side, split, partition)
 
 
 def metashift(folder: str | Path, split: str, side: int = 224) -> ImageSet:
@@ -104,19 +90,17 @@ def metashift(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     such as ``train/cat/cat(sofa)``.
     """
     _split_number(split)
-    found = [place for name in METASHIFT if (place := Path(folder, name)).is_dir()]
-    place = found[0] if found else Path(folder, METASHIFT[0])
+    places = [Path(folder, name) for name in METASHIFT]
+    place = next(filter(Path.is_dir, places), places[0])
     part = "train" if split == "train" else "test"
-    files, labels, backgrounds = [], [], []
+    found: list[tuple[Any, ...]] = []
     for name, outdoors in METASHIFT_FOLDERS[part].items():
         animal = name.partition("(")[0]
         images = place / part / animal / name
         _require(images, "https://github.com/Wuyxin/DISC says where to get it")
-        mine = sorted(str(file) for file in images.iterdir() if is_image_file(file.name))
-        files += mine
-        labels += [("cat", "dog").index(animal)] * len(mine)
-        backgrounds += [outdoors] * len(mine)
-    read = _images(files, labels, backgrounds, side, split, place)
+        files = sorted(file for file in images.iterdir() if is_image_file(file.name))
+        found += [(file, ("cat", "dog").index(animal), outdoors) for file in files]
+    read = _images(found, side, split, place)
     if split == "train":
         return read
     order = torch.randperm(len(read), generator=torch.Generator().manual_seed(0))
@@ -138,64 +122,49 @@ def _require(path: Path, remedy: str) -> None:
         raise FileNotFoundError(f"data-root: {path} is missing; {remedy}")
 
 
-def _rows(
-    file: Path,
-    columns: Mapping[str, Sequence[str] | None],
-    header: Sequence[str] | None = None,
-) -> Iterator[list[Any]]:
-    """Yield the values of some columns of each row, of a CSV file or of words in lines.
+def _rows(file: Path, columns: dict[str, Sequence[str] | None]) -> Iterator[list[Any]]:
+    """Yield the values of some columns of each row, of a CSV file or of CelebA's lists of words.
 
     What a column may say becomes its number there; where that is None, the value stays text.
     """
     with file.open(encoding="utf-8-sig", newline="") as opened:
-        lines = enumerate(
-            csv.reader(opened) if file.suffix == ".csv" else map(str.split, opened), 1
-        )
-        if header is None:
+        rows = csv.reader(opened) if file.suffix == ".csv" else map(str.split, opened)
+        lines = enumerate(rows, 1)
+        if file.name == "list_eval_partition.txt":  # which has no names of its columns
+            header = [*columns]
+        elif file.suffix == ".csv":
             header = next(lines, (0, []))[1]
-            if file.suffix != ".csv":  # the text of CelebA: a count, then names but for the first
-                header = ["image_id", *next(lines, (0, []))[1]]
+        else:  # a count, then the names of all columns but the first
+            header = ["image_id", *next(islice(lines, 1, 2), (0, []))[1]]
         if absent := [name for name in columns if name not in header]:
             raise ValueError(f"data-root: {file} has no column {', '.join(absent)}")
-        wanted = [(name, header.index(name), known) for name, known in columns.items()]
         for line, row in lines:
             if not row:
                 continue
+            where = f"data-root: {file}, line {line}"
             if len(row) != len(header):
-                raise ValueError(
-                    f"data-root: {file}, line {line}: {len(row)} values for {len(header)} columns"
-                )
-            for name, at, known in wanted:
-                if known is not None and row[at] not in known:
+                raise ValueError(f"{where}: {len(row)} values for {len(header)} columns")
+            values: list[Any] = []
+            for name, known in columns.items():
+                value = row[header.index(name)]
+                if known is not None and value not in known:
                     raise ValueError(
-                        f"data-root: {file}, line {line}: {name} is {row[at]!r}; it is one of "
-                        f"{', '.join(known)}"
+                        f"{where}: {name} is {value!r}; it is one of {', '.join(known)}"
                     )
-            yield [row[at] if known is None else known.index(row[at]) for _, at, known in wanted]
+                values.append(value if known is None else known.index(value))
+            yield values
 
 
-def _images(
-    files: Sequence[str],
-    labels: Sequence[int],
-    attribute: Sequence[int],
-    side: int,
-    split: str,
-    origin: Path,
-) -> ImageSet:
-    if not files:
+def _images(rows: Sequence[tuple[Any, ...]], side: int, split: str, origin: Path) -> ImageSet:
+    """Return the images of files with their labels and attributes."""
+    if not rows:
         raise ValueError(f"data-root: {origin} has no images for the split {split}")
+    files, labels, attribute = zip(*((str(file), *groups) for file, *groups in rows), strict=True)
     absent = [file for file in files if not os.path.isfile(file)]
     if absent:
         raise FileNotFoundError(
             f"data-root: {absent[0]} is missing, and {len(absent) - 1} more of the {len(files)} "
             f"images that {origin} names; unpack the images there"
         )
-    return ImageSet(
-        files,
-        torch.tensor(labels),
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        side,
-        batch_size=32,
-        attribute=torch.tensor(attribute),
-    )
+    given: dict[str, Any] = {"attribute": torch.tensor(attribute), "batch_size": 32}
+    return ImageSet(files, torch.tensor(labels), IMAGENET_MEAN, IMAGENET_STD, side, **given)

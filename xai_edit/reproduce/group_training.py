@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.core.checks import positive, require, whole_number
-from xai_edit.core.data import Batch, model_device
-from xai_edit.core.guard import preserved
-from xai_edit.core.layers import predict
+from xai_edit.core.data import Batch
 from xai_edit.core.training import cross_entropy, fine_tuned, seeded
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
+from xai_edit.reproduce.training import logits_of
 
-Draw = Callable[[torch.Generator], Tensor]
-"""Draws the images of an epoch, as indices."""
+Draw = Callable[[torch.Generator], Tensor]  # of the images of an epoch, as indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +39,6 @@ class Training:
     validation : ImageSet, optional
         With the attribute. The network is kept as it was after the epoch of the highest
         worst-group accuracy; after the last epoch without it.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range, or an attribute is missing.
     """
 
     epochs: int
@@ -65,7 +58,7 @@ class Training:
 
     def erm(self, model: nn.Module, images: ImageSet) -> ModelEdit:
         """Train on the mean loss of all images: empirical risk minimisation (Vapnik 1992)."""
-        made, origin = self._trained(model, images, _shuffled(torch.arange(len(images))))
+        made, origin = self._trained(model, images)
         return ModelEdit.to_copy(model, made, {"operator": "erm", **origin})
 
     def group_dro(
@@ -79,20 +72,9 @@ class Training:
         """Train for the group of the highest loss: group distributionally robust optimisation.
 
         Sagawa et al. 2020, *Distributionally robust neural networks for group shifts*, Algorithm
-        1, on batches in which every (class, attribute) group is drawn equally often; see
-        `GroupWeights`. It helps only where the network does not fit every training image: stop
-        early by ``validation``, or take a strong ``weight_decay``.
-
-        Parameters
-        ----------
-        model : nn.Module
-        images : ImageSet
-            With the attribute.
-        step_size : float
-            η of the groups' weights; 0 keeps them equal.
-        adjustment : float
-            C of Section 3.3, which the paper tries from 0 to 5: a small group generalises worse
-            than its training loss says.
+        1, on batches in which every (class, attribute) group is drawn equally often. It helps only
+        where the network does not fit every training image: stop early by ``validation``, or take
+        a strong ``weight_decay``. ``step_size`` and ``adjustment`` are those of `GroupWeights`.
         """
         positive(step_size, "step_size", zero=True)
         positive(adjustment, "adjustment", zero=True)
@@ -105,9 +87,8 @@ class Training:
 
         weights = GroupWeights(sizes, step_size, adjustment)
         made, origin = self._trained(model, images, balanced, loss=weights, cells=cells)
-        origin |= {"step_size": step_size, "adjustment": adjustment}
+        origin |= {"step_size": step_size, "adjustment": adjustment, "weights": weights.q.tolist()}
         origin |= {"groups": images.counts().nonzero().tolist(), "sizes": sizes.tolist()}
-        origin["weights"] = weights.q.tolist()
         return ModelEdit.to_copy(model, made, {"operator": "group_dro", **origin})
 
     def jtt(
@@ -119,22 +100,22 @@ class Training:
         information*, Algorithm 1. Both trainings start from the same network: the first has T
         epochs (``first_epochs``), which the paper tunes by worst-group accuracy; in each epoch of
         the second an error comes λ_up times (``upweight``). Only validation needs groups.
-
-        Raises
-        ------
-        ValueError
-            If the first network makes no errors.
+        ValueError if the first network makes no errors.
         """
         whole_number(first_epochs, "first_epochs", least=1)
         whole_number(upweight, "upweight", least=1)
-        every = torch.arange(len(images))
-        settings = {name: value for name, value in vars(self).items() if name != "validation"}
-        brief = Training(**settings | {"epochs": first_epochs})
-        errors = ~_right(brief._trained(model, images, _shuffled(every))[0], images)
+        brief = replace(self, epochs=first_epochs, validation=None)
+        first, _ = brief._trained(model, images)
+        errors = logits_of(first, images).argmax(1) != images.labels
         works = f"the network is right about all {len(images)} images; train for fewer epochs"
         require(bool(errors.any()), "first_epochs", first_epochs, works)
-        repeated = every.repeat_interleave(torch.where(errors, upweight, 1))
-        made, origin = self._trained(model, images, _shuffled(repeated))
+        often = torch.where(errors, upweight, 1)
+        repeated = torch.arange(len(images)).repeat_interleave(often)
+
+        def shuffled(generator: torch.Generator) -> Tensor:
+            return repeated[torch.randperm(len(repeated), generator=generator)]
+
+        made, origin = self._trained(model, images, shuffled)
         origin |= {"first_epochs": first_epochs, "upweight": upweight}
         origin["errors"] = int(errors.sum())
         return ModelEdit.to_copy(model, made, {"operator": "jtt", **origin})
@@ -143,18 +124,19 @@ class Training:
         self,
         model: nn.Module,
         images: ImageSet,
-        draw: Draw,
+        draw: Draw | None = None,
         *,
         loss: Callable[[Tensor, Batch], Tensor] = cross_entropy,
         cells: Tensor | None = None,
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """Train a copy on the images that are drawn for each epoch; return it and its origin."""
+        """Train a copy on all images, or on those drawn; return it and its origin."""
         worst: list[float] = []
         best: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(self.seed)
 
         def epoch(number: int) -> Iterator[Batch]:
-            for rows in draw(generator).split(self.batch_size):
+            order = draw(generator) if draw else torch.randperm(len(images), generator=generator)
+            for rows in order.split(self.batch_size):
                 inputs, labels, *_ = images.batch(rows)
                 yield Batch(inputs, labels, None if cells is None else cells[rows])
 
@@ -164,22 +146,15 @@ class Training:
                 if worst[-1] > max(worst[:-1], default=-1.0):
                     best.update({k: v.clone() for k, v in network.state_dict().items()})
 
+        own = {name: value for name, value in vars(self).items() if name != "validation"}
+        given: Any = {name: own[name] for name in own if name != "batch_size"}
         with seeded(self.seed):
             made, steps = fine_tuned(
-                model,
-                epoch,
-                epochs=self.epochs,
-                learning_rate=self.learning_rate,
-                weight_decay=self.weight_decay,
-                seed=self.seed,
-                statistics=True,
-                loss=loss,
-                after_epoch=validate,
+                model, epoch, statistics=True, loss=loss, after_epoch=validate, **given
             )
         if best:
             made.load_state_dict(best)
-        origin = {name: value for name, value in vars(self).items() if name != "validation"}
-        return made, {**origin, "samples": len(images), "steps": steps, "worst_groups": worst}
+        return made, {**own, "samples": len(images), "steps": steps, "worst_groups": worst}
 
 
 @dataclass(eq=False)
@@ -195,8 +170,11 @@ class GroupWeights:
     ----------
     sizes : Tensor, int64, shape (G,)
         n_g, images of each group in the training data.
-    step_size, adjustment : float
-        η and C.
+    step_size : float
+        η; 0 keeps the weights equal.
+    adjustment : float
+        C of Section 3.3, which the paper tries from 0 to 5: a small group generalises worse than
+        its training loss says.
     """
 
     sizes: Tensor
@@ -216,16 +194,13 @@ class GroupWeights:
         """Take one step of the weights; return the loss by the new ones."""
         assert batch.labels is not None
         assert batch.groups is not None
-        losses = nn.functional.cross_entropy(
-            logits, batch.labels.to(logits.device), reduction="none"
-        )
+        labels = batch.labels.to(logits.device)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         present, place = batch.groups.cpu().unique(return_inverse=True)
         members = nn.functional.one_hot(place).to(losses)
         of_group = members.T @ losses / members.sum(0)  # ℓ_g
-        seen = of_group.detach().double().cpu()
-        self.log_q[present] += self.step_size * (
-            seen + self.adjustment / self.sizes[present].double().sqrt()
-        )
+        extra = self.adjustment / self.sizes[present].double().sqrt()
+        self.log_q[present] += self.step_size * (of_group.detach().double().cpu() + extra)
         self.log_q = self.log_q.log_softmax(0)
         return (self.q[present].to(of_group) * of_group).sum()
 
@@ -237,16 +212,3 @@ def _cells(images: ImageSet, name: str = "images") -> Tensor:
     pairs = torch.stack([images.labels, images.attribute], 1)
     cells: Tensor = pairs.unique(dim=0, return_inverse=True)[1]
     return cells
-
-
-def _right(model: nn.Module, images: ImageSet) -> Tensor:
-    """Return which images a model gets right, bool, shape (samples,)."""
-    device = model_device(model)
-    with preserved(model), torch.no_grad():
-        hits = [predict(model, x.to(device)).argmax(1).cpu() == y for x, y, *_ in images]
-    return torch.cat(hits)
-
-
-def _shuffled(rows: Tensor) -> Draw:
-    """Return a function that shuffles ``rows``, each of which comes once an epoch."""
-    return lambda generator: rows[torch.randperm(len(rows), generator=generator)]

@@ -22,7 +22,7 @@ from xai_edit.evaluation.evaluate_groups import evaluate_groups, evaluate_head
 from xai_edit.last_layer.fictitious_class import FictitiousClass
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.reproduce import summaries, tables
-from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
+from xai_edit.reproduce.experiments import Reproduction, Results, refusals
 from xai_edit.reproduce.group_training import Training
 from xai_edit.reproduce.networks import load_weights
 
@@ -35,15 +35,9 @@ class Neutralizing(Reproduction):
     """Edits planned on the validation split beside methods that train, as in DFR.
 
     Training starts from the weights of ImageNet with ``weights="DEFAULT"``; a file is the trained
-    network itself, and methods that train are left out.
-
-    Attributes
-    ----------
-    batch_size : int
-    erm, group_dro, jtt : mapping
-        Learning rate and weight decay of each training; those of the sources.
-    first_epochs, upweight : int
-        Of JTT.
+    network itself, and methods that train are left out. ``erm``, ``group_dro`` and ``jtt`` are the
+    learning rate and weight decay of each training, those of the sources; ``first_epochs`` and
+    ``upweight`` are of JTT.
     """
 
     batch_size: int = 128
@@ -57,27 +51,21 @@ class Neutralizing(Reproduction):
         *("FCR: SCA", "FCR: SCA (least gap)", "FCR: SCA (one class)"),
         *("FCR: gradient × activation", "FCR: exact", "LEACE", "DFR", "group DRO", "JTT"),
     )
+    summary = staticmethod(summaries.neutralizing)
+    tables = staticmethod(tables.neutralizing)
 
-    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
-        """Return the rows of all methods, and the sweep over rates."""
-        return self.compared(options, seed, *images)
-
-    def compared(
-        self, options: Options, seed: int, train: ImageSet, validation: ImageSet, test: ImageSet
-    ) -> dict[str, Any]:
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
         """Train a network, edit it by each method, and measure all on the test images."""
-        counts = train.counts()
-        epochs = options.epochs or self.epochs
-        training = partial(Training, epochs=epochs, batch_size=self.batch_size, seed=seed)
-        start = self.built(options, seed, train)
-        network, trains = options.network or self.network, options.weights in (None, "DEFAULT")
-        if options.weights == "DEFAULT":
-            _load_fitting(start, network)
-        if trains:
+        train, validation, test = images
+        counts, weights = train.counts(), self.options.weights
+        training = partial(Training, epochs=self.epochs, batch_size=self.batch_size, seed=seed)
+        start = self.built(seed, train)
+        if weights == "DEFAULT":
+            _load_fitting(start, self.network)
+        if trains := weights is None or weights == "DEFAULT":
             model = _edited(start, training(**self.erm).erm(start, train))
         else:
-            assert options.weights is not None
-            model = load_weights(start, network, options.weights)
+            model = load_weights(start, self.network, weights)
         planning, held = (
             collect_head_features(model, one, with_attribute=True) for one in (validation, test)
         )
@@ -85,58 +73,41 @@ class Neutralizing(Reproduction):
         # MetaShift: all validation images are on shelves, so backgrounds are learned from training.
         source = collect_head_features(model, train, with_attribute=True) if one_kind else planning
         before = _figures(evaluate_head(held, train_samples=counts))
-        rows: list[dict[str, Any]] = [{"method": "unedited (ERM)", **before}]
+        rows: list[Results] = [{"method": "unedited (ERM)", **before}]
         for method, plan in _plans(model, source, planning).items():
-            if not options.wants(method):
+            if not self.options.wants(method):
                 continue
-            try:
+            with refusals(rows, {"method": method}):
                 edit = plan()
-            except ValueError as problem:
-                rows.append({"method": method, "refused": str(problem)})
-                continue
-            figures = _figures(evaluate_head(held.edited(edit), train_samples=counts))
-            row = {"method": method, **figures, "weights_changed": edit.size}
-            rows.append(row | {k: v for k, v in edit.origin.items() if k in ("rows", "reason")})
+                figures = _figures(evaluate_head(held.edited(edit), train_samples=counts))
+                row = {"method": method, **figures, "weights_changed": edit.size}
+                rows.append(row | {k: v for k, v in edit.origin.items() if k in ("rows", "reason")})
         dro, jtt = (training(**one, validation=validation) for one in (self.group_dro, self.jtt))
-        first = min(self.first_epochs, epochs)
+        first = min(self.first_epochs, self.epochs)
         trained: dict[str, Callable[..., ModelEdit]] = {
             "group DRO": dro.group_dro,
             "JTT": partial(jtt.jtt, first_epochs=first, upweight=self.upweight),
         }
         for method, train_it in trained.items():
-            if trains and options.wants(method):
+            if trains and self.options.wants(method):
                 other = _edited(start, train_it(start, train))
                 figures = _figures(evaluate_groups(other, test, train_samples=counts))
                 rows.append({"method": method, **figures})
         return {"rows": rows, "sweeps": _sweeps(model, source, planning)}
 
-    def summary(self, results: Mapping[str, Any]) -> Results:
-        """Return figures by method, over seeds, and the sweep of the first seed."""
-        return summaries.neutralizing(results)
-
-    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
-        """Return Table 1: worst group, averages and gap."""
-        return tables.neutralizing(summary)
-
 
 @dataclass(frozen=True, kw_only=True)
 class NeutralizingColours(Neutralizing):
-    """Coloured digits: below 5 or not, where red and green agree with it in a share ρ.
+    """Coloured digits: below 5 or not, where red and green agree with it in a share ρ."""
 
-    Attributes
-    ----------
-    strengths : tuple of float
-        The shares ρ.
-    """
-
-    strengths: tuple[float, ...]
+    strengths: tuple[float, ...]  # the shares ρ
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
-    def chosen(self, options: Options, images: list[ImageSet]) -> list[ImageSet]:
+    def chosen(self, images: list[ImageSet]) -> list[ImageSet]:
         """Return the digits in two classes."""
         return [one.regrouped(lambda digit: (digit >= 5).long()) for one in images]
 
-    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
         """Return what is measured at each strength."""
         train, test = images
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
@@ -148,7 +119,7 @@ class NeutralizingColours(Neutralizing):
             # A digit is in both colours: planning takes the first images, measuring the others.
             planning, held = both.first(labelled), both.first(len(both), start=labelled)
             coloured = shortcut.train(train, seed)
-            found[str(strength)] = self.compared(options, seed, coloured, planning, held)
+            found[str(strength)] = super().one_seed(seed, coloured, planning, held)
         return found
 
 
@@ -169,40 +140,33 @@ def _plans(
     model: nn.Module, source: HeadFeatures, planning: HeadFeatures
 ) -> dict[str, Callable[[], ModelEdit]]:
     """Return what plans each edit of the last layer."""
-    one: dict[str, Any] = {"validation": planning}
-    both = {"fictitious": [0, 1], **one}  # each value of the attribute speaks for a class
+
+    def removal(operator: FictitiousClass, **more: Any) -> Callable[[], ModelEdit]:
+        return partial(operator.plan, model, source, validation=planning, **more)
+
+    both = [0, 1]  # each value of the attribute speaks for a class
     return {
-        "FCR: SCA": partial(FictitiousClass().plan, model, source, **both),
-        "FCR: SCA (least gap)": partial(
-            FictitiousClass(rate="least-gap").plan, model, source, **both
+        "FCR: SCA": removal(FictitiousClass(), fictitious=both),
+        "FCR: SCA (least gap)": removal(FictitiousClass(rate="least-gap"), fictitious=both),
+        "FCR: SCA (one class)": removal(FictitiousClass()),
+        "FCR: gradient × activation": removal(
+            FictitiousClass("gradient-activation"), fictitious=both
         ),
-        "FCR: SCA (one class)": partial(FictitiousClass().plan, model, source, **one),
-        "FCR: gradient × activation": partial(
-            FictitiousClass("gradient-activation").plan, model, source, **both
-        ),
-        "FCR: exact": partial(FictitiousClass("exact").plan, model, source, **both),
+        "FCR: exact": removal(FictitiousClass("exact"), fictitious=both),
         "LEACE": partial(LEACE().plan, model, source),
         "DFR": partial(LastLayerRetraining(C="auto").plan, model, planning),
     }
 
 
-def _sweeps(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> list[dict[str, Any]]:
+def _sweeps(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> list[Results]:
     """Return worst group and average over rates (Fig. 9) of the class that is favoured most."""
-    try:
-        sweeps = FictitiousClass().sweep(model, source, fictitious=1, validation=planning)
-    except ValueError as problem:
-        return [{"refused": str(problem)}]
-    return [
-        {
-            "class": sweep.row,
-            "rates": sweep.rates.tolist(),
-            "worst": sweep.worst.tolist(),
-            "average": sweep.average.tolist(),
-            "best": sweep.best,
-            "least_gap": sweep.least_gap,
-        }
-        for sweep in sweeps
-    ]
+    found: list[Results] = []
+    with refusals(found, {}):
+        for sweep in FictitiousClass().sweep(model, source, fictitious=1, validation=planning):
+            curves = {key: getattr(sweep, key).tolist() for key in ("rates", "worst", "average")}
+            chosen = {"best": sweep.best, "least_gap": sweep.least_gap}
+            found.append({"class": sweep.row, **curves, **chosen})
+    return found
 
 
 def _figures(accuracy: Accuracy) -> dict[str, Any]:

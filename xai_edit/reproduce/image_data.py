@@ -17,13 +17,8 @@ def mnist(folder: str | Path, split: str) -> ImageSet:
     """Read MNIST: 60,000 ("train") or 10,000 ("test") grey images of 28×28.
 
     The folder has ``mnist/*.gz``, the idx files as published, or torchvision's ``MNIST/raw``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If neither is there.
-    ValueError
-        If a file is damaged, or images and labels differ in number.
+    FileNotFoundError if neither is there; ValueError if a file is damaged, or images and labels
+    differ in number.
     """
     prefix = {"train": "train", "test": "t10k"}[split]
     files = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
@@ -86,14 +81,8 @@ def imagenet(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     """Read a folder in the layout of ImageNet: ``train`` and ``val`` with a folder a class.
 
     Classes are numbered in the alphabetical order of their folders, as by torchvision. Images are
-    opened batch by batch.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder.
-    ValueError
-        If the other split is there and has other classes: a number would not mean the same in both.
+    opened batch by batch. FileNotFoundError if there is no such folder; ValueError if the other
+    split is there and has other classes.
     """
     places = {"train": Path(folder, "train"), "test": Path(folder, "val")}
     place = places[split]

@@ -10,14 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from xai_edit.core.checks import require
+
 
 def build(network: str, channels: int, classes: int, side: int) -> nn.Module:
     """Return an untrained network by name; ``all-cnn:0.25`` has a quarter of the filters.
 
-    Raises
-    ------
-    ValueError
-        If there is none of this name.
+    ValueError if there is none of this name.
     """
     name, _, width = network.partition(":")
     if name in ("all-cnn", "vgg-like"):
@@ -25,21 +24,17 @@ def build(network: str, channels: int, classes: int, side: int) -> nn.Module:
             share = float(width or 1)
         except ValueError:
             share = math.nan
-        if not 0 < share < math.inf:
-            raise ValueError(
-                f"network: {network!r} given; {name}:0.25 has a quarter of the filters"
-            )
+        works = f"{name}:0.25 has a quarter of the filters"
+        require(0 < share < math.inf, "network", network, works)
         make = all_cnn if name == "all-cnn" else vgg_like
         return make(channels=channels, classes=classes, width=share)
     if name == "conv-2net":
         return conv_2net(size=side, channels=channels, classes=classes)
     if name == "resnet20":
         return ResNet20(classes)
-    if name not in torchvision.models.list_models(torchvision.models):
-        raise ValueError(
-            f"network: {network!r} given; it is all-cnn, conv-2net, vgg-like, resnet20 or a "
-            "classifier of torchvision such as resnet50"
-        )
+    works = "it is all-cnn, conv-2net, vgg-like, resnet20 or a classifier of torchvision such as "
+    known = torchvision.models.list_models(torchvision.models)
+    require(name in known, "network", network, works + "resnet50")
     made: nn.Module = torchvision.models.get_model(name, num_classes=classes)
     return made
 
@@ -47,10 +42,7 @@ def build(network: str, channels: int, classes: int, side: int) -> nn.Module:
 def load_weights(model: nn.Module, network: str, weights: str) -> nn.Module:
     """Load a safetensors file, or torchvision's weights of ImageNet ("DEFAULT").
 
-    Raises
-    ------
-    ValueError
-        If they do not fit, or the file is no whole safetensors file.
+    ValueError if they do not fit, or the file is no whole safetensors file.
     """
     try:
         if weights == "DEFAULT":
@@ -63,44 +55,26 @@ def load_weights(model: nn.Module, network: str, weights: str) -> nn.Module:
     return model.eval()
 
 
-def all_cnn(
-    *, channels: int = 1, classes: int = 10, width: float = 1.0, features: int = 192
-) -> nn.Sequential:
+def all_cnn(*, channels: int = 1, classes: int = 10, width: float = 1.0) -> nn.Sequential:
     """Return an untrained ALL-CNN: convolutions alone, then an average, then a linear layer.
 
     Springenberg et al. 2015, *Striving for Simplicity: The All Convolutional Net* (ALL-CNN-C), as
     unlearning papers take it: with batch norm, and with a linear layer ``fc`` behind the average.
-
-    Parameters
-    ----------
-    channels, classes : int
-        Of the images, and outputs.
-    width : float
-        Factor on the filters of all convolutions but the last; 96 and 192 at 1.
-    features : int
-        Filters of the last convolution, the inputs of ``fc``.
+    ``width`` is a factor on the filters of all convolutions but the last, 96 and 192 at 1.
     """
     narrow, wide = max(1, round(96 * width)), max(1, round(192 * width))
-    # filters, kernel, stride; dropout after the strided ones
-    plan = [
+    plan = [  # filters, kernel, stride
         *((narrow, 3, 1), (narrow, 3, 1), (wide, 3, 2)),
         *((wide, 3, 1), (wide, 3, 1), (wide, 3, 2)),
-        *((wide, 3, 1), (features, 1, 1)),
+        *((wide, 3, 1), (192, 1, 1)),
     ]
     body = nn.Sequential()
     for number, (filters, kernel, stride) in enumerate(plan, start=1):
-        pad = kernel // 2
-        convolution = nn.Conv2d(channels, filters, kernel, stride, pad, bias=False)
-        body.add_module(f"conv{number}", convolution)
-        body.add_module(f"norm{number}", nn.BatchNorm2d(filters))
-        body.add_module(f"relu{number}", nn.ReLU(inplace=True))
+        _add_convolution(body, number, channels, filters, kernel, stride)
         if stride == 2:
             body.add_module(f"dropout{number}", nn.Dropout(0.5))
         channels = filters
-    body.add_module("pool", nn.AdaptiveAvgPool2d(1))
-    body.add_module("flatten", nn.Flatten())
-    body.add_module("fc", nn.Linear(features, classes))
-    return body
+    return _with_head(body, channels, classes)
 
 
 def conv_2net(*, size: int = 32, channels: int = 3, classes: int = 10) -> nn.Sequential:
@@ -138,12 +112,25 @@ def vgg_like(*, channels: int = 3, classes: int = 10, width: float = 1.0) -> nn.
     body = nn.Sequential()
     for number, filters in enumerate((32, 32, 64, 64, 128, 128), start=1):
         filters = max(1, round(filters * width))
-        body.add_module(f"conv{number}", nn.Conv2d(channels, filters, 3, padding=1, bias=False))
-        body.add_module(f"norm{number}", nn.BatchNorm2d(filters))
-        body.add_module(f"relu{number}", nn.ReLU())
+        _add_convolution(body, number, channels, filters)
         if number % 2 == 0:
             body.add_module(f"pool{number // 2}", nn.MaxPool2d(2))
         channels = filters
+    return _with_head(body, channels, classes)
+
+
+def _add_convolution(
+    body: nn.Module, number: int, channels: int, filters: int, kernel: int = 3, stride: int = 1
+) -> None:
+    """Add a convolution with batch norm and ReLU."""
+    convolution = nn.Conv2d(channels, filters, kernel, stride, kernel // 2, bias=False)
+    body.add_module(f"conv{number}", convolution)
+    body.add_module(f"norm{number}", nn.BatchNorm2d(filters))
+    body.add_module(f"relu{number}", nn.ReLU())
+
+
+def _with_head(body: nn.Sequential, channels: int, classes: int) -> nn.Sequential:
+    """Add an average over positions and a linear layer."""
     body.add_module("pool", nn.AdaptiveAvgPool2d(1))
     body.add_module("flatten", nn.Flatten())
     body.add_module("fc", nn.Linear(channels, classes))

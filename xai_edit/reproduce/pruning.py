@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.ablation import ablated
-from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.core.checks import require
 from xai_edit.datasets.image_set import Epochs, ImageSet
 from xai_edit.datasets.shortcuts import Mark, Shortcut
-from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.reproduce import summaries, tables
-from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
+from xai_edit.reproduce.experiments import Reproduction, Results
 from xai_edit.reproduce.networks import build, load_weights
 from xai_edit.reproduce.pruning_methods import (
     FINE_TUNED,
     FINE_TUNED_METHODS,
     METHODS,
     Context,
-    Found,
     fine_tuned,
 )
 from xai_edit.reproduce.training import fit
@@ -31,7 +28,6 @@ from xai_edit.reproduce.training import fit
 SHARES = (0.1, 0.2, 0.3, 0.4)
 PLANNED = 250  # test images a class that subspaces are found from; the others measure
 MEASURED = 200  # test images a class, each without and with the mark
-MANY = 8  # subspaces
 BATCH = 64
 PRETRAINED_RATE = 1e-4
 LAYERS = {"resnet20": "layer1.2", "vgg-like": "relu2"}  # of networks other than a recipe's
@@ -49,8 +45,6 @@ class PairPruning(Reproduction):
         Where the subspaces are.
     strengths : tuple of float
         Shares of the training images of the second class with the watermark.
-    shift : int
-        Of training images, in pixels.
     rows : (int, int) or None
         Of the classes among ImageNet's 1,000.
     """
@@ -58,106 +52,89 @@ class PairPruning(Reproduction):
     classes: tuple[Any, Any]
     layer: str
     strengths: tuple[float, ...] = (0.9,)
-    shift: int = 0
+    shift: int = 0  # of training images, in pixels
     rows: tuple[int, int] | None = None
     methods = tuple(METHODS)
     shares: ClassVar[tuple[float, ...]] = SHARES
+    choices = (*Reproduction.choices, "classes", "strengths")
+    summary = staticmethod(summaries.pair_pruning)
+    tables = staticmethod(tables.pair_pruning)
 
     @property
-    def in_folders(self) -> bool:
-        """Whether the classes are folders of ImageNet, whose cartons have a real watermark."""
-        return isinstance(self.classes[0], str)
+    def place(self) -> str:
+        """The layer, or that of another network."""
+        return LAYERS.get(self.network.partition(":")[0], self.layer)
 
-    def chosen(self, options: Options, images: list[ImageSet]) -> list[ImageSet]:
+    def chosen(self, images: list[ImageSet]) -> list[ImageSet]:
         """Return the images of the two classes, as 0 and 1."""
-        classes = self._numbered(options, images[0])
-        pairs = [one[torch.isin(one.labels, torch.tensor(classes))] for one in images]
-        return [replace(one, labels=(one.labels == classes[1]).long()) for one in pairs]
+        pair = torch.tensor(self.numbered(images[0]))
+        both = [one[torch.isin(one.labels, pair)] for one in images]
+        return [replace(one, labels=(one.labels == pair[1]).long()) for one in both]
 
-    def setting(self, options: Options, *images: ImageSet) -> dict[str, Any]:
+    def setting(self, *images: ImageSet) -> dict[str, Any]:
         """Return what has to be the same for a run to go on."""
-        return super().setting(options, *images) | {
-            "classes": [*(options.classes or self.classes)],
-            "strengths": [*(options.strengths or self.strengths)],
-            "shares": [*self.shares],
-            "layer": self._layer(options),
+        own = {key: [*getattr(self, key)] for key in ("classes", "strengths", "shares")}
+        return super().setting(*images) | own | {"layer": self.place}
+
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return what is measured at each strength."""
+        return {
+            str(strength): self.compared(self._context(seed, strength, *images))
+            for strength in self.strengths
         }
 
-    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
-        """Return what is measured at each strength."""
-        found = {}
-        for strength in options.strengths or self.strengths:
-            context = self._context(options, seed, strength, *images)
-            found[str(strength)] = self.compared(options, context)
-        return found
-
-    def compared(self, options: Options, context: Context) -> dict[str, Any]:
+    def compared(self, context: Context) -> dict[str, Any]:
         """Measure all methods on one network."""
-        model, layer, rows = context.model, context.layer, Rows(context)
-        rows.measure("unpruned")
+        model, layer = context.model, context.layer
+        rows: list[Results] = [context.measured("unpruned")]
         precisions = {}
-        for method, make in METHODS.items():
-            if not options.wants(method):
-                continue
+        for method in filter(self.options.wants, METHODS):
             try:
-                found, operator, data = make(context)
+                found, operator, data = METHODS[method](context)
             except ValueError as problem:
-                rows.rows.append({"method": method, "refused": str(problem)})
+                rows.append({"method": method, "refused": str(problem)})
                 continue
             finder = method.partition(": ")[2]
             if found is not None and finder not in precisions:
                 with ablated(model, layer, *found):
-                    rows.measure(f"ablation alone: {finder}")
-                precisions[finder] = _precisions(found, context)
+                    rows.append(context.measured(f"ablation alone: {finder}"))
+                precisions[finder] = context.precisions(found)
             for share in SHARES:
                 with operator(share).plan(model, data).applied(model):
-                    rows.measure(method, share)
+                    rows.append(context.measured(method, share))
                     if found is not None:
+                        kept = method.replace("CNP", "CNP, ablation kept")
                         with ablated(model, layer, *found):
-                            rows.measure(method.replace("CNP", "CNP, ablation kept"), share)
-        return {"rows": rows.rows, "predictiveness": precisions}
+                            rows.append(context.measured(kept, share))
+        return {"rows": rows, "predictiveness": precisions}
 
-    def summary(self, results: Mapping[str, Any]) -> Results:
-        """Return figures by strength, method and share over networks, and average precisions."""
-        return summaries.pair_pruning(results)
-
-    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
-        """Return worst-group and balanced accuracy by method and share, and average precisions."""
-        return tables.pair_pruning(summary)
-
-    def _layer(self, options: Options) -> str:
-        name = (options.network or self.network).partition(":")[0]
-        return LAYERS.get(name, self.layer)
-
-    def _numbered(self, options: Options, train: ImageSet) -> tuple[int, int]:
+    def numbered(self, train: ImageSet) -> tuple[int, int]:
         """Return the numbers of the two classes; the folders of ImageNet have names."""
-        given: Sequence[Any] = options.classes or self.classes
         works = "give a pair, the class with the watermark second"
-        require(len(given) == 2, "classes", given, works)
-        if isinstance(given[0], int):
-            return given[0], given[1]
+        require(len(self.classes) == 2, "classes", self.classes, works)
+        first, second = self.classes
+        if isinstance(first, int):
+            return first, second
         assert not isinstance(train.source, Tensor)
         folders = {file.replace("\\", "/").split("/")[-2]: i for i, file in enumerate(train.source)}
-        for name in given:
+        for name in self.classes:
             if name not in folders:
                 raise ValueError(f"data-root: no folder {name!r} in train; {sorted(folders)[:5]} …")
-        return int(train.labels[folders[given[0]]]), int(train.labels[folders[given[1]]])
+        return int(train.labels[folders[first]]), int(train.labels[folders[second]])
 
-    def _mark(self, options: Options, side: int) -> Mark:
-        """Return the real watermark of cartons at its place, or a half-transparent pattern."""
-        if self.in_folders:
-            logo = options.data_root / "watermark" / "carton_logo4.png"
+    def _mark(self, side: int) -> Mark:
+        """Return the real watermark of ImageNet's cartons, or a half-transparent pattern."""
+        if self.rows is not None:
+            logo = self.options.data_root / "watermark" / "carton_logo4.png"
             scale = side / 224
             size = (max(1, round(18 * scale)), max(1, round(210 * scale)))
             return Mark(logo, size=size, place=(round(110 * scale), round(10 * scale)))
         orange = torch.tensor([255, 102, 0, 255], dtype=torch.uint8)  # of the logo in ImageNet
         return Mark(orange[:, None, None].expand(4, 5, 9), place=None, opacity=0.5)
 
-    def _context(
-        self, options: Options, seed: int, strength: float, train: ImageSet, test: ImageSet
-    ) -> Context:
+    def _context(self, seed: int, strength: float, train: ImageSet, test: ImageSet) -> Context:
         """Plant the mark, train a network, and return both."""
-        mark = self._mark(options, train.side)
+        mark = self._mark(train.side)
         generator = torch.Generator().manual_seed(seed)
         rows = (train.labels == 1).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=generator)][: round(strength * len(rows))]
@@ -167,57 +144,52 @@ class PairPruning(Reproduction):
         planned = min(PLANNED, smallest // 2)
         planning, held = test.first(planned), test.first(min(MEASURED, smallest - planned), planned)
         chance = torch.randperm(len(planning), generator=generator) % 2
-
-        def shown(images: ImageSet, attribute: Tensor) -> ImageSet:
-            return replace(images, attribute=attribute, planted=mark)
-
-        train = shown(train, attribute)
+        train = replace(train, attribute=attribute, planted=mark)
         return Context(
-            model=self._network(options, train, seed),
-            layer=self._layer(options),
+            model=self._network(train, seed),
+            layer=self.place,
             seed=seed,
             train=train,
-            planning=shown(planning, chance),
+            planning=replace(planning, attribute=chance, planted=mark),
             test=Shortcut(mark, strength).balanced(held, seed),
         )
 
-    def _network(self, options: Options, train: ImageSet, seed: int) -> nn.Module:
+    def _network(self, train: ImageSet, seed: int) -> nn.Module:
         """Return a network of the pair, trained here unless its weights are given."""
-        if options.weights == "DEFAULT":
-            rows = self.rows
-            if rows is None:
+        schedule = self.schedule(train, BATCH)
+        if self.options.weights is None:
+            model = self.built(seed, train)
+        elif self.options.weights == "DEFAULT":
+            if self.rows is None:
                 raise ValueError(
                     "weights: DEFAULT has the classes of ImageNet; give weights of two"
                 )
             torch.manual_seed(seed)
-            network = options.network or self.network
-            model = build(network, len(train.mean), 1000, train.side)
-            cut_to(load_weights(model, network, options.weights), rows)
-            model, rate = model.to(options.device), {"learning_rate": PRETRAINED_RATE}
-        elif options.weights is not None:
-            return self.trained(options, seed, train)
+            model = build(self.network, len(train.mean), 1000, train.side)
+            cut_to(load_weights(model, self.network, "DEFAULT"), self.rows)
+            model.to(self.options.device)
+            schedule["learning_rate"] = PRETRAINED_RATE
         else:
-            model, rate = self.built(options, seed, train), {}
+            return self.trained(seed, train)
         batches = Epochs(train, seed, BATCH, flip=self.flip, shift=self.shift)
-        return fit(model, batches, **self.schedule(options, train, BATCH) | rate)
+        return fit(model, batches, **schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedPairPruning(PairPruning):
     """The same in steps, with fine-tuning after each, on clean and on biased images."""
 
-    methods = FINE_TUNED_METHODS
+    methods = tuple(FINE_TUNED_METHODS)
     shares: ClassVar[tuple[float, ...]] = (FINE_TUNED,)
 
-    def compared(self, options: Options, context: Context) -> dict[str, Any]:
+    def compared(self, context: Context) -> dict[str, Any]:
         """Measure all methods on one network."""
-        rows = Rows(context)
-        rows.measure("unpruned")
+        rows = [context.measured("unpruned")]
         for method, share, network, plan in fine_tuned(context):
-            if options.wants(method.partition(";")[0]):
+            if self.options.wants(method.partition(";")[0]):
                 with plan().applied(network):
-                    rows.measure(method, share, network)
-        return {"rows": rows.rows, "predictiveness": {}}
+                    rows.append(context.measured(method, share, network))
+        return {"rows": rows, "predictiveness": {}}
 
 
 def cut_to(model: nn.Module, rows: Sequence[int]) -> None:
@@ -227,39 +199,3 @@ def cut_to(model: nn.Module, rows: Sequence[int]) -> None:
         last.weight = nn.Parameter(last.weight[list(rows)].clone())
         last.bias = nn.Parameter(last.bias[list(rows)].clone())
     last.out_features = len(rows)
-
-
-class Rows:
-    """What is measured on one network, row by row."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.counts = context.train.counts()
-        self.rows: list[dict[str, Any]] = []
-
-    def measure(
-        self, method: str, share: float | None = None, network: nn.Module | None = None
-    ) -> None:
-        """Add a row: the accuracies of the network as it is now."""
-        model = self.context.model if network is None else network
-        accuracy = evaluate_groups(model, self.context.test, train_samples=self.counts)
-        self.rows.append(
-            {
-                "method": method,
-                "share": share,
-                "worst": accuracy.worst,
-                "balanced": accuracy.balanced,
-                "biased": accuracy.train_weighted,
-                "groups": [accuracy.groups[key] for key in sorted(accuracy.groups)],
-            }
-        )
-
-
-def _precisions(found: Found, context: Context) -> dict[str, Any]:
-    """Return average precisions by subspace: of all, or if they are many, of those taken."""
-    subspaces, taken = found
-    table = predictiveness(subspaces, context.features, resamples=200)
-    content = table.to_dict()
-    shown = range(len(table)) if len(table) <= MANY else taken
-    by_number = {str(index): content["subspaces"][index] for index in shown}
-    return {**content, "taken": [*taken], "subspaces": by_number}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch_pruning import importance
 
 from xai_edit.concepts.ablation import with_ablation
 from xai_edit.concepts.collect import collect_features
@@ -20,7 +21,8 @@ from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.datasets.image_set import Epochs, ImageSet
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.lrp.lrp import LRP, Scorer
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
+from xai_edit.lrp.lrp import LRP
 from xai_edit.pruning.fine_tuning import FineTuning
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.pruning.torch_pruning_importance import TorchPruningImportance
@@ -29,6 +31,7 @@ from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitud
 REFERENCES = 10  # images a class that units are scored on
 RANK = 4  # directions of a finder whose subspaces are single directions
 POSITIONS = 100  # of an image, at most
+MANY = 8  # subspaces
 STEPS = 4  # of iterative pruning
 FINE_TUNED = 0.4  # the share that it reaches
 TUNING: dict[str, Any] = {"epochs": 1, "learning_rate": 0.003, "batch_size": 64}
@@ -38,37 +41,23 @@ Found = tuple[Subspaces, list[int]]
 
 @dataclass(frozen=True)
 class Context:
-    """A network, its images, and what its methods share.
-
-    Attributes
-    ----------
-    model : nn.Module
-    layer : str
-        Where the subspaces are.
-    seed : int
-    train : ImageSet
-        With the mark on a share of the second class.
-    planning : ImageSet
-        Others, of both classes, each without or with the mark by chance: no pairs.
-    test : ImageSet
-        Others, each once without and once with it.
-    """
+    """A network, its images, and what its methods share."""
 
     model: nn.Module
-    layer: str
+    layer: str  # of the subspaces
     seed: int
-    train: ImageSet
-    planning: ImageSet
-    test: ImageSet
+    train: ImageSet  # with the mark on a share of the second class
+    planning: ImageSet  # others of both classes, each without or with the mark by chance: no pairs
+    test: ImageSet  # others, each once without and once with it
     finders: dict[str, Found] = field(default_factory=dict)
 
     def references(self, *, clean: bool = False) -> ImageSet:
         """Return reference images from training: as they come, or those without the mark."""
         train = self.train
         assert train.attribute is not None
-        rows = torch.arange(len(train)) if not clean else (train.attribute == 0).nonzero()[:, 0]
-        chosen = torch.cat([rows[train.labels[rows] == label][:REFERENCES] for label in (0, 1)])
-        return train[chosen]
+        images = train[train.attribute == 0] if clean else train
+        both = [(images.labels == label).nonzero()[:REFERENCES, 0] for label in (0, 1)]
+        return images[torch.cat(both)]
 
     @cached_property
     def features(self) -> Features:
@@ -77,21 +66,38 @@ class Context:
 
     def features_of(self, network: nn.Module) -> Features:
         """Return those of another state of the network."""
-        return collect_features(
-            network,
-            self.planning,
-            layer=self.layer,
-            scorer=LRP_PRUNING,
-            target=1,
-            positions=POSITIONS,
-            seed=self.seed,
-        )
+        more: Any = {"layer": self.layer, "positions": POSITIONS, "seed": self.seed}
+        return collect_features(network, self.planning, scorer=LRP_PRUNING, target=1, **more)
 
     def found(self, finder: str) -> Found:
         """Return the subspaces of a finder, and which are the mark's."""
         if finder not in self.finders:
             self.finders[finder] = FINDERS[finder](self)
         return self.finders[finder]
+
+    def measured(
+        self, method: str, share: float | None = None, network: nn.Module | None = None
+    ) -> dict[str, Any]:
+        """Return a row: the accuracies of a network as it is now."""
+        model = self.model if network is None else network
+        accuracy = evaluate_groups(model, self.test, train_samples=self.train.counts())
+        return {
+            "method": method,
+            "share": share,
+            "worst": accuracy.worst,
+            "balanced": accuracy.balanced,
+            "biased": accuracy.train_weighted,
+            "groups": [*accuracy.groups.values()],
+        }
+
+    def precisions(self, found: Found) -> dict[str, Any]:
+        """Return average precisions by subspace: of all, or if they are many, of those taken."""
+        subspaces, taken = found
+        content = predictiveness(subspaces, self.features, resamples=200).to_dict()
+        every = content["subspaces"]
+        shown = range(len(every)) if len(every) <= MANY else taken
+        by_number = {str(index): every[index] for index in shown}
+        return {**content, "taken": [*taken], "subspaces": by_number}
 
 
 def marked(images: ImageSet, value: int) -> ImageSet:
@@ -101,40 +107,35 @@ def marked(images: ImageSet, value: int) -> ImageSet:
 
 def paired_differences(context: Context) -> Found:
     """Return the main directions of what the mark changes in the same images; needs pairs."""
-    both = [
-        collect_features(
-            context.model, marked(context.planning, value), layer=context.layer, positions=None
-        )
-        for value in (0, 1)
-    ]
-    change = (both[1].activations - both[0].activations).double()
+    model, layer = context.model, context.layer
+    pair = (marked(context.planning, value) for value in (0, 1))
+    both = (collect_features(model, images, layer=layer, positions=None) for images in pair)
+    without, with_mark = (features.activations for features in both)
+    change = (with_mark - without).double()
     directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)[:, :RANK]
-    mean = both[0].activations.double().mean(0)
+    mean = without.double().mean(0)
     return Subspaces(directions.contiguous(), (RANK,), mean), [0]
 
 
-def _by_precision(subspaces: Subspaces, features: Features, count: int) -> Found:
+def _by_precision(finder: PCA | PRCA | DRSA, context: Context, count: int) -> Found:
+    features = context.features
+    subspaces = finder.fit(features)
     precision = torch.tensor(predictiveness(subspaces, features, resamples=1).column("spurious"))
     return subspaces, precision.argsort(descending=True, stable=True)[:count].tolist()
 
 
-def _of_relevance(kind: type[PCA] | type[PRCA], context: Context) -> Found:
-    return _by_precision(kind(None).fit(context.features), context.features, RANK)
-
-
-def _disentangled(context: Context) -> Found:
-    found = DRSA(4, seed=context.seed).fit(context.features)
-    return _by_precision(found, context.features, 1)
+def _of_one(finder: CAV | ContrastivePCA, context: Context) -> Found:
+    return finder.fit(context.features), [0]
 
 
 FINDERS: dict[str, Callable[[Context], Found]] = {
     "paired differences": paired_differences,
-    "CAV": lambda context: (CAV().fit(context.features), [0]),
-    "CAV (logistic)": lambda context: (CAV("logistic").fit(context.features), [0]),
-    "contrastive PCA": lambda context: (ContrastivePCA(RANK).fit(context.features), [0]),
-    "PCA": partial(_of_relevance, PCA),
-    "PRCA": partial(_of_relevance, PRCA),
-    "DRSA": _disentangled,
+    "CAV": partial(_of_one, CAV()),
+    "CAV (logistic)": partial(_of_one, CAV("logistic")),
+    "contrastive PCA": partial(_of_one, ContrastivePCA(RANK)),
+    "PCA": partial(_by_precision, PCA(None), count=RANK),
+    "PRCA": partial(_by_precision, PRCA(None), count=RANK),
+    "DRSA": lambda context: _by_precision(DRSA(4, seed=context.seed), context, 1),
 }
 Made = tuple[Found | None, Callable[[float], Any], ImageSet]
 """The subspaces that are ablated, the operator of each share, and the reference images."""
@@ -147,12 +148,6 @@ def _plain(scorer: Callable[[int], Any], context: Context, *, clean: bool = Fals
     return None, operator, context.references(clean=clean)
 
 
-def _torch_pruning(name: str, _: int) -> TorchPruningImportance:
-    import torch_pruning  # only here: slow to import
-
-    return TorchPruningImportance(getattr(torch_pruning.importance, name)())
-
-
 def _aware(finder: str, context: Context, *, clean: bool = False) -> Made:
     found = context.found(finder)
 
@@ -162,33 +157,81 @@ def _aware(finder: str, context: Context, *, clean: bool = False) -> Made:
     return found, operator, context.references(clean=clean)
 
 
+SCORERS: dict[str, Callable[[int], Any]] = {
+    "LRP": lambda _: LRP_PRUNING,
+    "weight magnitude": lambda _: WeightMagnitude(),
+    "Taylor": lambda _: Taylor(),
+    "activation": lambda _: Activation(),
+    "Torch-Pruning magnitude": lambda _: TorchPruningImportance(
+        importance.GroupMagnitudeImportance()
+    ),
+    "Torch-Pruning Taylor": lambda _: TorchPruningImportance(importance.GroupTaylorImportance()),
+    "random": Random,
+}
+"""The scorer of a seed."""
+
 METHODS: dict[str, Callable[[Context], Made]] = {
-    "LRP": partial(_plain, lambda _: LRP_PRUNING),
-    "LRP, clean references": partial(_plain, lambda _: LRP_PRUNING, clean=True),
-    "weight magnitude": partial(_plain, lambda _: WeightMagnitude()),
-    "Taylor": partial(_plain, lambda _: Taylor()),
-    "activation": partial(_plain, lambda _: Activation()),
-    "Torch-Pruning magnitude": partial(_plain, partial(_torch_pruning, "GroupMagnitudeImportance")),
-    "Torch-Pruning Taylor": partial(_plain, partial(_torch_pruning, "GroupTaylorImportance")),
-    "random": partial(_plain, Random),
+    "LRP": partial(_plain, SCORERS["LRP"]),
+    "LRP, clean references": partial(_plain, SCORERS["LRP"], clean=True),
+    **{name: partial(_plain, scorer) for name, scorer in SCORERS.items() if name != "LRP"},
     **{f"CNP: {finder}": partial(_aware, finder) for finder in FINDERS},
     "CNP, clean references: paired differences": partial(_aware, "paired differences", clean=True),
 }
 
 
-FINE_TUNED_METHODS = (
-    "fine-tuning alone",
-    "LRP",
-    "LRP, clean references",
-    "weight magnitude",
-    "random",
-    "CNP: contrastive PCA",
-    "CNP, subspaces learned again: contrastive PCA",
-    "CNP, clean references: contrastive PCA",
-    "CNP, ablation kept: contrastive PCA",
-    "fine-tuning alone, ablation kept: contrastive PCA",
-    "random, ablation kept: contrastive PCA",
-)
+@dataclass(frozen=True)
+class Tuner:
+    """A network that is fine-tuned on images, alone or after each step of pruning."""
+
+    context: Context
+    images: ImageSet
+    network: nn.Module
+
+    def tuning(self) -> FineTuning:
+        """Return fine-tuning whose order of images starts anew, the same for every method."""
+        seed = self.context.seed
+        return FineTuning(Epochs(self.images, seed, TUNING["batch_size"]), **TUNING, seed=seed)
+
+    def alone(self) -> ModelEdit:
+        """Fine-tune a copy as often as in pruning."""
+        network, tune = deepcopy(self.network), self.tuning()
+        for _ in range(STEPS):
+            tune(network)
+        return ModelEdit.to_copy(self.network, network, {})
+
+    def plain(self, method: str, *, clean: bool = False) -> ModelEdit:
+        """Plan pruning by a scorer."""
+        scorer = SCORERS[method](self.context.seed)
+        return self._planned(RelevancePruning(FINE_TUNED, scorer, steps=STEPS), clean)
+
+    def aware(self, *, again: bool = False, clean: bool = False) -> ModelEdit:
+        """Plan concept-aware pruning, with subspaces of the first network or those of each step."""
+        found = ContrastivePCA(RANK) if again else self.context.found("contrastive PCA")[0]
+        layer, scorer = self.context.layer, LRP_PRUNING
+        operator = ConceptAwarePruning(layer, found, [0], FINE_TUNED, scorer, steps=STEPS)
+        more = {"features": self.context.features_of} if again else {}
+        return self._planned(operator, clean, **more)
+
+    def _planned(self, operator: Any, clean: bool, **more: Any) -> ModelEdit:
+        data = self.context.references(clean=clean)
+        edit: ModelEdit = operator.plan(self.network, data, fine_tune=self.tuning(), **more)
+        return edit
+
+
+FINE_TUNED_METHODS: dict[str, Callable[[Tuner], ModelEdit]] = {
+    "fine-tuning alone": Tuner.alone,
+    "LRP": lambda tuner: tuner.plain("LRP"),
+    "LRP, clean references": lambda tuner: tuner.plain("LRP", clean=True),
+    "weight magnitude": lambda tuner: tuner.plain("weight magnitude"),
+    "random": lambda tuner: tuner.plain("random"),
+    "CNP: contrastive PCA": Tuner.aware,
+    "CNP, subspaces learned again: contrastive PCA": lambda tuner: tuner.aware(again=True),
+    "CNP, clean references: contrastive PCA": lambda tuner: tuner.aware(clean=True),
+    # Scored by plain LRP, through the ablation that is a part of the network.
+    "CNP, ablation kept: contrastive PCA": lambda tuner: tuner.plain("LRP"),
+    "fine-tuning alone, ablation kept: contrastive PCA": Tuner.alone,
+    "random, ablation kept: contrastive PCA": lambda tuner: tuner.plain("random"),
+}
 
 Tuned = tuple[str, float | None, nn.Module, Callable[[], ModelEdit]]
 """The name, the share, the network to edit, and what plans the edit."""
@@ -196,58 +239,10 @@ Tuned = tuple[str, float | None, nn.Module, Callable[[], ModelEdit]]
 
 def fine_tuned(context: Context) -> Iterator[Tuned]:
     """Yield methods that prune step by step and fine-tune after each: see `Tuned`."""
-    layer, seed = context.layer, context.seed
-    again = ContrastivePCA(RANK)
-
-    def plain(scorer: Scorer) -> RelevancePruning:
-        return RelevancePruning(FINE_TUNED, scorer, steps=STEPS)
-
-    def aware(subspaces: Any) -> ConceptAwarePruning:
-        return ConceptAwarePruning(layer, subspaces, [0], FINE_TUNED, LRP_PRUNING, steps=STEPS)
-
+    kept = with_ablation(context.model, context.layer, *context.found("contrastive PCA"))
     for kind, images in (("clean", marked(context.train, 0)), ("biased", context.train)):
-
-        def tuning(images: ImageSet = images) -> FineTuning:
-            """Return one whose order of images starts anew, the same for every method."""
-            return FineTuning(Epochs(images, seed, TUNING["batch_size"]), **TUNING, seed=seed)
-
-        def planned(
-            operator: Any,
-            *,
-            clean: bool = False,
-            tuning: Callable[[], FineTuning] = tuning,
-            network: nn.Module = context.model,
-            **more: Any,
-        ) -> Callable[[], ModelEdit]:
-            data = context.references(clean=clean)
-            return partial(operator.plan, network, data, fine_tune=tuning(), **more)
-
-        def alone(model: nn.Module, tuning: Callable[[], FineTuning] = tuning) -> ModelEdit:
-            network, tune = deepcopy(model), tuning()
-            for _ in range(STEPS):
-                tune(network)
-            return ModelEdit.to_copy(model, network, {})
-
-        found, indices = context.found("contrastive PCA")
-        kept = with_ablation(context.model, layer, found, indices)
-        plans: tuple[Callable[[], ModelEdit], ...] = (
-            partial(alone, context.model),
-            planned(plain(LRP_PRUNING)),
-            planned(plain(LRP_PRUNING), clean=True),
-            planned(plain(WeightMagnitude())),
-            planned(plain(Random(seed))),
-            planned(aware(found)),
-            planned(aware(again), features=context.features_of),
-            planned(aware(found), clean=True),
-            # Scored by plain LRP, through the ablation that is a part of the network.
-            planned(plain(LRP_PRUNING), network=kept),
-            partial(alone, kept),
-            planned(plain(Random(seed)), network=kept),
-        )
-        for method, plan in zip(FINE_TUNED_METHODS, plans, strict=True):
-            yield (
-                f"{method}; tuned on {kind} images",
-                None if method.startswith("fine-tuning alone") else FINE_TUNED,
-                kept if "ablation kept" in method else context.model,
-                plan,
-            )
+        for method, plan in FINE_TUNED_METHODS.items():
+            network = kept if "ablation kept" in method else context.model
+            share = None if method.startswith("fine-tuning alone") else FINE_TUNED
+            planned = partial(plan, Tuner(context, images, network))
+            yield f"{method}; tuned on {kind} images", share, network, planned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -19,75 +18,78 @@ from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.last_layer.single_weight import SingleWeight
 from xai_edit.last_layer.weight_selection import Selection
 from xai_edit.reproduce import summaries, tables
-from xai_edit.reproduce.experiments import Options, Reproduction, Results, Table
+from xai_edit.reproduce.experiments import Reproduction, refusals
 
 PLANNED = 100  # test images a class (a digit) that edits are planned from; the others measure
 DRAWS = 10  # of classes to remove together
 SELECTIONS: tuple[Selection, ...] = (
-    "sca",
-    "ca",
-    "gradient-activation",
-    "relevance",
-    "weight",
-    "random",
-    "exact",
+    *("sca", "ca", "gradient-activation", "relevance"),
+    *("weight", "random", "exact"),
 )
 CHOSEN: tuple[Selection, ...] = ("sca", "exact")  # selections whose rate or dose is chosen
 TOLERANCES = (0.005, 0.02, 0.05, 0.1)  # accuracy on the other digits that may go, to plan by
 RATES = np.union1d(np.linspace(0, 1, 21), np.logspace(-5, 0, 41))
 
 
+class Removal(Reproduction):
+    """What the figures share: a trained network, edited by its last layer."""
+
+    def prepared(
+        self, seed: int, train: ImageSet, test: ImageSet
+    ) -> tuple[nn.Module, HeadFeatures, HeadFeatures]:
+        """Return a network with the features of test images to plan on and to measure on."""
+        model = self.trained(seed, train)
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+        mixed, grouped = test[order], test.attribute is not None
+        least = int((test.labels if test.attribute is None else test.attribute).bincount().min())
+        planned = min(PLANNED, max(1, least // 2))
+        both = (mixed.first(planned), mixed.first(len(mixed), start=planned))
+        planning, held = (collect_head_features(model, one, with_attribute=grouped) for one in both)
+        return model, planning, held
+
+
 @dataclass(frozen=True, kw_only=True)
-class ClassRemoval(Reproduction):
+class ClassRemoval(Removal):
     """Fig. 6: each class removed by each selection, by one to three weights."""
 
-    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+    summary = staticmethod(summaries.class_removal)
+    tables = staticmethod(tables.class_removal)
+
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
         """Return the accuracy on each class, before and after each edit."""
-        train, test = images
-        model = self.trained(options, seed, train)
-        planning, held = parts(model, test, seed)
-        rows = []
-        counts = ((select, n) for select in SELECTIONS for n in (1, 2, 3))
-        for select, n_weights in counts:
-            if n_weights > 1 and select != "sca":
-                continue
-            operator = SingleWeight(select, n_weights=n_weights, seed=seed)
-            for target in options.classes or range(held.classes):
-                row: dict[str, Any] = {"select": select, "n_weights": n_weights, "class": target}
-                try:
-                    edit = operator.plan(model, planning, target=target)
-                except ValueError as problem:
-                    rows.append(row | {"refused": str(problem)})
-                    continue
+        model, planning, held = self.prepared(seed, *images)
+        rows: list[dict[str, Any]] = []
+        counts = [
+            (select, n) for select in SELECTIONS for n in ((1, 2, 3) if select == "sca" else (1,))
+        ]
+        targets = self.options.classes or range(held.classes)
+        for (select, n_weights), target in product(counts, targets):
+            row = {"select": select, "n_weights": n_weights, "class": target}
+            with refusals(rows, row):
+                operator = SingleWeight(select, n_weights=n_weights, seed=seed)
+                edit = operator.plan(model, planning, target=target)
                 rows.append(row | {"accuracy": _by_class(held.edited(edit))})
         return {"before": _by_class(held), "rows": rows}
 
-    def summary(self, results: Mapping[str, Any]) -> Results:
-        """Return figures by selection and by class, over classes and seeds."""
-        return summaries.class_removal(results)
-
-    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
-        """Return Fig. 6 as tables: by selection, and by class for SCA."""
-        return tables.class_removal(summary)
-
 
 @dataclass(frozen=True, kw_only=True)
-class SeveralClassesRemoval(Reproduction):
+class SeveralClassesRemoval(Removal):
     """Fig. 7: several classes at once, drawn at random, removed by one weight each."""
 
-    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+    summary = staticmethod(summaries.several_classes_removal)
+    tables = staticmethod(tables.several_classes_removal)
+
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
         """Return mean accuracies of removed and retained classes by draw and selection."""
-        train, test = images
-        model = self.trained(options, seed, train)
-        planning, held = parts(model, test, seed)
+        model, planning, held = self.prepared(seed, *images)
         before = np.array(_by_class(held))
         generator = np.random.default_rng(seed)
         counts = {round(held.classes * share) for share in (0.2, 0.4, 0.6, 0.8, 0.98)}
         rows = []
-        for count in [each for each in sorted(counts - {held.classes}) for _ in range(DRAWS)]:
+        for count in np.repeat(sorted(counts - {held.classes}), DRAWS).tolist():
             gone = sorted(generator.choice(held.classes, count, replace=False).tolist())
             stay = [at for at in range(held.classes) if at not in gone]
-            for select in ("sca", "exact"):
+            for select in CHOSEN:
                 edit = SingleWeight(select).plan(model, planning, target=gone)
                 after = np.array(_by_class(held.edited(edit)))
                 row = {"count": count, "select": select, "classes": gone}
@@ -95,26 +97,19 @@ class SeveralClassesRemoval(Reproduction):
                 rows.append(row | {"retained_before": before[stay].mean()})
         return {"before": before.tolist(), "rows": rows}
 
-    def summary(self, results: Mapping[str, Any]) -> Results:
-        """Return figures by number of classes and selection, over draws and seeds."""
-        return summaries.several_classes_removal(results)
-
-    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
-        """Return Fig. 7 as a table."""
-        return tables.several_classes_removal(summary)
-
 
 @dataclass(frozen=True, kw_only=True)
-class DigitRemoval(Reproduction):
+class DigitRemoval(Removal):
     """Fig. 8: each digit removed from a network of odd and even, at each rate and dose."""
 
-    def one_seed(self, options: Options, seed: int, *images: ImageSet) -> dict[str, Any]:
+    summary = staticmethod(summaries.digit_removal)
+    tables = staticmethod(tables.digit_removal)
+
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
         """Return curves over rates, and accuracies at the rate or dose chosen in planning."""
-        train, test = images
-        model = self.trained(options, seed, train, classes=2)
-        planning, held = parts(model, test, seed)
+        model, planning, held = self.prepared(seed, *images)
         curves, chosen = [], []
-        for digit in options.classes or range(10):
+        for digit in self.options.classes or range(10):
             where: dict[str, Any] = {"fictitious": digit, "target": digit % 2}
             for operator in (FictitiousClass("sca"), FictitiousClass("gradient-activation")):
                 (sweep,) = operator.sweep(
@@ -134,26 +129,6 @@ class DigitRemoval(Reproduction):
                 chosen.append(row | {"removed": digits.of(digit), "retained": digits.rest(digit)})
         accuracy = evaluate_head(held).average
         return {"before": accuracy, "rates": RATES.tolist(), "curves": curves, "chosen": chosen}
-
-    def summary(self, results: Mapping[str, Any]) -> Results:
-        """Return mean curves over digits and seeds, and figures by selection and tolerance."""
-        return summaries.digit_removal(results)
-
-    def tables(self, summary: Mapping[str, Any]) -> dict[str, Table]:
-        """Return Fig. 8 as tables."""
-        return tables.digit_removal(summary)
-
-
-def parts(model: nn.Module, test: ImageSet, seed: int) -> tuple[HeadFeatures, HeadFeatures]:
-    """Return features to plan on and to measure on: test images in an order by the seed."""
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
-    mixed = test[order]
-    least = int((test.labels if test.attribute is None else test.attribute).bincount().min())
-    planned = min(PLANNED, max(1, least // 2))
-    both = (mixed.first(planned), mixed.first(len(mixed), start=planned))
-    grouped = test.attribute is not None
-    planning, held = (collect_head_features(model, one, with_attribute=grouped) for one in both)
-    return planning, held
 
 
 def _by_class(head: HeadFeatures) -> list[float]:

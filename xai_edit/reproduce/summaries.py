@@ -39,8 +39,7 @@ def spreads(rows: Sequence[Row], by: Sequence[str], figures: Sequence[str]) -> l
     a method gave nothing.
     """
     found: list[Results] = []
-    for key in dict.fromkeys(tuple(row.get(name) for name in by) for row in rows):
-        mine = [row for row in rows if tuple(row.get(name) for name in by) == key]
+    for key, mine in _grouped(rows, *by).items():
         summed: Results = dict(zip(by, key, strict=True))
         if refused := sum("refused" in row for row in mine):
             summed["refused"] = refused
@@ -55,10 +54,9 @@ def unlearning(results: Row) -> Results:
     """Summarise Tables III to X of Chang et al. over classes and seeds."""
     measured = [sweep for sweep in results["sweeps"] if "refused" not in sweep]
     sweeps = []
-    for k, rule in dict.fromkeys((sweep["k"], sweep["rule"]) for sweep in measured):
-        mine = [sweep for sweep in measured if (sweep["k"], sweep["rule"]) == (k, rule)]
+    for (k, rule), mine in _grouped(measured, "k", "rule").items():
         row = {"k": k, "rule": rule, "shares": mine[0]["shares"]}
-        sweeps.append(row | {key: _means(mine, key) for key in ("forgotten_test", "rest_test")})
+        sweeps.append(row | _curves(mine, "forgotten_test", "rest_test"))
     rows = spreads(results["rows"], ["method"], UNLEARNING_FIGURES)
     return {**_setting(results, "sweeps", "paper", "table"), "rows": rows, "sweeps": sweeps}
 
@@ -66,27 +64,23 @@ def unlearning(results: Row) -> Results:
 def class_removal(results: Row) -> Results:
     """Summarise Fig. 6 of Hakemi et al. over classes and seeds."""
     runs = [*results["seeds"].values()]
-    rows = [(run["before"], row) for run in runs for row in run["rows"] if "accuracy" in row]
-    by_selection, classes = [], []
-    for before, row in rows:
-        target, after = row["class"], row["accuracy"]
-        change = np.delete(after, target).mean() - np.delete(before, target).mean()
-        by_selection.append({**row, "removed": after[target], "others_change": float(change)})
-    of_sca = [row for row in by_selection if row["select"] == "sca"]
-    for target in dict.fromkeys(row["class"] for row in of_sca):
-        mine = [row for row in of_sca if row["class"] == target]
-        by_count = {
-            str(row["n_weights"]): row["removed"]
-            for row in spreads(mine, ["n_weights"], ["removed"])
-        }
-        before = spread([run["before"][target] for run in runs])
-        classes.append({"class": target, "before": before, "by_weights": by_count})
+    rows = []
+    for before, row in [(run["before"], row) for run in runs for row in run["rows"]]:
+        if "accuracy" in row:
+            after, target = row["accuracy"], row["class"]
+            change = np.delete(after, target).mean() - np.delete(before, target).mean()
+            rows.append({**row, "removed": after[target], "others_change": float(change)})
     by = ["select", "n_weights"]
-    selections = spreads(by_selection, by, ["removed", "others_change"])
-    for row in selections:
-        mine = [one for one in by_selection if all(one[key] == row[key] for key in by)]
+    selections = spreads(rows, by, ["removed", "others_change"])
+    for row, mine in zip(selections, _grouped(rows, *by).values(), strict=True):
         row["highest_removed"] = max(one["removed"] for one in mine)
         row["lowest_others_change"] = min(one["others_change"] for one in mine)
+    classes = []
+    for (target,), mine in _grouped([r for r in rows if r["select"] == "sca"], "class").items():
+        summed = spreads(mine, ["n_weights"], ["removed"])
+        by_count = {str(row["n_weights"]): row["removed"] for row in summed}
+        before = spread([run["before"][target] for run in runs])
+        classes.append({"class": target, "before": before, "by_weights": by_count})
     return {**_setting(results), "selections": selections, "classes": classes}
 
 
@@ -100,15 +94,12 @@ def several_classes_removal(results: Row) -> Results:
 def digit_removal(results: Row) -> Results:
     """Summarise Fig. 8 over digits and seeds."""
     runs = [*results["seeds"].values()]
-    curves = {}
-    for select in ("sca", "gradient-activation"):
-        mine = [row for run in runs for row in run["curves"] if row["select"] == select]
-        curves[select] = {key: _means(mine, key) for key in ("removed", "retained")}
+    curves = _grouped([row for run in runs for row in run["curves"]], "select")
     rows = [row for run in runs for row in run["chosen"]]
     return {
         **_setting(results),
         "rates": runs[0]["rates"],
-        "curves": curves,
+        "curves": {key: _curves(mine, "removed", "retained") for (key,), mine in curves.items()},
         "chosen": spreads(rows, ["select", "tolerance"], ["removed", "retained"]),
     }
 
@@ -125,8 +116,7 @@ def neutralizing(results: Row) -> Results:
             if "refused" not in row:
                 row["gap"] = row["average"] - row["worst"]
         summed = spreads(rows, ["method"], ["worst", "average", "gap", "balanced"])
-        for one in summed:
-            mine = [row for row in rows if row["method"] == one["method"]]
+        for one, mine in zip(summed, _grouped(rows, "method").values(), strict=True):
             if weights := {row["weights_changed"] for row in mine if "weights_changed" in row}:
                 one["weights_changed"] = sorted({min(weights), max(weights)})
         sweep = {
@@ -167,11 +157,8 @@ def pair_pruning(results: Row) -> Results:
 def _precisions(tables: Sequence[Row | None]) -> dict[str, float]:
     """Return the mean average precision of the first subspace taken, by column."""
     firsts = [one["subspaces"][str(one["taken"][0])] for one in tables if one is not None]
-    found = {}
-    for column in COLUMNS:
-        if values := [one[column]["value"] for one in firsts if one[column] is not None]:
-            found[column] = _mean(values)
-    return found
+    known = {name: [one[name]["value"] for one in firsts if one[name]] for name in COLUMNS}
+    return {name: _mean(values) for name, values in known.items() if values}
 
 
 def few_shot_pruning(results: Row) -> Results:
@@ -205,6 +192,14 @@ def _beside_first(figures: Mapping[str, Sequence[float]]) -> list[Results]:
     return rows
 
 
+def _grouped(rows: Sequence[Row], *by: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the rows that agree in some values, by those, in order of appearance."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name) for name in by), []).append(row)
+    return found
+
+
 def _setting(results: Row, *without: str) -> Results:
     """Return what says how a run was made."""
     return {key: value for key, value in results.items() if key not in ("seeds", *without)}
@@ -214,9 +209,10 @@ def _mean(values: Any) -> float:
     return float(np.mean([*values]))
 
 
-def _means(rows: Sequence[Row], figure: str) -> list[float]:
-    """Return the mean of a list over rows, place by place."""
-    return [statistics.mean(values) for values in zip(*(row[figure] for row in rows), strict=True)]
+def _curves(rows: Sequence[Row], *figures: str) -> dict[str, list[float]]:
+    """Return the mean of lists over rows, place by place."""
+    columns = {figure: zip(*(row[figure] for row in rows), strict=True) for figure in figures}
+    return {figure: [statistics.mean(one) for one in column] for figure, column in columns.items()}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -225,29 +221,15 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (compact_json(content) + "\n").encode())
 
 
-def compact_json(content: Any, depth: int = 0, lead: int = 0) -> str:
-    """Return JSON that fills its lines: items side by side, but for those of several lines.
-
-    ``lead`` characters stand before it in its first line.
-    """
-    if not isinstance(content, (dict, list, tuple)):
-        return json.dumps(content, ensure_ascii=False)
-    indent = " " * (depth + 1)
-    if isinstance(content, dict):
-        quoted = (json.dumps(str(key), ensure_ascii=False) for key in content)
-        ends, named = "{}", [*zip((f"{key}: " for key in quoted), content.values(), strict=True)]
-    else:
-        ends, named = "[]", [("", one) for one in content]
-    lines = [""]
-    for name, one in named:
-        start = len(name) + (lead if lines == [""] else depth + 1)
-        part = name + compact_json(one, depth + 1, start)
-        beside = f"{lines[-1]}, {part}"
-        room = WIDTH - 2 - (max(lead, depth + 1) if len(lines) == 1 else depth + 1)
-        if lines == [""]:
-            lines = [part]
-        elif "\n" in beside or len(beside) > room:
-            lines.append(part)
+def compact_json(content: Any) -> str:
+    """Return JSON that fills its lines; an object in a list begins a line."""
+    lines: list[str] = []
+    for line in json.dumps(content, indent=1, ensure_ascii=False).split("\n"):
+        part = line.lstrip()
+        before = lines[-1] if lines else ""
+        gap = "" if before[-1:] in "[{" or part[0] in "]}" else " "
+        if lines and part != "{" and len(before + gap + part) <= WIDTH:
+            lines[-1] += gap + part
         else:
-            lines[-1] = beside
-    return ends[0] + f",\n{indent}".join(lines) + ends[1]
+            lines.append(line)
+    return "\n".join(lines)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from xai_edit.concepts.predictiveness import COLUMNS
+from xai_edit.core.text import aligned
 from xai_edit.reproduce.experiments import Table
 from xai_edit.reproduce.published import METHODS, SWEEPS, WORST_GROUPS
 from xai_edit.reproduce.summaries import FIRST, spread
 
 AHEAD = "CNP: contrastive PCA"  # that other methods are compared with
 PAPER = "the paper: A_t, A_g, F_r, s"
+FORGOTTEN = ("forgotten_test", "rest_test", "forgotten_train", "forgetting_rate")
+BOTH = ("removed", "retained")
 Summary = Mapping[str, Any]
 
 
@@ -24,20 +27,14 @@ def unlearning(summary: Summary) -> dict[str, Table]:
     data = summary["run"].removeprefix("npp-")
     rows = [["method", "A_t, test", "A_g, test", "A_t, train", "F_r, train", "s", "GB", PAPER]]
     for row in summary["rows"]:
-        published = METHODS[data].get(row["method"])
-        a_t, a_g, f_r, _, seconds = published or (None,) * 5
-        rows.append(
-            [
-                row["method"],
-                _deviation(row, "forgotten_test"),
-                _deviation(row, "rest_test"),
-                _deviation(row, "forgotten_train"),
-                _deviation(row, "forgetting_rate"),
-                f"{row['seconds'][0]:.2f}" if "seconds" in row else "",
-                f"{row['memory'][0] / 1e9:.2f}" if "memory" in row else "",
-                f"{a_t:.2f}, {a_g:.2f}, {f_r:.2f}, {seconds:.1f}" if published else "",
-            ]
-        )
+        published = ""
+        if row["method"] in METHODS[data]:
+            a_t, a_g, f_r, _, seconds = METHODS[data][row["method"]]
+            published = f"{a_t:.2f}, {a_g:.2f}, {f_r:.2f}, {seconds:.1f}"
+        cells = [row["method"], *(_deviation(row, figure) for figure in FORGOTTEN)]
+        cells.append(f"{row['seconds'][0]:.2f}" if "seconds" in row else "")
+        cells.append(f"{row['memory'][0] / 1e9:.2f}" if "memory" in row else "")
+        rows.append([*cells, published])
     tables = {"methods": rows}
     for k in dict.fromkeys(sweep["k"] for sweep in summary["sweeps"]):
         chosen = [sweep for sweep in summary["sweeps"] if sweep["k"] == k]
@@ -61,13 +58,12 @@ def class_removal(summary: Summary) -> dict[str, Table]:
     for row in summary["selections"]:
         cells = [row["select"], str(row["n_weights"]), _deviation(row, "removed", of_sample=False)]
         cells += [f"{row['highest_removed']:.3f}", f"{row['others_change'][0]:+.3f}"]
-        cells.append(f"{row['lowest_others_change']:+.3f}")
-        by_selection.append(cells)
+        by_selection.append([*cells, f"{row['lowest_others_change']:+.3f}"])
     counts = [*dict.fromkeys(n for row in summary["classes"] for n in row["by_weights"])]
     by_class = [["class", "before", *(f"SCA, {n} weight{'s' * (n != '1')}" for n in counts)]]
     for row in summary["classes"]:
         means = [row["before"][0], *(row["by_weights"][n][0] for n in counts)]
-        by_class.append([str(row["class"]), *(f"{mean:.3f}" for mean in means)])
+        by_class.append([str(row["class"]), *_decimals(means)])
     return {"one class removed": by_selection, "class by class (Fig. 6)": by_class}
 
 
@@ -75,8 +71,8 @@ def several_classes_removal(summary: Summary) -> dict[str, Table]:
     """Return Fig. 7 as a table: mean accuracy on the removed classes and on the others."""
     table = [["classes removed", "selection", "removed", "retained", "retained before"]]
     for row in summary["rows"]:
-        cells = (f"{row[key][0]:.3f}" for key in ("removed", "retained", "retained_before"))
-        table.append([str(row["count"]), row["select"], *cells])
+        means = [row[key][0] for key in ("removed", "retained", "retained_before")]
+        table.append([str(row["count"]), row["select"], *_decimals(means)])
     return {"several classes removed (Fig. 7)": table}
 
 
@@ -86,20 +82,20 @@ def digit_removal(summary: Summary) -> dict[str, Table]:
     rates, curves = summary["rates"], summary["curves"]
     shown = [["rate r", *(f"{name}: removed / retained" for name in names.values())]]
     for at in [*range(0, len(rates), 6), len(rates) - 1]:
-        pairs = (
-            (curves[select]["removed"][at], curves[select]["retained"][at]) for select in names
-        )
-        shown.append([f"{rates[at]:.5g}", *(f"{own:.3f} / {rest:.3f}" for own, rest in pairs)])
-    chosen = [["one weight a digit", "removed", "retained", "retained − removed"]]
+        pairs = (_decimals([curves[own][key][at] for key in BOTH]) for own in names)
+        shown.append([f"{rates[at]:.5g}", *map(" / ".join, pairs)])
+    chosen = [["one weight a digit", *BOTH, "retained − removed"]]
     for select, name in names.items():
-        removed, retained = (np.array(curves[select][key]) for key in ("removed", "retained"))
+        removed, retained = (np.array(curves[select][key]) for key in BOTH)
         at = int((retained - removed).argmax())
         label = f"{name}, one rate for all ({rates[at]:.3g})"
-        chosen.append([label, *_gap(removed[at], retained[at])])
+        figures = [removed[at], retained[at], retained[at] - removed[at]]
+        chosen.append([label, *_decimals(figures)])
     for row in summary["chosen"]:
         name = {"sca": "SCA, each its own rate", "exact": "exact"}[row["select"]]
-        label = f"{name}, tolerance {row['tolerance']:g}"
-        chosen.append([label, *_gap(row["removed"][0], row["retained"][0])])
+        own, rest = (row[key][0] for key in BOTH)
+        cells = _decimals([own, rest, rest - own])
+        chosen.append([f"{name}, tolerance {row['tolerance']:g}", *cells])
     return {"digits removed": chosen, "by rate (Fig. 8)": shown}
 
 
@@ -116,9 +112,9 @@ def neutralizing(summary: Summary) -> dict[str, Table]:
                 figures = ("worst", "average", "gap", "balanced")
                 cells = [_deviation(row, key, of_sample=False) for key in figures]
                 cells.append("–".join(map(str, row.get("weights_changed", []))))
-            published = paper.get(row["method"])
-            beside = [f"{published[0] / 100:.3f}, {published[1] / 100:.3f}" if published else ""]
-            table.append([row["method"], *cells, *(beside if paper else [])])
+            published = [value / 100 for value in paper.get(row["method"], ())]
+            beside = [", ".join(_decimals(published))] if paper else []
+            table.append([row["method"], *cells, *beside])
         tables[f"coloured digits, ρ = {strength}" if strength else "groups (Table 1)"] = table
     return tables
 
@@ -145,19 +141,20 @@ def _of_pair(part: Summary, shares: Sequence[float]) -> dict[str, Table]:
     rows = {(row["method"], row["share"]): row for row in part["rows"]}
     methods = [*dict.fromkeys(method for method, _ in rows)]
     head = [f"{share:.0%} pruned" for share in shares]
-    worst, balanced, ahead = [[["method", "not pruned", *head]] for _ in range(3)]
-    ahead[0] = ["than", *head]
+    worst, balanced = ([["method", "not pruned", *head]] for _ in range(2))
+    ahead = [["than", *head]]
     for method in methods:
         mine = [rows.get((method, share), {}) for share in (None, *shares)]
-        worst.append([method, *(_interval(_spread(row.get("worst", []))) for row in mine)])
+        worst.append([method, *(_of_known(row.get("worst", [])) for row in mine)])
         balanced.append([method, *(_interval(row.get("balanced")) for row in mine)])
-        if method != AHEAD:
+        cells = []
+        for share in shares:
             # What is not pruned stands beside every share.
-            own = [rows.get((method, share), mine[0]).get("worst", []) for share in shares]
-            first = [rows.get((AHEAD, share), {}).get("worst", []) for share in shares]
-            pairs = [zip(*both, strict=False) for both in zip(first, own, strict=True)]
-            higher = [[a - b for a, b in pair if None not in (a, b)] for pair in pairs]
-            ahead.append([method, *(_interval(_spread(values)) for values in higher)])
+            own = rows.get((method, share), mine[0]).get("worst", [])
+            pairs = zip(rows.get((AHEAD, share), {}).get("worst", []), own, strict=False)
+            cells.append(_of_known([a - b for a, b in pairs if None not in (a, b)]))
+        if method != AHEAD:
+            ahead.append([method, *cells])
     tables = {"worst group": worst, "balanced accuracy": balanced}
     return tables | ({f"worst group, {AHEAD} is higher by": ahead} if AHEAD in methods else {})
 
@@ -165,8 +162,7 @@ def _of_pair(part: Summary, shares: Sequence[float]) -> dict[str, Table]:
 def few_shot_pruning(summary: Summary) -> dict[str, Table]:
     """Return mean accuracies with their 95 % intervals over seeds, for both tasks."""
     by_share = [["criterion", *(f"{share:.0%}" for share in summary["shares"])]]
-    for method, means in summary["by_share"].items():
-        by_share.append([method, *(f"{mean:.3f}" for mean in means)])
+    by_share += [[method, *_decimals(means)] for method, means in summary["by_share"].items()]
     unpruned, restricted = summary["unpruned"], summary["restricted_unpruned"]
     task = f"three classes, {summary['restricted_share']:.0%} pruned, {restricted:.3f} unpruned"
     seeds = f"{unpruned:.3f} unpruned, {summary['networks']} seeds"
@@ -179,7 +175,7 @@ def few_shot_pruning(summary: Summary) -> dict[str, Table]:
 
 def text(tables: Mapping[str, Table]) -> str:
     """Return the tables of a run for a terminal."""
-    return "\n\n".join(f"{title}\n{_aligned(table)}" for title, table in tables.items())
+    return "\n\n".join(f"{title}\n{aligned(table)}" for title, table in tables.items())
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
@@ -188,21 +184,16 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(table[0]), *rows])
 
 
-def _aligned(table: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in table
-    )
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def _beside_first(rows: Sequence[Summary]) -> Table:
     table = [["criterion", "accuracy", f"{FIRST} is higher by"]]
     for row in rows:
         cells = (_interval(row.get(key), 3) for key in ("accuracy", "first_ahead"))
         table.append([row["method"], *cells])
     return table
+
+
+def _decimals(values: Iterable[float]) -> list[str]:
+    return [f"{value:.3f}" for value in values]
 
 
 def _deviation(row: Summary, figure: str, *, of_sample: bool = True) -> str:
@@ -226,10 +217,7 @@ def _interval(spread: Sequence[float] | None, digits: int = 2) -> str:
     return f"{mean:.3f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
 
 
-def _spread(values: Sequence[float | None]) -> list[float] | None:
+def _of_known(values: Sequence[float | None]) -> str:
+    """Return the interval of the values that are known."""
     known = [value for value in values if value is not None]
-    return spread(known) if known else None
-
-
-def _gap(removed: float, retained: float) -> list[str]:
-    return [f"{removed:.3f}", f"{retained:.3f}", f"{retained - removed:.3f}"]
+    return _interval(spread(known) if known else None)

@@ -1,4 +1,4 @@
-"""Training of the papers' networks with AdamW."""
+"""Training of the papers' networks with AdamW, and their logits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from xai_edit.core.data import model_device
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import predict
+from xai_edit.datasets.image_set import ImageSet
 
 Recording = Callable[[nn.Module, Tensor], AbstractContextManager[None]]
 
@@ -30,11 +35,10 @@ def fit(
     `xai_edit.comparisons.AmnesiacLog.recording`. The model is changed in place and returned in
     evaluation mode.
     """
-    device = next(model.parameters()).device
+    device = model_device(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * steps
-    )
+    total = epochs * steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total)
     model.train()
     for _ in range(epochs):
         for inputs, labels, *_ in batches:
@@ -47,3 +51,10 @@ def fit(
             schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return model.eval()
+
+
+def logits_of(model: nn.Module, images: ImageSet) -> Tensor:
+    """Return the logits of images on the CPU, shape (samples, classes)."""
+    device = model_device(model)
+    with preserved(model), torch.no_grad():
+        return torch.cat([predict(model, inputs.to(device)).cpu() for inputs, *_ in images])
