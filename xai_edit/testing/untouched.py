@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,6 @@ class Fuse:
         return self
 
 
-def times(count: int) -> list[int]:
-    """Return at which of several calls to raise: the first two, one in the middle, the last."""
-    return sorted({1, 2, count // 2 + 1, count} & set(range(1, count + 1)))
-
-
 def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Module:
     """Return a copy of the example's model with hooks, gradients and a frozen parameter.
 
@@ -58,37 +53,68 @@ def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Modu
     return model
 
 
-@dataclass
-class Promises:
-    """The promises of a scorer or an operator, whose name ``who`` begins each message."""
+@contextmanager
+def naming(who: str, errors: type[Exception] | tuple[Any, ...] = ()) -> Iterator[None]:
+    """Begin the messages of AssertionError, and of other errors, with some words."""
+    try:
+        yield
+    except AssertionError as problem:
+        raise AssertionError(f"{who}: {problem}") from problem
+    except errors as problem:
+        raise AssertionError(f"{who}: {problem}") from problem
 
-    who: str
 
-    def require(self, kept: bool, sentence: str) -> None:
-        """Raise AssertionError with the sentence unless a promise is kept."""
-        if not kept:
-            raise AssertionError(f"{self.who}: {sentence}")
+def require(kept: bool, sentence: str) -> None:
+    """Raise AssertionError with the sentence unless a promise is kept."""
+    if not kept:
+        raise AssertionError(sentence)
 
-    def unchanged(
-        self, model: nn.Module, data: Iterable[Tensor] = (), *, generators: bool = True
-    ) -> Callable[..., None]:
-        """Return a function that raises AssertionError with the first thing that has changed.
 
-        Its arguments are the words before and after it. Without ``generators`` the global random
-        generators may change: a first call may import packages that draw numbers.
-        """
-        data = list(data)
-        before = _state(model, data, generators)
+def unchanged(
+    model: nn.Module, data: Iterable[Tensor] = (), *, generators: bool = True
+) -> Callable[..., None]:
+    """Return a function that raises AssertionError with the first thing that has changed.
 
-        def check(doing: str = "", when: str = "") -> None:
-            after = _state(model, data, generators)
-            for what in [*after, *before]:
-                verb = "changes" if what in before else "leaves behind"
-                verb = verb if what in after else "takes away"
-                same = what in before and what in after and before[what] == after[what]
-                self.require(same, f"{doing} {verb} {what} {when}".strip())
+    Its arguments are the words before and after it. Without ``generators`` the global random
+    generators may change: a first call may import packages that draw numbers.
+    """
+    data = list(data)
+    before = _state(model, data, generators)
 
-        return check
+    def check(doing: str = "", when: str = "") -> None:
+        after = _state(model, data, generators)
+        for what in [*after, *before]:
+            verb = "changes" if what in before else "leaves behind"
+            verb = verb if what in after else "takes away"
+            same = what in before and what in after and before[what] == after[what]
+            require(same, f"{doing} {verb} {what} {when}".strip())
+
+    return check
+
+
+def attempted(
+    act: Callable[[], object], model: nn.Module, data: Iterable[Tensor], doing: str, when: str
+) -> Exception | None:
+    """Call a function, raise AssertionError where it leaves a trace, and return its error."""
+    check, raised = unchanged(model, data), None
+    try:
+        act()
+    except Exception as problem:
+        raised = problem
+    check(doing, when)
+    return raised
+
+
+def shows_errors(attempt: Callable[[str, Fuse], Exception | None], verb: str, what: str) -> None:
+    """Attempt once, then with a fuse that raises at a call: one of the first, a middle, the last.
+
+    ``verb`` and ``what`` are the words of the message where the error of the fuse is hidden.
+    """
+    attempt("", whole := Fuse())
+    for at in sorted({1, 2, whole.count // 2 + 1, whole.count} & {*range(1, whole.count + 1)}):
+        when, fuse = f"when {what.format(at)}", Fuse(at)
+        hidden = attempt(when, fuse) is None and fuse.blown
+        require(not hidden, f"{verb} {when}, and hides the error")
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -119,8 +145,8 @@ def _state(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, 
             state[f"the values of {name}"] = bits(tensor)
             state[f"requires_grad of {name}"] = tensor.requires_grad
             state[f"the gradient of {name}"] = _content(tensor.grad)
-            hooks = [_entries(getattr(tensor, one, None) or {}) for one in TENSOR_HOOKS]
-            state[f"the hooks of {name}"] = hooks
+            hooks = [getattr(tensor, one, None) or {} for one in TENSOR_HOOKS]
+            state[f"the hooks of {name}"] = [[*one.items()] for one in hooks]
     for at, tensor in enumerate(data):
         content = bits(tensor), tensor.shape, tensor.requires_grad
         state[f"the data it was given (tensor {at})"] = content
@@ -144,10 +170,6 @@ def _same(value: object) -> tuple[int, object]:
     return id(value), value
 
 
-def _entries(registry: Mapping[Any, object]) -> list[tuple[Any, object]]:
-    return [(key, _same(value)) for key, value in registry.items()]
-
-
 def _content(value: object) -> Any:
     """Return what shows whether an attribute is still the same, one level deep."""
     if isinstance(value, (int, float, str, bytes, type(None))):
@@ -155,7 +177,6 @@ def _content(value: object) -> Any:
     if isinstance(value, Tensor):
         return _same(value), bits(value)
     if isinstance(value, Mapping):
-        return _same(value), _entries(value)
-    if isinstance(value, (list, set, tuple)):
-        return _same(value), [_same(one) for one in value]
-    return _same(value)
+        return _same(value), [(key, _same(one)) for key, one in value.items()]
+    inside = value if isinstance(value, (list, set, tuple)) else ()
+    return _same(value), [*map(_same, inside)]
