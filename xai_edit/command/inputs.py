@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from tqdm import tqdm
 from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
 from xai_edit.core.checks import one_of
 from xai_edit.core.data import Data
-from xai_edit.edits.model_edit import versions
 from xai_edit.lrp.lrp import LRP, Scorer
 from xai_edit.lrp.patterns import fit_patterns
 from xai_edit.lrp.presets import PRESETS
@@ -32,19 +30,13 @@ OTHERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Batches that show a progress bar on stderr in each pass."""
+class Batches(DataLoader[Any]):
+    """Batches that show a progress bar on stderr in each pass, which ``bar`` describes."""
 
-    loader: DataLoader[Any]
-    doing: str
-    quiet: bool
+    bar: Mapping[str, Any]
 
-    def __str__(self) -> str:
-        return str(self.loader.dataset)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(tqdm(self.loader, self.doing, unit="batch", leave=False, disable=self.quiet))
+    def __iter__(self) -> Any:
+        return iter(tqdm(super().__iter__(), **self.bar))
 
 
 def model_of(options: argparse.Namespace) -> nn.Module:
@@ -72,8 +64,10 @@ def batches_of(
 ) -> Batches:
     """Return images as batches, in their order or in a random one that changes with each pass."""
     generator = torch.Generator().manual_seed(SEED) if shuffled else None
-    loader = DataLoader(images, options.batch_size, shuffle=shuffled, generator=generator)
-    return Batches(loader, doing, options.quiet)
+    loader = Batches(images, options.batch_size, shuffle=shuffled, generator=generator)
+    how = {"total": len(loader), "unit": "batch", "leave": False, "disable": options.quiet}
+    loader.bar = {"desc": doing, **how}
+    return loader
 
 
 def preprocessing_given(options: argparse.Namespace) -> Preprocessing:
@@ -110,16 +104,6 @@ def lrp_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data)
 def scorer_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data) -> Scorer:
     """Return the scorer of a name."""
     return OTHERS[name]() if name in OTHERS else lrp_of(name, options, model, data)
-
-
-def run_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the command, versions, the model and its preprocessing, as in ``results.json``."""
-    return {
-        "command": options.line,
-        "versions": versions(),
-        "model": {"name": options.model, "weights": options.weights, "classes": options.outputs},
-        "preprocessing": asdict(preprocessing_given(options)),
-    }
 
 
 def note(options: argparse.Namespace, text: str) -> None:

@@ -227,12 +227,16 @@ def load_images(
 
 @dataclass(frozen=True, eq=False)
 class Images(Dataset[Any]):
-    """Some ``rows`` of a ``source`` of (image or its path, label or None), made into inputs."""
+    """Some ``rows`` of a ``source`` of (image or its path, label or None), made into inputs.
+
+    ``marks`` has by row 1 with an attribute and 0 without, the third element of each sample.
+    """
 
     source: Any
     rows: Sequence[int]
     preprocessing: Preprocessing
     classes: Mapping[int, str]
+    marks: Mapping[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -242,7 +246,9 @@ class Images(Dataset[Any]):
         if isinstance(image, str):
             with _one_sentence(f"data: {image} cannot be read as an image"):
                 image = pil_loader(image)
-        return self.preprocessing(image) if label is None else (self.preprocessing(image), label)
+        inputs, marks = self.preprocessing(image), self.marks
+        own = () if marks is None else (marks[self.rows[index]],)
+        return inputs if label is None else (inputs, label, *own)
 
     @property
     def labels(self) -> list[int]:
@@ -257,6 +263,14 @@ class Images(Dataset[Any]):
         if None in labels:
             raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
         return labels
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """Class and attribute of each image."""
+        marks = self.marks or {}
+        return [
+            (label, marks.get(row, 0)) for label, row in zip(self.labels, self.rows, strict=True)
+        ]
 
     def only(self, chosen: Sequence[int]) -> Images:
         """Return some of the images, by their indices among these."""

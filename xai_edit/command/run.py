@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from xai_edit.command.inputs import batches_of, images_of, model_of, note, run_of
+from xai_edit.command.inputs import batches_of, images_of, model_of, note, preprocessing_given
 from xai_edit.command.run_parts import read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
 from xai_edit.core.data import Data
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
-from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.pages.page import write_run
+from xai_edit.edits.model_edit import ModelEdit, versions
+from xai_edit.pages.page import as_json, write_run
 
 BEFORE = "before"  # the name of the model without an edit
+MODEL = {"name": "model", "weights": "weights", "classes": "outputs"}  # option of each entry
 
 
 class Run:
@@ -102,7 +103,10 @@ class Run:
         options = self.options
         about = {
             "run": options.command,
-            **run_of(options),
+            "command": options.line,
+            "versions": versions(),
+            "model": {name: getattr(options, own) for name, own in MODEL.items()},
+            "preprocessing": asdict(preprocessing_given(options)),
             "data": {"name": options.data, "found": str(self.images), **data},
         }
         if self.attribute is not None:
@@ -140,8 +144,3 @@ class Run:
         if file is not None:
             note(self.options, f"written: {self.out / file}")
         return 0
-
-
-def as_json(results: Mapping[str, Any]) -> str:
-    """Return the text of ``results.json``."""
-    return json.dumps(results, indent=2, ensure_ascii=False)

@@ -63,7 +63,7 @@ def command(options: argparse.Namespace) -> int:
     results = {
         **run.about(),
         "names": run.class_names,
-        "split": {"seed": SEED, **parts.sizes},
+        "split": {"seed": SEED, **{name: len(part) for name, part in parts._asdict().items()}},
         "edit": {
             "select": operator.select,
             "rate": operator.rate,

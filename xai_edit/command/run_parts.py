@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import is_image_file
 
 from xai_edit.command.load import Images, csv_rows
@@ -19,44 +18,15 @@ from xai_edit.core.data import Data, batches
 SEED = 0  # of the parts
 
 
-@dataclass(frozen=True, eq=False)
-class Marked(Dataset[Any]):
-    """Labelled images with a third element each: 1 with the attribute, 0 without."""
-
-    images: Images
-    attribute: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        return *self.images[index], self.attribute[index]
-
-    def only(self, chosen: Sequence[int]) -> Marked:
-        """Return some of the images, by their indices among these."""
-        return Marked(self.images.only(chosen), [self.attribute[index] for index in chosen])
-
-    @property
-    def groups(self) -> list[tuple[int, int]]:
-        """Class and attribute of each image."""
-        return [*zip(self.images.labels, self.attribute, strict=True)]
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
+class Parts(NamedTuple):
     """Parts that share no image, each with images of every group; figures are of ``held_out``.
 
     ``validation`` is empty where no edit needs it.
     """
 
-    planning: Marked
-    validation: Marked
-    held_out: Marked
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The number of images of each part."""
-        return {name: len(part) for name, part in vars(self).items()}
+    planning: Images
+    validation: Images
+    held_out: Images
 
 
 def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) -> Parts:
@@ -65,7 +35,8 @@ def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) 
     Half of each group is held out; with ``validation`` the rest is divided into planning and
     validation images. Raises ValueError if labels are missing or a group has too few images.
     """
-    whole = Marked(images, [0] * len(images) if attribute is None else attribute)
+    marks = [0] * len(images) if attribute is None else attribute
+    whole = replace(images, marks=dict(zip(images.rows, marks, strict=True)))
     random = np.random.default_rng(SEED)
     fewest, uses = (3, "planning, validation") if validation else (2, "planning")
     planning: list[int] = []

@@ -19,7 +19,7 @@ from xai_edit.command.inputs import (
     scorer_of,
 )
 from xai_edit.command.load import preprocessing_of
-from xai_edit.command.run import Run, as_json
+from xai_edit.command.run import Run
 from xai_edit.core.data import Batch, peek
 from xai_edit.core.files import write_atomically
 from xai_edit.core.targets import targets_of
@@ -27,6 +27,7 @@ from xai_edit.evaluation.compare import Comparison, compare_scorers
 from xai_edit.evaluation.deletion_curve import SHARES
 from xai_edit.lrp.check_model import check_model
 from xai_edit.lrp.lrp import Scorer
+from xai_edit.pages.page import as_json
 from xai_edit.report.comparison_figures import (
     deletion_curves,
     map_grid,

@@ -13,7 +13,7 @@ def aligned(rows: Iterable[Sequence[Any]]) -> str:
     The first column is aligned to the left, the others to the right. Floats have three decimals,
     a pair of floats is an interval, None is a dash.
     """
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip_longest(*cells, fillvalue="")]
     lines = []
     for first, *others in (row or [""] for row in cells):
@@ -22,9 +22,10 @@ def aligned(rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return a value as text, as in `aligned`."""
     if value is None:
         return "–"
     if isinstance(value, tuple):
-        return "–".join(map(_cell, value))
+        return "–".join(map(cell, value))
     return f"{value:.3f}" if isinstance(value, float) else str(value)

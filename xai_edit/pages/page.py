@@ -40,9 +40,13 @@ def write_report(folder: str | Path) -> Path:
 def write_run(folder: Path, results: Mapping[str, Any], timing: Mapping[str, Any]) -> Report:
     """Write ``timing.json``, ``results.json`` and the page of a run, and return the page."""
     for name, content in (("timing.json", timing), ("results.json", results)):
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        write_atomically(folder / name, f"{text}\n".encode())
+        write_atomically(folder / name, f"{as_json(content)}\n".encode())
     return _write(folder)
+
+
+def as_json(results: Mapping[str, Any]) -> str:
+    """Return the text of ``results.json``."""
+    return json.dumps(results, indent=2, ensure_ascii=False)
 
 
 def _write(folder: Path) -> Report:
@@ -105,10 +109,9 @@ def _changes(folder: Path, name: str, file: str) -> str:
     rows = []
     for tensor, change in [*edit.changes.items()][:TENSORS]:
         of = f"{len(change):,} of {torch.Size(change.shape).numel():,}"
-        first = (values[:ENTRIES] for values in (change.index, change.old, change.new))
-        for index, old, new in zip(*first, strict=True):
-            entry = [int(axis) for axis in torch.unravel_index(index, change.shape)]
-            rows.append([tensor, of, entry, f"{old.item():.6g}", f"{new.item():.6g}"])
+        for at in range(min(len(change), ENTRIES)):
+            values = [f"{part[at].item():.6g}" for part in (change.old, change.new)]
+            rows.append([tensor, of, change.position(at), *values])
     summary = f"{name}: {counted(edit.size, 'weight')} of {counted(len(edit.changes), 'tensor')}"
     listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
     return f"<details><summary>{escape(summary)}</summary>{listed}</details>"
