@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, clear_parts, read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import copied, require_finite
 from xai_edit.edits.model_edit import ModelEdit, tensors_of
@@ -114,14 +114,13 @@ def kept_off(network: nn.Module, channels: Mapping[str, list[int]]) -> Iterator[
     with ExitStack() as hooks:
         for name, off in channels.items():
             module = network.get_submodule(name)
+            gone = torch.tensor(off, dtype=torch.long, device=model_device(module))
             axis = -1 if isinstance(module, nn.Linear) else 1
-            zeroed = partial(_zeroed, axis, torch.tensor(off, dtype=torch.long))
-            hooks.callback(module.register_forward_hook(zeroed).remove)
+            hook = module.register_forward_hook(
+                lambda _, __, output, at=(axis, gone): output.index_fill(*at, 0)
+            )
+            hooks.callback(hook.remove)
         yield
-
-
-def _zeroed(axis: int, off: Tensor, _: nn.Module, __: object, output: Tensor) -> Tensor:
-    return output.index_fill(axis, off.to(output.device), 0)
 
 
 def _switch_off(

@@ -67,24 +67,22 @@ def check_operator(
     TypeError
         If the operator has no ``plan`` and none is given.
     """
-    plan = _plan_of(operator) if plan is None else plan
+    if plan is None:
+        plan = getattr(operator, "plan", None)
+        if not callable(plan):
+            raise TypeError(
+                f"operator: {operator!r} has no method plan; give plan=, a function of a model and "
+                "data"
+            )
+        target = inspect.signature(plan).parameters.get("target")
+        if target is not None and target.default is target.empty:
+            plan = partial(plan, target=TARGET)
     with naming(getattr(operator, "__qualname__", type(operator).__qualname__)):
         shown = example(torch.float32)
         edit = _repeated(plan, shown)
         _leaves_no_trace(plan, shown)
         for keeps in (_changes_what_it_says, _refuses_other_models, _survives_a_file):
             keeps(edit, shown)
-
-
-def _plan_of(operator: Any) -> Plan:
-    plan = getattr(operator, "plan", None)
-    if not callable(plan):
-        raise TypeError(
-            f"operator: {operator!r} has no method plan; give plan=, a function of a model and data"
-        )
-    target = inspect.signature(plan).parameters.get("target")
-    required = target is not None and target.default is inspect.Parameter.empty
-    return partial(plan, target=TARGET) if required else plan
 
 
 def _planned(plan: Plan, model: nn.Module, data: Any) -> ModelEdit:
@@ -95,9 +93,8 @@ def _planned(plan: Plan, model: nn.Module, data: Any) -> ModelEdit:
 
 def _repeated(plan: Plan, example: Example) -> ModelEdit:
     """Return the edit that an operator plans, the same each time."""
-    check = unchanged(model := deepcopy(example.model), generators=False)
-    first = _planned(plan, model, example.batches(BATCH))
-    check("planning")
+    with unchanged(model := deepcopy(example.model), doing="planning", generators=False):
+        first = _planned(plan, model, example.batches(BATCH))
     used = "a model in training mode, with hooks, gradients and a frozen parameter, gives other"
     for model, sentence in (
         (deepcopy(example.model), "planning again with the same model and data gives other"),
@@ -154,7 +151,7 @@ class _Batches:
 
 
 def _changes_what_it_says(edit: ModelEdit, example: Example) -> None:
-    check = unchanged(model := lived_in(example, Fuse()))
+    model = lived_in(example, Fuse())
     expected = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
     for name, change in edit.changes.items():
         known = name in expected and tuple(expected[name].shape) == tuple(change.shape)
@@ -162,15 +159,15 @@ def _changes_what_it_says(edit: ModelEdit, example: Example) -> None:
         rising = bool((change.index[1:] > change.index[:-1]).all())
         require(rising, f"the edit names entries of {name!r} twice or not in their order")
         expected[name].view(-1)[change.index] = change.new.to(expected[name])
-    with naming("the edit does not fit the model it was planned on", EditMismatchError):
-        edit.apply(model)
-    for name, tensor in tensors_of(model).items():
-        what = f"applying the edit gives {name!r} other values than it says"
-        require(bits(tensor) == bits(expected[name]), what)
-    _require_refused(edit.apply, model, "a model that holds it already")
-    with naming("the edit cannot be undone", EditMismatchError):
-        edit.undo(model)
-    check("applying and undoing the edit")
+    with unchanged(model, doing="applying and undoing the edit"):
+        with naming("the edit does not fit the model it was planned on", EditMismatchError):
+            edit.apply(model)
+        for name, tensor in tensors_of(model).items():
+            what = f"applying the edit gives {name!r} other values than it says"
+            require(bits(tensor) == bits(expected[name]), what)
+        _require_refused(edit.apply, model, "a model that holds it already")
+        with naming("the edit cannot be undone", EditMismatchError):
+            edit.undo(model)
     _require_refused(edit.undo, model, "to be undone on a model that does not hold it")
 
 
@@ -186,14 +183,14 @@ def _refuses_other_models(edit: ModelEdit, example: Example) -> None:
 
 
 def _require_refused(act: Callable[[nn.Module], object], model: nn.Module, what: str) -> None:
-    check, found = unchanged(model), ""
-    try:
-        act(model)
-    except EditMismatchError:
-        return check(f"the edit refuses {what}, but")
-    except Exception as problem:
-        found = f" with EditMismatchError, but raises {type(problem).__name__}: {problem}"
-    raise AssertionError(f"the edit does not refuse {what}{found}")
+    with unchanged(model, doing=f"the edit refuses {what}, but"):
+        try:
+            act(model)
+        except EditMismatchError:
+            return
+        except Exception as problem:
+            what += f" with EditMismatchError, but raises {type(problem).__name__}: {problem}"
+        raise AssertionError(f"the edit does not refuse {what}")
 
 
 def _survives_a_file(edit: ModelEdit, example: Example) -> None:

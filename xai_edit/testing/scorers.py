@@ -145,9 +145,8 @@ def _scores(
 ) -> Mapping[str, Tensor]:
     """Return the scores of the example's samples; a copy of its model is scored by default."""
     model = deepcopy(example.model) if model is None else model
-    check = unchanged(model, generators=False)
-    scores = _called(scorer, example, model, example.inputs.clone(), example.labels.clone())
-    check()
+    with unchanged(model, generators=False):
+        scores = _called(scorer, example, model, example.inputs.clone(), example.labels.clone())
     what = f"gives a {type(scores).__name__}, not a mapping from layer names to tensors"
     require(isinstance(scores, Mapping), what)
     return scores  # type: ignore[no-any-return]

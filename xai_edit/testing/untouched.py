@@ -70,39 +70,39 @@ def require(kept: bool, sentence: str) -> None:
         raise AssertionError(sentence)
 
 
+@contextmanager
 def unchanged(
-    model: nn.Module, data: Iterable[Tensor] = (), *, generators: bool = True
-) -> Callable[..., None]:
-    """Return a function that raises AssertionError with the first thing that has changed.
+    model: nn.Module,
+    data: Iterable[Tensor] = (),
+    doing: str = "",
+    when: str = "",
+    *,
+    generators: bool = True,
+) -> Iterator[None]:
+    """Raise AssertionError with the first thing that the block has changed.
 
-    Its arguments are the words before and after it. Without ``generators`` the global random
-    generators may change: a first call may import packages that draw numbers.
+    ``doing`` and ``when`` are the words before and after it. Without ``generators`` the global
+    random generators may change: a first call may import packages that draw numbers.
     """
     data = list(data)
     before = _state(model, data, generators)
-
-    def check(doing: str = "", when: str = "") -> None:
-        after = _state(model, data, generators)
-        for what in [*after, *before]:
-            verb = "changes" if what in before else "leaves behind"
-            verb = verb if what in after else "takes away"
-            same = what in before and what in after and before[what] == after[what]
-            require(same, f"{doing} {verb} {what} {when}".strip())
-
-    return check
+    yield
+    after = _state(model, data, generators)
+    for what in [*after, *before]:
+        verb = "changes" if what in before else "leaves behind"
+        verb = verb if what in after else "takes away"
+        same = what in before and what in after and before[what] == after[what]
+        require(same, f"{doing} {verb} {what} {when}".strip())
 
 
-def attempted(
-    act: Callable[[], object], model: nn.Module, data: Iterable[Tensor], doing: str, when: str
-) -> Exception | None:
-    """Call a function, raise AssertionError where it leaves a trace, and return its error."""
-    check, raised = unchanged(model, data), None
-    try:
-        act()
-    except Exception as problem:
-        raised = problem
-    check(doing, when)
-    return raised
+def attempted(act: Callable[[], object], *watched: Any) -> Exception | None:
+    """Call a function, which leaves `unchanged` what is watched, and return its error."""
+    with unchanged(*watched):
+        try:
+            act()
+        except Exception as problem:
+            return problem
+    return None
 
 
 def shows_errors(attempt: Callable[[str, Fuse], Exception | None], verb: str, what: str) -> None:
