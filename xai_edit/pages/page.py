@@ -111,7 +111,7 @@ def _changes(folder: Path, name: str, file: str) -> str:
         of = f"{len(change):,} of {torch.Size(change.shape).numel():,}"
         for at in range(min(len(change), ENTRIES)):
             values = [f"{part[at].item():.6g}" for part in (change.old, change.new)]
-            rows.append([tensor, of, change.position(at), *values])
+            rows.append([tensor, of, str(change.position(at)), *values])
     summary = f"{name}: {counted(edit.size, 'weight')} of {counted(len(edit.changes), 'tensor')}"
     listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
     return f"<details><summary>{escape(summary)}</summary>{listed}</details>"
