@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
@@ -31,12 +31,21 @@ OTHERS: dict[str, Callable[[], Scorer]] = {
 
 
 class Batches(DataLoader[Any]):
-    """Batches that show a progress bar on stderr in each pass, which ``bar`` describes."""
+    """Images as batches, with a progress bar on stderr in each pass.
 
-    bar: Mapping[str, Any]
+    They are in their order, or ``shuffled`` in a random one that changes with each pass; ``doing``
+    is the text of the bar.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, images: Any, doing: str, *, shuffled: bool = False
+    ) -> None:
+        generator = torch.Generator().manual_seed(SEED) if shuffled else None
+        super().__init__(images, options.batch_size, shuffle=shuffled, generator=generator)
+        self.bar: dict[str, Any] = {"desc": doing, "disable": options.quiet, "total": len(self)}
 
     def __iter__(self) -> Any:
-        return iter(tqdm(super().__iter__(), **self.bar))
+        return iter(tqdm(super().__iter__(), unit="batch", leave=False, **self.bar))
 
 
 def model_of(options: argparse.Namespace) -> nn.Module:
@@ -57,17 +66,6 @@ def images_of(options: argparse.Namespace, spec: str, split: str | None = None) 
     images = load_images(spec, preprocessing=preprocessing, **how)
     note(options, f"data: {spec}, {images}; as inputs {preprocessing}")
     return images
-
-
-def batches_of(
-    options: argparse.Namespace, images: Dataset[Any], doing: str, *, shuffled: bool = False
-) -> Batches:
-    """Return images as batches, in their order or in a random one that changes with each pass."""
-    generator = torch.Generator().manual_seed(SEED) if shuffled else None
-    loader = Batches(images, options.batch_size, shuffle=shuffled, generator=generator)
-    how = {"total": len(loader), "unit": "batch", "leave": False, "disable": options.quiet}
-    loader.bar = {"desc": doing, **how}
-    return loader
 
 
 def preprocessing_given(options: argparse.Namespace) -> Preprocessing:

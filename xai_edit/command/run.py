@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xai_edit.command.inputs import batches_of, images_of, model_of, note, preprocessing_given
+from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
 from xai_edit.command.run_parts import read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
@@ -55,7 +55,7 @@ class Run:
 
     def read(self, images: Any, doing: str, *, shuffled: bool = False) -> Data:
         """Return images as batches; ``doing`` is the text of the progress bar."""
-        return batches_of(self.options, images, doing, shuffled=shuffled)
+        return Batches(self.options, images, doing, shuffled=shuffled)
 
     def check_labels(self) -> None:
         """Raise ValueError, before the long part, if a label is not a class of the model."""
@@ -116,11 +116,6 @@ class Run:
         elif hasattr(options, "attribute"):
             about["spurious"] = None
         return about
-
-    @property
-    def class_names(self) -> dict[str, str]:
-        """Names of classes by number, as in ``results.json``."""
-        return {str(number): name for number, name in self.images.classes.items()}
 
     def finish(
         self,

@@ -62,7 +62,7 @@ def command(options: argparse.Namespace) -> int:
     origin = edit.origin
     results = {
         **run.about(),
-        "names": run.class_names,
+        "names": run.images.classes,
         "split": {"seed": SEED, **{name: len(part) for name, part in parts._asdict().items()}},
         "edit": {
             "select": operator.select,

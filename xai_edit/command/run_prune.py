@@ -94,7 +94,7 @@ def command(options: argparse.Namespace) -> int:
 
     results = {
         **run.about(),
-        "names": run.class_names,
+        "names": run.images.classes,
         "split": {
             "seed": SEED,
             "planning": len(parts.planning),

@@ -9,7 +9,7 @@ import torch
 
 from xai_edit.command.inputs import (
     SEED,
-    batches_of,
+    Batches,
     images_of,
     lrp_of,
     model_of,
@@ -45,7 +45,7 @@ def check(options: argparse.Namespace) -> int:
     images = None if options.data is None else images_of(options, options.data)
     model = model_of(options)
     if images is not None:
-        inputs = peek(batches_of(options, images, "reading"), options.device)[0].inputs
+        inputs = peek(Batches(options, images, "reading"), options.device)[0].inputs
     else:
         shape = options.input_size or preprocessing_of(options.model, options.weights).shape
         generator = torch.Generator().manual_seed(SEED)
