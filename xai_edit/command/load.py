@@ -252,10 +252,7 @@ class Images(Dataset[Any]):
 
     @property
     def labels(self) -> list[int]:
-        """The label of each, read with the images only where nothing lists them.
-
-        Raises ValueError where one has none.
-        """
+        """The label of each, read with the images only where nothing lists them."""
         listed = getattr(self.source, "targets", ())  # of torchvision's data sets
         if len(listed) == len(self.source):
             return [int(listed[row]) for row in self.rows]

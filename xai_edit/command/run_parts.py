@@ -84,28 +84,28 @@ def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list
     """
     spec, folder = Path(spec), Path(folder)
     listed = isinstance(images.source, list)
-    if spec.is_dir():
-        if not listed:
-            raise ValueError(
-                f"attribute: {spec} is a folder, and the data set has no paths; give a CSV file "
-                "of number,0 or number,1 lines"
-            )
-        having = _from_folder(spec, images, folder)
-        labels = [int(row in having) for row in images.rows]
-    elif spec.is_file():
-        values = _from_table(spec, images, [folder, spec.parent] if listed else [])
-        if missing := [row for row in images.rows if row not in values]:
-            first = images.source[missing[0]][0] if listed else missing[0]
-            raise ValueError(
-                f"attribute: {spec} has no line for {len(missing)} of {len(images)} images, the "
-                f"first {first}; give path,0 or path,1 for each"
-            )
-        labels = [values[row] for row in images.rows]
-    else:
+    if not spec.exists():
         raise FileNotFoundError(
             f"attribute: {spec}: no such file or folder; give a CSV file of path,0 and path,1 "
             "lines or a folder of the images that have the attribute"
         )
+    if spec.is_file():
+        values = _from_table(spec, images, [folder, spec.parent] if listed else [])
+    elif listed:
+        having = _from_folder(spec, images, folder)
+        values = {row: int(row in having) for row in images.rows}
+    else:
+        raise ValueError(
+            f"attribute: {spec} is a folder, and the data set has no paths; give a CSV file "
+            "of number,0 or number,1 lines"
+        )
+    if missing := [row for row in images.rows if row not in values]:
+        first = images.source[missing[0]][0] if listed else missing[0]
+        raise ValueError(
+            f"attribute: {spec} has no line for {len(missing)} of {len(images)} images, the "
+            f"first {first}; give path,0 or path,1 for each"
+        )
+    labels = [values[row] for row in images.rows]
     if len(set(labels)) < 2:
         raise ValueError(
             f"attribute: by {spec}, {sum(labels)} of {len(labels)} images have it; images with "

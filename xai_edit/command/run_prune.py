@@ -65,7 +65,10 @@ def command(options: argparse.Namespace) -> int:
 
     scored = references(parts.planning)
     example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])
-    plans = Plans(run, operator, parts.planning, _favoured(planning), epochs, tuned_on)
+    assert planning.predicted is not None  # counted
+    shares = planning.predicted / planning.samples.sum(0)
+    favoured = int((shares[:, -1] - shares[:, 0]).argmax())  # predicted more with the feature
+    plans = Plans(run, operator, parts.planning, favoured, epochs, tuned_on)
     (method, plan), *others = plans.methods().items()
     edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
@@ -135,13 +138,6 @@ def _operator(options: argparse.Namespace) -> Operator:
         if getattr(options, name) is not None:
             raise ValueError(f"{name}: given without --attribute, whose subspaces it is for")
     return RelevancePruning(**how)
-
-
-def _favoured(planning: Accuracy) -> int:
-    """Return the class that is predicted more with the feature than without, most of all."""
-    assert planning.predicted is not None  # counted
-    shares = planning.predicted / planning.samples.sum(0)
-    return int((shares[:, -1] - shares[:, 0]).argmax())
 
 
 def _smaller(

@@ -51,10 +51,7 @@ class Parts:
 
 
 def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
-    """Return the numbers of classes that are named by number or by name.
-
-    Raises ValueError if a name is unknown or of several classes, or a class is named twice.
-    """
+    """Return the numbers of different classes that are named by number or by name."""
     numbers = []
     for word in words:
         named = [number for number, name in known.items() if name == word]
@@ -70,10 +67,7 @@ def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
 
 
 def split(images: Images, target: Sequence[int], samples: int) -> Parts:
-    """Divide labelled images into ``samples`` of each class to plan from, and the other parts.
-
-    Raises ValueError if labels are missing or a class is absent or has too few samples.
-    """
+    """Divide labelled images into ``samples`` of each class to plan from, and the other parts."""
     by_class = indices_by(images.labels)
     known = _listed(sorted(by_class))
     for label in target:
