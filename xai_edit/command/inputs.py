@@ -16,6 +16,7 @@ from tqdm import tqdm
 from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
 from xai_edit.core.checks import one_of
 from xai_edit.core.data import Data
+from xai_edit.core.training import seeded
 from xai_edit.lrp.lrp import LRP, Scorer
 from xai_edit.lrp.patterns import fit_patterns
 from xai_edit.lrp.presets import PRESETS
@@ -51,8 +52,7 @@ class Batches(DataLoader[Any]):
 def model_of(options: argparse.Namespace) -> nn.Module:
     """Return the model with its weights, on its device."""
     require_device(options.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         model = load_model(options.model, weights=options.weights, classes=options.outputs)
     if options.weights is None:
         note(options, f"model: {options.model} as built: no --weights given")

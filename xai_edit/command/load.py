@@ -118,7 +118,6 @@ def load_model(spec: str, *, weights: str | None = None, classes: int | None = N
     current directory too and called without arguments or with ``num_classes``, the number
     ``classes`` of outputs. ``weights`` is a safetensors file or a checkpoint, of which only tensors
     are read; or the name of torchvision's weights, such as ``"DEFAULT"``, which are downloaded.
-    Raises ValueError, TypeError or OSError where there is no such model, or weights do not fit.
     """
     config: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     heads: tuple[str, ...] = ()
@@ -202,8 +201,7 @@ def load_images(
     ``spec`` is a folder of images without labels; a folder of class folders, numbered in
     alphabetical order or by their names if all are numbers; a CSV file of ``path,label`` or
     ``path`` lines, relative to it; or ``"torchvision:CIFAR10"``, of which ``split`` is read in the
-    folder ``root``, without download. Raises ValueError or OSError if there are no such data, or
-    when an image that cannot be read is reached.
+    folder ``root``, without download.
     """
     path = Path(spec)
     classes: dict[int, str] = {}

@@ -113,58 +113,54 @@ class FirstKept:
         return subspaces
 
 
-@dataclass(frozen=True, eq=False)
-class Plans:
-    """The pruning and its comparison methods, all in as many steps with the same fine-tuning.
+def methods(
+    run: Run,
+    own: Operator,
+    planning: Images,
+    target: int,
+    epochs: int | None,
+    tuned_on: Images | None,
+) -> dict[str, Callable[[], ModelEdit]]:
+    """Return the function that plans each edit, by method; that of the operator itself is first.
 
-    ``target`` is the class whose output contexts explain, which the feature is to speak for;
-    ``epochs`` those of fine-tuning after each step on ``tuned_on``, None for no fine-tuning.
+    All take as many steps with the same fine-tuning, ``epochs`` after each step on ``tuned_on`` or
+    none. ``target`` is the class whose output contexts explain, which the feature is to speak for.
     """
 
-    run: Run
-    operator: Operator
-    planning: Images
-    target: int
-    epochs: int | None
-    tuned_on: Images | None
+    def fine_tuning(name: str) -> FineTuning | None:
+        if epochs is None:
+            return None
+        data = run.read(tuned_on, f"{name}: fine-tuning", shuffled=True)
+        return FineTuning(data, epochs, seed=SEED)
 
-    def methods(self) -> dict[str, Callable[[], ModelEdit]]:
-        """Return the function that plans each edit, by method; the pruning itself is first."""
-        own = self.operator
-        plain = RelevancePruning(own.share, own.scorer, steps=own.steps, protect=own.protect)
-        operators: dict[str, Operator] = {BY_RELEVANCE: plain}
-        if isinstance(own, ConceptAwarePruning):
-            operators = {AWARE: own, PLAIN: plain, CLEAN: plain}
-        operators[MAGNITUDE] = replace(plain, scorer=WeightMagnitude())
-        operators[RANDOM] = replace(plain, scorer=Random(SEED))
-        made: dict[str, Callable[[], ModelEdit]]
-        made = {name: partial(self._pruned, name, one) for name, one in operators.items()}
-        return made if self.epochs is None else {**made, TUNED: self._tuned}
-
-    def _pruned(self, name: str, operator: Operator) -> ModelEdit:
-        data = self.run.read(references(self.planning, clean=name == CLEAN), name)
-        how: dict[str, Any] = {"fine_tune": self._tuning(name)}
+    def pruned(name: str, operator: Operator) -> ModelEdit:
+        how: dict[str, Any] = {"fine_tune": fine_tuning(name)}
         if isinstance(operator, ConceptAwarePruning):
             how["features"] = partial(
                 collect_features,
-                data=self.run.read(of_concept(self.planning, self.target), "collecting features"),
+                data=run.read(of_concept(planning, target), "collecting features"),
                 layer=operator.layer,
                 scorer=LRP("epsilon-plus", initial="one"),
-                target=self.target,
+                target=target,
                 positions=POSITIONS,
                 seed=SEED,
             )
-        return operator.plan(self.run.model, data, **how)
+        data = run.read(references(planning, clean=name == CLEAN), name)
+        return operator.plan(run.model, data, **how)
 
-    def _tuned(self) -> ModelEdit:
-        tune, network = self._tuning(TUNED), copied(self.run.model)
+    def tuned() -> ModelEdit:
+        tune, network = fine_tuning(TUNED), copied(run.model)
         assert tune is not None  # there are epochs
-        for _ in range(self.operator.steps):
+        for _ in range(own.steps):
             tune(network)
-        return ModelEdit.to_copy(self.run.model, network, {"operator": repr(tune)})
+        return ModelEdit.to_copy(run.model, network, {"operator": repr(tune)})
 
-    def _tuning(self, name: str) -> FineTuning | None:
-        if self.epochs is None:
-            return None
-        data = self.run.read(self.tuned_on, f"{name}: fine-tuning", shuffled=True)
-        return FineTuning(data, self.epochs, seed=SEED)
+    plain = RelevancePruning(own.share, own.scorer, steps=own.steps, protect=own.protect)
+    operators: dict[str, Operator] = {BY_RELEVANCE: plain}
+    if isinstance(own, ConceptAwarePruning):
+        operators = {AWARE: own, PLAIN: plain, CLEAN: plain}
+    operators[MAGNITUDE] = replace(plain, scorer=WeightMagnitude())
+    operators[RANDOM] = replace(plain, scorer=Random(SEED))
+    made: dict[str, Callable[[], ModelEdit]]
+    made = {name: partial(pruned, name, operator) for name, operator in operators.items()}
+    return made if epochs is None else {**made, TUNED: tuned}

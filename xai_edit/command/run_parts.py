@@ -33,7 +33,7 @@ def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) 
     """Divide labelled images at random, each (class, attribute) group by itself.
 
     Half of each group is held out; with ``validation`` the rest is divided into planning and
-    validation images. Raises ValueError if labels are missing or a group has too few images.
+    validation images.
     """
     marks = [0] * len(images) if attribute is None else attribute
     whole = replace(images, marks=dict(zip(images.rows, marks, strict=True)))
@@ -79,8 +79,7 @@ def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list
     ``spec`` is a CSV file of ``path,0`` and ``path,1`` lines, with paths relative to ``folder``
     (that of the images) or to the file; numbers from 0 are the paths of a torchvision data set. Or
     it is a folder with copies of the images that have the attribute, at the same relative paths or,
-    where their names are unique, anywhere. Raises ValueError or OSError where an image is unknown,
-    missing or listed with both values, or all have the same value.
+    where their names are unique, anywhere.
     """
     spec, folder = Path(spec), Path(folder)
     listed = isinstance(images.source, list)

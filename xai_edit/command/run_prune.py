@@ -18,7 +18,7 @@ from xai_edit.command.prune_plans import (
     TUNED,
     FirstKept,
     Operator,
-    Plans,
+    methods,
     of_concept,
     references,
     tuning,
@@ -68,8 +68,8 @@ def command(options: argparse.Namespace) -> int:
     assert planning.predicted is not None  # counted
     shares = planning.predicted / planning.samples.sum(0)
     favoured = int((shares[:, -1] - shares[:, 0]).argmax())  # predicted more with the feature
-    plans = Plans(run, operator, parts.planning, favoured, epochs, tuned_on)
-    (method, plan), *others = plans.methods().items()
+    plans = methods(run, operator, parts.planning, favoured, epochs, tuned_on)
+    (method, plan), *others = plans.items()
     edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
         run.compare(name, plan)
@@ -86,7 +86,8 @@ def command(options: argparse.Namespace) -> int:
     concept = None
     if isinstance(operator, ConceptAwarePruning):
         names.append(ABLATION)
-        concept = _concept(plans, operator, edit)
+        images = len(of_concept(parts.planning, favoured))
+        concept = _concept(operator, edit, {"images": images, "target": favoured})
         if concept["ablated"]:
             subspaces = operator.subspaces.first  # type: ignore[union-attr]
             with ablated(model, operator.layer, subspaces, concept["ablated"]):
@@ -188,14 +189,15 @@ def _edited(model: nn.Module, operator: Operator, edit: ModelEdit) -> dict[str, 
     }
 
 
-def _concept(plans: Plans, operator: ConceptAwarePruning, edit: ModelEdit) -> dict[str, Any]:
+def _concept(
+    operator: ConceptAwarePruning, edit: ModelEdit, found_from: dict[str, int]
+) -> dict[str, Any]:
     """Return the subspaces of the feature in the model before pruning."""
     steps = edit.origin.get("steps", [edit.origin])
     return {
         "layer": operator.layer,
         "finder": steps[0]["subspaces"]["finder"],
-        "images": len(of_concept(plans.planning, plans.target)),
-        "target": plans.target,
+        **found_from,
         **{key: steps[0][key] for key in ("ablated", "reason", "predictiveness")},
         "steps": [step["ablated"] for step in steps],
     }
