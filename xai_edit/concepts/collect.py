@@ -142,13 +142,14 @@ class _Rows:
     def append(self, rows: Tensor) -> None:
         """Append rows, shape (rows, ...)."""
         rows = rows.detach().cpu().contiguous()
-        kind, before = ((one.shape[1:], one.dtype) for one in (rows, *[*self.parts, rows][:1]))
+        first = self.parts[0] if self.parts else rows
+        kind, before = ((one.shape[1:], one.dtype) for one in (rows, first))
         if kind != before:
             raise ValueError(f"layer: its vectors are {kind} in one batch and {before} before")
         if self.path is None:
             self.parts.append(rows)
             return
-        self.parts = [rows[:0]]
+        self.parts = [rows[:0].clone()]
         with naming(self.path), self.path.open("ab") as file:
             rows.view(torch.uint8).numpy().tofile(file)
 

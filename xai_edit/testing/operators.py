@@ -93,7 +93,7 @@ def _planned(plan: Plan, model: nn.Module, data: Any) -> ModelEdit:
 
 def _repeated(plan: Plan, example: Example) -> ModelEdit:
     """Return the edit that an operator plans, the same each time."""
-    with unchanged(model := deepcopy(example.model), doing="planning", generators=False):
+    with unchanged(model := deepcopy(example.model), words="planning {}", generators=False):
         first = _planned(plan, model, example.batches(BATCH))
     used = "a model in training mode, with hooks, gradients and a frozen parameter, gives other"
     for model, sentence in (
@@ -128,7 +128,7 @@ def _leaves_no_trace(plan: Plan, example: Example) -> None:
         passes, reads = (Fuse(), fuse) if reading else (fuse, Fuse())
         model, batches = lived_in(example, passes, training=True), example.batches(BATCH)
         act = partial(_planned, plan, model, _Batches(batches, reads))
-        raised = attempted(act, model, itertools.chain(*batches), "planning", when)
+        raised = attempted(act, model, itertools.chain(*batches), f"planning {{}} {when}")
         if raised is not None and not fuse.blown:
             raise raised
         return raised
@@ -159,7 +159,7 @@ def _changes_what_it_says(edit: ModelEdit, example: Example) -> None:
         rising = bool((change.index[1:] > change.index[:-1]).all())
         require(rising, f"the edit names entries of {name!r} twice or not in their order")
         expected[name].view(-1)[change.index] = change.new.to(expected[name])
-    with unchanged(model, doing="applying and undoing the edit"):
+    with unchanged(model, words="applying and undoing the edit {}"):
         with naming("the edit does not fit the model it was planned on", EditMismatchError):
             edit.apply(model)
         for name, tensor in tensors_of(model).items():
@@ -183,7 +183,7 @@ def _refuses_other_models(edit: ModelEdit, example: Example) -> None:
 
 
 def _require_refused(act: Callable[[nn.Module], object], model: nn.Module, what: str) -> None:
-    with unchanged(model, doing=f"the edit refuses {what}, but"):
+    with unchanged(model, words=f"the edit refuses {what}, but {{}}"):
         try:
             act(model)
         except EditMismatchError:
@@ -196,7 +196,7 @@ def _require_refused(act: Callable[[nn.Module], object], model: nn.Module, what:
 def _survives_a_file(edit: ModelEdit, example: Example) -> None:
     named = isinstance(edit.origin.get("operator"), str)
     require(named, "the edit's origin does not name its operator")
-    with naming("the edit's origin is not JSON", (TypeError, ValueError)):
+    with naming("the edit's origin is not JSON", AssertionError, TypeError, ValueError):
         read = json.loads(json.dumps(edit.origin, allow_nan=False))
         for key, value in edit.origin.items():
             found = read.get(key)

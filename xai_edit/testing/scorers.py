@@ -95,7 +95,7 @@ def _leaves_no_trace(scorer: Scorer, example: Example) -> None:
         model = lived_in(example, fuse)
         given = example.inputs.clone(), targets.clone()
         act = partial(_called, scorer, example, model, *given)
-        raised = attempted(act, model, given, "", when)
+        raised = attempted(act, model, given, f"{{}} {when}")
         what = "fails on a model that has hooks, gradients and a frozen parameter"
         require(bool(when) or raised is None, f"{what} ({type(raised).__name__}: {raised})")
         return raised

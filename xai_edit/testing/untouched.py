@@ -54,12 +54,11 @@ def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Modu
 
 
 @contextmanager
-def naming(who: str, errors: type[Exception] | tuple[Any, ...] = ()) -> Iterator[None]:
-    """Begin the messages of AssertionError, and of other errors, with some words."""
+def naming(who: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors, by default AssertionError, into an AssertionError that begins with ``who``."""
+    errors = errors or (AssertionError,)
     try:
         yield
-    except AssertionError as problem:
-        raise AssertionError(f"{who}: {problem}") from problem
     except errors as problem:
         raise AssertionError(f"{who}: {problem}") from problem
 
@@ -72,17 +71,12 @@ def require(kept: bool, sentence: str) -> None:
 
 @contextmanager
 def unchanged(
-    model: nn.Module,
-    data: Iterable[Tensor] = (),
-    doing: str = "",
-    when: str = "",
-    *,
-    generators: bool = True,
+    model: nn.Module, data: Iterable[Tensor] = (), words: str = "{}", *, generators: bool = True
 ) -> Iterator[None]:
     """Raise AssertionError with the first thing that the block has changed.
 
-    ``doing`` and ``when`` are the words before and after it. Without ``generators`` the global
-    random generators may change: a first call may import packages that draw numbers.
+    ``words`` stand around it. Without ``generators`` the global random generators may change: a
+    first call may import packages that draw numbers.
     """
     data = list(data)
     before = _state(model, data, generators)
@@ -92,7 +86,7 @@ def unchanged(
         verb = "changes" if what in before else "leaves behind"
         verb = verb if what in after else "takes away"
         same = what in before and what in after and before[what] == after[what]
-        require(same, f"{doing} {verb} {what} {when}".strip())
+        require(same, words.format(f"{verb} {what}").strip())
 
 
 def attempted(act: Callable[[], object], *watched: Any) -> Exception | None:
