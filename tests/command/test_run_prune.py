@@ -345,12 +345,14 @@ def test_the_reason_why_there_is_no_program_is_kept(monkeypatch):
 
     model, other, x = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2), torch.ones(4, 3)
     monkeypatch.setattr(torch.export, "export", refuse)
-    program, failed = exported(model, x)
-    assert (program.kind, program.batch) == ("TorchScript", None)
-    assert set(failed.values()) == {"RuntimeError: not this"}
+    content, about = exported(model, x)
+    assert content is not None
+    assert (about["kind"], about["batch"]) == ("TorchScript", None)
+    assert set(about["failed"].values()) == {"RuntimeError: not this"}
     monkeypatch.setattr(torch.jit, "trace", lambda *_: torch.jit.script(other))
-    program, failed = exported(model, x)
-    assert program is None
+    content, about = exported(model, x)
+    assert content is None
+    failed = about["failed"]
     assert len(failed) == 4
     assert "outputs differ" in failed["TorchScript, any number of samples"]
 

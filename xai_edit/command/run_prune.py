@@ -209,15 +209,14 @@ def _written(
     """Write the smaller network and its program, remove those of an earlier run; say which."""
     for file in (SMALLER, *PROGRAMS.values()):
         (out / file).unlink(missing_ok=True)
-    written = {"file": None, "withheld": reason, "program": None, "kind": None, "batch": None}
-    if network is None:
-        return {**written, "failed": {}}
-    header = json.dumps({"edit": EDIT, "versions": versions()})
-    write_safetensors(out / SMALLER, network.state_dict(), KIND, header)
-    program, failed = exported(network, example)
-    found: dict[str, Any] = {**written, "file": SMALLER, "withheld": None, "failed": failed}
-    if program is not None:
-        file = PROGRAMS[program.kind]
-        write_atomically(out / file, program.content)
-        found |= {"program": file, "kind": program.kind, "batch": program.batch}
-    return found
+    written: dict[str, Any] = {"file": None, "withheld": reason, "program": None}
+    written |= {"kind": None, "batch": None, "failed": {}}
+    if network is not None:
+        header = json.dumps({"edit": EDIT, "versions": versions()})
+        write_safetensors(out / SMALLER, network.state_dict(), KIND, header)
+        content, about = exported(network, example)
+        written |= {"file": SMALLER, "withheld": None, **about}
+        if content is not None:
+            written["program"] = PROGRAMS[about["kind"]]
+            write_atomically(out / written["program"], content)
+    return written
