@@ -20,7 +20,7 @@ from xai_edit.command.inputs import (
 )
 from xai_edit.command.load import preprocessing_of
 from xai_edit.command.run import Run
-from xai_edit.core.data import Batch, peek
+from xai_edit.core.data import peek
 from xai_edit.core.files import write_atomically
 from xai_edit.core.targets import targets_of
 from xai_edit.evaluation.compare import Comparison, compare_scorers
@@ -106,8 +106,7 @@ def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
         pictures["deletion.png"] = deletion_curves(found.deletion)
     if any(hasattr(scorer, "heatmap") for scorer in scorers.values()):
         batch = peek(run.read(run.images, "drawing"), run.options.device)[0]
-        labels = None if batch.labels is None else batch.labels[:DRAWN]
-        batch = Batch(batch.inputs[:DRAWN], labels)
+        batch = batch[torch.arange(len(batch)) < DRAWN]
         targets = targets_of(batch, run.options.target)
         maps = relevance_maps(run.model, batch.inputs, scorers, targets=targets)
         images = preprocessing_given(run.options).pixels(batch.inputs)
