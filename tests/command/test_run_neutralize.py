@@ -15,7 +15,7 @@ from PIL import Image
 import xai_edit as xe
 from xai_edit.command.load import IMAGENET, Images
 from xai_edit.command.main import main
-from xai_edit.command.run_parts import Marked, read_attribute, split
+from xai_edit.command.run_parts import read_attribute, split
 
 LINE = f"neutralize {DATA} --attribute marks.csv"
 METHODS = ["one weight (exact)", "last-layer retraining (DFR)"]
@@ -60,10 +60,7 @@ def test_the_run_writes_its_files_and_a_row_for_each_method(done):
 def test_figures_and_edits_are_those_of_the_library_on_the_images_held_out(done, here):
     results, parts, model = read(done), parts_of(), network()
     assert results["split"]["held_out"] == len(parts.held_out)
-    known = Marked(
-        images_of().only([*parts.planning.images.rows, *parts.validation.images.rows]),
-        [*parts.planning.attribute, *parts.validation.attribute],
-    )
+    known = parts.planning + parts.validation
     operator = xe.FictitiousClass(select="exact")
     planned = [
         xe.ModelEdit({}),
@@ -95,17 +92,17 @@ def test_parts_share_no_image_lose_none_and_have_every_group(here):
     attribute = read_attribute("marks.csv", images, "test")
     parts = split(images, attribute, validation=True)
     cut = [parts.planning, parts.validation, parts.held_out]
-    assert sorted(row for part in cut for row in part.images.rows) == list(range(len(images)))
+    assert sorted(row for part in cut for row in part.rows) == list(range(len(images)))
     groups = np.array(images.labels) * 2 + np.array(attribute)
     for part, share in zip(cut, (0.25, 0.25, 0.5), strict=True):
         for group in range(8):
-            found = np.sum(groups[part.images.rows] == group)
+            found = np.sum(groups[part.rows] == group)
             assert abs(found - share * np.sum(groups == group)) <= 1
-        assert [attribute[row] for row in part.images.rows] == part.attribute
+        assert [2 * label + has for label, has in part.groups] == [*groups[part.rows]]
         _, label, has = part[0]
-        assert 2 * label + has == groups[part.images.rows[0]]
+        assert (label, has) == part.groups[0]
     again = split(images, attribute, validation=True)
-    assert again.held_out.images.rows == parts.held_out.images.rows
+    assert again.held_out.rows == parts.held_out.rows
 
 
 def test_the_tables_are_printed(here, capsys):

@@ -345,19 +345,21 @@ def test_the_reason_why_there_is_no_program_is_kept(monkeypatch):
 
     model, other, x = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2), torch.ones(4, 3)
     monkeypatch.setattr(torch.export, "export", refuse)
-    program, failed = exported(model, x)
-    assert (program.kind, program.batch) == ("TorchScript", None)
-    assert set(failed.values()) == {"RuntimeError: not this"}
+    content, about = exported(model, x)
+    assert content is not None
+    assert (about["kind"], about["batch"]) == ("TorchScript", None)
+    assert set(about["failed"].values()) == {"RuntimeError: not this"}
     monkeypatch.setattr(torch.jit, "trace", lambda *_: torch.jit.script(other))
-    program, failed = exported(model, x)
-    assert program is None
+    content, about = exported(model, x)
+    assert content is None
+    failed = about["failed"]
     assert len(failed) == 4
     assert "outputs differ" in failed["TorchScript, any number of samples"]
 
 
 def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
     parts = parts_of("marks.csv")
-    rows = [*parts.planning.images.rows, *parts.held_out.images.rows]
+    rows = [*parts.planning.rows, *parts.held_out.rows]
     assert sorted(rows) == list(range(360))
     assert len(parts.validation) == 0
 
@@ -368,17 +370,17 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
     drawn, which = tuning(parts.planning, marked=True)
     assert counts(drawn).tolist() == [counts(parts.planning).max()] * 8
     assert which == "planning images, as many of each group"
-    assert set(drawn.images.rows) == set(parts.planning.images.rows)
+    assert set(drawn.rows) == set(parts.planning.rows)
     clean = references(parts.planning, clean=True)
     assert counts(clean).tolist() == [10, 0] * 4
-    assert of_concept(parts.planning, FAVOURED).images.rows == parts.planning.images.rows
+    assert of_concept(parts.planning, FAVOURED).rows == parts.planning.rows
     plain = parts_of().planning
-    assert tuning(plain, marked=False)[0].images.rows == plain.images.rows
+    assert tuning(plain, marked=False)[0].rows == plain.rows
 
     images = images_of()
     some = [int(label == FAVOURED and at % 2) for at, label in enumerate(images.labels)]
     drawn, which = tuning(split(images, some, validation=False).planning, marked=True)
-    assert not any(drawn.attribute)
+    assert not any(has for _, has in drawn.groups)
     assert which == "planning images without the feature"
     only = split(images, [int(label == FAVOURED) for label in images.labels], validation=False)
     with pytest.raises(ValueError, match="fine-tune: class 2 has no images without the feature"):

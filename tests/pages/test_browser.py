@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from xai_edit.report.html import document
+from xai_edit.report.html import Report
 from xai_edit.report.table import Table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -126,7 +126,7 @@ def test_a_request_or_a_foreign_script_is_refused_and_seen(browser, tmp_path):
         "<img src='http://127.0.0.1:9/x.png'><img src=x onerror='window.harmed = 1'>"
         "<script>window.harmed = 2</script>"
     )
-    page.write_text(document("t", "t", [harmful]), encoding="utf-8")
+    page.write_text(Report("t", [harmful]).html(), encoding="utf-8")
     browser.open(page)
     assert browser.run("return window.harmed ?? null") is None
     complaints = " ".join(browser.complaints())
@@ -206,7 +206,7 @@ def sortable(browser, tmp_path):
         ["c9", 10.0, "-3", None, "9 (b)"],
     ]
     page = tmp_path / "page.html"
-    page.write_text(document("t", "t", [Table("t", [*"vwxyz"], rows).html()]), encoding="utf-8")
+    page.write_text(Report("t", [Table("t", [*"vwxyz"], rows)]).html(), encoding="utf-8")
     browser.open(page)
     return browser
 

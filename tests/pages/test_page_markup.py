@@ -20,8 +20,7 @@ from xai_edit.core.errors import EditFileError
 from xai_edit.edits.model_edit import Change
 from xai_edit.pages.page import write_report
 from xai_edit.report.curves import COLOURS, curves
-from xai_edit.report.html import download
-from xai_edit.report.table import Notes, Table
+from xai_edit.report.table import Notes, Table, download
 
 EMPTY = {"meta", "img", "br", "input"}
 

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from xai_edit.command.inputs import model_of, note
-from xai_edit.command.run import as_json
 from xai_edit.core.files import require_folder, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.pages.page import as_json
 
 KIND = "xai_edit.weights"
 

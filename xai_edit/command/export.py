@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +19,13 @@ from xai_edit.core.guard import copied
 TOLERANCE = 1e-5  # of the largest logit
 
 
-@dataclass(frozen=True)
-class Program:
-    """An exported network, its weights on the CPU.
-
-    ``kind`` is "torch.export" (for `torch.export.load`) or "TorchScript" (for `torch.jit.load`);
-    ``batch`` the number of samples at a time, None for any number.
-    """
-
-    kind: str
-    content: bytes
-    batch: int | None
-
-
-def exported(network: nn.Module, sample: Tensor) -> tuple[Program | None, dict[str, str]]:
+def exported(network: nn.Module, sample: Tensor) -> tuple[bytes | None, dict[str, Any]]:
     """Export a network by ``torch.export``, or trace it where that fails.
 
-    For any number of samples where PyTorch can, else for one at a time. A program is returned
-    only if it gave the network's outputs; and each failed attempt with PyTorch's error. ``sample``
-    has the shape (samples, ...); its first is used.
+    For any number of samples where PyTorch can, else for one at a time. ``sample`` has the shape
+    (samples, ...); its first is used. The content of a file, for the CPU, is returned only if it
+    gave the network's outputs; and its ``kind``, "torch.export" or "TorchScript", the number of
+    samples at a time, ``batch``, None for any, and each ``failed`` attempt with PyTorch's error.
     """
     network = copied(network).cpu().eval()
     one = sample[:1].detach().cpu()
@@ -66,8 +53,8 @@ def exported(network: nn.Module, sample: Tensor) -> tuple[Program | None, dict[s
         except Exception as problem:  # of any kind, from the depth of the compiler
             failed[f"{kind}, {of}"] = first_sentence(problem)
         else:
-            return Program(kind, file.getvalue(), batch), failed
-    return None, failed
+            return file.getvalue(), {"kind": kind, "batch": batch, "failed": failed}
+    return None, {"kind": None, "batch": None, "failed": failed}
 
 
 @contextmanager

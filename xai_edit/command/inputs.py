@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
 from xai_edit.core.checks import one_of
 from xai_edit.core.data import Data
-from xai_edit.edits.model_edit import versions
+from xai_edit.core.training import seeded
 from xai_edit.lrp.lrp import LRP, Scorer
 from xai_edit.lrp.patterns import fit_patterns
 from xai_edit.lrp.presets import PRESETS
@@ -32,26 +31,28 @@ OTHERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Batches that show a progress bar on stderr in each pass."""
+class Batches(DataLoader[Any]):
+    """Images as batches, with a progress bar on stderr in each pass.
 
-    loader: DataLoader[Any]
-    doing: str
-    quiet: bool
+    They are in their order, or ``shuffled`` in a random one that changes with each pass; ``doing``
+    is the text of the bar.
+    """
 
-    def __str__(self) -> str:
-        return str(self.loader.dataset)
+    def __init__(
+        self, options: argparse.Namespace, images: Any, doing: str, *, shuffled: bool = False
+    ) -> None:
+        generator = torch.Generator().manual_seed(SEED) if shuffled else None
+        super().__init__(images, options.batch_size, shuffle=shuffled, generator=generator)
+        self.bar: dict[str, Any] = {"desc": doing, "disable": options.quiet, "total": len(self)}
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(tqdm(self.loader, self.doing, unit="batch", leave=False, disable=self.quiet))
+    def __iter__(self) -> Any:
+        return iter(tqdm(super().__iter__(), unit="batch", leave=False, **self.bar))
 
 
 def model_of(options: argparse.Namespace) -> nn.Module:
     """Return the model with its weights, on its device."""
     require_device(options.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         model = load_model(options.model, weights=options.weights, classes=options.outputs)
     if options.weights is None:
         note(options, f"model: {options.model} as built: no --weights given")
@@ -65,15 +66,6 @@ def images_of(options: argparse.Namespace, spec: str, split: str | None = None) 
     images = load_images(spec, preprocessing=preprocessing, **how)
     note(options, f"data: {spec}, {images}; as inputs {preprocessing}")
     return images
-
-
-def batches_of(
-    options: argparse.Namespace, images: Dataset[Any], doing: str, *, shuffled: bool = False
-) -> Batches:
-    """Return images as batches, in their order or in a random one that changes with each pass."""
-    generator = torch.Generator().manual_seed(SEED) if shuffled else None
-    loader = DataLoader(images, options.batch_size, shuffle=shuffled, generator=generator)
-    return Batches(loader, doing, options.quiet)
 
 
 def preprocessing_given(options: argparse.Namespace) -> Preprocessing:
@@ -110,16 +102,6 @@ def lrp_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data)
 def scorer_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data) -> Scorer:
     """Return the scorer of a name."""
     return OTHERS[name]() if name in OTHERS else lrp_of(name, options, model, data)
-
-
-def run_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the command, versions, the model and its preprocessing, as in ``results.json``."""
-    return {
-        "command": options.line,
-        "versions": versions(),
-        "model": {"name": options.model, "weights": options.weights, "classes": options.outputs},
-        "preprocessing": asdict(preprocessing_given(options)),
-    }
 
 
 def note(options: argparse.Namespace, text: str) -> None:

@@ -118,7 +118,6 @@ def load_model(spec: str, *, weights: str | None = None, classes: int | None = N
     current directory too and called without arguments or with ``num_classes``, the number
     ``classes`` of outputs. ``weights`` is a safetensors file or a checkpoint, of which only tensors
     are read; or the name of torchvision's weights, such as ``"DEFAULT"``, which are downloaded.
-    Raises ValueError, TypeError or OSError where there is no such model, or weights do not fit.
     """
     config: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     heads: tuple[str, ...] = ()
@@ -202,8 +201,7 @@ def load_images(
     ``spec`` is a folder of images without labels; a folder of class folders, numbered in
     alphabetical order or by their names if all are numbers; a CSV file of ``path,label`` or
     ``path`` lines, relative to it; or ``"torchvision:CIFAR10"``, of which ``split`` is read in the
-    folder ``root``, without download. Raises ValueError or OSError if there are no such data, or
-    when an image that cannot be read is reached.
+    folder ``root``, without download.
     """
     path = Path(spec)
     classes: dict[int, str] = {}
@@ -227,12 +225,16 @@ def load_images(
 
 @dataclass(frozen=True, eq=False)
 class Images(Dataset[Any]):
-    """Some ``rows`` of a ``source`` of (image or its path, label or None), made into inputs."""
+    """Some ``rows`` of a ``source`` of (image or its path, label or None), made into inputs.
+
+    ``marks`` has by row 1 with an attribute and 0 without, the third element of each sample.
+    """
 
     source: Any
     rows: Sequence[int]
     preprocessing: Preprocessing
     classes: Mapping[int, str]
+    marks: Mapping[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -242,14 +244,13 @@ class Images(Dataset[Any]):
         if isinstance(image, str):
             with _one_sentence(f"data: {image} cannot be read as an image"):
                 image = pil_loader(image)
-        return self.preprocessing(image) if label is None else (self.preprocessing(image), label)
+        inputs, marks = self.preprocessing(image), self.marks
+        own = () if marks is None else (marks[self.rows[index]],)
+        return inputs if label is None else (inputs, label, *own)
 
     @property
     def labels(self) -> list[int]:
-        """The label of each, read with the images only where nothing lists them.
-
-        Raises ValueError where one has none.
-        """
+        """The label of each, read with the images only where nothing lists them."""
         listed = getattr(self.source, "targets", ())  # of torchvision's data sets
         if len(listed) == len(self.source):
             return [int(listed[row]) for row in self.rows]
@@ -257,6 +258,14 @@ class Images(Dataset[Any]):
         if None in labels:
             raise ValueError("data: has no labels; give class folders or a CSV file of path,label")
         return labels
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """Class and attribute of each image."""
+        marks = self.marks or {}
+        return [
+            (label, marks.get(row, 0)) for label, row in zip(self.labels, self.rows, strict=True)
+        ]
 
     def only(self, chosen: Sequence[int]) -> Images:
         """Return some of the images, by their indices among these."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from xai_edit.command.load import Images
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, Marked, indices_by
+from xai_edit.command.run_parts import SEED, indices_by
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.features import Features
@@ -16,7 +17,7 @@ from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import copied
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.lrp.lrp import LRP, Scorer
+from xai_edit.lrp.lrp import LRP
 from xai_edit.pruning.fine_tuning import FineTuning
 from xai_edit.pruning.operators import ConceptAwarePruning, Finder, RelevancePruning
 from xai_edit.scoring.criteria import Random, WeightMagnitude
@@ -40,20 +41,20 @@ FINDERS: dict[str, Callable[[], Finder]] = {
 }
 
 
-def references(planning: Marked, *, clean: bool = False) -> Marked:
+def references(planning: Images, *, clean: bool = False) -> Images:
     """Return ten images of each class, or fewer; with ``clean``, of those without the feature."""
     if clean:
         planning = without_feature(planning)
-    return planning.only(spread(planning.images.labels, REFERENCES))
+    return planning.only(spread(planning.labels, REFERENCES))
 
 
-def of_concept(planning: Marked, target: int) -> Marked:
+def of_concept(planning: Images, target: int) -> Images:
     """Return images with and without the feature, of a class and of the rest."""
     kinds = [(label == target, has) for label, has in planning.groups]
     return planning.only(spread(kinds, OF_A_KIND))
 
 
-def tuning(planning: Marked, *, marked: bool) -> tuple[Marked, str]:
+def tuning(planning: Images, *, marked: bool) -> tuple[Images, str]:
     """Return images to fine-tune with, in which the feature predicts no class, and their name.
 
     All planning images, each (class, feature) group repeated up to the size of the largest where
@@ -76,9 +77,9 @@ def tuning(planning: Marked, *, marked: bool) -> tuple[Marked, str]:
     return without_feature(planning), "planning images without the feature"
 
 
-def without_feature(images: Marked) -> Marked:
+def without_feature(images: Images) -> Images:
     """Return the images that do not have the feature."""
-    return images.only([index for index, has in enumerate(images.attribute) if not has])
+    return images.only([index for index, (_, has) in enumerate(images.groups) if not has])
 
 
 def spread(kinds: Sequence[Hashable], most: int) -> list[int]:
@@ -112,65 +113,54 @@ class FirstKept:
         return subspaces
 
 
-@dataclass(frozen=True, eq=False)
-class Plans:
-    """The pruning and its comparison methods, all in as many steps with the same fine-tuning.
+def methods(
+    run: Run,
+    own: Operator,
+    planning: Images,
+    target: int,
+    epochs: int | None,
+    tuned_on: Images | None,
+) -> dict[str, Callable[[], ModelEdit]]:
+    """Return the function that plans each edit, by method; that of the operator itself is first.
 
-    ``target`` is the class whose output contexts explain, which the feature is to speak for;
-    ``epochs`` those of fine-tuning after each step on ``tuned_on``, None for no fine-tuning.
+    All take as many steps with the same fine-tuning, ``epochs`` after each step on ``tuned_on`` or
+    none. ``target`` is the class whose output contexts explain, which the feature is to speak for.
     """
 
-    run: Run
-    operator: Operator
-    planning: Marked
-    target: int
-    epochs: int | None
-    tuned_on: Marked | None
-
-    def methods(self) -> dict[str, Callable[[], ModelEdit]]:
-        """Return the function that plans each edit, by method; the pruning itself is first."""
-        lrp = self.operator.scorer
-        made: dict[str, Callable[[], ModelEdit]] = {}
-        if isinstance(self.operator, RelevancePruning):
-            made[BY_RELEVANCE] = partial(self._pruned, BY_RELEVANCE, lrp)
-        else:
-            made[AWARE] = partial(self._aware, self.operator)
-            made[PLAIN] = partial(self._pruned, PLAIN, lrp)
-            made[CLEAN] = partial(self._pruned, CLEAN, lrp, clean=True)
-        made[MAGNITUDE] = partial(self._pruned, MAGNITUDE, WeightMagnitude())
-        made[RANDOM] = partial(self._pruned, RANDOM, Random(SEED))
-        if self.epochs is not None:
-            made[TUNED] = self._tuned
-        return made
-
-    def _pruned(self, name: str, scorer: Scorer, *, clean: bool = False) -> ModelEdit:
-        own = self.operator
-        plain = RelevancePruning(own.share, scorer, steps=own.steps, protect=own.protect)
-        data = self.run.read(references(self.planning, clean=clean), name)
-        return plain.plan(self.run.model, data, fine_tune=self._tuning(name))
-
-    def _aware(self, operator: ConceptAwarePruning) -> ModelEdit:
-        features = partial(
-            collect_features,
-            data=self.run.read(of_concept(self.planning, self.target), "collecting features"),
-            layer=operator.layer,
-            scorer=LRP("epsilon-plus", initial="one"),
-            target=self.target,
-            positions=POSITIONS,
-            seed=SEED,
-        )
-        data = self.run.read(references(self.planning), AWARE)
-        return operator.plan(self.run.model, data, features=features, fine_tune=self._tuning(AWARE))
-
-    def _tuned(self) -> ModelEdit:
-        tune, network = self._tuning(TUNED), copied(self.run.model)
-        assert tune is not None  # there are epochs
-        for _ in range(self.operator.steps):
-            tune(network)
-        return ModelEdit.to_copy(self.run.model, network, {"operator": repr(tune)})
-
-    def _tuning(self, name: str) -> FineTuning | None:
-        if self.epochs is None:
+    def fine_tuning(name: str) -> FineTuning | None:
+        if epochs is None:
             return None
-        data = self.run.read(self.tuned_on, f"{name}: fine-tuning", shuffled=True)
-        return FineTuning(data, self.epochs, seed=SEED)
+        data = run.read(tuned_on, f"{name}: fine-tuning", shuffled=True)
+        return FineTuning(data, epochs, seed=SEED)
+
+    def pruned(name: str, operator: Operator) -> ModelEdit:
+        how: dict[str, Any] = {"fine_tune": fine_tuning(name)}
+        if isinstance(operator, ConceptAwarePruning):
+            how["features"] = partial(
+                collect_features,
+                data=run.read(of_concept(planning, target), "collecting features"),
+                layer=operator.layer,
+                scorer=LRP("epsilon-plus", initial="one"),
+                target=target,
+                positions=POSITIONS,
+                seed=SEED,
+            )
+        data = run.read(references(planning, clean=name == CLEAN), name)
+        return operator.plan(run.model, data, **how)
+
+    def tuned() -> ModelEdit:
+        tune, network = fine_tuning(TUNED), copied(run.model)
+        assert tune is not None  # there are epochs
+        for _ in range(own.steps):
+            tune(network)
+        return ModelEdit.to_copy(run.model, network, {"operator": repr(tune)})
+
+    plain = RelevancePruning(own.share, own.scorer, steps=own.steps, protect=own.protect)
+    operators: dict[str, Operator] = {BY_RELEVANCE: plain}
+    if isinstance(own, ConceptAwarePruning):
+        operators = {AWARE: own, PLAIN: plain, CLEAN: plain}
+    operators[MAGNITUDE] = replace(plain, scorer=WeightMagnitude())
+    operators[RANDOM] = replace(plain, scorer=Random(SEED))
+    made: dict[str, Callable[[], ModelEdit]]
+    made = {name: partial(pruned, name, operator) for name, operator in operators.items()}
+    return made if epochs is None else {**made, TUNED: tuned}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from xai_edit.command.inputs import batches_of, images_of, model_of, note, run_of
+from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
 from xai_edit.command.run_parts import read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
 from xai_edit.core.data import Data
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
-from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.pages.page import write_run
+from xai_edit.edits.model_edit import ModelEdit, versions
+from xai_edit.pages.page import as_json, write_run
 
 BEFORE = "before"  # the name of the model without an edit
+MODEL = {"name": "model", "weights": "weights", "classes": "outputs"}  # option of each entry
 
 
 class Run:
@@ -54,7 +55,7 @@ class Run:
 
     def read(self, images: Any, doing: str, *, shuffled: bool = False) -> Data:
         """Return images as batches; ``doing`` is the text of the progress bar."""
-        return batches_of(self.options, images, doing, shuffled=shuffled)
+        return Batches(self.options, images, doing, shuffled=shuffled)
 
     def check_labels(self) -> None:
         """Raise ValueError, before the long part, if a label is not a class of the model."""
@@ -102,7 +103,10 @@ class Run:
         options = self.options
         about = {
             "run": options.command,
-            **run_of(options),
+            "command": options.line,
+            "versions": versions(),
+            "model": {name: getattr(options, own) for name, own in MODEL.items()},
+            "preprocessing": asdict(preprocessing_given(options)),
             "data": {"name": options.data, "found": str(self.images), **data},
         }
         if self.attribute is not None:
@@ -112,11 +116,6 @@ class Run:
         elif hasattr(options, "attribute"):
             about["spurious"] = None
         return about
-
-    @property
-    def class_names(self) -> dict[str, str]:
-        """Names of classes by number, as in ``results.json``."""
-        return {str(number): name for number, name in self.images.classes.items()}
 
     def finish(
         self,
@@ -140,8 +139,3 @@ class Run:
         if file is not None:
             note(self.options, f"written: {self.out / file}")
         return 0
-
-
-def as_json(results: Mapping[str, Any]) -> str:
-    """Return the text of ``results.json``."""
-    return json.dumps(results, indent=2, ensure_ascii=False)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from xai_edit.command.run import BEFORE, Run
 from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.command.run_unlearn import classes_named
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.cost import measured
-from xai_edit.core.data import Data
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_head
 from xai_edit.evaluation.outputs import Overlap
 from xai_edit.last_layer.fictitious_class import FictitiousClass
-from xai_edit.last_layer.head import HeadFeatures, collect_head_features
+from xai_edit.last_layer.head import collect_head_features
 
 RETRAINED = "last-layer retraining (DFR)"
 EDIT, HEAD = "edits/neutralize.safetensors", "edits/last-layer.safetensors"
@@ -37,7 +34,8 @@ def command(options: argparse.Namespace) -> int:
     method = f"one weight ({'SCA' if operator.select == 'sca' else operator.select})"
     overlap = Overlap(None)
     with measured() as reading:
-        known = _head(run, run.read(parts.planning + parts.validation, "planning"), overlap.know)
+        seen = watched(run.read(parts.planning + parts.validation, "planning"), overlap.know)
+        known = collect_head_features(run.model, seen, with_attribute=True)
     cut = [len(parts.planning), len(parts.validation)]
     planning, validation = (known[rows] for rows in torch.arange(sum(cut)).split(cut))
     edit = run.plan(
@@ -47,8 +45,9 @@ def command(options: argparse.Namespace) -> int:
     )
     run.compare(RETRAINED, lambda: LastLayerRetraining().plan(run.model, known))
 
-    held_out = run.read(parts.held_out, "measuring")
-    head = _head(run, held_out, partial(overlap.add, split="the held-out part"))
+    add = partial(overlap.add, split="the held-out part")
+    held_out = watched(run.read(parts.held_out, "measuring"), add)
+    head = collect_head_features(run.model, held_out, with_attribute=True)
     overlap.refuse()
     files = {BEFORE: None, method: EDIT, RETRAINED: HEAD}
     figures = {
@@ -62,8 +61,8 @@ def command(options: argparse.Namespace) -> int:
     origin = edit.origin
     results = {
         **run.about(),
-        "names": run.class_names,
-        "split": {"seed": SEED, **parts.sizes},
+        "names": run.images.classes,
+        "split": {"seed": SEED, **{name: len(part) for name, part in parts._asdict().items()}},
         "edit": {
             "select": operator.select,
             "rate": operator.rate,
@@ -77,8 +76,3 @@ def command(options: argparse.Namespace) -> int:
     timing = {"features": reading.seconds, "plan": run.seconds}
     edits = {EDIT: run.edits.get(method), HEAD: run.edits.get(RETRAINED)}
     return run.finish(results, timing, edits)
-
-
-def _head(run: Run, data: Data, watch: Callable[[Tensor], None]) -> HeadFeatures:
-    """Return the last layer's inputs; ``watch`` is called with the images."""
-    return collect_head_features(run.model, watched(data, watch), with_attribute=True)

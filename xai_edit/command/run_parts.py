@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import is_image_file
 
 from xai_edit.command.load import Images, csv_rows
@@ -19,53 +18,25 @@ from xai_edit.core.data import Data, batches
 SEED = 0  # of the parts
 
 
-@dataclass(frozen=True, eq=False)
-class Marked(Dataset[Any]):
-    """Labelled images with a third element each: 1 with the attribute, 0 without."""
-
-    images: Images
-    attribute: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        return *self.images[index], self.attribute[index]
-
-    def only(self, chosen: Sequence[int]) -> Marked:
-        """Return some of the images, by their indices among these."""
-        return Marked(self.images.only(chosen), [self.attribute[index] for index in chosen])
-
-    @property
-    def groups(self) -> list[tuple[int, int]]:
-        """Class and attribute of each image."""
-        return [*zip(self.images.labels, self.attribute, strict=True)]
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
+class Parts(NamedTuple):
     """Parts that share no image, each with images of every group; figures are of ``held_out``.
 
     ``validation`` is empty where no edit needs it.
     """
 
-    planning: Marked
-    validation: Marked
-    held_out: Marked
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The number of images of each part."""
-        return {name: len(part) for name, part in vars(self).items()}
+    planning: Images
+    validation: Images
+    held_out: Images
 
 
 def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) -> Parts:
     """Divide labelled images at random, each (class, attribute) group by itself.
 
     Half of each group is held out; with ``validation`` the rest is divided into planning and
-    validation images. Raises ValueError if labels are missing or a group has too few images.
+    validation images.
     """
-    whole = Marked(images, [0] * len(images) if attribute is None else attribute)
+    marks = [0] * len(images) if attribute is None else attribute
+    whole = replace(images, marks=dict(zip(images.rows, marks, strict=True)))
     random = np.random.default_rng(SEED)
     fewest, uses = (3, "planning, validation") if validation else (2, "planning")
     planning: list[int] = []
@@ -108,33 +79,32 @@ def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list
     ``spec`` is a CSV file of ``path,0`` and ``path,1`` lines, with paths relative to ``folder``
     (that of the images) or to the file; numbers from 0 are the paths of a torchvision data set. Or
     it is a folder with copies of the images that have the attribute, at the same relative paths or,
-    where their names are unique, anywhere. Raises ValueError or OSError where an image is unknown,
-    missing or listed with both values, or all have the same value.
+    where their names are unique, anywhere.
     """
     spec, folder = Path(spec), Path(folder)
     listed = isinstance(images.source, list)
-    if spec.is_dir():
-        if not listed:
-            raise ValueError(
-                f"attribute: {spec} is a folder, and the data set has no paths; give a CSV file "
-                "of number,0 or number,1 lines"
-            )
-        having = _from_folder(spec, images, folder)
-        labels = [int(row in having) for row in images.rows]
-    elif spec.is_file():
-        values = _from_table(spec, images, [folder, spec.parent] if listed else [])
-        if missing := [row for row in images.rows if row not in values]:
-            first = images.source[missing[0]][0] if listed else missing[0]
-            raise ValueError(
-                f"attribute: {spec} has no line for {len(missing)} of {len(images)} images, the "
-                f"first {first}; give path,0 or path,1 for each"
-            )
-        labels = [values[row] for row in images.rows]
-    else:
+    if not spec.exists():
         raise FileNotFoundError(
             f"attribute: {spec}: no such file or folder; give a CSV file of path,0 and path,1 "
             "lines or a folder of the images that have the attribute"
         )
+    if spec.is_file():
+        values = _from_table(spec, images, [folder, spec.parent] if listed else [])
+    elif listed:
+        having = _from_folder(spec, images, folder)
+        values = {row: int(row in having) for row in images.rows}
+    else:
+        raise ValueError(
+            f"attribute: {spec} is a folder, and the data set has no paths; give a CSV file "
+            "of number,0 or number,1 lines"
+        )
+    if missing := [row for row in images.rows if row not in values]:
+        first = images.source[missing[0]][0] if listed else missing[0]
+        raise ValueError(
+            f"attribute: {spec} has no line for {len(missing)} of {len(images)} images, the "
+            f"first {first}; give path,0 or path,1 for each"
+        )
+    labels = [values[row] for row in images.rows]
     if len(set(labels)) < 2:
         raise ValueError(
             f"attribute: by {spec}, {sum(labels)} of {len(labels)} images have it; images with "

@@ -18,7 +18,7 @@ from xai_edit.command.prune_plans import (
     TUNED,
     FirstKept,
     Operator,
-    Plans,
+    methods,
     of_concept,
     references,
     tuning,
@@ -65,8 +65,11 @@ def command(options: argparse.Namespace) -> int:
 
     scored = references(parts.planning)
     example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])
-    plans = Plans(run, operator, parts.planning, _favoured(planning), epochs, tuned_on)
-    (method, plan), *others = plans.methods().items()
+    assert planning.predicted is not None  # counted
+    shares = planning.predicted / planning.samples.sum(0)
+    favoured = int((shares[:, -1] - shares[:, 0]).argmax())  # predicted more with the feature
+    plans = methods(run, operator, parts.planning, favoured, epochs, tuned_on)
+    (method, plan), *others = plans.items()
     edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
         run.compare(name, plan)
@@ -83,7 +86,8 @@ def command(options: argparse.Namespace) -> int:
     concept = None
     if isinstance(operator, ConceptAwarePruning):
         names.append(ABLATION)
-        concept = _concept(plans, operator, edit)
+        images = len(of_concept(parts.planning, favoured))
+        concept = _concept(operator, edit, {"images": images, "target": favoured})
         if concept["ablated"]:
             subspaces = operator.subspaces.first  # type: ignore[union-attr]
             with ablated(model, operator.layer, subspaces, concept["ablated"]):
@@ -94,7 +98,7 @@ def command(options: argparse.Namespace) -> int:
 
     results = {
         **run.about(),
-        "names": run.class_names,
+        "names": run.images.classes,
         "split": {
             "seed": SEED,
             "planning": len(parts.planning),
@@ -135,13 +139,6 @@ def _operator(options: argparse.Namespace) -> Operator:
         if getattr(options, name) is not None:
             raise ValueError(f"{name}: given without --attribute, whose subspaces it is for")
     return RelevancePruning(**how)
-
-
-def _favoured(planning: Accuracy) -> int:
-    """Return the class that is predicted more with the feature than without, most of all."""
-    assert planning.predicted is not None  # counted
-    shares = planning.predicted / planning.samples.sum(0)
-    return int((shares[:, -1] - shares[:, 0]).argmax())
 
 
 def _smaller(
@@ -192,14 +189,15 @@ def _edited(model: nn.Module, operator: Operator, edit: ModelEdit) -> dict[str, 
     }
 
 
-def _concept(plans: Plans, operator: ConceptAwarePruning, edit: ModelEdit) -> dict[str, Any]:
+def _concept(
+    operator: ConceptAwarePruning, edit: ModelEdit, found_from: dict[str, int]
+) -> dict[str, Any]:
     """Return the subspaces of the feature in the model before pruning."""
     steps = edit.origin.get("steps", [edit.origin])
     return {
         "layer": operator.layer,
         "finder": steps[0]["subspaces"]["finder"],
-        "images": len(of_concept(plans.planning, plans.target)),
-        "target": plans.target,
+        **found_from,
         **{key: steps[0][key] for key in ("ablated", "reason", "predictiveness")},
         "steps": [step["ablated"] for step in steps],
     }
@@ -211,15 +209,14 @@ def _written(
     """Write the smaller network and its program, remove those of an earlier run; say which."""
     for file in (SMALLER, *PROGRAMS.values()):
         (out / file).unlink(missing_ok=True)
-    written = {"file": None, "withheld": reason, "program": None, "kind": None, "batch": None}
-    if network is None:
-        return {**written, "failed": {}}
-    header = json.dumps({"edit": EDIT, "versions": versions()})
-    write_safetensors(out / SMALLER, network.state_dict(), KIND, header)
-    program, failed = exported(network, example)
-    found: dict[str, Any] = {**written, "file": SMALLER, "withheld": None, "failed": failed}
-    if program is not None:
-        file = PROGRAMS[program.kind]
-        write_atomically(out / file, program.content)
-        found |= {"program": file, "kind": program.kind, "batch": program.batch}
-    return found
+    written: dict[str, Any] = {"file": None, "withheld": reason, "program": None}
+    written |= {"kind": None, "batch": None, "failed": {}}
+    if network is not None:
+        header = json.dumps({"edit": EDIT, "versions": versions()})
+        write_safetensors(out / SMALLER, network.state_dict(), KIND, header)
+        content, about = exported(network, example)
+        written |= {"file": SMALLER, "withheld": None, **about}
+        if content is not None:
+            written["program"] = PROGRAMS[about["kind"]]
+            write_atomically(out / written["program"], content)
+    return written

@@ -9,7 +9,7 @@ import torch
 
 from xai_edit.command.inputs import (
     SEED,
-    batches_of,
+    Batches,
     images_of,
     lrp_of,
     model_of,
@@ -19,14 +19,15 @@ from xai_edit.command.inputs import (
     scorer_of,
 )
 from xai_edit.command.load import preprocessing_of
-from xai_edit.command.run import Run, as_json
-from xai_edit.core.data import Batch, peek
+from xai_edit.command.run import Run
+from xai_edit.core.data import peek
 from xai_edit.core.files import write_atomically
 from xai_edit.core.targets import targets_of
 from xai_edit.evaluation.compare import Comparison, compare_scorers
 from xai_edit.evaluation.deletion_curve import SHARES
 from xai_edit.lrp.check_model import check_model
 from xai_edit.lrp.lrp import Scorer
+from xai_edit.pages.page import as_json
 from xai_edit.report.comparison_figures import (
     deletion_curves,
     map_grid,
@@ -44,7 +45,7 @@ def check(options: argparse.Namespace) -> int:
     images = None if options.data is None else images_of(options, options.data)
     model = model_of(options)
     if images is not None:
-        inputs = peek(batches_of(options, images, "reading"), options.device)[0].inputs
+        inputs = peek(Batches(options, images, "reading"), options.device)[0].inputs
     else:
         shape = options.input_size or preprocessing_of(options.model, options.weights).shape
         generator = torch.Generator().manual_seed(SEED)
@@ -105,8 +106,7 @@ def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
         pictures["deletion.png"] = deletion_curves(found.deletion)
     if any(hasattr(scorer, "heatmap") for scorer in scorers.values()):
         batch = peek(run.read(run.images, "drawing"), run.options.device)[0]
-        labels = None if batch.labels is None else batch.labels[:DRAWN]
-        batch = Batch(batch.inputs[:DRAWN], labels)
+        batch = batch[torch.arange(len(batch)) < DRAWN]
         targets = targets_of(batch, run.options.target)
         maps = relevance_maps(run.model, batch.inputs, scorers, targets=targets)
         images = preprocessing_given(run.options).pixels(batch.inputs)

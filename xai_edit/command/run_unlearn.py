@@ -17,7 +17,6 @@ from xai_edit.command.run import BEFORE, Run
 from xai_edit.command.run_parts import indices_by, watched
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.core.checks import distinct
-from xai_edit.core.data import Data
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
@@ -52,10 +51,7 @@ class Parts:
 
 
 def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
-    """Return the numbers of classes that are named by number or by name.
-
-    Raises ValueError if a name is unknown or of several classes, or a class is named twice.
-    """
+    """Return the numbers of different classes that are named by number or by name."""
     numbers = []
     for word in words:
         named = [number for number, name in known.items() if name == word]
@@ -71,10 +67,7 @@ def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
 
 
 def split(images: Images, target: Sequence[int], samples: int) -> Parts:
-    """Divide labelled images into ``samples`` of each class to plan from, and the other parts.
-
-    Raises ValueError if labels are missing or a class is absent or has too few samples.
-    """
+    """Divide labelled images into ``samples`` of each class to plan from, and the other parts."""
     by_class = indices_by(images.labels)
     known = _listed(sorted(by_class))
     for label in target:
@@ -129,31 +122,35 @@ def command(options: argparse.Namespace) -> int:
         plan = partial(baseline.plan, run.model, run.read(analysis, name), target=target)
         run.compare(name, plan)
     known = run.read(analysis.joined(parts.validation), "planning data")
-    figures = _figures(run, held_out, target, known)
-    evaluation = {
-        name: evaluate_unlearning(
-            run.model,
-            edit,
-            train=run.read(train, f"{name}: training data"),
-            test=run.read(held_out, f"{name}: held-out data"),
-            target=target,
-            analysis=known,
-        )
-        for name, edit in run.edits.items()
-        if train is not None
-    }
-    found = {name: one.to_dict() for name, one in evaluation.items()}
-    seconds = {
-        name: {part: cost.seconds for part, cost in one.evaluation.items()}
-        for name, one in evaluation.items()
-    }
-    for one in found.values():
-        del one["cost"], one["evaluation"]  # which differ between runs
+    overlap = Overlap(known)
+    figures: dict[str, dict[str, Any]] = {}
+    for name, own in {BEFORE: ModelEdit({}), **run.edits}.items():
+        data: Any = run.read(held_out, f"measuring: {name}")
+        if name == BEFORE:
+            data = watched(data, partial(overlap.add, split="the held-out data"))
+        with own.applied(run.model):
+            accuracy = evaluate_groups(run.model, data)
+        overlap.refuse()
+        figures[name] = {
+            "forgotten": accuracy.of(*target),
+            "rest": accuracy.rest(*target),
+            "classes": [accuracy.groups.get((label, 0)) for label in range(len(accuracy.samples))],
+            "weights_changed": own.size,
+        }
+    found, seconds = {}, {}
+    for name, own in run.edits.items() if train is not None else ():
+        test = run.read(held_out, f"{name}: held-out data")
+        seen = run.read(train, f"{name}: training data")
+        how = {"train": seen, "test": test, "target": target, "analysis": known}
+        one = evaluate_unlearning(run.model, own, **how)
+        found[name] = one.to_dict()
+        del found[name]["cost"], found[name]["evaluation"]  # which differ between runs
+        seconds[name] = {part: cost.seconds for part, cost in one.evaluation.items()}
     samples = Counter(labels)
     results = {
         **run.about(train=options.train_data),
         "forget": target,
-        "names": run.class_names,
+        "names": run.images.classes,
         "split": {
             "planned_from": len(parts.planning),
             "others": len(parts.others),
@@ -169,28 +166,6 @@ def command(options: argparse.Namespace) -> int:
         "maps": _maps(run, edit, held_out, labels, target),
     }
     return run.finish(results, {"plan": run.seconds, "evaluation": seconds}, {EDIT: edit})
-
-
-def _figures(
-    run: Run, held_out: Images, target: Sequence[int], known: Data
-) -> dict[str, dict[str, Any]]:
-    """Measure every edit on the held-out data, which may share no sample with ``known``."""
-    overlap = Overlap(known)
-    rows = {}
-    for name, edit in {BEFORE: ModelEdit({}), **run.edits}.items():
-        data: Any = run.read(held_out, f"measuring: {name}")
-        if name == BEFORE:
-            data = watched(data, partial(overlap.add, split="the held-out data"))
-        with edit.applied(run.model):
-            accuracy = evaluate_groups(run.model, data)
-        overlap.refuse()
-        rows[name] = {
-            "forgotten": accuracy.of(*target),
-            "rest": accuracy.rest(*target),
-            "classes": [accuracy.groups.get((label, 0)) for label in range(len(accuracy.samples))],
-            "weights_changed": edit.size,
-        }
-    return rows
 
 
 def _planned(edit: ModelEdit, target: Sequence[int]) -> dict[str, Any]:

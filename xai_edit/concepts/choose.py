@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from xai_edit.concepts.predictiveness import COLUMNS, GROUPS, AveragePrecision, Predictiveness
+from xai_edit.concepts.predictiveness import COLUMNS, GROUPS, Predictiveness
 
 MIDDLE = 0.5
 ENOUGH = 10  # samples; resamples of fewer are too much alike for an interval
@@ -57,18 +57,14 @@ def choose_spurious(table: Predictiveness) -> Choice:
             f"without the feature, and of another class with or without it, and {have}",
         )
 
-    names = [*of_feature, *of_class]
-    above = [{name: _entry(row, name).over_chance for name in names} for row in table.rows]
+    rows: Any = table.rows  # with enough samples no entry is None
+    above = [{name: row[name].over_chance for name in (*of_feature, *of_class)} for row in rows]
     weakest = [min(of_feature, key=lambda name: row[name].value) for row in above]
     closest = [max(of_class, key=lambda name: row[name].value) for row in above]
     strength = [row[name].value for row, name in zip(above, weakest, strict=True)]
 
-    def holds_feature(index: int) -> bool:
-        lower = min(above[index][name].interval[0] for name in of_feature)
-        return strength[index] > MIDDLE and lower > 0
-
     def in_words(index: int, name: str) -> str:
-        entry = _entry(table.rows[index], name)
+        entry = rows[index][name]
         middle = entry.chance + MIDDLE * (1 - entry.chance)
         return (
             f"average precision {entry} for {(OF_FEATURE | OF_CLASS)[name]}, where chance is "
@@ -76,7 +72,8 @@ def choose_spurious(table: Predictiveness) -> Choice:
         )
 
     ranked = sorted(range(len(table)), key=strength.__getitem__, reverse=True)
-    holding = [index for index in ranked if holds_feature(index)]
+    lower = [min(row[name].interval[0] for name in of_feature) for row in above]
+    holding = [index for index in ranked if strength[index] > MIDDLE and lower[index] > 0]
     chosen = tuple(k for k in holding if above[k][closest[k]].value < MIDDLE)
     best = chosen[0] if chosen else ranked[0]
     feature, others = in_words(best, weakest[best]), in_words(best, closest[best])
@@ -95,12 +92,6 @@ def choose_spurious(table: Predictiveness) -> Choice:
         "no subspace predicts the spurious feature and not the class: the best, "
         f"{best}, has {feature}{why}",
     )
-
-
-def _entry(row: Mapping[str, AveragePrecision | None], name: str) -> AveragePrecision:
-    entry = row[name]
-    assert entry is not None  # enough samples
-    return entry
 
 
 def _enough(table: Predictiveness, name: str) -> bool:

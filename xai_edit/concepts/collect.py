@@ -137,31 +137,30 @@ class _Rows:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.parts: list[Tensor] = []
-        self.kind: tuple[torch.Size, torch.dtype] | None = None
+        self.parts: list[Tensor] = []  # of a file only the kind of its rows
 
     def append(self, rows: Tensor) -> None:
         """Append rows, shape (rows, ...)."""
-        rows = rows.detach().cpu()
-        kind = rows.shape[1:], rows.dtype
-        if self.kind not in (None, kind):
-            raise ValueError(f"layer: its vectors are {kind} in one batch and {self.kind} before")
-        self.kind = kind
+        rows = rows.detach().cpu().contiguous()
+        first = self.parts[0] if self.parts else rows
+        kind, before = ((one.shape[1:], one.dtype) for one in (rows, first))
+        if kind != before:
+            raise ValueError(f"layer: its vectors are {kind} in one batch and {before} before")
         if self.path is None:
             self.parts.append(rows)
             return
+        self.parts = [rows[:0].clone()]
         with naming(self.path), self.path.open("ab") as file:
-            rows.contiguous().view(torch.uint8).numpy().tofile(file)
+            rows.view(torch.uint8).numpy().tofile(file)
 
     def joined(self) -> Tensor:
         """Return all rows on the CPU; the file may then be removed."""
         if self.path is None:
             return torch.cat(self.parts)
-        assert self.kind is not None  # something was appended
-        shape, dtype = self.kind
-        size = self.path.stat().st_size // dtype.itemsize
-        mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=dtype)
-        return mapped.view(-1, *shape)
+        (none,) = self.parts
+        size = self.path.stat().st_size // none.itemsize
+        mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=none.dtype)
+        return mapped.view(-1, *none.shape[1:])
 
 
 @contextmanager

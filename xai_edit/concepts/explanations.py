@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +121,9 @@ class SubspaceGather(ContextGather):
             *_, rest = self.parts(paired(relevance))
             return rest
 
-        replaced: Tensor = _Filtered.apply(value, without_zeros, residue)
+        replaced = value.clone()
+        replaced.data.copy_(without_zeros)
+        replaced.register_hook(residue)
         return replaced, paired
 
     def parts(self, pairs: Tensor) -> Iterator[Tensor]:
@@ -145,18 +146,3 @@ class SubspaceGather(ContextGather):
         *parts, _ = self.parts(relevance[self.layer])
         maps = [torch.autograd.grad(below, pixels, part, retain_graph=True)[0] for part in parts]
         return {"maps": torch.stack(maps, 1), "residue": relevance[INPUTS]}
-
-
-class _Filtered(torch.autograd.Function):
-    """Replaces a value in the forward pass and filters relevance in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, replaced: Tensor, filtered: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        ctx.filtered = filtered
-        return replaced.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.filtered(relevance[0]), None, None

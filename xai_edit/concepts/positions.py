@@ -52,7 +52,11 @@ class PositionDraw:
         drawn = None
         if self.positions is not None and self.positions < count:
             numbers = np.random.default_rng(self.seed).integers(2**64, size=count, dtype=np.uint64)
-            keys = _mixed(self.contents[: len(values), None] ^ numbers)
+            keys = self.contents[: len(values), None] ^ numbers
+            # The bits are mixed by the last step of SplitMix64.
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
+            keys ^= keys >> np.uint64(31)
             order = torch.from_numpy(keys.argsort(1))
             drawn = order[:, : self.positions, None].expand(-1, -1, channels).to(values.device)
 
@@ -72,10 +76,3 @@ def _hashed(inputs: Tensor) -> Words:
     factors = np.random.default_rng(0).integers(2**64, size=words.shape[1], dtype=np.uint64)
     hashed: Words = np.einsum("sw,w->s", words, factors | np.uint64(1))  # faster than @ for whole
     return hashed
-
-
-def _mixed(numbers: Words) -> Words:
-    """Mix the bits of numbers, by the last step of SplitMix64."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
-    return numbers ^ (numbers >> np.uint64(31))

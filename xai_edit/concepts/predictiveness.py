@@ -104,11 +104,13 @@ class Predictiveness:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON values."""
-
-        def as_json(entry: AveragePrecision | None) -> dict[str, Any] | None:
-            return None if entry is None else {"value": entry.value, "interval": entry.interval}
-
-        rows = [{name: as_json(entry) for name, entry in row.items()} for row in self.rows]
+        rows = [
+            {
+                name: one and {"value": one.value, "interval": one.interval}
+                for name, one in row.items()
+            }
+            for row in self.rows
+        ]
         bootstrap = {"confidence": CONFIDENCE, "resamples": self.resamples, "seed": self.seed}
         shown = {name: getattr(self, name) for name in ("chance", "target", "groups", "score")}
         return {"subspaces": rows, **shown, "bootstrap": bootstrap}

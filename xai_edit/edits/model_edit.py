@@ -109,7 +109,7 @@ class ModelEdit:
         ValueError
             If a name is not of the model, or an index is out of range or repeated.
         """
-        parameters = _tensors(model)
+        parameters = tensors_of(model)
         changes = {}
         for name, (index, new) in values.items():
             if name not in parameters:
@@ -149,7 +149,7 @@ class ModelEdit:
         The shapes must be equal; integer buffers, which count batches, are left out. Errors as for
         `between`.
         """
-        tensors, changed = _tensors(model), _tensors(copy)
+        tensors, changed = tensors_of(model), tensors_of(copy)
         values = {}
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
@@ -197,7 +197,7 @@ class ModelEdit:
 
     def check(self, model: nn.Module, *, undo: bool = False) -> None:
         """Raise `EditMismatchError` unless the edit can be applied (or undone) on ``model``."""
-        parameters = _tensors(model)
+        parameters = tensors_of(model)
         named: dict[int, str] = {}
         for name, change in self.changes.items():
             if name not in parameters:
@@ -231,7 +231,7 @@ class ModelEdit:
 
     def _write(self, model: nn.Module, *, undo: bool) -> nn.Module:
         self.check(model, undo=undo)
-        parameters = _tensors(model)
+        parameters = tensors_of(model)
         begun: list[str] = []
         try:
             for name, change in self.changes.items():
@@ -336,7 +336,8 @@ def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> Non
         raise ValueError(f"values: {name!r} has no entry {wrong}; it has {entries}, from 0 on")
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, tied ones under each of their names."""
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from xai_edit.core.files import write_atomically
 from xai_edit.edits.model_edit import ModelEdit
@@ -22,6 +21,7 @@ from xai_edit.report.comparison_figures import map_grid
 from xai_edit.report.html import Report
 from xai_edit.report.table import Table, counted
 
+MAPS = "maps.safetensors"
 RUNS = ("demo", "unlearn", "neutralize", "prune")  # that have a page
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
 COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
@@ -40,9 +40,13 @@ def write_report(folder: str | Path) -> Path:
 def write_run(folder: Path, results: Mapping[str, Any], timing: Mapping[str, Any]) -> Report:
     """Write ``timing.json``, ``results.json`` and the page of a run, and return the page."""
     for name, content in (("timing.json", timing), ("results.json", results)):
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        write_atomically(folder / name, f"{text}\n".encode())
+        write_atomically(folder / name, f"{as_json(content)}\n".encode())
     return _write(folder)
+
+
+def as_json(results: Mapping[str, Any]) -> str:
+    """Return the text of ``results.json``."""
+    return json.dumps(results, indent=2, ensure_ascii=False)
 
 
 def _write(folder: Path) -> Report:
@@ -60,7 +64,7 @@ def _write(folder: Path) -> Report:
 
 
 def _demo(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
-    maps = _maps(folder)
+    maps = load_file(_require(folder / MAPS))
     shown, notes = {}, {}
     for title in results["overview"]:
         at = results["map_columns"].index(title)
@@ -81,7 +85,8 @@ def _page(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Repo
         return _demo(folder, results, timing)
     if results["run"] == "unlearn":
         changed = _weights(folder, {"path perturbation": results["edit"]["file"]})
-        maps = _maps(folder) if results["maps"]["withheld"] is None else None
+        withheld = results["maps"]["withheld"] is not None
+        maps = None if withheld else load_file(_require(folder / MAPS))
         return unlearning_page(results, timing, maps, changed)
     changed = _weights(folder, {row["method"]: row["edit"] for row in results["rows"]})
     page = neutralizing_page if results["run"] == "neutralize" else pruning_page
@@ -90,28 +95,27 @@ def _page(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Repo
 
 def _weights(folder: Path, edits: Mapping[str, str | None]) -> str:
     """Return the first weights that each edit changes, as HTML; ``edits`` has paths by method."""
-    shown = "".join(_changes(folder, name, file) for name, file in edits.items() if file)
+    shown = ""
+    for name, file in edits.items():
+        if file is not None and not (folder / file).is_file():
+            shown += f"<p>{escape(name)}: <code>{escape(file)}</code> is not beside this page</p>"
+        elif file is not None:
+            edit = ModelEdit.load(folder / file)
+            rows = []
+            for tensor, change in [*edit.changes.items()][:TENSORS]:
+                of = f"{len(change):,} of {torch.Size(change.shape).numel():,}"
+                for at in range(min(len(change), ENTRIES)):
+                    values = [f"{part[at].item():.6g}" for part in (change.old, change.new)]
+                    rows.append([tensor, of, str(change.position(at)), *values])
+            tensors = counted(len(edit.changes), "tensor")
+            summary = escape(f"{name}: {counted(edit.size, 'weight')} of {tensors}")
+            listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
+            shown += f"<details><summary>{summary}</summary>{listed}</details>"
     return (
         "<h2>Weight by weight</h2><p>An edit is a list of weights with their old and new values, "
         f"in a file. Here are the first {ENTRIES} of each tensor; all can be applied and taken "
         f"back with <code>xai-edit apply</code> and <code>undo</code>.</p>{shown or '<p>none</p>'}"
     )
-
-
-def _changes(folder: Path, name: str, file: str) -> str:
-    if not (folder / file).is_file():
-        return f"<p>{escape(name)}: <code>{escape(file)}</code> is not beside this page</p>"
-    edit = ModelEdit.load(folder / file)
-    rows = []
-    for tensor, change in [*edit.changes.items()][:TENSORS]:
-        of = f"{len(change):,} of {torch.Size(change.shape).numel():,}"
-        first = (values[:ENTRIES] for values in (change.index, change.old, change.new))
-        for index, old, new in zip(*first, strict=True):
-            entry = [int(axis) for axis in torch.unravel_index(index, change.shape)]
-            rows.append([tensor, of, entry, f"{old.item():.6g}", f"{new.item():.6g}"])
-    summary = f"{name}: {counted(edit.size, 'weight')} of {counted(len(edit.changes), 'tensor')}"
-    listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
-    return f"<details><summary>{escape(summary)}</summary>{listed}</details>"
 
 
 def _require(file: Path) -> Path:
@@ -120,10 +124,6 @@ def _require(file: Path) -> Path:
             f"{file} is missing; give the folder of a finished run of xai-edit {', '.join(RUNS)}"
         )
     return file
-
-
-def _maps(folder: Path) -> dict[str, Tensor]:
-    return load_file(_require(folder / "maps.safetensors"))
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -162,24 +162,20 @@ def _classes(results: Mapping[str, Any]) -> Table:
 def _pictures(results: Mapping[str, Any], maps: Mapping[str, Tensor] | None) -> str:
     if maps is None:
         return f"<p>No relevance maps: {escape(results['maps']['withheld'])}</p>"
-    wipes = (
-        wipe(f"Before and after by the rule {rule}", _of_rule(results, maps, at))
-        for at, rule in enumerate(results["maps"]["rules"])
-    )
+    wipes = ""
+    for at, rule in enumerate(results["maps"]["rules"]):
+        shown = []
+        for number, one in enumerate(results["maps"]["images"]):
+            name = f"image {number + 1}: class {class_name(results, one['class'])}, "
+            name += "to forget" if one["class"] in results["forget"] else "kept"
+            predicted = (one["before"], one["after"])
+            verdict = escape(
+                f"says {' → '.join(class_name(results, label) for label in predicted)}"
+            )
+            pair = maps["relevance"][number, at].unbind()
+            shown.append(Maps(maps["images"][number], name, pair, predicted, verdict))
+        wipes += wipe(f"Before and after by the rule {rule}", shown)
     return (
         "<p>Relevance, by several LRP rules, of the class that the network predicts: red speaks "
-        f"for it, blue against it. The two maps of a pair share one scale.</p>{''.join(wipes)}"
+        f"for it, blue against it. The two maps of a pair share one scale.</p>{wipes}"
     )
-
-
-def _of_rule(results: Mapping[str, Any], maps: Mapping[str, Tensor], rule: int) -> list[Maps]:
-    shown = []
-    for number, one in enumerate(results["maps"]["images"]):
-        predicted = (one["before"], one["after"])
-        name = f"image {number + 1}: class {class_name(results, one['class'])}, "
-        name += "to forget" if one["class"] in results["forget"] else "kept"
-        before, after = (class_name(results, label) for label in predicted)
-        pair = maps["relevance"][number, rule].unbind()
-        verdict = escape(f"says {before} → {after}")
-        shown.append(Maps(maps["images"][number], name, pair, predicted, verdict))
-    return shown

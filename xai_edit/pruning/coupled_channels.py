@@ -140,7 +140,10 @@ def groups_of(found: Traced) -> list[ChannelGroup]:
     units = DisjointSet()  # of channels of layers
     graph = found.graph
     names = {module: name for name, module in found.model.named_modules()}
-    shared = _shared(found.model)
+    modules = found.model.modules()
+    owned = [(module, own) for module in modules for own in module.parameters(recurse=False)]
+    times = Counter(parameter for _, parameter in owned)
+    shared = {module for module, parameter in owned if times[parameter] > 1}
     fixed: dict[Channel, str] = {}
 
     def coupled(roots: Iterable[Channel], layer: str, numbers: Iterable[int]) -> list[Channel]:
@@ -210,13 +213,6 @@ def _gathered(
         layers = {name for name in at if isinstance(model.get_submodule(name), LAYERS)}
         norms = {name: at.pop(name) for name in [*at] if name not in layers}
         yield ChannelGroup(len(members), at, norms, reason)
-
-
-def _shared(model: nn.Module) -> set[nn.Module]:
-    """Return the modules that share a parameter with another module."""
-    owned = [(module, p) for module in model.modules() for p in module.parameters(recurse=False)]
-    times = Counter(parameter for _, parameter in owned)
-    return {module for module, parameter in owned if times[parameter] > 1}
 
 
 def _reasons(

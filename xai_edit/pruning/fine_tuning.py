@@ -74,18 +74,15 @@ class FineTuning:
             weight_decay=self.weight_decay,
         )
         network.load_state_dict(trained.state_dict())
-        if seen:
-            _warn_of_a_shortcut(*torch.cat(seen, 1))
-
-
-def _warn_of_a_shortcut(labels: Tensor, has: Tensor) -> None:
-    """Warn if the share of samples with the feature differs by class."""
-    shares = {int(label): float(has[labels == label].double().mean()) for label in labels.unique()}
-    most, least = (end(shares, key=shares.__getitem__) for end in (max, min))
-    if shares[most] - shares[least] > LEANING:
-        warnings.warn(
-            f"data: {shares[most]:.0%} of class {most} have the spurious feature and "
-            f"{shares[least]:.0%} of class {least}; fine-tuning on them brings the shortcut back. "
-            "Take samples without it, or give every class the same share",
-            stacklevel=3,
-        )
+        if not seen:
+            return
+        labels, has = torch.cat(seen, 1)
+        shares = {int(one): float(has[labels == one].double().mean()) for one in labels.unique()}
+        most, least = (end(shares, key=shares.__getitem__) for end in (max, min))
+        if shares[most] - shares[least] > LEANING:
+            warnings.warn(
+                f"data: {shares[most]:.0%} of class {most} have the spurious feature and "
+                f"{shares[least]:.0%} of class {least}; fine-tuning on them brings the shortcut "
+                "back. Take samples without it, or give every class the same share",
+                stacklevel=2,
+            )

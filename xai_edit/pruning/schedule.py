@@ -6,16 +6,16 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, clear_parts, read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import copied, require_finite
-from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.edits.model_edit import ModelEdit, tensors_of
 from xai_edit.edits.switching_off import silencing_entries
 from xai_edit.pruning.coupled_channels import ChannelGroup
 from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_units, width
@@ -66,7 +66,7 @@ def pruned(
     if schedule.checkpoint is not None:
         plan = [dict(origin), schedule.share, schedule.ranking, schedule.steps]
         text = json.dumps([*plan, repr(schedule.fine_tune)])
-        digest = checksum({**_tensors(model), "inputs": inputs.cpu()}, text)
+        digest = checksum({**tensors_of(model), "inputs": inputs.cpu()}, text)
         checkpoint = _Checkpoint(Path(schedule.checkpoint), digest)
         gone, history = checkpoint.restored(network, gone)
     for step in range(len(history), schedule.steps):
@@ -114,14 +114,13 @@ def kept_off(network: nn.Module, channels: Mapping[str, list[int]]) -> Iterator[
     with ExitStack() as hooks:
         for name, off in channels.items():
             module = network.get_submodule(name)
+            gone = torch.tensor(off, dtype=torch.long, device=model_device(module))
             axis = -1 if isinstance(module, nn.Linear) else 1
-            zeroed = partial(_zeroed, axis, torch.tensor(off, dtype=torch.long))
-            hooks.callback(module.register_forward_hook(zeroed).remove)
+            hook = module.register_forward_hook(
+                lambda _, __, output, at=(axis, gone): output.index_fill(*at, 0)
+            )
+            hooks.callback(hook.remove)
         yield
-
-
-def _zeroed(axis: int, off: Tensor, _: nn.Module, __: object, output: Tensor) -> Tensor:
-    return output.index_fill(axis, off.to(output.device), 0)
 
 
 def _switch_off(
@@ -156,20 +155,16 @@ class _Checkpoint:
                 f"checkpoint: {self.path} is of another model, data or plan; give another file"
             )
         with torch.no_grad():
-            for name, tensor in _tensors(network).items():
+            for name, tensor in tensors_of(network).items():
                 tensor.copy_(tensors[f"network/{name}"])
         return [tensors[f"gone/{index}"] for index in range(len(gone))], header["history"]
 
     def write(self, network: nn.Module, gone: list[Tensor], history: History) -> None:
         """Write the file, atomically."""
-        tensors = {f"network/{name}": tensor for name, tensor in _tensors(network).items()}
+        tensors = {f"network/{name}": tensor for name, tensor in tensors_of(network).items()}
         tensors |= {f"gone/{index}": units for index, units in enumerate(gone)}
         text = json.dumps({"plan": self.plan, "history": history})
         write_safetensors(self.path, tensors, KIND, sealed(tensors, text))
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def silenced_entries(model: nn.Module, group: ChannelGroup, units: Tensor) -> dict[str, Tensor]:

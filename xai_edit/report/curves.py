@@ -61,19 +61,17 @@ def curves(
         points += f'<g class="line">{circles}</g>'
     points = points.replace('tabindex="-1"', 'tabindex="0"', 1)  # the others go from there
     label = escape(caption)
-    drawn = _themed(target.getvalue()).replace("</svg>", f"{points}</svg>")
-    drawn = drawn.replace("<svg", f'<svg role="group" aria-label="{label} {HINT}"', 1)
-    return (
-        f'<figure class="chart">{drawn}<p class="value" aria-hidden="true">{HINT}</p>'
-        f"<figcaption>{label}</figcaption></figure>"
-    )
-
-
-def _themed(drawn: str) -> str:
-    """Return the SVG without styles, in the colour of text, with ids unique on the page."""
+    # Without styles, in the colour of text, with ids unique on the page.
+    drawn = target.getvalue()
     drawn = re.sub("<!--.*?-->|<style.*?</style>", "", drawn[drawn.index("<svg") :], flags=re.S)
     drawn = re.sub('font-family: [^;"]*', "font-family: inherit", drawn)
     prefix = hashlib.sha256(drawn.encode()).hexdigest()[:8]
     drawn = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>c{prefix}-", drawn)
     drawn = drawn.replace("#000000", "currentColor")
-    return drawn.replace('<g id="', '<g aria-hidden="true" id="', 1)
+    drawn = drawn.replace('<g id="', '<g aria-hidden="true" id="', 1)
+    drawn = drawn.replace("</svg>", f"{points}</svg>")
+    drawn = drawn.replace("<svg", f'<svg role="group" aria-label="{label} {HINT}"', 1)
+    return (
+        f'<figure class="chart">{drawn}<p class="value" aria-hidden="true">{HINT}</p>'
+        f"<figcaption>{label}</figcaption></figure>"
+    )

@@ -1,4 +1,4 @@
-"""A page as one HTML document: parts, content security policy and download links."""
+"""A page as one HTML document, its content security policy, and how to repeat a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any, TypeAlias
+
+from xai_edit.report.table import Notes, Table, download
 
 _HERE = files("xai_edit.report")
 STYLE = _HERE.joinpath("style.css").read_text(encoding="utf-8")
@@ -22,14 +24,7 @@ POLICY = (
 )
 
 
-class Shown(Protocol):
-    """A part of the page that prints in the terminal too: a table or notes."""
-
-    def html(self) -> str:
-        """Return HTML."""
-
-    def text(self) -> str:
-        """Return lines."""
+Shown: TypeAlias = Table | Notes
 
 
 @dataclass(frozen=True)
@@ -46,35 +41,20 @@ class Report:
     def html(self) -> str:
         """Return a document that opens offline."""
         parts = [part if isinstance(part, str) else part.html() for part in self.parts]
-        return document(f"xai_edit: {self.title or self.heading}", self.heading, parts)
+        return (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<meta name="color-scheme" content="light dark">'
+            f"<title>xai_edit: {escape(self.title or self.heading)}</title>"
+            f"<style>{STYLE}</style></head><body><main><h1>{escape(self.heading)}</h1>"
+            f"{''.join(parts)}</main><script>{SCRIPT}</script></body></html>"
+        )
 
     def text(self) -> str:
         """Return the tables and notes."""
         texts = [part.text() for part in self.parts if not isinstance(part, str)]
         return "\n\n".join(text for text in texts if text)
-
-
-def document(title: str, heading: str, sections: Iterable[str]) -> str:
-    """Return a page that opens offline; ``sections`` are HTML, title and heading are text."""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body><main><h1>{escape(heading)}</h1>"
-        + "".join(sections)
-        + f"</main><script>{SCRIPT}</script></body></html>"
-    )
-
-
-def download(text: str, name: str, kind: str, content: str, label: str) -> str:
-    """Return a link that saves ``content`` as the file ``name``; ``label`` describes it."""
-    data = base64.b64encode(content.encode()).decode()
-    return (
-        f'<a class="download" download="{escape(name)}" aria-label="{escape(label)}" '
-        f'href="data:{kind};base64,{data}">{escape(text)}</a>'
-    )
 
 
 def repeat(results: Mapping[str, Any], edits: Iterable[str]) -> str:

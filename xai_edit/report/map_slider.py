@@ -47,29 +47,23 @@ def cards(shown: Iterable[Maps]) -> str:
 
 
 def _card(maps: Maps) -> str:
-    limit = max(float(values.abs().max()) for values in maps.relevance)
+    from matplotlib import colormaps
+
+    palette = colormaps["bwr"](np.arange(256), bytes=True)[:, :3].tobytes()
+    limit = max(1e-12, *(float(values.abs().max()) for values in maps.relevance))
     over = ""
     sides = zip(maps.relevance, maps.explained, ("before", "after"), strict=False)
     for values, about, when in sides:
-        text = f"relevance for {about} {when} the edit, {maps.name}"
-        over += _picture(_coloured(values, limit), text)
+        levels = ((values / limit).clamp(-1, 1) * 127.5 + 127.5).round().byte()
+        drawn = Image.fromarray(levels.numpy())
+        drawn.putpalette(palette)
+        over += _picture(drawn, f"relevance for {about} {when} the edit, {maps.name}")
     pixels = (maps.image.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     return (
         f'<li>{_picture(image, maps.name)}<span class="pair">{over}</span>'
         f"<p>{escape(maps.name)}<br>{maps.verdict}</p></li>"
     )
-
-
-def _coloured(relevance: Tensor, limit: float) -> Image.Image:
-    """Return a relevance map, shape (height, width), in full colour at ``limit``."""
-    from matplotlib import colormaps
-
-    levels = ((relevance / max(limit, 1e-12)).clamp(-1, 1) * 127.5 + 127.5).round().byte()
-    drawn = Image.fromarray(levels.numpy())
-    palette = colormaps["bwr"](np.arange(256), bytes=True)[:, :3]
-    drawn.putpalette(palette.tobytes())
-    return drawn
 
 
 def _picture(image: Image.Image, text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -79,14 +79,12 @@ def small_example(dtype: torch.dtype = torch.float32) -> Example:
     class have a mark in the corner, the spurious feature. The first call trains the network, in
     less than a second, on images of which all of class 0 have the mark and no others.
     """
-    model, images, labels, marked = _trained()
-    model, images = deepcopy(model).to(dtype), images.to(dtype, copy=True)
-    layers = "conv1", "conv2", "fc1", "head"
-    return Example(model, images, labels.clone(), layers, marked.clone())
+    own = deepcopy(_trained())
+    return replace(own, model=own.model.to(dtype), inputs=own.inputs.to(dtype))
 
 
 @functools.cache
-def _trained() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+def _trained() -> Example:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(SAMPLES) % CLASSES
     shortcut = _images(labels, (labels == 0).long(), generator)
@@ -94,7 +92,8 @@ def _trained() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
         how = {"epochs": STEPS, "seed": 0, "batch_size": SAMPLES}
         model = train(Network(), shortcut, labels, learning_rate=1e-2, **how)
     marked = torch.arange(SAMPLES) // CLASSES % 2
-    return model, _images(labels, marked, generator), labels, marked
+    images, layers = _images(labels, marked, generator), ("conv1", "conv2", "fc1", "head")
+    return Example(model, images, labels, layers, marked)
 
 
 def _images(labels: Tensor, marked: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.layers import predict
 from xai_edit.lrp.lrp import Scorer, describe
 from xai_edit.scoring.criteria import Activation
 from xai_edit.scoring.unit_scores import UnitScores, score_units
 from xai_edit.testing.example import Example, small_example
-from xai_edit.testing.untouched import Fuse, Promises, bits, lived_in, times
+from xai_edit.testing.untouched import (
+    Fuse,
+    attempted,
+    bits,
+    lived_in,
+    naming,
+    require,
+    shows_errors,
+    unchanged,
+)
 
 FEW = 7  # samples of the example that are scored
+NO_CLASS = 10**6
 ROUNDING = 1e-9  # of the layer's largest score: how far scores in float64 may differ
 
 
@@ -51,126 +60,107 @@ def check_scorer(
         If a promise is broken; the message is one sentence that names the layer or parameter. An
         error that the scorer raises where nothing is wrong is passed on.
     """
-    for dtype in (torch.float32, torch.float64):
-        whole = example(dtype)
-        few = Example(whole.model, whole.inputs[:FEW], whole.labels[:FEW], whole.layers)
-        check = _Check(shorten(describe(scorer), 80, placeholder=" …"), scorer, few)
-        check.gives_scores_of_units()
-        check.repeats_itself()
-        check.leaves_no_trace()
-    check.ignores_hooks_and_gradients()
-    check.does_not_mix_samples()
+    with naming(shorten(describe(scorer), 80, placeholder=" …")):
+        for dtype in (torch.float32, torch.float64):
+            whole = example(dtype)
+            few = Example(whole.model, whole.inputs[:FEW], whole.labels[:FEW], whole.layers)
+            _gives_scores_of_units(scorer, few)
+            _leaves_no_trace(scorer, few)
+        _does_not_mix_samples(scorer, few)
 
 
-@dataclass
-class _Check(Promises):
-    scorer: Scorer
-    example: Example
+def _gives_scores_of_units(scorer: Scorer, example: Example) -> None:
+    scores, again = _scores(scorer, example), _scores(scorer, example)
+    units = _summed(Activation(), example, FEW)
+    weights = next(example.model.parameters())
+    samples = len(example.inputs) if _needs_data(scorer) else 1
+    for name in example.layers:
+        values: Any = scores.get(name)
+        got = f"a {type(values).__name__}" if name in scores else "nothing"
+        require(isinstance(values, Tensor), f"gives {got} for layer {name!r}, not a tensor")
+        found = (*values.shape,), values.dtype, str(values.device)
+        expected = (samples, len(units[name])), weights.dtype, str(weights.device)
+        what = f"scores of layer {name!r} are {found}, expected {expected}: (samples, units)"
+        require(found == expected, f"{what}, dtype and device of the model")
+        finite = bool(torch.isfinite(values).all())
+        require(finite, f"scores of layer {name!r} are NaN or infinite")
+        what = f"gives other scores of layer {name!r} when it is called again with the same batch"
+        require(bits(values) == bits(again[name]), what)
 
-    def __post_init__(self) -> None:
-        self.needs_data: bool = getattr(self.scorer, "needs_data", True)
 
-    def call(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        x, y = (inputs, targets) if self.needs_data else (None, None)
-        return self.scorer(model, x, y, self.example.layers)
+def _leaves_no_trace(scorer: Scorer, example: Example) -> None:
+    labels = example.labels
 
-    def scores(
-        self, part: slice = slice(None), model: nn.Module | None = None
-    ) -> Mapping[str, Tensor]:
-        """Return the scores of samples of the example; a copy of its model is scored by default."""
-        model = deepcopy(self.example.model) if model is None else model
-        inputs, labels = self.example.inputs[part].clone(), self.example.labels[part].clone()
-        check = self.unchanged(model, generators=False)
-        scores = self.call(model, inputs, labels)
-        check()
-        what = f"gives a {type(scores).__name__}, not a mapping from layer names to tensors"
-        self.require(isinstance(scores, Mapping), what)
-        return scores
-
-    def gives_scores_of_units(self) -> None:
-        scores, example = self.scores(), self.example
-        weights = next(example.model.parameters())
-        units = self.summed(Activation(), FEW)
-        samples = len(example.inputs) if self.needs_data else 1
-        for name in example.layers:
-            values: Any = scores.get(name)
-            got = f"a {type(values).__name__}" if name in scores else "nothing"
-            what = f"gives {got} for layer {name!r}, not a tensor"
-            self.require(isinstance(values, Tensor), what)
-            found = (*values.shape,), values.dtype, str(values.device)
-            expected = (samples, len(units[name])), weights.dtype, str(weights.device)
-            what = f"scores of layer {name!r} are {found}, expected {expected}: (samples, units)"
-            self.require(found == expected, f"{what}, dtype and device of the model")
-            finite = bool(torch.isfinite(values).all())
-            self.require(finite, f"scores of layer {name!r} are NaN or infinite")
-
-    def repeats_itself(self) -> None:
-        first, second = self.scores(), self.scores()
-        for name in self.example.layers:
-            what = f"gives other scores of layer {name!r} when it is called again with the same "
-            self.require(bits(first[name]) == bits(second[name]), f"{what}batch")
-
-    def leaves_no_trace(self) -> None:
-        fuse, labels = Fuse(), self.example.labels
-        raised = self.untouched("", fuse)
+    def score(when: str, fuse: Fuse, targets: Tensor = labels) -> Exception | None:
+        model = lived_in(example, fuse)
+        given = example.inputs.clone(), targets.clone()
+        act = partial(_called, scorer, example, model, *given)
+        raised = attempted(act, model, given, f"{{}} {when}")
         what = "fails on a model that has hooks, gradients and a frozen parameter"
-        self.require(raised is None, f"{what} ({type(raised).__name__}: {raised})")
-        for at in times(fuse.count):
-            fuse = Fuse(at)
-            when = f"when the model raises in its forward pass number {at}"
-            hidden = self.untouched(when, fuse) is None and fuse.blown
-            self.require(not hidden, f"gives scores {when}, and hides the error")
-        if self.needs_data:
-            self.untouched("when there are fewer targets than samples", Fuse(), labels[:-1])
-        if self.needs_data and labels.device.type == "cpu":  # a GPU would take no more orders
-            with torch.no_grad():
-                logits = predict(deepcopy(self.example.model), self.example.inputs)
-            missing = torch.cat([labels[:-1], torch.tensor([logits.shape[1]])])
-            self.untouched("when a target is no class of the model", Fuse(), missing)
-
-    def untouched(self, when: str, fuse: Fuse, labels: Tensor | None = None) -> Exception | None:
-        """Score a model with hooks and gradients; return the error that the scorer raises."""
-        model, raised = lived_in(self.example, fuse), None
-        inputs = self.example.inputs.clone()
-        targets = (self.example.labels if labels is None else labels).clone()
-        check = self.unchanged(model, (inputs, targets))
-        try:
-            self.call(model, inputs, targets)
-        except Exception as problem:
-            raised = problem
-        if when or raised is None:
-            check("", when)
+        require(bool(when) or raised is None, f"{what} ({type(raised).__name__}: {raised})")
         return raised
 
-    def ignores_hooks_and_gradients(self) -> None:
-        plain, used = self.scores(), self.scores(model=lived_in(self.example, Fuse()))
-        for name in self.example.layers:
-            where = "where the model has hooks, gradients of an earlier step and a frozen parameter"
-            self.close(used[name], plain[name], f"gives other scores of layer {name!r} {where}")
+    shows_errors(score, "gives scores", "the model raises in its forward pass number {}")
+    wrong = {"there are fewer targets than samples": labels[:-1]}
+    if labels.device.type == "cpu":  # a GPU would take no more orders
+        wrong["a target is no class of the model"] = torch.cat(
+            [labels[:-1], labels[-1:] + NO_CLASS]
+        )
+    for when, targets in wrong.items() if _needs_data(scorer) else ():
+        score(f"when {when}", Fuse(), targets)
 
-    def does_not_mix_samples(self) -> None:
-        samples, whole = len(self.example.inputs), self.scores()
-        alone = self.needs_data and getattr(self.scorer, "per_sample", True)
-        for size in (1, 3, samples) if alone else (samples,):
-            parts = [self.scores(slice(start, start + size)) for start in range(0, samples, size)]
-            summed = self.summed(self.scorer, size)
-            for name in self.example.layers:
-                where = f"layer {name!r} in batches of {size}"
-                rows = torch.cat([part[name] for part in parts])
-                what = f"gives other scores of a sample: {where} and of {samples}"
-                self.close(rows, whole[name], what)
-                total = whole[name].detach().cpu().abs().sum(0)
-                self.close(summed[name], total, f"gives other scores in score_units: {where}")
 
-    def summed(self, scorer: Scorer, size: int) -> UnitScores:
-        model, layers = deepcopy(self.example.model), self.example.layers
-        data = self.example.batches(size) if getattr(scorer, "needs_data", True) else None
-        return score_units(model, data, scorer, layers=layers, aggregate="abs")
+def _does_not_mix_samples(scorer: Scorer, example: Example) -> None:
+    used, whole = _scores(scorer, example, lived_in(example, Fuse())), _scores(scorer, example)
+    where = "where the model has hooks, gradients of an earlier step and a frozen parameter"
+    for name in example.layers:
+        _require_close(used[name], whole[name], f"gives other scores of layer {name!r} {where}")
+    samples = len(example.inputs)
+    alone = _needs_data(scorer) and getattr(scorer, "per_sample", True)
+    for size in (1, 3, samples) if alone else (samples,):
+        batches = example.batches(size)
+        parts = [Example(example.model, x, y, example.layers) for x, y, *_ in batches]
+        scores = [_scores(scorer, part) for part in parts]
+        summed = _summed(scorer, example, size)
+        for name in example.layers:
+            where = f"layer {name!r} in batches of {size}"
+            rows = torch.cat([part[name] for part in scores])
+            what = f"gives other scores of a sample: {where} and of {samples}"
+            _require_close(rows, whole[name], what)
+            total = whole[name].detach().cpu().abs().sum(0)
+            _require_close(summed[name], total, f"gives other scores in score_units: {where}")
 
-    def close(self, found: Tensor, expected: Tensor, sentence: str) -> None:
-        shapes = f"{sentence} (shapes {[*found.shape]} and {[*expected.shape]})"
-        self.require(found.shape == expected.shape, shapes)
-        difference = float((found - expected).detach().abs().max())
-        largest = float(expected.abs().max())
-        what = f"{sentence} (difference {difference:.2g}, largest score {largest:.2g})"
-        self.require(difference <= ROUNDING * largest, what)
+
+def _needs_data(scorer: Scorer) -> bool:
+    return getattr(scorer, "needs_data", True)
+
+
+def _called(scorer: Scorer, example: Example, model: nn.Module, *given: Tensor) -> Any:
+    inputs, targets = given if _needs_data(scorer) else (None, None)
+    return scorer(model, inputs, targets, example.layers)
+
+
+def _scores(
+    scorer: Scorer, example: Example, model: nn.Module | None = None
+) -> Mapping[str, Tensor]:
+    """Return the scores of the example's samples; a copy of its model is scored by default."""
+    model = deepcopy(example.model) if model is None else model
+    with unchanged(model, generators=False):
+        scores = _called(scorer, example, model, example.inputs.clone(), example.labels.clone())
+    what = f"gives a {type(scores).__name__}, not a mapping from layer names to tensors"
+    require(isinstance(scores, Mapping), what)
+    return scores  # type: ignore[no-any-return]
+
+
+def _summed(scorer: Scorer, example: Example, size: int) -> UnitScores:
+    data = example.batches(size) if _needs_data(scorer) else None
+    model = deepcopy(example.model)
+    return score_units(model, data, scorer, layers=example.layers, aggregate="abs")
+
+
+def _require_close(found: Tensor, expected: Tensor, sentence: str) -> None:
+    shapes = f"{sentence} (shapes {[*found.shape]} and {[*expected.shape]})"
+    require(found.shape == expected.shape, shapes)
+    difference, largest = (float(one.abs().max()) for one in (found - expected, expected))
+    what = f"{sentence} (difference {difference:.2g}, largest score {largest:.2g})"
+    require(difference <= ROUNDING * largest, what)

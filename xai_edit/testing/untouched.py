@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,6 @@ class Fuse:
         return self
 
 
-def times(count: int) -> list[int]:
-    """Return at which of several calls to raise: the first two, one in the middle, the last."""
-    return sorted({1, 2, count // 2 + 1, count} & set(range(1, count + 1)))
-
-
 def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Module:
     """Return a copy of the example's model with hooks, gradients and a frozen parameter.
 
@@ -58,37 +53,62 @@ def lived_in(example: Example, fuse: Fuse, *, training: bool = False) -> nn.Modu
     return model
 
 
-@dataclass
-class Promises:
-    """The promises of a scorer or an operator, whose name ``who`` begins each message."""
+@contextmanager
+def naming(who: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors, by default AssertionError, into an AssertionError that begins with ``who``."""
+    errors = errors or (AssertionError,)
+    try:
+        yield
+    except errors as problem:
+        raise AssertionError(f"{who}: {problem}") from problem
 
-    who: str
 
-    def require(self, kept: bool, sentence: str) -> None:
-        """Raise AssertionError with the sentence unless a promise is kept."""
-        if not kept:
-            raise AssertionError(f"{self.who}: {sentence}")
+def require(kept: bool, sentence: str) -> None:
+    """Raise AssertionError with the sentence unless a promise is kept."""
+    if not kept:
+        raise AssertionError(sentence)
 
-    def unchanged(
-        self, model: nn.Module, data: Iterable[Tensor] = (), *, generators: bool = True
-    ) -> Callable[..., None]:
-        """Return a function that raises AssertionError with the first thing that has changed.
 
-        Its arguments are the words before and after it. Without ``generators`` the global random
-        generators may change: a first call may import packages that draw numbers.
-        """
-        data = list(data)
-        before = _state(model, data, generators)
+@contextmanager
+def unchanged(
+    model: nn.Module, data: Iterable[Tensor] = (), words: str = "{}", *, generators: bool = True
+) -> Iterator[None]:
+    """Raise AssertionError with the first thing that the block has changed.
 
-        def check(doing: str = "", when: str = "") -> None:
-            after = _state(model, data, generators)
-            for what in [*after, *before]:
-                verb = "changes" if what in before else "leaves behind"
-                verb = verb if what in after else "takes away"
-                same = what in before and what in after and before[what] == after[what]
-                self.require(same, f"{doing} {verb} {what} {when}".strip())
+    ``words`` stand around it. Without ``generators`` the global random generators may change: a
+    first call may import packages that draw numbers.
+    """
+    data = list(data)
+    before = _state(model, data, generators)
+    yield
+    after = _state(model, data, generators)
+    for what in [*after, *before]:
+        verb = "changes" if what in before else "leaves behind"
+        verb = verb if what in after else "takes away"
+        same = what in before and what in after and before[what] == after[what]
+        require(same, words.format(f"{verb} {what}").strip())
 
-        return check
+
+def attempted(act: Callable[[], object], *watched: Any) -> Exception | None:
+    """Call a function, which leaves `unchanged` what is watched, and return its error."""
+    with unchanged(*watched):
+        try:
+            act()
+        except Exception as problem:
+            return problem
+    return None
+
+
+def shows_errors(attempt: Callable[[str, Fuse], Exception | None], verb: str, what: str) -> None:
+    """Attempt once, then with a fuse that raises at a call: one of the first, a middle, the last.
+
+    ``verb`` and ``what`` are the words of the message where the error of the fuse is hidden.
+    """
+    attempt("", whole := Fuse())
+    for at in sorted({1, 2, whole.count // 2 + 1, whole.count} & {*range(1, whole.count + 1)}):
+        when, fuse = f"when {what.format(at)}", Fuse(at)
+        hidden = attempt(when, fuse) is None and fuse.blown
+        require(not hidden, f"{verb} {when}, and hides the error")
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -119,8 +139,8 @@ def _state(model: nn.Module, data: list[Tensor], generators: bool) -> dict[str, 
             state[f"the values of {name}"] = bits(tensor)
             state[f"requires_grad of {name}"] = tensor.requires_grad
             state[f"the gradient of {name}"] = _content(tensor.grad)
-            hooks = [_entries(getattr(tensor, one, None) or {}) for one in TENSOR_HOOKS]
-            state[f"the hooks of {name}"] = hooks
+            hooks = [getattr(tensor, one, None) or {} for one in TENSOR_HOOKS]
+            state[f"the hooks of {name}"] = [[*one.items()] for one in hooks]
     for at, tensor in enumerate(data):
         content = bits(tensor), tensor.shape, tensor.requires_grad
         state[f"the data it was given (tensor {at})"] = content
@@ -144,10 +164,6 @@ def _same(value: object) -> tuple[int, object]:
     return id(value), value
 
 
-def _entries(registry: Mapping[Any, object]) -> list[tuple[Any, object]]:
-    return [(key, _same(value)) for key, value in registry.items()]
-
-
 def _content(value: object) -> Any:
     """Return what shows whether an attribute is still the same, one level deep."""
     if isinstance(value, (int, float, str, bytes, type(None))):
@@ -155,7 +171,6 @@ def _content(value: object) -> Any:
     if isinstance(value, Tensor):
         return _same(value), bits(value)
     if isinstance(value, Mapping):
-        return _same(value), _entries(value)
-    if isinstance(value, (list, set, tuple)):
-        return _same(value), [_same(one) for one in value]
-    return _same(value)
+        return _same(value), [(key, _same(one)) for key, one in value.items()]
+    inside = value if isinstance(value, (list, set, tuple)) else ()
+    return _same(value), [*map(_same, inside)]
