@@ -19,6 +19,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Hook, RemovableHandleList, Stabilizer
 
 from xai_edit.core.trace import operation_name
+from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
 from xai_edit.lrp.operation_rules import RULES, Operator, in_graph, is_in_place
 from xai_edit.lrp.relevance_at_layers import RULED
 
@@ -75,7 +76,6 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
 
     def register(self, module: nn.Module) -> None:
         """Run the module's forward pass under the rules."""
-        self.module, self.shadowed = module, vars(module).get("forward")
         forward = module.forward
 
         def canonized(*arguments: Any, **named: Any) -> Any:
@@ -86,7 +86,7 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
             finally:
                 RULED.replaced = None
 
-        module.forward = canonized
+        self.restore = with_forward(module, canonized)
         self.handles = RemovableHandleList()
         for child in module.modules():
             self.handles.append(child.register_forward_pre_hook(_suspend))
@@ -95,10 +95,7 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     def remove(self) -> None:
         """Restore the module's own forward pass."""
         self.handles.remove()
-        if self.shadowed is None:
-            del vars(self.module)["forward"]
-        else:
-            self.module.forward = self.shadowed
+        self.restore()
 
     def copy(self) -> FunctionalCanonizer:
         """Return a new canonizer."""
@@ -106,14 +103,13 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
 
 
 def left_to_the_composite(module: nn.Module) -> bool:
-    """Return whether a module has a rule, or is of a kind for which composites have one.
+    """Return whether a module has a rule as a whole, or is of a kind for which composites have one.
 
     Without a rule its operations keep their gradient, as with Zennit.
     """
-    if isinstance(module, (zt.Linear, zt.AvgPool, zt.MaxPool, zt.BatchNorm)):
-        return True
-    if isinstance(module, zt.Activation):
-        return not isinstance(module, nn.MultiheadAttention)  # one of them to Zennit 0.5
+    kinds = (zt.Linear, zt.AvgPool, zt.MaxPool, zt.Activation)  # attention, to Zennit 0.5
+    if isinstance(module, kinds) and not isinstance(module, nn.MultiheadAttention):
+        return runs_as_pytorch(module)
     return any(hook_of_zennit(hook) for hook in module._forward_hooks.values())
 
 

@@ -1,34 +1,34 @@
-"""Relevance rules of single operations, and the backward passes that carry them."""
+"""Relevance rules of single operations."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from itertools import compress
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.core.trace import operation_name
 from xai_edit.lrp.accelerated import is_gate, mark_gate
-
-Arguments: TypeAlias = tuple[Any, ...]
-Named: TypeAlias = dict[str, Any]
-Operator: TypeAlias = Callable[..., Tensor]
-Rule: TypeAlias = Callable[[Operator, Arguments, Named, Operator], Tensor]
+from xai_edit.lrp.norm_rules import NORMS, norm_rule
+from xai_edit.lrp.propagation import (
+    Arguments,
+    Named,
+    Operator,
+    Rule,
+    in_graph,
+    proportional,
+    softmax,
+    split,
+)
 
 _ACTIVATIONS = """
     relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish hardsigmoid
-    sigmoid tanh rms_norm group_norm normalize neg negative
+    sigmoid tanh rms_norm normalize neg negative
 """
 ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 GATES = ("sigmoid", "hardsigmoid")
-
-
-def in_graph(value: Any) -> bool:
-    """Return whether a value depends on the data; parameters are constants."""
-    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
 
 
 def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
@@ -52,39 +52,16 @@ def _plain(function: Operator, args: Arguments, named: Named) -> Tensor:
 def pass_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Pass R to the operand that depends on the data."""
     x = next(value for value in args if in_graph(value))
-    passed = _split(_plain(function, args, named), (1,), x)
+    passed = split(_plain(function, args, named), (1,), x)
     if operation_name(function) in GATES:
         mark_gate(passed)
     return passed
 
 
-def norm_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+def average_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Share R among the inputs of a linear operation in proportion (``Norm``)."""
     x, *others = args
-    return _proportional(lambda x: function(x, *others, **named), stabilizer, 1, x)
-
-
-def layer_norm_rule(
-    function: Operator, args: Arguments, named: Named, stabilizer: Operator
-) -> Tensor:
-    """Share R as through a linear map with a constant deviation (Ali et al. 2022, Eq. 13).
-
-    If R were passed on, the quotient in the rule before would overflow where the input is small and
-    its distance from the mean is not.
-    """
-    arguments = inspect.signature(function).bind(*args, **named).arguments
-    shape = arguments["normalized_shape"]
-    dims = tuple(range(-1 if isinstance(shape, int) else -len(shape), 0))
-    weight, bias, eps = (arguments.get(name) for name in ("weight", "bias", "eps"))
-    eps = 1e-5 if eps is None else eps
-
-    def with_constant_deviation(x: Tensor) -> Tensor:
-        centred = x - x.mean(dims, keepdim=True)
-        deviation = (centred.detach().square().mean(dims, keepdim=True) + eps).sqrt()
-        scaled = centred / deviation if weight is None else centred / deviation * weight
-        return scaled if bias is None else scaled + bias
-
-    return _proportional(with_constant_deviation, stabilizer, 1, args[0])
+    return proportional(lambda x: function(x, *others, **named), stabilizer, 1, x)
 
 
 def multilinear_rule(
@@ -99,7 +76,7 @@ def multilinear_rule(
         operands = (next(rest) if x_varies else x for x, x_varies in zip(args, varies, strict=True))
         return function(*operands, **named)
 
-    return _proportional(of_factors, stabilizer, len(factors), *factors)
+    return proportional(of_factors, stabilizer, len(factors), *factors)
 
 
 def einsum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
@@ -114,7 +91,7 @@ def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
     dim = named.get("dim", args[1] if len(args) > 1 else None)
     if dim is None:
         raise ValueError("model: a softmax is called without dim; say which axis it sums over")
-    return _softmax(args[0], dim)
+    return softmax(args[0], dim)
 
 
 def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
@@ -129,7 +106,7 @@ def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Oper
         x, y = values if len(values) == 2 else ((values[0], b) if in_graph(a) else (a, values[0]))
         return x + y if factor == 1 else x + factor * y
 
-    return _proportional(added, stabilizer, 1, *summands)
+    return proportional(added, stabilizer, 1, *summands)
 
 
 def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
@@ -147,7 +124,7 @@ def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
         shares = (0, 1)
     else:
         shares = (1, 0)
-    return _split(output, shares, a, b)
+    return split(output, shares, a, b)
 
 
 def attention_rule(
@@ -234,78 +211,14 @@ _AVERAGES = """
 AVERAGES = frozenset(_AVERAGES.split())
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ACTIVATIONS, pass_rule),
-    **dict.fromkeys(AVERAGES, norm_rule),
+    **dict.fromkeys(AVERAGES, average_rule),
     **dict.fromkeys(("add", "sub"), sum_rule),
     **dict.fromkeys(("mul", "div"), product_rule),
     **dict.fromkeys(_MULTILINEAR.split(), multilinear_rule),
-    "layer_norm": layer_norm_rule,
+    **dict.fromkeys(NORMS, norm_rule),
     "einsum": einsum_rule,
     "softmax": softmax_rule,
     "scaled_dot_product_attention": attention_rule,
     "multi_head_attention_forward": multi_head_rule,
 }
 """Relevance rules by `operation_name`, which `FunctionalCanonizer` applies."""
-
-
-class _Split(torch.autograd.Function):
-    """An output whose relevance goes to each operand by a constant share."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, shares: tuple[float, ...], *operands: Tensor) -> Tensor:
-        ctx.shares, ctx.shapes = shares, [operand.shape for operand in operands]
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
-        # Zeros instead of None: the layers of a gate have a relevance of zero.
-        parts = [
-            relevance[0].new_zeros(shape)
-            if share == 0
-            else (relevance[0] if share == 1 else share * relevance[0]).sum_to_size(shape)
-            for share, shape in zip(ctx.shares, ctx.shapes, strict=True)
-        ]
-        return (None, None, *parts)
-
-
-class _Proportional(torch.autograd.Function):
-    """z = f(x₁, x₂, …), with relevance xᵢ ⊙ (∂z/∂xᵢ)ᵀ (R / n z)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, function: Operator, stabilizer: Operator, n: int, *operands: Tensor
-    ) -> Tensor:
-        ctx.function, ctx.stabilizer, ctx.n = function, stabilizer, n
-        ctx.save_for_backward(*operands)
-        return function(*operands)
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
-        operands = [operand.detach().requires_grad_() for operand in ctx.saved_tensors]
-        with torch.enable_grad():
-            z = ctx.function(*operands)
-        ratio = relevance[0] / (ctx.n * ctx.stabilizer(z.detach()))
-        contexts = torch.autograd.grad(z, operands, ratio)
-        parts = [x.detach() * c for x, c in zip(operands, contexts, strict=True)]
-        return (None, None, None, *parts)
-
-
-class _Softmax(torch.autograd.Function):
-    """s = softmax(x), with relevance x ⊙ (R − s Σ R)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        output = torch.softmax(x, dim)
-        ctx.dim = dim
-        ctx.save_for_backward(x, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
-        x, s = ctx.saved_tensors
-        (R,) = relevance
-        return x * (R - s * R.sum(ctx.dim, keepdim=True)), None
-
-
-_split: Operator = _Split.apply
-_proportional: Operator = _Proportional.apply
-_softmax: Operator = _Softmax.apply
