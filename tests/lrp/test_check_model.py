@@ -10,7 +10,6 @@ import pytest
 import torch
 from networks import without_biases
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
 from zennit import composites as zc
 from zennit import rules as zr
 from zennit.canonizers import SequentialMergeBatchNorm
@@ -228,33 +227,30 @@ def test_a_hook_that_mixes_up_calls_is_an_error():
         score_units(model, [(X, TARGETS)], LRP(zc.BetaSmooth()), layers="first")
 
 
-# Weights
+class Adds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * gradient
 
 
-COMPUTED = {  # how a weight comes to be computed, and how it is made permanent
-    "prune": (partial(prune.l1_unstructured, name="weight", amount=0.5), prune.remove),
-    "parametrization": (parametrizations.weight_norm, parametrize.remove_parametrizations),
-    "weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
-    "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
-}
+class FeedsALayer(nn.Module):
+    """What no function mode sees goes straight into a module with a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(Adds.apply(self.first(x)))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm:FutureWarning")
-@pytest.mark.parametrize("way", COMPUTED)
-def test_a_weight_computed_anew_at_each_call_is_an_error_until_made_permanent(way):
-    compute, make_permanent = COMPUTED[way]
-    model = net()
-    compute(model.second)
-    model.double().eval()
-    (found,) = errors(check_model(model, X))
-    assert found.module == "second"
-    assert "computed anew" in found.message
-    for layers in (None, ["head"], ["first"]):
-        with pytest.raises(ValueError, match="'second': its weight is computed anew"):
-            score_units(model, [(X, TARGETS)], LRP("epsilon-plus"), layers=layers)
-    make_permanent(model.second, "weight")
-    assert check_model(model, X).ok
-    score_units(model, [(X, TARGETS)], LRP("epsilon-plus"))
+def test_an_autograd_function_before_a_layer_with_a_rule_is_an_error():
+    (found,) = errors(check_model(FeedsALayer().double(), X))
+    assert "AddsBackward" in found.message
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

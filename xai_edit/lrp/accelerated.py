@@ -138,7 +138,7 @@ class DirectHook(Hook):  # type: ignore[misc]
         """Return a linear operation's output, with the rule in the graph."""
         x = RULED.latest(x)
         local = x.detach().requires_grad_(type(self.rule) is zr.Epsilon)
-        with torch.enable_grad():
+        with torch.enable_grad(), RULED.inside():
             output = layer(local)
         ruled: Tensor = _InPlaceOf.apply(x, output.detach(), _Step(self.rule, layer, local, output))
         return ruled

@@ -10,10 +10,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from xai_edit.core.layers import WEIGHTED, first_tensor
-from xai_edit.core.trace import operation_name
-
-LINEAR = frozenset(["linear", *(f"conv{of}{n}d" for of in ("", "_transpose") for n in (1, 2, 3))])
-"""Names of the operations that a rule for a weighted layer is applied to."""
+from xai_edit.core.trace import LINEAR, operation_name
 
 Apply = Callable[["Operation", Tensor], Tensor]
 

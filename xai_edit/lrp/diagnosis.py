@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook
 
@@ -39,7 +38,7 @@ class Finding:
 
 
 def of_the_weights(model: nn.Module) -> list[Finding]:
-    """Return the errors that need no data: hooks, computed weights, half precision."""
+    """Return the errors that need no data: hooks and half precision."""
     findings: list[Finding] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -50,16 +49,6 @@ def of_the_weights(model: nn.Module) -> list[Finding]:
             message = (
                 "a Zennit composite is registered on it already, so that two rules would act; "
                 "call composite.remove() or leave its context first"
-            )
-            findings.append(Finding("error", name, message))
-        makers = {type(hook).__module__ for hook in module._forward_pre_hooks.values()}
-        old = sorted(maker for maker in makers if maker.startswith("torch.nn.utils."))
-        if old or parametrize.is_parametrized(module):
-            message = (
-                f"its weight is computed anew at each call ({[*old, parametrize.__name__][0]}), "
-                "and rules would see another one; make it permanent with the function of that "
-                "module that removes it, such as torch.nn.utils.prune.remove or "
-                "remove_parametrizations"
             )
             findings.append(Finding("error", name, message))
     half = [(name, one.dtype) for name, one in model.named_parameters() if one.dtype in HALF]
