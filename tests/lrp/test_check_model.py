@@ -227,16 +227,6 @@ def test_a_hook_that_mixes_up_calls_is_an_error():
         score_units(model, [(X, TARGETS)], LRP(zc.BetaSmooth()), layers="first")
 
 
-class Adds(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 3 * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * gradient
-
-
 class FeedsALayer(nn.Module):
     """What no function mode sees goes straight into a module with a rule."""
 
@@ -245,7 +235,8 @@ class FeedsALayer(nn.Module):
         self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.head(Adds.apply(self.first(x)))
+        hidden = self.first(x)
+        return self.head(Adds.apply(hidden, 2 * hidden))
 
 
 def test_an_autograd_function_before_a_layer_with_a_rule_is_an_error():

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from zennit import rules as zr
+from zennit import types as zt
 from zennit.core import (
     BasicHook,
     Composite,
@@ -62,7 +63,7 @@ def accelerated(composite: Composite, *, unmerged: Collection[str] = ()) -> Comp
         template = composite.module_map(context, name, module)
         if template is None:
             return None
-        if is_pass(template) and (name in unmerged or not ruled_as_a_whole(module, template)):
+        if is_pass(template) and (name in unmerged or not ruled_as_a_whole(module)):
             return None
         return direct(template, name)
 
@@ -83,13 +84,13 @@ def is_pass(rule: Hook | None) -> bool:
     return type(rule) is zr.Pass
 
 
-def ruled_as_a_whole(module: nn.Module, rule: Hook) -> bool:
+def ruled_as_a_whole(module: nn.Module) -> bool:
     """Return whether a module's rule is about all of it, not about the operations in it.
 
     An activation or norm with a forward pass of its own may do more than pass relevance on, as a
     batch norm that ends in an activation; and Zennit 0.5 counts attention among the activations.
     """
-    if isinstance(module, WEIGHTED) or is_pass(rule):
+    if isinstance(module, (*WEIGHTED, zt.Activation, zt.BatchNorm)):
         return runs_as_pytorch(module) and not isinstance(module, nn.MultiheadAttention)
     return True
 

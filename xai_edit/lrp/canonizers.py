@@ -114,7 +114,7 @@ def outside_rules(
     having = {
         name
         for name, module in model.named_modules()
-        if rules.get(name) is not None and ruled_as_a_whole(module, rules[name])
+        if rules.get(name) is not None and ruled_as_a_whole(module)
     }
     return [one for one in operations if not having.intersection(one.inside)]
 
