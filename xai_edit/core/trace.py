@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +40,19 @@ def operation_name(function: Callable[..., Any]) -> str:
 
 _ALIASES = {
     **{f"{form}{name}": name for form in ("i", "r") for name in ("add", "mul")},
-    **{"isub": "sub", "subtract": "sub", "multiply": "mul"},
+    **{"isub": "sub", "subtract": "sub", "multiply": "mul", "ipow": "pow", "clip": "clamp"},
+    "absolute": "abs",
     **dict.fromkeys(("truediv", "itruediv", "divide", "true_divide"), "div"),
 }
+
+
+def source_line() -> str:
+    """Return the file and line of the model's source that runs the current operation."""
+    ours = (torch.__path__[0], str(Path(__file__).parents[1]))
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 @dataclass(frozen=True)
@@ -48,13 +60,15 @@ class Operation:
     """An operation through which the output depends on the data.
 
     ``module`` is the path of the innermost module that runs it, ``inside`` those of all modules
-    around it, outermost first; ``joins`` says whether several of its inputs depend on the data.
+    around it, outermost first; ``joins`` says whether several of its inputs depend on the data;
+    ``line`` is where the model's source runs it.
     """
 
     name: str
     module: str
     inside: tuple[str, ...]
     joins: bool = False
+    line: str = ""
 
 
 @dataclass
@@ -194,7 +208,7 @@ class _Recorder(TorchFunctionMode):
 
     def operation(self, name: str, *, joins: bool = False) -> None:
         path = self.stack[-1] if self.stack else ""
-        self.found.operations.append(Operation(name, path, tuple(self.stack), joins))
+        self.found.operations.append(Operation(name, path, tuple(self.stack), joins, source_line()))
 
     def value(self, name: str, given: Any) -> None:
         """Record a layer's input or output in its first call."""

@@ -112,20 +112,20 @@ def of_the_forward_pass(
 
 def _without_rule(operations: list[Operation], model: nn.Module) -> list[Finding]:
     """Return one finding for each kind of module and operation."""
-    modules: dict[tuple[str, str], dict[str, None]] = {}
+    modules: dict[tuple[str, str, str], dict[str, None]] = {}
     for one in operations:
         kind = type(model.get_submodule(one.module)).__name__
-        modules.setdefault((kind, one.name), {})[one.module] = None
+        modules.setdefault((kind, one.name, one.line), {})[one.module] = None
     return [
         Finding(
             "error",
             next(iter(paths)),
-            f"{kind} runs {name!r}, for which there is no relevance rule, and its plain gradient "
-            "would be taken for relevance; use xai_edit.CaptumLayer, give the module a rule as its "
-            "attribute lrp_rule, or score only layers behind it"
+            f"{kind} runs {name!r} ({line}), for which there is no relevance rule, and its plain "
+            "gradient would be taken for relevance; use xai_edit.CaptumLayer, give the module a "
+            "rule as its attribute lrp_rule, or score only layers behind it"
             + (f" ({len(paths)} modules alike)" if len(paths) > 1 else ""),
         )
-        for (kind, name), paths in modules.items()
+        for (kind, name, line), paths in modules.items()
     ]
 
 

@@ -19,8 +19,9 @@ from zennit.canonizers import Canonizer
 from zennit.core import Hook, RemovableHandleList, Stabilizer
 
 from xai_edit.core.trace import operation_name
+from xai_edit.lrp.accelerated import is_gate, mark_gate
 from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
-from xai_edit.lrp.operation_rules import RULES, Operator, in_graph, is_in_place
+from xai_edit.lrp.operation_rules import AVERAGES, RULES, Operator, in_graph, is_in_place
 from xai_edit.lrp.relevance_at_layers import RULED
 
 
@@ -152,6 +153,17 @@ class _Rules(TorchFunctionMode):
                     "the view used; relevance cannot follow that, write it out of place"
                 )
         name = operation_name(func)
+        output = self.ruled(name, func, args, named, tensors)
+        of_data = [one for one in tensors if in_graph(one)]
+        if of_data and name in _CARRYING and all(map(is_gate, of_data)):
+            for made in tree_leaves(output):
+                mark_gate(made)
+        return output
+
+    def ruled(
+        self, name: str, func: Any, args: tuple[Any, ...], named: dict[str, Any], tensors: list[Any]
+    ) -> Any:
+        """Run an operation by its rule, if it has one and depends on the data."""
         if name not in self.operations or RULED.depth or not any(map(in_graph, tensors)):
             return func(*args, **named)
         if "other" in named:
@@ -173,9 +185,11 @@ _MOVING = """
     broadcast_to contiguous clone to float double type_as requires_grad detach cat concat
     concatenate stack hstack vstack chunk split tensor_split unbind getitem narrow select
     index_select gather take_along_dim roll flip pad constant_pad_nd pixel_shuffle
-    pixel_unshuffle channel_shuffle repeat tile dropout dropout1d dropout2d dropout3d
+    pixel_unshuffle channel_shuffle repeat tile unfold dropout dropout1d dropout2d dropout3d
     alpha_dropout feature_dropout max_pool1d max_pool2d max_pool3d adaptive_max_pool1d
     adaptive_max_pool2d adaptive_max_pool3d amax max maximum boolean_dispatch
 """
 ALONG_THE_GRADIENT = frozenset(_MOVING.split())
 """Operations that only move values, so that their gradient is the right rule."""
+_CARRYING = ALONG_THE_GRADIENT | AVERAGES | {"add", "sub", "mul", "div", "neg"}
+"""Operations after which a gate is still one."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.trace import operation_name
+from xai_edit.core.trace import operation_name, source_line
 from xai_edit.lrp.accelerated import is_gate, mark_gate
 from xai_edit.lrp.norm_rules import NORMS, norm_rule
 from xai_edit.lrp.propagation import (
@@ -21,14 +21,22 @@ from xai_edit.lrp.propagation import (
     proportional,
     softmax,
     split,
+    without_relevance,
 )
 
 _ACTIVATIONS = """
     relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish hardsigmoid
-    sigmoid tanh rms_norm normalize neg negative
+    sigmoid tanh rms_norm normalize neg negative erf
 """
 ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 GATES = ("sigmoid", "hardsigmoid")
+_ELEMENTWISE = """
+    pow square sqrt abs clamp clamp_min clamp_max exp expm1 log log1p rsqrt reciprocal sin cos
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+"""Functions of one number that pass relevance on if they are zero at zero."""
+ONLY_IN_GATES = frozenset(["var", "std", "norm", "vector_norm", "linalg_norm", "prod", "rtruediv"])
+"""Operations without a rule, which may stand where no relevance goes: in gates and deviations."""
 
 
 def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
@@ -86,6 +94,22 @@ def einsum_rule(function: Operator, args: Arguments, named: Named, stabilizer: O
     return multilinear_rule(function, args, named, stabilizer)
 
 
+def elementwise_rule(
+    function: Operator, args: Arguments, named: Named, stabilizer: Operator
+) -> Tensor:
+    """Pass R on through a function that is zero at zero; refuse it for others, as `gate_rule`."""
+    x, *others = args
+    at_zero = function(torch.zeros_like(x), *others, **named)
+    return (gate_rule if at_zero.any() else pass_rule)(function, args, named, stabilizer)
+
+
+def gate_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """Refuse relevance: the operation is part of a gate or a deviation, which gets none."""
+    x = next(value for value in (*args, *named.values()) if in_graph(value))
+    output = _plain(function, args, named)
+    return without_relevance(output, x, f"{operation_name(function)!r} ({source_line()})")
+
+
 def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Return x ⊙ (R − s Σ R), from the gradient of the softmax s (AttnLRP, Eq. 13)."""
     dim = named.get("dim", args[1] if len(args) > 1 else None)
@@ -96,10 +120,10 @@ def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
 
 def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Share R among the summands in proportion; a constant keeps its part, like a bias."""
-    a, b = args[:2]
+    a, b = args[1::-1] if function.__name__ == "__rsub__" else args[:2]
     if any(not isinstance(value, Tensor) and value == 0 for value in (a, b)):  # as `sum` begins
         return pass_rule(function, args, named, stabilizer)
-    factor = named.get("alpha", 1) * (-1 if operation_name(function) == "sub" else 1)
+    factor = named.get("alpha", 1) * (-1 if operation_name(function) in ("sub", "rsub") else 1)
     summands = [value for value in (a, b) if in_graph(value)]
 
     def added(*values: Tensor) -> Tensor:
@@ -125,6 +149,23 @@ def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
     else:
         shares = (1, 0)
     return split(output, shares, a, b)
+
+
+def product_and_sum_rule(
+    function: Operator, args: Arguments, named: Named, stabilizer: Operator
+) -> Tensor:
+    """Apply the rules of a product and of a sum: beta · a + alpha · (b times c)."""
+    a, b, c = args
+    if operation_name(function) == "addcmul":
+        product = _ruled(product_rule, torch.mul, (b, c), stabilizer)
+    else:
+        product = _ruled(multilinear_rule, torch.matmul, (b, c), stabilizer)
+    factors = named.get("beta", 1), named.get("alpha", named.get("value", 1))
+    summands = (
+        value if factor == 1 else _ruled(product_rule, torch.mul, (value, factor), stabilizer)
+        for value, factor in zip((a, product), factors, strict=True)
+    )
+    return _ruled(sum_rule, torch.add, tuple(summands), stabilizer)
 
 
 def attention_rule(
@@ -206,17 +247,20 @@ def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator
 _MULTILINEAR = "matmul bmm mm linear conv1d conv2d conv3d"
 _AVERAGES = """
     mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d interpolate
+    adaptive_avg_pool3d interpolate cumsum fold
 """
 AVERAGES = frozenset(_AVERAGES.split())
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ACTIVATIONS, pass_rule),
     **dict.fromkeys(AVERAGES, average_rule),
-    **dict.fromkeys(("add", "sub"), sum_rule),
+    **dict.fromkeys(("add", "sub", "rsub"), sum_rule),
     **dict.fromkeys(("mul", "div"), product_rule),
     **dict.fromkeys(_MULTILINEAR.split(), multilinear_rule),
     **dict.fromkeys(NORMS, norm_rule),
+    **dict.fromkeys(("addcmul", "addmm", "baddbmm"), product_and_sum_rule),
     "einsum": einsum_rule,
+    **dict.fromkeys(ELEMENTWISE, elementwise_rule),
+    **dict.fromkeys(ONLY_IN_GATES, gate_rule),
     "softmax": softmax_rule,
     "scaled_dot_product_attention": attention_rule,
     "multi_head_attention_forward": multi_head_rule,

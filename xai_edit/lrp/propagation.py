@@ -78,6 +78,25 @@ class _Softmax(torch.autograd.Function):
         return x * (R - s * R.sum(ctx.dim, keepdim=True)), None
 
 
+class _WithoutRelevance(torch.autograd.Function):
+    """An output that no relevance may reach."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, name: str) -> Tensor:
+        ctx.name, ctx.like = name, torch.empty_like(x, device="meta")
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[None, Tensor, None]:
+        if relevance[0].any():
+            raise ValueError(
+                f"model: it runs {ctx.name}, for which there is no relevance rule, and not only in "
+                "a gate or a norm's deviation, which get no relevance; use xai_edit.CaptumLayer"
+            )
+        return None, torch.zeros_like(ctx.like, device=relevance[0].device), None
+
+
 split: Operator = _Split.apply
+without_relevance: Operator = _WithoutRelevance.apply
 proportional: Operator = _Proportional.apply
 softmax: Operator = _Softmax.apply
