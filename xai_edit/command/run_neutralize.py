@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from xai_edit.command.run import BEFORE, Run
 from xai_edit.command.run_parts import SEED, split, watched
@@ -15,6 +14,7 @@ from xai_edit.command.run_unlearn import classes_named
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.cost import measured
 from xai_edit.core.data import Data
+from xai_edit.core.inputs import Inputs
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_head
 from xai_edit.evaluation.outputs import Overlap
@@ -79,6 +79,6 @@ def command(options: argparse.Namespace) -> int:
     return run.finish(results, timing, edits)
 
 
-def _head(run: Run, data: Data, watch: Callable[[Tensor], None]) -> HeadFeatures:
+def _head(run: Run, data: Data, watch: Callable[[Inputs], None]) -> HeadFeatures:
     """Return the last layer's inputs; ``watch`` is called with the images."""
     return collect_head_features(run.model, watched(data, watch), with_attribute=True)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
@@ -146,7 +147,7 @@ class Value:
     axes: tuple[int, ...] = ()
 
 
-def trace(model: nn.Module, inputs: Tensor, *, axes: Any = None) -> Trace:
+def trace(model: nn.Module, inputs: Inputs, *, axes: Any = None) -> Trace:
     """Record a forward pass of a batch's first sample; the model is left exactly as it was.
 
     ``axes`` (`xai_edit.core.axes.Axes`) also follows the axes of all tensors.
@@ -296,7 +297,7 @@ class _Recorder(TorchFunctionMode):
             self.found.halved = self.stack[-1]
         if name == "setitem" or any(_depends(value) for value in tree_leaves(output)):
             self.operation(name, joins=joins)
-            module = self.modules.get(self.stack[-1])
+            module = self.modules[self.stack[-1]]
             own = getattr(module, "weight", None) if isinstance(module, WEIGHTED) else None
             if name in LINEAR and any(value is own for value in given):
                 self.by_own_weight[id(output)] = module

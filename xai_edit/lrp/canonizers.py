@@ -18,9 +18,10 @@ from zennit.layer import Sum
 from xai_edit.core.layers import first_tensor
 from xai_edit.core.trace import Operation, Trace, operation_name
 from xai_edit.lrp.accelerated import ruled_as_a_whole, stabilizer_of
+from xai_edit.lrp.composed_rules import RULES
 from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
 from xai_edit.lrp.functional_canonizer import FunctionalCanonizer, left_to_the_composite
-from xai_edit.lrp.operation_rules import ACTIVATIONS, AVERAGES, RULES
+from xai_edit.lrp.operation_rules import ACTIVATIONS, AVERAGES
 
 SAME_LOGITS = 1e-2
 """Tolerance for logits under merged weights, as a share of the largest. Rounding in float32 alone

@@ -37,7 +37,7 @@ def computes_weight(module: nn.Module) -> bool:
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Replace a module's forward pass; return a function that puts its own back."""
     shadowed = vars(module).get("forward")
-    module.forward = forward  # type: ignore[assignment]
+    module.forward = forward
 
     def restore() -> None:
         if shadowed is None:

@@ -15,13 +15,14 @@ from xai_edit.core.layers import CONVOLUTIONS
 from xai_edit.core.trace import HALF, Operation, Trace
 from xai_edit.lrp.accelerated import DirectHook, direct
 from xai_edit.lrp.canonizers import is_lrp, outside_rules, rules_of
+from xai_edit.lrp.composed_rules import RULES
 from xai_edit.lrp.functional_canonizer import (
     ALONG_THE_GRADIENT,
     FunctionalCanonizer,
     hook_of_zennit,
     left_to_the_composite,
 )
-from xai_edit.lrp.operation_rules import ACTIVATIONS, RULES
+from xai_edit.lrp.operation_rules import ACTIVATIONS
 
 
 @dataclass(frozen=True)

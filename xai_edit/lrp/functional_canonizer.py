@@ -20,8 +20,10 @@ from zennit.core import Hook, RemovableHandleList, Stabilizer
 
 from xai_edit.core.trace import operation_name
 from xai_edit.lrp.accelerated import is_gate, mark_gate
+from xai_edit.lrp.composed_rules import RULES
 from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
-from xai_edit.lrp.operation_rules import AVERAGES, RULES, Operator, in_graph, is_in_place
+from xai_edit.lrp.operation_rules import AVERAGES, is_in_place
+from xai_edit.lrp.propagation import Operator, in_graph
 from xai_edit.lrp.relevance_at_layers import RULED
 
 
@@ -164,6 +166,11 @@ class _Rules(TorchFunctionMode):
         self, name: str, func: Any, args: tuple[Any, ...], named: dict[str, Any], tensors: list[Any]
     ) -> Any:
         """Run an operation by its rule, if it has one and depends on the data."""
+        if name == "setitem" and not args[0]._is_view() and any(map(in_graph, tensors)):
+            target, index, value = args  # a rule before may still need the values overwritten
+            RULED.replace(target, written := target.clone())
+            written[index] = value
+            return None
         if name not in self.operations or RULED.depth or not any(map(in_graph, tensors)):
             return func(*args, **named)
         if "other" in named:
@@ -184,10 +191,11 @@ _MOVING = """
     transpose swapaxes swapdims movedim moveaxis T mT squeeze unsqueeze expand expand_as
     broadcast_to contiguous clone to float double type_as requires_grad detach cat concat
     concatenate stack hstack vstack chunk split tensor_split unbind getitem narrow select
-    index_select gather take_along_dim roll flip pad constant_pad_nd pixel_shuffle
-    pixel_unshuffle channel_shuffle repeat tile unfold dropout dropout1d dropout2d dropout3d
+    index_select gather take_along_dim scatter index_add roll flip rot90 pad constant_pad_nd
+    pixel_shuffle pixel_unshuffle channel_shuffle repeat repeat_interleave tile unfold diagonal
+    tril triu where masked_fill masked_select dropout dropout1d dropout2d dropout3d
     alpha_dropout feature_dropout max_pool1d max_pool2d max_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d amax max maximum boolean_dispatch
+    adaptive_max_pool2d adaptive_max_pool3d amax max maximum amin min minimum boolean_dispatch
 """
 ALONG_THE_GRADIENT = frozenset(_MOVING.split())
 """Operations that only move values, so that their gradient is the right rule."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from itertools import compress
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xai_edit.core.trace import operation_name, source_line
 from xai_edit.lrp.accelerated import is_gate, mark_gate
@@ -151,118 +149,24 @@ def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
     return split(output, shares, a, b)
 
 
-def product_and_sum_rule(
-    function: Operator, args: Arguments, named: Named, stabilizer: Operator
-) -> Tensor:
-    """Apply the rules of a product and of a sum: beta · a + alpha · (b times c)."""
-    a, b, c = args
-    if operation_name(function) == "addcmul":
-        product = _ruled(product_rule, torch.mul, (b, c), stabilizer)
-    else:
-        product = _ruled(multilinear_rule, torch.matmul, (b, c), stabilizer)
-    factors = named.get("beta", 1), named.get("alpha", named.get("value", 1))
-    summands = (
-        value if factor == 1 else _ruled(product_rule, torch.mul, (value, factor), stabilizer)
-        for value, factor in zip((a, product), factors, strict=True)
-    )
-    return _ruled(sum_rule, torch.add, tuple(summands), stabilizer)
-
-
-def attention_rule(
-    function: Operator, args: Arguments, named: Named, stabilizer: Operator
-) -> Tensor:
-    """Apply the rules of the operations that scaled dot-product attention consists of."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    arguments = dict(zip(names, args, strict=False)) | named
-    mask = arguments.get("attn_mask")
-    refused = (arguments.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
-    if any(refused) or (mask is not None and mask.dtype == torch.bool):
-        raise ValueError(
-            "model: attention that is causal, grouped, with dropout or a boolean mask has no "
-            "relevance rule here; use xai_edit.CaptumLayer"
-        )
-    query, key, value = (arguments[name] for name in names[:3])
-    return _attention(query, key, value, mask, arguments.get("scale"), stabilizer)
-
-
-def multi_head_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Any:
-    """Apply the rules of the operations that multi-head attention consists of."""
-    bound = inspect.signature(function).bind(*args, **named)
-    bound.apply_defaults()
-    arguments = bound.arguments
-    options = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask")
-    passed = {name: arguments[name] for name in options}
-    refused = [name for name, value in passed.items() if value is not None and value is not False]
-    if refused or arguments["use_separate_proj_weight"] or arguments["query"].ndim != 3:
-        raise ValueError(
-            f"model: multi-head attention with {', '.join(refused) or 'such inputs'} has no "
-            "relevance rule here; use xai_edit.CaptumLayer"
-        )
-
-    def linear(*operands: Tensor | None) -> Tensor:
-        return _ruled(multilinear_rule, nn.functional.linear, operands, stabilizer)
-
-    weights = arguments["in_proj_weight"].chunk(3)
-    bias = arguments["in_proj_bias"]
-    biases = (None, None, None) if bias is None else bias.chunk(3)
-    heads = arguments["num_heads"]
-    query, key, value = (
-        linear(arguments[name], *own).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-        for name, *own in zip(("query", "key", "value"), weights, biases, strict=True)
-    )
-    attended = _attention(query, key, value, None, None, stabilizer)
-    joined = attended.permute(2, 0, 1, 3).flatten(2)
-    output = linear(joined, arguments["out_proj_weight"], arguments["out_proj_bias"])
-    if not arguments["need_weights"]:
-        return output, None
-    with torch.no_grad():
-        return output, function(*args, **named)[1]
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    stabilizer: Operator,
-) -> Tensor:
-    """softmax(QKᵀ / √d + mask) V, each operation by its rule."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = _ruled(multilinear_rule, torch.matmul, (query, key.transpose(-2, -1)), stabilizer)
-    logits = _ruled(pass_rule, torch.mul, (logits, scale), stabilizer)
-    if mask is not None:
-        logits = _ruled(sum_rule, torch.add, (logits, mask), stabilizer)
-    shares = _ruled(softmax_rule, torch.softmax, (logits, -1), stabilizer)
-    return _ruled(multilinear_rule, torch.matmul, (shares, value), stabilizer)
-
-
-def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator) -> Tensor:
-    """Run an operation by its rule if an operand depends on the data."""
-    if any(in_graph(value) for value in args):
-        return rule(function, args, {}, stabilizer)
-    return function(*args)
-
-
-_MULTILINEAR = "matmul bmm mm linear conv1d conv2d conv3d"
+_MULTILINEAR = """
+    matmul bmm mm linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+"""
 _AVERAGES = """
     mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d interpolate cumsum fold
 """
 AVERAGES = frozenset(_AVERAGES.split())
-RULES: dict[str, Rule] = {
+ELEMENTARY: dict[str, Rule] = {
     **dict.fromkeys(ACTIVATIONS, pass_rule),
     **dict.fromkeys(AVERAGES, average_rule),
     **dict.fromkeys(("add", "sub", "rsub"), sum_rule),
     **dict.fromkeys(("mul", "div"), product_rule),
     **dict.fromkeys(_MULTILINEAR.split(), multilinear_rule),
     **dict.fromkeys(NORMS, norm_rule),
-    **dict.fromkeys(("addcmul", "addmm", "baddbmm"), product_and_sum_rule),
-    "einsum": einsum_rule,
     **dict.fromkeys(ELEMENTWISE, elementwise_rule),
     **dict.fromkeys(ONLY_IN_GATES, gate_rule),
+    "einsum": einsum_rule,
     "softmax": softmax_rule,
-    "scaled_dot_product_attention": attention_rule,
-    "multi_head_attention_forward": multi_head_rule,
 }
-"""Relevance rules by `operation_name`, which `FunctionalCanonizer` applies."""
+"""Relevance rules by `operation_name`."""

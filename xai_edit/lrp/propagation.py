@@ -75,7 +75,8 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
         x, s = ctx.saved_tensors
         (R,) = relevance
-        return x * (R - s * R.sum(ctx.dim, keepdim=True)), None
+        shares = R - s * R.sum(ctx.dim, keepdim=True)
+        return torch.where(s == 0, 0, x * shares), None  # x may be -inf where it is masked
 
 
 class _WithoutRelevance(torch.autograd.Function):
