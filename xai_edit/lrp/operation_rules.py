@@ -33,7 +33,8 @@ _ELEMENTWISE = """
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 """Functions of one number that pass relevance on if they are zero at zero."""
-ONLY_IN_GATES = frozenset(["var", "std", "norm", "vector_norm", "linalg_norm", "prod", "rtruediv"])
+_ONLY_IN_GATES = "var std norm vector_norm linalg_norm linalg_vector_norm prod rtruediv"
+ONLY_IN_GATES = frozenset(_ONLY_IN_GATES.split())
 """Operations without a rule, which may stand where no relevance goes: in gates and deviations."""
 
 
