@@ -139,14 +139,72 @@ def test_a_transformer_of_torchvision_is_scored_and_its_head_edited(name, head):
         assert not torch.equal(model(x), before)
 
 
-def test_attention_that_has_no_rule_is_refused():
-    class Causal(nn.Module):
-        def __init__(self):
+class Masked(nn.Module):
+    """Attention with a mask of one kind, or written out without the places that it hides."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.kind = kind
+
+    def forward(self, x):
+        q, k, seen = self.query(x), self.key(x), torch.ones(5, 5, dtype=torch.bool).tril()
+        hidden = torch.zeros(5, 5, dtype=x.dtype).masked_fill(~seen, -torch.inf)
+        if self.kind == "causal":
+            mixed = F.scaled_dot_product_attention(q, k, x, is_causal=True)
+        elif self.kind == "boolean":
+            mixed = F.scaled_dot_product_attention(q, k, x, attn_mask=seen)
+        elif self.kind == "infinite":
+            mixed = F.scaled_dot_product_attention(q, k, x, attn_mask=hidden)
+        elif self.kind == "buffer":
+            mixed = torch.softmax(q @ k.mT / 2 + hidden, -1) @ x
+        else:  # each query with its own keys
+            rows = [
+                torch.softmax(q[:, i : i + 1] @ k[:, : i + 1].mT / 2, -1) @ x[:, : i + 1]
+                for i in range(5)
+            ]
+            mixed = torch.cat(rows, 1)
+        return self.head(mixed.mean(1))
+
+
+@pytest.mark.parametrize("kind", ["causal", "boolean", "infinite", "buffer"])
+def test_masked_attention_has_the_relevance_of_attention_without_what_is_masked(kind):
+    x, targets = torch.randn(2, 5, 4, dtype=torch.float64), torch.tensor([0, 1])
+    scorer = LRP("epsilon", epsilon=1e-12)
+    expected = scorer.heatmap(Masked("written out").double(), x, targets)
+    got = scorer.heatmap(Masked(kind).double(), x, targets)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_padded_multi_head_attention_is_that_of_the_sequence_without_padding(dtype):
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    x = torch.randn(1, 5, 4, dtype=torch.float64)
+    padding = torch.tensor([[False, False, False, True, True]])
+    mask = padding if dtype == torch.bool else torch.zeros(1, 5).double().masked_fill(padding, -1e9)
+
+    class Padded(nn.Module):
+        def __init__(self, mask):
             super().__init__()
-            self.head = nn.Linear(4, 3)
+            self.layer, self.head, self.mask = layer, nn.Linear(4, 3).double(), mask
+            nn.init.constant_(self.head.weight, 0.5)
 
         def forward(self, x):
-            return self.head(F.scaled_dot_product_attention(x, x, x, is_causal=True).mean(1))
+            return self.head(self.layer(x, x, x, key_padding_mask=self.mask)[0][:, 0])
 
-    with pytest.raises(ValueError, match="attention that is causal"):
-        LRP().heatmap(Causal(), torch.randn(2, 5, 4), torch.tensor([0, 1]))
+    scorer = LRP("epsilon", epsilon=1e-12)
+    expected = scorer.heatmap(Padded(None), x[:, :3], torch.tensor([1]))
+    got = scorer.heatmap(Padded(mask), x, torch.tensor([1]))
+    torch.testing.assert_close(got[:, :3], expected, rtol=1e-6, atol=1e-9)
+    assert not got[:, 3:].abs().gt(1e-9).any()
+
+
+def test_attention_that_drops_out_in_evaluation_is_refused():
+    class Drops(Masked):
+        def forward(self, x):
+            return self.head(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1).mean(1))
+
+    with pytest.raises(ValueError, match="drops out in evaluation mode"):
+        LRP().heatmap(Drops(""), torch.randn(2, 5, 4), torch.tensor([0, 1]))

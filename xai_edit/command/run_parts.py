@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 from torchvision.datasets.folder import is_image_file
 
 from xai_edit.command.load import Images, csv_rows
 from xai_edit.core.data import Data, batches
+from xai_edit.core.inputs import Inputs
 
 SEED = 0  # of the parts
 
@@ -66,7 +66,7 @@ def indices_by(kinds: Sequence[Any]) -> dict[Any, list[int]]:
     return indices
 
 
-def watched(data: Data, watch: Callable[[Tensor], None]) -> Iterator[Any]:
+def watched(data: Data, watch: Callable[[Inputs], None]) -> Iterator[Any]:
     """Yield the batches and pass the inputs of each to ``watch``."""
     for batch in batches(data):
         watch(batch.inputs)

@@ -22,6 +22,7 @@ from xai_edit.command.load import preprocessing_of
 from xai_edit.command.run import Run
 from xai_edit.core.data import peek
 from xai_edit.core.files import write_atomically
+from xai_edit.core.inputs import one_tensor
 from xai_edit.core.targets import targets_of
 from xai_edit.evaluation.compare import Comparison, compare_scorers
 from xai_edit.evaluation.deletion_curve import SHARES
@@ -107,9 +108,10 @@ def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
     if any(hasattr(scorer, "heatmap") for scorer in scorers.values()):
         batch = peek(run.read(run.images, "drawing"), run.options.device)[0]
         batch = batch[torch.arange(len(batch)) < DRAWN]
+        inputs = one_tensor(batch.inputs, "a picture")
         targets = targets_of(batch, run.options.target)
-        maps = relevance_maps(run.model, batch.inputs, scorers, targets=targets)
-        images = preprocessing_given(run.options).pixels(batch.inputs)
+        maps = relevance_maps(run.model, inputs, scorers, targets=targets)
+        images = preprocessing_given(run.options).pixels(inputs)
         pictures["relevance-maps.png"] = map_grid(images, maps)
     for name, picture in pictures.items():
         write_atomically(run.out / name, picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from xai_edit.core.checks import in_range, one_logit_a_class, with_labels
 from xai_edit.core.data import Batch, Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs, joined
 from xai_edit.core.layers import predict
 from xai_edit.core.targets import class_list
 
@@ -22,7 +24,7 @@ class ClassSamples:
 
     classes: list[int]
     outputs: int  # the number of the model's classes
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor  # int64, shape (samples,)
     others: int  # samples of other classes in the data
 
@@ -41,7 +43,7 @@ def class_samples(model: nn.Module, data: Data, target: int | Sequence[int]) -> 
         others += int((~chosen).sum())
     all_labels = torch.cat(labels)
     require_present(classes, all_labels)
-    return ClassSamples(classes, outputs, torch.cat(inputs), all_labels, others)
+    return ClassSamples(classes, outputs, joined(inputs), all_labels, others)
 
 
 def classes_to_forget(
@@ -98,7 +100,7 @@ class Remaining:
     outputs: int
     device: torch.device
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Yield ``(inputs, labels)`` or ``(inputs, labels, groups)``."""
         for batch, labels in labelled(self.data, self.outputs, self.device):
             kept = batch[~among(labels, self.classes)]

@@ -21,6 +21,7 @@ from xai_edit.comparisons.class_samples import (
 from xai_edit.core.checks import positive, readable_again, require, require_type, whole_number
 from xai_edit.core.data import Batch, Data, model_device
 from xai_edit.core.guard import copied, preserved
+from xai_edit.core.inputs import joined
 from xai_edit.core.layers import predict
 from xai_edit.core.training import fine_tuned, seeded
 from xai_edit.edits.model_edit import ModelEdit
@@ -136,10 +137,9 @@ def random_labels(
                 at = among(old, chosen.classes)
                 rows = torch.arange(start, start + int(at.sum())) % len(chosen)
                 start += len(rows)
-                inputs, new = batch.inputs.clone(), old.clone()
-                inputs[at] = chosen.inputs[rows]
-                new[at] = labels[rows]
-                yield Batch(inputs, new)
+                order = torch.where(at, at.cumsum(0) - 1 + len(batch), torch.arange(len(batch)))
+                inputs = joined([batch.inputs, chosen.inputs[rows]])[order]
+                yield Batch(inputs, torch.cat([old, labels[rows]])[order])
 
         options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         edited, steps = fine_tuned(model, relabelled, statistics=True, **options)

@@ -16,6 +16,7 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.axes import known_axes, unit_axes
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied, preserved
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
@@ -174,7 +175,7 @@ def _find_axis(
 
 
 def fold_ablation(
-    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int], inputs: Tensor
+    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int], inputs: Inputs
 ) -> dict[str, Tensor]:
     """Return parameters that give the model the outputs it has under `ablated`.
 

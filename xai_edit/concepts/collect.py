@@ -28,6 +28,7 @@ from xai_edit.core.data import (
 )
 from xai_edit.core.files import clear_parts, naming, part_of, require_folder
 from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import resolve_layers, run, tapped
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
 from xai_edit.lrp.canonizers import same_logits
@@ -166,7 +167,7 @@ class _Rows:
 @contextmanager
 def _vectors(
     model: nn.Module,
-    sample: Tensor,
+    sample: Inputs,
     layer: str,
     draw: Callable[[Tensor], Take],
     scorer: LRP | None,
@@ -195,7 +196,7 @@ def _vectors(
         yield pairs_of
 
 
-def values_at(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
+def values_at(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
     """Return a layer's values in the model without LRP rules."""
     with torch.no_grad(), tapped(model, [layer]) as tap:
         run(model, inputs)

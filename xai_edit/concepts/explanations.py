@@ -15,6 +15,7 @@ from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import require_type, whole_number
 from xai_edit.core.data import batches, model_device
 from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, unit_axis_of
 from xai_edit.core.targets import Target, Targets, checked_target, targets_of
 from xai_edit.lrp.contexts import ContextGather
@@ -37,7 +38,7 @@ def strongest_samples(subspaces: Subspaces, features: Features, *, count: int = 
 
 def subspace_maps(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     subspaces: Subspaces,
     *,
     layer: str,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xai_edit.core.checks import whole_number
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import unit_axis_of
 from xai_edit.lrp.contexts import Take
 
@@ -30,7 +31,7 @@ class PositionDraw:
         self.samples = 0
         self.contents: Words = np.empty(0, np.uint64)
 
-    def see(self, inputs: Tensor) -> None:
+    def see(self, inputs: Inputs) -> None:
         """Hash the samples of the batch that the network processes next."""
         self.samples = len(inputs)
         if self.positions is not None:
@@ -67,8 +68,11 @@ class PositionDraw:
         return take
 
 
-def _hashed(inputs: Tensor) -> Words:
+def _hashed(inputs: Inputs) -> Words:
     """Return a hash of each sample's bits, shape (samples,)."""
+    if not isinstance(inputs, Tensor):
+        words: Words = np.sum([_hashed(one) for one in inputs.tensors().values()], axis=0)
+        return words
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = inputs.detach().cpu().reshape(len(inputs), -1).contiguous()
     words = flat.view(sizes[flat.element_size()]).numpy().astype(np.uint64)

@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.layers import logits_of
+from xai_edit.core.inputs import Inputs, form_of
+from xai_edit.core.outputs import logits_of
 from xai_edit.core.trace import Trace, trace
 
 DEPTH = 3  # of nested collections among a module's attributes that are compared by value
@@ -29,7 +30,7 @@ class Analysis:
 _KEPT: WeakKeyDictionary[nn.Module, tuple[Hashable, dict[Hashable, Analysis]]] = WeakKeyDictionary()
 
 
-def analysed(model: nn.Module, inputs: Tensor) -> Analysis:
+def analysed(model: nn.Module, inputs: Inputs) -> Analysis:
     """Return the analysis of a model, made anew if the model or the inputs' shape changed.
 
     Nothing is stored on the model, and nothing outlives it. Errors as of `trace`.
@@ -39,13 +40,13 @@ def analysed(model: nn.Module, inputs: Tensor) -> Analysis:
     if before != state:
         analyses = {}
         _KEPT[model] = state, analyses
-    kind = inputs.shape[1:], inputs.dtype, inputs.device
+    kind = form_of(inputs)
     if kind not in analyses:
         analyses[kind] = Analysis(trace(model, inputs))
     return analyses[kind]
 
 
-def last_weighted(model: nn.Module, inputs: Tensor) -> str | None:
+def last_weighted(model: nn.Module, inputs: Inputs) -> str | None:
     """Return the name of the linear or convolution layer that runs last, and so is the output."""
     found = analysed(model, inputs).trace
     logits_of(found.output, found.sample)
@@ -53,7 +54,7 @@ def last_weighted(model: nn.Module, inputs: Tensor) -> str | None:
 
 
 def following_batch_norms(
-    model: nn.Module, inputs: Tensor, layers: Sequence[str]
+    model: nn.Module, inputs: Inputs, layers: Sequence[str]
 ) -> dict[str, str]:
     """Return, for the layers whose output goes straight into an affine batch norm, its name."""
     found = analysed(model, inputs).trace

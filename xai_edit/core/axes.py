@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from xai_edit.core.checks import require, whole_number
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, layer_module
 from xai_edit.core.trace import Trace, trace
 
@@ -33,7 +34,7 @@ def decided_axes(axes: Mapping[str, int]) -> Iterator[None]:
 
 def unit_axes(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     layers: Sequence[str],
     given: int | Mapping[str, int] | None = None,
 ) -> dict[str, int]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from xai_edit.core.checks import same_length
 from xai_edit.core.errors import NonFiniteError
+from xai_edit.core.inputs import Inputs, ModelInputs, input_tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,7 +31,7 @@ T = TypeVar("T", bound=Part)
 Data: TypeAlias = Iterable[Any] | Dataset[Any]
 """``(input, label)`` or ``(input, label, group)`` batches, bare inputs, or a ``Dataset``."""
 
-Attribute: TypeAlias = Callable[[Tensor], Any] | Tensor | None
+Attribute: TypeAlias = Callable[[Any], Any] | Tensor | None
 """An attribute of each sample: a function of a batch of inputs, a vector in the order of the data,
 or None for the third element of each batch."""
 
@@ -44,12 +45,12 @@ class Batch:
 
     Attributes
     ----------
-    inputs : Tensor, shape (samples, ...)
+    inputs : Tensor, shape (samples, ...), or ModelInputs
     labels : Tensor or None, int64, shape (samples,)
     groups : Tensor or None, int64, shape (samples,)
     """
 
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor | None = None
     groups: Tensor | None = None
 
@@ -80,7 +81,9 @@ def batches(
     Parameters
     ----------
     data : iterable or Dataset
-        Batches ``inputs``, ``(inputs,)``, ``(inputs, labels)`` or ``(inputs, labels, groups)``; a
+        Batches ``inputs``, ``(inputs,)``, ``(inputs, labels)`` or ``(inputs, labels, groups)``,
+        the inputs a tensor, a tuple of tensors or a mapping of tensors by the names of the model's
+        arguments; or a mapping that holds ``labels`` and ``groups`` too, as Hugging Face's. A
         ``Dataset`` is read in its order, 64 samples at a time.
     device : torch.device or str
     may_be_empty : bool
@@ -141,23 +144,57 @@ def _is_one_batch(data: Any) -> bool:
 
 
 def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
-    parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
-    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], Tensor):
+    if isinstance(raw, Mapping):  # labels are no argument of the model's, but Hugging Face's loss
+        named = {key: value for key, value in raw.items() if key not in _NO_INPUTS}
+        parts: tuple[Any, ...] = (named, *_vectors_in(raw))
+    else:
+        parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
+    if not 1 <= len(parts) <= 3 or (inputs := _inputs(parts[0])) is None:
         raise TypeError(
             f"data: batch {index} is {type(raw).__name__} of "
             f"{[type(part).__name__ for part in parts]}; expected inputs, (inputs, labels) or "
-            "(inputs, labels, groups), inputs a tensor"
+            "(inputs, labels, groups), inputs a tensor, a tuple or a mapping of tensors"
         )
-    if parts[0].ndim == 0:
+    tensors = input_tensors(inputs)
+    if any(one.ndim == 0 for one in tensors.values()):
         raise ValueError(f"data: batch {index} has a single number for inputs; expected a batch")
-    inputs = parts[0].detach().to(device)
-    if inputs.is_floating_point() and not torch.isfinite(inputs).all():
-        raise NonFiniteError(f"data: batch {index} has inputs that are NaN or infinite")
+    if len({len(one) for one in tensors.values()}) > 1:
+        sizes = {name: len(one) for name, one in tensors.items()}
+        raise ValueError(f"data: batch {index} has inputs of different lengths: {sizes}")
+    inputs = inputs.detach().to(device)
+    for one in tensors.values():
+        if one.is_floating_point() and not torch.isfinite(one).all():
+            raise NonFiniteError(f"data: batch {index} has inputs that are NaN or infinite")
     vectors = [
         None if part is None else _vector(part, name, index, len(inputs), device)
         for name, part in zip(("labels", "groups"), parts[1:], strict=False)
     ]
     return Batch(inputs, *vectors)
+
+
+_LABELS, _GROUPS = ("labels", "label"), ("groups", "group")
+_NO_INPUTS = (*_LABELS, *_GROUPS)
+
+
+def _vectors_in(raw: Mapping[str, Any]) -> list[Any]:
+    """Return the labels and groups of a batch that is a mapping."""
+    return [
+        next((raw[name] for name in names if name in raw), None) for names in (_LABELS, _GROUPS)
+    ]
+
+
+def _inputs(given: Any) -> Inputs | None:
+    """Return a model's inputs; None for what is neither a tensor nor a collection of tensors."""
+    if isinstance(given, (Tensor, ModelInputs)):
+        return given
+    values = [*given.values()] if isinstance(given, Mapping) else given
+    if not isinstance(values, (tuple, list)) or not values:
+        return None
+    if not all(isinstance(value, Tensor) for value in values):
+        return None
+    return (
+        ModelInputs(named=dict(given)) if isinstance(given, Mapping) else ModelInputs(tuple(values))
+    )
 
 
 def _vector(part: Any, name: str, index: int, length: int, device: torch.device | str) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from xai_edit.core.errors import NonFiniteError, UnknownLayerError
+from xai_edit.core.errors import UnknownLayerError
+from xai_edit.core.inputs import Inputs, called, described, input_tensors
+from xai_edit.core.outputs import logits_of
 
 INPUT_SUFFIX = ":input"
 """``"fc:input"`` names the inputs of layer ``fc``, where ``"fc"`` names its outputs."""
@@ -166,19 +168,6 @@ def gradients_at(
     return dict(zip(layers, gradients, strict=True))
 
 
-def logits_of(output: Any, inputs: Tensor) -> Tensor:
-    """Return ``output`` if it is one row of finite logits a sample."""
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(inputs):
-        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"model: its output is {given} for {len(inputs)} inputs; a classifier gives one row "
-            "of logits a sample, shape (samples, classes)"
-        )
-    if not torch.isfinite(output).all():
-        raise NonFiniteError("model: its logits are NaN or infinite")
-    return output
-
-
 def embeddings_in_graph(model: nn.Module) -> None:
     """Register hooks that let gradients start at embeddings; the guard removes them."""
     for module in model.modules():
@@ -188,23 +177,24 @@ def embeddings_in_graph(model: nn.Module) -> None:
             )
 
 
-def differentiable(inputs: Tensor) -> Tensor:
-    """Return a copy that gradients reach; token numbers stay as they are."""
+def differentiable(inputs: Inputs) -> Inputs:
+    """Return a copy that gradients reach; token numbers and masks stay as they are."""
     copy = inputs.detach().clone()
-    return copy.requires_grad_() if copy.is_floating_point() else copy
+    for name, values in input_tensors(copy).items():
+        values.requires_grad_(values.is_floating_point() and not name.endswith("mask"))
+    return copy
 
 
-def run(model: nn.Module, inputs: Tensor) -> Any:
+def run(model: nn.Module, inputs: Inputs) -> Any:
     """Return the model's output; raise ValueError if it does not take such inputs."""
     try:
-        return model(inputs.clone())  # a model may overwrite its input, but not the user's data
-    except (RuntimeError, AssertionError) as problem:  # torchvision's ViT asserts the size
+        return called(model, inputs.clone())  # a model may overwrite its input, not the user's data
+    except (RuntimeError, AssertionError, TypeError) as problem:  # torchvision's ViT asserts
         raise ValueError(
-            f"data: the model does not take inputs of shape {tuple(inputs.shape)}, "
-            f"{inputs.dtype}: {problem}"
+            f"data: the model does not take inputs of {described(inputs)}: {problem}"
         ) from problem
 
 
-def predict(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the logits of a batch, checked as by `run` and `logits_of`."""
+def predict(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the logits of a batch, checked as by `run` and `xai_edit.core.outputs.logits_of`."""
     return logits_of(run(model, inputs), inputs)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from xai_edit.core.checks import finite, in_range, whole_number, whole_numbers
 from xai_edit.core.data import Batch
+from xai_edit.core.outputs import as_logits
 
 Target: TypeAlias = int | Literal["label", "predicted"] | Callable[[Tensor], Tensor]
-"""A class number, ``"label"``, ``"predicted"``, or a function of a batch's logits, (samples,
-classes). The function returns either a class for each sample (int64), such as the runner-up, or
-the number that is explained (floating, (samples,)), such as the difference of two logits."""
+"""A class number, ``"label"``, ``"predicted"``, or a function of a batch's outputs, of a classifier
+the logits, (samples, classes). The function returns either a class for each sample (int64), such as
+the runner-up, or the number that is explained (floating, (samples,)), such as the difference of two
+logits."""
 
 Targets: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 """A batch's target classes, or a function of its logits as above."""
@@ -48,7 +50,7 @@ def targets_of(batch: Batch, target: Target) -> Targets:
     if callable(target):
         return target
     if target == "predicted":
-        return lambda logits: logits.argmax(1)
+        return predicted
     if target == "label":
         if batch.labels is None:
             raise ValueError(
@@ -56,6 +58,18 @@ def targets_of(batch: Batch, target: Target) -> Targets:
             )
         return batch.labels
     return torch.full((len(batch),), int(target), device=batch.inputs.device)
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """Return the class with the largest logit, for each sample."""
+    return logits.argmax(1)
+
+
+def read_by(targets: Targets, outputs: Tensor) -> Tensor:
+    """Return what targets are read from: the logits, or for a user's function the outputs."""
+    if callable(targets) and targets is not predicted:
+        return outputs
+    return as_logits(outputs)
 
 
 def classes_of(targets: Targets, logits: Tensor) -> Tensor:
@@ -95,6 +109,11 @@ def weights_of(targets: Targets, logits: Tensor) -> Tensor:
                 return _gradient(value, z)
         targets = value
     classes = classes_of(targets, logits)
+    if getattr(logits, "_xai_edit_one_logit", False) and not classes.all():
+        raise ValueError(
+            "target: class 0 of a model with one output has the constant logit 0, which nothing "
+            "explains; explain class 1, what speaks against which speaks for class 0"
+        )
     return torch.nn.functional.one_hot(classes, logits.shape[1]).to(logits)
 
 

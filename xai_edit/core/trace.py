@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
@@ -24,6 +27,8 @@ from xai_edit.core.layers import (
 )
 
 HALF = (torch.float16, torch.bfloat16)
+LINEAR = frozenset(["linear", *(f"conv{of}{n}d" for of in ("", "_transpose") for n in (1, 2, 3))])
+"""Names of the operations that linear and convolution layers run."""
 
 
 def operation_name(function: Callable[..., Any]) -> str:
@@ -36,9 +41,19 @@ def operation_name(function: Callable[..., Any]) -> str:
 
 _ALIASES = {
     **{f"{form}{name}": name for form in ("i", "r") for name in ("add", "mul")},
-    **{"isub": "sub", "subtract": "sub", "multiply": "mul"},
+    **{"isub": "sub", "subtract": "sub", "multiply": "mul", "ipow": "pow", "clip": "clamp"},
+    "absolute": "abs",
     **dict.fromkeys(("truediv", "itruediv", "divide", "true_divide"), "div"),
 }
+
+
+def source_line() -> str:
+    """Return the file and line of the model's source that runs the current operation."""
+    ours = (torch.__path__[0], str(Path(__file__).parents[1]))
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 @dataclass(frozen=True)
@@ -46,13 +61,15 @@ class Operation:
     """An operation through which the output depends on the data.
 
     ``module`` is the path of the innermost module that runs it, ``inside`` those of all modules
-    around it, outermost first; ``joins`` says whether several of its inputs depend on the data.
+    around it, outermost first; ``joins`` says whether several of its inputs depend on the data;
+    ``line`` is where the model's source runs it.
     """
 
     name: str
     module: str
     inside: tuple[str, ...]
     joins: bool = False
+    line: str = ""
 
 
 @dataclass
@@ -130,7 +147,7 @@ class Value:
     axes: tuple[int, ...] = ()
 
 
-def trace(model: nn.Module, inputs: Tensor, *, axes: Any = None) -> Trace:
+def trace(model: nn.Module, inputs: Inputs, *, axes: Any = None) -> Trace:
     """Record a forward pass of a batch's first sample; the model is left exactly as it was.
 
     ``axes`` (`xai_edit.core.axes.Axes`) also follows the axes of all tensors.
@@ -167,12 +184,14 @@ class _Recorder(TorchFunctionMode):
         self.found = found
         self.stack: list[str] = []
         self.made: dict[int, str] = {}  # id of an output of a layer → the layer
+        self.by_own_weight: dict[int, nn.Module] = {}  # id of a linear operation's output → layer
         self.kept: list[Any] = []  # an id is only good while its tensor lives
         self.seen: dict[int, Tensor] = {}  # all that came out of an operation
         self.numbers: dict[tuple[int, int], int] = {}
         self.nodes: dict[str, list[Any]] = {}
         self.norms: dict[str, str] = {}
         self.readers: Counter[str] = Counter()
+        self.modules: dict[str, nn.Module] = {}
 
     def followed(self, output: Any) -> Any:
         """Remember the tensors in an operation's output, and return the output."""
@@ -181,9 +200,16 @@ class _Recorder(TorchFunctionMode):
                 self.seen[id(value)] = value
         return output
 
+    def unseen(self, given: Sequence[Any]) -> None:
+        """Record what no function mode sees, such as an autograd.Function."""
+        for value in given:
+            if self.stack and _depends(value) and id(value) not in self.seen:
+                self.operation(type(value.grad_fn).__name__)
+                self.followed(value)
+
     def operation(self, name: str, *, joins: bool = False) -> None:
         path = self.stack[-1] if self.stack else ""
-        self.found.operations.append(Operation(name, path, tuple(self.stack), joins))
+        self.found.operations.append(Operation(name, path, tuple(self.stack), joins, source_line()))
 
     def value(self, name: str, given: Any) -> None:
         """Record a layer's input or output in its first call."""
@@ -201,13 +227,16 @@ class _Recorder(TorchFunctionMode):
 
     def watch(self, name: str, module: nn.Module) -> None:
         weighted = isinstance(module, WEIGHTED)
+        self.modules[name] = module
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
 
         def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = tree_leaves((inputs, named))
+            self.unseen(given)
             self.stack.append(name)
             self.found.calls[name] += 1
             self.found.entered.setdefault(name, len(self.found.operations))
-            if any(_depends(value) for value in tree_leaves((inputs, named))):
+            if any(_depends(value) for value in given):
                 self.found.fed.add(name)
             if weighted:
                 self.found.order.append(name)
@@ -217,15 +246,16 @@ class _Recorder(TorchFunctionMode):
                 self.norms[self.made[id(first)]] = name
 
         def leave(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self.stack.pop()
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 self.followed(output)
+            self.unseen(tree_leaves(output))
+            self.stack.pop()
             self.found.left.setdefault(name, len(self.found.operations))
             self.value(name, output)
             self.nodes.setdefault(name, []).extend(
                 value.grad_fn for value in tree_leaves(output) if _depends(value)
             )
-            if weighted and _mergeable(module, output):
+            if self.by_own_weight.get(id(output)) is module and _mergeable(module, output):
                 self.made[id(output)] = name
                 self.kept.append(output)
 
@@ -252,11 +282,7 @@ class _Recorder(TorchFunctionMode):
         named = kwargs or {}
         given = tree_leaves((args, named))
         joins = sum(_depends(value) for value in given) > 1
-        for value in given:
-            if self.stack and _depends(value) and id(value) not in self.seen:
-                # Made by what no function mode sees, such as an autograd.Function.
-                self.operation(type(value.grad_fn).__name__)
-                self.followed(value)
+        self.unseen(given)
         axes = self.found.axes
         if axes is None:
             output = func(*args, **named)
@@ -271,6 +297,10 @@ class _Recorder(TorchFunctionMode):
             self.found.halved = self.stack[-1]
         if name == "setitem" or any(_depends(value) for value in tree_leaves(output)):
             self.operation(name, joins=joins)
+            module = self.modules[self.stack[-1]]
+            own = getattr(module, "weight", None) if isinstance(module, WEIGHTED) else None
+            if name in LINEAR and any(value is own for value in given):
+                self.by_own_weight[id(output)] = module
             for value in given:
                 if id(value) in self.made:
                     self.readers[self.made[id(value)]] += 1

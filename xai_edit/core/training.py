@@ -13,6 +13,7 @@ from xai_edit.core.data import Batch, model_device
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import copied, require_finite
 from xai_edit.core.layers import run
+from xai_edit.core.outputs import tensor_of
 
 MOMENTUM = 0.9
 
@@ -107,7 +108,7 @@ def fine_tuned(
                 for norm in norms:
                     norm.train(statistics and len(batch) > 1)
                 output = run(trained, batch.inputs.to(device))
-                value = loss(output[0] if isinstance(output, tuple) else output, batch)
+                value = loss(tensor_of(output), batch)
                 if not torch.isfinite(value):
                     raise _diverged(steps, learning_rate)
                 optimizer.zero_grad()

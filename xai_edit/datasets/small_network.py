@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-LEARNING_RATE, BATCH = 2e-3, 64
-
 
 def small_cnn(
     size: int,
@@ -52,6 +50,8 @@ def train(
     *,
     epochs: int,
     seed: int,
+    learning_rate: float = 2e-3,
+    batch_size: int = 64,
 ) -> nn.Module:
     """Train with AdamW and a one-cycle schedule; the same seed gives the same bits.
 
@@ -59,12 +59,12 @@ def train(
     ...), labels are int64, shape (samples,).
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    steps = epochs * -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
+    steps = epochs * -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
     for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(BATCH):
+        for rows in torch.randperm(len(images), generator=generator).split(batch_size):
             loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()

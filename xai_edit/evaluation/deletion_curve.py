@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from scipy.integrate import trapezoid
-from torch import Tensor, nn
+from torch import nn
 
 from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.checks import (
@@ -23,6 +23,7 @@ from xai_edit.core.checks import (
 )
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
@@ -147,7 +148,7 @@ def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
 
 
 def _hidden(
-    model: nn.Module, scores: UnitScores, layers: Sequence[str] | str | None, sample: Tensor
+    model: nn.Module, scores: UnitScores, layers: Sequence[str] | str | None, sample: Inputs
 ) -> list[str]:
     """Return the hidden layers whose units are switched off."""
     output = last_weighted(model, sample)

@@ -15,6 +15,7 @@ from xai_edit.core.cost import Cost, measured
 from xai_edit.core.data import Data, model_device, peek
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import copied, preserved
+from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.core.layers import predict
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
@@ -120,7 +121,8 @@ def evaluate_unlearning(
                 outputs.add(batch.labels, {n: p.float() for n, p in batch.probabilities.items()})
                 features.add(batch.labels, batch.features)
                 if steps:
-                    lessons.add(batch.labels, {"inputs": batch.inputs})
+                    columns = {f"inputs:{k}": one for k, one in input_tensors(batch.inputs).items()}
+                    lessons.add(batch.labels, columns)
             trained = {n: split_accuracy(c, targets, "train") for n, c in counts["train"].items()}
         with measured() as parts["probe"]:
             sample = features.rows()
@@ -205,7 +207,7 @@ def _edited(model: nn.Module, edit: ModelEdit | nn.Module, name: str) -> nn.Modu
     return edit.apply(copied(model))
 
 
-def _classes(networks: Mapping[str, nn.Module], inputs: Tensor) -> int:
+def _classes(networks: Mapping[str, nn.Module], inputs: Inputs) -> int:
     """Return the number of classes, the same for all networks."""
     counts = {}
     for name, network in networks.items():
@@ -218,7 +220,7 @@ def _classes(networks: Mapping[str, nn.Module], inputs: Tensor) -> int:
 
 
 def _heads(
-    networks: Mapping[str, nn.Module], inputs: Tensor
+    networks: Mapping[str, nn.Module], inputs: Inputs
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the last linear layer of the networks that have one, and why the others have none."""
     heads, headless = {}, {}

@@ -15,6 +15,7 @@ from xai_edit.core.checks import in_range, with_labels
 from xai_edit.core.counting import count_by_group
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.errors import NonFiniteError
+from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.core.layers import INPUT_SUFFIX, predict, tapped
 
 
@@ -22,7 +23,7 @@ from xai_edit.core.layers import INPUT_SUFFIX, predict, tapped
 class Outputs:
     """Outputs and features of several models on one batch, by the models' names, on the CPU."""
 
-    inputs: Tensor  # on the device of the first model
+    inputs: Inputs  # on the device of the first model
     labels: Tensor  # int64, shape (samples,)
     probabilities: dict[str, Tensor]  # float64, shape (samples, classes)
     features: dict[str, Tensor]  # the inputs of the last linear layer, where there is one
@@ -169,11 +170,11 @@ class Overlap:
                 for batch in batches(analysis):
                     self.know(batch.inputs)
 
-    def know(self, inputs: Tensor) -> None:
+    def know(self, inputs: Inputs) -> None:
         """Add one batch that an edit was planned from."""
         self._analysis.update(_digests(inputs))
 
-    def add(self, inputs: Tensor, split: str) -> None:
+    def add(self, inputs: Inputs, split: str) -> None:
         """Compare one batch of a split."""
         if self._analysis:
             found = self._found.setdefault(split, set())
@@ -189,7 +190,11 @@ class Overlap:
             )
 
 
-def _digests(inputs: Tensor) -> list[bytes]:
-    kind = f"{inputs.dtype} {tuple(inputs.shape[1:])}".encode()
-    raw = inputs.cpu().contiguous().reshape(len(inputs), -1).view(torch.uint8).numpy()
-    return [hashlib.blake2b(kind + row.tobytes(), digest_size=16).digest() for row in raw]
+def _digests(inputs: Inputs) -> list[bytes]:
+    hashes = [hashlib.blake2b(digest_size=16) for _ in range(len(inputs))]
+    for values in input_tensors(inputs).values():
+        kind = f"{values.dtype} {tuple(values.shape[1:])}".encode()
+        raw = values.cpu().contiguous().reshape(len(values), -1).view(torch.uint8).numpy()
+        for digest, row in zip(hashes, raw, strict=True):
+            digest.update(kind + row.tobytes())
+    return [digest.digest() for digest in hashes]

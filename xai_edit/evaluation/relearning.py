@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from xai_edit.core.checks import require, require_type, whole_number
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.guard import copied
+from xai_edit.core.inputs import Inputs, inputs_from
 from xai_edit.core.layers import predict
 from xai_edit.evaluation.outputs import (
     SplitAccuracy,
@@ -77,8 +78,8 @@ def relearning_curves(
     would pass for forgetting although nothing is easier to undo.
 
     ``heads`` has the last linear layers, where there is one, and ``start`` the accuracy at step 0,
-    by the networks' names; ``train`` has ``inputs`` and ``labels``, on the CPU. ``test`` is read
-    once for each step that is measured. The seed is that of the order of the batches.
+    by the networks' names; ``train`` has ``inputs:`` by name and ``labels``, on the CPU. ``test``
+    is read once for each step that is measured. The seed is that of the order of the batches.
     """
     copies = {name: copied(model) for name, model in models.items()}
     optimizers = {}
@@ -87,6 +88,8 @@ def relearning_curves(
             parameter.requires_grad_(parameter.is_floating_point())  # also frozen ones
         optimizers[name] = torch.optim.SGD(copy.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     order = _batches(train["labels"], target, seed)
+    named = {k.partition(":")[2]: one for k, one in train.items() if k.startswith("inputs:")}
+    inputs = inputs_from(named)
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in copies}
     for step in range(max(steps, default=0) + 1):
         if step == 1:
@@ -97,7 +100,7 @@ def relearning_curves(
             if step:
                 rows = next(order)
                 for name, copy in copies.items():
-                    _learn(copy, optimizers[name], train["inputs"][rows], train["labels"][rows])
+                    _learn(copy, optimizers[name], inputs[rows], train["labels"][rows])
             if step in steps:
                 counts: dict[str, Tensor] = {}
                 for _ in read(copies, {}, test, "test", counts) if step else ():
@@ -118,8 +121,10 @@ def _reset_rows(head: nn.Module, target: Sequence[int]) -> None:
         parameter[chosen] = parameter[~chosen].mean(0)
 
 
-def _learn(copy: nn.Module, optimizer: torch.optim.Optimizer, *batch: Tensor) -> None:
-    inputs, labels = (part.to(model_device(copy)) for part in batch)
+def _learn(
+    copy: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs, labels: Tensor
+) -> None:
+    inputs, labels = inputs.to(model_device(copy)), labels.to(model_device(copy))
     with torch.enable_grad():
         loss = nn.functional.nll_loss(log_probabilities(predict(copy, inputs)), labels)
         optimizer.zero_grad()

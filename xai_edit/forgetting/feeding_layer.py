@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, differentiable, embeddings_in_graph, run
 
 # Autograd nodes of operations with one output for each input unit, at the same position. Norms are
@@ -24,7 +25,7 @@ ONE_BY_ONE = {
 }
 
 
-def feeding_layer(model: nn.Module, head: str, width: int, inputs: Tensor) -> str:
+def feeding_layer(model: nn.Module, head: str, width: int, inputs: Inputs) -> str:
     """Return the linear layer whose outputs the head takes one by one, else the head's inputs.
 
     Follows the input of the last linear layer, ``head``, of ``width`` units, back through

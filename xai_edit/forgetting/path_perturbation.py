@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xai_edit.core.analysis import following_batch_norms
 from xai_edit.core.checks import fraction, one_logit_a_class, one_of, positive, readable_again
 from xai_edit.core.data import Data, batches, model_device, peek
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit, versions
@@ -312,7 +313,7 @@ class _Samples:
         self.samples = self.right = self.found = 0
         self.labelled = False
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Inputs]:
         for batch in batches(self.data, self.device):
             self.labelled = batch.labels is not None
             if self.several and not self.labelled:

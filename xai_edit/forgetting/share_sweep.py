@@ -18,6 +18,7 @@ from xai_edit.core.checks import in_range, readable_again
 from xai_edit.core.counting import count_by_group
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, predict
 from xai_edit.core.text import aligned
 from xai_edit.edits.model_edit import ModelEdit
@@ -72,7 +73,7 @@ class Path:
     feeding: bool  # whether they are the neurons of one layer that feeds the last layer
     silenced: str  # the last of the layers or its batch norm: zero for neurons that are off
     row: int | None  # the class whose logit alone changes; None where neurons are off for all
-    sample: Tensor  # inputs to check how the neurons reach the last layer
+    sample: Inputs  # inputs to check how the neurons reach the last layer
 
     def counts(self, share: float) -> Counts:
         """Return the number of each layer's neurons in a share, rounded, at least one."""

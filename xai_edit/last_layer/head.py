@@ -21,6 +21,7 @@ from xai_edit.core.data import (
     together,
 )
 from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import first_tensor, predict
 from xai_edit.edits.model_edit import ModelEdit
 
@@ -175,7 +176,7 @@ def head_features(
     return replace(data, attribute=attribute_of(attribute, Batch(data.features), 0, "attribute"))
 
 
-def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
+def find_head(model: nn.Module, inputs: Inputs) -> tuple[str, nn.Linear]:
     """Return the linear layer that gives the model's output, and its name, or raise ValueError."""
     require_finite(model)
     with preserved(model), torch.no_grad():

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from zennit import rules as zr
+from zennit import types as zt
 from zennit.core import (
     BasicHook,
     Composite,
@@ -38,7 +38,8 @@ from zennit.core import (
 )
 
 from xai_edit.core.guard import attributes_kept
-from xai_edit.core.layers import CONVOLUTIONS, first_tensor, with_first
+from xai_edit.core.layers import CONVOLUTIONS, WEIGHTED, first_tensor, with_first
+from xai_edit.lrp.computed_weights import AtOperation, Operation, runs_as_pytorch, with_forward
 from xai_edit.lrp.relevance_at_layers import RULED
 
 
@@ -53,17 +54,17 @@ def accelerated(composite: Composite, *, unmerged: Collection[str] = ()) -> Comp
     composite : zennit.core.Composite
         Not changed; it may be registered elsewhere at the same time.
     unmerged : collection of str
-        Batch norms that were not merged into a layer. They get ``Norm`` instead of ``Pass``: where
-        their input is small and their output is not, the quotient of passed relevance and input
-        would overflow, as it does in a DenseNet.
+        Batch norms that were not merged into a layer. They get no rule as a module, but that of
+        their operation: if they passed relevance on, its quotient with their input would overflow
+        where this is small and the output is not, as it does in a DenseNet.
     """
 
     def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Hook | None:
         template = composite.module_map(context, name, module)
-        if template is None or (is_pass(template) and isinstance(module, nn.MultiheadAttention)):
-            return None  # Zennit 0.5 counts attention among the activations
-        if is_pass(template) and name in unmerged:
-            template = zr.Norm()
+        if template is None:
+            return None
+        if is_pass(template) and (name in unmerged or not ruled_as_a_whole(module)):
+            return None
         return direct(template, name)
 
     return Composite(module_map=module_map, canonizers=composite.canonizers)
@@ -83,6 +84,17 @@ def is_pass(rule: Hook | None) -> bool:
     return type(rule) is zr.Pass
 
 
+def ruled_as_a_whole(module: nn.Module) -> bool:
+    """Return whether a module's rule is about all of it, not about the operations in it.
+
+    An activation or norm with a forward pass of its own may do more than pass relevance on, as a
+    batch norm that ends in an activation; and Zennit 0.5 counts attention among the activations.
+    """
+    if isinstance(module, (*WEIGHTED, zt.Activation, zt.BatchNorm)):
+        return runs_as_pytorch(module) and not isinstance(module, nn.MultiheadAttention)
+    return True
+
+
 class DirectHook(Hook):  # type: ignore[misc]
     """A Zennit hook that replaces the backward pass of its module by ``rule``.
 
@@ -96,13 +108,17 @@ class DirectHook(Hook):  # type: ignore[misc]
         self.name = name
         self.entered: Tensor | None = None
         self.in_place: Any = None  # the module, if it was in place
+        self.restore: Callable[[], None] | None = None  # its forward pass, if that is replaced
 
     def copy(self) -> DirectHook:
         """Return a copy for another module."""
         return DirectHook(self.rule.copy(), self.name)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
-        """Attach to a module."""
+        """Attach to a module, or to the operations in it if its forward pass is its own."""
+        if isinstance(module, WEIGHTED) and not runs_as_pytorch(module):
+            self.restore = with_forward(module, self.at_operations(module.forward))
+            return RemovableHandleList([RemovableHandle(self)])
         rectifies = type(module) is nn.ReLU and is_pass(self.rule)
         if getattr(module, "inplace", False) is True and not rectifies:
             self.in_place, module.inplace = module, False  # type: ignore[assignment]
@@ -110,11 +126,31 @@ class DirectHook(Hook):  # type: ignore[misc]
         leave = module.register_forward_hook(self.leave, with_kwargs=True)
         return RemovableHandleList([RemovableHandle(self), enter, leave])
 
+    def at_operations(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward pass under `AtOperation`."""
+
+        def ruled(*inputs: Any, **named: Any) -> Any:
+            with AtOperation(self.operation):
+                return forward(*inputs, **named)
+
+        return ruled
+
+    def operation(self, layer: Operation, x: Tensor) -> Tensor:
+        """Return a linear operation's output, with the rule in the graph."""
+        x = RULED.latest(x)
+        local = x.detach().requires_grad_(type(self.rule) is zr.Epsilon)
+        with torch.enable_grad(), RULED.inside():
+            output = layer(local)
+        ruled: Tensor = _InPlaceOf.apply(x, output.detach(), _Step(self.rule, layer, local, output))
+        return ruled
+
     def remove(self) -> None:
         """Release the module and the tensors; the hook's handle calls this."""
         if self.in_place is not None:
             self.in_place.inplace = True
-        self.in_place = self.entered = None
+        if self.restore is not None:
+            self.restore()
+        self.in_place = self.entered = self.restore = None
         super().remove()
 
     def enter(
@@ -334,9 +370,9 @@ def stabilizer_of(rule: Hook | None) -> Any:
 
 
 def _unmodified(module: nn.Module) -> bool:
-    """Return whether a module is one of PyTorch's linear layers with its own forward pass."""
-    own = type(module) in (nn.Linear, *CONVOLUTIONS) and "forward" not in vars(module)
-    return own and not parametrize.is_parametrized(module)
+    """Return whether a module is a linear operation, or one of PyTorch's layers as it is."""
+    plain = type(module) in (nn.Linear, *CONVOLUTIONS) and runs_as_pytorch(module)
+    return plain or isinstance(module, Operation)
 
 
 def twin(module: Any, weight: Tensor, bias: Tensor | None) -> Any:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from zennit import rules as zr
 from zennit.canonizers import Canonizer, NamedMergeBatchNorm
 from zennit.core import BasicHook, Composite, Hook
 from zennit.layer import Sum
 
-from xai_edit.core.trace import Operation, Trace
-from xai_edit.lrp.accelerated import stabilizer_of
+from xai_edit.core.layers import first_tensor
+from xai_edit.core.trace import Operation, Trace, operation_name
+from xai_edit.lrp.accelerated import ruled_as_a_whole, stabilizer_of
+from xai_edit.lrp.composed_rules import RULES
+from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
 from xai_edit.lrp.functional_canonizer import FunctionalCanonizer, left_to_the_composite
-from xai_edit.lrp.operation_rules import ACTIVATIONS, AVERAGES, RULES
+from xai_edit.lrp.operation_rules import ACTIVATIONS, AVERAGES
 
 SAME_LOGITS = 1e-2
 """Tolerance for logits under merged weights, as a share of the largest. Rounding in float32 alone
@@ -34,12 +38,34 @@ class ExactMergeBatchNorm(NamedMergeBatchNorm):  # type: ignore[misc]
     def register(self, linears: list[nn.Module], batch_norm: nn.Module) -> None:
         """Merge a batch norm into the layers before it."""
         super().register(linears, batch_norm)
-        batch_norm.forward = lambda x: x
+        own = batch_norm.forward
+        identity = (lambda x: x) if runs_as_pytorch(batch_norm) else _without_norm(own)
+        self.restore = with_forward(batch_norm, identity)
 
     def remove(self) -> None:
         """Undo the merge."""
-        del self.batch_norm.forward
+        self.restore()
         super().remove()
+
+
+class _NoNorm(TorchFunctionMode):
+    """Makes batch norms the identity."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if operation_name(func) == "batch_norm":
+            return first_tensor(args, named)
+        return func(*args, **named)
+
+
+def _without_norm(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the rest of a batch norm's forward pass, such as an activation at its end."""
+
+    def rest(*inputs: Any, **named: Any) -> Any:
+        with _NoNorm():
+            return forward(*inputs, **named)
+
+    return rest
 
 
 @contextmanager
@@ -85,11 +111,11 @@ def rules_of(composite: Composite, model: nn.Module) -> dict[str, Hook | None]:
 def outside_rules(
     operations: list[Operation], model: nn.Module, rules: dict[str, Hook | None]
 ) -> list[Operation]:
-    """Return the operations that run in no module with a rule."""
-    having = {  # Zennit 0.5 counts attention among the activations
+    """Return the operations that run in no module with a rule as a whole."""
+    having = {
         name
         for name, module in model.named_modules()
-        if rules.get(name) is not None and not isinstance(module, nn.MultiheadAttention)
+        if rules.get(name) is not None and ruled_as_a_whole(module)
     }
     return [one for one in operations if not having.intersection(one.inside)]
 
@@ -130,6 +156,7 @@ def choose_canonizers(
         and model.get_submodule(norm).affine
     ]
     canonizers: list[Canonizer] = [ExactMergeBatchNorm(pairs)] if pairs else []
+    unmerged = unmerged_norms(model, found, canonizers)
 
     def rule_of(module: nn.Module) -> Any:
         return zr.Norm() if composite is None else composite.module_map({}, "", module)
@@ -141,6 +168,7 @@ def choose_canonizers(
     if rule_of(nn.AdaptiveAvgPool2d(1)) is None:
         operations -= AVERAGES
     rules = {} if composite is None else rules_of(composite, model)
+    rules |= dict.fromkeys(unmerged)
     between = any(
         one.name in operations and not left_to_the_composite(model.get_submodule(one.module))
         for one in outside_rules(found.operations, model, rules)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from zennit.core import Composite
 
 from xai_edit.core.checks import finite
 from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.core.layers import INPUT_SUFFIX, predict, resolve_layers
 from xai_edit.core.trace import Operation, trace
 from xai_edit.lrp.canonizers import is_lrp, rules_of
@@ -70,7 +71,7 @@ class ModelCheck:
 
 def check_model(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     composite: str | Composite | LRP = "epsilon",
     *,
     layers: Sequence[str] | None = None,
@@ -101,7 +102,8 @@ def check_model(
     scorer = composite if isinstance(composite, LRP) else LRP(composite)
     names = resolve_layers(model, layers)
     require_finite(model)
-    finite(inputs, "inputs")
+    for values in input_tensors(inputs).values():
+        finite(values, "inputs")
     findings = of_the_weights(model)
     findings += [
         Finding("warning", name, "a batch norm in training mode; scored as in evaluation mode")
@@ -153,7 +155,7 @@ def _gates(
 
 
 def _ratios(
-    model: nn.Module, inputs: Tensor, scorer: LRP, names: Sequence[str]
+    model: nn.Module, inputs: Inputs, scorer: LRP, names: Sequence[str]
 ) -> dict[str, float]:
     with preserved(model), torch.no_grad():
         values, classes = predict(model, inputs).max(1)

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook
 
@@ -16,13 +15,14 @@ from xai_edit.core.layers import CONVOLUTIONS
 from xai_edit.core.trace import HALF, Operation, Trace
 from xai_edit.lrp.accelerated import DirectHook, direct
 from xai_edit.lrp.canonizers import is_lrp, outside_rules, rules_of
+from xai_edit.lrp.composed_rules import RULES
 from xai_edit.lrp.functional_canonizer import (
     ALONG_THE_GRADIENT,
     FunctionalCanonizer,
     hook_of_zennit,
     left_to_the_composite,
 )
-from xai_edit.lrp.operation_rules import ACTIVATIONS, RULES
+from xai_edit.lrp.operation_rules import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Finding:
 
 
 def of_the_weights(model: nn.Module) -> list[Finding]:
-    """Return the errors that need no data: hooks, computed weights, half precision."""
+    """Return the errors that need no data: hooks and half precision."""
     findings: list[Finding] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -50,16 +50,6 @@ def of_the_weights(model: nn.Module) -> list[Finding]:
             message = (
                 "a Zennit composite is registered on it already, so that two rules would act; "
                 "call composite.remove() or leave its context first"
-            )
-            findings.append(Finding("error", name, message))
-        makers = {type(hook).__module__ for hook in module._forward_pre_hooks.values()}
-        old = sorted(maker for maker in makers if maker.startswith("torch.nn.utils."))
-        if old or parametrize.is_parametrized(module):
-            message = (
-                f"its weight is computed anew at each call ({[*old, parametrize.__name__][0]}), "
-                "and rules would see another one; make it permanent with the function of that "
-                "module that removes it, such as torch.nn.utils.prune.remove or "
-                "remove_parametrizations"
             )
             findings.append(Finding("error", name, message))
     half = [(name, one.dtype) for name, one in model.named_parameters() if one.dtype in HALF]
@@ -123,20 +113,20 @@ def of_the_forward_pass(
 
 def _without_rule(operations: list[Operation], model: nn.Module) -> list[Finding]:
     """Return one finding for each kind of module and operation."""
-    modules: dict[tuple[str, str], dict[str, None]] = {}
+    modules: dict[tuple[str, str, str], dict[str, None]] = {}
     for one in operations:
         kind = type(model.get_submodule(one.module)).__name__
-        modules.setdefault((kind, one.name), {})[one.module] = None
+        modules.setdefault((kind, one.name, one.line), {})[one.module] = None
     return [
         Finding(
             "error",
             next(iter(paths)),
-            f"{kind} runs {name!r}, for which there is no relevance rule, and its plain gradient "
-            "would be taken for relevance; use xai_edit.CaptumLayer, give the module a rule as its "
-            "attribute lrp_rule, or score only layers behind it"
+            f"{kind} runs {name!r} ({line}), for which there is no relevance rule, and its plain "
+            "gradient would be taken for relevance; use xai_edit.CaptumLayer, give the module a "
+            "rule as its attribute lrp_rule, or score only layers behind it"
             + (f" ({len(paths)} modules alike)" if len(paths) > 1 else ""),
         )
-        for (kind, name), paths in modules.items()
+        for (kind, name, line), paths in modules.items()
     ]
 
 

@@ -19,7 +19,11 @@ from zennit.canonizers import Canonizer
 from zennit.core import Hook, RemovableHandleList, Stabilizer
 
 from xai_edit.core.trace import operation_name
-from xai_edit.lrp.operation_rules import RULES, Operator, in_graph, is_in_place
+from xai_edit.lrp.accelerated import is_gate, mark_gate
+from xai_edit.lrp.composed_rules import RULES
+from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
+from xai_edit.lrp.operation_rules import AVERAGES, is_in_place
+from xai_edit.lrp.propagation import Operator, in_graph
 from xai_edit.lrp.relevance_at_layers import RULED
 
 
@@ -75,7 +79,6 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
 
     def register(self, module: nn.Module) -> None:
         """Run the module's forward pass under the rules."""
-        self.module, self.shadowed = module, vars(module).get("forward")
         forward = module.forward
 
         def canonized(*arguments: Any, **named: Any) -> Any:
@@ -86,7 +89,7 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
             finally:
                 RULED.replaced = None
 
-        module.forward = canonized
+        self.restore = with_forward(module, canonized)
         self.handles = RemovableHandleList()
         for child in module.modules():
             self.handles.append(child.register_forward_pre_hook(_suspend))
@@ -95,10 +98,7 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     def remove(self) -> None:
         """Restore the module's own forward pass."""
         self.handles.remove()
-        if self.shadowed is None:
-            del vars(self.module)["forward"]
-        else:
-            self.module.forward = self.shadowed
+        self.restore()
 
     def copy(self) -> FunctionalCanonizer:
         """Return a new canonizer."""
@@ -106,14 +106,13 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
 
 
 def left_to_the_composite(module: nn.Module) -> bool:
-    """Return whether a module has a rule, or is of a kind for which composites have one.
+    """Return whether a module has a rule as a whole, or is of a kind for which composites have one.
 
     Without a rule its operations keep their gradient, as with Zennit.
     """
-    if isinstance(module, (zt.Linear, zt.AvgPool, zt.MaxPool, zt.BatchNorm)):
-        return True
-    if isinstance(module, zt.Activation):
-        return not isinstance(module, nn.MultiheadAttention)  # one of them to Zennit 0.5
+    kinds = (zt.Linear, zt.AvgPool, zt.MaxPool, zt.Activation)  # attention, to Zennit 0.5
+    if isinstance(module, kinds) and not isinstance(module, nn.MultiheadAttention):
+        return runs_as_pytorch(module)
     return any(hook_of_zennit(hook) for hook in module._forward_hooks.values())
 
 
@@ -156,6 +155,22 @@ class _Rules(TorchFunctionMode):
                     "the view used; relevance cannot follow that, write it out of place"
                 )
         name = operation_name(func)
+        output = self.ruled(name, func, args, named, tensors)
+        of_data = [one for one in tensors if in_graph(one)]
+        if of_data and name in _CARRYING and all(map(is_gate, of_data)):
+            for made in tree_leaves(output):
+                mark_gate(made)
+        return output
+
+    def ruled(
+        self, name: str, func: Any, args: tuple[Any, ...], named: dict[str, Any], tensors: list[Any]
+    ) -> Any:
+        """Run an operation by its rule, if it has one and depends on the data."""
+        if name == "setitem" and not args[0]._is_view() and any(map(in_graph, tensors)):
+            target, index, value = args  # a rule before may still need the values overwritten
+            RULED.replace(target, written := target.clone())
+            written[index] = value
+            return None
         if name not in self.operations or RULED.depth or not any(map(in_graph, tensors)):
             return func(*args, **named)
         if "other" in named:
@@ -176,10 +191,13 @@ _MOVING = """
     transpose swapaxes swapdims movedim moveaxis T mT squeeze unsqueeze expand expand_as
     broadcast_to contiguous clone to float double type_as requires_grad detach cat concat
     concatenate stack hstack vstack chunk split tensor_split unbind getitem narrow select
-    index_select gather take_along_dim roll flip pad constant_pad_nd pixel_shuffle
-    pixel_unshuffle channel_shuffle repeat tile dropout dropout1d dropout2d dropout3d
+    index_select gather take_along_dim scatter index_add roll flip rot90 pad constant_pad_nd
+    pixel_shuffle pixel_unshuffle channel_shuffle repeat repeat_interleave tile unfold diagonal
+    tril triu where masked_fill masked_select dropout dropout1d dropout2d dropout3d
     alpha_dropout feature_dropout max_pool1d max_pool2d max_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d amax max maximum boolean_dispatch
+    adaptive_max_pool2d adaptive_max_pool3d amax max maximum amin min minimum boolean_dispatch
 """
 ALONG_THE_GRADIENT = frozenset(_MOVING.split())
 """Operations that only move values, so that their gradient is the right rule."""
+_CARRYING = ALONG_THE_GRADIENT | AVERAGES | {"add", "sub", "mul", "div", "neg"}
+"""Operations after which a gate is still one."""

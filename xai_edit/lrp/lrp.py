@@ -17,8 +17,10 @@ from xai_edit.core.analysis import Analysis, analysed
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import one_of
 from xai_edit.core.guard import preserved
-from xai_edit.core.layers import differentiable, embeddings_in_graph, predict, sum_positions
-from xai_edit.core.targets import Targets, weights_of
+from xai_edit.core.inputs import Inputs, same_inputs
+from xai_edit.core.layers import differentiable, embeddings_in_graph, run, sum_positions
+from xai_edit.core.outputs import outputs_of
+from xai_edit.core.targets import Targets, read_by, weights_of
 from xai_edit.core.trace import Trace, trace
 from xai_edit.lrp import presets as rules
 from xai_edit.lrp.accelerated import DirectHook, accelerated, direct
@@ -128,43 +130,47 @@ class LRP:
         return choose_canonizers(model, found, self.composite)
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+        self, model: nn.Module, inputs: Inputs, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the relevance of each unit, shape (samples, units) per layer."""
         with self.session(model, inputs, layers) as (score, _):
             return score(inputs, targets)
 
     def relevance(
-        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+        self, model: nn.Module, inputs: Inputs, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the relevance per layer in the shape of the layer's output."""
         with self.session(model, inputs, layers, Gather()) as (score, _):
             return score(inputs, targets)
 
-    def heatmap(self, model: nn.Module, inputs: Tensor, targets: Targets) -> Tensor:
-        """Return the relevance of each input value, in the shape of ``inputs``."""
+    def heatmap(self, model: nn.Module, inputs: Inputs, targets: Targets) -> Tensor:
+        """Return the relevance of each input value, in the shape of ``inputs``.
+
+        Of several inputs, the first with floating numbers.
+        """
         if not inputs.is_floating_point():
             raise ValueError(
                 f"inputs: {inputs.dtype}, such as token ids, have no relevance; take that at the "
                 "embedding's output instead"
             )
         with self._registered(model, inputs, Gather(), ()) as ready:
-            pixels = differentiable(inputs)
-            logits = predict(model, pixels)
-            ready.require_same(inputs, logits)
-            (relevance,) = torch.autograd.grad(logits, pixels, self._seed(logits, targets))
+            copy = differentiable(inputs)
+            pixels = copy if isinstance(copy, Tensor) else copy.first
+            outputs = ready.outputs(copy)
+            read = read_by(targets, outputs)
+            (relevance,) = torch.autograd.grad(read, pixels, self._seed(read, targets))
         return relevance
 
     @contextmanager
     def session(
         self,
         model: nn.Module,
-        sample: Tensor,
+        sample: Inputs,
         layers: Sequence[str],
         gather: Gather | None = None,
         *,
         analysis: Analysis | None = None,
-    ) -> Iterator[tuple[Callable[[Tensor, Targets], dict[str, Tensor]], list[str]]]:
+    ) -> Iterator[tuple[Callable[[Inputs, Targets], dict[str, Tensor]], list[str]]]:
         """Prepare a model once for many batches, and restore it on leaving.
 
         Canonizers are chosen by the first sample of ``sample``; ``gather`` reduces the relevance at
@@ -181,11 +187,11 @@ class LRP:
             gather = Gather(reduce)
         with self._registered(model, sample, gather, layers, analysis) as ready:
 
-            def score(inputs: Tensor, targets: Targets) -> dict[str, Tensor]:
+            def score(inputs: Inputs, targets: Targets) -> dict[str, Tensor]:
                 gather.leaves.clear()
-                logits = predict(model, differentiable(inputs) if ready.whole else inputs.detach())
-                ready.require_same(inputs, logits)
-                relevance = gather.relevance(layers, logits, self._seed(logits, targets))
+                outputs = ready.outputs(differentiable(inputs) if ready.whole else inputs.detach())
+                read = read_by(targets, outputs)
+                relevance = gather.relevance(layers, read, self._seed(read, targets))
                 for hook in ready.composite.hook_refs:
                     hook.tensor_handles.remove()  # Zennit's hooks add some with each batch
                 return relevance
@@ -193,7 +199,7 @@ class LRP:
             yield score, [type(canonizer).__name__ for canonizer in ready.canonizers]
 
     def findings_as_canonized(
-        self, model: nn.Module, sample: Tensor, layers: Sequence[str]
+        self, model: nn.Module, sample: Inputs, layers: Sequence[str]
     ) -> list[Finding]:
         """Return the findings of a forward pass under the composite's own canonizers."""
         canonizers = self.composite.canonizers
@@ -210,7 +216,7 @@ class LRP:
     def _registered(
         self,
         model: nn.Module,
-        sample: Tensor,
+        sample: Inputs,
         gather: Gather,
         layers: Sequence[str],
         analysis: Analysis | None = None,
@@ -238,11 +244,11 @@ class LRP:
             form = None if analysis is None else self._form(model, canonizers)
             if analysis is not None and form in analysis.verified:
                 plain = None
-            elif analysis is not None and torch.equal(analysis.trace.sample, sample[:1]):
-                plain = analysis.trace.output
+            elif analysis is not None and same_inputs(analysis.trace.sample, sample[:1]):
+                plain = outputs_of(analysis.trace.output, sample[:1])
             else:
                 with torch.no_grad():
-                    plain = predict(model, sample[:1])
+                    plain = outputs_of(run(model, sample[:1]), sample[:1])
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             embeddings_in_graph(model)
@@ -273,21 +279,27 @@ class _Ready:
     composite: Composite
     canonizers: list[Canonizer]
     whole: bool  # whether the graph has to begin at the inputs
-    sample: Tensor
+    sample: Inputs
     plain: Tensor | None  # the sample's logits without canonizers; None after the comparison
     analysis: Analysis | None  # None if the user set the canonizers
     form: Hashable
 
-    def require_same(self, inputs: Tensor, logits: Tensor) -> None:
+    def outputs(self, inputs: Inputs) -> Tensor:
+        """Return the outputs under the composite."""
+        outputs = outputs_of(run(self.model, inputs), inputs)
+        self.require_same(inputs, outputs)
+        return outputs
+
+    def require_same(self, inputs: Inputs, logits: Tensor) -> None:
         """Compare the logits of the sample, once, with those without canonizers."""
         plain = self.plain
-        if plain is None or not torch.equal(inputs[:1], self.sample):
+        if plain is None or not same_inputs(inputs[:1], self.sample):
             return
         self.plain = None
         got = logits[:1].detach()
         if not same_logits(plain, got):  # a batch norm may use the statistics of the batch
             leaves, self.gather.leaves = self.gather.leaves, {}
-            got = predict(self.model, differentiable(self.sample)).detach()
+            got = outputs_of(run(self.model, differentiable(self.sample)), self.sample).detach()
             self.gather.leaves = leaves
         if not same_logits(plain, got):
             refuse_difference(plain, got, self.canonizers, chosen=self.analysis is not None)

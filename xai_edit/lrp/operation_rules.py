@@ -1,34 +1,41 @@
-"""Relevance rules of single operations, and the backward passes that carry them."""
+"""Relevance rules of single operations."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from itertools import compress
-from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xai_edit.core.trace import operation_name
+from xai_edit.core.trace import operation_name, source_line
 from xai_edit.lrp.accelerated import is_gate, mark_gate
-
-Arguments: TypeAlias = tuple[Any, ...]
-Named: TypeAlias = dict[str, Any]
-Operator: TypeAlias = Callable[..., Tensor]
-Rule: TypeAlias = Callable[[Operator, Arguments, Named, Operator], Tensor]
+from xai_edit.lrp.norm_rules import NORMS, norm_rule
+from xai_edit.lrp.propagation import (
+    Arguments,
+    Named,
+    Operator,
+    Rule,
+    in_graph,
+    proportional,
+    softmax,
+    split,
+    without_relevance,
+)
 
 _ACTIVATIONS = """
     relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish hardsigmoid
-    sigmoid tanh rms_norm group_norm normalize neg negative
+    sigmoid tanh rms_norm normalize neg negative erf
 """
 ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 GATES = ("sigmoid", "hardsigmoid")
-
-
-def in_graph(value: Any) -> bool:
-    """Return whether a value depends on the data; parameters are constants."""
-    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
+_ELEMENTWISE = """
+    pow square sqrt abs clamp clamp_min clamp_max exp expm1 log log1p rsqrt reciprocal sin cos
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+"""Functions of one number that pass relevance on if they are zero at zero."""
+_ONLY_IN_GATES = "var std norm vector_norm linalg_norm linalg_vector_norm prod rtruediv"
+ONLY_IN_GATES = frozenset(_ONLY_IN_GATES.split())
+"""Operations without a rule, which may stand where no relevance goes: in gates and deviations."""
 
 
 def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
@@ -52,39 +59,16 @@ def _plain(function: Operator, args: Arguments, named: Named) -> Tensor:
 def pass_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Pass R to the operand that depends on the data."""
     x = next(value for value in args if in_graph(value))
-    passed = _split(_plain(function, args, named), (1,), x)
+    passed = split(_plain(function, args, named), (1,), x)
     if operation_name(function) in GATES:
         mark_gate(passed)
     return passed
 
 
-def norm_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+def average_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Share R among the inputs of a linear operation in proportion (``Norm``)."""
     x, *others = args
-    return _proportional(lambda x: function(x, *others, **named), stabilizer, 1, x)
-
-
-def layer_norm_rule(
-    function: Operator, args: Arguments, named: Named, stabilizer: Operator
-) -> Tensor:
-    """Share R as through a linear map with a constant deviation (Ali et al. 2022, Eq. 13).
-
-    If R were passed on, the quotient in the rule before would overflow where the input is small and
-    its distance from the mean is not.
-    """
-    arguments = inspect.signature(function).bind(*args, **named).arguments
-    shape = arguments["normalized_shape"]
-    dims = tuple(range(-1 if isinstance(shape, int) else -len(shape), 0))
-    weight, bias, eps = (arguments.get(name) for name in ("weight", "bias", "eps"))
-    eps = 1e-5 if eps is None else eps
-
-    def with_constant_deviation(x: Tensor) -> Tensor:
-        centred = x - x.mean(dims, keepdim=True)
-        deviation = (centred.detach().square().mean(dims, keepdim=True) + eps).sqrt()
-        scaled = centred / deviation if weight is None else centred / deviation * weight
-        return scaled if bias is None else scaled + bias
-
-    return _proportional(with_constant_deviation, stabilizer, 1, args[0])
+    return proportional(lambda x: function(x, *others, **named), stabilizer, 1, x)
 
 
 def multilinear_rule(
@@ -99,7 +83,7 @@ def multilinear_rule(
         operands = (next(rest) if x_varies else x for x, x_varies in zip(args, varies, strict=True))
         return function(*operands, **named)
 
-    return _proportional(of_factors, stabilizer, len(factors), *factors)
+    return proportional(of_factors, stabilizer, len(factors), *factors)
 
 
 def einsum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
@@ -109,27 +93,43 @@ def einsum_rule(function: Operator, args: Arguments, named: Named, stabilizer: O
     return multilinear_rule(function, args, named, stabilizer)
 
 
+def elementwise_rule(
+    function: Operator, args: Arguments, named: Named, stabilizer: Operator
+) -> Tensor:
+    """Pass R on through a function that is zero at zero; refuse it for others, as `gate_rule`."""
+    x, *others = args
+    at_zero = function(torch.zeros_like(x), *others, **named)
+    return (gate_rule if at_zero.any() else pass_rule)(function, args, named, stabilizer)
+
+
+def gate_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """Refuse relevance: the operation is part of a gate or a deviation, which gets none."""
+    x = next(value for value in (*args, *named.values()) if in_graph(value))
+    output = _plain(function, args, named)
+    return without_relevance(output, x, f"{operation_name(function)!r} ({source_line()})")
+
+
 def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Return x ⊙ (R − s Σ R), from the gradient of the softmax s (AttnLRP, Eq. 13)."""
     dim = named.get("dim", args[1] if len(args) > 1 else None)
     if dim is None:
         raise ValueError("model: a softmax is called without dim; say which axis it sums over")
-    return _softmax(args[0], dim)
+    return softmax(args[0], dim)
 
 
 def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Share R among the summands in proportion; a constant keeps its part, like a bias."""
-    a, b = args[:2]
+    a, b = args[1::-1] if function.__name__ == "__rsub__" else args[:2]
     if any(not isinstance(value, Tensor) and value == 0 for value in (a, b)):  # as `sum` begins
         return pass_rule(function, args, named, stabilizer)
-    factor = named.get("alpha", 1) * (-1 if operation_name(function) == "sub" else 1)
+    factor = named.get("alpha", 1) * (-1 if operation_name(function) in ("sub", "rsub") else 1)
     summands = [value for value in (a, b) if in_graph(value)]
 
     def added(*values: Tensor) -> Tensor:
         x, y = values if len(values) == 2 else ((values[0], b) if in_graph(a) else (a, values[0]))
         return x + y if factor == 1 else x + factor * y
 
-    return _proportional(added, stabilizer, 1, *summands)
+    return proportional(added, stabilizer, 1, *summands)
 
 
 def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
@@ -147,165 +147,27 @@ def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
         shares = (0, 1)
     else:
         shares = (1, 0)
-    return _split(output, shares, a, b)
+    return split(output, shares, a, b)
 
 
-def attention_rule(
-    function: Operator, args: Arguments, named: Named, stabilizer: Operator
-) -> Tensor:
-    """Apply the rules of the operations that scaled dot-product attention consists of."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    arguments = dict(zip(names, args, strict=False)) | named
-    mask = arguments.get("attn_mask")
-    refused = (arguments.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
-    if any(refused) or (mask is not None and mask.dtype == torch.bool):
-        raise ValueError(
-            "model: attention that is causal, grouped, with dropout or a boolean mask has no "
-            "relevance rule here; use xai_edit.CaptumLayer"
-        )
-    query, key, value = (arguments[name] for name in names[:3])
-    return _attention(query, key, value, mask, arguments.get("scale"), stabilizer)
-
-
-def multi_head_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Any:
-    """Apply the rules of the operations that multi-head attention consists of."""
-    bound = inspect.signature(function).bind(*args, **named)
-    bound.apply_defaults()
-    arguments = bound.arguments
-    options = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask")
-    passed = {name: arguments[name] for name in options}
-    refused = [name for name, value in passed.items() if value is not None and value is not False]
-    if refused or arguments["use_separate_proj_weight"] or arguments["query"].ndim != 3:
-        raise ValueError(
-            f"model: multi-head attention with {', '.join(refused) or 'such inputs'} has no "
-            "relevance rule here; use xai_edit.CaptumLayer"
-        )
-
-    def linear(*operands: Tensor | None) -> Tensor:
-        return _ruled(multilinear_rule, nn.functional.linear, operands, stabilizer)
-
-    weights = arguments["in_proj_weight"].chunk(3)
-    bias = arguments["in_proj_bias"]
-    biases = (None, None, None) if bias is None else bias.chunk(3)
-    heads = arguments["num_heads"]
-    query, key, value = (
-        linear(arguments[name], *own).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-        for name, *own in zip(("query", "key", "value"), weights, biases, strict=True)
-    )
-    attended = _attention(query, key, value, None, None, stabilizer)
-    joined = attended.permute(2, 0, 1, 3).flatten(2)
-    output = linear(joined, arguments["out_proj_weight"], arguments["out_proj_bias"])
-    if not arguments["need_weights"]:
-        return output, None
-    with torch.no_grad():
-        return output, function(*args, **named)[1]
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    stabilizer: Operator,
-) -> Tensor:
-    """softmax(QKᵀ / √d + mask) V, each operation by its rule."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = _ruled(multilinear_rule, torch.matmul, (query, key.transpose(-2, -1)), stabilizer)
-    logits = _ruled(pass_rule, torch.mul, (logits, scale), stabilizer)
-    if mask is not None:
-        logits = _ruled(sum_rule, torch.add, (logits, mask), stabilizer)
-    shares = _ruled(softmax_rule, torch.softmax, (logits, -1), stabilizer)
-    return _ruled(multilinear_rule, torch.matmul, (shares, value), stabilizer)
-
-
-def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator) -> Tensor:
-    """Run an operation by its rule if an operand depends on the data."""
-    if any(in_graph(value) for value in args):
-        return rule(function, args, {}, stabilizer)
-    return function(*args)
-
-
-_MULTILINEAR = "matmul bmm mm linear conv1d conv2d conv3d"
+_MULTILINEAR = """
+    matmul bmm mm linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+"""
 _AVERAGES = """
     mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d interpolate
+    adaptive_avg_pool3d interpolate cumsum fold
 """
 AVERAGES = frozenset(_AVERAGES.split())
-RULES: dict[str, Rule] = {
+ELEMENTARY: dict[str, Rule] = {
     **dict.fromkeys(ACTIVATIONS, pass_rule),
-    **dict.fromkeys(AVERAGES, norm_rule),
-    **dict.fromkeys(("add", "sub"), sum_rule),
+    **dict.fromkeys(AVERAGES, average_rule),
+    **dict.fromkeys(("add", "sub", "rsub"), sum_rule),
     **dict.fromkeys(("mul", "div"), product_rule),
     **dict.fromkeys(_MULTILINEAR.split(), multilinear_rule),
-    "layer_norm": layer_norm_rule,
+    **dict.fromkeys(NORMS, norm_rule),
+    **dict.fromkeys(ELEMENTWISE, elementwise_rule),
+    **dict.fromkeys(ONLY_IN_GATES, gate_rule),
     "einsum": einsum_rule,
     "softmax": softmax_rule,
-    "scaled_dot_product_attention": attention_rule,
-    "multi_head_attention_forward": multi_head_rule,
 }
-"""Relevance rules by `operation_name`, which `FunctionalCanonizer` applies."""
-
-
-class _Split(torch.autograd.Function):
-    """An output whose relevance goes to each operand by a constant share."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, shares: tuple[float, ...], *operands: Tensor) -> Tensor:
-        ctx.shares, ctx.shapes = shares, [operand.shape for operand in operands]
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
-        # Zeros instead of None: the layers of a gate have a relevance of zero.
-        parts = [
-            relevance[0].new_zeros(shape)
-            if share == 0
-            else (relevance[0] if share == 1 else share * relevance[0]).sum_to_size(shape)
-            for share, shape in zip(ctx.shares, ctx.shapes, strict=True)
-        ]
-        return (None, None, *parts)
-
-
-class _Proportional(torch.autograd.Function):
-    """z = f(x₁, x₂, …), with relevance xᵢ ⊙ (∂z/∂xᵢ)ᵀ (R / n z)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, function: Operator, stabilizer: Operator, n: int, *operands: Tensor
-    ) -> Tensor:
-        ctx.function, ctx.stabilizer, ctx.n = function, stabilizer, n
-        ctx.save_for_backward(*operands)
-        return function(*operands)
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
-        operands = [operand.detach().requires_grad_() for operand in ctx.saved_tensors]
-        with torch.enable_grad():
-            z = ctx.function(*operands)
-        ratio = relevance[0] / (ctx.n * ctx.stabilizer(z.detach()))
-        contexts = torch.autograd.grad(z, operands, ratio)
-        parts = [x.detach() * c for x, c in zip(operands, contexts, strict=True)]
-        return (None, None, None, *parts)
-
-
-class _Softmax(torch.autograd.Function):
-    """s = softmax(x), with relevance x ⊙ (R − s Σ R)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        output = torch.softmax(x, dim)
-        ctx.dim = dim
-        ctx.save_for_backward(x, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
-        x, s = ctx.saved_tensors
-        (R,) = relevance
-        return x * (R - s * R.sum(ctx.dim, keepdim=True)), None
-
-
-_split: Operator = _Split.apply
-_proportional: Operator = _Proportional.apply
-_softmax: Operator = _Softmax.apply
+"""Relevance rules by `operation_name`."""

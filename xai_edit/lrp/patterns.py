@@ -22,6 +22,7 @@ from zennit.core import Composite
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, first_tensor, predict, resolve_layers
 from xai_edit.core.trace import trace
 from xai_edit.lrp.canonizers import canonized, choose_canonizers
@@ -242,7 +243,7 @@ class _Flow(TorchFunctionMode):
         return result
 
 
-def _rectified(model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> tuple[str, ...]:
+def _rectified(model: nn.Module, inputs: Inputs, layers: Sequence[str]) -> tuple[str, ...]:
     """Return the layers with a ReLU behind them."""
     with preserved(model), _Flow() as flow:
         for name in layers:

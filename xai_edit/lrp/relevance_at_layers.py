@@ -24,6 +24,15 @@ class _Ruled(threading.local):
     """Tensors that an operation in place would have overwritten, weakly, each with its replacement.
     None outside of a `xai_edit.FunctionalCanonizer`."""
 
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Leave the operations in this context to a rule around them."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
     def latest(self, value: Any) -> Any:
         """Return the latest replacement of a tensor, or the value itself."""
         while self.replaced and isinstance(value, Tensor) and value in self.replaced:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, run
 
 LAYERS = WEIGHTED
@@ -40,7 +41,7 @@ class ChannelGroup:
     fixed: str | None = None
 
 
-def channel_groups(model: nn.Module, inputs: Tensor) -> list[ChannelGroup]:
+def channel_groups(model: nn.Module, inputs: Inputs) -> list[ChannelGroup]:
     """Return the coupled channels of a network, by Torch-Pruning's dependency graph.
 
     Fang et al. 2023, *DepGraph: Towards any structural pruning*. Layers whose outputs are added or
@@ -63,7 +64,7 @@ class Traced:
     shapes: dict[Any, Shape]  # output shape by autograd node
 
 
-def traced(model: nn.Module, inputs: Tensor) -> Traced:
+def traced(model: nn.Module, inputs: Inputs) -> Traced:
     """Trace a model as `channel_groups`; it is set to evaluation mode and to require gradients."""
     model.eval()
     sample = inputs[:1].detach().to(model_device(model))

@@ -18,6 +18,7 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.checks import fraction, one_of, readable_again, require, whole_number
 from xai_edit.core.data import Data, model_device, peek
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, resolve_layers
 from xai_edit.core.targets import Target, describe_target
 from xai_edit.edits.model_edit import ModelEdit
@@ -271,7 +272,7 @@ class _Plan:
         return UnitScores(sums, scores.samples, scores.aggregate)
 
 
-def _layers(model: nn.Module, layers: Sequence[str] | None, inputs: Tensor) -> list[str]:
+def _layers(model: nn.Module, layers: Sequence[str] | None, inputs: Inputs) -> list[str]:
     """Return the layers to prune; by default all convolutions, or all hidden linear layers."""
     last = last_weighted(model, inputs)
     if layers is not None:

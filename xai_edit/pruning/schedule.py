@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, clear_parts, read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import copied, require_finite
+from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.edits.model_edit import ModelEdit, tensors_of
 from xai_edit.edits.switching_off import silencing_entries
 from xai_edit.pruning.coupled_channels import ChannelGroup
@@ -44,7 +45,7 @@ class Schedule:
 
 def pruned(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     found: Prunable,
     schedule: Schedule,
     *,
@@ -66,7 +67,8 @@ def pruned(
     if schedule.checkpoint is not None:
         plan = [dict(origin), schedule.share, schedule.ranking, schedule.steps]
         text = json.dumps([*plan, repr(schedule.fine_tune)])
-        digest = checksum({**tensors_of(model), "inputs": inputs.cpu()}, text)
+        samples = {f"inputs{name}": one.cpu() for name, one in input_tensors(inputs).items()}
+        digest = checksum({**tensors_of(model), **samples}, text)
         checkpoint = _Checkpoint(Path(schedule.checkpoint), digest)
         gone, history = checkpoint.restored(network, gone)
     for step in range(len(history), schedule.steps):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import TRANSPOSED, predict
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pruning.coupled_channels import ChannelGroup, Traced, groups_of, pruning_group, traced
@@ -102,11 +103,11 @@ def _remove(found: Traced, lost: list[tuple[ChannelGroup, Tensor]]) -> None:
             left[name][at[silent].flatten()] = False
 
 
-def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Tensor) -> None:
+def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Inputs) -> None:
     """Raise ValueError unless both give the same logits; the masked network is changed."""
     # In float64, where neither half precision nor TensorFloat-32 blurs the difference.
     masked, smaller = masked.eval().double(), copied(smaller).eval().double()
-    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    inputs = inputs.to(torch.float64) if inputs.is_floating_point() else inputs
     with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
         expected = predict(masked, inputs)
         try:

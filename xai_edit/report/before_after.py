@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from xai_edit.core.checks import require_type, same_length
 from xai_edit.core.data import batches, model_device
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import one_tensor
 from xai_edit.core.layers import predict
 from xai_edit.core.targets import Targets, classes_of
 from xai_edit.edits.model_edit import ModelEdit
@@ -148,12 +149,13 @@ def before_after_maps(
     (batch,) = batches([images])
     if targets is None:
         targets = partial(torch.argmax, dim=1)
+    images = one_tensor(batch.inputs, "a picture")
     wanted: Targets = targets if callable(targets) else torch.as_tensor(targets)
     if isinstance(wanted, Tensor) and not wanted.ndim:
         wanted = wanted.expand(len(batch))
 
     def explain() -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        inputs = batch.inputs.to(model_device(model))
+        inputs = images.to(model_device(model))
         with preserved(model), torch.no_grad():
             logits = predict(model, inputs)
         classes = classes_of(wanted, logits)
@@ -163,4 +165,4 @@ def before_after_maps(
     before, said, about = explain()
     with edit.applied(model):
         after, said_after, about_after = explain()
-    return BeforeAfter(batch.inputs, before, after, said, said_after, about, about_after)
+    return BeforeAfter(images, before, after, said, said_after, about, about_after)

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from xai_edit.core.analysis import analysed
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs, called, input_tensors, inputs_from
 from xai_edit.core.layers import (
     INPUT_SUFFIX,
     differentiable,
     layer_module,
-    predict,
+    run,
     sum_positions,
     tapped,
 )
-from xai_edit.core.targets import Targets, classes_of, weights_of
+from xai_edit.core.outputs import outputs_of
+from xai_edit.core.targets import Targets, classes_of, read_by, weights_of
 from xai_edit.lrp.functional_canonizer import ALONG_THE_GRADIENT
 
 # Arguments that the scorer sets, and one that changes the form of the result.
@@ -66,15 +68,18 @@ class CaptumLayer:
         return f"CaptumLayer({self.method.__name__}{listed})"
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+        self, model: nn.Module, inputs: Inputs, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the attribution of each unit, shape (samples, units) per layer."""
         self._refuse_lrp(model, inputs, layers)
         axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
-            logits = predict(model, inputs)
+            output = run(model, inputs)
+        outputs = outputs_of(output, inputs)
+        logits = read_by(targets, outputs)
         tap.require(layers)
-        explained: nn.Module = model
+        plain = isinstance(inputs, Tensor) and output is logits
+        explained: nn.Module = model if plain else _Called(model, inputs, targets)
         given: dict[str, Tensor] = {}
         value = targets(logits) if callable(targets) else None
         if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
@@ -83,7 +88,7 @@ class CaptumLayer:
                 raise ValueError(
                     "Captum's LayerLRP has no rule for a function of the logits; use xai_edit.LRP"
                 )
-            explained = _Explained(model, targets)
+            explained = _Explained(explained, targets)
         else:
             classes = classes_of(targets, logits)
             given = {"target": classes} if "target" in self._attribute else {}
@@ -101,7 +106,7 @@ class CaptumLayer:
         return scores
 
     def _attribute_layer(
-        self, model: nn.Module, module: nn.Module, name: str, inputs: Tensor, **arguments: Any
+        self, model: nn.Module, module: nn.Module, name: str, inputs: Inputs, **arguments: Any
     ) -> Tensor:
         arguments |= self.arguments
         if name.endswith(INPUT_SUFFIX):
@@ -113,7 +118,10 @@ class CaptumLayer:
                     other.inplace = False  # type: ignore[assignment]
             try:
                 method = self.method(model, module, **self.constructor)
-                values = method.attribute(differentiable(inputs), **arguments)
+                first, *rest = _ordered(differentiable(inputs)).values()
+                if rest:
+                    arguments["additional_forward_args"] = tuple(rest)
+                values = method.attribute(first, **arguments)
             except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as problem:
                 raise ValueError(
                     f"Captum's {self.method.__name__} cannot explain layer {name!r} of this "
@@ -122,7 +130,7 @@ class CaptumLayer:
         (tensor,) = values if isinstance(values, tuple) else (values,)
         return tensor  # type: ignore[no-any-return]
 
-    def _refuse_lrp(self, model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> None:
+    def _refuse_lrp(self, model: nn.Module, inputs: Inputs, layers: Sequence[str]) -> None:
         """Raise ValueError where Captum's LRP is silently wrong or fails without a reason."""
         if self.method.__name__ not in ("LayerLRP", "LRP"):
             return
@@ -143,6 +151,25 @@ class CaptumLayer:
                 )
 
 
+def _ordered(inputs: Inputs) -> dict[str, Tensor]:
+    """Return the tensors by name, the one that relevance is about first."""
+    tensors = input_tensors(inputs)
+    first = inputs if isinstance(inputs, Tensor) else inputs.first
+    return dict(sorted(tensors.items(), key=lambda item: item[1] is not first))
+
+
+class _Called(nn.Module):
+    """A model called by position that returns what the targets are read from."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets) -> None:
+        super().__init__()
+        self.model, self.names, self.targets = model, [*_ordered(inputs)], targets
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        inputs = inputs_from(dict(zip(self.names, tensors, strict=True)))
+        return read_by(self.targets, outputs_of(called(self.model, inputs), inputs))
+
+
 class _Explained(nn.Module):
     """A model whose one output is a function of its logits."""
 
@@ -150,5 +177,6 @@ class _Explained(nn.Module):
         super().__init__()
         self.model, self.function = model, function
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.function(self.model(inputs))
+    def forward(self, *inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.function(self.model(*inputs))
+        return outputs

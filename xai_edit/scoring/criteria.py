@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import whole_number
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
     differentiable,
     gradients_at,
     layer_module,
-    logits_of,
     predict,
+    run,
     sum_positions,
     tapped,
 )
-from xai_edit.core.targets import Targets, classes_of, weights_of
+from xai_edit.core.outputs import outputs_of
+from xai_edit.core.targets import Targets, classes_of, read_by, weights_of
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class Taylor:
     behind_norm = True
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+        self, model: nn.Module, inputs: Inputs, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return −activation × loss gradient of each unit, shape (samples, units) per layer."""
         axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.enable_grad(), tapped(model, layers) as tap:
-            logits = logits_of(model(differentiable(inputs)), inputs)
+            logits = predict(model, differentiable(inputs))
             classes = classes_of(targets, logits)
             likelihood = -nn.functional.cross_entropy(logits, classes, reduction="sum")
             gradients = gradients_at(tap, layers, likelihood, torch.ones_like(likelihood))
@@ -59,12 +61,13 @@ class Activation:
     behind_norm = True
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor, targets: Targets, layers: Sequence[str]
+        self, model: nn.Module, inputs: Inputs, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the mean activation of each unit, shape (samples, units) per layer."""
         axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
-            weights_of(targets, predict(model, inputs))  # raises for a wrong class
+            read = read_by(targets, outputs_of(run(model, inputs), inputs))
+            weights_of(targets, read)  # raises for a wrong class
         tap.require(layers)
         scores = {}
         for name in layers:

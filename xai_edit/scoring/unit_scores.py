@@ -20,6 +20,7 @@ from xai_edit.core.data import Data, batches, gathered, model_device, several_ra
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.targets import (
     Target,
@@ -259,7 +260,7 @@ def score_units(
             raise ValueError(f"data: None given, but {origin['scorer']} scores samples")
         else:
             with ExitStack() as session:
-                score: Callable[[Tensor, Targets], Mapping[str, Tensor]] | None = None
+                score: Callable[[Inputs, Targets], Mapping[str, Tensor]] | None = None
                 for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                     if score is None:
                         analysis = None
@@ -280,7 +281,7 @@ def score_units(
 
 
 def _scored(
-    scorer: Scorer, model: nn.Module, names: list[str], inputs: Tensor, targets: Targets
+    scorer: Scorer, model: nn.Module, names: list[str], inputs: Inputs, targets: Targets
 ) -> Mapping[str, Tensor]:
     """Return the scores of one batch; a user's own scorer is called with classes."""
     with preserved(model):

@@ -1,0 +1,103 @@
+"""The backward passes that carry the relevance of single operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Arguments: TypeAlias = tuple[Any, ...]
+Named: TypeAlias = dict[str, Any]
+Operator: TypeAlias = Callable[..., Tensor]
+Rule: TypeAlias = Callable[[Operator, Arguments, Named, Operator], Tensor]
+
+
+def in_graph(value: Any) -> bool:
+    """Return whether a value depends on the data; parameters are constants."""
+    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
+
+
+class _Split(torch.autograd.Function):
+    """An output whose relevance goes to each operand by a constant share."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, shares: tuple[float, ...], *operands: Tensor) -> Tensor:
+        ctx.shares, ctx.shapes = shares, [operand.shape for operand in operands]
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
+        # Zeros instead of None: the layers of a gate have a relevance of zero.
+        parts = [
+            relevance[0].new_zeros(shape)
+            if share == 0
+            else (relevance[0] if share == 1 else share * relevance[0]).sum_to_size(shape)
+            for share, shape in zip(ctx.shares, ctx.shapes, strict=True)
+        ]
+        return (None, None, *parts)
+
+
+class _Proportional(torch.autograd.Function):
+    """z = f(x₁, x₂, …), with relevance xᵢ ⊙ (∂z/∂xᵢ)ᵀ (R / n z)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Operator, stabilizer: Operator, n: int, *operands: Tensor
+    ) -> Tensor:
+        ctx.function, ctx.stabilizer, ctx.n = function, stabilizer, n
+        ctx.save_for_backward(*operands)
+        return function(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
+        operands = [operand.detach().requires_grad_() for operand in ctx.saved_tensors]
+        with torch.enable_grad():
+            z = ctx.function(*operands)
+        ratio = relevance[0] / (ctx.n * ctx.stabilizer(z.detach()))
+        contexts = torch.autograd.grad(z, operands, ratio)
+        parts = [x.detach() * c for x, c in zip(operands, contexts, strict=True)]
+        return (None, None, None, *parts)
+
+
+class _Softmax(torch.autograd.Function):
+    """s = softmax(x), with relevance x ⊙ (R − s Σ R)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        output = torch.softmax(x, dim)
+        ctx.dim = dim
+        ctx.save_for_backward(x, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
+        x, s = ctx.saved_tensors
+        (R,) = relevance
+        shares = R - s * R.sum(ctx.dim, keepdim=True)
+        return torch.where(s == 0, 0, x * shares), None  # x may be -inf where it is masked
+
+
+class _WithoutRelevance(torch.autograd.Function):
+    """An output that no relevance may reach."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, name: str) -> Tensor:
+        ctx.name, ctx.like = name, torch.empty_like(x, device="meta")
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[None, Tensor, None]:
+        if relevance[0].any():
+            raise ValueError(
+                f"model: it runs {ctx.name}, for which there is no relevance rule, and not only in "
+                "a gate or a norm's deviation, which get no relevance; use xai_edit.CaptumLayer"
+            )
+        return None, torch.zeros_like(ctx.like, device=relevance[0].device), None
+
+
+split: Operator = _Split.apply
+without_relevance: Operator = _WithoutRelevance.apply
+proportional: Operator = _Proportional.apply
+softmax: Operator = _Softmax.apply
