@@ -412,3 +412,44 @@ def test_a_users_scorer_may_change_the_model_it_is_given(norm, batches, unchange
     check = unchanged(norm)
     score_units(norm, batches, rough, layers="fc")
     check()
+
+
+class Windows(nn.Module):
+    """Two halves of each sample, one after the other or those of all samples by turns."""
+
+    def __init__(self, *, samples_first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(8, 3)
+        self.samples_first = samples_first
+
+    def forward(self, x):
+        halves = x.unflatten(1, (2, 3))
+        if self.samples_first:
+            return self.head(self.inner(halves.flatten(0, 1)).unflatten(0, (-1, 2)).flatten(1))
+        return self.head(
+            self.inner(halves.transpose(0, 1).flatten(0, 1))
+            .unflatten(0, (2, -1))
+            .transpose(0, 1)
+            .flatten(1)
+        )
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "abs"])
+def test_the_windows_of_a_sample_are_summed(aggregate):
+    model = Windows(samples_first=True).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    data = [(x, torch.tensor([0, 1, 2, 0, 1]))]
+    got = score_units(model, data, LRP(), layers="inner", aggregate=aggregate)
+    each = [
+        score_units(model, [(x[i : i + 1], data[0][1][i : i + 1])], LRP(), layers="inner")["inner"]
+        for i in range(5)
+    ]
+    each = torch.stack(each)
+    torch.testing.assert_close(got["inner"], (each.abs() if aggregate == "abs" else each).sum(0))
+
+
+def test_windows_that_are_not_in_the_order_of_the_samples_are_an_error():
+    data = [(torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1]))]
+    with pytest.raises(ValueError, match="'inner' has 2 rows for one sample"):
+        score_units(Windows(samples_first=False), data, LRP(), layers="inner")

@@ -21,7 +21,7 @@ from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import predict, resolve_layers
+from xai_edit.core.layers import predict, resolve_layers, run, tapped
 from xai_edit.core.targets import (
     Target,
     Targets,
@@ -30,6 +30,7 @@ from xai_edit.core.targets import (
     describe_target,
     targets_of,
 )
+from xai_edit.core.trace import Trace
 from xai_edit.lrp.lrp import LRP, Scorer, describe
 from xai_edit.scoring.captum_layer import CaptumLayer
 from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
@@ -239,11 +240,12 @@ def score_units(
     origin: dict[str, Any] = {"scorer": describe(scorer), "target": describe_target(target)}
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
+    windows: dict[str, int] = {}
     samples = 0
 
     def add(scores: Mapping[str, Tensor], size: int) -> None:
         for name in names:
-            values = _checked(scores, name, size)
+            values = _checked(scores, name, size, windows.get(name, 1))
             if aggregate == "abs":
                 values = values.abs()
             elif aggregate == "positive":
@@ -263,11 +265,11 @@ def score_units(
                 score: Callable[[Inputs, Targets], Mapping[str, Tensor]] | None = None
                 for batch in batches(data, model_device(model), may_be_empty=several_ranks()):
                     if score is None:
-                        analysis = None
+                        analysis = analysed(model, batch.inputs)
                         if layers is None:  # those between the data and the output
-                            analysis = analysed(model, batch.inputs)
                             used = analysis.trace.fed - analysis.trace.unused
                             names = [name for name in names if name in used]
+                        windows.update(_windows(model, batch.inputs, names, analysis.trace))
                         axes = unit_axes(model, batch.inputs, names, unit_axis)
                         session.enter_context(decided_axes(axes))
                         score = partial(_scored, scorer, model, names)
@@ -291,16 +293,45 @@ def _scored(
         return scorer(model, inputs, targets, names)
 
 
-def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
+def _checked(scores: Mapping[str, Tensor], name: str, samples: int, windows: int) -> Tensor:
     if name not in scores:
         raise ValueError(f"scorer: gave no scores for layer {name!r}, but for {[*scores]}")
     values = scores[name].detach().cpu().double()
+    if values.ndim == 2 and len(values) == samples * windows:
+        values = values.unflatten(0, (samples, windows)).sum(1)
     if values.ndim != 2 or len(values) != samples:
         raise ValueError(
             f"scorer: layer {name!r} has scores of shape {tuple(values.shape)} for {samples} "
             "samples; expected (samples, units)"
         )
     return finite(values, f"scorer: scores of layer {name!r}")
+
+
+def _windows(
+    model: nn.Module, inputs: Inputs, layers: Sequence[str], found: Trace
+) -> dict[str, int]:
+    """Return how many rows a layer has for one sample where it has several, such as windows.
+
+    Raises ValueError unless the rows of one sample follow those of the other.
+    """
+    shapes = {name: getattr(found.values.get(name), "shape", (1,)) for name in layers}
+    windowed = {name: shape[0] for name, shape in shapes.items() if shape[:1] != (1,)}
+    if not windowed or len(inputs) < 2:
+        return windowed
+    with preserved(model), torch.no_grad():
+        with tapped(model, [*windowed]) as of_one:
+            run(model, inputs[:1])
+        with tapped(model, [*windowed]) as of_two:
+            run(model, inputs[:2])
+    for name in windowed:
+        alone, first = of_one.values[name], of_two.values[name][: windowed[name]]
+        scale = alone.abs().max()
+        if first.shape != alone.shape or (first - alone).abs().max() > 1e-3 * scale:
+            raise ValueError(
+                f"layer {name!r} has {windowed[name]} rows for one sample, and its rows for two "
+                "samples are not those of one after the other; name another layer"
+            )
+    return windowed
 
 
 def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
