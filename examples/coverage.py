@@ -21,10 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _by_gradient import by_gradient
 from captum.attr import LayerGradientXActivation
 from sklearn.datasets import load_sample_images
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torchvision import models
 
 import xai_edit as xe
@@ -157,67 +157,6 @@ def without_biases(model, images):
 
 
 # %% [markdown]
-# ## The same relevance by another way
-#
-# Where nothing is stabilised, LRP is the input times the gradient of a network in which gates,
-# deviations of layer norms and the factors f(z)/z of activations f are constants, and products of
-# two values of the data (in attention) count by halves. That needs none of the library's rules, so
-# it tells whether relevance is in the right place, which conservation does not.
-
-
-# %%
-class Constants(TorchFunctionMode):
-    """What is no layer is linear for the gradient: activations, gates, norms, products."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "").strip("_")
-        kwargs = kwargs or {}
-        if name in ("relu", "relu6", "hardtanh", "silu", "hardswish", "gelu", "tanh"):
-            z, output = args[0], func(args[0].detach().clone(), *args[1:], **kwargs)
-            return z * torch.where(z == 0, 0, output / z).detach()
-        if name in ("sigmoid", "hardsigmoid"):
-            return func(args[0].detach().clone(), *args[1:], **kwargs)
-        if name == "normalize":
-            length = args[0].norm(dim=kwargs["dim"], keepdim=True).detach()
-            return args[0] / length.clamp(min=1e-12)
-        if name in ("matmul", "einsum"):
-            *text, left, right = args
-            halves = func(*text, left, right.detach()), func(*text, left.detach(), right)
-            return sum(halves) / (left.requires_grad + right.requires_grad)
-        if name in WITH_CONSTANTS:
-            return WITH_CONSTANTS[name](*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def layer_norm(x, shape, weight, bias, eps):
-    dims = tuple(range(-len(shape), 0))
-    centred = x - x.mean(dims, keepdim=True)
-    deviation = (centred.square().mean(dims, keepdim=True) + eps).sqrt()
-    return centred / deviation.detach() * weight + bias
-
-
-def attention(query, key, value, _, heads, weight, bias, *rest, **options):
-    *_, last_weight, last_bias = rest
-    every = nn.functional.linear(query, weight, bias)  # ViT: query, key and value are one
-    query, key, value = every.unflatten(-1, (3, heads, -1)).permute(2, 1, 3, 0, 4)
-    with Constants():
-        shares = torch.softmax(query @ key.mT / query.shape[-1] ** 0.5, -1)
-        mixed = (shares @ value).permute(2, 0, 1, 3).flatten(2)
-    return nn.functional.linear(mixed, last_weight, last_bias), None
-
-
-WITH_CONSTANTS = {"layer_norm": layer_norm, "multi_head_attention_forward": attention}
-
-
-def by_gradient(model, images, classes):
-    pixels = images.clone().requires_grad_()
-    with Constants():
-        logits = model(pixels)
-    (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), pixels)
-    return gradient * images
-
-
-# %% [markdown]
 # ## What is asked of each network
 
 
@@ -336,7 +275,7 @@ def difference(model, images):
     with torch.no_grad():
         classes = model(images).argmax(1)
     found = xe.LRP("epsilon", epsilon=1e-14).heatmap(model, images, classes)
-    other = by_gradient(model, images, classes)
+    other = by_gradient(lambda x: model(x).gather(1, classes[:, None]), images)
     return {"difference": float((found - other).abs().max() / other.abs().max())}
 
 
