@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from itertools import pairwise
 from typing import Any, SupportsFloat, TypeVar
 
 import torch
@@ -77,6 +78,17 @@ def distinct(values: Iterable[T], name: str, works: str) -> list[T]:
     """Return one or more different values as a list."""
     listed = list(values)
     require(0 < len(listed) == len(set(listed)), name, listed, works)
+    return listed
+
+
+def ascending(
+    values: Any, name: str, number: Callable[[Any, str], T], works: str, *, least: int = 0
+) -> tuple[T, ...]:
+    """Return at least ``least`` numbers that ``number`` checked, each above the one before."""
+    require_type(values, Iterable, name, works)
+    listed: tuple[Any, ...] = tuple(number(value, name) for value in values)
+    rising = all(left < right for left, right in pairwise(listed))
+    require(rising and len(listed) >= least, name, listed, works)
     return listed
 
 

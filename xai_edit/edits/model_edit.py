@@ -264,13 +264,13 @@ class ModelEdit:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a checksum, atomically; OSError where that fails."""
-        tensors, shapes = {}, {}
+        tensors = {}
         for name, change in self.changes.items():
             small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max
             index = change.index.to(torch.int32) if small else change.index
             for part, values in zip(PARTS, (index, change.old, change.new), strict=True):
                 tensors[f"{name}/{part}"] = values
-            shapes[name] = list(change.shape)
+        shapes = {name: change.shape for name, change in self.changes.items()}
         text = json.dumps({"format": FORMAT, "shapes": shapes, "origin": self.origin})
         write_safetensors(path, tensors, KIND, sealed(tensors, text))
 
@@ -295,23 +295,21 @@ class ModelEdit:
 
 def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
     """Return the change of one parameter from a file; ValueError where it is malformed."""
-    parts = [tensors[at] for part in PARTS if (at := f"{name}/{part}") in tensors]
+    index, old, new = (tensors.get(f"{name}/{part}", torch.empty(0)) for part in PARTS)
     axes = isinstance(shape, list) and all(type(axis) is int and axis > 0 for axis in shape)
-    if axes and len(parts) == len(PARTS):
-        index, old, new = parts
-        entries = math.prod(shape)
-        if (
-            entries <= torch.iinfo(torch.int64).max
-            and index.dtype in (torch.int32, torch.int64)
-            and index.ndim == 1
-            and index.shape == old.shape == new.shape
-            and old.dtype == new.dtype
-            and len(index)
-            and index[0] >= 0
-            and index[-1] < entries
-            and (index[1:] > index[:-1]).all()
-        ):
-            return Change(tuple(shape), index.long(), old, new)
+    entries = math.prod(shape) if axes else 0
+    if (
+        entries <= torch.iinfo(torch.int64).max
+        and index.dtype in (torch.int32, torch.int64)
+        and index.ndim == 1
+        and index.shape == old.shape == new.shape
+        and old.dtype == new.dtype
+        and len(index)
+        and index[0] >= 0
+        and index[-1] < entries
+        and (index[1:] > index[:-1]).all()
+    ):
+        return Change(tuple(shape), index.long(), old, new)
     raise ValueError(f"{path}: the entries of {name!r} are not a change of a tensor of {shape}")
 
 

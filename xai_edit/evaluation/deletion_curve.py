@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,19 +12,12 @@ from scipy.integrate import trapezoid
 from torch import Tensor, nn
 
 from xai_edit.core.analysis import following_batch_norms, last_weighted
-from xai_edit.core.checks import (
-    fraction,
-    in_range,
-    one_of,
-    readable_again,
-    require,
-    require_type,
-    with_labels,
-)
+from xai_edit.core.checks import ascending, fraction, in_range, one_of, readable_again, with_labels
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.targets import class_list
+from xai_edit.core.text import Plain
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.edits.switching_off import all_silencing_entries
 from xai_edit.scoring.criteria import unit_weights
@@ -34,7 +27,7 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)
-class DeletionCurve:
+class DeletionCurve(Plain):
     """Accuracy, logit and probability while more and more units are switched off.
 
     With a good ranking, most relevant units first, ``accuracy`` and ``logit`` fall early; with one
@@ -69,7 +62,7 @@ class DeletionCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, the area too, as JSON values."""
-        return {**asdict(self), "area": self.area}
+        return {**super().to_dict(), "area": self.area}
 
 
 def deletion_curve(
@@ -118,15 +111,13 @@ def deletion_curve(
             (target,) = class_list(target, predict(model, sample).shape[1])
     names = _hidden(model, scores, layers, sample)
     norms = following_batch_norms(model, sample, names)
-    ranked = {
-        name: scores.rank(name) if order == "most" else scores.rank(name).flip(0) for name in names
-    }
+    ranked = {name: scores.rank(name) for name in names}
+    if order == "least":
+        ranked = {name: units.flip(0) for name, units in ranked.items()}
     points = []
     for share in shares:
-        off = {
-            name: units[: share_of(len(units), share) if share else 0]
-            for name, units in ranked.items()
-        }
+        counts = {name: share_of(len(units), share) for name, units in ranked.items() if share}
+        off = {name: units[: counts.get(name, 0)] for name, units in ranked.items()}
         entries = all_silencing_entries(model, off, norms)
         values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
         with ModelEdit.between(model, values, {}).applied(model):
@@ -139,11 +130,7 @@ def deletion_curve(
 def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
     """Return the shares of a curve as plain numbers, or raise ValueError."""
     works = "give two or more, ascending"
-    require_type(shares, Iterable, "shares", works)
-    listed = tuple(fraction(share, "shares", zero=True) for share in shares)
-    rising = all(left < right for left, right in pairwise(listed))
-    require(len(listed) > 1 and rising, "shares", listed, works)
-    return listed
+    return ascending(shares, "shares", partial(fraction, zero=True), works, least=2)
 
 
 def _hidden(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import require, require_type, whole_number
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.guard import copied
 from xai_edit.core.layers import predict
@@ -45,15 +44,6 @@ def lessons_kept(classes: int, target: Sequence[int]) -> list[int]:
     return [own if one in target else rest for one in range(classes)]
 
 
-def checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    """Return the steps as plain numbers, or raise ValueError."""
-    require_type(steps, Iterable, "relearn", "give numbers of steps, ascending")
-    listed = tuple(whole_number(step, "relearn") for step in steps)
-    rising = all(left < right for left, right in pairwise(listed))
-    require(rising, "relearn", listed, "give steps from 0 on, ascending")
-    return listed
-
-
 def relearning_curves(
     models: Mapping[str, nn.Module],
     heads: Mapping[str, str],
@@ -78,7 +68,7 @@ def relearning_curves(
 
     ``heads`` has the last linear layers, where there is one, and ``start`` the accuracy at step 0,
     by the networks' names; ``train`` has ``inputs`` and ``labels``, on the CPU. ``test`` is read
-    once for each step that is measured. The seed is that of the order of the batches.
+    once for each of the ``steps``, one or more. The seed is that of the order of the batches.
     """
     copies = {name: copied(model) for name, model in models.items()}
     optimizers = {}
@@ -86,27 +76,23 @@ def relearning_curves(
         for parameter in copy.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # also frozen ones
         optimizers[name] = torch.optim.SGD(copy.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    order = _batches(train["labels"], target, seed)
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in copies}
-    for step in range(max(steps, default=0) + 1):
-        if step == 1:
-            for name, copy in copies.items():
-                if name in heads:
-                    _reset_rows(copy.get_submodule(heads[name]), target)
+        if name in heads:
+            _reset_rows(copy.get_submodule(heads[name]), target)
+    reached = {name: [start[name]] if 0 in steps else [] for name in copies}
+    lessons = islice(_batches(train["labels"], target, seed), steps[-1])
+    for step, rows in enumerate(lessons, start=1):
         with naming(f"relearning, step {step} (relearn=() leaves it out)"):
-            if step:
-                rows = next(order)
-                for name, copy in copies.items():
-                    _learn(copy, optimizers[name], train["inputs"][rows], train["labels"][rows])
+            for name, copy in copies.items():
+                _learn(copy, optimizers[name], train["inputs"][rows], train["labels"][rows])
             if step in steps:
                 counts: dict[str, Tensor] = {}
-                for _ in read(copies, {}, test, "test", counts) if step else ():
+                for _ in read(copies, {}, test, "test", counts):
                     pass
-                for name, reached in points.items():
-                    now = split_accuracy(counts[name], target, "test") if step else start[name]
-                    reached.append((now.forgotten, now.rest))
+                for name, now in counts.items():
+                    reached[name].append(split_accuracy(now, target, "test"))
     return {
-        name: Relearning(steps, *zip(*reached, strict=True)) for name, reached in points.items()
+        name: Relearning(steps, tuple(one.forgotten for one in now), tuple(one.rest for one in now))
+        for name, now in reached.items()
     }
 
 

@@ -194,6 +194,7 @@ class _Plans:
         first, whole = peek(data, model_device(model))
         self.data = whole if isinstance(data, Iterator) else data
         self.operator, self.model, self.sample = operator, model, first.inputs
+        self.labelled = first.labels is not None
         self.head, self.linear = find_head(model, self.sample[:1])
         self.classes = one_logit_a_class(self.linear.out_features)
         inputs = self.head + INPUT_SUFFIX
@@ -221,16 +222,28 @@ class _Plans:
 
     def ranked(self, target: int, *, several: bool = False) -> tuple[dict[str, Tensor], int]:
         """Rank each layer's neurons by layer-wise relevance (Eq. 7–10); count the samples."""
-        samples = _Samples(self.data, target, model_device(self.model), several)
-        scores = score_units(
-            self.model,
-            samples,
-            self.operator.scorer,
-            layers=self.layers,
-            target=samples.explained,
-            k=self.operator.k,
-        )
-        samples.require_predicted()
+        if several:
+            readable_again(self.data, "planning for several classes")
+        right: list[bool] = []
+
+        def explained(logits: Tensor) -> Tensor:
+            right.extend((logits.argmax(1) == target).tolist())
+            return torch.full((len(logits),), target, device=logits.device)
+
+        own = _of_class(self.data, target, model_device(self.model), labelled=several)
+        options: dict[str, Any] = {"layers": self.layers, "target": explained, "k": self.operator.k}
+        scores = score_units(self.model, own, self.operator.scorer, **options)
+        if right and not any(right):
+            raise ValueError(
+                f"data: none of the {len(right)} samples is predicted as class {target}, so there "
+                "is no path to it; give samples that are"
+            )
+        if not all(right) and not self.labelled:
+            warnings.warn(
+                f"data: {right.count(False)} of {len(right)} samples are not predicted as class "
+                f"{target}; if they are of others, leave them out or give labels",
+                stacklevel=3,
+            )
         for layer in self.layers:
             if not scores[layer].any():
                 raise ValueError(f"layer: no relevance reaches the neurons of {layer!r}")
@@ -302,44 +315,15 @@ def _require_different(neurons: Mapping[int, list[list[int]]], layers: Sequence[
             )
 
 
-class _Samples:
-    """The samples of a class, counted while they are scored."""
-
-    def __init__(self, data: Data, target: int, device: torch.device, several: bool) -> None:
-        if several:
-            readable_again(data, "planning for several classes")
-        self.data, self.target, self.device, self.several = data, target, device, several
-        self.samples = self.right = self.found = 0
-        self.labelled = False
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in batches(self.data, self.device):
-            self.labelled = batch.labels is not None
-            if self.several and not self.labelled:
-                raise ValueError("data: has no labels; several classes need (input, label) batches")
-            chosen = batch if batch.labels is None else batch[batch.labels == self.target]
-            self.found += len(chosen)
-            if len(chosen):
-                yield chosen.inputs
-        if not self.found:
-            raise ValueError(f"target: class {self.target} is absent from the data; give samples")
-
-    def explained(self, logits: Tensor) -> Tensor:
-        """Return the class for each sample; count the samples and those predicted as it."""
-        self.samples += len(logits)
-        self.right += int((logits.argmax(1) == self.target).sum())
-        return torch.full((len(logits),), self.target, device=logits.device)
-
-    def require_predicted(self) -> None:
-        """Raise ValueError if the model predicts the class for none of the samples."""
-        if self.samples and not self.right:
-            raise ValueError(
-                f"data: none of the {self.samples} samples is predicted as class {self.target}, so "
-                "there is no path to it; give samples that are"
-            )
-        if self.right < self.samples and not self.labelled:
-            warnings.warn(
-                f"data: {self.samples - self.right} of {self.samples} samples are not predicted as "
-                f"class {self.target}; if they are of others, leave them out or give labels",
-                stacklevel=4,
-            )
+def _of_class(data: Data, target: int, device: torch.device, *, labelled: bool) -> Iterator[Tensor]:
+    """Yield the samples of a class; all where there are no labels, unless they have to be."""
+    absent = True
+    for batch in batches(data, device):
+        if labelled and batch.labels is None:
+            raise ValueError("data: has no labels; several classes need (input, label) batches")
+        chosen = batch if batch.labels is None else batch[batch.labels == target]
+        if len(chosen):
+            absent = False
+            yield chosen.inputs
+    if absent:
+        raise ValueError(f"target: class {target} is absent from the data; give samples")

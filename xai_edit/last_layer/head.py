@@ -55,8 +55,7 @@ class HeadFeatures:
     def __getitem__(self, samples: Tensor) -> HeadFeatures:
         """Return the samples of a mask or of indices."""
         columns = {name: getattr(self, name) for name in ("features", "labels", "attribute")}
-        known = {name: column for name, column in columns.items() if column is not None}
-        return replace(self, **{name: column[samples] for name, column in known.items()})
+        return replace(self, **{n: c if c is None else c[samples] for n, c in columns.items()})
 
     def parameter(self, kind: str) -> str:
         """Return the name of the layer's ``weight`` or ``bias`` among the model's parameters."""
@@ -78,9 +77,10 @@ class HeadFeatures:
                 f"edit: changes {name!r}; these are cached inputs of the layer {self.layer!r}, and "
                 "only edits of its weight and bias can be computed from them"
             )
-        layer = nn.ParameterDict({"weight": self.weight.clone()})
-        if self.bias is not None:
-            layer["bias"] = self.bias.clone()
+        known = {kind: getattr(self, kind) for kind in kinds.values()}
+        layer = nn.ParameterDict(
+            {k: value.clone() for k, value in known.items() if value is not None}
+        )
         ModelEdit({kinds[name]: change for name, change in edit.changes.items()}).apply(layer)
         return replace(self, **{kind: value.data for kind, value in layer.items()})
 
@@ -126,10 +126,10 @@ def collect_head_features(
                 attributes.append(attribute_of(attribute, batch, samples, "attribute"))
             samples += len(batch)
     check_length(attribute, samples, "attribute")
-    head = cast(nn.Linear, model.get_submodule(layer))
-    bias = None if head.bias is None else head.bias.detach().cpu().clone()
+    head: Any = model.get_submodule(layer)
+    both = (one if one is None else one.detach().cpu().clone() for one in (head.weight, head.bias))
     columns = torch.cat(features), together(labels, "labels"), together(attributes, "groups")
-    return HeadFeatures(layer, head.weight.detach().cpu().clone(), bias, *columns)
+    return HeadFeatures(layer, *both, *columns)
 
 
 def head_features(
@@ -145,9 +145,8 @@ def head_features(
     Arguments as for `collect_head_features`; ``name`` is that of ``data`` in error messages.
     """
     if not isinstance(data, HeadFeatures):
-        return collect_head_features(
-            model, data, attribute=attribute, with_attribute=with_attribute
-        )
+        options: dict[str, Any] = {"attribute": attribute, "with_attribute": with_attribute}
+        return collect_head_features(model, data, **options)
     parameters = dict(model.named_parameters())
     for kind in ("weight", "bias"):
         parameter = data.parameter(kind)
@@ -187,9 +186,10 @@ def find_head(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Linear]:
 class _LastLinear:
     """The last linear layer that ran. Its hooks end with the guard around it."""
 
+    name: str | None = None
+    inputs = outputs = torch.empty(0)
+
     def __init__(self, model: nn.Module) -> None:
-        self.name: str | None = None
-        self.inputs = self.outputs = torch.empty(0)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(partial(self._record, name), with_kwargs=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from xai_edit.core.text import aligned, cell
 from xai_edit.report.html import download
 
 LINES = 20  # rows that the text shows
@@ -36,20 +37,14 @@ class Table:
             caption += f" ({LINES} of {len(rows)}, {self.shown})"
             some = sorted(rows, key=self.order)[:LINES]
             rows = [row for row in rows if row in some]
-        cells = [[caption, *self.columns[1:]], *([_cell(value) for value in row] for row in rows)]
-        first_width, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
-        return "\n".join(
-            f"{name:<{first_width}}  "
-            + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-            for name, *row in cells
-        )
+        return aligned([[caption, *self.columns[1:]], *rows])
 
     def html(self) -> str:
         """Return a sortable HTML table, escaped, with a link to its CSV, both with all digits."""
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
         body = "".join(
-            f'<tr><th scope="row"{_exact(name)}>{escape(_cell(name))}</th>'
-            + "".join(f"<td{_exact(value)}>{escape(_cell(value))}</td>" for value in row)
+            f'<tr><th scope="row"{_exact(name)}>{escape(cell(name))}</th>'
+            + "".join(f"<td{_exact(value)}>{escape(cell(value))}</td>" for value in row)
             + "</tr>"
             for name, *row in self.rows
         )
@@ -93,12 +88,6 @@ def counted(number: int, thing: str) -> str:
 
 def _exact(value: Any) -> str:
     return f' data-value="{value!r}"' if isinstance(value, float) else ""
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> str:
