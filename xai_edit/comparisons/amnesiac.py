@@ -176,12 +176,11 @@ def amnesiac(
             readable_again(repair, "training", "repair")
             _, outputs, _ = classes_to_forget(edited, repair, classes)
             data = Remaining(shuffled(repair, batch_size), classes, outputs, model_device(edited))
-            options: dict[str, Any]
-            options = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-            origin |= options
-            edited, origin["repair_steps"] = fine_tuned(
+            options: Any = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+            edited, steps = fine_tuned(
                 edited, lambda _: (Batch(*parts) for parts in data), statistics=True, **options
             )
+            origin |= {**options, "repair_steps": steps}
         return ModelEdit.to_copy(model, edited, origin)
 
 

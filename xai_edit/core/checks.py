@@ -113,10 +113,12 @@ def finite(values: Tensor, name: str) -> Tensor:
     return values
 
 
-def with_labels(labels: Tensor | None, name: str = "data") -> Tensor:
-    """Return a batch's labels; raise ValueError where the data has none."""
+def with_labels(labels: Tensor | None, classes: int | None = None) -> Tensor:
+    """Return labels; ValueError where the data has none, or one is not one of so many classes."""
     if labels is None:
-        raise ValueError(f"{name}: has no labels; give (input, label) batches")
+        raise ValueError("data: has no labels; give (input, label) batches")
+    if classes is not None:
+        in_range(labels, classes, "labels")
     return labels
 
 

@@ -12,7 +12,7 @@ from scipy.integrate import trapezoid
 from torch import Tensor, nn
 
 from xai_edit.core.analysis import following_batch_norms, last_weighted
-from xai_edit.core.checks import ascending, fraction, in_range, one_of, readable_again, with_labels
+from xai_edit.core.checks import ascending, fraction, one_of, readable_again, with_labels
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict, resolve_layers
@@ -156,8 +156,7 @@ def _measure(
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             logits = predict(model, batch.inputs).cpu().double()
-            labels = with_labels(batch.labels).cpu()
-            in_range(labels, logits.shape[1], "labels")
+            labels = with_labels(batch.labels, logits.shape[1]).cpu()
             right, at = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
             rows = [torch.ones_like(right), right, logits[at], logits.softmax(1)[at]]
             figures = torch.stack([row.double() for row in rows])  # (4, samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import finite, in_range, with_labels
+from xai_edit.core.checks import finite, with_labels
 from xai_edit.core.counting import add_counts, count_by_group
 from xai_edit.core.data import Attribute, Data, attribute_of, batches, check_length, model_device
 from xai_edit.core.guard import preserved
@@ -45,8 +45,7 @@ def evaluate_groups(
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             logits = predict(model, batch.inputs)
-            labels = with_labels(batch.labels)
-            in_range(labels, logits.shape[1], "labels")
+            labels = with_labels(batch.labels, logits.shape[1])
             has_groups.add(groups is not None or batch.groups is not None)
             if len(has_groups) > 1:
                 raise ValueError("data: some batches have groups and some have none")

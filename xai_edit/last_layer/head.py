@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import finite, in_range, with_labels
+from xai_edit.core.checks import finite, with_labels
 from xai_edit.core.data import (
     Attribute,
     Batch,
@@ -92,9 +92,7 @@ class HeadFeatures:
 
     def require_labels(self) -> Tensor:
         """Return the labels; ValueError where the data has none or one is out of range."""
-        labels = with_labels(self.labels)
-        in_range(labels, self.classes, "labels")
-        return labels
+        return with_labels(self.labels, self.classes)
 
 
 def collect_head_features(
