@@ -118,7 +118,17 @@ class ModelEdit:
                     "pruning hook computes it. Make that permanent first"
                 )
             parameter = parameters[name].detach()
-            _require_entries(name, index, new, parameter.numel())
+            entries = parameter.numel()
+            other = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
+            if (other and index.numel()) or index.ndim != 1 or index.shape != new.shape:
+                raise ValueError(
+                    f"values: {name!r} has indices of shape {tuple(index.shape)}, {index.dtype}, "
+                    f"and new values of {tuple(new.shape)}; give one flat index, int64, for each"
+                )
+            if len(outside := index[(index < 0) | (index >= entries)]):
+                raise ValueError(
+                    f"values: {name!r} has no entry {int(outside[0])}; it has {entries}, from 0 on"
+                )
             index, new = index.to(parameter.device).long(), new.detach().to(parameter)
             if not (index[1:] > index[:-1]).all():  # a compared copy's are in order already
                 index, order = torch.sort(index)
@@ -318,20 +328,6 @@ def _same_bits(left: Tensor, right: Tensor) -> Tensor:
     size = left.element_size()
     rows = [tensor.contiguous().view(torch.uint8).view(-1, size) for tensor in (left, right)]
     return (rows[0] == rows[1]).all(1)
-
-
-def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> None:
-    """Raise ValueError unless flat indices are entries of a tensor, one for each new value."""
-    other = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
-    if (other and index.numel()) or index.ndim != 1 or index.shape != new.shape:
-        raise ValueError(
-            f"values: {name!r} has indices of shape {tuple(index.shape)}, {index.dtype}, and new "
-            f"values of {tuple(new.shape)}; give one flat index, int64, for each value"
-        )
-    outside = index[(index < 0) | (index >= entries)]
-    if len(outside):
-        wrong = int(outside[0])
-        raise ValueError(f"values: {name!r} has no entry {wrong}; it has {entries}, from 0 on")
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

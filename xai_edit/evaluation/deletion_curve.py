@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from scipy.integrate import trapezoid
-from torch import Tensor, nn
+from torch import nn
 
 from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.checks import ascending, fraction, one_of, readable_again, with_labels
@@ -109,7 +109,14 @@ def deletion_curve(
     if target is not None:
         with preserved(model), torch.no_grad():
             (target,) = class_list(target, predict(model, sample).shape[1])
-    names = _hidden(model, scores, layers, sample)
+    output = last_weighted(model, sample)
+    scored = [name for name in scores if name != output]
+    names = resolve_layers(model, scored if layers is None else layers)
+    if output in names:
+        raise ValueError(f"layers: {output!r} gives the output; its units are the classes")
+    for name in names:
+        if len(scores[name]) != (width := len(unit_weights(model, name))):
+            raise ValueError(f"scores: {len(scores[name])} for the {width} units of layer {name!r}")
     norms = following_batch_norms(model, sample, names)
     ranked = {name: scores.rank(name) for name in names}
     if order == "least":
@@ -131,21 +138,6 @@ def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
     """Return the shares of a curve as plain numbers, or raise ValueError."""
     works = "give two or more, ascending"
     return ascending(shares, "shares", partial(fraction, zero=True), works, least=2)
-
-
-def _hidden(
-    model: nn.Module, scores: UnitScores, layers: Sequence[str] | str | None, sample: Tensor
-) -> list[str]:
-    """Return the hidden layers whose units are switched off."""
-    output = last_weighted(model, sample)
-    scored = [name for name in scores if name != output]
-    names = resolve_layers(model, scored if layers is None else layers)
-    if output in names:
-        raise ValueError(f"layers: {output!r} gives the output; its units are the classes")
-    for name in names:
-        if len(scores[name]) != (units := len(unit_weights(model, name))):
-            raise ValueError(f"scores: {len(scores[name])} for the {units} units of layer {name!r}")
-    return names
 
 
 def _measure(

@@ -76,8 +76,10 @@ def relearning_curves(
         for parameter in copy.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # also frozen ones
         optimizers[name] = torch.optim.SGD(copy.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-        if name in heads:
-            _reset_rows(copy.get_submodule(heads[name]), target)
+        head = [*copy.get_submodule(heads[name]).parameters()] if name in heads else []
+        for parameter in head:
+            own = torch.isin(torch.arange(len(parameter)), torch.tensor(list(target)))
+            parameter[own] = parameter[~own].mean(0)
     reached = {name: [start[name]] if 0 in steps else [] for name in copies}
     lessons = islice(_batches(train["labels"], target, seed), steps[-1])
     for step, rows in enumerate(lessons, start=1):
@@ -94,14 +96,6 @@ def relearning_curves(
         name: Relearning(steps, tuple(one.forgotten for one in now), tuple(one.rest for one in now))
         for name, now in reached.items()
     }
-
-
-def _reset_rows(head: nn.Module, target: Sequence[int]) -> None:
-    """Set the rows of the forgotten classes to the mean of the others."""
-    for parameter in head.parameters(recurse=False):
-        chosen = torch.zeros(len(parameter), dtype=torch.bool)
-        chosen[list(target)] = True
-        parameter[chosen] = parameter[~chosen].mean(0)
 
 
 def _learn(copy: nn.Module, optimizer: torch.optim.Optimizer, *batch: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,8 +137,14 @@ class PathPerturbation:
             neurons[one] = [units.sort().values.tolist() for units in chosen]
             shares.append(share)
             samples.append(count)
-        if self.scope == "neuron":
-            _require_different(neurons, plans.layers)
+        first: dict[str, int] = {}
+        for one, units in neurons.items() if self.scope == "neuron" else ():
+            if (other := first.setdefault(repr(units), one)) != one:
+                raise ValueError(
+                    f"target: classes {other} and {one} have the same neurons in {plans.layers}, "
+                    "so that forgetting one forgets the other; forget one, or take a smaller share "
+                    "or scope='class_row'"
+                )
         origin: dict[str, Any] = {
             "operator": "PathPerturbation",
             "target": _one(targets),
@@ -301,18 +307,6 @@ class _Plans:
 
 def _one(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
-
-
-def _require_different(neurons: Mapping[int, list[list[int]]], layers: Sequence[str]) -> None:
-    targets: dict[str, int] = {}
-    for target, chosen in neurons.items():
-        other = targets.setdefault(repr(chosen), target)
-        if other != target:
-            raise ValueError(
-                f"target: classes {other} and {target} have the same neurons in {[*layers]}, so "
-                "that forgetting one forgets the other; forget one, or take a smaller share or "
-                "scope='class_row'"
-            )
 
 
 def _of_class(data: Data, target: int, device: torch.device, *, labelled: bool) -> Iterator[Tensor]:

@@ -53,13 +53,18 @@ class EditObjective:
         """The groups, and the objective as a function of their accuracies, for `best_dose`."""
         if self.aim == "removal":
             return self.has, removal(self.floor)
-        return self.groups, _worst_then_mean if len(self.values) == 1 else self._of_groups
+        if len(self.values) > 1:
+            return self.groups, self._of_groups
+        # The mean decides only among equals.
+        return self.groups, lambda groups: self._of_groups(groups) + 1e-9 * groups.mean(-1)
 
     def _of_groups(self, accuracy: Tensor) -> Tensor:
         if self.balanced:
             return accuracy.mean(-1)
-        worst = accuracy.min(-1).values  # Eq. 1, with accuracy for the loss
-        return worst if len(self.values) == 1 else _lowest_first(accuracy)
+        if len(self.values) == 1:
+            return accuracy.min(-1).values  # Eq. 1, with accuracy for the loss
+        lowest = accuracy.sort(-1).values[..., :4]  # among equals the next worst decides
+        return lowest @ 1e-4 ** torch.arange(lowest.shape[-1], dtype=lowest.dtype)
 
     def raised(self, row: int, probability: Tensor) -> Tensor | None:
         """Return a class's mean probability with its value less that without, shape (...).
@@ -88,9 +93,8 @@ class EditObjective:
         """Return the figures that an edit reports, with some weights edited."""
         logits = self.logits(weights)
         raised = self._all_raised(logits)
-        return self.accuracies(logits.argmax(1)) | (
-            {"raised": float(max(raised))} if raised else {}
-        )
+        figures = self.accuracies(logits.argmax(1))
+        return {**figures, "raised": float(max(raised))} if raised else figures
 
     def accuracies(self, predicted: Tensor) -> dict[str, float]:
         """Return the accuracies that an edit reports, for predicted classes (samples,)."""
@@ -114,14 +118,3 @@ def group_accuracy(right: Tensor, groups: Tensor) -> Tensor:
     """Return the share of right answers in each group, float64, (..., samples) to (..., G)."""
     member = torch.nn.functional.one_hot(groups).double()
     return right.double() @ member / member.sum(0)
-
-
-def _worst_then_mean(accuracy: Tensor) -> Tensor:
-    """Worst-group accuracy; the mean decides only among equals. Shape (..., G) to (...)."""
-    return accuracy.min(-1).values + 1e-9 * accuracy.mean(-1)
-
-
-def _lowest_first(accuracy: Tensor) -> Tensor:
-    """Worst-group accuracy; among equals the next worst decides, for one row may not be enough."""
-    lowest = accuracy.sort(-1).values[..., :4]
-    return lowest @ 1e-4 ** torch.arange(lowest.shape[-1], dtype=lowest.dtype)

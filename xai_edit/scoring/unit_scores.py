@@ -249,7 +249,11 @@ def score_units(
                 values = values.clamp(min=0)
             sums[name] = sums.get(name, 0) + values.sum(0)
             if k is not None:
-                counts[name] = counts.get(name, 0) + _occurrences(values, k, name)
+                whole_number(k, "k", least=1, most=values.shape[1])
+                # Stable, so that units tied within a sample are in their order on every machine.
+                top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
+                counted = torch.bincount(top.flatten(), minlength=values.shape[1])
+                counts[name] = counts.get(name, 0) + counted
 
     with preserved(model, weights=not isinstance(scorer, BUILT_IN)):
         if not getattr(scorer, "needs_data", True):
@@ -300,10 +304,3 @@ def _checked(scores: Mapping[str, Tensor], name: str, samples: int) -> Tensor:
             "samples; expected (samples, units)"
         )
     return finite(values, f"scorer: scores of layer {name!r}")
-
-
-def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
-    whole_number(k, "k", least=1, most=values.shape[1])
-    # Stable, so that units tied within a sample are taken in their order on every machine.
-    top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
-    return torch.bincount(top.flatten(), minlength=values.shape[1])
