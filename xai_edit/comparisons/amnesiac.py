@@ -145,11 +145,10 @@ def amnesiac(
 
     Parameters
     ----------
-    model : nn.Module
-        With the weights after the last recorded step. Only read.
-    log : AmnesiacLog
+    model, log
+        The model, only read, has the weights after the last step of the log, or ValueError.
     target : int or sequence of int
-        The class or classes. ValueError if no logged step saw one, or the log does not fit.
+        The class or classes. ValueError if no logged step saw one.
     repair : iterable or Dataset, optional
         Labelled batches that can be read several times, to fine-tune on afterwards, without the
         samples of the class.

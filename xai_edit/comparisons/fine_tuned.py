@@ -41,16 +41,16 @@ def retrain(
 ) -> ModelEdit:
     """Train a new network without the class: the reference for all other methods.
 
+    Errors are those of `random_labels`; ValueError also if the network has other parameters.
+
     Parameters
     ----------
     model : nn.Module
-        A classifier; only read. The edit leads from it to the new network, buffers included.
+        Only read. The edit leads from it to the new network, buffers included.
     data : iterable or Dataset
         Labelled batches that can be read several times. Batches keep their order and lose the
         samples of the class. A ``Dataset`` is shuffled in each pass and read ``batch_size`` samples
         at a time.
-    target : int or sequence of int
-        The class or classes.
     build : callable
         Returns an untrained network with the parameters of ``model``.
     train : callable
@@ -59,11 +59,6 @@ def retrain(
         that one is used.
     seed : int
         Set before ``build``; the caller's random state is restored afterwards.
-
-    Raises
-    ------
-    TypeError, ValueError, NonFiniteError
-        As `random_labels`; also if the network has other parameters than the model.
     """
     readable_again(data, "training")
     for name, function in (("build", build), ("train", train)):
@@ -103,18 +98,9 @@ def random_labels(
     label is drawn once a sample, uniformly from the classes that stay. The training is that of
     `xai_edit.core.training.fine_tuned`, with ``statistics=True``.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A classifier; only read.
-    data : iterable or Dataset
-        Labelled batches, of training data in the paper, that can be read several times. Shuffle
-        them in the loader; a ``Dataset`` is shuffled here and read ``batch_size`` samples at a
-        time. The class's samples are held on the CPU.
-    target : int or sequence of int
-        The class or classes.
-    epochs, learning_rate, seed
-        The same seed gives the same bits.
+    ``data`` has labelled batches, of training data in the paper, that can be read several times.
+    Shuffle them in the loader; a ``Dataset`` is shuffled here and read ``batch_size`` samples at a
+    time. The class's samples are held on the CPU. The same ``seed`` gives the same bits.
 
     Raises
     ------

@@ -101,13 +101,8 @@ class ModelEdit:
 
         ``values`` maps the name of a parameter or buffer to flat indices (int64) and new values,
         both of shape (entries,). Entries whose value stays the same, bit for bit, are left out.
-
-        Raises
-        ------
-        NonFiniteError
-            If a new value is NaN or infinite in the parameter's dtype.
-        ValueError
-            If a name is not of the model, or an index is out of range or repeated.
+        NonFiniteError if a new value is NaN or infinite in the parameter's dtype; ValueError if a
+        name is not of the model, or an index is out of range or repeated.
         """
         parameters = _tensors(model)
         changes = {}

@@ -18,15 +18,9 @@ def silencing_entries(
 ) -> dict[str, Tensor]:
     """Return the entries to set to zero to switch off units of a layer: name → flat positions.
 
-    Parameters
-    ----------
-    model : nn.Module
-    layer : str
-        A linear or convolution layer: the incoming weights and the bias of the units. With
-        ``:input``: the weights that read the units. ValueError for other layers.
-    units : Tensor, int64, shape (n,)
-    batch_norm : str, optional
-        A batch norm that follows the layer directly, whose scale and shift for the units go too.
+    Of a linear or convolution layer, the incoming weights and the bias of the ``units``, int64,
+    shape (n,); of ``"fc:input"``, the weights that read them; of a ``batch_norm`` that follows the
+    layer directly, the scale and shift. ValueError for other layers.
     """
     module = layer_module(model, layer)
     name = layer.removesuffix(INPUT_SUFFIX)

@@ -104,16 +104,14 @@ def compare_scorers(
 ) -> Comparison:
     """Score the same samples with several scorers and compare their rankings.
 
+    ``layers``, ``target`` and ``aggregate`` are as for `score_units`.
+
     Parameters
     ----------
-    model : nn.Module
-        A classifier. Left exactly as it was.
     data : iterable or Dataset, or None
         Read once: each batch goes to every scorer. For a class as ``target``, samples of it.
     scorers : mapping or sequence
         Name → scorer, or scorers under their own names; ``"epsilon"`` is ``LRP("epsilon")``.
-    layers, target, aggregate
-        As for `score_units`.
     share : float in (0, 1]
         The top share of each layer that is compared.
     deletion : sequence of float, optional
@@ -145,13 +143,9 @@ def compare_scorers(
         measured = {"target": target if isinstance(target, int) else None, "shares": shares}
         for layer in chosen or [name for name in names if name != output]:
             curves[layer] = _curves(model, held_out, scores, layer, measured)
-    return Comparison(
-        scores,
-        share,
-        {layer: rank_correlation(rows[layer]) for layer in names},
-        {layer: top_overlap(rows[layer], share) for layer in names},
-        curves,
-    )
+    correlation = {layer: rank_correlation(rows[layer]) for layer in names}
+    overlap = {layer: top_overlap(rows[layer], share) for layer in names}
+    return Comparison(scores, share, correlation, overlap, curves)
 
 
 def rank_correlation(rows: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ def deletion_curve(
     model : nn.Module
         A classifier. Each share is applied as a `ModelEdit` and undone, bit for bit.
     data : iterable or Dataset
-        Labelled batches, read once a share; other samples than those that were scored.
-    scores : UnitScores
+        Labelled batches, read once a share; other samples than those that were scored. TypeError
+        if they can be read only once.
     layers : sequence of str, optional
         Scored layers whose units are switched off, a share of each. Default: all but the output.
     target : int, optional
@@ -96,11 +96,6 @@ def deletion_curve(
         Ascending. Of each layer's units, rounded, at least one where the share is not 0.
     order : {"most", "least"}
         Highest score first, or lowest: with signed scores, units that speak against the target.
-
-    Raises
-    ------
-    UnknownLayerError, ValueError, TypeError
-        On bad input, such as data that can be read only once; the model is as it was.
     """
     shares = checked_shares(shares)
     one_of(order, ("most", "least"), "order")

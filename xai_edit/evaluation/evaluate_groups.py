@@ -21,10 +21,8 @@ def evaluate_groups(
 
     Parameters
     ----------
-    model : nn.Module
-        A classifier; only read.
-    data : iterable or Dataset
-        Labelled batches.
+    model, data
+        A classifier, only read, and labelled batches or a ``Dataset``.
     groups : callable, Tensor or None
         The attribute of each sample, from 0; see `xai_edit.core.data.Attribute`. Without any the
         groups are the classes.

@@ -76,12 +76,11 @@ def evaluate_unlearning(
 
     Raises
     ------
-    EditMismatchError
-        If the edit is of another model, or already applied.
-    ValueError, TypeError, NonFiniteError
-        If labels are missing or out of range, a forgotten class or all others have no samples in a
-        split, the networks' outputs differ in number, or ``analysis`` overlaps with a split; if
-        data can be read only once; if an input or an output is not finite.
+    EditMismatchError, ValueError, TypeError, NonFiniteError
+        If the edit is of another model, or already applied; if labels are missing or out of range,
+        a forgotten class or all others have no samples in a split, the networks' outputs differ in
+        number, or ``analysis`` overlaps with a split; if data can be read only once; if an input or
+        an output is not finite.
     """
     steps = ascending(relearn, "relearn", whole_number, "give steps from 0 on, ascending")
     seed = operator.index(seed)

@@ -103,8 +103,6 @@ class PathPerturbation:
 
         Parameters
         ----------
-        model : nn.Module
-            A classifier.
         data : iterable or Dataset
             Samples of the class; of labelled data, samples of other classes are ignored. One pass
             a class. Warns if some, without labels, are not predicted as the class.
@@ -117,9 +115,9 @@ class PathPerturbation:
         ------
         UnknownLayerError, ValueError
             If a layer, a class or k is out of range, no single layer is before the output, the
-            data has no sample of a class or none that the model predicts as such, the neurons do
-            not feed the output (``scope="class_row"``), two classes have the same neurons, or the
-            bound is not reached.
+            data has no sample of a class or none that is predicted as such, the neurons do not feed
+            the output (``scope="class_row"``) or are those of another class, or the bound is not
+            reached.
         """
         plans = _Plans(self, model, data)
         targets = class_list(target, plans.classes)
@@ -145,18 +143,11 @@ class PathPerturbation:
                     "so that forgetting one forgets the other; forget one, or take a smaller share "
                     "or scope='class_row'"
                 )
-        origin: dict[str, Any] = {
-            "operator": "PathPerturbation",
-            "target": _one(targets),
-            "layer": _one(plans.layers),
-            "neurons": _one([_one(layers) for layers in neurons.values()]),
-            "share": _one(shares),
-            "rank": self.rank,
-            "k": self.k,
-            "scope": self.scope,
-            "scorer": describe(self.scorer),
-            "samples": _one(samples),
-        }
+        origin: dict[str, Any] = {"operator": "PathPerturbation", "target": _one(targets)}
+        origin["layer"] = _one(plans.layers)
+        origin["neurons"] = _one([_one(layers) for layers in neurons.values()])
+        origin |= {"share": _one(shares), "rank": self.rank, "k": self.k, "scope": self.scope}
+        origin |= {"scorer": describe(self.scorer), "samples": _one(samples)}
         if self.share == "auto":
             origin["bound"] = self.bound
         if self.noise is not None:
@@ -174,16 +165,10 @@ class PathPerturbation:
     ) -> ShareSweep:
         """Measure A_t and A_g at several shares; the share of the operator is ignored.
 
-        Takes one pass over ``validation`` where the neurons feed the last layer, else one a share.
-        Other arguments and errors as for `plan`.
-
-        Parameters
-        ----------
-        validation : iterable, Dataset or HeadFeatures
-            Samples to measure on, for A_g with labelled samples of other classes. Features of
-            `xai_edit.last_layer.head.collect_head_features` save the pass.
-        shares : sequence of float in (0, 1], optional
-            Default: each number of neurons, or at most each hundredth where each takes a pass.
+        Takes one pass over ``validation`` where the neurons feed the last layer, which features of
+        `xai_edit.last_layer.head.collect_head_features` save, else one a share. It has labelled
+        samples of other classes for A_g. ``shares`` are in (0, 1]; the default is each number of
+        neurons, or at most each hundredth where each takes a pass. Other errors as for `plan`.
         """
         for share in shares or ():
             fraction(share, "share")

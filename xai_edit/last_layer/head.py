@@ -100,14 +100,8 @@ def collect_head_features(
 ) -> HeadFeatures:
     """Return the inputs of a model's last linear layer, by one pass over the data.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A classifier; only read. ValueError if its output is not that of a linear layer.
-    data : iterable or Dataset
-        See `xai_edit.core.data.batches`; samples × d features are held in memory.
-    attribute : callable, Tensor or None
-        See `xai_edit.core.data.Attribute`; recorded ``with_attribute``.
+    All are held in memory. ``attribute``, see `xai_edit.core.data.Attribute`, is recorded
+    ``with_attribute``. ValueError if the model's output is not that of a linear layer.
     """
     require_finite(model)
     features: list[Tensor] = []

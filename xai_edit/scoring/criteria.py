@@ -66,12 +66,9 @@ class Activation:
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
             weights_of(targets, predict(model, inputs))  # raises for a wrong class
         tap.require(layers)
-        scores = {}
-        for name in layers:
-            values = tap.values[name].clamp(min=0)
-            summed = sum_positions(values, axes[name])
-            scores[name] = summed * (summed.numel() / values.numel())
-        return scores
+        values = {name: tap.values[name].clamp(min=0) for name in layers}
+        summed = {name: sum_positions(values[name], axes[name]) for name in layers}
+        return {n: sums * (sums.numel() / values[n].numel()) for n, sums in summed.items()}
 
 
 @dataclass(frozen=True)

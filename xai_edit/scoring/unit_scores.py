@@ -53,13 +53,11 @@ class UnitScores:
     ----------
     sums : dict of Tensor
         Per layer the sum over samples, float64, shape (units,).
-    samples : int
-    aggregate : {"sum", "mean", "abs", "positive"}
+    samples, aggregate, k
         See `score_units`.
     counts : dict of Tensor
         Per layer in how many samples each unit is among the ``k`` highest, int64, shape (units,);
         empty without ``k``.
-    k : int or None
     origin : dict
         Scorer and arguments of the scores, as JSON values.
     """
@@ -200,14 +198,12 @@ def score_units(
     k: int | None = None,
     unit_axis: int | Mapping[str, int] | None = None,
 ) -> UnitScores:
-    """Score every unit of the named layers over a data set, in one pass.
+    """Score every unit of the named layers over a data set, in one pass; the model is only read.
 
     UnknownLayerError, NonFiniteError, ValueError or TypeError on bad input, before or during it.
 
     Parameters
     ----------
-    model : nn.Module
-        A classifier, logits of shape (samples, classes). Left exactly as it was.
     data : iterable or Dataset, or None
         See `xai_edit.core.data.batches`; None for a scorer that reads only weights.
     scorer : callable
