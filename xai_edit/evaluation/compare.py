@@ -61,14 +61,14 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as JSON values, NaN as None; `UnitScores.save` keeps the scores."""
-        layers = {}
-        for layer in self.layers:
-            curves = self.deletion.get(layer, {})
-            layers[layer] = {
-                "rank_correlation": _json(self.rank_correlation[layer]),
+        layers: dict[str, Any] = {}
+        for layer, correlation in self.rank_correlation.items():
+            curves = {name: one.to_dict() for name, one in self.deletion.get(layer, {}).items()}
+            figures = {
+                "rank_correlation": _json(correlation),
                 "overlap": _json(self.overlap[layer]),
-                "deletion": {name: curve.to_dict() for name, curve in curves.items()},
             }
+            layers[layer] = {**figures, "deletion": curves}
         origins = {name: scores.origin for name, scores in self.scores.items()}
         return {"scorers": origins, "share": self.share, "layers": layers}
 

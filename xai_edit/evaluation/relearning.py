@@ -85,7 +85,13 @@ def relearning_curves(
     for step, rows in enumerate(lessons, start=1):
         with naming(f"relearning, step {step} (relearn=() leaves it out)"):
             for name, copy in copies.items():
-                _learn(copy, optimizers[name], train["inputs"][rows], train["labels"][rows])
+                x, y = (train[part][rows].to(model_device(copy)) for part in ("inputs", "labels"))
+                with torch.enable_grad():
+                    loss = nn.functional.nll_loss(log_probabilities(predict(copy, x)), y)
+                    optimizers[name].zero_grad()
+                    loss.backward()
+                nn.utils.clip_grad_norm_(copy.parameters(), LONGEST)
+                optimizers[name].step()
             if step in steps:
                 counts: dict[str, Tensor] = {}
                 for _ in read(copies, {}, test, "test", counts):
@@ -96,16 +102,6 @@ def relearning_curves(
         name: Relearning(steps, tuple(one.forgotten for one in now), tuple(one.rest for one in now))
         for name, now in reached.items()
     }
-
-
-def _learn(copy: nn.Module, optimizer: torch.optim.Optimizer, *batch: Tensor) -> None:
-    inputs, labels = (part.to(model_device(copy)) for part in batch)
-    with torch.enable_grad():
-        loss = nn.functional.nll_loss(log_probabilities(predict(copy, inputs)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(copy.parameters(), LONGEST)
-    optimizer.step()
 
 
 def _batches(labels: Tensor, target: Sequence[int], seed: int) -> Iterator[Tensor]:

@@ -55,7 +55,8 @@ class HeadFeatures:
     def __getitem__(self, samples: Tensor) -> HeadFeatures:
         """Return the samples of a mask or of indices."""
         columns = {name: getattr(self, name) for name in ("features", "labels", "attribute")}
-        return replace(self, **{n: c if c is None else c[samples] for n, c in columns.items()})
+        known = {name: column for name, column in columns.items() if column is not None}
+        return replace(self, **{name: column[samples] for name, column in known.items()})
 
     def parameter(self, kind: str) -> str:
         """Return the name of the layer's ``weight`` or ``bias`` among the model's parameters."""
@@ -119,9 +120,9 @@ def collect_head_features(
             samples += len(batch)
     check_length(attribute, samples, "attribute")
     head: Any = model.get_submodule(layer)
-    both = (one if one is None else one.detach().cpu().clone() for one in (head.weight, head.bias))
+    bias = None if head.bias is None else head.bias.detach().cpu().clone()
     columns = torch.cat(features), together(labels, "labels"), together(attributes, "groups")
-    return HeadFeatures(layer, *both, *columns)
+    return HeadFeatures(layer, head.weight.detach().cpu().clone(), bias, *columns)
 
 
 def head_features(
