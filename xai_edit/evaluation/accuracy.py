@@ -295,7 +295,7 @@ class Accuracy:
         rows += [row("  ", group) for group in groups if group in lowest]
         rows += [row("worst: ", found["worst"]), [], ["", *head, "gap to worst", head[-1]]]
         rows += [[AVERAGES[name], samples, *found[name].values()] for name in self.averages]
-        return aligned(rows)
+        return aligned([[tuple(c) if isinstance(c, list) else c for c in row] for row in rows])
 
     def _weights(self) -> dict[Average, Tensor]:
         """Return the weight of each group that has samples in each average, shape (G,)."""
