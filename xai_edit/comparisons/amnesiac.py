@@ -145,11 +145,10 @@ def amnesiac(
 
     Parameters
     ----------
-    model : nn.Module
-        With the weights after the last recorded step. Only read.
-    log : AmnesiacLog
+    model, log
+        The model, only read, has the weights after the last step of the log, or ValueError.
     target : int or sequence of int
-        The class or classes. ValueError if no logged step saw one, or the log does not fit.
+        The class or classes. ValueError if no logged step saw one.
     repair : iterable or Dataset, optional
         Labelled batches that can be read several times, to fine-tune on afterwards, without the
         samples of the class.
@@ -176,12 +175,11 @@ def amnesiac(
             readable_again(repair, "training", "repair")
             _, outputs, _ = classes_to_forget(edited, repair, classes)
             data = Remaining(shuffled(repair, batch_size), classes, outputs, model_device(edited))
-            options: dict[str, Any]
-            options = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-            origin |= options
-            edited, origin["repair_steps"] = fine_tuned(
+            options: Any = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+            edited, steps = fine_tuned(
                 edited, lambda _: (Batch(*parts) for parts in data), statistics=True, **options
             )
+            origin |= {**options, "repair_steps": steps}
         return ModelEdit.to_copy(model, edited, origin)
 
 

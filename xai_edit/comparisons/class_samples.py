@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from xai_edit.core.checks import in_range, one_logit_a_class, with_labels
+from xai_edit.core.checks import one_logit_a_class, with_labels
 from xai_edit.core.data import Batch, Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, joined
@@ -67,9 +67,7 @@ def labelled(
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Yield batches and their labels; ValueError without labels or where one is out of range."""
     for batch in batches(data, device):
-        labels = with_labels(batch.labels)
-        in_range(labels, outputs, "labels")
-        yield batch, labels
+        yield batch, with_labels(batch.labels, outputs)
 
 
 def among(labels: Tensor, classes: Sequence[int]) -> Tensor:

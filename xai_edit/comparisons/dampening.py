@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +50,10 @@ class SelectiveSynapticDampening:
     def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
         """Plan the dampening from one pass over the data; the model is only read.
 
-        Parameters
-        ----------
-        model : nn.Module
-            A classifier that returns logits.
-        data : iterable or Dataset
-            Labelled batches of all classes; training data in the paper.
-        target : int or sequence of int
-            The class or classes to forget.
-
-        Raises
-        ------
-        ValueError, NonFiniteError
-            If a class is out of range or has no samples, the data has no labels, ``alpha`` is too
-            large for any weight, or the model cannot be differentiated per sample; if a weight or
-            a gradient is not finite.
+        ``data`` has labelled batches of all classes, in the paper the training data. ValueError if
+        a class is out of range or has no samples, the data has no labels, ``alpha`` is too large
+        for any weight, or the model cannot be differentiated per sample; NonFiniteError if a weight
+        or a gradient is not finite.
         """
         classes, outputs, data = classes_to_forget(model, data, target)
         with torch.inference_mode(False):
@@ -83,15 +73,10 @@ class SelectiveSynapticDampening:
             index = torch.nonzero(forget > self.alpha * overall).flatten()
             beta = (self.lambda_ * overall[index] / forget[index]).clamp(max=1)
             values[name] = (index, model.get_parameter(name).detach().flatten()[index] * beta)
-        origin = {
-            "operator": "SelectiveSynapticDampening",
-            "target": classes,
-            "alpha": self.alpha,
-            "lambda": self.lambda_,
-            "samples": samples,
-            "target_samples": forget_samples,
-            "selected": sum(len(index) for index, _ in values.values()),
-        }
+        origin: dict[str, Any] = {"operator": "SelectiveSynapticDampening", "target": classes}
+        origin |= {"alpha": self.alpha, "lambda": self.lambda_, "samples": samples}
+        origin["target_samples"] = forget_samples
+        origin["selected"] = sum(len(index) for index, _ in values.values())
         return ModelEdit.between(model, values, origin)
 
 

@@ -42,16 +42,16 @@ def retrain(
 ) -> ModelEdit:
     """Train a new network without the class: the reference for all other methods.
 
+    Errors are those of `random_labels`; ValueError also if the network has other parameters.
+
     Parameters
     ----------
     model : nn.Module
-        A classifier; only read. The edit leads from it to the new network, buffers included.
+        Only read. The edit leads from it to the new network, buffers included.
     data : iterable or Dataset
         Labelled batches that can be read several times. Batches keep their order and lose the
         samples of the class. A ``Dataset`` is shuffled in each pass and read ``batch_size`` samples
         at a time.
-    target : int or sequence of int
-        The class or classes.
     build : callable
         Returns an untrained network with the parameters of ``model``.
     train : callable
@@ -60,11 +60,6 @@ def retrain(
         that one is used.
     seed : int
         Set before ``build``; the caller's random state is restored afterwards.
-
-    Raises
-    ------
-    TypeError, ValueError, NonFiniteError
-        As `random_labels`; also if the network has other parameters than the model.
     """
     readable_again(data, "training")
     for name, function in (("build", build), ("train", train)):
@@ -82,8 +77,10 @@ def retrain(
             raise ValueError(ONLY_TARGET)
         returned = train(network, Remaining(batches, classes, outputs, model_device(network)))
         network = returned if isinstance(returned, nn.Module) else network
-        origin = {"samples": len(labels) - removed, "removed": removed, "seed": seed}
-        return _edit(model, network, "retrain", classes, origin)
+        counts = {"samples": len(labels) - removed, "removed": removed, "seed": seed}
+        return ModelEdit.to_copy(
+            model, network, {"operator": "retrain", "target": classes, **counts}
+        )
 
 
 def random_labels(
@@ -102,18 +99,9 @@ def random_labels(
     label is drawn once a sample, uniformly from the classes that stay. The training is that of
     `xai_edit.core.training.fine_tuned`, with ``statistics=True``.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A classifier; only read.
-    data : iterable or Dataset
-        Labelled batches, of training data in the paper, that can be read several times. Shuffle
-        them in the loader; a ``Dataset`` is shuffled here and read ``batch_size`` samples at a
-        time. The class's samples are held on the CPU.
-    target : int or sequence of int
-        The class or classes.
-    epochs, learning_rate, seed
-        The same seed gives the same bits.
+    ``data`` has labelled batches, of training data in the paper, that can be read several times.
+    Shuffle them in the loader; a ``Dataset`` is shuffled here and read ``batch_size`` samples at a
+    time. The class's samples are held on the CPU. The same ``seed`` gives the same bits.
 
     Raises
     ------
@@ -143,8 +131,9 @@ def random_labels(
 
         options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         edited, steps = fine_tuned(model, relabelled, statistics=True, **options)
-        options |= {"samples": len(chosen) + chosen.others, "relabelled": len(chosen)}
-        return _edit(model, edited, "random_labels", chosen.classes, options | {"steps": steps})
+        origin = {"operator": "random_labels", "target": chosen.classes, **options}
+        origin |= {"samples": len(chosen) + chosen.others, "relabelled": len(chosen)}
+        return ModelEdit.to_copy(model, edited, origin | {"steps": steps})
 
 
 def negative_gradient(
@@ -168,8 +157,8 @@ def negative_gradient(
     options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, target)
-        edited, origin = _on_class(model, chosen, chosen.labels, seed, options, ascend=True)
-        return _edit(model, edited, "negative_gradient", chosen.classes, origin)
+        training = "negative_gradient", chosen, chosen.labels, seed, options
+        return ModelEdit.to_copy(model, *_on_class(model, *training, ascend=True))
 
 
 def boundary_shrink(
@@ -194,11 +183,11 @@ def boundary_shrink(
     with seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, target)
         nearest = nearest_classes(model, chosen, epsilon=epsilon, clip=clip, batch_size=batch_size)
-        edited, origin = _on_class(model, chosen, nearest, seed, options)
-        origin |= {"epsilon": epsilon, "clip": None if clip is None else list(clip)}
+        edited, origin = _on_class(model, "boundary_shrink", chosen, nearest, seed, options)
+        origin |= {"epsilon": epsilon, "clip": clip and list(clip)}
         counts = torch.bincount(nearest, minlength=chosen.outputs)
         origin["nearest"] = {str(c): int(n) for c, n in enumerate(counts) if n}
-        return _edit(model, edited, "boundary_shrink", chosen.classes, origin)
+        return ModelEdit.to_copy(model, edited, origin)
 
 
 def boundary_expanding(
@@ -228,11 +217,11 @@ def boundary_expanding(
         for (key, old), new in zip([*head.named_parameters()], row.parameters(), strict=True):
             setattr(wide_head, key, nn.Parameter(torch.cat([old.detach(), new.detach()])))
         shadow = torch.full((len(chosen),), chosen.outputs)
-        edited, origin = _on_class(wide, chosen, shadow, seed, options)
+        edited, origin = _on_class(wide, "boundary_expanding", chosen, shadow, seed, options)
         edited_head = edited.get_submodule(name)
         for key, trained in [*edited_head.named_parameters()]:
             setattr(edited_head, key, nn.Parameter(trained.detach()[:-1].clone()))
-        return _edit(model, edited, "boundary_expanding", chosen.classes, origin | {"layer": name})
+        return ModelEdit.to_copy(model, edited, origin | {"layer": name})
 
 
 def nearest_classes(
@@ -277,6 +266,7 @@ def nearest_classes(
 
 def _on_class(
     model: nn.Module,
+    method: str,
     chosen: ClassSamples,
     labels: Tensor,
     seed: int,
@@ -285,18 +275,13 @@ def _on_class(
     ascend: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train a copy on the class's samples alone, with ``labels``; return it and its origin."""
-    settings, generator = dict(options), torch.Generator().manual_seed(seed)
+    settings, generator = {**options, "seed": seed}, torch.Generator().manual_seed(seed)
     batch_size = whole_number(settings.pop("batch_size"), "batch_size", least=1)
 
     def epoch(_: int) -> Iterator[Batch]:
         for rows in torch.randperm(len(chosen), generator=generator).split(batch_size):
             yield Batch(chosen.inputs[rows], labels[rows])
 
-    edited, steps = fine_tuned(model, epoch, ascend=ascend, seed=seed, **settings)
-    return edited, {**options, "seed": seed, "samples": len(chosen), "steps": steps}
-
-
-def _edit(
-    model: nn.Module, edited: nn.Module, method: str, classes: list[int], origin: dict[str, Any]
-) -> ModelEdit:
-    return ModelEdit.to_copy(model, edited, {"operator": method, "target": classes, **origin})
+    edited, steps = fine_tuned(model, epoch, ascend=ascend, **settings)
+    origin = {"operator": method, "target": chosen.classes, **options, "seed": seed}
+    return edited, {**origin, "samples": len(chosen), "steps": steps}

@@ -67,15 +67,10 @@ class LastLayerRetraining:
     ) -> ModelEdit:
         """Plan the new head; the model is only read.
 
-        Parameters
-        ----------
-        model : nn.Module
-            A classifier that ends in a linear layer. ValueError if that has no bias.
-        data : iterable, Dataset or HeadFeatures
-            Labelled batches with samples of every group, held out from training. ValueError if a
-            class has none, or a group only one with ``C="auto"`` (``origin["tuned"]`` reports it).
-        attribute : callable, Tensor or None
-            See `xai_edit.core.data.Attribute`; it may have more than two values.
+        ``data`` has labelled samples of every group, held out from training; ``attribute``, see
+        `xai_edit.core.data.Attribute`, may have more than two values. ValueError if the model does
+        not end in a linear layer with a bias, a class has no samples, or a group only one with
+        ``C="auto"``, whose tuning ``origin["tuned"]`` reports.
         """
         head = head_features(model, data, attribute=attribute, with_attribute=True)
         assert head.attribute is not None  # with_attribute
@@ -107,16 +102,9 @@ class LastLayerRetraining:
             head.parameter(kind): (torch.arange(new.size), torch.from_numpy(new).flatten())
             for kind, new in (("weight", weight), ("bias", bias))
         }
-        origin = {
-            "operator": "LastLayerRetraining",
-            "repeats": self.repeats,
-            "C": strength,
-            "seed": self.seed,
-            "samples": len(labels),
-            "per_group": int(sizes.min()),
-            **tuned,
-        }
-        return ModelEdit.between(model, values, origin)
+        origin = {"operator": "LastLayerRetraining", "repeats": self.repeats, "C": strength}
+        origin |= {"seed": self.seed, "samples": len(labels), "per_group": int(sizes.min())}
+        return ModelEdit.between(model, values, origin | tuned)
 
     def _worst_groups(self, x: Array, y: Array, cells: Array) -> dict[float, float]:
         """Return each strength's worst-group accuracy on a half, after fitting on the other."""

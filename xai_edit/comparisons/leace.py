@@ -49,15 +49,9 @@ class LEACE:
 
         The edit is empty where the features are uncorrelated with the attribute.
 
-        Parameters
-        ----------
-        model : nn.Module
-            A classifier that ends in a linear layer. ValueError if that has no bias.
-        data : iterable, Dataset or HeadFeatures
-            Batches; labels are not needed.
-        attribute : callable, Tensor or None
-            See `xai_edit.core.data.Attribute`; it may have more than two values. ValueError if it
-            is missing, or the same for all samples.
+        ``data`` needs no labels; ``attribute``, see `xai_edit.core.data.Attribute`, may have more
+        than two values. ValueError if the model does not end in a linear layer with a bias, or the
+        attribute is missing or the same for all samples.
         """
         from sklearn.covariance import ledoit_wolf
 
@@ -81,13 +75,9 @@ class LEACE:
             head.parameter("weight"): head.weight.double() - removed,
             head.parameter("bias"): bias.double() + removed @ mean,
         }
-        origin = {
-            "operator": "LEACE",
-            "samples": len(x),
-            "values": dict(zip(map(str, values.tolist()), counts.tolist(), strict=True)),
-            "directions": left.shape[1],
-            "shrinkage": float(shrinkage),
-        }
+        counted = dict(zip(map(str, values.tolist()), counts.tolist(), strict=True))
+        origin = {"operator": "LEACE", "samples": len(x), "values": counted}
+        origin |= {"directions": left.shape[1], "shrinkage": float(shrinkage)}
         changes = {name: (torch.arange(v.numel()), v.flatten()) for name, v in new.items()}
         return ModelEdit.between(model, changes if left.shape[1] else {}, origin)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from itertools import pairwise
 from typing import Any, SupportsFloat, TypeVar
 
 import torch
@@ -80,6 +81,17 @@ def distinct(values: Iterable[T], name: str, works: str) -> list[T]:
     return listed
 
 
+def ascending(
+    values: Any, name: str, number: Callable[[Any, str], T], works: str, *, least: int = 0
+) -> tuple[T, ...]:
+    """Return at least ``least`` numbers that ``number`` checked, each above the one before."""
+    require_type(values, Iterable, name, works)
+    listed: tuple[Any, ...] = tuple(number(value, name) for value in values)
+    rising = all(left < right for left, right in pairwise(listed))
+    require(rising and len(listed) >= least, name, listed, works)
+    return listed
+
+
 def whole_numbers(values: Any, name: str, works: str) -> list[int]:
     """Return one whole number or several different ones as a list of int."""
     single = not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0
@@ -101,10 +113,12 @@ def finite(values: Tensor, name: str) -> Tensor:
     return values
 
 
-def with_labels(labels: Tensor | None, name: str = "data") -> Tensor:
-    """Return a batch's labels; raise ValueError where the data has none."""
+def with_labels(labels: Tensor | None, classes: int | None = None) -> Tensor:
+    """Return labels; ValueError where the data has none, or one is not one of so many classes."""
     if labels is None:
-        raise ValueError(f"{name}: has no labels; give (input, label) batches")
+        raise ValueError("data: has no labels; give (input, label) batches")
+    if classes is not None:
+        in_range(labels, classes, "labels")
     return labels
 
 

@@ -38,6 +38,6 @@ def cell(value: Any) -> str:
     """Return a value as the text of a cell."""
     if value is None:
         return "–"
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return "–".join(map(cell, value))
     return f"{value:.3f}" if isinstance(value, float) else str(value)

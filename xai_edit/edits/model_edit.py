@@ -101,13 +101,8 @@ class ModelEdit:
 
         ``values`` maps the name of a parameter or buffer to flat indices (int64) and new values,
         both of shape (entries,). Entries whose value stays the same, bit for bit, are left out.
-
-        Raises
-        ------
-        NonFiniteError
-            If a new value is NaN or infinite in the parameter's dtype.
-        ValueError
-            If a name is not of the model, or an index is out of range or repeated.
+        NonFiniteError if a new value is NaN or infinite in the parameter's dtype; ValueError if a
+        name is not of the model, or an index is out of range or repeated.
         """
         parameters = tensors_of(model)
         changes = {}
@@ -118,7 +113,17 @@ class ModelEdit:
                     "pruning hook computes it. Make that permanent first"
                 )
             parameter = parameters[name].detach()
-            _require_entries(name, index, new, parameter.numel())
+            entries = parameter.numel()
+            other = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
+            if (other and index.numel()) or index.ndim != 1 or index.shape != new.shape:
+                raise ValueError(
+                    f"values: {name!r} has indices of shape {tuple(index.shape)}, {index.dtype}, "
+                    f"and new values of {tuple(new.shape)}; give one flat index, int64, for each"
+                )
+            if len(outside := index[(index < 0) | (index >= entries)]):
+                raise ValueError(
+                    f"values: {name!r} has no entry {int(outside[0])}; it has {entries}, from 0 on"
+                )
             index, new = index.to(parameter.device).long(), new.detach().to(parameter)
             if not (index[1:] > index[:-1]).all():  # a compared copy's are in order already
                 index, order = torch.sort(index)
@@ -264,13 +269,13 @@ class ModelEdit:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a checksum, atomically; OSError where that fails."""
-        tensors, shapes = {}, {}
+        tensors = {}
         for name, change in self.changes.items():
             small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max
             index = change.index.to(torch.int32) if small else change.index
             for part, values in zip(PARTS, (index, change.old, change.new), strict=True):
                 tensors[f"{name}/{part}"] = values
-            shapes[name] = list(change.shape)
+        shapes = {name: change.shape for name, change in self.changes.items()}
         text = json.dumps({"format": FORMAT, "shapes": shapes, "origin": self.origin})
         write_safetensors(path, tensors, KIND, sealed(tensors, text))
 
@@ -295,23 +300,21 @@ class ModelEdit:
 
 def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
     """Return the change of one parameter from a file; ValueError where it is malformed."""
-    parts = [tensors[at] for part in PARTS if (at := f"{name}/{part}") in tensors]
+    index, old, new = (tensors.get(f"{name}/{part}", torch.empty(0)) for part in PARTS)
     axes = isinstance(shape, list) and all(type(axis) is int and axis > 0 for axis in shape)
-    if axes and len(parts) == len(PARTS):
-        index, old, new = parts
-        entries = math.prod(shape)
-        if (
-            entries <= torch.iinfo(torch.int64).max
-            and index.dtype in (torch.int32, torch.int64)
-            and index.ndim == 1
-            and index.shape == old.shape == new.shape
-            and old.dtype == new.dtype
-            and len(index)
-            and index[0] >= 0
-            and index[-1] < entries
-            and (index[1:] > index[:-1]).all()
-        ):
-            return Change(tuple(shape), index.long(), old, new)
+    entries = math.prod(shape) if axes else 0
+    if (
+        entries <= torch.iinfo(torch.int64).max
+        and index.dtype in (torch.int32, torch.int64)
+        and index.ndim == 1
+        and index.shape == old.shape == new.shape
+        and old.dtype == new.dtype
+        and len(index)
+        and index[0] >= 0
+        and index[-1] < entries
+        and (index[1:] > index[:-1]).all()
+    ):
+        return Change(tuple(shape), index.long(), old, new)
     raise ValueError(f"{path}: the entries of {name!r} are not a change of a tensor of {shape}")
 
 
@@ -320,20 +323,6 @@ def _same_bits(left: Tensor, right: Tensor) -> Tensor:
     size = left.element_size()
     rows = [tensor.contiguous().view(torch.uint8).view(-1, size) for tensor in (left, right)]
     return (rows[0] == rows[1]).all(1)
-
-
-def _require_entries(name: str, index: Tensor, new: Tensor, entries: int) -> None:
-    """Raise ValueError unless flat indices are entries of a tensor, one for each new value."""
-    other = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
-    if (other and index.numel()) or index.ndim != 1 or index.shape != new.shape:
-        raise ValueError(
-            f"values: {name!r} has indices of shape {tuple(index.shape)}, {index.dtype}, and new "
-            f"values of {tuple(new.shape)}; give one flat index, int64, for each value"
-        )
-    outside = index[(index < 0) | (index >= entries)]
-    if len(outside):
-        wrong = int(outside[0])
-        raise ValueError(f"values: {name!r} has no entry {wrong}; it has {entries}, from 0 on")
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -18,15 +18,9 @@ def silencing_entries(
 ) -> dict[str, Tensor]:
     """Return the entries to set to zero to switch off units of a layer: name → flat positions.
 
-    Parameters
-    ----------
-    model : nn.Module
-    layer : str
-        A linear or convolution layer: the incoming weights and the bias of the units. With
-        ``:input``: the weights that read the units. ValueError for other layers.
-    units : Tensor, int64, shape (n,)
-    batch_norm : str, optional
-        A batch norm that follows the layer directly, whose scale and shift for the units go too.
+    Of a linear or convolution layer, the incoming weights and the bias of the ``units``, int64,
+    shape (n,); of ``"fc:input"``, the weights that read them; of a ``batch_norm`` that follows the
+    layer directly, the scale and shift. ValueError for other layers.
     """
     module = layer_module(model, layer)
     name = layer.removesuffix(INPUT_SUFFIX)
@@ -40,7 +34,11 @@ def silencing_entries(
     if getattr(module, "groups", 1) > 1 and transposed != reads:
         raise ValueError(f"layer {layer!r} is grouped; its units cannot be switched off one by one")
     axis = 1 if transposed != reads else 0
-    entries = {f"{name}.weight": _slices(module.weight.shape, axis, units)}
+    positions = torch.zeros(1, dtype=torch.long)  # flat, of the units along their axis
+    for at, length in enumerate(module.weight.shape):
+        along = units.cpu() if at == axis else torch.arange(length)
+        positions = (positions[:, None] * length + along).flatten()
+    entries = {f"{name}.weight": positions}
     if not reads and module.bias is not None:
         entries[f"{name}.bias"] = units
     if batch_norm is not None:
@@ -58,15 +56,6 @@ def all_silencing_entries(
             entries.setdefault(name, []).append(at)
     # Two named layers may share a weight, as "fc" and "fc:input" do.
     return {name: torch.cat(parts).unique() for name, parts in entries.items()}
-
-
-def _slices(shape: torch.Size, axis: int, units: Tensor) -> Tensor:
-    """Return the flat positions of the ``units`` along an axis of a tensor."""
-    positions = torch.zeros(1, dtype=torch.long)
-    for at, length in enumerate(shape):
-        along = units.cpu() if at == axis else torch.arange(length)
-        positions = (positions[:, None] * length + along).flatten()
-    return positions
 
 
 def noisy_values(

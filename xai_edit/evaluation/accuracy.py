@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xai_edit.core.checks import fraction, one_of, require, whole_number
 from xai_edit.core.targets import class_list
-from xai_edit.core.text import aligned
+from xai_edit.core.text import Plain, aligned
 from xai_edit.evaluation.intervals import Interval, percentile_interval, resampled_shares
 
 LINES = 20  # groups that the text shows
@@ -61,7 +61,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Demographics:
+class Demographics(Plain):
     """Differences in rates between groups of people, 0 to 1. Lower is better; 0 is equality.
 
     Each is the highest rate less the lowest, also within each resample of its interval, which
@@ -78,17 +78,10 @@ class Demographics:
     rates: tuple[Rate, ...]
     confidence: float = CONFIDENCE
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values; keys are the attributes' names, tuples are lists."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
-
     def __str__(self) -> str:
         caption = f"class {self.positive} predicted, by attribute"
         rows: list[list[Any]] = [[caption, "true positive rate", "of", "rate", "of"]]
-        for one in self.rates:
-            attribute, *figures = asdict(one).values()
-            rows.append([f"  attribute {attribute}", *figures])
+        rows += [[f"  attribute {one.attribute}", *astuple(one)[1:]] for one in self.rates]
         rows.append(["", "difference", f"{self.confidence:.0%} interval"])
         for name in ("equal opportunity", "demographic parity"):
             start = name.replace(" ", "_")
@@ -122,9 +115,10 @@ class Accuracy:
     def __post_init__(self) -> None:
         if self.train_samples is None:
             return
-        counts = check_train_samples(self.train_samples, len(self.samples))
+        counts = check_train_samples(self.train_samples, len(self.samples)).long().cpu()
+        counts = nn.functional.pad(counts, (0, max(0, self.samples.shape[1] - counts.shape[1])))
         object.__setattr__(self, "train_samples", counts)
-        unseen = self._padded_train_samples()
+        unseen = counts.clone()
         unseen[:, : self.samples.shape[1]][self.samples > 0] = 0
         for label, attribute in unseen.nonzero().tolist():
             raise ValueError(
@@ -286,24 +280,22 @@ class Accuracy:
         }
 
     def __str__(self) -> str:
-        intervals, groups = self.intervals(), self.groups
-        shown = sorted(sorted(groups, key=lambda group: groups[group])[:LINES])
-        some = f", the {LINES} lowest of {len(groups)}" if len(shown) < len(groups) else ""
-        head = ["samples", "accuracy", f"{intervals.confidence:.0%} interval"]
-        named = self.samples.shape[1] > 1
+        found = self.to_dict()
+        groups, samples = found["groups"], found["samples"]
+        lowest = sorted(groups, key=itemgetter("accuracy"))[:LINES]
+        some = f", the {LINES} lowest of {len(groups)}" if len(lowest) < len(groups) else ""
+        head = ["samples", "accuracy", f"{CONFIDENCE:.0%} interval"]
 
-        def row(start: str, group: Group, interval: Interval) -> list[Any]:
-            name = f"{start}class {group[0]}" + (f", attribute {group[1]}" if named else "")
-            return [name, int(self.samples[group]), groups[group], interval]
+        def row(start: str, group: dict[str, Any]) -> list[Any]:
+            attribute = f", attribute {group['attribute']}" if self.samples.shape[1] > 1 else ""
+            name = f"{start}class {group['class']}{attribute}"
+            return [name, group["samples"], group["accuracy"], group["interval"]]
 
         rows: list[list[Any]] = [[f"accuracy by group{some}", *head]]
-        rows += [row("  ", group, intervals.groups[group]) for group in shown]
-        rows += [row("worst: ", self.worst_group, intervals.worst), []]
-        rows.append(["", *head, "gap to worst", head[-1]])
-        for name, value in self.averages.items():
-            figures = [int(self.samples.sum()), value, intervals.averages[name]]
-            rows.append([AVERAGES[name], *figures, self.gap(name), intervals.gaps[name]])
-        return aligned(rows)
+        rows += [row("  ", group) for group in groups if group in lowest]
+        rows += [row("worst: ", found["worst"]), [], ["", *head, "gap to worst", head[-1]]]
+        rows += [[AVERAGES[name], samples, *found[name].values()] for name in self.averages]
+        return aligned([[tuple(c) if isinstance(c, list) else c for c in row] for row in rows])
 
     def _weights(self) -> dict[Average, Tensor]:
         """Return the weight of each group that has samples in each average, shape (G,)."""
@@ -313,14 +305,8 @@ class Accuracy:
             "balanced": torch.ones_like(self.samples[at]),
         }
         if self.train_samples is not None:
-            sizes["train_weighted"] = self._padded_train_samples()[:, : at.shape[1]][at]
+            sizes["train_weighted"] = self.train_samples[:, : at.shape[1]][at]
         return {name: size.double() / size.sum() for name, size in sizes.items()}
-
-    def _padded_train_samples(self) -> Tensor:
-        """Return a copy of the training counts with no fewer columns than ``samples``."""
-        assert self.train_samples is not None
-        missing = max(0, self.samples.shape[1] - self.train_samples.shape[1])
-        return torch.nn.functional.pad(self.train_samples.long().cpu(), (0, missing))
 
 
 def check_train_samples(samples: Any, classes: int | None = None) -> Tensor:

@@ -61,14 +61,14 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as JSON values, NaN as None; `UnitScores.save` keeps the scores."""
-        layers = {}
-        for layer in self.layers:
-            curves = self.deletion.get(layer, {})
-            layers[layer] = {
-                "rank_correlation": _json(self.rank_correlation[layer]),
+        layers: dict[str, Any] = {}
+        for layer, correlation in self.rank_correlation.items():
+            curves = {name: one.to_dict() for name, one in self.deletion.get(layer, {}).items()}
+            figures = {
+                "rank_correlation": _json(correlation),
                 "overlap": _json(self.overlap[layer]),
-                "deletion": {name: curve.to_dict() for name, curve in curves.items()},
             }
+            layers[layer] = {**figures, "deletion": curves}
         origins = {name: scores.origin for name, scores in self.scores.items()}
         return {"scorers": origins, "share": self.share, "layers": layers}
 
@@ -104,16 +104,14 @@ def compare_scorers(
 ) -> Comparison:
     """Score the same samples with several scorers and compare their rankings.
 
+    ``layers``, ``target`` and ``aggregate`` are as for `score_units`.
+
     Parameters
     ----------
-    model : nn.Module
-        A classifier. Left exactly as it was.
     data : iterable or Dataset, or None
         Read once: each batch goes to every scorer. For a class as ``target``, samples of it.
     scorers : mapping or sequence
         Name → scorer, or scorers under their own names; ``"epsilon"`` is ``LRP("epsilon")``.
-    layers, target, aggregate
-        As for `score_units`.
     share : float in (0, 1]
         The top share of each layer that is compared.
     deletion : sequence of float, optional
@@ -145,13 +143,9 @@ def compare_scorers(
         measured = {"target": target if isinstance(target, int) else None, "shares": shares}
         for layer in chosen or [name for name in names if name != output]:
             curves[layer] = _curves(model, held_out, scores, layer, measured)
-    return Comparison(
-        scores,
-        share,
-        {layer: rank_correlation(rows[layer]) for layer in names},
-        {layer: top_overlap(rows[layer], share) for layer in names},
-        curves,
-    )
+    correlation = {layer: rank_correlation(rows[layer]) for layer in names}
+    overlap = {layer: top_overlap(rows[layer], share) for layer in names}
+    return Comparison(scores, share, correlation, overlap, curves)
 
 
 def rank_correlation(rows: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,20 +12,12 @@ from scipy.integrate import trapezoid
 from torch import nn
 
 from xai_edit.core.analysis import following_batch_norms, last_weighted
-from xai_edit.core.checks import (
-    fraction,
-    in_range,
-    one_of,
-    readable_again,
-    require,
-    require_type,
-    with_labels,
-)
+from xai_edit.core.checks import ascending, fraction, one_of, readable_again, with_labels
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
-from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.targets import class_list
+from xai_edit.core.text import Plain
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.edits.switching_off import all_silencing_entries
 from xai_edit.scoring.criteria import unit_weights
@@ -35,7 +27,7 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)
-class DeletionCurve:
+class DeletionCurve(Plain):
     """Accuracy, logit and probability while more and more units are switched off.
 
     With a good ranking, most relevant units first, ``accuracy`` and ``logit`` fall early; with one
@@ -70,7 +62,7 @@ class DeletionCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, the area too, as JSON values."""
-        return {**asdict(self), "area": self.area}
+        return {**super().to_dict(), "area": self.area}
 
 
 def deletion_curve(
@@ -94,8 +86,8 @@ def deletion_curve(
     model : nn.Module
         A classifier. Each share is applied as a `ModelEdit` and undone, bit for bit.
     data : iterable or Dataset
-        Labelled batches, read once a share; other samples than those that were scored.
-    scores : UnitScores
+        Labelled batches, read once a share; other samples than those that were scored. TypeError
+        if they can be read only once.
     layers : sequence of str, optional
         Scored layers whose units are switched off, a share of each. Default: all but the output.
     target : int, optional
@@ -104,11 +96,6 @@ def deletion_curve(
         Ascending. Of each layer's units, rounded, at least one where the share is not 0.
     order : {"most", "least"}
         Highest score first, or lowest: with signed scores, units that speak against the target.
-
-    Raises
-    ------
-    UnknownLayerError, ValueError, TypeError
-        On bad input, such as data that can be read only once; the model is as it was.
     """
     shares = checked_shares(shares)
     one_of(order, ("most", "least"), "order")
@@ -117,17 +104,22 @@ def deletion_curve(
     if target is not None:
         with preserved(model), torch.no_grad():
             (target,) = class_list(target, predict(model, sample).shape[1])
-    names = _hidden(model, scores, layers, sample)
+    output = last_weighted(model, sample)
+    scored = [name for name in scores if name != output]
+    names = resolve_layers(model, scored if layers is None else layers)
+    if output in names:
+        raise ValueError(f"layers: {output!r} gives the output; its units are the classes")
+    for name in names:
+        if len(scores[name]) != (width := len(unit_weights(model, name))):
+            raise ValueError(f"scores: {len(scores[name])} for the {width} units of layer {name!r}")
     norms = following_batch_norms(model, sample, names)
-    ranked = {
-        name: scores.rank(name) if order == "most" else scores.rank(name).flip(0) for name in names
-    }
+    ranked = {name: scores.rank(name) for name in names}
+    if order == "least":
+        ranked = {name: units.flip(0) for name, units in ranked.items()}
     points = []
     for share in shares:
-        off = {
-            name: units[: share_of(len(units), share) if share else 0]
-            for name, units in ranked.items()
-        }
+        counts = {name: share_of(len(units), share) for name, units in ranked.items() if share}
+        off = {name: units[: counts.get(name, 0)] for name, units in ranked.items()}
         entries = all_silencing_entries(model, off, norms)
         values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
         with ModelEdit.between(model, values, {}).applied(model):
@@ -140,26 +132,7 @@ def deletion_curve(
 def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
     """Return the shares of a curve as plain numbers, or raise ValueError."""
     works = "give two or more, ascending"
-    require_type(shares, Iterable, "shares", works)
-    listed = tuple(fraction(share, "shares", zero=True) for share in shares)
-    rising = all(left < right for left, right in pairwise(listed))
-    require(len(listed) > 1 and rising, "shares", listed, works)
-    return listed
-
-
-def _hidden(
-    model: nn.Module, scores: UnitScores, layers: Sequence[str] | str | None, sample: Inputs
-) -> list[str]:
-    """Return the hidden layers whose units are switched off."""
-    output = last_weighted(model, sample)
-    scored = [name for name in scores if name != output]
-    names = resolve_layers(model, scored if layers is None else layers)
-    if output in names:
-        raise ValueError(f"layers: {output!r} gives the output; its units are the classes")
-    for name in names:
-        if len(scores[name]) != (units := len(unit_weights(model, name))):
-            raise ValueError(f"scores: {len(scores[name])} for the {units} units of layer {name!r}")
-    return names
+    return ascending(shares, "shares", partial(fraction, zero=True), works, least=2)
 
 
 def _measure(
@@ -170,8 +143,7 @@ def _measure(
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             logits = predict(model, batch.inputs).cpu().double()
-            labels = with_labels(batch.labels).cpu()
-            in_range(labels, logits.shape[1], "labels")
+            labels = with_labels(batch.labels, logits.shape[1]).cpu()
             right, at = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
             rows = [torch.ones_like(right), right, logits[at], logits.softmax(1)[at]]
             figures = torch.stack([row.double() for row in rows])  # (4, samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import finite, in_range, with_labels
+from xai_edit.core.checks import finite, with_labels
 from xai_edit.core.counting import add_counts, count_by_group
 from xai_edit.core.data import Attribute, Data, attribute_of, batches, check_length, model_device
 from xai_edit.core.guard import preserved
@@ -21,10 +21,8 @@ def evaluate_groups(
 
     Parameters
     ----------
-    model : nn.Module
-        A classifier; only read.
-    data : iterable or Dataset
-        Labelled batches.
+    model, data
+        A classifier, only read, and labelled batches or a ``Dataset``.
     groups : callable, Tensor or None
         The attribute of each sample, from 0; see `xai_edit.core.data.Attribute`. Without any the
         groups are the classes.
@@ -45,8 +43,7 @@ def evaluate_groups(
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             logits = predict(model, batch.inputs)
-            labels = with_labels(batch.labels)
-            in_range(labels, logits.shape[1], "labels")
+            labels = with_labels(batch.labels, logits.shape[1])
             has_groups.add(groups is not None or batch.groups is not None)
             if len(has_groups) > 1:
                 raise ValueError("data: some batches have groups and some have none")

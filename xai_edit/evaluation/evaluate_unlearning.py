@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import one_logit_a_class, readable_again
+from xai_edit.core.checks import ascending, one_logit_a_class, readable_again, whole_number
 from xai_edit.core.cost import Cost, measured
 from xai_edit.core.data import Data, model_device, peek
 from xai_edit.core.errors import NonFiniteError
@@ -21,13 +21,7 @@ from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.membership import forgetting_rates
 from xai_edit.evaluation.outputs import ClassSample, Overlap, naming, read, split_accuracy
-from xai_edit.evaluation.relearning import (
-    STEPS,
-    Relearning,
-    checked_steps,
-    lessons_kept,
-    relearning_curves,
-)
+from xai_edit.evaluation.relearning import STEPS, Relearning, lessons_kept, relearning_curves
 from xai_edit.evaluation.unlearning_figures import Divergence, NetworkFigures, Unlearning
 from xai_edit.last_layer.head import find_head
 
@@ -83,14 +77,14 @@ def evaluate_unlearning(
 
     Raises
     ------
-    EditMismatchError
-        If the edit is of another model, or already applied.
-    ValueError, TypeError, NonFiniteError
-        If labels are missing or out of range, a forgotten class or all others have no samples in a
-        split, the networks' outputs differ in number, or ``analysis`` overlaps with a split; if
-        data can be read only once; if an input or an output is not finite.
+    EditMismatchError, ValueError, TypeError, NonFiniteError
+        If the edit is of another model, or already applied; if labels are missing or out of range,
+        a forgotten class or all others have no samples in a split, the networks' outputs differ in
+        number, or ``analysis`` overlaps with a split; if data can be read only once; if an input or
+        an output is not finite.
     """
-    steps, seed = checked_steps(relearn), operator.index(seed)
+    steps = ascending(relearn, "relearn", whole_number, "give steps from 0 on, ascending")
+    seed = operator.index(seed)
     readable_again(train, "the evaluation", "train")
     readable_again(test, "the evaluation", "test")
     parts: dict[str, Cost] = {}
@@ -130,7 +124,8 @@ def evaluate_unlearning(
         with measured() as parts["test"]:
             unseen = ClassSample(evenly, seed)
             hits = dict.fromkeys(probes, 0)
-            divergence = {name: torch.zeros(2, dtype=torch.double) for name in ("before", "after")}
+            compared = () if retrained is None else ("before", "after")
+            divergence = {name: torch.zeros(2, dtype=torch.double) for name in compared}
             for batch in read(networks, heads, test, "test", counts["test"]):
                 overlap.add(batch.inputs, "test")
                 p = batch.probabilities
@@ -139,7 +134,7 @@ def evaluate_unlearning(
                 for name, probe in probes.items() if forgotten.any() else ():
                     answers = probe.predict(batch.features[name][forgotten].double().numpy())
                     hits[name] += int((answers == batch.labels[forgotten].numpy()).sum())
-                for name, sums in divergence.items() if retrained is not None else ():
+                for name, sums in divergence.items():
                     each = jensen_shannon(p[name], p["retrained"])
                     sums += torch.stack([each[forgotten].sum(), each[~forgotten].sum()])
             tested = {n: split_accuracy(c, targets, "test") for n, c in counts["test"].items()}
@@ -155,34 +150,19 @@ def evaluate_unlearning(
                 curves = relearning_curves(others, heads, lessons.rows(), test, **given)
         changed = _weights_changed(model, edit)
 
-    def figures(name: str) -> NetworkFigures:
-        on_test, mean = tested[name], None
-        if retrained is not None and name in divergence:
+    figures = {}
+    for name, on_test in tested.items():
+        mean, samples = None, on_test.forgotten_samples
+        if name in divergence:
             own, rest = divergence[name].tolist()
-            mean = Divergence(own / on_test.forgotten_samples, rest / on_test.rest_samples)
-        return NetworkFigures(
-            train=trained[name],
-            test=on_test,
-            forgetting_rate_train=rates.get(name),
-            divergence_test=mean,
-            probe_test=hits[name] / on_test.forgotten_samples if name in probes else None,
-            probe_withheld=headless.get(name),
-            relearning_test=curves.get(name),
-        )
-
-    return Unlearning(
-        target=targets,
-        before=figures("before"),
-        after=figures("after"),
-        retrained=None if retrained is None else figures("retrained"),
-        attack=attack,
-        probe_train_samples=len(sample["labels"]) if probes else 0,
-        weights_changed=changed,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        seed=seed,
-        cost=cost,
-        evaluation=parts,
-    )
+            mean = Divergence(own / samples, rest / on_test.rest_samples)
+        probed = hits[name] / samples if name in probes else None, headless.get(name)
+        measured_on = trained[name], on_test, rates.get(name)
+        figures[name] = NetworkFigures(*measured_on, mean, *probed, curves.get(name))
+    networks_figures = figures["before"], figures["after"], figures.get("retrained")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    counted = len(sample["labels"]) if probes else 0, changed, parameters
+    return Unlearning(targets, *networks_figures, attack, *counted, seed, cost, parts)
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:

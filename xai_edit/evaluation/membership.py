@@ -36,9 +36,7 @@ def forgetting_rates(
     A linear SVM on softmax outputs, as in Chang et al., *Zero-shot class unlearning*, Sec. V-B, on
     the probability of the label first and the others in descending order. On the plain vectors a
     linear attack is chance even where every sample was memorised (accuracy 0.48 to 0.51, in this
-    order 0.98): a confident answer is a corner of the simplex, and no plane cuts off all corners.
-    The columns are not standardised: one that is nearly 0 before an edit would decide alone after
-    it.
+    order 0.98). Columns are not standardised: one nearly 0 before an edit would decide after it.
 
     ``trained`` has ``labels`` (samples,) and, by the networks' names, ``before`` among them, the
     probabilities (samples, classes) of training samples, in random order within each class;

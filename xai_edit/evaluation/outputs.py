@@ -121,8 +121,7 @@ class ClassSample:
         self._limits = torch.tensor(limits)
         self._bounds = torch.full((len(limits),), torch.inf, dtype=torch.float64)
         self._random = np.random.default_rng(seed)
-        self._chunks: list[dict[str, Tensor]] = []
-        self._pending = 0
+        self._chunks: list[dict[str, Tensor]] = []  # the sample, then what came since
 
     def add(self, labels: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Add one batch; every column has one row a label, and ``labels`` is on the CPU."""
@@ -132,8 +131,7 @@ class ClassSample:
         for name, column in columns.items():
             chunk[name] = column[rows.to(column.device)].cpu()  # indexing copies: no batch lives on
         self._chunks.append(chunk)
-        self._pending += len(rows)
-        if self._pending > int(self._limits.sum()):
+        if sum(len(one[""]) for one in self._chunks[1:]) > int(self._limits.sum()):
             self._compact()
 
     def rows(self) -> dict[str, Tensor]:
@@ -151,7 +149,6 @@ class ClassSample:
         rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels]  # within its class
         kept = order[rank < self._limits[labels]]
         self._chunks = [{name: column[kept] for name, column in joined.items()}]
-        self._pending = 0
         last = (rank == self._limits[labels] - 1).nonzero()[:, 0]
         self._bounds[labels[last]] = joined[""][order[last]]
 

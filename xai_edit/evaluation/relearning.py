@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import require, require_type, whole_number
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.guard import copied
-from xai_edit.core.inputs import Inputs, inputs_from
+from xai_edit.core.inputs import inputs_from
 from xai_edit.core.layers import predict
 from xai_edit.evaluation.outputs import (
     SplitAccuracy,
@@ -46,15 +45,6 @@ def lessons_kept(classes: int, target: Sequence[int]) -> list[int]:
     return [own if one in target else rest for one in range(classes)]
 
 
-def checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    """Return the steps as plain numbers, or raise ValueError."""
-    require_type(steps, Iterable, "relearn", "give numbers of steps, ascending")
-    listed = tuple(whole_number(step, "relearn") for step in steps)
-    rising = all(left < right for left, right in pairwise(listed))
-    require(rising, "relearn", listed, "give steps from 0 on, ascending")
-    return listed
-
-
 def relearning_curves(
     models: Mapping[str, nn.Module],
     heads: Mapping[str, str],
@@ -79,7 +69,7 @@ def relearning_curves(
 
     ``heads`` has the last linear layers, where there is one, and ``start`` the accuracy at step 0,
     by the networks' names; ``train`` has ``inputs:`` by name and ``labels``, on the CPU. ``test``
-    is read once for each step that is measured. The seed is that of the order of the batches.
+    is read once for each of the ``steps``, one or more. The seed is that of the order of batches.
     """
     copies = {name: copied(model) for name, model in models.items()}
     optimizers = {}
@@ -87,50 +77,35 @@ def relearning_curves(
         for parameter in copy.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # also frozen ones
         optimizers[name] = torch.optim.SGD(copy.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    order = _batches(train["labels"], target, seed)
+        head = [*copy.get_submodule(heads[name]).parameters()] if name in heads else []
+        for parameter in head:
+            own = torch.isin(torch.arange(len(parameter)), torch.tensor(list(target)))
+            parameter[own] = parameter[~own].mean(0)
+    reached = {name: [start[name]] if 0 in steps else [] for name in copies}
     named = {k.partition(":")[2]: one for k, one in train.items() if k.startswith("inputs:")}
     inputs = inputs_from(named)
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in copies}
-    for step in range(max(steps, default=0) + 1):
-        if step == 1:
-            for name, copy in copies.items():
-                if name in heads:
-                    _reset_rows(copy.get_submodule(heads[name]), target)
+    lessons = islice(_batches(train["labels"], target, seed), steps[-1])
+    for step, rows in enumerate(lessons, start=1):
         with naming(f"relearning, step {step} (relearn=() leaves it out)"):
-            if step:
-                rows = next(order)
-                for name, copy in copies.items():
-                    _learn(copy, optimizers[name], inputs[rows], train["labels"][rows])
+            for name, copy in copies.items():
+                device = model_device(copy)
+                x, y = inputs[rows].to(device), train["labels"][rows].to(device)
+                with torch.enable_grad():
+                    loss = nn.functional.nll_loss(log_probabilities(predict(copy, x)), y)
+                    optimizers[name].zero_grad()
+                    loss.backward()
+                nn.utils.clip_grad_norm_(copy.parameters(), LONGEST)
+                optimizers[name].step()
             if step in steps:
                 counts: dict[str, Tensor] = {}
-                for _ in read(copies, {}, test, "test", counts) if step else ():
+                for _ in read(copies, {}, test, "test", counts):
                     pass
-                for name, reached in points.items():
-                    now = split_accuracy(counts[name], target, "test") if step else start[name]
-                    reached.append((now.forgotten, now.rest))
+                for name, now in counts.items():
+                    reached[name].append(split_accuracy(now, target, "test"))
     return {
-        name: Relearning(steps, *zip(*reached, strict=True)) for name, reached in points.items()
+        name: Relearning(steps, tuple(one.forgotten for one in now), tuple(one.rest for one in now))
+        for name, now in reached.items()
     }
-
-
-def _reset_rows(head: nn.Module, target: Sequence[int]) -> None:
-    """Set the rows of the forgotten classes to the mean of the others."""
-    for parameter in head.parameters(recurse=False):
-        chosen = torch.zeros(len(parameter), dtype=torch.bool)
-        chosen[list(target)] = True
-        parameter[chosen] = parameter[~chosen].mean(0)
-
-
-def _learn(
-    copy: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs, labels: Tensor
-) -> None:
-    inputs, labels = inputs.to(model_device(copy)), labels.to(model_device(copy))
-    with torch.enable_grad():
-        loss = nn.functional.nll_loss(log_probabilities(predict(copy, inputs)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(copy.parameters(), LONGEST)
-    optimizer.step()
 
 
 def _batches(labels: Tensor, target: Sequence[int], seed: int) -> Iterator[Tensor]:

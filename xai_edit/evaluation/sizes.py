@@ -70,16 +70,9 @@ def compare_sizes(
 ) -> SizeComparison:
     """Count and time two networks, such as a pruned one and what `xai_edit.to_smaller` returns.
 
-    The two are timed alternately, so that other work of the machine affects both alike.
-
-    Parameters
-    ----------
-    before, after : nn.Module
-        Only read. ValueError if they are on different devices.
-    example_input : Tensor, shape (samples, ...)
-        The batch to time. ValueError if it does not fit.
-    rounds : int
-        How often each network is timed, after three passes of warm-up.
+    The two are timed alternately, so that other work of the machine affects both alike: ``rounds``
+    times each, after three passes of warm-up, on ``example_input``, shape (samples, ...).
+    ValueError if it does not fit, or the networks are on different devices.
     """
     rounds = whole_number(rounds, "rounds", least=1)
     device = model_device(before)

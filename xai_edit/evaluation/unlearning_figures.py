@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from xai_edit.core.cost import Cost
-from xai_edit.core.text import aligned
+from xai_edit.core.text import Plain, aligned
 from xai_edit.evaluation.membership import Attack
 from xai_edit.evaluation.outputs import SplitAccuracy
 from xai_edit.evaluation.relearning import Relearning
@@ -50,7 +50,7 @@ class NetworkFigures:
 
 
 @dataclass(frozen=True)
-class Unlearning:
+class Unlearning(Plain):
     """Figures of an edit that makes a network forget classes; costs play no part in equality.
 
     Attributes
@@ -68,7 +68,7 @@ class Unlearning:
         Of the original network; None where the edited one has other parameters.
     cost, evaluation : Cost or None, dict of Cost
         Of the edit, and of the parts of this evaluation: ``train`` and ``test`` (one pass each),
-        ``probe``, ``attack``, ``relearning``.
+        ``probe``, ``attack``, ``relearning``. They alone differ from run to run.
     """
 
     target: tuple[int, ...]
@@ -89,15 +89,6 @@ class Unlearning:
         named = {"before": self.before, "after": self.after, "retrained": self.retrained}
         return {name: figures for name, figures in named.items() if figures is not None}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values; keys are the attributes' names, tuples are lists.
-
-        Lists over classes are in their order. Only ``cost`` and ``evaluation`` (seconds and bytes)
-        differ from run to run.
-        """
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
-
     def __str__(self) -> str:
         classes = "class" if len(self.target) == 1 else "classes"
         train, test = (
@@ -105,54 +96,47 @@ class Unlearning:
             for split in (self.before.train, self.before.test)
         )
         samples = f"{train} training samples, {test} test samples"
+        attack, changed = self.attack, "not counted, the edited network has other parameters"
+        note = (
+            f": the attack's accuracy is {attack.accuracy:.3f} on {attack.train_samples} train and "
+            f"{attack.test_samples} test samples it was not fitted on; F_r is over "
+            f"{attack.forgotten_train_samples} train samples"
+            if attack.withheld is None
+            else f" withheld: {attack.withheld}"
+        )
         lines = [f"{classes} {', '.join(map(str, self.target))}: {samples}", ""]
-        lines += [aligned(self._table()), "", *self._notes(), ""]
-        if curves := self._curves():
-            lines += [aligned(curves), ""]
-        lines += [aligned(self._classes()), ""]
-        if self.weights_changed is None:
-            lines.append("weights changed: not counted, the edited network has other parameters")
-        else:
+        lines += [aligned(self._table()), "", f"F_r{note}"]
+        for name, one in self.networks.items():
+            if one.probe_withheld is not None:
+                lines.append(f"probe of the network {name!r} withheld: {one.probe_withheld}")
+        if self.probe_train_samples:
+            lines.append(f"probe: fitted on {self.probe_train_samples} train samples")
+        for table in filter(None, (self._curves(), self._classes())):
+            lines += ["", aligned(table)]
+        if self.weights_changed is not None:
             share = self.weights_changed / self.parameters if self.parameters else 0.0
-            counts = f"{self.weights_changed} of {self.parameters} ({share:.3%})"
-            lines.append(f"weights changed: {counts}")
+            changed = f"{self.weights_changed} of {self.parameters} ({share:.3%})"
+        lines += ["", f"weights changed: {changed}"]
         if self.cost is not None:
             lines.append(f"the edit took {self.cost}")
         parts = "; ".join(f"{part} {cost}" for part, cost in self.evaluation.items())
         return "\n".join([*lines, f"the evaluation took: {parts}", "", CLOSING])
 
     def _table(self) -> list[list[Any]]:
-        networks = self.networks.values()
-        rows: list[list[Any]] = [
-            ["", *self.networks],
-            ["A_t, accuracy on the forgotten, test", *(one.test.forgotten for one in networks)],
-            ["A_g, accuracy on the rest, test", *(one.test.rest for one in networks)],
-            ["A_t, accuracy on the forgotten, train", *(one.train.forgotten for one in networks)],
-            ["A_g, accuracy on the rest, train", *(one.train.rest for one in networks)],
-            ["F_r, forgetting rate, train", *(one.forgetting_rate_train for one in networks)],
-            ["probe, recall of the forgotten, test", *(one.probe_test for one in networks)],
-        ]
+        figures = {
+            "A_t, accuracy on the forgotten, test": "test.forgotten",
+            "A_g, accuracy on the rest, test": "test.rest",
+            "A_t, accuracy on the forgotten, train": "train.forgotten",
+            "A_g, accuracy on the rest, train": "train.rest",
+            "F_r, forgetting rate, train": "forgetting_rate_train",
+            "probe, recall of the forgotten, test": "probe_test",
+        }
+        networks = self.networks
+        rows = [[name, *map(attrgetter(at), networks.values())] for name, at in figures.items()]
         for part in ("forgotten", "rest") if self.retrained is not None else ():
-            distances = [getattr(one.divergence_test, part, None) for one in networks]
+            distances = [getattr(one.divergence_test, part, None) for one in networks.values()]
             rows.append([f"JS to retrained, {part}, test", *distances])
-        return rows
-
-    def _notes(self) -> list[str]:
-        attack, lines = self.attack, []
-        if attack.withheld is not None:
-            lines.append(f"F_r withheld: {attack.withheld}")
-        else:
-            lines.append(
-                f"F_r: the attack's accuracy is {attack.accuracy:.3f} on {attack.train_samples} "
-                f"train and {attack.test_samples} test samples it was not fitted on; F_r is over "
-                f"{attack.forgotten_train_samples} train samples"
-            )
-        for name, one in self.networks.items():
-            if one.probe_withheld is not None:
-                lines.append(f"probe of the network {name!r} withheld: {one.probe_withheld}")
-        if self.probe_train_samples:
-            lines.append(f"probe: fitted on {self.probe_train_samples} train samples")
-        return lines
+        return [["", *networks], *rows]
 
     def _curves(self) -> list[list[Any]]:
         rows: list[list[Any]] = []
@@ -174,10 +158,10 @@ class Unlearning:
 
         classes = range(len(columns[0]))
         shown = sorted(sorted(classes, key=change)[:LINES])
-        caption = "accuracy by class"
-        if len(shown) < len(classes):
-            caption += f" ({len(shown)} of {len(classes)}, the most changed)"
-        rows: list[list[Any]] = [[caption, "train", "after", "test", "after"]]
+        some = (
+            f" ({LINES} of {len(classes)}, the most changed)" if len(shown) < len(classes) else ""
+        )
+        rows: list[list[Any]] = [[f"accuracy by class{some}", "train", "after", "test", "after"]]
         for one in shown:
             mark = "  forgotten" if one in self.target else ""
             rows.append([f"  {one}{mark}", *(column[one] for column in columns)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -104,8 +104,6 @@ class PathPerturbation:
 
         Parameters
         ----------
-        model : nn.Module
-            A classifier.
         data : iterable or Dataset
             Samples of the class; of labelled data, samples of other classes are ignored. One pass
             a class. Warns if some, without labels, are not predicted as the class.
@@ -118,9 +116,9 @@ class PathPerturbation:
         ------
         UnknownLayerError, ValueError
             If a layer, a class or k is out of range, no single layer is before the output, the
-            data has no sample of a class or none that the model predicts as such, the neurons do
-            not feed the output (``scope="class_row"``), two classes have the same neurons, or the
-            bound is not reached.
+            data has no sample of a class or none that is predicted as such, the neurons do not feed
+            the output (``scope="class_row"``) or are those of another class, or the bound is not
+            reached.
         """
         plans = _Plans(self, model, data)
         targets = class_list(target, plans.classes)
@@ -138,20 +136,19 @@ class PathPerturbation:
             neurons[one] = [units.sort().values.tolist() for units in chosen]
             shares.append(share)
             samples.append(count)
-        if self.scope == "neuron":
-            _require_different(neurons, plans.layers)
-        origin: dict[str, Any] = {
-            "operator": "PathPerturbation",
-            "target": _one(targets),
-            "layer": _one(plans.layers),
-            "neurons": _one([_one(layers) for layers in neurons.values()]),
-            "share": _one(shares),
-            "rank": self.rank,
-            "k": self.k,
-            "scope": self.scope,
-            "scorer": describe(self.scorer),
-            "samples": _one(samples),
-        }
+        first: dict[str, int] = {}
+        for one, units in neurons.items() if self.scope == "neuron" else ():
+            if (other := first.setdefault(repr(units), one)) != one:
+                raise ValueError(
+                    f"target: classes {other} and {one} have the same neurons in {plans.layers}, "
+                    "so that forgetting one forgets the other; forget one, or take a smaller share "
+                    "or scope='class_row'"
+                )
+        origin: dict[str, Any] = {"operator": "PathPerturbation", "target": _one(targets)}
+        origin["layer"] = _one(plans.layers)
+        origin["neurons"] = _one([_one(layers) for layers in neurons.values()])
+        origin |= {"share": _one(shares), "rank": self.rank, "k": self.k, "scope": self.scope}
+        origin |= {"scorer": describe(self.scorer), "samples": _one(samples)}
         if self.share == "auto":
             origin["bound"] = self.bound
         if self.noise is not None:
@@ -169,16 +166,10 @@ class PathPerturbation:
     ) -> ShareSweep:
         """Measure A_t and A_g at several shares; the share of the operator is ignored.
 
-        Takes one pass over ``validation`` where the neurons feed the last layer, else one a share.
-        Other arguments and errors as for `plan`.
-
-        Parameters
-        ----------
-        validation : iterable, Dataset or HeadFeatures
-            Samples to measure on, for A_g with labelled samples of other classes. Features of
-            `xai_edit.last_layer.head.collect_head_features` save the pass.
-        shares : sequence of float in (0, 1], optional
-            Default: each number of neurons, or at most each hundredth where each takes a pass.
+        Takes one pass over ``validation`` where the neurons feed the last layer, which features of
+        `xai_edit.last_layer.head.collect_head_features` save, else one a share. It has labelled
+        samples of other classes for A_g. ``shares`` are in (0, 1]; the default is each number of
+        neurons, or at most each hundredth where each takes a pass. Other errors as for `plan`.
         """
         for share in shares or ():
             fraction(share, "share")
@@ -195,6 +186,7 @@ class _Plans:
         first, whole = peek(data, model_device(model))
         self.data = whole if isinstance(data, Iterator) else data
         self.operator, self.model, self.sample = operator, model, first.inputs
+        self.labelled = first.labels is not None
         self.head, self.linear = find_head(model, self.sample[:1])
         self.classes = one_logit_a_class(self.linear.out_features)
         inputs = self.head + INPUT_SUFFIX
@@ -222,16 +214,28 @@ class _Plans:
 
     def ranked(self, target: int, *, several: bool = False) -> tuple[dict[str, Tensor], int]:
         """Rank each layer's neurons by layer-wise relevance (Eq. 7–10); count the samples."""
-        samples = _Samples(self.data, target, model_device(self.model), several)
-        scores = score_units(
-            self.model,
-            samples,
-            self.operator.scorer,
-            layers=self.layers,
-            target=samples.explained,
-            k=self.operator.k,
-        )
-        samples.require_predicted()
+        if several:
+            readable_again(self.data, "planning for several classes")
+        right: list[bool] = []
+
+        def explained(logits: Tensor) -> Tensor:
+            right.extend((logits.argmax(1) == target).tolist())
+            return torch.full((len(logits),), target, device=logits.device)
+
+        own = _of_class(self.data, target, model_device(self.model), labelled=several)
+        options: dict[str, Any] = {"layers": self.layers, "target": explained, "k": self.operator.k}
+        scores = score_units(self.model, own, self.operator.scorer, **options)
+        if right and not any(right):
+            raise ValueError(
+                f"data: none of the {len(right)} samples is predicted as class {target}, so there "
+                "is no path to it; give samples that are"
+            )
+        if not all(right) and not self.labelled:
+            warnings.warn(
+                f"data: {right.count(False)} of {len(right)} samples are not predicted as class "
+                f"{target}; if they are of others, leave them out or give labels",
+                stacklevel=3,
+            )
         for layer in self.layers:
             if not scores[layer].any():
                 raise ValueError(f"layer: no relevance reaches the neurons of {layer!r}")
@@ -291,56 +295,15 @@ def _one(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _require_different(neurons: Mapping[int, list[list[int]]], layers: Sequence[str]) -> None:
-    targets: dict[str, int] = {}
-    for target, chosen in neurons.items():
-        other = targets.setdefault(repr(chosen), target)
-        if other != target:
-            raise ValueError(
-                f"target: classes {other} and {target} have the same neurons in {[*layers]}, so "
-                "that forgetting one forgets the other; forget one, or take a smaller share or "
-                "scope='class_row'"
-            )
-
-
-class _Samples:
-    """The samples of a class, counted while they are scored."""
-
-    def __init__(self, data: Data, target: int, device: torch.device, several: bool) -> None:
-        if several:
-            readable_again(data, "planning for several classes")
-        self.data, self.target, self.device, self.several = data, target, device, several
-        self.samples = self.right = self.found = 0
-        self.labelled = False
-
-    def __iter__(self) -> Iterator[Inputs]:
-        for batch in batches(self.data, self.device):
-            self.labelled = batch.labels is not None
-            if self.several and not self.labelled:
-                raise ValueError("data: has no labels; several classes need (input, label) batches")
-            chosen = batch if batch.labels is None else batch[batch.labels == self.target]
-            self.found += len(chosen)
-            if len(chosen):
-                yield chosen.inputs
-        if not self.found:
-            raise ValueError(f"target: class {self.target} is absent from the data; give samples")
-
-    def explained(self, logits: Tensor) -> Tensor:
-        """Return the class for each sample; count the samples and those predicted as it."""
-        self.samples += len(logits)
-        self.right += int((logits.argmax(1) == self.target).sum())
-        return torch.full((len(logits),), self.target, device=logits.device)
-
-    def require_predicted(self) -> None:
-        """Raise ValueError if the model predicts the class for none of the samples."""
-        if self.samples and not self.right:
-            raise ValueError(
-                f"data: none of the {self.samples} samples is predicted as class {self.target}, so "
-                "there is no path to it; give samples that are"
-            )
-        if self.right < self.samples and not self.labelled:
-            warnings.warn(
-                f"data: {self.samples - self.right} of {self.samples} samples are not predicted as "
-                f"class {self.target}; if they are of others, leave them out or give labels",
-                stacklevel=4,
-            )
+def _of_class(data: Data, target: int, device: torch.device, *, labelled: bool) -> Iterator[Inputs]:
+    """Yield the samples of a class; all where there are no labels, unless they have to be."""
+    absent = True
+    for batch in batches(data, device):
+        if labelled and batch.labels is None:
+            raise ValueError("data: has no labels; several classes need (input, label) batches")
+        chosen = batch if batch.labels is None else batch[batch.labels == target]
+        if len(chosen):
+            absent = False
+            yield chosen.inputs
+    if absent:
+        raise ValueError(f"target: class {target} is absent from the data; give samples")

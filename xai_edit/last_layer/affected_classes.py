@@ -27,8 +27,7 @@ def features_with_attribute(
 ) -> tuple[HeadFeatures, HeadFeatures]:
     """Return the features to plan on and those to judge by; see `FictitiousClass.plan`."""
     concept = isinstance(attribute, Subspaces)
-    given: dict[str, Any] = {"attribute": None if concept else attribute}
-    given["with_attribute"] = not concept
+    given: Any = {"attribute": None if concept else attribute, "with_attribute": not concept}
     heads = [head_features(model, data, **given)]
     if validation is not None:
         if not callable(attribute) or isinstance(validation, HeadFeatures):
@@ -36,11 +35,8 @@ def features_with_attribute(
         heads.append(head_features(model, validation, name="validation", **given))
     if isinstance(attribute, Subspaces):
         strengths = [concept_strength(attribute, one.features) for one in heads]
-        point = split_point(strengths[0])
-        heads = [
-            replace(one, attribute=(strength > point).long())
-            for one, strength in zip(heads, strengths, strict=True)
-        ]
+        kinds = [(strength > split_point(strengths[0])).long() for strength in strengths]
+        heads = [replace(one, attribute=kind) for one, kind in zip(heads, kinds, strict=True)]
     for one, name in zip(heads, ("attribute", "validation"), strict=False):
         assert one.attribute is not None
         values = one.attribute.unique().tolist()
@@ -126,13 +122,11 @@ def moved_classes(
     sizes = torch.tensor([float((a | b).sum()) for a, b in pairs], dtype=torch.double)
     share = (sizes / sizes.sum())[:, None]
     change = torch.stack([logits[a].mean(0) - logits[b].mean(0) for a, b in pairs])
-    variance = torch.stack(
-        [logits[a].var(0) / a.sum() + logits[b].var(0) / b.sum() for a, b in pairs]
-    )
+    variances = [logits[a].var(0) / a.sum() + logits[b].var(0) / b.sum() for a, b in pairs]
     change = (share * change).sum(0)
     change -= change.quantile(0.5)
     level = torch.tensor(1 - 0.025 / classes, dtype=torch.double)
-    variance = (share**2 * variance).sum(0)
+    variance = (share**2 * torch.stack(variances)).sum(0)
     width = torch.special.ndtri(level) * (variance + variance.quantile(0.5)).sqrt()
     moved, left_alone = {}, {}
     for row, (mean, half) in enumerate(zip(change.tolist(), width.tolist(), strict=True)):

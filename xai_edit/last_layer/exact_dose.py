@@ -151,6 +151,12 @@ def best_dose(
     return replace(chosen, bounded=unbounded > best[0]), accuracies
 
 
+def group_accuracy(right: Tensor, groups: Tensor) -> Tensor:
+    """Return the share of right answers in each group, float64, (..., samples) to (..., G)."""
+    member = torch.nn.functional.one_hot(groups).double()
+    return right.double() @ member / member.sum(0)
+
+
 def removal(floor: float) -> Objective:
     """Return the objective of a removal: group 1 wrong, group 0 no less right than a floor."""
 
@@ -267,9 +273,8 @@ def planned_removal(
     """Return `removal_doses` with the margin of `best_margin`, and what the edit reports.
 
     ``planned`` and ``cross_validated`` (None where a class has one sample) are the accuracies over
-    the classes that stay and over those removed, on the planning data and on folds that were not
-    planned on; ``margin`` is the quantile, and ``bounded`` lists the classes of which a larger
-    weight would remove more.
+    the classes that stay and over those removed, on the planning data and on other folds;
+    ``margin`` is the quantile; of the ``bounded`` classes a larger weight would remove more.
     """
     labels, logits = head.require_labels(), head.logits()
     gone = torch.isin(labels, torch.tensor(rows))
@@ -285,8 +290,7 @@ def planned_removal(
         return [edited_logits(logits, head, doses).argmax(1) for doses in choices]
 
     def accuracy(classes: Tensor) -> Tensor:
-        right = (classes == labels).double()
-        return torch.stack([right[..., ~gone].mean(-1), right[..., gone].mean(-1)], -1)
+        return group_accuracy(classes == labels, gone.long())
 
     def figures(classes: Tensor) -> dict[str, float]:
         return dict(zip(("retained", "removed"), accuracy(classes).tolist(), strict=True))

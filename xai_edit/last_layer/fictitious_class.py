@@ -18,9 +18,8 @@ from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.affected_classes import affected_classes, features_with_attribute
 from xai_edit.last_layer.exact_dose import EditedWeight
 from xai_edit.last_layer.head import HeadFeatures
-from xai_edit.last_layer.objective import Aim, EditObjective
+from xai_edit.last_layer.objective import Aim, EditObjective, Weights, best_weights, exact_weights
 from xai_edit.last_layer.rate_sweep import RateSweep, rate_sweep
-from xai_edit.last_layer.row_search import Weights, best_weights, exact_weights
 from xai_edit.last_layer.single_weight import check_choices, dosed, editable, head_edit
 from xai_edit.last_layer.weight_selection import Selection, most_significant, selection_scores
 
@@ -92,7 +91,7 @@ class FictitiousClass:
         target: int | Sequence[int] | None = None,
         validation: Data | HeadFeatures | None = None,
     ) -> ModelEdit:
-        """Plan at most one weight for each affected class; the model is only read.
+        """Plan at most one weight for each affected class; model and data as for `SingleWeight`.
 
         The edit's origin has the figures before and after on the validation data, the classes left
         alone and why, with "exact" what `SingleWeight` reports, and the reason where no rate raises
@@ -100,8 +99,6 @@ class FictitiousClass:
 
         Parameters
         ----------
-        model, data
-            As for `SingleWeight.plan`.
         attribute : callable, Tensor, Subspaces or None
             The feature: see `xai_edit.core.data.Attribute`; or a concept subspace of the last
             layer's inputs, whose stronger half by two means has the feature. ValueError if no

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import finite, in_range, with_labels
+from xai_edit.core.checks import finite, with_labels
 from xai_edit.core.data import (
     Attribute,
     Batch,
@@ -79,9 +79,10 @@ class HeadFeatures:
                 f"edit: changes {name!r}; these are cached inputs of the layer {self.layer!r}, and "
                 "only edits of its weight and bias can be computed from them"
             )
-        layer = nn.ParameterDict({"weight": self.weight.clone()})
-        if self.bias is not None:
-            layer["bias"] = self.bias.clone()
+        known = {kind: getattr(self, kind) for kind in kinds.values()}
+        layer = nn.ParameterDict(
+            {k: value.clone() for k, value in known.items() if value is not None}
+        )
         ModelEdit({kinds[name]: change for name, change in edit.changes.items()}).apply(layer)
         return replace(self, **{kind: value.data for kind, value in layer.items()})
 
@@ -93,9 +94,7 @@ class HeadFeatures:
 
     def require_labels(self) -> Tensor:
         """Return the labels; ValueError where the data has none or one is out of range."""
-        labels = with_labels(self.labels)
-        in_range(labels, self.classes, "labels")
-        return labels
+        return with_labels(self.labels, self.classes)
 
 
 def collect_head_features(
@@ -103,14 +102,8 @@ def collect_head_features(
 ) -> HeadFeatures:
     """Return the inputs of a model's last linear layer, by one pass over the data.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A classifier; only read. ValueError if its output is not that of a linear layer.
-    data : iterable or Dataset
-        See `xai_edit.core.data.batches`; samples × d features are held in memory.
-    attribute : callable, Tensor or None
-        See `xai_edit.core.data.Attribute`; recorded ``with_attribute``.
+    All are held in memory. ``attribute``, see `xai_edit.core.data.Attribute`, is recorded
+    ``with_attribute``. ValueError if the model's output is not that of a linear layer.
     """
     require_finite(model)
     features: list[Tensor] = []
@@ -127,7 +120,7 @@ def collect_head_features(
                 attributes.append(attribute_of(attribute, batch, samples, "attribute"))
             samples += len(batch)
     check_length(attribute, samples, "attribute")
-    head = cast(nn.Linear, model.get_submodule(layer))
+    head: Any = model.get_submodule(layer)
     bias = None if head.bias is None else head.bias.detach().cpu().clone()
     columns = torch.cat(features), together(labels, "labels"), together(attributes, "groups")
     return HeadFeatures(layer, head.weight.detach().cpu().clone(), bias, *columns)
@@ -146,9 +139,8 @@ def head_features(
     Arguments as for `collect_head_features`; ``name`` is that of ``data`` in error messages.
     """
     if not isinstance(data, HeadFeatures):
-        return collect_head_features(
-            model, data, attribute=attribute, with_attribute=with_attribute
-        )
+        options: dict[str, Any] = {"attribute": attribute, "with_attribute": with_attribute}
+        return collect_head_features(model, data, **options)
     parameters = dict(model.named_parameters())
     for kind in ("weight", "bias"):
         parameter = data.parameter(kind)
@@ -188,9 +180,10 @@ def find_head(model: nn.Module, inputs: Inputs) -> tuple[str, nn.Linear]:
 class _LastLinear:
     """The last linear layer that ran. Its hooks end with the guard around it."""
 
+    name: str | None = None
+    inputs = outputs = torch.empty(0)
+
     def __init__(self, model: nn.Module) -> None:
-        self.name: str | None = None
-        self.inputs = self.outputs = torch.empty(0)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(partial(self._record, name), with_kwargs=True)

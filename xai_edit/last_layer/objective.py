@@ -1,18 +1,37 @@
-"""What judges an edit of the last layer: the worst group, a removal, or indifference."""
+"""What judges edits of the last layer, and the search for one weight in each of several rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from xai_edit.last_layer.exact_dose import EditedWeight, Objective, removal, with_margin
+from xai_edit.last_layer.exact_dose import (
+    MARGINS,
+    EditedWeight,
+    Objective,
+    best_dose,
+    best_margin,
+    group_accuracy,
+    removal,
+    with_margin,
+)
 from xai_edit.last_layer.head import HeadFeatures
 
 Aim: TypeAlias = Literal["worst-group", "removal", "indifference"]
+
+# The rows are gone through again, each chosen anew beside the others, while that helps.
+ROUNDS = 10
+
+Weights: TypeAlias = dict[int, EditedWeight]
+"""The edited weight of each row."""
+
+Choose: TypeAlias = "Callable[[EditObjective, int, Weights], EditedWeight]"
+"""The best weight of a row by an objective, with the weights of other rows edited."""
 
 
 @dataclass(eq=False)
@@ -53,13 +72,18 @@ class EditObjective:
         """The groups, and the objective as a function of their accuracies, for `best_dose`."""
         if self.aim == "removal":
             return self.has, removal(self.floor)
-        return self.groups, _worst_then_mean if len(self.values) == 1 else self._of_groups
+        if len(self.values) > 1:
+            return self.groups, self._of_groups
+        # The mean decides only among equals.
+        return self.groups, lambda groups: self._of_groups(groups) + 1e-9 * groups.mean(-1)
 
     def _of_groups(self, accuracy: Tensor) -> Tensor:
         if self.balanced:
             return accuracy.mean(-1)
-        worst = accuracy.min(-1).values  # Eq. 1, with accuracy for the loss
-        return worst if len(self.values) == 1 else _lowest_first(accuracy)
+        if len(self.values) == 1:
+            return accuracy.min(-1).values  # Eq. 1, with accuracy for the loss
+        lowest = accuracy.sort(-1).values[..., :4]  # among equals the next worst decides
+        return lowest @ 1e-4 ** torch.arange(lowest.shape[-1], dtype=lowest.dtype)
 
     def raised(self, row: int, probability: Tensor) -> Tensor | None:
         """Return a class's mean probability with its value less that without, shape (...).
@@ -88,9 +112,8 @@ class EditObjective:
         """Return the figures that an edit reports, with some weights edited."""
         logits = self.logits(weights)
         raised = self._all_raised(logits)
-        return self.accuracies(logits.argmax(1)) | (
-            {"raised": float(max(raised))} if raised else {}
-        )
+        figures = self.accuracies(logits.argmax(1))
+        return {**figures, "raised": float(max(raised))} if raised else figures
 
     def accuracies(self, predicted: Tensor) -> dict[str, float]:
         """Return the accuracies that an edit reports, for predicted classes (samples,)."""
@@ -110,18 +133,68 @@ class EditObjective:
         return [one for one in raised if one is not None]
 
 
-def group_accuracy(right: Tensor, groups: Tensor) -> Tensor:
-    """Return the share of right answers in each group, float64, (..., samples) to (..., G)."""
-    member = torch.nn.functional.one_hot(groups).double()
-    return right.double() @ member / member.sum(0)
+def best_weights(objective: EditObjective, choose: Choose) -> Weights:
+    """Return weights that raise the objective; none where the worst group would not rise."""
+    rows = [*objective.values]
+    weights = _improved(objective, choose, {}, rows)
+    if objective.aim != "worst-group":
+        return weights
+    if len(rows) > 1:  # a second start: worst groups alone end in poor optima
+        balanced = _improved(replace(objective, balanced=True), choose, {}, rows)
+        starts = [weights, _improved(objective, choose, balanced, rows)]
+        weights = max(starts, key=objective.score)
+    before, after = (objective.figures(edited)["worst_group"] for edited in ({}, weights))
+    return weights if after > before else {}
 
 
-def _worst_then_mean(accuracy: Tensor) -> Tensor:
-    """Worst-group accuracy; the mean decides only among equals. Shape (..., G) to (...)."""
-    return accuracy.min(-1).values + 1e-9 * accuracy.mean(-1)
+def exact_weights(objective: EditObjective) -> tuple[Weights, dict[str, Any]]:
+    """Return weights in closed form, and what is reported about their choice.
+
+    The margin that the answers keep is chosen by cross-validation, see `exact_dose.best_margin`.
+    """
+
+    def planned(part: EditObjective) -> list[Weights]:
+        edge = best_weights(part, _exact_weight)
+        columns = {row: weight.column for row, weight in edge.items()}
+        choose = partial(_exact_weight, columns=columns)
+        parts = [replace(part, quantile=quantile) for quantile in MARGINS[1:]]
+        return [edge, *(_improved(with_margin, choose, {}, columns) for with_margin in parts)]
+
+    def predicted(samples: Tensor) -> list[Tensor]:
+        part = replace(objective, samples=objective.samples[samples])
+        return [objective.logits(weights).argmax(1) for weights in planned(part)]
+
+    def of_classes(classes: Tensor) -> Tensor:
+        return objective.of(classes == objective.labels)
+
+    choices = planned(objective)
+    best, reported = best_margin(objective.groups, predicted, of_classes, objective.accuracies)
+    bounded = [row for row, weight in choices[0].items() if weight.bounded]
+    return choices[best], {**reported, "bounded": bounded}
 
 
-def _lowest_first(accuracy: Tensor) -> Tensor:
-    """Worst-group accuracy; among equals the next worst decides, for one row may not be enough."""
-    lowest = accuracy.sort(-1).values[..., :4]
-    return lowest @ 1e-4 ** torch.arange(lowest.shape[-1], dtype=lowest.dtype)
+def _improved(
+    objective: EditObjective, choose: Choose, start: Weights, rows: Iterable[int]
+) -> Weights:
+    """Choose the weight of each row beside the others, again while the objective rises."""
+    weights, reached = dict(start), objective.score(start)
+    for _ in range(ROUNDS):
+        before = reached
+        for row in rows:
+            others = {at: weight for at, weight in weights.items() if at != row}
+            weight = choose(objective, row, others)
+            score = objective.score(others | {row: weight})
+            if score > reached:
+                weights[row], reached = weight, score
+        if reached == before or len([*rows]) == 1:
+            break
+    return weights
+
+
+def _exact_weight(
+    objective: EditObjective, row: int, others: Weights, columns: Mapping[int, int] | None = None
+) -> EditedWeight:
+    """Return the best weight of a row in closed form; ``columns`` keeps the column of each row."""
+    logits, kept = objective.logits(others), None if columns is None else [columns[row]]
+    groups, wanted = objective.of_accuracies
+    return best_dose(objective.samples, row, groups, wanted, logits=logits, columns=kept)[0]

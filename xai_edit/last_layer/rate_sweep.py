@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xai_edit.last_layer.exact_dose import EditedWeight, strongest_other, wins
+from xai_edit.last_layer.exact_dose import EditedWeight, group_accuracy, strongest_other, wins
 from xai_edit.last_layer.head import HeadFeatures
-from xai_edit.last_layer.objective import EditObjective, group_accuracy
+from xai_edit.last_layer.objective import EditObjective
 from xai_edit.last_layer.single_weight import anchor_point, orthogonal_weight
 
 

@@ -105,10 +105,9 @@ class SingleWeight:
         Parameters
         ----------
         model : nn.Module
-            A classifier; ValueError if it does not end in a linear layer.
+            ValueError if it does not end in a linear layer.
         data : iterable, Dataset or HeadFeatures
-            Labelled batches with samples of the class and of others, read once, or the result of
-            `collect_head_features`.
+            Labelled samples of the class and of others, or the result of `collect_head_features`.
         target : int or sequence of int
             The classes to remove; "exact" plans them together, the others each on its own.
             ValueError if one is out of range or absent, or has too few weights to edit.

@@ -69,12 +69,9 @@ class Activation:
             read = read_by(targets, outputs_of(run(model, inputs), inputs))
             weights_of(targets, read)  # raises for a wrong class
         tap.require(layers)
-        scores = {}
-        for name in layers:
-            values = tap.values[name].clamp(min=0)
-            summed = sum_positions(values, axes[name])
-            scores[name] = summed * (summed.numel() / values.numel())
-        return scores
+        values = {name: tap.values[name].clamp(min=0) for name in layers}
+        summed = {name: sum_positions(values[name], axes[name]) for name in layers}
+        return {n: sums * (sums.numel() / values[n].numel()) for n, sums in summed.items()}
 
 
 @dataclass(frozen=True)

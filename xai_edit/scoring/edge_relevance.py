@@ -68,18 +68,8 @@ def edge_relevance(
     shares of bias and stabiliser. In a convolution it is summed over positions. UnknownLayerError
     or ValueError if a layer is unknown, or has no weights or no such rule.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Left exactly as it was.
-    data : iterable or Dataset
-        See `xai_edit.core.data.batches`.
-    scorer : LRP
-        Its rule for the layers is a ``zennit.core.BasicHook``, as are Zennit's.
-    layers : sequence of str, optional
-        Convolution and linear layers; all when left out.
-    target : int, "label", "predicted" or callable
-        See `xai_edit.core.targets.Target`.
+    The scorer's rule for the layers is a ``zennit.core.BasicHook``, as are Zennit's. ``layers`` are
+    all convolution and linear layers when left out; ``data`` and ``target`` as for `score_units`.
     """
     require_type(scorer, LRP, "scorer", "edge relevance needs a rule, so an xai_edit.LRP")
     target = checked_target(target)

@@ -55,13 +55,11 @@ class UnitScores:
     ----------
     sums : dict of Tensor
         Per layer the sum over samples, float64, shape (units,).
-    samples : int
-    aggregate : {"sum", "mean", "abs", "positive"}
+    samples, aggregate, k
         See `score_units`.
     counts : dict of Tensor
         Per layer in how many samples each unit is among the ``k`` highest, int64, shape (units,);
         empty without ``k``.
-    k : int or None
     origin : dict
         Scorer and arguments of the scores, as JSON values.
     """
@@ -202,14 +200,12 @@ def score_units(
     k: int | None = None,
     unit_axis: int | Mapping[str, int] | None = None,
 ) -> UnitScores:
-    """Score every unit of the named layers over a data set, in one pass.
+    """Score every unit of the named layers over a data set, in one pass; the model is only read.
 
     UnknownLayerError, NonFiniteError, ValueError or TypeError on bad input, before or during it.
 
     Parameters
     ----------
-    model : nn.Module
-        A classifier, logits of shape (samples, classes). Left exactly as it was.
     data : iterable or Dataset, or None
         See `xai_edit.core.data.batches`; None for a scorer that reads only weights.
     scorer : callable
@@ -252,7 +248,11 @@ def score_units(
                 values = values.clamp(min=0)
             sums[name] = sums.get(name, 0) + values.sum(0)
             if k is not None:
-                counts[name] = counts.get(name, 0) + _occurrences(values, k, name)
+                whole_number(k, "k", least=1, most=values.shape[1])
+                # Stable, so that units tied within a sample are in their order on every machine.
+                top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
+                counted = torch.bincount(top.flatten(), minlength=values.shape[1])
+                counts[name] = counts.get(name, 0) + counted
 
     with preserved(model, weights=not isinstance(scorer, BUILT_IN)):
         if not getattr(scorer, "needs_data", True):
@@ -332,10 +332,3 @@ def _windows(
                 "samples are not those of one after the other; name another layer"
             )
     return windowed
-
-
-def _occurrences(values: Tensor, k: int, name: str) -> Tensor:
-    whole_number(k, "k", least=1, most=values.shape[1])
-    # Stable, so that units tied within a sample are taken in their order on every machine.
-    top = torch.argsort(values, dim=1, descending=True, stable=True)[:, :k]
-    return torch.bincount(top.flatten(), minlength=values.shape[1])
