@@ -152,7 +152,7 @@ SCORERS = [
     (lambda w: score(w, target=lambda z: z), V, "target: the function of the logits gave"),
     (lambda w: score(w, scorer=xe.LRP), T, "scorer: <class"),
     (lambda w: score(w, scorer="epsilon"), T, "scorer: 'epsilon' given; wrap"),
-    (lambda w: score(w, model=w.no_logits), V, "model: its output is (30, 10, 6, 6) for"),
+    (lambda w: score(w, model=w.no_logits), V, "model: its output is (30, 10, 6, 6); a"),
     (lambda w: xe.LRP(3), T, "composite: 3 is neither a preset"),
     (lambda w: xe.LRP("epsilon", gamma=1), T, "composite: preset 'epsilon'"),
     (lambda w: xe.CaptumLayer(Saliency), T, "method: <class"),

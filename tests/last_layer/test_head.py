@@ -72,7 +72,7 @@ def test_a_model_without_a_linear_layer_is_refused(digits):
         find_head(model, digits[0][:3])
 
 
-@pytest.mark.parametrize("after", [lambda z: (z, z), lambda z: z[None], lambda z: z.sum()])
+@pytest.mark.parametrize("after", [lambda z: {"a": z}, lambda z: z[None], lambda z: z.sum()])
 def test_an_output_that_is_not_one_row_of_logits_a_sample_is_refused(after, inputs):
     with pytest.raises(ValueError, match="classifier"):
         find_head(Ends(after), inputs)

@@ -23,6 +23,7 @@ from xai_edit.core.data import (
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import first_tensor, predict
+from xai_edit.core.outputs import as_logits
 from xai_edit.edits.model_edit import ModelEdit
 
 
@@ -195,7 +196,8 @@ class _LastLinear:
 
     def name_for(self, output: Tensor) -> str:
         """Return the layer's name if the model's output is its output, or a softmax of it."""
-        same = (self.outputs, self.outputs.log_softmax(-1), self.outputs.softmax(-1))
+        made = as_logits(self.outputs) if self.outputs.shape[1:] == (1,) else self.outputs
+        same = (made, made.log_softmax(-1), made.softmax(-1))
         if self.name is None or not any(torch.equal(output, candidate) for candidate in same):
             reason = f"its last, {self.name!r}, is followed by more"
             raise ValueError(
