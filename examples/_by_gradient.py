@@ -10,7 +10,7 @@ not.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -22,13 +22,20 @@ ACTIVATIONS = """
 ACTIVATIONS = frozenset(ACTIVATIONS.split())
 MIXING = "linear matmul bmm mm einsum conv1d conv2d conv3d scaled_dot_product_attention"
 MIXING = frozenset(MIXING.split())
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
-def by_gradient(explained, inputs: Tensor) -> Tensor:
-    """Return the relevance of a tensor for ``explained(inputs)``, one number a sample."""
+def by_gradient(explained, inputs: Tensor, *, positive=None) -> Tensor:
+    """Return the relevance of a tensor for ``explained(inputs)``, one number a sample.
+
+    With a model for ``positive``, its convolution layers have the z-plus rule.
+    """
     values = inputs.detach().clone().requires_grad_()
-    with Constants():
+    with torch.enable_grad(), Constants() as constants:
+        hooks = [] if positive is None else constants.watch(positive)
         number = explained(values).sum()
+    for hook in hooks:
+        hook.remove()
     (gradient,) = torch.autograd.grad(number, values)
     return gradient * inputs.detach()
 
@@ -36,13 +43,34 @@ def by_gradient(explained, inputs: Tensor) -> Tensor:
 class Constants(TorchFunctionMode):
     """What is no layer is linear for the gradient: activations, gates, norms, products."""
 
+    inside = 0  # of how many convolution layers with the z-plus rule
+
+    def watch(self, model):
+        """Give a model's convolution layers the z-plus rule; return the hooks to remove."""
+
+        def enter(*_):
+            self.inside += 1
+
+        def leave(*_):
+            self.inside -= 1
+
+        layers = [one for one in model.modules() if isinstance(one, CONVOLUTIONS)]
+        return [
+            hook
+            for one in layers
+            for hook in (one.register_forward_pre_hook(enter), one.register_forward_hook(leave))
+        ]
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         raw, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         name = raw.strip("_")
         data = [one for one in tree_leaves((args, kwargs)) if varies(one)]
         if not data or name in ("requires_grad", "get", "set", "size", "dim"):
             return func(*args, **kwargs)
-        output = linear(func, name, args, kwargs)
+        if self.inside and name.startswith("conv"):
+            output = z_plus(func, *args, **kwargs)
+        else:
+            output = linear(func, name, args, kwargs)
         in_place = (raw.endswith("_") and not raw.startswith("__")) or raw.startswith("__i")
         if (in_place or kwargs.get("inplace")) and output is not args[0]:
             args[0].copy_(output)
@@ -53,6 +81,16 @@ class Constants(TorchFunctionMode):
                 if isinstance(one, Tensor):
                     one.gate = True
         return output
+
+
+def z_plus(func, input, weight, bias=None, *args, **kwargs):
+    """Return a convolution's output with the gradient of its positive part, scaled to it."""
+    z = func(input, weight, bias, *args, **kwargs).detach()
+    bias = None if bias is None else bias.clamp(min=0)
+    positive = func(input.clamp(min=0), weight.clamp(min=0), bias, *args, **kwargs)
+    positive = positive + func(input.clamp(max=0), weight.clamp(max=0), None, *args, **kwargs)
+    one = positive / torch.where(positive == 0, 1, positive).detach()
+    return z * torch.where(positive == 0, 1, one)
 
 
 def varies(value):
@@ -126,6 +164,19 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     return output if bias is None else output + bias.view(shape)
 
 
+def batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    if training or running_mean is None:
+        dims = (0, *range(2, input.ndim))
+        output = normed(input, dims, eps)
+        shape = (-1, *[1] * (input.ndim - 2))
+        output = output if weight is None else output * weight.view(shape)
+        return output if bias is None else output + bias.view(shape)
+    arguments = running_mean, running_var, weight, bias, False, momentum, eps
+    return functional.batch_norm(input, *arguments)
+
+
 def attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -154,6 +205,7 @@ OTHERS = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "group_norm": group_norm,
+    "batch_norm": batch_norm,
     "scaled_dot_product_attention": attention,
     "multi_head_attention_forward": multi_head,
 }

@@ -1,0 +1,188 @@
+"""What networks outside torchvision are made of, against the input times a gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _by_gradient import by_gradient
+from torch import nn
+from torch.nn import functional as F
+
+from xai_edit import LRP
+
+TARGETS = torch.tensor([0, 2, 1])
+
+
+class Of(nn.Module):
+    """A convolution, what is tested, and a head; with a function or a module of the features."""
+
+    def __init__(self, middle, *modules, size=(3, 6, 6), channels=8):
+        super().__init__()
+        dims = len(size) - 1
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.stem = convolution(size[0], channels, 3, padding=1)
+        self.inner = nn.ModuleList(modules)
+        self.middle = middle
+        self.head = nn.Linear(channels, 3)
+
+    def forward(self, x):
+        x = self.middle(self.stem(x), *self.inner)
+        return self.head(x.flatten(2).mean(2))
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """A norm that ends in an activation, as timm's."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(x)
+
+
+def rms(x):
+    return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
+
+
+def response_norm(x):
+    energy = x.norm(dim=(2, 3), keepdim=True)
+    return x + torch.addcmul(torch.ones(1).double(), x, energy / (energy.mean(1, keepdim=True) + 1))
+
+
+def squeezed(x, layer):
+    return x * layer(x.mean((2, 3))).sigmoid()[..., None, None]
+
+
+def by_channel(x, layer):  # as ECA
+    gate = layer(x.mean((2, 3))[:, None]).sigmoid()
+    return x * gate.transpose(1, 2)[..., None].expand_as(x)
+
+
+def by_place(x, layer):  # as CBAM
+    return x * layer(torch.stack([x.mean(1), x.amax(1)], 1)).sigmoid().expand_as(x)
+
+
+def upsampled_gate(x, layer):  # as GhostNet's
+    return x * F.interpolate(layer(F.avg_pool2d(x, 2)).sigmoid(), size=x.shape[-2:])
+
+
+def selected(x, first, second):  # as selective kernels
+    both = torch.stack([first(x), second(x)], 1)
+    shares = both.sum(1).mean((2, 3), keepdim=True)[:, None].expand(-1, 2, -1, -1, -1)
+    return (both * torch.softmax(shares * torch.tensor([1.0, 2]).view(2, 1, 1, 1), 1)).sum(1)
+
+
+def swish_gated(x, one, other):
+    tokens = x.flatten(2).mT
+    return (F.silu(one(tokens)) * other(tokens)).mT
+
+
+def attention_with_bias(x, query, key, value):
+    tokens = x.flatten(2).mT
+    bias = torch.linspace(-1, 1, tokens.shape[1] ** 2).double().view(tokens.shape[1], -1)
+    shares = (query(tokens) @ key(tokens).mT / 3 + bias).softmax(-1)
+    return (shares @ value(tokens)).mT
+
+
+def rotary(x, query, key):
+    tokens = x.flatten(2).mT
+    angle = torch.arange(tokens.shape[1], dtype=x.dtype)[:, None] / 7
+
+    def turned(values):
+        left, right = values.chunk(2, -1)
+        half = torch.cat((-right, left), -1)
+        return values * angle.cos() + half * angle.sin()
+
+    return F.scaled_dot_product_attention(turned(query(tokens)), turned(key(tokens)), tokens).mT
+
+
+def windows(x, layer):
+    parts = x.roll((-1, -1), (2, 3)).unflatten(2, (2, 3)).unflatten(4, (2, 3))
+    inside = layer(parts.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2))
+    parts = inside.view(len(x), 2, 2, 3, 3, -1).permute(0, 5, 1, 3, 2, 4)
+    return parts.flatten(4, 5).flatten(2, 3).roll((1, 1), (2, 3))
+
+
+def written_in_part(x, layer):
+    x = layer(x)
+    shifted = x[:, :, 1:] + x[:, :, :-1]
+    x[:, :, 1:] = shifted
+    return x
+
+
+def unfolded(x, layer):
+    patches = F.unfold(x, 2, stride=2)
+    return layer(patches.mT).mT
+
+
+def linear(inputs=8, outputs=8):
+    return nn.Linear(inputs, outputs)
+
+
+def norm_free(x, layer):
+    return x * torch.rsqrt(x.var(1, keepdim=True) + 1e-6) + layer(x)
+
+
+NETWORKS = {
+    "GroupNorm": lambda: Of(lambda x, norm: norm(x), nn.GroupNorm(2, 8)),
+    "InstanceNorm": lambda: Of(lambda x, norm: norm(x), nn.InstanceNorm2d(8, affine=True)),
+    "batch norm without statistics": lambda: Of(
+        lambda x, norm: norm(x), nn.BatchNorm2d(8, track_running_stats=False)
+    ),
+    "batch norm after a sum": lambda: Of(lambda x, norm: norm(x + x.relu()), nn.BatchNorm2d(8)),
+    "norm with activation": lambda: Of(lambda x, norm: norm(x), NormWithActivation(8)),
+    "norm with activation after a sum": lambda: Of(
+        lambda x, norm: norm(x + x.relu()), NormWithActivation(8)
+    ),
+    "RMSNorm": lambda: Of(lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1), nn.RMSNorm(8)),
+    "LayerNorm of channels": lambda: Of(
+        lambda x, norm: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), nn.LayerNorm(8)
+    ),
+    "RMS by hand": lambda: Of(rms),
+    "variance by hand": lambda: Of(norm_free, nn.Conv2d(8, 8, 1)),
+    "global response norm": lambda: Of(response_norm),
+    "squeeze and excitation": lambda: Of(squeezed, linear()),
+    "gate by channel": lambda: Of(by_channel, nn.Conv1d(1, 1, 3, padding=1)),
+    "gate by place": lambda: Of(by_place, nn.Conv2d(2, 1, 3, padding=1)),
+    "upsampled gate": lambda: Of(upsampled_gate, nn.Conv2d(8, 8, 1)),
+    "selective kernels": lambda: Of(selected, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)),
+    "GLU": lambda: Of(lambda x, layer: F.glu(layer(x), 1), nn.Conv2d(8, 16, 1)),
+    "SwiGLU": lambda: Of(swish_gated, linear(), linear()),
+    "StarReLU": lambda: Of(lambda x: 0.9 * x.relu() ** 2 - 0.4),
+    "layer scale": lambda: Of(
+        lambda x, layer: x + layer(x) * torch.arange(8.0).double().view(-1, 1, 1),
+        nn.Conv2d(8, 8, 1),
+    ),
+    "attention with bias": lambda: Of(attention_with_bias, linear(), linear(), linear()),
+    "rotary embeddings": lambda: Of(rotary, linear(), linear()),
+    "windows": lambda: Of(windows, linear()),
+    "written in part": lambda: Of(written_in_part, nn.Conv2d(8, 8, 1)),
+    "unfolded": lambda: Of(unfolded, linear(32)),
+    "a signal": lambda: Of(lambda x, norm: norm(x).relu(), nn.BatchNorm1d(8), size=(2, 9)),
+    "a volume": lambda: Of(lambda x, norm: norm(x).relu(), nn.BatchNorm3d(8), size=(1, 3, 4, 5)),
+}
+SIZES = {"a signal": (2, 9), "a volume": (1, 3, 4, 5)}
+EXACT = {
+    "epsilon": {"epsilon": 1e-14},
+    "epsilon-plus": {"epsilon": 1e-14, "stabilizer": 1e-14},
+}
+
+
+@pytest.mark.parametrize("composite", EXACT)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_relevance_is_that_of_a_network_with_constant_gates_and_deviations(name, composite):
+    torch.manual_seed(0)
+    model = NETWORKS[name]().double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(3, *SIZES.get(name, (3, 6, 6)), dtype=torch.float64)
+    got = LRP(composite, **EXACT[composite]).heatmap(model, x, TARGETS)
+    plus = None
+    if composite == "epsilon-plus":
+        if any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in model.modules()):
+            pytest.skip("what is positive depends on the merge; see test_accelerated")
+        plus = model
+    expected = by_gradient(lambda v: model(v).gather(1, TARGETS[:, None]), x, positive=plus)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
