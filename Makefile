@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test coverage portability margins lint docs examples benchmarks clean
+.PHONY: demo test coverage coverage-timm portability margins lint docs examples benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/xai-edit demo --out xai-edit-demo
@@ -15,6 +15,10 @@ test: $(INSTALLED)
 # Of lines and branches; below the limit in pyproject.toml it fails.
 coverage: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered
+
+# Which networks of timm and transformers work, 45 minutes on two cores: docs/coverage-timm.md.
+coverage-timm: $(INSTALLED)
+	cd examples && ../$(BIN)/python coverage_timm.py --out ../docs
 
 # Another processor, other numbers of threads, Zennit 1.0 and the lowest versions in pyproject.toml.
 portability: $(INSTALLED) .zennit-1 .lowest/installed

@@ -35,10 +35,12 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     ==========================================  ===============================================
     a + b, a − b                                in proportion to ±a and ±b (``Norm`` on a sum)
     mean, sum, average pooling, interpolation   in proportion to the inputs (``Norm``)
-    activations, division by a norm             passed on (``Pass``)
-    layer norm                                  as a linear map, its deviation a constant
+    activations, other functions that are zero  passed on (``Pass``)
+    at zero, division by a norm
+    layer, group, instance and batch norm       as a linear map, its deviation a constant
                                                 (Ali et al. 2022, Eq. 13)
-    x · gate, the gate smaller than x           all to x (Arras et al. 2017, signal takes all)
+    x · gate, the gate out of a sigmoid or      all to x (Arras et al. 2017, signal takes all)
+    smaller than x; gated linear units
     a · b, of one shape                         half each (Achtibat et al. 2024, AttnLRP)
     matmul, einsum of two data tensors          half each, in proportion (AttnLRP)
     linear, matmul, convolution with weights    in proportion (``Epsilon``)
@@ -47,7 +49,8 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     a + constant                                in proportion; the constant keeps its part, as a
                                                 bias does
     a · constant                                all to a
-    reshaping, joining, max pooling             along the gradient, which is right for them
+    reshaping, joining, choosing, max pooling   along the gradient, which is right for them
+    variance, norm, exponential, ...            none may reach them: in gates and deviations only
     ==========================================  ===============================================
 
     Parameters
