@@ -255,3 +255,27 @@ class Noisy(Crosswise):
 def test_a_network_that_computes_something_else_at_each_call_is_refused():
     with pytest.raises(ValueError, match="something else at each call"):
         score_units(Noisy().eval(), [torch.rand(2, 3, 8, 8)], LRP(), layers=["fc"], target=0)
+
+
+class LaterFirst(nn.Module):
+    """A network whose last convolution was registered first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.later, self.first = nn.Conv2d(4, 4, 3), nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.head(self.later(self.first(x).relu()).relu().flatten(1))
+
+
+def test_the_rule_of_the_first_layer_is_that_of_the_first_on_the_way_of_the_data():
+    model = LaterFirst().double()
+    ordered = nn.Sequential(
+        *(model.first, nn.ReLU(), model.later, nn.ReLU(), nn.Flatten(), model.head)
+    )
+    x, targets = torch.rand(2, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 2])
+    scorer = LRP("epsilon-gamma-box", low=0.0, high=1.0)
+    expected = scorer.heatmap(ordered, x, targets)
+    torch.testing.assert_close(scorer.heatmap(model, x, targets), expected)

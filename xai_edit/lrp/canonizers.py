@@ -101,6 +101,18 @@ def with_own_rules(composite: Composite) -> Composite:
     return Composite(module_map=module_map, canonizers=composite.canonizers)
 
 
+def along_the_data(composite: Composite, model: nn.Module, found: Trace) -> Composite:
+    """Return a composite whose first layer is the first that the data reach, as in ``found``.
+
+    Zennit's composites with a rule for the first layer take the first that was registered.
+    """
+    modules, context = dict(model.named_modules()), dict[str, Any]()
+    first = [name for name in found.order if name in found.fed]
+    names = dict.fromkeys([*first, *modules])
+    rules = {name: composite.module_map(context, name, modules[name]) for name in names}
+    return Composite(module_map=lambda _, name, __: rules[name], canonizers=composite.canonizers)
+
+
 def rules_of(composite: Composite, model: nn.Module) -> dict[str, Hook | None]:
     """Return each module's rule, from the composite or from its attribute ``lrp_rule``."""
     context: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from xai_edit.core.trace import Trace, trace
 from xai_edit.lrp import presets as rules
 from xai_edit.lrp.accelerated import DirectHook, accelerated, direct
 from xai_edit.lrp.canonizers import (
+    along_the_data,
     canonized,
     choose_canonizers,
     refuse_difference,
@@ -237,7 +238,7 @@ class LRP:
                 # A sum behind the layers needs the graph of both summands, from the inputs on.
                 whole = not layers or any(one.joins for one in found.after(layers))
             else:
-                analysis, whole, unmerged = None, True, set()
+                analysis, whole, unmerged, found = None, True, set(), None
                 if self.canonizers == "auto":
                     refuse(self.findings_as_canonized(model, sample, layers))
                 canonizers = self.canonizers_for(model, None)
@@ -255,7 +256,10 @@ class LRP:
             gather.attach(model, layers, inputs=True)
             # On the stack before the composite, so that the hooks go first and the merge after.
             stack.enter_context(canonized(model, canonizers))
-            composite = accelerated(with_own_rules(self.composite), unmerged=unmerged)
+            rules = (
+                self.composite if found is None else along_the_data(self.composite, model, found)
+            )
+            composite = accelerated(with_own_rules(rules), unmerged=unmerged)
             stack.enter_context(composite.context(model))
             gather.attach(model, layers, inputs=False)
             stack.enter_context(torch.enable_grad())
