@@ -186,3 +186,26 @@ def test_relevance_is_that_of_a_network_with_constant_gates_and_deviations(name,
         plus = model
     expected = by_gradient(lambda v: model(v).gather(1, TARGETS[:, None]), x, positive=plus)
     torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+class OfPixels(nn.Module):
+    """A network of whole-number pixels that it rescales itself, with tokens beside them or not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, pixels):
+        x = (pixels / 255 - 0.5) * 2 if pixels.dtype == torch.uint8 else pixels
+        return self.head(self.stem(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "epsilon-plus"])
+def test_a_network_of_whole_numbers_is_scored_like_one_of_their_values(composite):
+    pixels = torch.randint(0, 256, (3, 3, 6, 6), dtype=torch.uint8)
+    layers = ["stem:input", "stem", "head"]
+    got = LRP(composite).relevance(OfPixels(), pixels, TARGETS, layers)
+    expected = LRP(composite).relevance(OfPixels(), (pixels / 255 - 0.5) * 2, TARGETS, layers)
+    for name in layers:
+        torch.testing.assert_close(got[name], expected[name])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
@@ -185,10 +187,39 @@ def differentiable(inputs: Inputs) -> Inputs:
     return copy
 
 
+class _StartsAtFloats(TorchFunctionMode):
+    """Lets gradients start where whole numbers, such as pixels of images, become floating."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.whole = {  # it holds the tensors, so that an id stays theirs
+            id(values): values
+            for name, values in input_tensors(inputs).items()
+            if not values.is_floating_point() and not name.endswith("mask")
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if any(id(one) in self.whole for one in tree_leaves((args, kwargs))):
+            for made in tree_leaves(output):
+                if not isinstance(made, Tensor) or made.dtype == torch.bool:
+                    continue
+                if not made.is_floating_point():
+                    self.whole[id(made)] = made
+                elif made.is_leaf:
+                    made.requires_grad_()
+        return output
+
+
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """Return the model's output; raise ValueError if it does not take such inputs."""
     try:
-        return called(model, inputs.clone())  # a model may overwrite its input, not the user's data
+        copy = inputs.clone()  # a model may overwrite its input, but not the user's data
+        mode = _StartsAtFloats(copy)
+        with mode if mode.whole and torch.is_grad_enabled() else nullcontext():
+            return called(model, copy)
     except (RuntimeError, AssertionError, TypeError) as problem:  # torchvision's ViT asserts
         raise ValueError(
             f"data: the model does not take inputs of {described(inputs)}: {problem}"

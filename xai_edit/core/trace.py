@@ -204,7 +204,8 @@ class _Recorder(TorchFunctionMode):
         """Record what no function mode sees, such as an autograd.Function."""
         for value in given:
             if self.stack and _depends(value) and id(value) not in self.seen:
-                self.operation(type(value.grad_fn).__name__)
+                if value.grad_fn is not None:  # else the data become floating here
+                    self.operation(type(value.grad_fn).__name__)
                 self.followed(value)
 
     def operation(self, name: str, *, joins: bool = False) -> None:

@@ -256,10 +256,10 @@ class LRP:
             gather.attach(model, layers, inputs=True)
             # On the stack before the composite, so that the hooks go first and the merge after.
             stack.enter_context(canonized(model, canonizers))
-            rules = (
-                self.composite if found is None else along_the_data(self.composite, model, found)
-            )
-            composite = accelerated(with_own_rules(rules), unmerged=unmerged)
+            rules = with_own_rules(self.composite)
+            if found is not None:
+                rules = along_the_data(rules, model, found)
+            composite = accelerated(rules, unmerged=unmerged)
             stack.enter_context(composite.context(model))
             gather.attach(model, layers, inputs=False)
             stack.enter_context(torch.enable_grad())
