@@ -24,9 +24,9 @@ from xai_edit.core.data import peek
 from xai_edit.core.files import write_atomically
 from xai_edit.core.inputs import one_tensor
 from xai_edit.core.targets import targets_of
+from xai_edit.evaluation.check_model import check_model
 from xai_edit.evaluation.compare import Comparison, compare_scorers
 from xai_edit.evaluation.deletion_curve import SHARES
-from xai_edit.lrp.check_model import check_model
 from xai_edit.lrp.lrp import Scorer
 from xai_edit.pages.page import as_json
 from xai_edit.report.comparison_figures import (

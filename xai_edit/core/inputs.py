@@ -128,8 +128,11 @@ def inputs_from(tensors: Mapping[str, Tensor]) -> Inputs:
     """Return the inputs of which `input_tensors` gave the tensors."""
     if "" in tensors:
         return tensors[""]
-    positional = tuple(one for name, one in tensors.items() if name.isdigit())
-    return ModelInputs(positional, {k: one for k, one in tensors.items() if not k.isdigit()})
+    places = sorted((name for name in tensors if name.isdigit()), key=int)
+    return ModelInputs(
+        tuple(tensors[at] for at in places),
+        {k: one for k, one in tensors.items() if not k.isdigit()},
+    )
 
 
 def one_tensor(inputs: Inputs, what: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from xai_edit.core.errors import UnknownLayerError
+from xai_edit.core.final_operation import following, is_compiled
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
 from xai_edit.core.outputs import logits_of
 
@@ -188,7 +189,13 @@ def differentiable(inputs: Inputs) -> Inputs:
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """Return the model's output; raise ValueError if it does not take such inputs."""
     try:
-        return called(model, inputs.clone())  # a model may overwrite its input, not the user's data
+        copy = inputs.clone()  # a model may overwrite its input, not the user's data
+        if is_compiled(model):
+            return called(model, copy)
+        with following() as mode:
+            output = called(model, copy)
+        mode.mark(output)
+        return output
     except (RuntimeError, AssertionError, TypeError) as problem:  # torchvision's ViT asserts
         raise ValueError(
             f"data: the model does not take inputs of {described(inputs)}: {problem}"
