@@ -102,5 +102,6 @@ def test_a_mask_or_token_numbers_are_no_obstacle():
         def forward(self, tokens, mask):
             return self.head((self.act(self.embed(tokens)) * mask[:, :, None]).mean(1))
 
-    data = [((torch.randint(9, (4, 5)), torch.ones(4, 5)), Y)]
+    inputs = {"tokens": torch.randint(9, (4, 5)), "mask": torch.ones(4, 5), "labels": Y}
+    data = [inputs]
     assert score_units(Tokens(), data, deep_lift, layers="embed")["embed"].any()

@@ -31,8 +31,13 @@ class ModelInputs:
 
     @property
     def first(self) -> Tensor:
-        """The tensor that relevance is about: the first of floating numbers, or the first."""
-        tensors = [*self.tensors().values()]
+        """The tensor that relevance is about: the first of floating numbers, or the first.
+
+        One that is named a mask comes after the others.
+        """
+        named = self.tensors().items()
+        tensors = [one for name, one in named if not name.endswith("mask")]
+        tensors = tensors or [*self.tensors().values()]
         return next((one for one in tensors if one.is_floating_point()), tensors[0])
 
     def __len__(self) -> int:
@@ -129,10 +134,8 @@ def inputs_from(tensors: Mapping[str, Tensor]) -> Inputs:
     if "" in tensors:
         return tensors[""]
     places = sorted((name for name in tensors if name.isdigit()), key=int)
-    return ModelInputs(
-        tuple(tensors[at] for at in places),
-        {k: one for k, one in tensors.items() if not k.isdigit()},
-    )
+    named = {name: one for name, one in tensors.items() if name not in places}
+    return ModelInputs(tuple(tensors[at] for at in places), named)
 
 
 def one_tensor(inputs: Inputs, what: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -133,6 +133,8 @@ def of_captum(tried: Tried) -> Iterator[Part]:
         except (AssertionError, AttributeError, RuntimeError) as problem:
             raise ValueError(f"Captum's DeepLift cannot explain this model: {problem}") from problem
         CaptumLayer(ca.LayerDeepLift)(model, few, targets, [layer])
+        if found is None and (first := next(iter(tried.check.shares), None)):
+            CaptumLayer(ca.LayerDeepLift)(model, few, targets, [first])  # raises beyond the bound
         if found is None or found <= BOUND:
             return Part("Captum", name, True, "", found, "" if found is None else accepted)
         why = (
@@ -152,7 +154,7 @@ def of_captum(tried: Tried) -> Iterator[Part]:
         return Part("Captum", method.__name__, True, why, found, accepted)
 
     for method in (ca.LayerIntegratedGradients, ca.LayerConductance):
-        yield attempt("Captum", method.__name__, lambda method=method: by_steps(method))
+        yield attempt("Captum", method.__name__, partial(by_steps, method))
     for method in (ca.LayerGradientXActivation, ca.LayerActivation, ca.LayerLRP):
 
         def score(method: Any = method) -> None:
