@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ class _Following(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
+        if not self.kept and _name(func) not in FINAL:
+            return func(*args, **named)
         before = args[0] if args else named.get("input")
         if _name(func) in FINAL and _in_place(func) and isinstance(before, Tensor):
             before = before.clone()  # the operation overwrites it
@@ -63,9 +66,9 @@ class _Following(TorchFunctionMode):
 
     def see(self, func: Any, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
         """Keep an operation's input if it is one of `FINAL`, or only reshapes the output of one."""
-        name, given = _name(func), args[0] if args else None
         if not isinstance(output, Tensor):
             return
+        name, given = _name(func), args[0] if args else None
         if name in FINAL and isinstance(given, Tensor):
             self.keep(name, output, given)
             return
@@ -192,6 +195,7 @@ def _mark(output: Any) -> tuple[str, Tensor] | None:
     return getattr(output, "_xai_edit_before", None) if isinstance(output, Tensor) else None
 
 
+@functools.lru_cache(1024)
 def _name(func: Callable[..., Any]) -> str:
     return str(getattr(func, "__name__", "")).strip("_").removeprefix("special_")
 

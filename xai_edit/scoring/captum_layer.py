@@ -134,7 +134,7 @@ class CaptumLayer:
                 f"Captum's {self.method.__name__} does not add up on this model: at layer {name!r} "
                 f"the attributions differ by {error:.1%} from f(x) − f(baseline), {BOUND:.0%} at "
                 "most; it follows torch.nn's activation modules, not functional activations, GELU, "
-                "SiLU, PReLU or norms; use captum.attr.LayerIntegratedGradients"
+                "SiLU, PReLU or norms, and max pooling in part; use LayerIntegratedGradients"
             )
         verified.add(key)
 
