@@ -222,7 +222,7 @@ def look(model, images):
 
 
 def check(model, images):
-    found = xe.check_model(model, images[:EXPLAINED])
+    found = xe.lrp.check_lrp(model, images[:EXPLAINED])
     findings = [str(one) for one in found.findings]
     return {"ok": found.ok, "canonizers": found.canonizers, "findings": findings}
 

@@ -188,7 +188,7 @@ hits = best == labels[:images, None]
 top1, top5 = float(hits[:, 0].float().mean()), float(hits.any(1).float().mean())
 print(f"EfficientNet-Lite0 on {images} images: top-1 {top1:.3f}, top-5 {top5:.3f}")
 
-check = xe.check_model(network, centres[:2])
+check = xe.lrp.check_lrp(network, centres[:2])
 print(f"canonizers {check.canonizers}, findings {check.findings}")
 
 # %% [markdown]
@@ -207,7 +207,7 @@ for name, biased in {"biases kept": True, "biases zeroed": False}.items():
         elif not biased and isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
     few = centres[1 : 2 if quick else 4].double()
-    found = xe.check_model(double, few, xe.LRP(epsilon=1e-12), layers=cuts)
+    found = xe.lrp.check_lrp(double, few, xe.LRP(epsilon=1e-12), layers=cuts)
     ratios[name] = found.ratios
     summary = ", ".join(f"{cut} {ratio:.4f}" for cut, ratio in found.ratios.items())
     print(f"Σ relevance / logit, {name}: {summary}")

@@ -24,7 +24,9 @@ from .concepts.drsa import DRSA
 from .concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from .concepts.predictiveness import predictiveness
 from .concepts.subspaces import Subspaces
+from .core.outputs import outputs_as
 from .edits.model_edit import ModelEdit
+from .evaluation.check_model import check_model
 from .evaluation.compare import compare_scorers
 from .evaluation.deletion_curve import deletion_curve
 from .evaluation.evaluate_groups import evaluate_groups, evaluate_head
@@ -34,7 +36,6 @@ from .forgetting.path_perturbation import PathPerturbation
 from .last_layer.fictitious_class import FictitiousClass
 from .last_layer.head import collect_head_features
 from .last_layer.single_weight import SingleWeight
-from .lrp.check_model import check_model
 from .lrp.functional_canonizer import FunctionalCanonizer
 from .lrp.lrp import LRP
 from .lrp.patterns import fit_patterns
@@ -96,6 +97,7 @@ __all__ = [
     "forgetting",
     "last_layer",
     "lrp",
+    "outputs_as",
     "predictiveness",
     "pruning",
     "report",

@@ -1,3 +1,4 @@
+import html
 import json
 import shlex
 import sys
@@ -155,8 +156,8 @@ def calls(monkeypatch):
     """The calls of a stand-in for check_model, which finds an error where a layer is "wrong"."""
     made = []
 
-    def check_model(model, inputs, composite="epsilon", *, layers=None):
-        made.append((model, inputs, composite, layers))
+    def check_model(model, batch, composite="epsilon", *, layers=None):
+        made.append((model, batch, composite, layers))
         fine = layers != ["wrong"]
         return types.SimpleNamespace(ok=fine, to_dict=lambda: {"ok": fine})
 
@@ -182,8 +183,9 @@ def test_check_without_data_gives_two_random_inputs_of_the_models_size(folder, c
 def test_check_with_data_gives_one_real_batch(folder, calls):
     line = f"check {DIGITS} --batch-size 7 --composite epsilon-gamma-box --layers 0,3 --quiet"
     assert main(shlex.split(line)) == 0
-    ((_, inputs, composite, layers),) = calls
+    ((_, (inputs, labels), composite, layers),) = calls
     assert inputs.shape == (7, 1, 8, 8)
+    assert labels.shape == (7,)
     assert "low=" in repr(composite)
     assert layers == ["0", "3"]
 
@@ -198,6 +200,36 @@ def test_check_of_a_sound_network_is_zero_and_of_a_broken_one_is_one(folder, cap
     Path("cli_net.py").write_text(NET.replace("nn.ReLU()", "nn.Softmin(1)"))  # it has no rule
     sys.modules.pop("cli_net")
     assert main(shlex.split(line)) == 1
+
+
+def test_check_writes_a_page_with_what_works_and_what_is_refused(folder, capsys):
+    line = f"check {DIGITS} --batch-size 20 --out checked --quiet"
+    assert main(shlex.split(line)) == 0
+    text = capsys.readouterr().out
+    results = json.loads(Path("checked/results.json").read_text())
+    page = Path("checked/report.html").read_text()
+    assert results["parts"]
+    for one in results["parts"]:
+        assert one["name"] in text
+        assert html.escape(one["name"]) in page
+        assert one["works"] or one["why"]
+    assert any(one["name"] == "accuracy" and one["accepted"] for one in results["figures"])
+    assert "is near chance" in page  # the network has random weights
+    Path("checked/report.html").unlink()
+    assert main(["report", "checked"]) == 0
+    assert Path("checked/report.html").read_text() == page
+
+
+def test_outputs_name_the_logits_or_their_number(folder, capsys):
+    more = "\n\nclass Named(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    more += "        self.net = build()\n\n    def forward(self, x):\n"
+    more += "        return {'aux': x.sum((2, 3)), 'scores': self.net(x)}\n"
+    Path("cli_net.py").write_text(NET + more)
+    line = "score --model cli_net:{} --input-size 1x8x8 --data digits --layers {} --quiet --json"
+    assert main(shlex.split(line.format("build", 0))) == 0
+    expected = json.loads(capsys.readouterr().out)["layers"]["0"]
+    assert main(shlex.split(f"{line.format('Named', 'net.0')} --outputs scores")) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]["net.0"] == expected
 
 
 # mistakes; more of them are in faults/test_bad_commands.py

@@ -16,7 +16,6 @@ from xai_edit import (
     Subspaces,
     Taylor,
     ablated,
-    check_model,
     collect_features,
     edge_relevance,
     fit_patterns,
@@ -28,6 +27,7 @@ from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.trace import trace
 from xai_edit.last_layer.head import find_head
+from xai_edit.lrp import check_lrp
 
 LABELS = torch.tensor([0, 2])
 
@@ -364,7 +364,7 @@ def test_branches_without_part_in_the_output_are_skipped_unless_named(scorer):
 
 def test_a_branch_that_no_sample_reaches_is_not_checked_and_has_no_relevance():
     model = Branches()
-    assert "constant" not in check_model(model, TOKENS[:, 0]).ratios
+    assert "constant" not in check_lrp(model, TOKENS[:, 0]).ratios
     with pytest.raises(ValueError, match="constant"):
         score_units(model, [(TOKENS[:, 0], LABELS)], LRP(), layers="constant")
 

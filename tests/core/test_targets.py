@@ -137,8 +137,15 @@ CAPTUM = {
 }
 
 
-@pytest.mark.parametrize("name", ["difference", "log-probability", "superclass", "squared"])
-@pytest.mark.parametrize("method", CAPTUM)
+EXPLAINED = [
+    (method, name)
+    for method in CAPTUM
+    for name in ("difference", "log-probability", "superclass", "squared")
+    if method != "LayerDeepLift" or name == "difference"  # the others do not add up
+]
+
+
+@pytest.mark.parametrize(("method", "name"), EXPLAINED)
 def test_captum_explains_the_function_as_a_models_only_output(plain, pairs, method, name):
     inputs, plain = pairs[0][:4], out_of_place(plain.double())
 

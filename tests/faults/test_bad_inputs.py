@@ -158,7 +158,7 @@ SCORERS = [
     (lambda w: xe.CaptumLayer(Saliency), T, "method: <class"),
     (lambda w: xe.CaptumLayer(LayerConductance, steps=1), T, "no argument ['steps'] here"),
     (lambda w: xe.fit_patterns(w.model, w.data, layers=["relu1"]), V, "layer 'relu1' is"),
-    (lambda w: xe.check_model(w.model, w.images * NAN), N, "inputs: NaN or infinite"),
+    (lambda w: xe.check_model(w.model, w.images * NAN), N, "batch 0 has inputs that are NaN"),
 ]
 EDITS = [
     (lambda w: between(w, **{"conv9.weight": ([0], [1.0])}), V, "'conv9.weight' is not a"),

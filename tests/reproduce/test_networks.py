@@ -25,7 +25,7 @@ def test_all_cnn_has_the_filters_of_its_paper():
 def test_each_can_be_scored_and_edited(make):
     torch.manual_seed(0)
     model, images = make().eval(), torch.rand(4, 3, 32, 32)
-    assert xe.check_model(model, images).ok
+    assert xe.lrp.check_lrp(model, images).ok
     target = int(model(images[:1]).argmax())
     assert xe.PathPerturbation().plan(model, [images[:1]], target=target).size > 0
 

@@ -124,10 +124,12 @@ def by_units(values, *, last):
 
 
 def supported(method, kind):
-    """What Captum itself can do: its LRP knows neither sums nor layer norms, DeepLift no reuse."""
+    """What Captum itself can do: its LRP knows neither sums nor layer norms, DeepLift no reuse and
+    no functional activation.
+    """
     if method == "LayerLRP":
         return kind in ("in-place ReLU", "tanh")
-    return not (method == "LayerDeepLift" and kind == "tokens")
+    return not (method == "LayerDeepLift" and kind in ("tokens", "functional"))
 
 
 CASES = [(m, k) for m in METHODS for k in NETWORKS if supported(m, k)]

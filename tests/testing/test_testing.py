@@ -46,7 +46,7 @@ SCORERS = {
     "patterns": lambda: xe.LRP("patternattribution", patterns=patterns()),
     "layer activation": lambda: xe.CaptumLayer(ca.LayerActivation),
     "conductance": lambda: xe.CaptumLayer(ca.LayerConductance, n_steps=4),
-    "deep lift": lambda: xe.CaptumLayer(ca.LayerDeepLift),
+    "integrated gradients": lambda: xe.CaptumLayer(ca.LayerIntegratedGradients, n_steps=4),
     "grad cam": lambda: xe.CaptumLayer(ca.LayerGradCam, attr_dim_summation=False),
     "gradient x activation": lambda: xe.CaptumLayer(ca.LayerGradientXActivation),
     "captum's lrp": lambda: xe.CaptumLayer(ca.LayerLRP),

@@ -40,7 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function = RUN[options.command].split(":")
     try:
         run = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)
-        code: int = run(options)
+        outputs = getattr(options, "outputs", None)
+        if not isinstance(outputs, str):
+            code: int = run(options)
+            return code
+        from xai_edit.core.outputs import outputs_as
+
+        options.outputs, options.logits = None, outputs
+        with outputs_as(outputs):
+            code = run(options)
     except (ValueError, TypeError, OSError) as problem:
         # Messages of other libraries may have several lines.
         print(f"xai-edit: {' '.join(str(problem).split())}", file=sys.stderr)

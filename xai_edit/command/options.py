@@ -61,6 +61,10 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _outputs(text: str) -> int | str:
+    return text if text.isidentifier() else _whole(text)
+
+
 def _size(text: str) -> tuple[int, ...]:
     return tuple(_whole(part) for part in text.split("x"))
 
@@ -91,7 +95,7 @@ LAYERS = Option("--layers A,B", "default: all convolution and linear layers", _n
 MODEL = (
     Option("--model NAME", "torchvision:NAME, or package.module:function", required=True),
     Option("--weights FILE", "safetensors or checkpoint; torchvision's own: DEFAULT"),
-    Option("--outputs N", "outputs, if not the model's usual number", _whole),
+    Option("--outputs N", "their number, or the name of the logits in what it returns", _outputs),
     Option("--device NAME", "such as cuda", default="cpu"),
     Option("--quiet", "no progress bar and no notes"),
 )
@@ -139,10 +143,17 @@ COMMANDS = {
         ),
     ),
     "check": Command(
-        "See whether a model and an LRP rule go together, before anything long. Runs one batch "
-        "through a model with an LRP rule and says what is wrong. Exit code 0: fine, 1: something "
-        "is wrong with the model, 2: bad input.",
-        (Option("--composite NAME", "LRP rule", default="epsilon"), *MODEL, LAYERS, JSON),
+        "See what can be trusted on a model, before anything long. Runs one batch through a model "
+        "with an LRP rule, tries every part of the library on it and says what works, what is "
+        "refused and why. Writes results.json, timing.json and report.html to the folder of --out. "
+        "Exit code 0: fine, 1: something is wrong with the model and the rule, 2: bad input.",
+        (
+            Option("--composite NAME", "LRP rule", default="epsilon"),
+            *MODEL,
+            LAYERS,
+            JSON,
+            OUT._replace(required=False),
+        ),
         (ANY_DATA, *INPUTS),
         "--model torchvision:resnet18 --composite epsilon-plus",
     ),

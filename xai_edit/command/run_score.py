@@ -19,16 +19,18 @@ from xai_edit.command.inputs import (
     scorer_of,
 )
 from xai_edit.command.load import preprocessing_of
-from xai_edit.command.run import Run
+from xai_edit.command.run import MODEL, Run
+from xai_edit.core.cost import measured
 from xai_edit.core.data import peek
 from xai_edit.core.files import write_atomically
 from xai_edit.core.inputs import one_tensor
 from xai_edit.core.targets import targets_of
+from xai_edit.edits.model_edit import versions
+from xai_edit.evaluation.check_model import check_model
 from xai_edit.evaluation.compare import Comparison, compare_scorers
 from xai_edit.evaluation.deletion_curve import SHARES
-from xai_edit.lrp.check_model import check_model
 from xai_edit.lrp.lrp import Scorer
-from xai_edit.pages.page import as_json
+from xai_edit.pages.page import as_json, write_run
 from xai_edit.report.comparison_figures import (
     deletion_curves,
     map_grid,
@@ -43,18 +45,34 @@ DRAWN = 4  # images with their relevance maps
 def check(options: argparse.Namespace) -> int:
     """Run ``xai-edit check``; the exit code is 1 where something is wrong with the model."""
     require_known(options.composite)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
     images = None if options.data is None else images_of(options, options.data)
     model = model_of(options)
     if images is not None:
-        inputs = peek(Batches(options, images, "reading"), options.device)[0].inputs
+        first = peek(Batches(options, images, "reading"), options.device)[0]
+        inputs = one_tensor(first.inputs, "the command")
+        batch = inputs if first.labels is None else (inputs, first.labels)
     else:
         shape = options.input_size or preprocessing_of(options.model, options.weights).shape
         generator = torch.Generator().manual_seed(SEED)
-        inputs = torch.randn(2, *shape, generator=generator).to(options.device)
+        batch = inputs = torch.randn(2, *shape, generator=generator).to(options.device)
         note(options, f"no --data: 2 inputs of random numbers, {'×'.join(map(str, shape))}")
+    about = {
+        "command": options.line,
+        "versions": versions(),
+        "model": {name: getattr(options, own) for name, own in MODEL.items()},
+        "logits": getattr(options, "logits", None),
+        "data": {"name": options.data, "samples": len(inputs)},
+    }
     composite = lrp_of(options.composite, options, model, [inputs])
-    found = check_model(model, inputs, composite, layers=options.layers)
-    print(as_json(found.to_dict()) if options.json else found)
+    with measured() as cost:
+        found = check_model(model, batch, composite, layers=options.layers)
+    results = {"run": "check", **about, **found.to_dict()}
+    if options.out is not None:
+        write_run(options.out, results, {"check": {"seconds": cost.seconds}})
+        note(options, f"written: {options.out / 'report.html'}")
+    print(as_json(results) if options.json else found)
     return 0 if found.ok else 1
 
 

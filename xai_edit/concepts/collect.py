@@ -30,6 +30,7 @@ from xai_edit.core.files import clear_parts, naming, part_of, require_folder
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import resolve_layers, run, tapped
+from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
 from xai_edit.lrp.canonizers import same_logits
 from xai_edit.lrp.contexts import ContextGather, Take
@@ -48,6 +49,7 @@ def collect_features(
     seed: int = 0,
     unit_axis: int | None = None,
     on_disk: str | Path | None = None,
+    outputs: Outputs = None,
 ) -> Features:
     """Return a layer's activation vectors at random positions, from one pass over the data.
 
@@ -78,6 +80,8 @@ def collect_features(
     on_disk : path, optional
         A memory-mapped file for the vectors, so that memory does not grow with the data: another
         one on each rank, with twice its size free on the disk.
+    outputs : str or callable, optional
+        Where the logits are in what the model returns, see `xai_edit.outputs_as`.
     """
     draw = PositionDraw(positions, seed)
     if scorer is not None:
@@ -92,7 +96,7 @@ def collect_features(
     labels: list[Tensor | None] = []
     attributes: list[Tensor | None] = []
     samples = 0
-    with ExitStack() as stack:
+    with outputs_as(outputs), ExitStack() as stack:
         folder: Path | None = None
         if on_disk is not None:
             clear_parts(require_folder(on_disk).parent, Path(on_disk).name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.inputs import Inputs, form_of
-from xai_edit.core.outputs import logits_of
+from xai_edit.core.outputs import logits_of, outputs_chosen
 from xai_edit.core.trace import Trace, trace
 
 DEPTH = 3  # of nested collections among a module's attributes that are compared by value
@@ -40,7 +40,7 @@ def analysed(model: nn.Module, inputs: Inputs) -> Analysis:
     if before != state:
         analyses = {}
         _KEPT[model] = state, analyses
-    kind = form_of(inputs)
+    kind = form_of(inputs), outputs_chosen()
     if kind not in analyses:
         analyses[kind] = Analysis(trace(model, inputs))
     return analyses[kind]

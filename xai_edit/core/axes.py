@@ -90,6 +90,21 @@ def known_axes(
     return axes
 
 
+def axes_by_layer(model: nn.Module, inputs: Inputs) -> dict[str, int | str]:
+    """Return, for each layer that the data pass through, its unit axis or why it has none."""
+    found = trace(model, inputs, axes=Axes())
+    axes: dict[str, int | str] = {}
+    for name, module in model.named_modules():
+        if not name or name not in found.fed or isinstance(found.values.get(name), str):
+            continue
+        try:
+            known = known_axes(model, [name])
+            axes[name] = known[name] if known else _followed(found, name, type(module))
+        except ValueError as problem:
+            axes[name] = str(problem)
+    return axes
+
+
 def _followed(found: Trace, name: str, kind: type[nn.Module]) -> int:
     """Return the axis of a layer's units in a traced forward pass."""
     if name not in found.values:

@@ -31,8 +31,13 @@ class ModelInputs:
 
     @property
     def first(self) -> Tensor:
-        """The tensor that relevance is about: the first of floating numbers, or the first."""
-        tensors = [*self.tensors().values()]
+        """The tensor that relevance is about: the first of floating numbers, or the first.
+
+        One that is named a mask comes after the others.
+        """
+        named = self.tensors().items()
+        tensors = [one for name, one in named if not name.endswith("mask")]
+        tensors = tensors or [*self.tensors().values()]
         return next((one for one in tensors if one.is_floating_point()), tensors[0])
 
     def __len__(self) -> int:
@@ -128,8 +133,9 @@ def inputs_from(tensors: Mapping[str, Tensor]) -> Inputs:
     """Return the inputs of which `input_tensors` gave the tensors."""
     if "" in tensors:
         return tensors[""]
-    positional = tuple(one for name, one in tensors.items() if name.isdigit())
-    return ModelInputs(positional, {k: one for k, one in tensors.items() if not k.isdigit()})
+    places = sorted((name for name in tensors if name.isdigit()), key=int)
+    named = {name: one for name, one in tensors.items() if name not in places}
+    return ModelInputs(tuple(tensors[at] for at in places), named)
 
 
 def one_tensor(inputs: Inputs, what: str) -> Tensor:

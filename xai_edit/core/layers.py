@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.errors import UnknownLayerError
+from xai_edit.core.final_operation import following, is_compiled
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
 from xai_edit.core.outputs import logits_of
 
@@ -217,9 +218,14 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     """Return the model's output; raise ValueError if it does not take such inputs."""
     try:
         copy = inputs.clone()  # a model may overwrite its input, but not the user's data
-        mode = _StartsAtFloats(copy)
-        with mode if mode.whole and torch.is_grad_enabled() else nullcontext():
-            return called(model, copy)
+        floats = _StartsAtFloats(copy)
+        with floats if floats.whole and torch.is_grad_enabled() else nullcontext():
+            if is_compiled(model):
+                return called(model, copy)
+            with following() as mode:
+                output = called(model, copy)
+        mode.mark(output)
+        return output
     except (RuntimeError, AssertionError, TypeError) as problem:  # torchvision's ViT asserts
         raise ValueError(
             f"data: the model does not take inputs of {described(inputs)}: {problem}"

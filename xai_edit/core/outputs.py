@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xai_edit.core.errors import NonFiniteError
+from xai_edit.core.final_operation import before_final, following
 from xai_edit.core.inputs import Inputs
 
 Outputs: TypeAlias = str | Callable[[Any], Tensor] | None
@@ -41,11 +42,19 @@ def outputs_as(outputs: Outputs) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
+def outputs_chosen() -> Outputs:
+    """Return what `outputs_as` says in this context."""
+    return _CHOSEN.get()
+
+
 def tensor_of(output: Any) -> Any:
     """Return the tensor in a model's output, or the output itself if there is none."""
     chosen = _CHOSEN.get()
     if callable(chosen):
-        return chosen(output)
+        with following(output) as mode:
+            found = chosen(output)
+        mode.mark(found)
+        return found
     if chosen is not None:
         return _named(output, chosen)
     if isinstance(output, Tensor):
@@ -64,8 +73,11 @@ def _named(output: Any, name: str) -> Any:
 
 
 def outputs_of(output: Any, inputs: Inputs) -> Tensor:
-    """Return the finite tensor in a model's output that has one entry a sample."""
-    found = tensor_of(output)
+    """Return the finite tensor in a model's output that has one entry a sample.
+
+    Of a model that ends in a softmax, sigmoid or softplus it is what goes into that.
+    """
+    found = before_final(tensor_of(output))
     if not isinstance(found, Tensor) or found.shape[:1] != (len(inputs),):
         what = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from xai_edit.core.final_operation import detached, final_name
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import (
@@ -25,6 +26,7 @@ from xai_edit.core.layers import (
     first_tensor,
     run,
 )
+from xai_edit.core.outputs import tensor_of
 
 HALF = (torch.float16, torch.bfloat16)
 LINEAR = frozenset(["linear", *(f"conv{of}{n}d" for of in ("", "_transpose") for n in (1, 2, 3))])
@@ -96,6 +98,8 @@ class Trace:
         The model's input and output for one sample.
     norms : dict
         Layer → the batch norm that alone reads its output.
+    final : Operation or None
+        The softmax, sigmoid or softplus that the model ends in; ``operations`` end before it.
     halved : str or None
         A module in which something is computed in half precision.
     axes : xai_edit.core.axes.Axes, optional
@@ -113,8 +117,16 @@ class Trace:
     sample: Any = None
     output: Any = None
     norms: dict[str, str] = field(default_factory=dict)
+    final: Operation | None = None
     halved: str | None = None
     axes: Any = None
+
+    def leave_out_final(self, name: str | None) -> None:
+        """Take the final operation of a name, and what follows it, off the operations."""
+        at = [i for i, one in enumerate(self.operations) if one.name == name]
+        if at:
+            self.final = self.operations[at[-1]]
+            del self.operations[at[-1] :]
 
     def after(self, layers: Sequence[str]) -> list[Operation]:
         """Return the operations after the earliest of some layers, or all without layers."""
@@ -168,7 +180,8 @@ def trace(model: nn.Module, inputs: Inputs, *, axes: Any = None) -> Trace:
         sample = differentiable(inputs[:1])
         with recorder:
             output = run(model, sample)
-    found.sample, found.output = sample.detach(), tree_map_only(Tensor, Tensor.detach, output)
+    found.sample, found.output = sample.detach(), tree_map_only(Tensor, detached, output)
+    found.leave_out_final(final_name(tensor_of(output)))
     found.unused = recorder.unused(output)
     found.norms = {
         layer: norm

@@ -10,12 +10,18 @@ from xai_edit.core.counting import add_counts, count_by_group
 from xai_edit.core.data import Attribute, Data, attribute_of, batches, check_length, model_device
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
+from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.evaluation.accuracy import Accuracy, check_train_samples
 from xai_edit.last_layer.head import HeadFeatures
 
 
 def evaluate_groups(
-    model: nn.Module, data: Data, *, groups: Attribute = None, train_samples: Tensor | None = None
+    model: nn.Module,
+    data: Data,
+    *,
+    groups: Attribute = None,
+    train_samples: Tensor | None = None,
+    outputs: Outputs = None,
 ) -> Accuracy:
     """Count right answers by class and attribute, in one pass.
 
@@ -28,6 +34,8 @@ def evaluate_groups(
         groups are the classes.
     train_samples : Tensor, int64, shape (classes, attributes), optional
         Samples of each group in the training data, for the train-weighted average.
+    outputs : str or callable, optional
+        Where the logits are in what the model returns, see `xai_edit.outputs_as`.
 
     Raises
     ------
@@ -40,7 +48,7 @@ def evaluate_groups(
     counts = torch.zeros(3, 0, 0, dtype=torch.long)
     has_groups: set[bool] = set()
     start = 0
-    with preserved(model), torch.no_grad():
+    with outputs_as(outputs), preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             logits = predict(model, batch.inputs)
             labels = with_labels(batch.labels, logits.shape[1])

@@ -17,6 +17,7 @@ from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import copied, preserved
 from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.core.layers import predict
+from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.membership import forgetting_rates
@@ -42,6 +43,7 @@ def evaluate_unlearning(
     relearn: Sequence[int] = STEPS,
     cost: Cost | None = None,
     seed: int = 0,
+    outputs: Outputs = None,
 ) -> Unlearning:
     """Measure the effect of an edit on the classes to forget and on the rest, before and after.
 
@@ -74,6 +76,8 @@ def evaluate_unlearning(
     seed : int
         Of the random samples kept, the attack and the batches of the relearning. On a CPU the same
         seed gives the same bits for data in the same order.
+    outputs : str or callable, optional
+        Where the logits are in what the models return, see `xai_edit.outputs_as`.
 
     Raises
     ------
@@ -88,7 +92,7 @@ def evaluate_unlearning(
     readable_again(train, "the evaluation", "train")
     readable_again(test, "the evaluation", "test")
     parts: dict[str, Cost] = {}
-    with ExitStack() as stack:
+    with outputs_as(outputs), ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # whose tensors cannot be trained on
         networks = {"before": model, "after": _edited(model, edit, "edit")}
         if retrained is not None:
@@ -108,11 +112,11 @@ def evaluate_unlearning(
         with measured() as parts["train"]:
             own = max(1, KEPT // len(targets))  # more, since F_r is over them
             limits = [own if one in targets else rest for one, rest in enumerate(evenly)]
-            outputs, features = ClassSample(limits, seed), ClassSample(evenly, seed)
+            said, features = ClassSample(limits, seed), ClassSample(evenly, seed)
             lessons = ClassSample(lessons_kept(classes, targets), seed)
             for batch in read(networks, heads, train, "train", counts["train"]):
                 overlap.add(batch.inputs, "train")
-                outputs.add(batch.labels, {n: p.float() for n, p in batch.probabilities.items()})
+                said.add(batch.labels, {n: p.float() for n, p in batch.probabilities.items()})
                 features.add(batch.labels, batch.features)
                 if steps:
                     columns = {f"inputs:{k}": one for k, one in input_tensors(batch.inputs).items()}
@@ -141,7 +145,7 @@ def evaluate_unlearning(
         overlap.refuse()
         with measured() as parts["attack"]:
             given: dict[str, Any] = {"target": targets, "seed": seed}
-            attack, rates = forgetting_rates(outputs.rows(), unseen.rows(), **given)
+            attack, rates = forgetting_rates(said.rows(), unseen.rows(), **given)
         curves: dict[str, Relearning] = {}
         if steps:
             with measured() as parts["relearning"]:

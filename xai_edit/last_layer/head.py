@@ -23,7 +23,7 @@ from xai_edit.core.data import (
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import first_tensor, predict
-from xai_edit.core.outputs import as_logits
+from xai_edit.core.outputs import Outputs, as_logits, outputs_as
 from xai_edit.edits.model_edit import ModelEdit
 
 
@@ -99,19 +99,25 @@ class HeadFeatures:
 
 
 def collect_head_features(
-    model: nn.Module, data: Data, *, attribute: Attribute = None, with_attribute: bool = False
+    model: nn.Module,
+    data: Data,
+    *,
+    attribute: Attribute = None,
+    with_attribute: bool = False,
+    outputs: Outputs = None,
 ) -> HeadFeatures:
     """Return the inputs of a model's last linear layer, by one pass over the data.
 
     All are held in memory. ``attribute``, see `xai_edit.core.data.Attribute`, is recorded
     ``with_attribute``. ValueError if the model's output is not that of a linear layer.
+    ``outputs`` says where the logits are in what the model returns, see `xai_edit.outputs_as`.
     """
     require_finite(model)
     features: list[Tensor] = []
     labels: list[Tensor | None] = []
     attributes: list[Tensor] = []
     samples = 0
-    with preserved(model), torch.no_grad():
+    with outputs_as(outputs), preserved(model), torch.no_grad():
         last = _LastLinear(model)
         for batch in batches(data, model_device(model)):
             layer = last.name_for(predict(model, batch.inputs))

@@ -1,7 +1,7 @@
 """Layer-wise relevance propagation: rules, composites, canonizers for Zennit."""
 
 from xai_edit.lrp.accelerated import accelerated
-from xai_edit.lrp.check_model import ModelCheck, check_model
+from xai_edit.lrp.check_lrp import LRPCheck, check_lrp
 from xai_edit.lrp.functional_canonizer import FunctionalCanonizer
 from xai_edit.lrp.lrp import LRP, Scorer
 from xai_edit.lrp.patterns import Patterns, fit_patterns
@@ -9,10 +9,10 @@ from xai_edit.lrp.patterns import Patterns, fit_patterns
 __all__ = [
     "LRP",
     "FunctionalCanonizer",
-    "ModelCheck",
+    "LRPCheck",
     "Patterns",
     "Scorer",
     "accelerated",
-    "check_model",
+    "check_lrp",
     "fit_patterns",
 ]

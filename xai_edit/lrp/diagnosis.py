@@ -85,10 +85,9 @@ def of_the_forward_pass(
     if found.halved is not None and not of_parameters:
         message = "it computes in half precision (autocast), where the quotients of a rule overflow"
         findings.append(Finding("error", found.halved, message))
-    last = found.operations[-1] if found.operations else None
-    if last is not None and last.name in ("softmax", "log_softmax"):
-        message = f"the output is a {last.name}; explain the logits before it instead"
-        findings.append(Finding("warning", last.module, message))
+    if found.final is not None:
+        message = f"the output is a {found.final.name}; scores start at what goes into it"
+        findings.append(Finding("warning", found.final.module, message))
     if is_lrp(composite, model):
         without = [
             one

@@ -18,6 +18,7 @@ from zennit import types as zt
 from zennit.canonizers import Canonizer
 from zennit.core import Hook, RemovableHandleList, Stabilizer
 
+from xai_edit.core.final_operation import run_by_rule
 from xai_edit.core.trace import operation_name
 from xai_edit.lrp.accelerated import is_gate, mark_gate
 from xai_edit.lrp.composed_rules import RULES
@@ -159,6 +160,7 @@ class _Rules(TorchFunctionMode):
                 )
         name = operation_name(func)
         output = self.ruled(name, func, args, named, tensors)
+        run_by_rule(func, args, named, output)
         of_data = [one for one in tensors if in_graph(one)]
         if of_data and name in _CARRYING and all(map(is_gate, of_data)):
             for made in tree_leaves(output):

@@ -16,10 +16,11 @@ from zennit.core import Composite
 from xai_edit.core.analysis import Analysis, analysed
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import one_of
+from xai_edit.core.final_operation import note_final, without_final_module
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, same_inputs
 from xai_edit.core.layers import differentiable, embeddings_in_graph, run, sum_positions
-from xai_edit.core.outputs import outputs_of
+from xai_edit.core.outputs import outputs_of, tensor_of
 from xai_edit.core.targets import Targets, read_by, weights_of
 from xai_edit.core.trace import Trace, trace
 from xai_edit.lrp import presets as rules
@@ -242,6 +243,7 @@ class LRP:
                 if self.canonizers == "auto":
                     refuse(self.findings_as_canonized(model, sample, layers))
                 canonizers = self.canonizers_for(model, None)
+            ended = None if analysis is None else analysis.trace
             form = None if analysis is None else self._form(model, canonizers)
             if analysis is not None and form in analysis.verified:
                 plain = None
@@ -249,10 +251,16 @@ class LRP:
                 plain = outputs_of(analysis.trace.output, sample[:1])
             else:
                 with torch.no_grad():
-                    plain = outputs_of(run(model, sample[:1]), sample[:1])
+                    output = run(model, sample[:1])
+                plain = outputs_of(output, sample[:1])
+                if analysis is None and plain is not tensor_of(output):
+                    ended = analysed(model, sample).trace
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             embeddings_in_graph(model)
+            if ended is not None and (final := ended.final) is not None:
+                note_final(final.name)
+                without_final_module(model, final.module, ended.calls[final.module])
             gather.attach(model, layers, inputs=True)
             # On the stack before the composite, so that the hooks go first and the merge after.
             stack.enter_context(canonized(model, canonizers))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from xai_edit.core.files import write_atomically
 from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.pages.check import checking_page
 from xai_edit.pages.demo import demo_page
 from xai_edit.pages.neutralize import neutralizing_page
 from xai_edit.pages.prune import pruning_page
@@ -22,7 +23,7 @@ from xai_edit.report.html import Report
 from xai_edit.report.table import Table, counted
 
 MAPS = "maps.safetensors"
-RUNS = ("demo", "unlearn", "neutralize", "prune")  # that have a page
+RUNS = ("check", "demo", "unlearn", "neutralize", "prune")  # that have a page
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
 COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
 
@@ -81,6 +82,8 @@ def _demo(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Repo
 
 
 def _page(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
+    if results["run"] == "check":
+        return checking_page(results)
     if results["run"] == "demo":
         return _demo(folder, results, timing)
     if results["run"] == "unlearn":

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
-from xai_edit.core.inputs import Inputs
+from xai_edit.core.inputs import Inputs, one_tensor
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, run
 
 LAYERS = WEIGHTED
@@ -67,7 +67,8 @@ class Traced:
 def traced(model: nn.Module, inputs: Inputs) -> Traced:
     """Trace a model as `channel_groups`; it is set to evaluation mode and to require gradients."""
     model.eval()
-    sample = inputs[:1].detach().to(model_device(model))
+    one = one_tensor(inputs, "the removal of channels")
+    sample = one[:1].detach().to(model_device(model))
     with torch.no_grad():
         run(model, sample)  # so that inputs that do not fit are not taken for a failed trace
     for parameter in model.parameters():

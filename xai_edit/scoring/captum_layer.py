@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 
 from xai_edit.core.analysis import analysed
 from xai_edit.core.axes import unit_axes
+from xai_edit.core.final_operation import without_final_module
 from xai_edit.core.guard import preserved
-from xai_edit.core.inputs import Inputs, called, input_tensors, inputs_from
+from xai_edit.core.inputs import Inputs, input_tensors, inputs_from
 from xai_edit.core.layers import (
     INPUT_SUFFIX,
     differentiable,
@@ -21,9 +24,16 @@ from xai_edit.core.layers import (
     sum_positions,
     tapped,
 )
-from xai_edit.core.outputs import outputs_of
+from xai_edit.core.outputs import outputs_of, tensor_of
 from xai_edit.core.targets import Targets, classes_of, read_by, weights_of
 from xai_edit.lrp.functional_canonizer import ALONG_THE_GRADIENT
+from xai_edit.scoring.completeness import (
+    BOUND,
+    difference,
+    error_at_inputs,
+    relative_error,
+    without_in_place,
+)
 
 # Arguments that the scorer sets, and one that changes the form of the result.
 OURS = ["self", "forward_func", "layer", "inputs", "target", "attribute_to_layer_input"]
@@ -75,50 +85,71 @@ class CaptumLayer:
         axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
             output = run(model, inputs)
-        outputs = outputs_of(output, inputs)
-        logits = read_by(targets, outputs)
         tap.require(layers)
-        plain = isinstance(inputs, Tensor) and output is logits
-        explained: nn.Module = model if plain else _Called(model, inputs, targets)
-        given: dict[str, Tensor] = {}
-        value = targets(logits) if callable(targets) else None
-        if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
-            weights_of(targets, logits)  # raises if it has no gradient
-            if self.method.__name__ in ("LayerLRP", "LRP"):
-                raise ValueError(
-                    "Captum's LayerLRP has no rule for a function of the logits; use xai_edit.LRP"
-                )
-            explained = _Explained(explained, targets)
-        else:
-            classes = classes_of(targets, logits)
-            given = {"target": classes} if "target" in self._attribute else {}
+        explained = Explained.of(model, inputs, targets, output)
+        if "target" in explained.given and "target" not in self._attribute:
+            explained = replace(explained, given={})
+        if explained.function and self.method.__name__ in ("LayerLRP", "LRP"):
+            raise ValueError(
+                "Captum's LayerLRP has no rule for a function of the logits; use xai_edit.LRP"
+            )
         scores = {}
         for name in layers:
-            module = layer_module(model, name)
-            values = self._attribute_layer(explained, module, name, inputs, **given)
+            values = self._attribute_layer(model, explained, name, inputs)
             if values.shape != tap.values[name].shape:
                 raise ValueError(
                     f"{self!r} gives values of shape {tuple(values.shape)} for layer {name!r}, "
                     f"whose own have {tuple(tap.values[name].shape)}; it does not tell the layer's "
                     "units apart (for LayerGradCam, give attr_dim_summation=False)"
                 )
+            self._require_complete(model, explained, name, inputs, values.detach())
             scores[name] = sum_positions(values.detach(), axes[name])
         return scores
 
+    def _require_complete(
+        self, model: nn.Module, explained: Explained, name: str, inputs: Inputs, values: Tensor
+    ) -> None:
+        """Raise ValueError if DeepLift does not add up to the output's difference.
+
+        At the layer or, where other layers run beside it, at the inputs; once for a model.
+        """
+        if not any(kind.__name__ == "LayerDeepLift" for kind in self.method.__mro__):
+            return
+        verified = analysed(model, inputs).verified
+        if (key := ("DeepLift", repr(self), name)) in verified:
+            return
+        from captum.attr import DeepLift
+
+        tensors, baselines = [*ordered(inputs).values()], self.arguments.get("baselines")
+        with explained.ready(model):
+            given = explained.given
+            expected = difference(explained.module, tensors, baselines, given)
+            error = relative_error(values.flatten(1).sum(1), expected)
+            if error > BOUND and tensors[0].is_floating_point():
+                how = {"baselines": baselines}
+                whole = error_at_inputs(DeepLift, explained.module, tensors, given, **how)
+                error = min(error, whole)
+        if error > BOUND:
+            raise ValueError(
+                f"Captum's {self.method.__name__} does not add up on this model: at layer {name!r} "
+                f"the attributions differ by {error:.1%} from f(x) − f(baseline), {BOUND:.0%} at "
+                "most; it follows torch.nn's activation modules, not functional activations, GELU, "
+                "SiLU, PReLU or norms, and max pooling in part; use LayerIntegratedGradients"
+            )
+        verified.add(key)
+
     def _attribute_layer(
-        self, model: nn.Module, module: nn.Module, name: str, inputs: Inputs, **arguments: Any
+        self, model: nn.Module, explained: Explained, name: str, inputs: Inputs
     ) -> Tensor:
-        arguments |= self.arguments
+        arguments = {**explained.given, **self.arguments}
         if name.endswith(INPUT_SUFFIX):
             arguments["attribute_to_layer_input"] = True
-        with preserved(model), torch.enable_grad():
-            # In-place activations overwrite the tensors that Captum's hooks hold.
-            for other in model.modules():
-                if getattr(other, "inplace", False) is True:
-                    other.inplace = False  # type: ignore[assignment]
+        module = layer_module(model, name)
+        with explained.ready(model), torch.enable_grad():
+            without_in_place(model)
             try:
-                method = self.method(model, module, **self.constructor)
-                first, *rest = _ordered(differentiable(inputs)).values()
+                method = self.method(explained.module, module, **self.constructor)
+                first, *rest = ordered(differentiable(inputs)).values()
                 if rest:
                     arguments["additional_forward_args"] = tuple(rest)
                 values = method.attribute(first, **arguments)
@@ -151,7 +182,52 @@ class CaptumLayer:
                 )
 
 
-def _ordered(inputs: Inputs) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Explained:
+    """A model as Captum is to see it: one that returns what the targets are read from.
+
+    Attributes
+    ----------
+    module : nn.Module
+    given : dict of Tensor
+        Captum's ``target``, empty where a ``function`` of the outputs is explained.
+    final : tuple of str and int, or None
+        The module that runs the softmax or sigmoid in which the model ends, and its calls.
+    """
+
+    module: nn.Module
+    given: Mapping[str, Tensor]
+    function: bool
+    final: tuple[str, int] | None
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Inputs, targets: Targets, output: Any) -> Explained:
+        """Return how to explain the targets, from a model's output for the inputs."""
+        outputs = outputs_of(output, inputs)
+        final: tuple[str, int] | None = None
+        logits = read_by(targets, outputs)
+        if tensor_of(output) is not outputs:
+            found = analysed(model, inputs).trace
+            if found.final is not None:
+                final = found.final.module, found.calls[found.final.module]
+        plain = isinstance(inputs, Tensor) and output is logits
+        module: nn.Module = model if plain else _Called(model, inputs, targets)
+        value = targets(logits) if callable(targets) else None
+        if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
+            weights_of(targets, logits)  # raises if it has no gradient
+            return cls(_Explained(module, targets), {}, True, final)
+        return cls(module, {"target": classes_of(targets, logits)}, False, final)
+
+    @contextmanager
+    def ready(self, model: nn.Module) -> Iterator[None]:
+        """Let a final activation module hand on its input, and restore the model on leaving."""
+        with preserved(self.module):
+            if self.final is not None:
+                without_final_module(model, *self.final)
+            yield
+
+
+def ordered(inputs: Inputs) -> dict[str, Tensor]:
     """Return the tensors by name, the one that relevance is about first."""
     tensors = input_tensors(inputs)
     first = inputs if isinstance(inputs, Tensor) else inputs.first
@@ -163,11 +239,11 @@ class _Called(nn.Module):
 
     def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets) -> None:
         super().__init__()
-        self.model, self.names, self.targets = model, [*_ordered(inputs)], targets
+        self.model, self.names, self.targets = model, [*ordered(inputs)], targets
 
     def forward(self, *tensors: Tensor) -> Tensor:
         inputs = inputs_from(dict(zip(self.names, tensors, strict=True)))
-        return read_by(self.targets, outputs_of(called(self.model, inputs), inputs))
+        return read_by(self.targets, outputs_of(run(self.model, inputs), inputs))
 
 
 class _Explained(nn.Module):

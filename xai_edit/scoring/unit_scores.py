@@ -19,9 +19,11 @@ from xai_edit.core.checks import finite, fraction, one_of, require, whole_number
 from xai_edit.core.data import Data, batches, gathered, model_device, several_ranks, with_samples
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
+from xai_edit.core.final_operation import noted_finals
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import predict, resolve_layers, run, tapped
+from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.targets import (
     Target,
     Targets,
@@ -199,6 +201,7 @@ def score_units(
     aggregate: Aggregate = "sum",
     k: int | None = None,
     unit_axis: int | Mapping[str, int] | None = None,
+    outputs: Outputs = None,
 ) -> UnitScores:
     """Score every unit of the named layers over a data set, in one pass; the model is only read.
 
@@ -223,6 +226,10 @@ def score_units(
         zero-shot class unlearning, Eq. 8–9).
     unit_axis : int or mapping from layer names to int, optional
         The axis of the units, see `xai_edit.core.axes.unit_axes`.
+    outputs : str or callable, optional
+        Where the logits are in what the model returns, see `xai_edit.outputs_as`. Of a model that
+        ends in a softmax, sigmoid or softplus, what goes into that is explained, and the origin's
+        ``output`` says so.
     """
     target = checked_target(target)
     if not callable(scorer) or isinstance(scorer, type):
@@ -254,7 +261,8 @@ def score_units(
                 counted = torch.bincount(top.flatten(), minlength=values.shape[1])
                 counts[name] = counts.get(name, 0) + counted
 
-    with preserved(model, weights=not isinstance(scorer, BUILT_IN)):
+    guard = preserved(model, weights=not isinstance(scorer, BUILT_IN))
+    with outputs_as(outputs), noted_finals() as finals, guard:
         if not getattr(scorer, "needs_data", True):
             origin["weights_only"] = True
             add(scorer(model, None, None, names), samples := 1)
@@ -279,6 +287,8 @@ def score_units(
                             )
                     add(score(batch.inputs, targets_of(batch, target)), len(batch))
                     samples += len(batch)
+    if finals:
+        origin["output"] = f"what goes into the final {' and '.join(finals)}"
     return UnitScores(sums, samples, aggregate, counts, k, origin)
 
 

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from zennit.core import Composite
 
 from xai_edit.core.checks import finite
+from xai_edit.core.data import Batch
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs, input_tensors
-from xai_edit.core.layers import INPUT_SUFFIX, predict, resolve_layers
+from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, run
+from xai_edit.core.outputs import outputs_of
+from xai_edit.core.targets import Target, Targets, read_by, targets_of, weights_of
 from xai_edit.core.trace import Operation, trace
 from xai_edit.lrp.canonizers import is_lrp, rules_of
 from xai_edit.lrp.diagnosis import Finding, of_the_forward_pass, of_the_weights
@@ -22,8 +25,8 @@ from xai_edit.lrp.lrp import LRP
 
 
 @dataclass(frozen=True)
-class ModelCheck:
-    """The result of `check_model`.
+class LRPCheck:
+    """The result of `check_lrp`.
 
     Attributes
     ----------
@@ -69,14 +72,15 @@ class ModelCheck:
         return "\n".join(rows)
 
 
-def check_model(
+def check_lrp(
     model: nn.Module,
     inputs: Inputs,
     composite: str | Composite | LRP = "epsilon",
     *,
     layers: Sequence[str] | None = None,
-) -> ModelCheck:
-    """Report what would make relevance wrong on this model.
+    target: Target = "predicted",
+) -> LRPCheck:
+    """Report what would make relevance wrong on this model; `xai_edit.check_model` checks more.
 
     It looks for operations and layers without a rule, for which Zennit silently takes the plain
     gradient; modules called several times, if their hook mixes up the calls; weights computed at
@@ -89,10 +93,12 @@ def check_model(
     model : nn.Module
         Not changed.
     inputs : Tensor, shape (samples, ...)
-        A few real samples; the predicted class of each is explained.
+        A few real samples.
     composite : str, zennit.core.Composite or LRP
     layers : sequence of str, optional
         By default, all convolution and linear layers that the data pass through.
+    target : int, "predicted" or callable
+        The output that is explained.
 
     Raises
     ------
@@ -132,11 +138,11 @@ def check_model(
     ratios: dict[str, float] = {}
     if not any(one.severity == "error" for one in findings):
         try:
-            ratios = _ratios(model, inputs, scorer, names)
+            ratios = _ratios(model, inputs, scorer, names, target)
         except ValueError as problem:
             named = [name for name in names if repr(name) in str(problem)]
             findings.append(Finding("error", named[0] if named else "", str(problem)))
-    return ModelCheck(repr(scorer), [type(one).__name__ for one in used], findings, ratios)
+    return LRPCheck(repr(scorer), [type(one).__name__ for one in used], findings, ratios)
 
 
 def _gates(
@@ -154,11 +160,25 @@ def _gates(
     return [Finding("warning", path, message) for path in gates[:1]]
 
 
-def _ratios(
-    model: nn.Module, inputs: Inputs, scorer: LRP, names: Sequence[str]
-) -> dict[str, float]:
+def explained(
+    model: nn.Module, inputs: Inputs, target: Target = "predicted"
+) -> tuple[Targets, Tensor]:
+    """Return the targets of a batch, and their outputs as LRP starts at them.
+
+    Shape (samples, outputs), 0 but for what is explained. Of a single logit, class 1 is explained.
+    """
+    targets = targets_of(Batch(inputs), target)
     with preserved(model), torch.no_grad():
-        values, classes = predict(model, inputs).max(1)
-    start = values.sum() if scorer.initial == "logit" else values.new_tensor(float(len(values)))
-    relevance = scorer(model, inputs, classes, names)
+        read = read_by(targets, outputs_of(run(model, inputs), inputs))
+        if target == "predicted" and getattr(read, "_xai_edit_one_logit", False):
+            targets = torch.ones(len(read), dtype=torch.int64, device=read.device)
+        return targets, weights_of(targets, read) * read
+
+
+def _ratios(
+    model: nn.Module, inputs: Inputs, scorer: LRP, names: Sequence[str], target: Target
+) -> dict[str, float]:
+    targets, seed = explained(model, inputs, target)
+    start = seed.sum() if scorer.initial == "logit" else seed.new_tensor(float(len(seed)))
+    relevance = scorer(model, inputs, targets, names)
     return {name: float(relevance[name].double().sum() / start) for name in names}

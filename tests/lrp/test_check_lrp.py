@@ -14,9 +14,10 @@ from zennit import composites as zc
 from zennit import rules as zr
 from zennit.canonizers import SequentialMergeBatchNorm
 
-from xai_edit import LRP, check_model, score_units
+from xai_edit import LRP, score_units
 from xai_edit.core import NonFiniteError, UnknownLayerError
 from xai_edit.core.trace import trace
+from xai_edit.lrp import check_lrp as check_model
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TARGETS = torch.tensor([0, 1, 2, 0])
@@ -101,7 +102,7 @@ def test_an_operation_without_a_rule_is_an_error_that_names_the_module(kind, unc
     assert repr(operation) in found.message
     assert "there is no relevance rule" in found.message
     with pytest.raises(
-        ValueError, match=rf"{operation!r} \(test_check_model.py:\d+\), for which there is no"
+        ValueError, match=rf"{operation!r} \(test_check_lrp.py:\d+\), for which there is no"
     ):
         score_units(model, [(X, TARGETS)], LRP())
     check_unchanged()
@@ -160,7 +161,7 @@ def test_relevance_at_an_operation_that_only_a_gate_may_hold_is_an_error(operati
     score_units(model, [(X, TARGETS)], LRP())
     model = net(lambda m, x: x + operation(x.abs() + 1))
     with pytest.raises(
-        ValueError, match=r"runs '.*' \(test_check_model.py:\d+\), for which there is"
+        ValueError, match=r"runs '.*' \(test_check_lrp.py:\d+\), for which there is"
     ):
         score_units(model, [(X, TARGETS)], LRP())
     assert not check_model(model, X).ok

@@ -1,0 +1,99 @@
+"""How much of the relevance reaches each stage of a model and its input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs
+from xai_edit.core.layers import differentiable, embeddings_in_graph, run
+from xai_edit.core.outputs import outputs_of
+from xai_edit.core.targets import Target
+from xai_edit.core.trace import Trace, Value
+from xai_edit.lrp.check_lrp import explained
+from xai_edit.lrp.lrp import LRP
+from xai_edit.lrp.relevance_at_layers import Gather
+
+LEAST = 0.01
+INPUT = "input"
+
+
+def relevance_shares(
+    model: nn.Module,
+    inputs: Inputs,
+    scorer: LRP,
+    stages: Sequence[str],
+    *,
+    target: Target = "predicted",
+) -> dict[str, float]:
+    """Return Σ |relevance| / Σ |explained output| at some layers and at the input.
+
+    The input has none where it holds whole numbers, such as token ids.
+    """
+    targets, seed = explained(model, inputs, target)
+    start = float(len(seed)) if scorer.initial == "one" else float(seed.double().abs().sum())
+    start = start or float("nan")
+    shares: dict[str, float] = {}
+    if stages:
+        with scorer.session(model, inputs, stages, Gather(_absolute)) as (score, _):
+            found = score(inputs, targets)
+        shares = {name: float(found[name].double().sum()) / start for name in stages}
+    if inputs.is_floating_point():
+        heatmap = scorer.heatmap(model, inputs, targets)
+        shares[INPUT] = float(heatmap.double().abs().sum()) / start
+    return shares
+
+
+def _absolute(relevance: Tensor, _: str) -> Tensor:
+    flat = relevance.flatten(1) if relevance.ndim > 1 else relevance[:, None]
+    return flat.abs().sum(1, keepdim=True)
+
+
+def stages_of(model: nn.Module, inputs: Inputs, found: Trace) -> list[str]:
+    """Return the outermost modules that all of the data pass through, in the order of their ends.
+
+    Containers are opened; a module is one where no path leads from the data around it.
+    """
+    names = sorted(_outermost(model, "", found), key=found.left.__getitem__)
+    nodes: dict[str, Any] = {}
+    with torch.inference_mode(False), preserved(model), torch.enable_grad():
+        model.requires_grad_(False)  # so that the only leaves are data
+        embeddings_in_graph(model)
+        for name in names:
+
+            def record(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                nodes[name] = output.grad_fn
+
+            model.get_submodule(name).register_forward_hook(record)
+        sample = differentiable(inputs[:1])
+        end = outputs_of(run(model, sample), sample).grad_fn
+    return [name for name in names if nodes.get(name) and not _around(end, nodes[name])]
+
+
+def _outermost(module: nn.Module, path: str, found: Trace) -> Iterator[str]:
+    for own, child in module.named_children():
+        name = f"{path}.{own}".removeprefix(".")
+        value = found.values.get(name)
+        one_tensor = found.calls[name] == 1 and isinstance(value, Value) and name in found.fed
+        if isinstance(child, nn.Sequential) or not one_tensor:
+            yield from _outermost(child, name, found)
+        elif name not in found.unused:
+            yield name
+
+
+def _around(end: Any, node: Any) -> bool:
+    """Return whether a path of the graph leads from the data to the output around a node."""
+    ahead, seen = [end], {node}
+    while ahead:
+        one = ahead.pop()
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        if one.name().endswith("AccumulateGrad"):
+            return True
+        ahead += [parent for parent, _ in one.next_functions]
+    return False
