@@ -70,7 +70,7 @@ class LastLayerRetraining:
         Parameters
         ----------
         model : nn.Module
-            A classifier that ends in a linear layer. ValueError if that has no bias.
+            A classifier whose logits are W x + b. ValueError if there is no b.
         data : iterable, Dataset or HeadFeatures
             Labelled batches with samples of every group, held out from training. ValueError if a
             class has none, or a group only one with ``C="auto"`` (``origin["tuned"]`` reports it).
@@ -103,10 +103,6 @@ class LastLayerRetraining:
         else:
             strength = self.C
         weight, bias = self._averaged(x, y, cells, strength, lasso=bool(tuned))
-        values = {
-            head.parameter(kind): (torch.arange(new.size), torch.from_numpy(new).flatten())
-            for kind, new in (("weight", weight), ("bias", bias))
-        }
         origin = {
             "operator": "LastLayerRetraining",
             "repeats": self.repeats,
@@ -116,7 +112,9 @@ class LastLayerRetraining:
             "per_group": int(sizes.min()),
             **tuned,
         }
-        return ModelEdit.between(model, values, origin)
+        return head.edit(
+            model, origin, weight=torch.from_numpy(weight), bias=torch.from_numpy(bias)
+        )
 
     def _worst_groups(self, x: Array, y: Array, cells: Array) -> dict[float, float]:
         """Return each strength's worst-group accuracy on a half, after fitting on the other."""

@@ -52,7 +52,7 @@ class LEACE:
         Parameters
         ----------
         model : nn.Module
-            A classifier that ends in a linear layer. ValueError if that has no bias.
+            A classifier whose logits are W x + b. ValueError if there is no b.
         data : iterable, Dataset or HeadFeatures
             Batches; labels are not needed.
         attribute : callable, Tensor or None
@@ -77,10 +77,7 @@ class LEACE:
         scale = float(z.var(0, correction=0).sum().sqrt())
         left, right = erasure(torch.from_numpy(np.asarray(covariance)), cross / scale)
         removed = head.weight.double() @ left @ right  # weight·(I − A)
-        new = {
-            head.parameter("weight"): head.weight.double() - removed,
-            head.parameter("bias"): bias.double() + removed @ mean,
-        }
+        new = {"weight": head.weight.double() - removed, "bias": bias.double() + removed @ mean}
         origin = {
             "operator": "LEACE",
             "samples": len(x),
@@ -88,8 +85,7 @@ class LEACE:
             "directions": left.shape[1],
             "shrinkage": float(shrinkage),
         }
-        changes = {name: (torch.arange(v.numel()), v.flatten()) for name, v in new.items()}
-        return ModelEdit.between(model, changes if left.shape[1] else {}, origin)
+        return head.edit(model, origin, **(new if left.shape[1] else {}))
 
 
 def erasure(covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from xai_edit.evaluation.outputs import (
     read,
     split_accuracy,
 )
+from xai_edit.last_layer.find_head import Head
 
 STEPS = (0, 1, 2, 5, 10, 20)
 OWN, REST = 8, 24
@@ -57,7 +58,7 @@ def checked_steps(steps: Sequence[int]) -> tuple[int, ...]:
 
 def relearning_curves(
     models: Mapping[str, nn.Module],
-    heads: Mapping[str, str],
+    heads: Mapping[str, Head],
     train: Mapping[str, Tensor],
     test: Data,
     *,
@@ -77,7 +78,7 @@ def relearning_curves(
     of the other rows, which takes no knowledge. Otherwise a single huge weight, or a masked logit,
     would pass for forgetting although nothing is easier to undo.
 
-    ``heads`` has the last linear layers, where there is one, and ``start`` the accuracy at step 0,
+    ``heads`` has the heads, where there is one, and ``start`` the accuracy at step 0,
     by the networks' names; ``train`` has ``inputs:`` by name and ``labels``, on the CPU. ``test``
     is read once for each step that is measured. The seed is that of the order of the batches.
     """
@@ -95,7 +96,7 @@ def relearning_curves(
         if step == 1:
             for name, copy in copies.items():
                 if name in heads:
-                    _reset_rows(copy.get_submodule(heads[name]), target)
+                    _reset_rows(copy, heads[name], target)
         with naming(f"relearning, step {step} (relearn=() leaves it out)"):
             if step:
                 rows = next(order)
@@ -113,12 +114,16 @@ def relearning_curves(
     }
 
 
-def _reset_rows(head: nn.Module, target: Sequence[int]) -> None:
-    """Set the rows of the forgotten classes to the mean of the others."""
-    for parameter in head.parameters(recurse=False):
-        chosen = torch.zeros(len(parameter), dtype=torch.bool)
-        chosen[list(target)] = True
-        parameter[chosen] = parameter[~chosen].mean(0)
+def _reset_rows(model: nn.Module, head: Head, target: Sequence[int]) -> None:
+    """Set the rows of the forgotten classes in the head to the mean of the others."""
+    chosen = torch.zeros(head.classes, dtype=torch.bool)
+    chosen[list(target)] = True
+    new = {}
+    for kind, values in (("weight", head.weight), ("bias", head.bias)):
+        if values is not None:
+            new[kind] = values.double().clone()
+            new[kind][chosen] = new[kind][~chosen].mean(0)
+    head.stored.edit(model, {}, **new).apply(model)
 
 
 def _learn(
