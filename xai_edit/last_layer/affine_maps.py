@@ -35,7 +35,7 @@ MOVES = MEANS | {
     *(*FLIPS, *SIZED, "flatten", "squeeze", "unsqueeze", "getitem", "movedim", "select", "narrow"),
     *("index_select", "sum", "unflatten"),
 }
-KEY = "_xai_edit_affine"  # an attribute of tensors
+KEY, PARTS = "_xai_edit_affine", "_xai_edit_stacked"  # attributes of tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +62,20 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A product W x: inputs x (without their history), and the factor W where it is stored."""
+    """A product W x: inputs x (without their history), and the factor W where it is stored.
+
+    ``through`` is y where x itself is an affine map of y, as in a low-rank adapter.
+    """
 
     x: Tensor
     weight: Factor | None
     used: Tensor
+    through: Tensor | None = None
+
+    def adapts(self, other: Term) -> bool:
+        """Return whether this is an adapter: a product of a product of another term's x."""
+        y, x = self.through, other.x
+        return y is not None and y.shape == x.shape and y.data_ptr() == x.data_ptr()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +97,7 @@ class AffineMap:
     broken: str = ""
     final: str = ""
     z: Tensor | None = None
+    adapter: Term | None = None
 
     def each(self, function: Callable[[Tensor], Tensor], **changed: Any) -> AffineMap:
         """Return the map with a function applied to all its inputs x."""
@@ -110,8 +120,12 @@ class AffineMap:
             else:
                 terms.append(term)
         biases = self.biases + other.biases
+        pairs = [(one, two) for one in self.terms for two in other.terms]
+        adapters = [one for a, b in pairs for one, two in ((a, b), (b, a)) if one.adapts(two)]
+        adapter = next(iter(adapters), self.adapter or other.adapter)
         slack, eps = self.slack + other.slack, max(self.eps, other.eps)
-        return replace(self, terms=tuple(terms), biases=biases, slack=slack, eps=eps)
+        changed = {"biases": biases, "slack": slack, "eps": eps, "adapter": adapter}
+        return replace(self, terms=tuple(terms), **changed)  # type: ignore[arg-type]
 
 
 class AffineMaps(TorchFunctionMode):
@@ -182,6 +196,14 @@ class AffineMaps(TorchFunctionMode):
         if name == "weight_norm":  # args are v, g and the axis
             v, g = self.factor(args[0]), self.factor(args[1])
             return v and g and Factor(v.name, gain=g.name, dim=args[2] if len(args) > 2 else 0)
+        if name == "stack":
+            self._stacked(args, named, output)
+        parts: list[AffineMap] | None = getattr(values[0], PARTS, None) if values else None
+        if parts and name in ("mean", "sum") and values[1:] in ([0], [(0,)], [[0]]):
+            total = parts[0]
+            for part in parts[1:]:
+                total = total.plus(part)
+            return total if name == "sum" else total.scaled(1 / len(parts), 1 / len(parts))
         maps = [(value, found) for value in values if (found := self.of(value)) is not None]
         if maps:
             value, found = next((one for one in maps if not one[1].broken), maps[-1])
@@ -189,6 +211,14 @@ class AffineMaps(TorchFunctionMode):
         if values and (factor := self.factor(values[0])) is not None:
             return _factor_moved(name, factor, values, output)
         return None
+
+    def _stacked(self, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        """Remember the maps that were stacked on a new first axis, as for a mean of heads."""
+        parts = [self.of(value) for value in args[0]] if args else []
+        alike = {(one.of, one.broken, one.final) if one else None for one in parts}
+        dim = args[1] if len(args) > 1 else named.get("dim", 0)
+        if dim == 0 and len(alike) == 1 and parts[0] and not (parts[0].broken or parts[0].final):
+            setattr(output, PARTS, parts)
 
     def _product(
         self, x: Tensor, w: Tensor, b: Any, output: Tensor, axis: int, *, flip: bool = False
@@ -198,6 +228,9 @@ class AffineMaps(TorchFunctionMode):
         if flip and weight is not None:
             weight = replace(weight, flipped=not weight.flipped)
         used = w.detach().mT if flip else w.detach()
+        before = self.of(x)
+        linear = before is not None and not (before.broken or before.final)
+        through = before.terms[0].x if before is not None and linear else None
         x = x.detach()  # a tensor without the history that is kept as an attribute
         if axis == 1:
             if x.ndim != w.ndim:
@@ -211,7 +244,7 @@ class AffineMaps(TorchFunctionMode):
         biases = () if b is None else (self.factor(b),)
         eps = max(torch.finfo(one.dtype).eps for one in (x, w, output))
         eps = max(eps, 2**-10) if x.is_cuda and _tf32() and x.dtype == torch.float32 else eps
-        terms = (Term(x, weight, used),)
+        terms = (Term(x, weight, used, through),)
         self.last = AffineMap(terms, biases, axis, output.shape[axis], self.module, eps)
         return self.last
 
@@ -241,7 +274,7 @@ class AffineMaps(TorchFunctionMode):
             return found.each(lambda x: x.reshape(n, -1), axis=1 if output.ndim > 1 else -1)
         if found.final:
             return self._broken(found, name)
-        if name in FINAL and rows:
+        if name in FINAL and rows and output is not z:
             return replace(found, final=name, z=z.detach())
         if name in MOVES and args and args[0] is z:
             replayed = self._replayed(name, func, args, named, found, output)

@@ -110,8 +110,6 @@ class HeadReader:
         if self.head is None:
             self._try_edit(found, inputs)
             self.head = found.stored
-        if not found.stored.same_as(self.head):
-            raise refusal(self.model, self.maps, "it is another one for other batches")
         return found
 
     def _read(self, inputs: Inputs) -> Head:
@@ -191,12 +189,11 @@ class HeadReader:
             reason = "computed"
         n, shapes = len(output), [tuple(term.x.shape) for term in found.terms]
         sizes = [(found.of, shape[-1]) for shape in shapes]
-        if reason is None and len({*shapes}) > 1:
+        if reason is None and found.adapter is not None:
             reason = "adapter"
         fits = all(len(shape) == 2 and shape[0] == n for shape in shapes)
         if reason is None and not (fits and output.numel() == n * found.of):
             reason = "its outputs are not one row of logits a sample"
-        tensors = tensors_of(self.model)
         weights = [one for one in factors if one is not None]
         if reason is None and any(
             term.used.numel() != c * d for term, (c, d) in zip(found.terms, sizes, strict=True)
@@ -205,20 +202,20 @@ class HeadReader:
         if reason is not None:
             raise refusal(self.model, self.maps, reason, found, output)
         biases = _merged([one for one in found.biases if one is not None])
+        if self.head is not None:
+            if self.head.made_of(weights, biases, one):
+                return self.head
+            reason = "it is another one for other batches"
+            raise refusal(self.model, self.maps, reason)
+        tensors, names = tensors_of(self.model), _names(self.model, weights, biases)
+        modules = {one.module for one in weights if one.module is not None}
         return StoredHead(
             " + ".join(_layer(self.model, one) for one in weights),
             tuple(weights),
             biases,
             tuple(sizes),
-            {
-                name: tensors[name].detach().cpu().clone()
-                for name in _names(self.model, weights, biases)
-            },
-            {
-                one.module: deepcopy(self.model.get_submodule(one.module)).cpu()
-                for one in weights
-                if one.module is not None
-            },
+            {name: tensors[name].detach().cpu().clone() for name in names},
+            {name: deepcopy(self.model.get_submodule(name)).cpu() for name in modules},
             one_output=one,
         )
 

@@ -27,8 +27,8 @@ def refusal(
 ) -> ValueError:
     """Return the error of a head that is none, or is not W x + b, with the reason and a remedy.
 
-    ``reason`` is "followed" (by other operations), "computed" (a factor), "adapter" (a sum of
-    different products) or a text.
+    ``reason`` is "followed" (by other operations), "computed" (a factor), "adapter" (a second
+    product is added) or a text.
     """
     last = found or maps.last
     if last is None:
@@ -37,14 +37,12 @@ def refusal(
     if reason == "computed":
         text = f"the weight or bias of its last, {name!r}, is computed in each pass"
         reason = text + _numbers(model, last, output)
-    elif reason == "adapter":
-        widths = " and ".join(str(term.x.shape[-1]) for term in last.terms)
-        reason = f"its logits are a sum of products of {widths} inputs" + _numbers(
-            model, last, output
-        )
+    elif reason == "adapter" and last.adapter is not None:
+        reason = f"its last, {name!r}, has an adapter of {last.adapter.x.shape[-1]} inputs"
+        reason += _numbers(model, last, output)
     elif reason == "followed":
-        by = f", by {found.broken}" if found else ""
-        reason = f"its last, {name!r}, is followed by more{by}" + _numbers(model, last, output)
+        by = found.broken if found else "more"
+        reason = f"its last, {name!r}, is followed by {by}" + _numbers(model, last, output)
     else:
         reason = f"of its last, {name!r}, {reason}"
     return ValueError(f"{NEEDED}; {reason}{_remedy(model, name)}")
@@ -66,6 +64,8 @@ def _numbers(model: nn.Module, found: AffineMap, output: Tensor | None) -> str:
         own = model.get_submodule(found.module).named_parameters(recurse=False)
         W = next((one.detach() for _, one in own if one.shape == W.shape), W)
     x, W = term.x.cpu().double(), W.cpu().double().flatten(1)
+    if x.ndim > 2:  # the mean over positions
+        x = x.movedim(found.axis, -1).flatten(1, -2).mean(1)
     if output is None or x.ndim != 2 or x.shape[1] != W.shape[1]:
         return ""
     expected = x @ W.T

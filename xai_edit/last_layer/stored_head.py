@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -67,12 +67,15 @@ class StoredHead:
             raise ValueError(f"model: the weight of the last layer {self.layer!r} is computed")
         return factor.name
 
-    def same_as(self, other: StoredHead) -> bool:
-        """Return whether both are made of the same parameters in the same way."""
+    def made_of(
+        self, weights: Sequence[Factor], biases: Sequence[Factor], one_output: bool
+    ) -> bool:
+        """Return whether the head is made of these parameters in the same way."""
         mine, theirs = (
-            [(f.kind, f.scale) for f in (*one.weights, *one.biases)] for one in (self, other)
+            [(one.kind, one.scale) for one in factors]
+            for factors in ((*self.weights, *self.biases), (*weights, *biases))
         )
-        return mine == theirs and self.one_output == other.one_output
+        return mine == theirs and self.one_output == one_output
 
     def values(self, tensors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return W, (classes, d), and b, (classes,), for given parameters; default its own."""
