@@ -40,9 +40,10 @@ def silencing_entries(
     if getattr(module, "groups", 1) > 1 and transposed != reads:
         raise ValueError(f"layer {layer!r} is grouped; its units cannot be switched off one by one")
     axis = 1 if transposed != reads else 0
-    entries = {f"{name}.weight": _slices(module.weight.shape, axis, units)}
+    prefix = f"{name}." if name else ""  # the model itself may be the layer
+    entries = {f"{prefix}weight": _slices(module.weight.shape, axis, units)}
     if not reads and module.bias is not None:
-        entries[f"{name}.bias"] = units
+        entries[f"{prefix}bias"] = units
     if batch_norm is not None:
         entries |= {f"{batch_norm}.weight": units, f"{batch_norm}.bias": units}
     return entries

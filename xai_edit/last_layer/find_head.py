@@ -14,7 +14,7 @@ from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import WEIGHTED, run
 from xai_edit.core.outputs import as_logits, outputs_of
-from xai_edit.core.wrapped import run_eagerly, unwrapped
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import tensors_of
 from xai_edit.last_layer.affine_maps import FINAL, AffineMap, AffineMaps, Factor
 from xai_edit.last_layer.head_refusals import differs, refusal
@@ -88,7 +88,6 @@ def reading(model: nn.Module) -> Iterator[HeadReader]:
     """Read batches by a `HeadReader` inside the guard and without gradients."""
     inner = unwrapped(model)
     with preserved(inner), torch.no_grad():
-        run_eagerly(inner)
         yield HeadReader(inner)
 
 
@@ -163,8 +162,8 @@ class HeadReader:
                 tensors[name].data = value.to(before[name])
             moved = self._read(inputs[:TRIED])
         except ValueError as problem:
-            differs = str(problem).partition("; ")[2]
-            reason = f"an edited weight does not act as W x + b ({differs})"
+            differ = str(problem).partition("; ")[2] or problem
+            reason = f"an edited weight does not act as W x + b ({differ})"
             raise refusal(self.model, self.maps, reason) from problem
         finally:
             for name, old in before.items():
