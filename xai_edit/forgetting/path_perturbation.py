@@ -215,8 +215,8 @@ class _Plans:
             self.feeding = {feeding, inputs}
         if feeding is None and layers is None:
             raise ValueError(
-                f"layer: the inputs of the head {self.head!r} are not one by one those of one layer, "
-                "whose name they would have; name a hidden layer"
+                f"layer: the inputs of the head {self.head!r} are not one by one those of one "
+                "layer, whose name they would have; name a hidden layer"
             )
         self.layers = [feeding] if feeding and layers is None else resolve_layers(model, layers)
         for layer in self.layers:
