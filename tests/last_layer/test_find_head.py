@@ -11,6 +11,8 @@ from xai_edit.comparisons import LEACE, LogitMask
 from xai_edit.core.outputs import as_logits, tensor_of
 from xai_edit.last_layer.head import collect_head_features
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:data")
+
 C, D = 3, 5
 
 
@@ -326,3 +328,48 @@ def test_head_operators_take_heads_of_every_kind(name):
             torch.testing.assert_close(head.logits(), model(x).detach(), rtol=1e-7, atol=1e-7)
             if edit.origin["operator"] != "LEACE":
                 assert (model(x).argmax(1) == target).sum() < (labels == target).sum()
+
+
+@pytest.mark.parametrize("scope", ["neuron", "class_row"])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        *(("conv, pool", "head.0:input"), ("weight norm", "body.0"), ("times", "body.0")),
+        *(("compiled in place", "body.0"), ("one token", "fc:input")),
+    ],
+)
+def test_path_perturbation_takes_what_feeds_the_head(name, layer, scope):
+    model, x = made(SUPPORTED[name]), samples(40)
+    target = int(model(x).argmax(1).mode().values)
+    edit = xe.PathPerturbation(scope=scope, share=0.4).plan(model, [x], target=target)
+    assert edit.origin["layer"] == layer
+    head = collect_head_features(model, [x])
+    off = head.features.clone()
+    off[:, edit.origin["neurons"]] = 0
+    expected = off @ head.weight.T + (0 if head.bias is None else head.bias)
+    kept = torch.arange(head.classes) != target
+    if scope == "class_row":
+        expected[:, kept] = head.logits()[:, kept]
+    with edit.applied(model):
+        torch.testing.assert_close(model(x).detach(), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["two heads", "class embeddings"])
+def test_inputs_of_no_layer_are_no_default_for_path_perturbation(name):
+    model, x = made(SUPPORTED[name]), samples(40)
+    target = int(model(x).argmax(1).mode().values)
+    with pytest.raises(ValueError, match=r"not one by one those.*name a hidden layer"):
+        xe.PathPerturbation().plan(model, [x], target=target)
+    edit = xe.PathPerturbation(layer="body.0").plan(model, [x], target=target)
+    assert edit.changes.keys() == {"body.0.weight", "body.0.bias"}
+
+
+def test_the_evaluation_reads_the_features_of_any_head():
+    model, x = made(SUPPORTED["two heads"]), samples(60)
+    labels = torch.arange(60) % C
+    edit = LogitMask().plan(model, [x], target=1)
+    given = {"train": [(x, labels)], "test": [(x + 0.1, labels)], "target": 1}
+    result = xe.evaluate_unlearning(model, edit, **given, relearn=(1,))
+    assert result.after.test.forgotten == 0
+    assert result.after.probe_withheld is None
+    assert result.after.probe_test == result.before.probe_test  # the mask changes no feature
