@@ -18,13 +18,18 @@ def run_eagerly(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "_compiled_call_impl", None) is not None:
             module._compiled_call_impl = None
-        inner = module._modules.get("_orig_mod")
+        inner = module._modules["_orig_mod"] if _compiled(module) else None
         if inner is not None:
             module.forward = inner.__call__
+
+
+def _compiled(module: nn.Module) -> bool:
+    # Known by name, since importing the class takes seconds.
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         inner: nn.Module = model.module
         return inner
-    return model._modules.get("_orig_mod")  # of torch.compile, without importing its machinery
+    return model._modules["_orig_mod"] if _compiled(model) else None

@@ -32,7 +32,9 @@ def refusal(
     """
     last = found or maps.last
     if last is None:
-        return ValueError(f"{NEEDED}; it has none")
+        hidden = any(isinstance(one, torch.jit.ScriptModule) for one in model.modules())
+        script = ", or TorchScript hides it: give the model that it was made from"
+        return ValueError(f"{NEEDED}; it has none{script if hidden else ''}")
     name = _named(model, last)
     if reason == "computed":
         text = f"the weight or bias of its last, {name!r}, is computed in each pass"
