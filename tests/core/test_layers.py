@@ -327,7 +327,7 @@ def test_layers_called_by_keyword_are_scored_alike(scorer):
 def test_heads_patterns_edges_and_features_see_calls_by_keyword():
     x = torch.rand(2, 3, 6, 6)
     model, twin = ByKeyword(), ByKeyword(keyword=False)
-    assert find_head(model, x)[0] == last_weighted(model, x) == "head"
+    assert find_head(model, x).layer == last_weighted(model, x) == "head"
     got, expected = (fit_patterns(one, [x], layers=["fc"]).linear["fc"] for one in (model, twin))
     torch.testing.assert_close(got, expected)
     got, expected = (

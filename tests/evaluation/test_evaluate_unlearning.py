@@ -188,7 +188,7 @@ def test_the_probe_is_that_of_scikit_learn(network, splits):
 
 def test_without_a_last_linear_layer_only_the_probe_is_missing(network, splits):
     torch.manual_seed(0)
-    other = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()).eval()
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Tanh()).eval()
     account = evaluate_unlearning(network, other, **splits, target=FORGET, relearn=(0, 1))
     assert account.after.probe_test is None
     assert account.before.probe_test is not None

@@ -209,7 +209,12 @@ def boundary_expanding(
     options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
         chosen = class_samples(model, data, target)
-        name, head = find_head(model, chosen.inputs[:1].to(model_device(model)))
+        found = find_head(model, chosen.inputs[:1].to(model_device(model)))
+        name, head = found.layer, found.module(model)
+        if not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"model: its head {name!r} is not one linear layer, to which a row could be added"
+            )
         with seeded(seed):
             row = nn.Linear(head.in_features, 1, bias=head.bias is not None).to(head.weight)
         wide = copied(model)

@@ -68,8 +68,8 @@ class LastLayerRetraining:
         """Plan the new head; the model is only read.
 
         ``data`` has labelled samples of every group, held out from training; ``attribute``, see
-        `xai_edit.core.data.Attribute`, may have more than two values. ValueError if the model does
-        not end in a linear layer with a bias, a class has no samples, or a group only one with
+        `xai_edit.core.data.Attribute`, may have more than two values. ValueError if the model's
+        logits are not W x + b, a class has no samples, or a group only one with
         ``C="auto"``, whose tuning ``origin["tuned"]`` reports.
         """
         head = head_features(model, data, attribute=attribute, with_attribute=True)
@@ -98,13 +98,10 @@ class LastLayerRetraining:
         else:
             strength = self.C
         weight, bias = self._averaged(x, y, cells, strength, lasso=bool(tuned))
-        values = {
-            head.parameter(kind): (torch.arange(new.size), torch.from_numpy(new).flatten())
-            for kind, new in (("weight", weight), ("bias", bias))
-        }
         origin = {"operator": "LastLayerRetraining", "repeats": self.repeats, "C": strength}
         origin |= {"seed": self.seed, "samples": len(labels), "per_group": int(sizes.min())}
-        return ModelEdit.between(model, values, origin | tuned)
+        new = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
+        return head.edit(model, origin | tuned, **new)
 
     def _worst_groups(self, x: Array, y: Array, cells: Array) -> dict[float, float]:
         """Return each strength's worst-group accuracy on a half, after fitting on the other."""

@@ -50,7 +50,7 @@ class LEACE:
         The edit is empty where the features are uncorrelated with the attribute.
 
         ``data`` needs no labels; ``attribute``, see `xai_edit.core.data.Attribute`, may have more
-        than two values. ValueError if the model does not end in a linear layer with a bias, or the
+        than two values. ValueError if the model's logits are not W x + b, or the
         attribute is missing or the same for all samples.
         """
         from sklearn.covariance import ledoit_wolf
@@ -71,15 +71,11 @@ class LEACE:
         scale = float(z.var(0, correction=0).sum().sqrt())
         left, right = erasure(torch.from_numpy(np.asarray(covariance)), cross / scale)
         removed = head.weight.double() @ left @ right  # weight·(I − A)
-        new = {
-            head.parameter("weight"): head.weight.double() - removed,
-            head.parameter("bias"): bias.double() + removed @ mean,
-        }
+        new = {"weight": head.weight.double() - removed, "bias": bias.double() + removed @ mean}
         counted = dict(zip(map(str, values.tolist()), counts.tolist(), strict=True))
         origin = {"operator": "LEACE", "samples": len(x), "values": counted}
         origin |= {"directions": left.shape[1], "shrinkage": float(shrinkage)}
-        changes = {name: (torch.arange(v.numel()), v.flatten()) for name, v in new.items()}
-        return ModelEdit.between(model, changes if left.shape[1] else {}, origin)
+        return head.edit(model, origin, **(new if left.shape[1] else {}))
 
 
 def erasure(covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,15 +30,15 @@ class LogitMask:
     def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
         """Plan the mask; the model is only read, and one batch of the data, to find the layer.
 
-        ValueError if the last layer has no bias, or a class of ``target`` is out of range.
+        ValueError if the head has no bias, or a class of ``target`` is out of range.
         """
         first, _ = peek(data, model_device(model))
-        head, layer = find_head(model, first.inputs[:1])
-        classes = torch.tensor(class_list(target, one_logit_a_class(layer.out_features)))
-        if layer.bias is None:
-            raise ValueError(f"model: the last layer {head!r} has no bias to mask a class with")
-        name = f"{head}.bias".removeprefix(".")
-        values = {name: (classes, torch.full((len(classes),), MASKED))}
-        return ModelEdit.between(
-            model, values, {"operator": "LogitMask", "target": classes.tolist(), "layer": head}
-        )
+        head = find_head(model, first.inputs[:1])
+        classes = class_list(target, one_logit_a_class(1 if head.one_output else head.classes))
+        if head.bias is None:
+            raise ValueError(
+                f"model: the last layer {head.layer!r} has no bias to mask a class with"
+            )
+        bias = head.bias.double().index_fill(0, torch.tensor(classes), MASKED)
+        origin = {"operator": "LogitMask", "target": classes, "layer": head.layer}
+        return head.stored.edit(model, origin, bias=bias)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from xai_edit.core.checks import finite
+from xai_edit.core.wrapped import run_eagerly
 
 _REGISTRIES = (dict, set, list)  # attributes of a module whose content is restored too
 
@@ -24,7 +25,8 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
     with the same storage), child modules, hooks, the training flag, attributes that shadow a method
     (a canonizer's ``forward``); and every parameter's ``requires_grad`` and ``grad``. Zennit 1.0
     leaves new parameter objects and merged batch-norm weights behind (zennit#237). Transformer
-    layers take their slow path meanwhile, as the fast one does not call the modules inside.
+    layers take their slow path meanwhile, as the fast one does not call the modules inside, and
+    compiled modules run as they are written.
 
     Inside, the model is in evaluation mode and without gradients. With ``weights``, also what is
     written into a parameter in place is undone, at the price of a copy of them all.
@@ -38,6 +40,7 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
     values = [(tensor, tensor.detach().clone()) for tensor in kept]
     try:
         model.eval()
+        run_eagerly(model)
         for tensor, *_ in tensors:
             tensor.grad = None  # a backward pass would add to the user's own
         with _every_module_called():

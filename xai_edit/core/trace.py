@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ _ALIASES = {
 
 def source_line() -> str:
     """Return the file and line of the model's source that runs the current operation."""
-    ours = (torch.__path__[0], str(Path(__file__).parents[1]))
+    ours = (f"{torch.__path__[0]}{os.sep}", str(Path(__file__).parents[1]))  # not torchvision
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(ours):
         frame = frame.f_back

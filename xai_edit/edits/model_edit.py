@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xai_edit._version import __version__
 from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteError
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
+from xai_edit.core.wrapped import unwrapped
 
 FORMAT = 1
 KIND = "xai_edit.edit"
@@ -326,7 +327,11 @@ def _same_bits(left: Tensor, right: Tensor) -> Tensor:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, tied ones under each of their names."""
+    """Return parameters and buffers by name, tied ones under each of their names.
+
+    Names are those of the model inside a wrapper, such as a compiled one.
+    """
+    model = unwrapped(model)
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 

@@ -38,9 +38,10 @@ def silencing_entries(
     for at, length in enumerate(module.weight.shape):
         along = units.cpu() if at == axis else torch.arange(length)
         positions = (positions[:, None] * length + along).flatten()
-    entries = {f"{name}.weight": positions}
+    prefix = f"{name}." if name else ""  # the model itself may be the layer
+    entries = {f"{prefix}weight": positions}
     if not reads and module.bias is not None:
-        entries[f"{name}.bias"] = units
+        entries[f"{prefix}bias"] = units
     if batch_norm is not None:
         entries |= {f"{batch_norm}.weight": units, f"{batch_norm}.bias": units}
     return entries

@@ -24,7 +24,7 @@ from xai_edit.evaluation.membership import forgetting_rates
 from xai_edit.evaluation.outputs import ClassSample, Overlap, naming, read, split_accuracy
 from xai_edit.evaluation.relearning import STEPS, Relearning, lessons_kept, relearning_curves
 from xai_edit.evaluation.unlearning_figures import Divergence, NetworkFigures, Unlearning
-from xai_edit.last_layer.head import find_head
+from xai_edit.last_layer.find_head import Head, find_head
 
 KEPT = 5000
 """Samples whose features (for the probe) or outputs (for the attack) are kept, as many of each
@@ -205,12 +205,12 @@ def _classes(networks: Mapping[str, nn.Module], inputs: Inputs) -> int:
 
 def _heads(
     networks: Mapping[str, nn.Module], inputs: Inputs
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the last linear layer of the networks that have one, and why the others have none."""
+) -> tuple[dict[str, Head], dict[str, str]]:
+    """Return the head of the networks that have one, and why the others have none."""
     heads, headless = {}, {}
     for name, network in networks.items():
         try:
-            heads[name] = find_head(network, inputs.to(model_device(network)))[0]
+            heads[name] = find_head(network, inputs.to(model_device(network)))
         except NonFiniteError as problem:
             raise NonFiniteError(f"network {name!r}: {problem}") from problem
         except ValueError as problem:  # the outputs themselves were checked before

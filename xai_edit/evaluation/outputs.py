@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,8 @@ from xai_edit.core.counting import count_by_group
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.inputs import Inputs, input_tensors
-from xai_edit.core.layers import INPUT_SUFFIX, predict, tapped
+from xai_edit.core.layers import predict
+from xai_edit.last_layer.find_head import reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,38 +27,42 @@ class Outputs:
     inputs: Inputs  # on the device of the first model
     labels: Tensor  # int64, shape (samples,)
     probabilities: dict[str, Tensor]  # float64, shape (samples, classes)
-    features: dict[str, Tensor]  # the inputs of the last linear layer, where there is one
+    features: dict[str, Tensor]  # the inputs of the head, where there is one
 
 
 def read(
     models: Mapping[str, nn.Module],
-    heads: Mapping[str, str],
+    heads: Collection[str],
     data: Data,
     split: str,
     counts: dict[str, Tensor],
 ) -> Iterator[Outputs]:
     """Read the data once and yield each batch's outputs of all models.
 
-    Call it inside ``preserved`` and ``no_grad``. ``heads`` has the last linear layer of those
-    models that have one. Right answers and samples by class, int64, shape (2, classes), are added
+    Call it inside ``preserved`` and ``no_grad``. ``heads`` names those models whose
+    head is W x + b. Right answers and samples by class, int64, shape (2, classes), are added
     to ``counts``. Errors on bad data or outputs name ``split`` and the model.
     """
     device = model_device(next(iter(models.values())))
-    with naming(split):
+    with ExitStack() as stack:
+        stack.enter_context(naming(split))
+        readers = {name: stack.enter_context(reading(models[name])) for name in heads}
         for batch in batches(data, device):
             labels = with_labels(batch.labels).cpu()
             found = Outputs(batch.inputs, labels, {}, {})
             for name, model in models.items():
-                watched = [heads[name] + INPUT_SUFFIX] if name in heads else []
-                with naming(f"network {name!r}"), tapped(model, watched) as tap:
-                    output = predict(model, batch.inputs.to(model_device(model))).cpu()
+                inputs = batch.inputs.to(model_device(model))
+                with naming(f"network {name!r}"):
+                    if name in readers:
+                        head = readers[name].read(inputs)
+                        output, found.features[name] = head.outputs.cpu(), head.features.float()
+                    else:
+                        output = predict(model, inputs).cpu()
                 classes = output.shape[1]
                 in_range(labels, classes, "labels")
                 more = count_by_group(output.argmax(1), labels, classes)[:2, :, 0]
                 counts[name] = counts[name] + more if name in counts else more
                 found.probabilities[name] = log_probabilities(output.double()).exp()
-                for layer in watched:
-                    found.features[name] = tap.values[layer].cpu().float()
             yield found
 
 

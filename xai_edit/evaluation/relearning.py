@@ -20,6 +20,7 @@ from xai_edit.evaluation.outputs import (
     read,
     split_accuracy,
 )
+from xai_edit.last_layer.find_head import Head
 
 STEPS = (0, 1, 2, 5, 10, 20)
 OWN, REST = 8, 24
@@ -47,7 +48,7 @@ def lessons_kept(classes: int, target: Sequence[int]) -> list[int]:
 
 def relearning_curves(
     models: Mapping[str, nn.Module],
-    heads: Mapping[str, str],
+    heads: Mapping[str, Head],
     train: Mapping[str, Tensor],
     test: Data,
     *,
@@ -67,7 +68,7 @@ def relearning_curves(
     of the other rows, which takes no knowledge. Otherwise a single huge weight, or a masked logit,
     would pass for forgetting although nothing is easier to undo.
 
-    ``heads`` has the last linear layers, where there is one, and ``start`` the accuracy at step 0,
+    ``heads`` has the heads, where there is one, and ``start`` the accuracy at step 0,
     by the networks' names; ``train`` has ``inputs:`` by name and ``labels``, on the CPU. ``test``
     is read once for each of the ``steps``, one or more. The seed is that of the order of batches.
     """
@@ -77,10 +78,8 @@ def relearning_curves(
         for parameter in copy.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # also frozen ones
         optimizers[name] = torch.optim.SGD(copy.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-        head = [*copy.get_submodule(heads[name]).parameters()] if name in heads else []
-        for parameter in head:
-            own = torch.isin(torch.arange(len(parameter)), torch.tensor(list(target)))
-            parameter[own] = parameter[~own].mean(0)
+        if name in heads:
+            _reset_rows(copy, heads[name], target)
     reached = {name: [start[name]] if 0 in steps else [] for name in copies}
     named = {k.partition(":")[2]: one for k, one in train.items() if k.startswith("inputs:")}
     inputs = inputs_from(named)
@@ -106,6 +105,18 @@ def relearning_curves(
         name: Relearning(steps, tuple(one.forgotten for one in now), tuple(one.rest for one in now))
         for name, now in reached.items()
     }
+
+
+def _reset_rows(model: nn.Module, head: Head, target: Sequence[int]) -> None:
+    """Set the rows of the forgotten classes in the head to the mean of the others."""
+    chosen = torch.zeros(head.classes, dtype=torch.bool)
+    chosen[list(target)] = True
+    new = {}
+    for kind, values in (("weight", head.weight), ("bias", head.bias)):
+        if values is not None:
+            new[kind] = values.double().clone()
+            new[kind][chosen] = new[kind][~chosen].mean(0)
+    head.stored.edit(model, {}, **new).apply(model)
 
 
 def _batches(labels: Tensor, target: Sequence[int], seed: int) -> Iterator[Tensor]:

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import INPUT_SUFFIX, differentiable, embeddings_in_graph, run
+from xai_edit.core.layers import (
+    INPUT_SUFFIX,
+    differentiable,
+    embeddings_in_graph,
+    first_tensor,
+    run,
+)
 
 # Autograd nodes of operations with one output for each input unit, at the same position. Norms are
 # among them, although a layer norm divides by the deviation of all units.
@@ -53,7 +59,10 @@ def feeding_layer(model: nn.Module, head: str, width: int, inputs: Inputs) -> st
         embeddings_in_graph(model)
         for name, module in model.named_modules():
             if name == head:
-                module.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
+                module.register_forward_pre_hook(
+                    lambda _, args, named: head_inputs.append(first_tensor(args, named)),
+                    with_kwargs=True,
+                )
             elif isinstance(module, nn.Linear):
                 module.register_forward_hook(lambda _, __, output, name=name: cut(name, output))
         run(model, differentiable(inputs[:1]))

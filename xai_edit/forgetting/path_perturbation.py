@@ -17,6 +17,7 @@ from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.core.targets import class_list
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.edits.switching_off import (
     Noise,
@@ -185,20 +186,31 @@ class _Plans:
     def __init__(self, operator: PathPerturbation, model: nn.Module, data: Data) -> None:
         first, whole = peek(data, model_device(model))
         self.data = whole if isinstance(data, Iterator) else data
-        self.operator, self.model, self.sample = operator, model, first.inputs
+        self.operator, self.model, self.sample = operator, unwrapped(model), first.inputs
+        model, layers = self.model, operator.layer
+        self.found = find_head(model, self.sample[:1])
+        self.head = self.found.layer
+        self.classes = one_logit_a_class(1 if self.found.one_output else self.found.classes)
         self.labelled = first.labels is not None
-        self.head, self.linear = find_head(model, self.sample[:1])
-        self.classes = one_logit_a_class(self.linear.out_features)
         inputs = self.head + INPUT_SUFFIX
-        layers = operator.layer
-        try:
-            feeding = feeding_layer(model, self.head, self.linear.in_features, self.sample)
-        except ValueError:
-            if layers is None:
-                raise
-            feeding = inputs
-        self.feeding = {feeding, inputs}  # names of the inputs of the last layer
-        self.layers = [feeding] if layers is None else resolve_layers(model, layers)
+        self.feeding: set[str] = set()  # names of the inputs of the head
+        if self.found.module(model) is None:  # its inputs are not those of a layer
+            feeding = None
+        else:
+            try:
+                width = self.found.weight.shape[1]
+                feeding = feeding_layer(model, self.head, width, self.sample)
+            except ValueError:
+                if layers is None:
+                    raise
+                feeding = inputs
+            self.feeding = {feeding, inputs}
+        if feeding is None and layers is None:
+            raise ValueError(
+                f"layer: the inputs of the head {self.head!r} are not one by one those of one "
+                "layer, whose name they would have; name a hidden layer"
+            )
+        self.layers = [feeding] if feeding and layers is None else resolve_layers(model, layers)
         for layer in self.layers:
             if layer == self.head:
                 raise ValueError(
@@ -251,10 +263,14 @@ class _Plans:
             off = {layer: ranked[layer][:count] for layer, count in counts.items()}
             if row is None:
                 entries = all_silencing_entries(self.model, off, {} if noise else self.norms)
+            elif noise is None:
+                weight = self.found.weight.double().clone()
+                weight[row, torch.cat([*off.values()])] = 0
+                return self.found.stored.edit(self.model, {}, weight=weight)
             else:
                 neurons = torch.cat([*off.values()]).unique()
-                name = f"{self.head}.weight".removeprefix(".")
-                entries = {name: row * self.linear.in_features + neurons}
+                name = self.found.stored.plain_weight()
+                entries = {name: row * self.found.weight.shape[1] + neurons}
             if noise is None:  # Eq. 12
                 values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
             else:

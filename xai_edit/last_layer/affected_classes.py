@@ -58,7 +58,7 @@ def affected_classes(
     """Return the fictitious class of each row to edit, and why other classes are left alone."""
     attribute, labels = head.attribute, head.require_labels()
     assert attribute is not None
-    one_logit_a_class(head.classes)
+    one_logit_a_class(1 if head.one_output else head.classes)
     kinds, predicted = attribute.unique().tolist(), head.logits().argmax(1)
     rows = None if target is None else class_list(target, head.classes)
     if fictitious is not None:

@@ -1,10 +1,10 @@
-"""The last linear layer of a classifier and its cached inputs."""
+"""The cached inputs of a classifier's head, the affine map W x + b that its logits are."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +20,32 @@ from xai_edit.core.data import (
     model_device,
     together,
 )
-from xai_edit.core.guard import preserved, require_finite
-from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import first_tensor, predict
-from xai_edit.core.outputs import Outputs, as_logits, outputs_as
-from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.core.guard import require_finite
+from xai_edit.core.outputs import Outputs, outputs_as
+from xai_edit.core.wrapped import unwrapped
+from xai_edit.edits.model_edit import ModelEdit, tensors_of
+from xai_edit.last_layer.find_head import find_head, reading
+from xai_edit.last_layer.stored_head import StoredHead
+
+__all__ = ["HeadFeatures", "collect_head_features", "find_head", "head_features"]
 
 
 @dataclass(frozen=True, eq=False)
 class HeadFeatures:
-    """The inputs of a classifier's last linear layer over a data set, on the CPU.
+    """The inputs x of a classifier's head, W x + b, over a data set, on the CPU.
 
     Attributes
     ----------
     layer : str
-        Name of the layer.
+        Name of the layer, or of the parameter W where it is no layer's.
     weight, bias : Tensor, shape (classes, d), and Tensor or None, shape (classes,)
-        Copies of the layer's parameters.
+        Copies of W and b. Of a model with one output z they have two rows, for the logits 0 and z.
     features : Tensor, shape (samples, d)
-        The layer's inputs x.
+        The inputs x, times the constant by which a model scales its logits; of two averaged heads
+        those of both, side by side.
     labels, attribute : Tensor or None, int64, shape (samples,)
+    stored : StoredHead, optional
+        How W and b are stored; default: as weight and bias of the layer.
     """
 
     layer: str
@@ -48,6 +54,17 @@ class HeadFeatures:
     features: Tensor
     labels: Tensor | None
     attribute: Tensor | None
+    stored: StoredHead | None = None
+
+    @property
+    def parameters(self) -> StoredHead:
+        """How W and b are stored."""
+        return self.stored or StoredHead.plain(self.layer, self.weight, self.bias)
+
+    @property
+    def one_output(self) -> bool:
+        """Whether one stored row stands for both classes."""
+        return self.parameters.one_output
 
     @property
     def classes(self) -> int:
@@ -60,32 +77,39 @@ class HeadFeatures:
         known = {name: column for name, column in columns.items() if column is not None}
         return replace(self, **{name: column[samples] for name, column in known.items()})
 
-    def parameter(self, kind: str) -> str:
-        """Return the name of the layer's ``weight`` or ``bias`` among the model's parameters."""
-        return f"{self.layer}.{kind}".removeprefix(".")  # the model itself may be the layer
-
     def logits(self) -> Tensor:
         """Return the logits z = W x + b, float64, shape (samples, classes)."""
         logits = self.features.double() @ self.weight.double().T
         return logits if self.bias is None else logits + self.bias.double()
 
+    def edit(
+        self,
+        model: nn.Module,
+        origin: Mapping[str, Any],
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> ModelEdit:
+        """Return the edit of the model after which W and b have new values, all of them given.
+
+        Errors as for `ModelEdit.between`; ValueError where there is no bias.
+        """
+        return self.parameters.edit(model, origin, weight=weight, bias=bias)
+
     def edited(self, edit: ModelEdit) -> HeadFeatures:
-        """Return the features with the edited layer's weight and bias.
+        """Return the features with the W and b of the edited model.
 
         ValueError if the edit changes another layer, EditMismatchError if it is of other values.
         """
-        kinds = {self.parameter(kind): kind for kind in ("weight", "bias")}
-        for name in edit.changes.keys() - kinds.keys():
-            raise ValueError(
-                f"edit: changes {name!r}; these are cached inputs of the layer {self.layer!r}, and "
-                "only edits of its weight and bias can be computed from them"
-            )
-        known = {kind: getattr(self, kind) for kind in kinds.values()}
-        layer = nn.ParameterDict(
-            {k: value.clone() for k, value in known.items() if value is not None}
-        )
-        ModelEdit({kinds[name]: change for name, change in edit.changes.items()}).apply(layer)
-        return replace(self, **{kind: value.data for kind, value in layer.items()})
+        return self._stored_as(self.parameters.edited(edit))
+
+    def mirrored(self) -> HeadFeatures:
+        """Return, of a model with one output z, the features with logits −z and 0 for 0 and z."""
+        return self._stored_as(replace(self.parameters, mirrored=True))
+
+    def _stored_as(self, stored: StoredHead) -> HeadFeatures:
+        weight, bias = stored.values()
+        return replace(self, weight=weight, bias=bias, stored=stored)
 
     def require_bias(self) -> Tensor:
         """Return the bias; ValueError where the layer has none."""
@@ -106,10 +130,13 @@ def collect_head_features(
     with_attribute: bool = False,
     outputs: Outputs = None,
 ) -> HeadFeatures:
-    """Return the inputs of a model's last linear layer, by one pass over the data.
+    """Return the inputs of a model's head, by one pass over the data.
+
+    The head is the affine map W x + b of stored parameters that the logits are, found by data flow;
+    its product is compared with the logits of each batch, and an edit of it is tried on the first.
 
     All are held in memory. ``attribute``, see `xai_edit.core.data.Attribute`, is recorded
-    ``with_attribute``. ValueError if the model's output is not that of a linear layer.
+    ``with_attribute``. ValueError if the logits are not such a map, saying what differs.
     ``outputs`` says where the logits are in what the model returns, see `xai_edit.outputs_as`.
     """
     require_finite(model)
@@ -117,20 +144,17 @@ def collect_head_features(
     labels: list[Tensor | None] = []
     attributes: list[Tensor] = []
     samples = 0
-    with outputs_as(outputs), preserved(model), torch.no_grad():
-        last = _LastLinear(model)
+    with outputs_as(outputs), reading(model) as reader:
         for batch in batches(data, model_device(model)):
-            layer = last.name_for(predict(model, batch.inputs))
-            features.append(last.inputs.cpu())
+            head = reader.read(batch.inputs)
+            features.append(head.features)
             labels.append(batch.labels)
             if with_attribute:
                 attributes.append(attribute_of(attribute, batch, samples, "attribute"))
             samples += len(batch)
     check_length(attribute, samples, "attribute")
-    head: Any = model.get_submodule(layer)
-    bias = None if head.bias is None else head.bias.detach().cpu().clone()
     columns = torch.cat(features), together(labels, "labels"), together(attributes, "groups")
-    return HeadFeatures(layer, head.weight.detach().cpu().clone(), bias, *columns)
+    return HeadFeatures(head.layer, head.weight, head.bias, *columns, stored=head.stored)
 
 
 def head_features(
@@ -146,18 +170,15 @@ def head_features(
     Arguments as for `collect_head_features`; ``name`` is that of ``data`` in error messages.
     """
     if not isinstance(data, HeadFeatures):
-        options: dict[str, Any] = {"attribute": attribute, "with_attribute": with_attribute}
-        return collect_head_features(model, data, **options)
-    parameters = dict(model.named_parameters())
-    for kind in ("weight", "bias"):
-        parameter = data.parameter(kind)
-        both = getattr(data, kind), parameters.get(parameter)
-        known = [one.detach().cpu() for one in both if one is not None]
-        if len(known) == 1 or (known and not torch.equal(*known)):
-            raise ValueError(
-                f"{name}: its features were collected for another {parameter!r} than the model's; "
-                "collect them anew"
-            )
+        return collect_head_features(
+            model, data, attribute=attribute, with_attribute=with_attribute
+        )
+    wrong = data.parameters.held_by(tensors_of(unwrapped(model)))
+    if wrong is not None:
+        raise ValueError(
+            f"{name}: its features were collected for another {wrong!r} than the model's; "
+            "collect them anew"
+        )
     finite(data.features, f"{name}: features")
     if not with_attribute or (attribute is None and data.attribute is not None):
         return data
@@ -173,41 +194,3 @@ def head_features(
         )
     check_length(attribute, len(data.features), "attribute")
     return replace(data, attribute=attribute_of(attribute, Batch(data.features), 0, "attribute"))
-
-
-def find_head(model: nn.Module, inputs: Inputs) -> tuple[str, nn.Linear]:
-    """Return the linear layer that gives the model's output, and its name, or raise ValueError."""
-    require_finite(model)
-    with preserved(model), torch.no_grad():
-        last = _LastLinear(model)
-        name = last.name_for(predict(model, inputs))
-    return name, cast(nn.Linear, model.get_submodule(name))
-
-
-class _LastLinear:
-    """The last linear layer that ran. Its hooks end with the guard around it."""
-
-    name: str | None = None
-    inputs = outputs = torch.empty(0)
-
-    def __init__(self, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_hook(partial(self._record, name), with_kwargs=True)
-
-    def _record(self, name: str, _: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-        # Copies, since an in-place operation may follow.
-        self.name, self.outputs = name, output.detach().clone()
-        self.inputs = first_tensor(inputs, named).detach().clone()
-
-    def name_for(self, output: Tensor) -> str:
-        """Return the layer's name if the model's output is its output, or a softmax of it."""
-        made = as_logits(self.outputs) if self.outputs.shape[1:] == (1,) else self.outputs
-        same = (made, made.log_softmax(-1), made.softmax(-1))
-        if self.name is None or not any(torch.equal(output, candidate) for candidate in same):
-            reason = f"its last, {self.name!r}, is followed by more"
-            raise ValueError(
-                "model: a final linear layer is needed, one whose output is the model's output; "
-                + ("it has none" if self.name is None else reason)
-            )
-        return self.name

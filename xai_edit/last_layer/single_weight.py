@@ -105,7 +105,8 @@ class SingleWeight:
         Parameters
         ----------
         model : nn.Module
-            ValueError if it does not end in a linear layer.
+            A classifier; ValueError if its logits are not W x + b (`collect_head_features`). Of
+            one output, class 1 is edited through its row, class 0 through minus that row.
         data : iterable, Dataset or HeadFeatures
             Labelled samples of the class and of others, or the result of `collect_head_features`.
         target : int or sequence of int
@@ -114,6 +115,8 @@ class SingleWeight:
         """
         head = head_features(model, data)
         targets = class_list(target, head.classes)
+        if head.one_output and targets == [0]:
+            head = head.mirrored()  # class 0 has the same row with the other sign
         origin: dict[str, Any] = {"operator": "SingleWeight", "select": self.select}
         origin["samples"] = len(head.features)
         if self.select == "exact":
@@ -177,27 +180,23 @@ def head_edit(
 
     ``rows`` have ``class``, ``column`` and new ``weight``, and go into the origin as they are.
     """
-    d = head.weight.shape[1]
-    largest = float(head.weight.abs().max())
-    index, new, reported = [], [], []
-    biases: dict[int, float] = {}
+    weight = head.weight.double().clone()
+    bias = None if head.bias is None else head.bias.double().clone()
+    largest = float(weight.abs().max())
+    reported, corrected = [], False
     for row in rows:
         at, column, value = row["class"], row["column"], row["weight"]
         old = float(head.weight[at, column])
-        index.append(at * d + column)
-        new.append(value)
+        weight[at, column] = value
         fixed = anchor_point(head, column, anchor, raised=value > old)
         if fixed is not None:
-            if head.bias is None:
+            if bias is None:
                 raise ValueError(
                     f"anchor: layer {head.layer!r} has no bias to correct; give anchor=False"
                 )
-            biases[at] = biases.get(at, float(head.bias[at])) - (value - old) * fixed
+            bias[at] -= (value - old) * fixed
+            corrected = True
         times = abs(value) / largest if largest else None  # a head of zeros has no largest
         reported.append(row | {"old": old, "anchored": fixed is not None, "times_largest": times})
-    weight = (torch.tensor(index), torch.tensor(new, dtype=torch.double))
-    values = {head.parameter("weight"): weight}
-    if biases:
-        bias = torch.tensor([*biases.values()], dtype=torch.double)
-        values[head.parameter("bias")] = (torch.tensor([*biases]), bias)
-    return ModelEdit.between(model, values, {**origin, "layer": head.layer, "rows": reported})
+    origin = {**origin, "layer": head.layer, "rows": reported}
+    return head.edit(model, origin, weight=weight, bias=bias if corrected else None)

@@ -1,0 +1,35 @@
+"""Models inside wrappers: compiled, or spread over devices and processes."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside ``torch.compile``, DataParallel or DistributedDataParallel."""
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def run_eagerly(model: nn.Module) -> None:
+    """Let compiled modules inside a model run as they are written, until the guard restores it."""
+    for module in model.modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            module._compiled_call_impl = None
+        inner = module._modules["_orig_mod"] if _compiled(module) else None
+        if inner is not None:
+            module.forward = inner.__call__
+
+
+def _compiled(module: nn.Module) -> bool:
+    # Known by name, since importing the class takes seconds.
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        inner: nn.Module = model.module
+        return inner
+    return model._modules["_orig_mod"] if _compiled(model) else None
