@@ -1,6 +1,8 @@
-"""Removal of units that are switched off, by Torch-Pruning."""
+"""Removal of units that are switched off."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import TRANSPOSED, predict
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.pruning.coupled_channels import ChannelGroup, Traced, groups_of, pruning_group, traced
+from xai_edit.pruning.coupled_channels import LAYERS, ChannelGroup, Coupling, coupling
 
 TOLERANCE = 1e-5  # of the largest logit, by which logits may differ
 
@@ -38,21 +40,19 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
         if edit is not None:
             edit.apply(masked)
         smaller = copied(masked)
-        found = traced(smaller, example_input)
-        _remove(found, _switched_off(found))
-        for name, parameter in model.named_parameters():
-            smaller.get_parameter(name).requires_grad_(parameter.requires_grad)
+        found = coupling(smaller, example_input)
+        _remove(smaller, found, _switched_off(smaller, found))
         _require_same_outputs(masked, smaller, example_input.to(model_device(model)))
     for name, module in model.named_modules():
         smaller.get_submodule(name).training = module.training
     return smaller
 
 
-def _switched_off(found: Traced) -> list[tuple[ChannelGroup, Tensor]]:
+def _switched_off(model: nn.Module, found: Coupling) -> list[tuple[ChannelGroup, Tensor]]:
     """Return the groups with units to remove, and these units, bool, shape (units,)."""
     lost, also = [], ""
-    for group in groups_of(found):
-        silent = silent_units(found.model, group)
+    for group in found.groups:
+        silent = silent_units(model, group)
         if group.fixed is not None:
             if silent.any() and not also:
                 layer = next(iter(group.layers))
@@ -86,21 +86,60 @@ def silent_units(model: nn.Module, group: ChannelGroup) -> Tensor:
     return silent
 
 
-def _remove(found: Traced, lost: list[tuple[ChannelGroup, Tensor]]) -> None:
-    """Remove the silent units of each group."""
-    left: dict[str, Tensor] = {}  # per layer, which of its first channels are still there
+def _remove(model: nn.Module, found: Coupling, lost: list[tuple[ChannelGroup, Tensor]]) -> None:
+    """Remove the silent units of each group from all that writes or reads them."""
+    flow = found.flow
+    gone: set[int] = set()
     for group, silent in lost:
         layer, channels = next(iter(group.layers.items()))
-        for name in group.layers:
-            width = found.graph.get_out_channels(found.model.get_submodule(name))
-            left.setdefault(name, torch.ones(width, dtype=torch.bool))
-        now = (left[layer].cumsum(0) - 1)[channels[silent].flatten()]
-        removal = pruning_group(found, found.model.get_submodule(layer), now.tolist())
-        if not found.graph.check_pruning_group(removal):
-            raise ValueError(f"model: Torch-Pruning would leave no channel behind layer {layer!r}")
-        removal.prune(record_history=False)
-        for name, at in group.layers.items():
-            left[name][at[silent].flatten()] = False
+        first, _ = flow.layers[layer]
+        gone |= {flow.root(first + one) for one in channels[silent].flatten().tolist()}
+    dead = torch.tensor(sorted(gone))
+    for name, module in model.named_modules():
+        if name not in flow.reads:
+            continue
+        read = ~torch.isin(flow.roots(flow.reads[name]), dead)
+        if isinstance(module, LAYERS):
+            first, width = flow.layers[name]
+            made = ~torch.isin(flow.roots(torch.arange(first, first + width)), dead)
+            _narrow_layer(module, read, made)
+        elif not read.all():
+            for own in ("weight", "bias", "running_mean", "running_var"):
+                _narrow(module, own, 0, read)
+            size = "num_parameters" if isinstance(module, nn.PReLU) else "num_features"
+            setattr(module, size, int(read.sum()))
+
+
+def _narrow_layer(module: nn.Module, read: Tensor, made: Tensor) -> None:
+    """Keep some input and output channels of a linear or convolution layer."""
+    if read.all() and made.all():
+        return
+    transposed = isinstance(module, TRANSPOSED)
+    groups = int(getattr(module, "groups", 1))
+    of_group = read.view(groups, -1)  # each group of channels has lost the same, or all
+    left = of_group[of_group.any(1)]
+    _narrow(module, "weight", 0 if not transposed else 1, made)
+    _narrow(module, "weight", 1 if not transposed else 0, left[0])
+    _narrow(module, "bias", 0, made)
+    sizes = int(read.sum()), int(made.sum())
+    names = ("in_features", "out_features")
+    if not isinstance(module, nn.Linear):
+        names = ("in_channels", "out_channels")
+        module.groups = len(left)
+    for name, size in zip(names, sizes, strict=True):
+        setattr(module, name, size)
+
+
+def _narrow(module: nn.Module, name: str, axis: int, keep: Tensor) -> None:
+    """Keep some entries of a parameter or buffer along an axis."""
+    old = getattr(module, name, None)
+    if not isinstance(old, Tensor):
+        return
+    kept = old.detach().index_select(axis, keep.nonzero().flatten().to(old.device))
+    if isinstance(old, nn.Parameter):
+        module.register_parameter(name, nn.Parameter(kept, old.requires_grad))
+    else:
+        module.register_buffer(name, kept, name not in module._non_persistent_buffers_set)
 
 
 def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Inputs) -> None:
@@ -118,7 +157,8 @@ def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Inputs)
                 "forward pass rely on a number of channels?"
             ) from problem
     largest = expected.abs().max().item()
-    difference = (found - expected).abs().max().item()
+    same = found.shape == expected.shape
+    difference = (found - expected).abs().max().item() if same else math.inf
     if not difference <= TOLERANCE * largest:
         raise ValueError(
             f"model: without the units its logits differ by {difference:.3g} from the masked "
