@@ -82,7 +82,8 @@ def coupling(model: nn.Module, inputs: Inputs) -> Coupling:
                 flow.stay(units, "they are the model's outputs")
         flow.behind = flow.behind_of(tree_leaves(output))
     _shared_or_computed(model, flow)
-    gates = {name for at, name in enumerate(flow.layers) if not flow.behind >> at & 1}
+    numbered = enumerate(flow.layers)
+    gates = {name for at, name in numbered if name in flow.reads and not flow.behind >> at & 1}
     groups = [*_gathered(model, flow)]
     return Coupling(groups, frozenset(gates), frozenset(flow.positions), flow)
 

@@ -37,6 +37,7 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         name, named = operation_name(func), kwargs or {}
         flow = self.flow
+        flow.by_number = name in ("split", "split_with_sizes", "tensor_split")
         if name not in LINEAR and name not in ("batch_norm", "instance_norm", "prelu"):
             return func(*args, **named)
         x, *others = [one for one in tree_leaves((args, named)) if isinstance(one, Tensor)]

@@ -48,6 +48,7 @@ class UnitFlow:
         self.behind = 0
         self.stack: list[str] = []
         self.called: dict[str, None] = {}
+        self.by_number = False  # whether sizes are given to the operation that runs
         self._joined = [0]
         self._stays: dict[str, int] = {}  # unit by the reason for which it stays
         # The tensor keeps its id valid.
@@ -273,8 +274,8 @@ class UnitFlow:
         for axis in sorted(axes, reverse=True):
             units = units.select(axis, 0).unsqueeze(axis)
         for one in made:
-            full = one.ndim == x.ndim
-            kept = units if full else units.squeeze(tuple(axes)) if axes else units
+            kept = self._of[id(x)][0] if one.shape == x.shape else units
+            kept = kept if one.ndim == x.ndim else kept.squeeze(tuple(axes))
             self.set(one, kept.expand(one.shape), self.behind_of([x]))
 
     def cut(self, operation: str, before: Any, after: Sequence[Tensor]) -> None:
@@ -283,8 +284,8 @@ class UnitFlow:
             axes = [at for at in range(before.ndim) if after[0].shape[at] < before.shape[at]]
             if _axes(before).isdisjoint(axes):
                 return
-            if any(part.shape != after[0].shape for part in after):
-                self.stay(_varying(before)[0], f"{self.where(operation)} cuts them by number")
+            if self.by_number or any(part.shape != after[0].shape for part in after):
+                self.stay(_varying(before)[0], f"{self.where('split')} cuts them by fixed numbers")
                 return
             for part in after[1:]:
                 self.join(after[0], part)
