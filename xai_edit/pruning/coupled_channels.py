@@ -142,18 +142,16 @@ def _gathered(model: nn.Module, flow: UnitFlow) -> Iterator[ChannelGroup]:
         for number, root in enumerate(roots):
             units.setdefault(root, {}).setdefault(name, []).append(number)
     alike: dict[Any, list[dict[str, list[int]]]] = {}
-    for root, unit in units.items():
-        if all(name not in flow.layers for name in unit):
+    for root, channels in units.items():
+        if all(name not in flow.layers for name in channels):
             continue  # of a norm that reads what is no layer's
-        widths = tuple((name, len(numbers)) for name, numbers in unit.items())
-        alike.setdefault((widths, reasons.get(root)), []).append(unit)
-    for (_, reason), members in alike.items():
-        at = {name: torch.tensor([unit[name] for unit in members]) for name in members[0]}
+        widths = tuple((name, len(numbers)) for name, numbers in channels.items())
+        alike.setdefault((widths, reasons.get(root)), []).append(channels)
+    for (_, why), members in alike.items():
+        at = {name: torch.tensor([one[name] for one in members]) for name in members[0]}
         layers = {name: index for name, index in at.items() if name in flow.layers}
         norms = {name: index for name, index in at.items() if name not in flow.layers}
-        if len(members) == 1 and reason is None:
-            whole = [
-                name for name, index in layers.items() if index.numel() == flow.layers[name][1]
-            ]
-            reason = f"all channels of {whole[0]!r} can only go together" if whole else None
-        yield ChannelGroup(len(members), layers, norms, reason)
+        whole = [name for name, index in layers.items() if index.numel() == flow.layers[name][1]]
+        if len(members) == 1 and why is None and whole:
+            why = f"all channels of {whole[0]!r} can only go together"
+        yield ChannelGroup(len(members), layers, norms, why)

@@ -16,6 +16,7 @@ from xai_edit.core.layers import WEIGHTED
 from xai_edit.core.trace import LINEAR, operation_name
 from xai_edit.pruning.operation_kinds import (
     ALIKE,
+    CUTTING,
     MOVING,
     PER_CHANNEL,
     REDUCTIONS,
@@ -62,7 +63,7 @@ class _Dispatched(TorchDispatchMode):
     """Follows all other operations."""
 
     def __init__(self, flow: UnitFlow) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flow, self.off = flow, False
 
     @contextmanager
@@ -115,7 +116,7 @@ class _Dispatched(TorchDispatchMode):
             flow.pooled(name, given[0], made)
         elif name == "constant_pad_nd":
             flow.padded(given[0], bound["pad"], made[0])
-        elif name in MOVING and self.moved(func, name, args, named, made):
+        elif name in MOVING and self.moved(func, name, args, named, made, bound):
             return
         else:
             flow.mixed(name, given, made)
@@ -125,7 +126,13 @@ class _Dispatched(TorchDispatchMode):
         self.flow.mixed(name, given, [*made, *(one._base for one in made if one._base is not None)])
 
     def moved(
-        self, func: Any, name: str, args: Any, named: Mapping[str, Any], made: Sequence[Tensor]
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        named: Mapping[str, Any],
+        made: Sequence[Tensor],
+        bound: Mapping[str, Any],
     ) -> bool:
         """Move units as their values are moved; return whether that was possible."""
         flow = self.flow
@@ -152,7 +159,11 @@ class _Dispatched(TorchDispatchMode):
         behind = flow.behind_of(tracked)
         for one, units in zip(made, results, strict=True):
             flow.set(one, units, behind)
-        flow.cut(name, replaced[0], results)
+        if name in CUTTING:
+            axes = [bound.get("dim", 0)]
+            if name == "index":
+                axes = [at for at, one in enumerate(bound["indices"]) if one is not None]
+            flow.cut(name, replaced[0], results, [axis % replaced[0].ndim for axis in axes])
         return True
 
 

@@ -24,6 +24,11 @@ _MOVING_NAMES = """
 """
 MOVING = frozenset(_MOVING_NAMES.split())
 """Operations that move values or take some of them."""
+NUMBERED = frozenset(["index", "index_select", "gather"])
+"""Operations that take values by number."""
+CUTTING = frozenset(
+    ["view", "_unsafe_view", "slice", "narrow", "select", "split", "split_with_sizes", *NUMBERED]
+)
 _REDUCTION_NAMES = """
     sum mean amax amin max min var std var_mean std_mean linalg_vector_norm norm logsumexp prod any
     all _softmax _log_softmax softmax log_softmax cumsum sort topk argmax argmin median

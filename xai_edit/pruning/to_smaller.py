@@ -125,7 +125,7 @@ def _narrow_layer(module: nn.Module, read: Tensor, made: Tensor) -> None:
     names = ("in_features", "out_features")
     if not isinstance(module, nn.Linear):
         names = ("in_channels", "out_channels")
-        module.groups = len(left)
+        module.groups = len(left)  # type: ignore[assignment]
     for name, size in zip(names, sizes, strict=True):
         setattr(module, name, size)
 

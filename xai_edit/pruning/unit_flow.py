@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED
-from xai_edit.pruning.operation_kinds import PER_CHANNEL, PRODUCTS
+from xai_edit.pruning.operation_kinds import NUMBERED, PER_CHANNEL, PRODUCTS
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 INPUT = "they are joined with the model's inputs"
@@ -278,21 +278,30 @@ class UnitFlow:
             kept = kept if one.ndim == x.ndim else kept.squeeze(tuple(axes))
             self.set(one, kept.expand(one.shape), self.behind_of([x]))
 
-    def cut(self, operation: str, before: Any, after: Sequence[Tensor]) -> None:
-        """Join the units of equal parts into which an operation cuts the axis of the units."""
-        if "split" in operation and len(after) > 1:
-            axes = [at for at in range(before.ndim) if after[0].shape[at] < before.shape[at]]
-            if _axes(before).isdisjoint(axes):
-                return
-            if self.by_number or any(part.shape != after[0].shape for part in after):
-                self.stay(_varying(before)[0], f"{self.where('split')} cuts them by fixed numbers")
-                return
-            for part in after[1:]:
-                self.join(after[0], part)
-        elif operation in ("view", "_unsafe_view"):
+    def cut(
+        self, operation: str, before: Tensor, after: Sequence[Tensor], axes: Sequence[int]
+    ) -> None:
+        """Follow what cuts the axis of the units: by fixed numbers, or in equal parts.
+
+        ``axes`` are those that the operation names.
+        """
+        if "view" in operation:
             now = _axes(after[0])
             for axis in sorted(now)[: len(now) - len(_axes(before))]:
                 self.join(after[0].narrow(axis, 0, 1).expand_as(after[0]), after[0])
+            return
+        small = _varying(before)[0]
+        roots = self.roots(small.reshape(-1)).view(small.shape)
+        if before.numel() == after[0].numel() and operation not in NUMBERED:
+            return
+        if _axes(roots).isdisjoint(axes):
+            return
+        equal = len(after) > 1 and all(part.shape == after[0].shape for part in after)
+        if self.by_number or not equal:
+            self.stay(small, f"{self.where(operation)} takes some of them by number")
+        else:
+            for part in after[1:]:
+                self.join(after[0], part)
 
     def pooled(self, operation: str, x: Tensor, made: Sequence[Tensor]) -> None:
         """Follow an operation on the positions of each channel."""
