@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +12,21 @@ from torch import Tensor, nn
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import TRANSPOSED, predict
+from xai_edit.core.layers import TRANSPOSED, predict, run
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pruning.coupled_channels import LAYERS, ChannelGroup, Coupling, coupling
 
 TOLERANCE = 1e-5  # of the largest logit, by which logits may differ
 
 
-def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) -> nn.Module:
+def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) -> nn.Module:
     """Return a copy of a model without the units that are switched off.
 
     A unit is switched off when its weights and biases in all layers that share it and the scale and
-    shift of its norms are zero. One unit of each group stays. The logits for the example input are
-    checked in float64 against the masked network's. EditMismatchError if the edit is not one of
-    this model; ValueError if the input does not fit, the model cannot be traced, no unit can be
-    removed, or the outputs differ afterwards.
+    shift of its norms are zero. One unit of each group stays, and those that an activation such as
+    the sigmoid gives a value nevertheless. The logits for the example input are checked in float64
+    against the masked network's. EditMismatchError if the edit is not one of this model; ValueError
+    if the input does not fit, no unit can be removed, or the outputs differ afterwards.
 
     Parameters
     ----------
@@ -32,7 +34,7 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
         A classifier, logits of shape (samples, classes). Not changed.
     edit : ModelEdit or None
         An edit of the model; None where units are already switched off.
-    example_input : Tensor, shape (samples, ...)
+    example_input : Tensor, shape (samples, ...), or several
         Inputs to trace the network with and to compare outputs on.
     """
     with torch.inference_mode(False):
@@ -41,27 +43,44 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
             edit.apply(masked)
         smaller = copied(masked)
         found = coupling(smaller, example_input)
-        _remove(smaller, found, _switched_off(smaller, found))
-        _require_same_outputs(masked, smaller, example_input.to(model_device(model)))
+        inputs = example_input.to(model_device(model))
+        _remove(smaller, found, _switched_off(smaller, found, inputs))
+        _require_same_outputs(masked, smaller, inputs)
     for name, module in model.named_modules():
         smaller.get_submodule(name).training = module.training
     return smaller
 
 
-def _switched_off(model: nn.Module, found: Coupling) -> list[tuple[ChannelGroup, Tensor]]:
+def _switched_off(
+    model: nn.Module, found: Coupling, inputs: Inputs
+) -> list[tuple[ChannelGroup, Tensor]]:
     """Return the groups with units to remove, and these units, bool, shape (units,)."""
+    silent = [silent_units(model, group) for group in found.groups]
+    gone = {
+        unit
+        for group, off in zip(found.groups, silent, strict=True)
+        for unit in _roots(found, group)[off].tolist()
+    }
+    read = _still_read(model, found, gone, inputs)
     lost, also = [], ""
-    for group in found.groups:
-        silent = silent_units(model, group)
-        if group.fixed is not None:
-            if silent.any() and not also:
+    for group, off in zip(found.groups, silent, strict=True):
+        roots = _roots(found, group)
+        noisy = torch.tensor([unit in read for unit in roots.tolist()]) & off
+        reason = group.fixed
+        if reason is None and noisy.any():
+            reason = next(read[unit] for unit in roots[noisy].tolist())
+            off = off & ~noisy
+            if off.any():
+                reason = None
+        if reason is not None:
+            if (off | noisy).any() and not also:
                 layer = next(iter(group.layers))
-                also = f"; those of layer {layer!r} are, but have to stay: {group.fixed}"
+                also = f"; those of layer {layer!r} are, but have to stay: {reason}"
             continue
-        if silent.all():
-            silent[0] = False
-        if silent.any():
-            lost.append((group, silent))
+        if off.all():
+            off[0] = False
+        if off.any():
+            lost.append((group, off))
     if not lost:
         raise ValueError(
             f"edit: no unit that can be removed is switched off{also}; a unit is, where its "
@@ -69,6 +88,47 @@ def _switched_off(model: nn.Module, found: Coupling) -> list[tuple[ChannelGroup,
             "RelevancePruning plans it"
         )
     return lost
+
+
+def _roots(found: Coupling, group: ChannelGroup) -> Tensor:
+    """Return the number of each unit of a group, int64, shape (units,)."""
+    layer, channels = next(iter(group.layers.items()))
+    return found.flow.roots(found.flow.layers[layer][0] + channels[:, 0])
+
+
+def _still_read(
+    model: nn.Module, found: Coupling, units: set[int], inputs: Inputs
+) -> dict[int, str]:
+    """Return which switched-off units still have a value where another unit's layer reads them."""
+    flow, read = found.flow, dict[int, str]()
+    off = torch.tensor(sorted(units))
+
+    def note(name: str, axis: int, roots: Tensor) -> Any:
+        gone = torch.isin(roots, off)
+
+        def look(_: nn.Module, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], Tensor) and given[0].shape[axis] == len(gone):
+                values = given[0].detach().movedim(axis, 0).reshape(len(gone), -1)
+                for unit in roots[gone & (values != 0).any(1).cpu()].tolist():
+                    read.setdefault(
+                        unit,
+                        f"an activation such as the sigmoid, or a constant that is added, gives "
+                        f"them a value where layer {name!r} reads them",
+                    )
+
+        return look
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, numbers in flow.reads.items():
+            module = flow.modules[name]
+            groups = getattr(module, "groups", 1)
+            widths = [len(numbers) // groups, flow.layers.get(name, (0, 0))[1] // groups]
+            if isinstance(module, LAYERS) and (groups == 1 or min(widths) > 1):
+                axis = -1 if isinstance(module, nn.Linear) else 1
+                hook = module.register_forward_pre_hook(note(name, axis, flow.roots(numbers)))
+                hooks.callback(hook.remove)
+        run(model, inputs)
+    return read
 
 
 def silent_units(model: nn.Module, group: ChannelGroup) -> Tensor:
@@ -162,6 +222,6 @@ def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Inputs)
     if not difference <= TOLERANCE * largest:
         raise ValueError(
             f"model: without the units its logits differ by {difference:.3g} from the masked "
-            f"network's, the largest of which is {largest:.3g}; an activation such as the sigmoid, "
-            "or a constant that is added, gives a unit that is switched off a value"
+            f"network's, the largest of which is {largest:.3g}; does its forward pass rely on a "
+            "number of channels?"
         )
