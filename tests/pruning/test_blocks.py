@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xai_edit import RelevancePruning, Taylor, to_smaller
+from xai_edit import RelevancePruning, Taylor, WeightMagnitude, to_smaller
+from xai_edit.core.inputs import ModelInputs
 from xai_edit.pruning.coupled_channels import channel_groups, coupling
 from xai_edit.pruning.schedule import silenced_entries
 from xai_edit.scoring.unit_scores import score_units
@@ -240,3 +241,33 @@ def test_weights_that_are_computed_keep_the_units_that_they_read() -> None:
     reasons = {name: group.fixed for group in found.groups for name in group.layers}
     assert reasons["stem"] is None
     assert "convolution in the Standardised mixes" in str(reasons["last"])
+
+
+class Weighed(nn.Module):
+    """Tokens and a mask, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 6)
+        self.fc1, self.fc2, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        x = self.words(tokens)
+        x = x + self.fc2(self.fc1(x).relu())
+        return self.head((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+def test_a_model_of_several_inputs_is_pruned() -> None:
+    model = drawn(Weighed)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 7, (6, 5), generator=generator)
+    mask = (torch.rand(6, 5, generator=generator) + 0.6).floor()
+    mask[:, 0] = 1
+    batch = {"tokens": tokens, "mask": mask.double(), "labels": torch.arange(6) % 3}
+    edit = RelevancePruning(0.5, WeightMagnitude()).plan(model, [batch])
+    assert {name: len(units) for name, units in edit.origin["units"].items()} == {"fc1": 4}
+    smaller = to_smaller(model, edit, ModelInputs((), {k: batch[k] for k in ("tokens", "mask")}))
+    with torch.no_grad(), edit.applied(model):
+        expected = model(tokens, mask.double())
+        assert torch.allclose(smaller(tokens, mask.double()), expected, rtol=0, atol=1e-12)
+    assert "embedding in 'words'" in edit.origin["fixed"]["fc2"]

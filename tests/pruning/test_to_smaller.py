@@ -268,7 +268,7 @@ def test_units_that_have_a_value_though_they_are_off_stay() -> None:
     inputs = torch.randn(5, 3)
     first = {"0.weight": torch.arange(3), "0.bias": torch.tensor([0])}
     second = {"2.weight": torch.arange(8), "2.bias": torch.tensor([0, 1])}
-    with pytest.raises(ValueError, match="sigmoid.* gives them a value where layer '2' reads"):
+    with pytest.raises(ValueError, match=r"sigmoid.* gives them a value where layer '2' reads"):
         to_smaller(model, zeros_at(model, [first]), inputs)
     edit = zeros_at(model, [first, second])
     smaller = to_smaller(model, edit, inputs)
