@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,10 +24,11 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) 
     """Return a copy of a model without the units that are switched off.
 
     A unit is switched off when its weights and biases in all layers that share it and the scale and
-    shift of its norms are zero. One unit of each group stays, and those that an activation such as
-    the sigmoid gives a value nevertheless. The logits for the example input are checked in float64
-    against the masked network's. EditMismatchError if the edit is not one of this model; ValueError
-    if the input does not fit, no unit can be removed, or the outputs differ afterwards.
+    shift of its norms are zero. One unit of each group stays, and with a warning those that an
+    activation such as the sigmoid gives a value nevertheless. The logits for the example input are
+    checked in float64 against the masked network's. EditMismatchError if the edit is not one of
+    this model; ValueError if the input does not fit, no unit can be removed, or the outputs differ
+    afterwards.
 
     Parameters
     ----------
@@ -70,12 +72,10 @@ def _switched_off(
         if reason is None and noisy.any():
             reason = next(read[unit] for unit in roots[noisy].tolist())
             off = off & ~noisy
-            if off.any():
-                reason = None
-        if reason is not None:
-            if (off | noisy).any() and not also:
-                layer = next(iter(group.layers))
-                also = f"; those of layer {layer!r} are, but have to stay: {reason}"
+        if reason is not None and (off | noisy).any() and not also:
+            layer = next(iter(group.layers))
+            also = f"; those of layer {layer!r} are, but have to stay: {reason}"
+        if group.fixed is not None:
             continue
         if off.all():
             off[0] = False
@@ -87,6 +87,8 @@ def _switched_off(
             "weights and biases in all coupled layers and its norms' scale and shift are zero, as "
             "RelevancePruning plans it"
         )
+    if read and also:
+        warnings.warn(f"edit: some units that are switched off are not removed{also}", stacklevel=3)
     return lost
 
 
