@@ -98,6 +98,16 @@ conv, norm = nn.Conv2d, nn.BatchNorm2d
             [{"0": column(0, 3)}],
             [{"2": [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]}],
         ),
+        (  # each channel of a grouped convolution reads several, which go with it
+            [conv(3, 4, 1), conv(4, 2, 1, groups=2), conv(2, 2, 1)],
+            [{"0": [[0, 1], [2, 3]], "1": column(0, 2)}],
+            [{}],
+        ),
+        (  # two depthwise filters a channel
+            [conv(3, 2, 1), conv(2, 4, 3, groups=2), conv(4, 2, 1)],
+            [{"0": column(0, 2), "1": [[0, 1], [2, 3]]}],
+            [{}],
+        ),
     ],
 )
 def test_a_sequence_of_layers_is_coupled_as_by_hand(
@@ -156,16 +166,11 @@ def plain(middle: nn.Module) -> nn.Module:
     [
         (AddsItsInput(), ["body"], "inputs"),
         (nn.Sequential(nn.Conv2d(3, 3, 1, groups=3), nn.Conv2d(3, 2, 1)), ["0"], "inputs"),
-        (Gated(), ["body", "gate"], "MulBackward0"),
-        (Padded(), ["narrow", "wide"], "ConstantPadNd"),
+        (Gated(), ["gate"], "joined with several"),
+        (Padded(), ["wide"], "or constant"),
         (plain(nn.GroupNorm(2, 4)), ["0"], "GroupNorm"),
         (plain(nn.BatchNorm2d(4, affine=False)), ["0"], "no scale and shift"),
         (plain(nn.ConvTranspose2d(4, 4, 1, groups=2)), ["0", "1"], "grouped transposed"),
-        (
-            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1, groups=2), nn.Conv2d(2, 2, 1)),
-            ["0", "1"],
-            "reads several",
-        ),
     ],
 )
 def test_units_that_cannot_go_are_kept_and_say_why(
@@ -175,9 +180,7 @@ def test_units_that_cannot_go_are_kept_and_say_why(
     for layer in layers:
         holding = [group for group in groups if layer in group.layers]
         assert holding
-        for group in holding:
-            assert group.fixed is not None
-            assert why in group.fixed
+        assert any(why in (group.fixed or "") for group in holding)
 
 
 def test_every_channel_is_in_exactly_one_group() -> None:
@@ -211,10 +214,3 @@ def test_a_frozen_model_is_traced_in_inference_mode() -> None:
     with torch.inference_mode():
         groups = channel_groups(model, torch.randn(1, 3, 8, 8))
     assert len(groups) == 3
-
-
-def test_what_cannot_be_traced_is_refused_by_name() -> None:
-    torchvision = pytest.importorskip("torchvision")
-    shuffle = torchvision.models.shufflenet_v2_x0_5(weights=None)
-    with pytest.raises(ValueError, match=r"cannot trace ShuffleNetV2.*ResNet.*shuffle channels"):
-        channel_groups(shuffle, torch.randn(1, 3, 64, 64))

@@ -21,7 +21,10 @@ from xai_edit import (
     with_ablation,
 )
 from xai_edit.concepts.collect import values_at as output
+from xai_edit.pruning.coupled_channels import channel_groups
+from xai_edit.pruning.ranking import channels_of, lowest_units, prunable
 from xai_edit.reproduce.networks import ResNet20
+from xai_edit.scoring.unit_scores import UnitScores
 
 SCORERS = [LRP("epsilon-plus", initial="one"), Taylor(), Activation(), WeightMagnitude(), Random(1)]
 
@@ -203,13 +206,18 @@ def test_subspaces_behind_a_block_whose_own_filters_are_pruned():
     features = collect_features(model, data, layer="layer1.2")
     subspaces = PCA(3).fit(features)
     edit = ConceptAwarePruning("layer1.2", subspaces, [0], 0.6).plan(model, data)
-    # The same as plain pruning of a network in which the ablation is a layer.
+    # The units of lowest score in a network in which the ablation is a layer.
     kept = with_ablation(model, "layer1.2", subspaces, [0])
-    expected = RelevancePruning(0.6).plan(kept, data).origin["units"]
-    assert off(edit) == {
-        name.replace("layer1.2.layer.", "layer1.2."): units
-        for name, units in expected.items()
-        if units
+    inner = {
+        name: name.replace("layer1.2.", "layer1.2.layer.")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
     }
+    scores = score_units(kept, data, SCORERS[0], layers=[*inner.values()], aggregate="abs")
+    found = prunable(channel_groups(model, data[0][0]), [*inner])
+    own = UnitScores({name: scores.sums[of] for name, of in inner.items()}, 6, "abs")
+    none = [torch.zeros(0, dtype=torch.long)] * len(found.groups)
+    lowest = lowest_units(found, own, 0.6, ranking="global", gone=none)
+    assert off(edit) == {name: gone for name, gone in channels_of(found, lowest).items() if gone}
     assert off(edit) != off(RelevancePruning(0.6).plan(model, data))
     assert edit.origin["units"]["layer1.2.conv1"]

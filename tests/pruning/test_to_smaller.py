@@ -250,24 +250,29 @@ class CountsChannels(nn.Module):
         self.hidden, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden(x).relu() * torch.ones(4))
+        return self.head(self.hidden(x).relu().view(-1, 4))
 
 
-@pytest.mark.parametrize(
-    ("model", "layer", "message"),
-    [
-        (
-            nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)),
-            "0",
-            "logits differ by .* sigmoid",
-        ),
-        (CountsChannels(), "hidden", "cannot be run .* rely on a number of channels"),
-    ],
-)
-def test_a_network_that_would_not_be_the_same_is_refused(
-    model: nn.Module, layer: str, message: str
-) -> None:
-    weight, bias = f"{layer}.weight", f"{layer}.bias"
-    edit = zeros_at(model, [{weight: torch.arange(3), bias: torch.tensor([0])}])
-    with pytest.raises(ValueError, match=message):
+def test_a_network_that_counts_its_channels_is_refused() -> None:
+    model = CountsChannels()
+    edit = zeros_at(model, [{"hidden.weight": torch.arange(3), "hidden.bias": torch.tensor([0])}])
+    with pytest.raises(ValueError, match=r"cannot be run .* rely on a number of channels"):
         to_smaller(model, edit, torch.randn(5, 3))
+
+
+def test_units_that_have_a_value_though_they_are_off_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    )
+    inputs = torch.randn(5, 3)
+    first = {"0.weight": torch.arange(3), "0.bias": torch.tensor([0])}
+    second = {"2.weight": torch.arange(8), "2.bias": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=r"sigmoid.* gives them a value where layer '2' reads"):
+        to_smaller(model, zeros_at(model, [first]), inputs)
+    edit = zeros_at(model, [first, second])
+    with pytest.warns(UserWarning, match=r"not removed; those of layer '0' .* sigmoid"):
+        smaller = to_smaller(model, edit, inputs)
+    assert (smaller[0].out_features, smaller[2].out_features) == (4, 2)
+    with torch.no_grad(), edit.applied(model):
+        assert torch.allclose(smaller(inputs), model(inputs))

@@ -214,7 +214,7 @@ def of_pruning(tried: Tried) -> Iterator[Part]:
         if not edits:
             raise ValueError("nothing can be pruned")
         before = sum(one.numel() for one in model.parameters())
-        smaller = to_smaller(model, edits[0], tried.few)  # type: ignore[arg-type]
+        smaller = to_smaller(model, edits[0], tried.few)
         after = sum(one.numel() for one in smaller.parameters())
         return (
             f"{before - after:,} of {before:,} parameters gone with 10% of the units, logits equal"

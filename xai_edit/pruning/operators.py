@@ -18,12 +18,13 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.checks import fraction, one_of, readable_again, require, whole_number
 from xai_edit.core.data import Data, model_device, peek
+from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, resolve_layers
 from xai_edit.core.targets import Target, describe_target
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.lrp.lrp import LRP, Scorer, describe
-from xai_edit.pruning.coupled_channels import channel_groups
+from xai_edit.pruning.coupled_channels import Coupling, coupling
 from xai_edit.pruning.ranking import Ranking, prunable
 from xai_edit.pruning.schedule import FineTune, Schedule, Score, pruned
 from xai_edit.scoring.unit_scores import UnitScores, score_units
@@ -54,7 +55,8 @@ class RelevancePruning:
         ``LRP("epsilon-plus", initial="one")`` by default. One with ``behind_norm = True``, such as
         `Taylor`, scores the output of the batch norm that follows a layer.
     layers : sequence of str, optional
-        All convolution layers, or all hidden linear layers where there are none, when left out.
+        When left out, all convolution layers and linear layers that are applied at each position,
+        or all hidden linear layers where none of those can be pruned.
     ranking : {"global", "local"}
         "global" ranks the units of all layers together, each layer's scores divided by their L1
         norm; "local" removes the share in each layer.
@@ -103,7 +105,9 @@ class RelevancePruning:
         ModelEdit
             Sets the units' incoming weights and biases to zero, and the scale and shift of their
             batch norms. Its origin has the pruned ``units``, layers that keep only their best unit
-            (``kept``), and those whose units have to stay, with the reason (``fixed``).
+            (``kept``), those whose units have to stay, with the reason (``fixed``), and those
+            that only make a gate (``gates``): without relevance they are not ranked, and lose units
+            only with the layer that they gate.
         """
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         return plan.edit(lambda network, step: plan.scores(network))
@@ -241,10 +245,12 @@ class _Plan:
         first, whole = peek(data, model_device(model))
         self.data = whole if isinstance(data, Iterator) else data
         self.inputs = first.inputs
-        layers = _layers(model, operator.layers, first.inputs[:1])
-        named = operator.layers is not None
-        groups = channel_groups(model, first.inputs)
-        self.found = prunable(groups, layers, protect=operator.protect, named=named)
+        coupled = coupling(copied(model), first.inputs)
+        layers = _layers(model, operator.layers, first.inputs[:1], coupled)
+        named, gates = operator.layers is not None, coupled.gates
+        self.found = prunable(
+            coupled.groups, layers, protect=operator.protect, named=named, gates=gates
+        )
         self.model, self.scorer, self.target = model, operator.scorer, target
         steps = operator.share, operator.ranking, operator.steps
         self.schedule = Schedule(*steps, fine_tune, checkpoint)
@@ -272,18 +278,29 @@ class _Plan:
         return UnitScores(sums, scores.samples, scores.aggregate)
 
 
-def _layers(model: nn.Module, layers: Sequence[str] | None, inputs: Inputs) -> list[str]:
-    """Return the layers to prune; by default all convolutions, or all hidden linear layers."""
+def _layers(
+    model: nn.Module, layers: Sequence[str] | None, inputs: Inputs, coupled: Coupling
+) -> list[str]:
+    """Return the layers to prune; see `RelevancePruning`."""
     last = last_weighted(model, inputs)
     if layers is not None:
         if last in (named := resolve_layers(model, layers)):
             raise ValueError(f"layers: {last!r} gives the output; its units are the classes")
         return named
     hidden = {name: module for name, module in model.named_modules() if name != last}
-    for kinds in (CONVOLUTIONS, nn.Linear):
-        if names := [name for name, module in hidden.items() if isinstance(module, kinds)]:
+    maps = [
+        name
+        for name, module in hidden.items()
+        if isinstance(module, CONVOLUTIONS) or name in coupled.positions
+    ]
+    linear = [name for name, module in hidden.items() if isinstance(module, nn.Linear)]
+    if not maps and not linear:
+        raise ValueError("layers: the model has no convolution and no hidden linear layer to prune")
+    free = {name for group in coupled.groups if group.fixed is None for name in group.layers}
+    for names in (maps, linear):
+        if not free.isdisjoint(names):
             return names
-    raise ValueError("layers: the model has no convolution and no hidden linear layer to prune")
+    return [name for name in hidden if name in {*maps, *linear}]
 
 
 def _check(operator: RelevancePruning | ConceptAwarePruning) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,8 @@ from xai_edit.pruning.coupled_channels import ChannelGroup
 from xai_edit.scoring.unit_scores import UnitScores, share_of
 
 Ranking = Literal["global", "local"]
+STAYS = "it only makes a gate and has no relevance, so all its units stay"
+GOES = "it only makes a gate; its units go with those of"
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,7 @@ class Prunable:
     groups: tuple[ChannelGroup, ...]
     layers: tuple[str, ...]  # whose scores rank the units
     fixed: dict[str, str]  # by layer that has to stay, the reason
+    gates: frozenset[str] = frozenset()  # layers that may only make a gate; see `kept_gates`
 
 
 def width(group: ChannelGroup) -> int:
@@ -36,11 +39,12 @@ def prunable(
     *,
     protect: Sequence[str] = (),
     named: bool = False,
+    gates: frozenset[str] = frozenset(),
 ) -> Prunable:
     """Return the groups that have a layer to prune and no protected one.
 
-    UnknownLayerError if a protected layer has no channels; ValueError if no layer can be pruned,
-    or with ``named`` any of the layers cannot.
+    UnknownLayerError if a protected layer has no channels; ValueError with the reasons if no layer
+    can be pruned, or with ``named`` any of the layers cannot.
     """
     known = {name for group in groups for name in group.layers}
     for name in protect:
@@ -58,10 +62,39 @@ def prunable(
             kept.append(group)
     free = {name for group in kept for name in group.layers}
     for name in layers:
-        if name not in free and (named or not kept):
-            reason = fixed.get(name, "it takes no part in the model's forward pass")
-            raise ValueError(f"layers: the channels of {name!r} have to stay: {reason}")
-    return Prunable(tuple(kept), tuple(name for name in layers if name in free), fixed)
+        if name not in known:
+            fixed[name] = "it takes no part in the model's forward pass"
+    stay = [name for name in layers if name not in free]
+    if stay and (named or not kept):
+        raise ValueError(f"layers: {_why(stay, fixed)}")
+    return Prunable(tuple(kept), tuple(name for name in layers if name in free), fixed, gates)
+
+
+def _why(layers: Sequence[str], reasons: dict[str, str]) -> str:
+    """Return a sentence that says why the channels of layers have to stay."""
+    by_reason: dict[str, list[str]] = {}
+    for name in layers:
+        by_reason.setdefault(reasons[name], []).append(name)
+    parts = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        parts.append(f"the channels of {names[0]!r}{more} have to stay: {reason}")
+    return "; ".join(parts)
+
+
+def kept_gates(found: Prunable, scores: UnitScores) -> dict[str, str]:
+    """Return the layers that only make a gate, and whether they stay or go with what they gate.
+
+    Such a layer reaches the output only as a factor of a product, and all its scores are zero, as
+    a rule of relevance that takes gates for constants gives it none.
+    """
+    zero = {name for name in found.gates if name in scores and not scores.sums[name].any()}
+    gates: dict[str, str] = {}
+    for group in found.groups:
+        ranked = [name for name in group.layers if name in scores and name not in zero]
+        reason = f"{GOES} {ranked[0]!r}, which it gates" if ranked else STAYS
+        gates |= {name: reason for name in group.layers if name in zero}
+    return gates
 
 
 def lowest_units(
@@ -71,10 +104,16 @@ def lowest_units(
 
     A unit's score is the sum over its channels in all scored layers, each layer divided by its L1
     norm. The share is of all channels ("global") or of those of each group ("local"), met to within
-    one unit, and includes the units of each group that are already ``gone``.
+    one unit, and includes the units of each group that are already ``gone``. Groups of layers that
+    only make a gate (`kept_gates`) are not ranked.
     """
     ranked, sizes = [], []
+    gates = kept_gates(found, scores)
     for group, pruned in zip(found.groups, gone, strict=True):
+        if stays(group, gates):
+            ranked.append(torch.full((group.units,), torch.inf, dtype=torch.double))
+            sizes.append(torch.zeros(group.units, dtype=torch.long))
+            continue
         values = torch.zeros(group.units, dtype=torch.double)
         for layer, channels in group.layers.items():
             if layer in scores:
@@ -89,7 +128,15 @@ def lowest_units(
     else:
         parts = [len(values) for values in ranked]
         chosen = [*_lowest(torch.cat(ranked), torch.cat(sizes), share).split(parts)]
-    return [flags.nonzero().flatten() for flags in chosen]
+    return [
+        before if stays(group, gates) else flags.nonzero().flatten()
+        for group, before, flags in zip(found.groups, gone, chosen, strict=True)
+    ]
+
+
+def stays(group: ChannelGroup, gates: Mapping[str, str]) -> bool:
+    """Return whether a group is not ranked, by the result of `kept_gates`."""
+    return any(gates.get(name) == STAYS for name in group.layers)
 
 
 def _lowest(values: Tensor, sizes: Tensor, share: float) -> Tensor:

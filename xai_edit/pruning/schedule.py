@@ -19,7 +19,15 @@ from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.edits.model_edit import ModelEdit, tensors_of
 from xai_edit.edits.switching_off import silencing_entries
 from xai_edit.pruning.coupled_channels import ChannelGroup
-from xai_edit.pruning.ranking import Prunable, Ranking, channels_of, lowest_units, width
+from xai_edit.pruning.ranking import (
+    Prunable,
+    Ranking,
+    channels_of,
+    kept_gates,
+    lowest_units,
+    stays,
+    width,
+)
 from xai_edit.scoring.unit_scores import UnitScores
 
 KIND = "xai_edit.pruning"
@@ -84,11 +92,14 @@ def pruned(
             _switch_off(network, found, gone, fold(network))
         removed = sum(map(len, channels.values()))
         done = {"share": share, "removed": removed, "samples": scores.samples, **step_origin()}
+        if gates := kept_gates(found, scores):
+            done["gates"] = gates
         history.append(done)
         if checkpoint is not None:
             checkpoint.write(network, gone, history)
     last = history[-1]
-    units = sum(group.units * width(group) for group in found.groups)
+    ranked = [group for group in found.groups if not stays(group, last.get("gates", {}))]
+    units = sum(group.units * width(group) for group in ranked)
     about: dict[str, Any] = {
         **origin,
         **last,

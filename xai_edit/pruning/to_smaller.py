@@ -1,6 +1,11 @@
-"""Removal of units that are switched off, by Torch-Pruning."""
+"""Removal of units that are switched off."""
 
 from __future__ import annotations
+
+import math
+import warnings
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,21 +13,22 @@ from torch import Tensor, nn
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import TRANSPOSED, predict
+from xai_edit.core.layers import TRANSPOSED, predict, run
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.pruning.coupled_channels import ChannelGroup, Traced, groups_of, pruning_group, traced
+from xai_edit.pruning.coupled_channels import LAYERS, ChannelGroup, Coupling, coupling
 
 TOLERANCE = 1e-5  # of the largest logit, by which logits may differ
 
 
-def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) -> nn.Module:
+def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) -> nn.Module:
     """Return a copy of a model without the units that are switched off.
 
     A unit is switched off when its weights and biases in all layers that share it and the scale and
-    shift of its norms are zero. One unit of each group stays. The logits for the example input are
+    shift of its norms are zero. One unit of each group stays, and with a warning those that an
+    activation such as the sigmoid gives a value nevertheless. The logits for the example input are
     checked in float64 against the masked network's. EditMismatchError if the edit is not one of
-    this model; ValueError if the input does not fit, the model cannot be traced, no unit can be
-    removed, or the outputs differ afterwards.
+    this model; ValueError if the input does not fit, no unit can be removed, or the outputs differ
+    afterwards.
 
     Parameters
     ----------
@@ -30,7 +36,7 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
         A classifier, logits of shape (samples, classes). Not changed.
     edit : ModelEdit or None
         An edit of the model; None where units are already switched off.
-    example_input : Tensor, shape (samples, ...)
+    example_input : Tensor, shape (samples, ...), or several
         Inputs to trace the network with and to compare outputs on.
     """
     with torch.inference_mode(False):
@@ -38,37 +44,93 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Tensor) 
         if edit is not None:
             edit.apply(masked)
         smaller = copied(masked)
-        found = traced(smaller, example_input)
-        _remove(found, _switched_off(found))
-        for name, parameter in model.named_parameters():
-            smaller.get_parameter(name).requires_grad_(parameter.requires_grad)
-        _require_same_outputs(masked, smaller, example_input.to(model_device(model)))
+        found = coupling(smaller, example_input)
+        inputs = example_input.to(model_device(model))
+        _remove(smaller, found, _switched_off(smaller, found, inputs))
+        _require_same_outputs(masked, smaller, inputs)
     for name, module in model.named_modules():
         smaller.get_submodule(name).training = module.training
     return smaller
 
 
-def _switched_off(found: Traced) -> list[tuple[ChannelGroup, Tensor]]:
+def _switched_off(
+    model: nn.Module, found: Coupling, inputs: Inputs
+) -> list[tuple[ChannelGroup, Tensor]]:
     """Return the groups with units to remove, and these units, bool, shape (units,)."""
+    silent = [silent_units(model, group) for group in found.groups]
+    gone = {
+        unit
+        for group, off in zip(found.groups, silent, strict=True)
+        for unit in _roots(found, group)[off].tolist()
+    }
+    read = _still_read(model, found, gone, inputs)
     lost, also = [], ""
-    for group in groups_of(found):
-        silent = silent_units(found.model, group)
+    for group, off in zip(found.groups, silent, strict=True):
+        roots = _roots(found, group)
+        noisy = torch.tensor([unit in read for unit in roots.tolist()]) & off
+        reason = group.fixed
+        if reason is None and noisy.any():
+            reason = next(read[unit] for unit in roots[noisy].tolist())
+            off = off & ~noisy
+        if reason is not None and (off | noisy).any() and not also:
+            layer = next(iter(group.layers))
+            also = f"; those of layer {layer!r} are, but have to stay: {reason}"
         if group.fixed is not None:
-            if silent.any() and not also:
-                layer = next(iter(group.layers))
-                also = f"; those of layer {layer!r} are, but have to stay: {group.fixed}"
             continue
-        if silent.all():
-            silent[0] = False
-        if silent.any():
-            lost.append((group, silent))
+        if off.all():
+            off[0] = False
+        if off.any():
+            lost.append((group, off))
     if not lost:
         raise ValueError(
             f"edit: no unit that can be removed is switched off{also}; a unit is, where its "
             "weights and biases in all coupled layers and its norms' scale and shift are zero, as "
             "RelevancePruning plans it"
         )
+    if read and also:
+        warnings.warn(f"edit: some units that are switched off are not removed{also}", stacklevel=3)
     return lost
+
+
+def _roots(found: Coupling, group: ChannelGroup) -> Tensor:
+    """Return the number of each unit of a group, int64, shape (units,)."""
+    layer, channels = next(iter(group.layers.items()))
+    return found.flow.roots(found.flow.layers[layer][0] + channels[:, 0])
+
+
+def _still_read(
+    model: nn.Module, found: Coupling, units: set[int], inputs: Inputs
+) -> dict[int, str]:
+    """Return which switched-off units still have a value where another unit's layer reads them."""
+    flow, read = found.flow, dict[int, str]()
+    off = torch.tensor(sorted(units))
+
+    def note(name: str, axis: int, roots: Tensor) -> Any:
+        gone = torch.isin(roots, off)
+
+        def look(_: nn.Module, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], Tensor) and given[0].shape[axis] == len(gone):
+                values = given[0].detach().movedim(axis, 0).reshape(len(gone), -1)
+                for unit in roots[gone & (values != 0).any(1).cpu()].tolist():
+                    read.setdefault(
+                        unit,
+                        f"an activation such as the sigmoid, or a constant that is added, gives "
+                        f"them a value where layer {name!r} reads them",
+                    )
+
+        return look
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, numbers in flow.reads.items():
+            module = flow.modules[name]
+            groups = getattr(module, "groups", 1)
+            widths = [len(numbers) // groups, flow.layers.get(name, (0, 0))[1] // groups]
+            if isinstance(module, LAYERS) and (groups == 1 or min(widths) > 1):
+                axis = -1 if isinstance(module, nn.Linear) else 1
+                hook = module.register_forward_pre_hook(note(name, axis, flow.roots(numbers)))
+                hooks.callback(hook.remove)
+        run(model, inputs)
+    return read
 
 
 def silent_units(model: nn.Module, group: ChannelGroup) -> Tensor:
@@ -86,21 +148,60 @@ def silent_units(model: nn.Module, group: ChannelGroup) -> Tensor:
     return silent
 
 
-def _remove(found: Traced, lost: list[tuple[ChannelGroup, Tensor]]) -> None:
-    """Remove the silent units of each group."""
-    left: dict[str, Tensor] = {}  # per layer, which of its first channels are still there
+def _remove(model: nn.Module, found: Coupling, lost: list[tuple[ChannelGroup, Tensor]]) -> None:
+    """Remove the silent units of each group from all that writes or reads them."""
+    flow = found.flow
+    gone: set[int] = set()
     for group, silent in lost:
         layer, channels = next(iter(group.layers.items()))
-        for name in group.layers:
-            width = found.graph.get_out_channels(found.model.get_submodule(name))
-            left.setdefault(name, torch.ones(width, dtype=torch.bool))
-        now = (left[layer].cumsum(0) - 1)[channels[silent].flatten()]
-        removal = pruning_group(found, found.model.get_submodule(layer), now.tolist())
-        if not found.graph.check_pruning_group(removal):
-            raise ValueError(f"model: Torch-Pruning would leave no channel behind layer {layer!r}")
-        removal.prune(record_history=False)
-        for name, at in group.layers.items():
-            left[name][at[silent].flatten()] = False
+        first, _ = flow.layers[layer]
+        gone |= {flow.root(first + one) for one in channels[silent].flatten().tolist()}
+    dead = torch.tensor(sorted(gone))
+    for name, module in model.named_modules():
+        if name not in flow.reads:
+            continue
+        read = ~torch.isin(flow.roots(flow.reads[name]), dead)
+        if isinstance(module, LAYERS):
+            first, width = flow.layers[name]
+            made = ~torch.isin(flow.roots(torch.arange(first, first + width)), dead)
+            _narrow_layer(module, read, made)
+        elif not read.all():
+            for own in ("weight", "bias", "running_mean", "running_var"):
+                _narrow(module, own, 0, read)
+            size = "num_parameters" if isinstance(module, nn.PReLU) else "num_features"
+            setattr(module, size, int(read.sum()))
+
+
+def _narrow_layer(module: nn.Module, read: Tensor, made: Tensor) -> None:
+    """Keep some input and output channels of a linear or convolution layer."""
+    if read.all() and made.all():
+        return
+    transposed = isinstance(module, TRANSPOSED)
+    groups = int(getattr(module, "groups", 1))
+    of_group = read.view(groups, -1)  # each group of channels has lost the same, or all
+    left = of_group[of_group.any(1)]
+    _narrow(module, "weight", 0 if not transposed else 1, made)
+    _narrow(module, "weight", 1 if not transposed else 0, left[0])
+    _narrow(module, "bias", 0, made)
+    sizes = int(read.sum()), int(made.sum())
+    names = ("in_features", "out_features")
+    if not isinstance(module, nn.Linear):
+        names = ("in_channels", "out_channels")
+        module.groups = len(left)  # type: ignore[assignment]
+    for name, size in zip(names, sizes, strict=True):
+        setattr(module, name, size)
+
+
+def _narrow(module: nn.Module, name: str, axis: int, keep: Tensor) -> None:
+    """Keep some entries of a parameter or buffer along an axis."""
+    old = getattr(module, name, None)
+    if not isinstance(old, Tensor):
+        return
+    kept = old.detach().index_select(axis, keep.nonzero().flatten().to(old.device))
+    if isinstance(old, nn.Parameter):
+        module.register_parameter(name, nn.Parameter(kept, old.requires_grad))
+    else:
+        module.register_buffer(name, kept, name not in module._non_persistent_buffers_set)
 
 
 def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Inputs) -> None:
@@ -118,10 +219,11 @@ def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Inputs)
                 "forward pass rely on a number of channels?"
             ) from problem
     largest = expected.abs().max().item()
-    difference = (found - expected).abs().max().item()
+    same = found.shape == expected.shape
+    difference = (found - expected).abs().max().item() if same else math.inf
     if not difference <= TOLERANCE * largest:
         raise ValueError(
             f"model: without the units its logits differ by {difference:.3g} from the masked "
-            f"network's, the largest of which is {largest:.3g}; an activation such as the sigmoid, "
-            "or a constant that is added, gives a unit that is switched off a value"
+            f"network's, the largest of which is {largest:.3g}; does its forward pass rely on a "
+            "number of channels?"
         )

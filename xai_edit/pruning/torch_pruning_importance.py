@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from xai_edit.core.guard import copied
 from xai_edit.core.layers import predict
 from xai_edit.core.targets import Targets, classes_of
-from xai_edit.pruning.coupled_channels import LAYERS, groups_of, pruning_group, traced
+from xai_edit.pruning.coupled_channels import LAYERS, channel_groups
 
 
 class TorchPruningImportance:
@@ -53,17 +54,23 @@ class TorchPruningImportance:
                     f"layer {name!r}: only linear and convolution layers have an importance"
                 )
         with torch.inference_mode(False), torch.enable_grad():
-            found = traced(copied(model), inputs)
-            logits = predict(found.model, inputs)
+            network = copied(model).eval().requires_grad_()
+            graph = _graph(network, inputs)
+            logits = predict(network, inputs)
             nn.functional.cross_entropy(logits, classes_of(targets, logits)).backward()
-            coupled = [group.layers for group in groups_of(found)]
-            scores = {name: self._scores(found, name, coupled) for name in layers}
+            coupled = [group.layers for group in channel_groups(model, inputs)]
+            scores = {
+                name: self._scores(graph, network.get_submodule(name), name, coupled)
+                for name in layers
+            }
         return {name: of_layer.expand(len(inputs), -1) for name, of_layer in scores.items()}
 
-    def _scores(self, found: Any, name: str, coupled: list[dict[str, Tensor]]) -> Tensor:
-        module = found.model.get_submodule(name)
-        width = found.graph.get_out_channels(module)
-        scores = self.importance(pruning_group(found, module, range(width)))
+    def _scores(
+        self, graph: Any, module: Any, name: str, coupled: list[dict[str, Tensor]]
+    ) -> Tensor:
+        width = graph.get_out_channels(module)
+        prune = graph.get_pruner_of_module(module).prune_out_channels
+        scores = self.importance(graph.get_pruning_group(module, prune, [*range(width)]))
         if not isinstance(scores, Tensor) or scores.shape != (width,):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
@@ -77,3 +84,19 @@ class TorchPruningImportance:
         split = scores.detach() / sharing.to(scores)
         # Torch-Pruning sums in float32 whatever the model is.
         return split.to(torch.promote_types(split.dtype, module.weight.dtype))
+
+
+def _graph(network: nn.Module, inputs: Tensor) -> Any:
+    """Return Torch-Pruning's dependency graph; ValueError if it cannot trace a network."""
+    import torch_pruning  # only here: slow to import
+
+    graph = torch_pruning.DependencyGraph()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of parameters outside of layers
+            return graph.build_dependency(network, inputs[:1].clone(), verbose=False)
+    except Exception as problem:
+        raise ValueError(
+            f"model: Torch-Pruning cannot trace {type(network).__name__} "
+            f"({type(problem).__name__}: {problem}), so its importances cannot be used"
+        ) from problem
