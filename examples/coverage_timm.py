@@ -88,11 +88,11 @@ vit_srelpos_small_patch16_224 samvit_base_patch16_224 vitamin_small_224 volo_d1_
 eca_vovnet39b ese_vovnet19b_slim_dw vovnet39a legacy_xception xception41p xcit_nano_12_p8_224
 """
 QUICK = """
-resnet18 resnetv2_18 mobilenetv3_small_050 efficientnet_b0 test_convnext convnextv2_atto
-dm_nfnet_f0 eca_resnext26ts ghostnetv3_050 mobileone_s0 mobilevitv2_050 caformer_s18 poolformer_s12
-test_vit vit_relpos_small_patch16_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224
-maxvit_rmlp_pico_rw_256 coat_tiny xcit_nano_12_p8_224 gcvit_xxtiny mvitv2_tiny tnt_s_patch16_224
-sequencer2d_s halonet26t
+test_resnet test_byobnet test_efficientnet test_efficientnet_gn test_efficientnet_ln
+test_efficientnet_evos test_nfnet test_convnext test_convnext2 test_mambaout test_vit test_vit3
+eca_resnext26ts mobilenetv3_small_050 ghostnetv3_050 mobileone_s0 mobilevitv2_050 poolformer_s12
+convnextv2_atto swin_tiny_patch4_window7_224 coat_tiny xcit_nano_12_p8_224 gcvit_xxtiny
+mvitv2_tiny sequencer2d_s
 """
 
 

@@ -317,7 +317,11 @@ class UnitFlow:
             self.set(one, units.expand(one.shape), self.behind_of([x]))
 
     def padded(self, x: Tensor, pad: Sequence[int], output: Tensor) -> None:
-        """Follow padding with a constant; that of positions belongs to each channel's unit."""
+        """Follow padding with a constant; that of positions belongs to each channel's unit.
+
+        Channels among which it puts others stay: Torch-Pruning, whose importances rank units too,
+        does not follow it.
+        """
         units = self._of[id(x)][0]
         for at in range(len(pad) // 2):
             axis, before = x.ndim - 1 - at, pad[2 * at]
@@ -326,7 +330,8 @@ class UnitFlow:
             inside = (where >= 0) & (where < x.shape[axis])
             varies = axis in _axes(units)
             units = units.index_select(axis, where.clamp(0, x.shape[axis] - 1))
-            if varies:
+            if varies and not inside.all():
+                self.stay(units, f"{self.where('constant_pad_nd')} puts constants among them")
                 shape = [1] * units.ndim
                 shape[axis] = -1
                 units = units.where(inside.view(shape), torch.tensor(0))
