@@ -89,7 +89,7 @@ eca_vovnet39b ese_vovnet19b_slim_dw vovnet39a legacy_xception xception41p xcit_n
 """
 QUICK = """
 test_resnet test_byobnet test_efficientnet test_efficientnet_gn test_efficientnet_ln
-test_efficientnet_evos test_nfnet test_convnext test_convnext2 test_mambaout test_vit test_vit3
+test_vit2 test_nfnet test_convnext test_convnext2 test_mambaout test_vit test_vit3
 eca_resnext26ts mobilenetv3_small_050 ghostnetv3_050 mobileone_s0 mobilevitv2_050 poolformer_s12
 convnextv2_atto swin_tiny_patch4_window7_224 coat_tiny xcit_nano_12_p8_224 gcvit_xxtiny
 mvitv2_tiny sequencer2d_s
@@ -282,8 +282,8 @@ def study_transformer(name):
     figures = {"epsilon": attempt(difference_of_batch, model.double(), double)}
     model.float()
     labels = logits_of(model(**batch)).argmax(1)
-    labels[-1] = (labels[0] + 1) % 5
-    data = [{**batch, "labels": labels}]
+    other = (labels[0] + 1) % 5  # a second class, needed to remove the first
+    data = [{**batch, "labels": labels}, {**batch, "labels": torch.full_like(labels, other)}]
     scores = attempt(xe.score_units, model, data, xe.LRP())
     figures["units"] = scores if isinstance(scores, str) else len(scores.layers)
     for part, operator in EDITS.items():
