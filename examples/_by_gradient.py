@@ -22,6 +22,7 @@ ACTIVATIONS = """
 ACTIVATIONS = frozenset(ACTIVATIONS.split())
 MIXING = "linear matmul bmm mm einsum conv1d conv2d conv3d scaled_dot_product_attention"
 MIXING = frozenset(MIXING.split())
+STATISTICS = ("var", "std", "norm", "vector_norm", "linalg_vector_norm", "rsqrt", "exp")
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
@@ -76,7 +77,7 @@ class Constants(TorchFunctionMode):
             args[0].copy_(output)
             output = args[0]
         gates = all(getattr(one, "gate", False) for one in data) and name not in MIXING
-        if gates or name in ("sigmoid", "hardsigmoid"):
+        if gates or name in ("sigmoid", "hardsigmoid", *STATISTICS):
             for one in tree_leaves(output):
                 if isinstance(one, Tensor):
                     one.gate = True

@@ -143,6 +143,9 @@ NETWORKS = {
     "RMS by hand": lambda: Of(rms),
     "variance by hand": lambda: Of(norm_free, nn.Conv2d(8, 8, 1)),
     "global response norm": lambda: Of(response_norm),
+    "global response norm of one place": lambda: Of(
+        lambda x: response_norm(x.mean((2, 3), keepdim=True))
+    ),
     "squeeze and excitation": lambda: Of(squeezed, linear()),
     "gate by channel": lambda: Of(by_channel, nn.Conv1d(1, 1, 3, padding=1)),
     "gate by place": lambda: Of(by_place, nn.Conv2d(2, 1, 3, padding=1)),

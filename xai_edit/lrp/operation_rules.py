@@ -103,10 +103,12 @@ def elementwise_rule(
 
 
 def gate_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
-    """Refuse relevance: the operation is part of a gate or a deviation, which gets none."""
+    """Mark a gate, and refuse relevance: a gate or a deviation gets none."""
     x = next(value for value in (*args, *named.values()) if in_graph(value))
     output = _plain(function, args, named)
-    return without_relevance(output, x, f"{operation_name(function)!r} ({source_line()})")
+    made = without_relevance(output, x, f"{operation_name(function)!r} ({source_line()})")
+    mark_gate(made)
+    return made
 
 
 def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
