@@ -1,7 +1,7 @@
 # %% [markdown]
 # # On which networks does it work?
 #
-# Every image classifier that torchvision lists goes through LRP, a Captum scorer, `check_model`,
+# Every image classifier that torchvision lists goes through LRP, a Captum scorer, `check_lrp`,
 # `SingleWeight` and `PathPerturbation`, and what comes out is written down: what works, what is
 # refused and why, and how much of the logit LRP hands on.
 #
@@ -329,7 +329,7 @@ def study(name):
 
 # %%
 COLUMNS = (
-    "network | px | `check_model` | LRP layers | by gradient | exact | float32 | Captum units | "
+    "network | px | `check_lrp` | LRP layers | by gradient | exact | float32 | Captum units | "
     "`SingleWeight` | `PathPerturbation` | s"
 )
 
@@ -493,7 +493,7 @@ def rows_of_families(networks):
             f"**Gates** ({', '.join(families)}): a squeeze-and-excitation block multiplies its "
             "input by a number a channel. LRP gives all relevance to the input, so the layers that "
             f"only make the number get none: {spread(empty)} of {spread(every)} layers. "
-            "`check_model` warns of it."
+            "`check_lrp` warns of it."
         )
     if trained := of("GoogLeNet", "Inception v3"):
         listed = " and ".join(one["family"] for one in trained.values())
