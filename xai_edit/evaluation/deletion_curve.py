@@ -35,7 +35,9 @@ class DeletionCurve(Plain):
 
     Attributes
     ----------
-    layers, target, order
+    layers : tuple of str
+    target : int or None
+    order : str
         As given to `deletion_curve`.
     shares, units : tuple of float, tuple of int
         The share and the number of units that are off.
