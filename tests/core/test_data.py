@@ -132,6 +132,7 @@ def test_no_sample_at_all_is_an_error(empty, read):
         (3, "int is not iterable; give an iterable of batches"),
         (nn.Linear(2, 2), "Linear is not iterable"),
         ([(X.numpy(), Y)], r"batch 0 is tuple of ['ndarray', 'Tensor']; expected inputs,"),
+        ({"x": X, "labels": Y}, "one dict of tensors was given; give an iterable of batches"),
         ([{"x": X.numpy()}], "batch 0 is dict of ['dict', 'NoneType', 'NoneType']; expected in"),
         ([(X, Y, G, G)], "batch 0 is tuple of ['Tensor', 'Tensor', 'Tensor', 'Tensor']"),
         ([()], "batch 0 is tuple of []"),

@@ -123,7 +123,7 @@ def _iterable(data: Any) -> Iterable[Any]:
         return DataLoader(data, batch_size=DATASET_BATCH_SIZE)
     if isinstance(data, Tensor):
         trouble = "a tensor was given"
-    elif _is_one_batch(data):
+    elif isinstance(data, (Mapping, ModelInputs)) or _is_one_batch(data):
         trouble = f"one {type(data).__name__} of tensors was given"
     elif not isinstance(data, Iterable):
         trouble = f"{type(data).__name__} is not iterable"
