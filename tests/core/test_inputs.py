@@ -137,3 +137,20 @@ def test_a_function_of_any_outputs_can_be_explained(kind):
 def test_inputs_of_different_lengths_are_an_error():
     with pytest.raises(ValueError, match=r"inputs of different lengths: \{'0': 6, '1': 5\}"):
         next(batches([((X, S[:5]), Y)]))
+
+
+def test_functions_of_one_batch_take_a_mapping():
+    model, batch = Scaled(), {"values": X, "attention_mask": S}
+    whole = torch.cat([X, S], 1)
+    layers = ["first", "head"]
+    got = xe.LRP().relevance(model, batch, Y, layers)
+    expected = xe.LRP().relevance(OfOneInput(), whole, Y, layers)
+    torch.testing.assert_close(got, expected)
+    heat = xe.LRP().heatmap(model, batch, Y)
+    torch.testing.assert_close(heat, xe.LRP().heatmap(OfOneInput(), whole, Y)[:, :4])
+    edit = xe.RelevancePruning(share=0.4).plan(model, [{**batch, "labels": Y}])
+    small = xe.to_smaller(model, edit, batch)
+    with edit.applied(model):
+        torch.testing.assert_close(small(**batch), model(**batch))
+    with pytest.raises(TypeError, match="example_input: str given"):
+        xe.to_smaller(model, edit, "values")

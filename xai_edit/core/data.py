@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from xai_edit.core.checks import same_length
 from xai_edit.core.errors import NonFiniteError
-from xai_edit.core.inputs import Inputs, ModelInputs, input_tensors
+from xai_edit.core.inputs import Inputs, ModelInputs, collected, input_tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -149,7 +149,7 @@ def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
         parts: tuple[Any, ...] = (named, *_vectors_in(raw))
     else:
         parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
-    if not 1 <= len(parts) <= 3 or (inputs := _inputs(parts[0])) is None:
+    if not 1 <= len(parts) <= 3 or (inputs := collected(parts[0])) is None:
         raise TypeError(
             f"data: batch {index} is {type(raw).__name__} of "
             f"{[type(part).__name__ for part in parts]}; expected inputs, (inputs, labels) or "
@@ -181,20 +181,6 @@ def _vectors_in(raw: Mapping[str, Any]) -> list[Any]:
     return [
         next((raw[name] for name in names if name in raw), None) for names in (_LABELS, _GROUPS)
     ]
-
-
-def _inputs(given: Any) -> Inputs | None:
-    """Return a model's inputs; None for what is neither a tensor nor a collection of tensors."""
-    if isinstance(given, (Tensor, ModelInputs)):
-        return given
-    values = [*given.values()] if isinstance(given, Mapping) else given
-    if not isinstance(values, (tuple, list)) or not values:
-        return None
-    if not all(isinstance(value, Tensor) for value in values):
-        return None
-    return (
-        ModelInputs(named=dict(given)) if isinstance(given, Mapping) else ModelInputs(tuple(values))
-    )
 
 
 def _vector(part: Any, name: str, index: int, length: int, device: torch.device | str) -> Tensor:

@@ -107,6 +107,31 @@ def called(function: Callable[..., Any], inputs: Inputs) -> Any:
     return function(*inputs.positional, **inputs.named)
 
 
+def collected(given: Any) -> Inputs | None:
+    """Return a model's inputs, None for what is neither a tensor nor a collection of tensors."""
+    if isinstance(given, (Tensor, ModelInputs)):
+        return given
+    values = [*given.values()] if isinstance(given, Mapping) else given
+    if not isinstance(values, (tuple, list)) or not values:
+        return None
+    if not all(isinstance(value, Tensor) for value in values):
+        return None
+    if isinstance(given, Mapping):
+        return ModelInputs(named=dict(given))
+    return ModelInputs(tuple(values))
+
+
+def as_inputs(given: Any, name: str) -> Inputs:
+    """Return an argument as a model's inputs; TypeError for what is none."""
+    inputs = collected(given)
+    if inputs is None:
+        raise TypeError(
+            f"{name}: {type(given).__name__} given; give a tensor, a tuple of tensors, or a "
+            "mapping of tensors by the names of the model's arguments"
+        )
+    return inputs
+
+
 def input_tensors(inputs: Inputs) -> dict[str, Tensor]:
     """Return the tensors of a batch's inputs by name; a single one has the name ``""``."""
     return {"": inputs} if isinstance(inputs, Tensor) else inputs.tensors()

@@ -64,8 +64,8 @@ class ModelCheck:
         About the outputs, the accuracy and lost relevance.
     figures : list of Figure
     shares : dict of float
-        The sum of \|R\| over that of the logits at each stage that all of the data pass through, in
-        the order of the forward pass, and at the ``input``.
+        The sum of the absolute relevance over that of the logits at each stage that all
+        of the data pass through, in the order of the forward pass, and at the ``input``.
     parts : list of Part
     """
 

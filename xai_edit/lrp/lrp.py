@@ -18,7 +18,7 @@ from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import one_of
 from xai_edit.core.final_operation import note_final, without_final_module
 from xai_edit.core.guard import preserved
-from xai_edit.core.inputs import Inputs, same_inputs
+from xai_edit.core.inputs import Inputs, as_inputs, same_inputs
 from xai_edit.core.layers import differentiable, embeddings_in_graph, run, sum_positions
 from xai_edit.core.outputs import outputs_of, tensor_of
 from xai_edit.core.targets import Targets, read_by, weights_of
@@ -135,6 +135,7 @@ class LRP:
         self, model: nn.Module, inputs: Inputs, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the relevance of each unit, shape (samples, units) per layer."""
+        inputs = as_inputs(inputs, "inputs")
         with self.session(model, inputs, layers) as (score, _):
             return score(inputs, targets)
 
@@ -142,6 +143,7 @@ class LRP:
         self, model: nn.Module, inputs: Inputs, targets: Targets, layers: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the relevance per layer in the shape of the layer's output."""
+        inputs = as_inputs(inputs, "inputs")
         with self.session(model, inputs, layers, Gather()) as (score, _):
             return score(inputs, targets)
 
@@ -150,6 +152,7 @@ class LRP:
 
         Of several inputs, the first with floating numbers.
         """
+        inputs = as_inputs(inputs, "inputs")
         if not inputs.is_floating_point():
             raise ValueError(
                 f"inputs: {inputs.dtype}, such as token ids, have no relevance; take that at the "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
-from xai_edit.core.inputs import Inputs
+from xai_edit.core.inputs import Inputs, as_inputs
 from xai_edit.core.layers import TRANSPOSED, predict, run
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pruning.coupled_channels import LAYERS, ChannelGroup, Coupling, coupling
@@ -39,13 +39,13 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) 
     example_input : Tensor, shape (samples, ...), or several
         Inputs to trace the network with and to compare outputs on.
     """
+    inputs = as_inputs(example_input, "example_input").to(model_device(model))
     with torch.inference_mode(False):
         masked = copied(model)
         if edit is not None:
             edit.apply(masked)
         smaller = copied(masked)
-        found = coupling(smaller, example_input)
-        inputs = example_input.to(model_device(model))
+        found = coupling(smaller, inputs)
         _remove(smaller, found, _switched_off(smaller, found, inputs))
         _require_same_outputs(masked, smaller, inputs)
     for name, module in model.named_modules():
