@@ -23,7 +23,7 @@ ACTIVATIONS = frozenset(ACTIVATIONS.split())
 MIXING = "linear matmul bmm mm einsum conv1d conv2d conv3d scaled_dot_product_attention"
 MIXING = frozenset(MIXING.split())
 STATISTICS = ("var", "std", "norm", "vector_norm", "linalg_vector_norm", "rsqrt", "exp")
-CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
 def by_gradient(explained, inputs: Tensor, *, positive=None) -> Tensor:
