@@ -33,10 +33,9 @@ from xai_edit.core.trace import trace
 from xai_edit.edits.model_edit import versions
 from xai_edit.last_layer import collect_head_features
 from xai_edit.lrp.canonizers import ExactMergeBatchNorm, canonized, choose_canonizers
-from xai_edit.reproduce.summaries import write_json
 
 parser = argparse.ArgumentParser(description="What works on networks of timm and transformers.")
-parser.add_argument("--out", type=Path, help="folder for coverage-timm.md and results/")
+parser.add_argument("--out", type=Path, help="folder for coverage-timm.md")
 parser.add_argument("--quick", action="store_true", help="a cross-section of 25 networks")
 parser.add_argument("--networks", nargs="+", help="these networks only")
 parser.add_argument("--families", action="store_true", help="find the smallest of each anew")
@@ -344,9 +343,9 @@ INTRODUCTION = """\
 
 {count} networks with random weights: the smallest of each family of timm {timm} (each module of
 `timm.list_modules()` and the letters that its names begin with), and one of each kind of
-transformers {transformers}. This page and [its figures](results/coverage-timm.json) are made by
-`python examples/coverage_timm.py --out docs`, here with {versions}. Inputs are random, two at a
-time; batch norms have the statistics of four such inputs, and what starts as zeros or ones (gammas,
+transformers {transformers}. This page is made by `python examples/coverage_timm.py --out docs`,
+here with {versions}. Inputs are random, two
+at a time; batch norms have the statistics of four such inputs, and what starts as zeros or ones (gammas,
 biases, LayerScale) is drawn at random.
 
 {summary}
@@ -460,7 +459,6 @@ for name in [] if arguments.networks else _hugging_face.CASES:
     print(name, content["transformers"][name], flush=True)
 print(summary({**content["timm"], **content["transformers"]}))
 if arguments.out:
-    write_json(arguments.out / "results" / "coverage-timm.json", content)
     (arguments.out / "coverage-timm.md").write_text(page(content), encoding="utf-8")
 wrong = [
     name
