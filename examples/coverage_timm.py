@@ -345,8 +345,8 @@ INTRODUCTION = """\
 `timm.list_modules()` and the letters that its names begin with), and one of each kind of
 transformers {transformers}. This page is made by `python examples/coverage_timm.py --out docs`,
 here with {versions}. Inputs are random, two
-at a time; batch norms have the statistics of four such inputs, and what starts as zeros or ones (gammas,
-biases, LayerScale) is drawn at random.
+at a time; batch norms have the statistics of four such inputs, and what starts as zeros or ones
+(gammas, biases, LayerScale) is drawn at random.
 
 {summary}
 
