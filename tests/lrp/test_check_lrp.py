@@ -69,6 +69,7 @@ class Adds(torch.autograd.Function):
 
 
 NO_RULE = {
+    "a sum by number": (lambda m, x: x.index_add(1, torch.arange(8), x), None, "index_add", ""),
     "cumprod": (lambda m, x: x.cumprod(1), None, "cumprod", ""),
     "erfc": (lambda m, x: torch.erfc(x), None, "erfc", ""),
     "autograd": (lambda m, x: Adds.apply(x, 2 * x).flatten(1), None, "AddsBackward", ""),
@@ -152,7 +153,16 @@ def test_a_modules_own_rule_is_used_and_covers_what_it_runs():
     assert got["extra"].any(1).all()
 
 
-@pytest.mark.parametrize("operation", [torch.exp, torch.rsqrt, lambda x: x.var(1, keepdim=True)])
+ONLY_IN_GATES = {
+    "exp": torch.exp,
+    "rsqrt": torch.rsqrt,
+    "var": lambda x: x.var(1, keepdim=True),
+    "an exponent": lambda x: torch.pow(2, x),
+    "base and exponent": lambda x: x.abs() ** x,
+}
+
+
+@pytest.mark.parametrize("operation", ONLY_IN_GATES.values(), ids=ONLY_IN_GATES)
 def test_relevance_at_an_operation_that_only_a_gate_may_hold_is_an_error(operation):
     def in_a_norm(m, x):
         return x * operation(x.abs().mean(1, keepdim=True) + torch.zeros(1, 2))[:, :1]

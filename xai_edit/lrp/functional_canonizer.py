@@ -196,7 +196,7 @@ _MOVING = """
     transpose swapaxes swapdims movedim moveaxis T mT squeeze unsqueeze expand expand_as
     broadcast_to contiguous clone to float double type_as requires_grad detach cat concat
     concatenate stack hstack vstack chunk split tensor_split unbind getitem narrow select
-    index_select gather take_along_dim scatter index_add roll flip rot90 pad constant_pad_nd
+    index_select gather take_along_dim scatter roll flip rot90 pad constant_pad_nd
     pixel_shuffle pixel_unshuffle channel_shuffle repeat repeat_interleave tile unfold diagonal
     tril triu where masked_fill masked_select dropout dropout1d dropout2d dropout3d
     alpha_dropout feature_dropout max_pool1d max_pool2d max_pool3d adaptive_max_pool1d

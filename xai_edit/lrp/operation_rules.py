@@ -98,6 +98,8 @@ def elementwise_rule(
 ) -> Tensor:
     """Pass R on through a function that is zero at zero; refuse it for others, as `gate_rule`."""
     x, *others = args
+    if not in_graph(x) or any(map(in_graph, (*others, *named.values()))):  # as an exponent
+        return gate_rule(function, args, named, stabilizer)
     at_zero = function(torch.zeros_like(x), *others, **named)
     return (gate_rule if at_zero.any() else pass_rule)(function, args, named, stabilizer)
 
