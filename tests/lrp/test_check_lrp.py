@@ -157,6 +157,7 @@ ONLY_IN_GATES = {
     "exp": torch.exp,
     "rsqrt": torch.rsqrt,
     "var": lambda x: x.var(1, keepdim=True),
+    "a denominator": lambda x: torch.ones(1, dtype=x.dtype) / x,
     "an exponent": lambda x: torch.pow(2, x),
     "base and exponent": lambda x: x.abs() ** x,
 }

@@ -139,6 +139,8 @@ def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Oper
 def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Pass R to the signal and none to a gate or divisor; half to each factor of equal shape."""
     a, b = args[:2]
+    if not in_graph(a) and operation_name(function) == "div":
+        return gate_rule(function, args, named, stabilizer)  # a constant over the data
     if not (in_graph(a) and in_graph(b)):
         return pass_rule(function, args, named, stabilizer)
     output = _plain(function, args, named)
