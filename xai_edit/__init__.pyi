@@ -4,6 +4,7 @@ from . import (
     concepts,
     core,
     datasets,
+    discovery,
     edits,
     evaluation,
     forgetting,
@@ -25,6 +26,8 @@ from .concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from .concepts.predictiveness import predictiveness
 from .concepts.subspaces import Subspaces
 from .core.outputs import outputs_as
+from .discovery.discover import discover
+from .discovery.findings import Findings
 from .edits.model_edit import ModelEdit
 from .evaluation.check_model import check_model
 from .evaluation.compare import compare_scorers
@@ -59,6 +62,7 @@ __all__ = [
     "ConceptAwarePruning",
     "ContrastivePCA",
     "FictitiousClass",
+    "Findings",
     "FineTuning",
     "FunctionalCanonizer",
     "LastLayerRetraining",
@@ -86,6 +90,8 @@ __all__ = [
     "core",
     "datasets",
     "deletion_curve",
+    "discover",
+    "discovery",
     "edge_relevance",
     "edits",
     "evaluate_groups",

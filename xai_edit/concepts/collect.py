@@ -188,7 +188,7 @@ def _vectors(
         yield activations_of
         return
     plain = values_at(model, layer, sample[:1])
-    gather = ContextGather(draw)
+    gather = ContextGather(lambda values, _: draw(values))
     with scorer.session(model, sample, [layer], gather) as (score, canonizers):
         origin["canonizers"] = canonizers
 
@@ -212,7 +212,7 @@ def require_same_values(
     layer: str, plain: Tensor, gather: ContextGather, canonizers: Sequence[str]
 ) -> None:
     """Raise ValueError if canonizers have changed what a layer computes for the first sample."""
-    if gather.first is not None and not same_logits(plain, gather.first):
+    if layer in gather.first and not same_logits(plain, gather.first[layer]):
         raise ValueError(
             f"layer: {layer!r} given, whose values change under {list(canonizers)}; a batch "
             "norm is merged into it, so name that norm or a layer behind it"

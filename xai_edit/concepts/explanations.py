@@ -101,7 +101,7 @@ class SubspaceGather(ContextGather):
     """Collects the ``"maps"`` and the ``"residue"`` of `subspace_maps` in one forward pass."""
 
     def __init__(self, layer: str, axis: int, subspaces: Subspaces) -> None:
-        super().__init__(lambda values: lambda tensor: tensor)
+        super().__init__(lambda values, name: lambda tensor: tensor)
         self.layer, self.axis, self.subspaces = layer, axis, subspaces
         self.below: Tensor | None = None  # the layer's values in the graph
 

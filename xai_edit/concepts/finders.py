@@ -64,15 +64,18 @@ class PRCA(_Components):
         """Find the subspaces; ValueError without contexts or enough positive relevance."""
         c = features.require_contexts().double().cpu()
         a = _activations(features)
-        cross = a.T @ c / len(a)
-        values, vectors = map(torch.from_numpy, eigh((cross + cross.T).numpy()))
-        values, vectors = values.flip(0), vectors.flip(1)
+        return self.fit_moments(a.T @ c / len(a), a.mean(0), len(a))
+
+    def fit_moments(self, cross: Tensor, mean: Tensor, vectors: int) -> Subspaces:
+        """Find the subspaces from moments of the vectors: E[a cᵀ], E[a], and their number."""
+        values, basis = map(torch.from_numpy, eigh((cross + cross.T).numpy()))
+        values, basis = values.flip(0), basis.flip(1)
         kept = _kept(values, self.n_subspaces, "n_subspaces", "relevance is positive along")
-        components = vectors.T[:kept]
+        components = basis.T[:kept]
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         self.components_ = components * largest.sign()
         self.relevance_ = values[:kept] / 2
-        return _subspaces(self, a, self.components_, (1,) * kept)
+        return _subspaces(self, vectors, mean, self.components_, (1,) * kept)
 
 
 class ContrastivePCA:
@@ -114,13 +117,17 @@ class ContrastivePCA:
                 "features: no class has samples both with and without the feature; add some, or "
                 "leave out the labels"
             )
-        values, vectors = torch.linalg.eigh(torch.stack(contrasts).mean(0))
-        values, vectors = values.flip(0), vectors.flip(1)
+        contrast = torch.stack(contrasts).mean(0)
+        return self.fit_moments(contrast, a.mean(0), len(a), **{"with": int(has.sum())})
+
+    def fit_moments(self, contrast: Tensor, mean: Tensor, vectors: int, **origin: Any) -> Subspaces:
+        """Find the subspace from moments of the vectors: the contrast, E[a], and their number."""
+        values, components = torch.linalg.eigh(contrast)
+        values, components = values.flip(0), components.flip(1)
         _kept(values, self.size, "size", "the activations vary more with the feature in")
-        self.components_ = vectors[:, : self.size].T.contiguous()
+        self.components_ = components[:, : self.size].T.contiguous()
         self.contrast_ = values[: self.size]
-        with_it = {"with": int(has.sum())}
-        return _subspaces(self, a, self.components_, (self.size,), **with_it)
+        return _subspaces(self, vectors, mean, self.components_, (self.size,), **origin)
 
 
 class CAV:
@@ -156,7 +163,7 @@ class CAV:
         basis[:, 0] = self.direction_
         sizes = (1, len(basis) - 1)[: len(basis)]  # one channel leaves no complement
         with_it = {"with": int(has.sum())}
-        return _subspaces(self, a, basis.T, sizes, kind=self.kind, **with_it)
+        return _subspaces(self, len(a), a.mean(0), basis.T, sizes, kind=self.kind, **with_it)
 
     def _direction(self, a: Tensor, has: Tensor) -> Tensor:
         if self.kind == "pattern":
@@ -190,8 +197,13 @@ def _kept(values: Tensor, count: int | None, name: str, along: str) -> int:
 
 
 def _subspaces(
-    finder: object, a: Tensor, components: Tensor, sizes: tuple[int, ...], **origin: Any
+    finder: object,
+    vectors: int,
+    mean: Tensor,
+    components: Tensor,
+    sizes: tuple[int, ...],
+    **origin: Any,
 ) -> Subspaces:
     """Cut components, shape (directions, channels), into blocks."""
-    made = {"finder": type(finder).__name__, "vectors": len(a), **origin}
-    return Subspaces(components.T.contiguous(), sizes, a.mean(0), made)
+    made = {"finder": type(finder).__name__, "vectors": vectors, **origin}
+    return Subspaces(components.T.contiguous(), sizes, mean, made)

@@ -35,7 +35,7 @@ class PositionDraw:
         """Hash the samples of the batch that the network processes next."""
         self.samples = len(inputs)
         if self.positions is not None:
-            self.contents = _hashed(inputs)
+            self.contents = hashed(inputs)
 
     def __call__(self, values: Tensor, axis: int) -> Take:
         """Return a function from a layer's values to those drawn, (samples, positions, channels).
@@ -68,10 +68,10 @@ class PositionDraw:
         return take
 
 
-def _hashed(inputs: Inputs) -> Words:
-    """Return a hash of each sample's bits, shape (samples,)."""
+def hashed(inputs: Inputs) -> Words:
+    """Return a hash of each sample's bits, uint64, shape (samples,)."""
     if not isinstance(inputs, Tensor):
-        words: Words = np.sum([_hashed(one) for one in inputs.tensors().values()], axis=0)
+        words: Words = np.sum([hashed(one) for one in inputs.tensors().values()], axis=0)
         return words
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = inputs.detach().cpu().reshape(len(inputs), -1).contiguous()

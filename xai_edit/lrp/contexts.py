@@ -24,25 +24,25 @@ class ContextGather(Gather):
     Parameters
     ----------
     draw : callable
-        ``draw(values)``, called with a layer's values in each forward pass, returns a function that
-        takes the wanted positions from the values and from their relevance.
+        ``draw(values, name)``, called with a layer's values in each forward pass, returns a
+        function that takes the wanted positions from the values and from their relevance.
     """
 
-    def __init__(self, draw: Callable[[Tensor], Take]) -> None:
+    def __init__(self, draw: Callable[[Tensor, str], Take]) -> None:
         super().__init__()
         self.draw = draw
-        self.first: Tensor | None = None  # the layer's values for the first sample
+        self.first: dict[str, Tensor] = {}  # each layer's values for the first sample
 
     def prepared(self, value: Tensor, name: str) -> tuple[Tensor, Take]:
         """Return the values without zeros, and a function from relevance to (a, c)."""
-        value = value.detach()
-        if self.first is None:
-            self.first = value[:1].clone()
+        passed_on, value = value, value.detach()
+        if name not in self.first:
+            self.first[name] = value[:1].clone()
         tiny = torch.finfo(value.dtype).tiny ** 0.5
         moved = value.abs() < tiny
         signed = torch.full_like(value, tiny).masked_fill_(value < 0, -tiny)
         without_zeros = torch.where(moved, signed, value)
-        take = self.draw(value)
+        take = self.draw(value, name)
         # Copies, as an in-place activation may follow.
         activations, divisors, at_zero = (
             take(tensor).clone() for tensor in (value, without_zeros, moved)
@@ -60,4 +60,8 @@ class ContextGather(Gather):
                 )
             return torch.stack([activations[:size], shares / divisors[:size]], 1)
 
+        if passed_on.requires_grad:  # for the layers before
+            passed_on = passed_on.clone()
+            passed_on.data.copy_(without_zeros)
+            return passed_on, paired
         return without_zeros, paired

@@ -1,0 +1,200 @@
+"""Subspaces that may hold a feature, and how strongly each sample has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xai_edit.concepts.finders import PRCA, ContrastivePCA
+from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.guard import preserved
+from xai_edit.core.layers import run, tapped
+from xai_edit.discovery.channel_relevance import Moments, vectors_of
+from xai_edit.discovery.samples import Samples
+
+DIRECTIONS = 8  # of a contrast, at most
+SIZE = 4  # leading ones with which candidates are compared
+RELEVANT = 3  # directions of PRCA
+Pooling = Literal["max", "mean"]
+POOLINGS: tuple[Pooling, ...] = ("max", "mean")
+ALIKE = 0.9  # rank correlation from which two candidates are one
+KEPT = 8  # candidates of a class and a layer
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A subspace that may hold a feature.
+
+    Attributes
+    ----------
+    subspaces : Subspaces
+        One block, its directions by descending contrast.
+    part : Tensor or None, bool, shape (samples,)
+        The samples of the class in which it is strong; None for all.
+    kind : str
+        How the part was found.
+    pooling : {"max", "mean"}
+        Over positions, of its presence.
+    separation : float
+        2·AUC − 1 of its presence between the part and the class's other samples, or without a part
+        between the class and other classes, on samples that were not used to find it.
+    donors : tuple of Tensor
+        Numbers of samples of the class with the feature and without it: of the part and of the
+        others; without a part the thirds with the most and the least presence.
+    """
+
+    subspaces: Subspaces
+    part: Tensor | None
+    kind: str
+    pooling: Pooling = "max"
+    separation: float = 0.0
+    donors: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def leading(self, size: int) -> Candidate:
+        """Return the candidate with its leading directions alone."""
+        size = min(size, self.subspaces.basis.shape[1])
+        basis = self.subspaces.basis[:, :size].contiguous()
+        return replace(self, subspaces=replace(self.subspaces, basis=basis, sizes=(size,)))
+
+
+def candidates(
+    both: tuple[Moments, Moments], parts: Sequence[tuple[str, Tensor]]
+) -> list[Candidate]:
+    """Return the contrast of each part against the rest, and of the rest against it."""
+    found = []
+    inside, outside = both
+    for number, (kind, part) in enumerate(parts):
+        contrast = inside.second[number] - outside.second[number]
+        for sign, members in ((1, part), (-1, ~part)):
+            subspaces = _contrastive(sign * contrast, inside.mean, int(members.sum()))
+            if subspaces is not None:
+                found.append(Candidate(subspaces, members, kind))
+    return found
+
+
+def relevant_directions(cross: Tensor, mean: Tensor, vectors: int) -> list[Candidate]:
+    """Return the most relevant directions of a class, each as a candidate."""
+    for count in range(RELEVANT, 0, -1):
+        try:
+            subspaces = PRCA(count).fit_moments(cross, mean, vectors)
+        except ValueError:  # relevance is positive along fewer
+            continue
+        return [
+            Candidate(replace(subspaces, basis=direction[:, None], sizes=(1,)), None, "relevance")
+            for direction in subspaces.basis.T
+        ]
+    return []
+
+
+def _contrastive(contrast: Tensor, mean: Tensor, samples: int) -> Subspaces | None:
+    """Return the leading directions, fewer where the contrast is positive in fewer."""
+    values = torch.linalg.eigvalsh(contrast)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    size = min(DIRECTIONS, int((values > rounding).sum()))
+    if not size:
+        return None
+    return ContrastivePCA(size).fit_moments(contrast, mean, samples)
+
+
+def presence(values: Tensor, subspaces: Subspaces, pooling: Pooling) -> Tensor:
+    """Return how strongly each sample has a feature, s(x) = max_p or mean_p ‖Uᵀ(a_p − μ)‖².
+
+    ``values`` are vectors of a layer, shape (samples, positions, channels); returns (samples,).
+    """
+    U, mu = subspaces.basis.to(values), subspaces.mean.to(values)
+    energy = ((values - mu) @ U).square().sum(-1)
+    return energy.amax(1) if pooling == "max" else energy.mean(1)
+
+
+def presences(
+    model: nn.Module,
+    samples: Samples,
+    rows: Tensor,
+    wanted: Mapping[str, Sequence[Subspaces]],
+    axes: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Return the presence of several subspaces of each layer, from one forward pass.
+
+    Float64, shape (2, subspaces, samples): by maximum and by mean over positions.
+    """
+    layers = [layer for layer in wanted if wanted[layer]]
+    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    with preserved(model), torch.no_grad():
+        for _, batch in samples.read(rows):
+            with tapped(model, layers) as tap:
+                run(model, batch.inputs)
+            for layer in layers:
+                a = vectors_of(tap.values[layer], axes[layer])
+                found[layer].append(
+                    torch.stack(
+                        [
+                            torch.stack([presence(a, one, pooling) for one in wanted[layer]])
+                            for pooling in POOLINGS
+                        ]
+                    )
+                    .double()
+                    .cpu()
+                )
+    return {layer: torch.cat(found[layer], -1) for layer in layers}
+
+
+def separated(
+    found: Sequence[Candidate],
+    scores: Tensor,
+    judged: Tensor,
+    of_class: Tensor,
+    rows: Tensor,
+    fit: Tensor,
+) -> list[Candidate]:
+    """Return at most eight different candidates, best separation first.
+
+    A candidate is left out if its presence has a rank correlation above 0.9 with a better one.
+
+    Parameters
+    ----------
+    scores : Tensor, shape (2, candidates, judged samples)
+        See `presences`.
+    judged : Tensor, int64, shape (judged samples,)
+        Numbers of the samples.
+    of_class : Tensor, bool, shape (judged samples,)
+        Which of them are of the class.
+    rows, fit : Tensor, int64 and bool, shape (samples,)
+        Numbers of the class's samples, in the order of each candidate's part, and which of them
+        were used to find.
+    """
+    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score
+
+    own = judged[of_class]
+    at = torch.searchsorted(rows, own)
+    rated: list[tuple[Candidate, Any]] = []
+    for number, one in enumerate(found):
+        best: tuple[Candidate, Any] | None = None
+        for pooling, by_pooling in zip(POOLINGS, scores, strict=True):
+            s = by_pooling[number]
+            if one.part is None:
+                truth, seen = of_class, s
+                order, third = s[of_class].argsort(), len(own) // 3
+                donors = own[order[-third:]], own[order[:third]]
+            else:
+                truth, seen = one.part[at], s[of_class]
+                donors = rows[fit & one.part], rows[fit & ~one.part]
+            if truth.all() or not truth.any() or not all(map(len, donors)):
+                continue
+            separation = 2 * float(roc_auc_score(truth.numpy(), seen.numpy())) - 1
+            if best is None or separation > best[0].separation:
+                rated_one = replace(one, pooling=pooling, separation=separation, donors=donors)
+                best = rated_one, rankdata(s.numpy())
+        if best is not None:
+            rated.append(best)
+    rated.sort(key=lambda pair: -pair[0].separation)
+    kept: list[tuple[Candidate, Any]] = []
+    for candidate, ranks in rated:
+        if all(np.corrcoef(ranks, other)[0, 1] <= ALIKE for _, other in kept):
+            kept.append((candidate, ranks))
+    return [candidate for candidate, _ in kept[:KEPT]]

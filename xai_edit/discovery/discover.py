@@ -1,0 +1,120 @@
+"""``discover``: features that a model's classes depend on, found without labels of a feature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xai_edit.core.checks import one_of, whole_number
+from xai_edit.core.data import Data
+from xai_edit.core.files import checksum
+from xai_edit.core.guard import require_finite
+from xai_edit.core.layers import resolve_layers
+from xai_edit.core.outputs import Outputs, outputs_as
+from xai_edit.datasets.image_set import ImageSet
+from xai_edit.discovery.findings import Finding, Findings, Searched
+from xai_edit.discovery.proposals import METHODS, Method
+from xai_edit.discovery.search import Search
+from xai_edit.discovery.strategies import SMALLEST
+from xai_edit.lrp.lrp import LRP
+
+
+def discover(
+    model: nn.Module,
+    data: Data,
+    target: int | Sequence[int] | None = None,
+    layers: Sequence[str] | str | None = None,
+    *,
+    images: Literal["predicted", "all"] = "predicted",
+    method: Method = "relevance",
+    scorer: LRP | None = None,
+    limit: int = 1000,
+    seed: int = 0,
+    unit_axis: int | None = None,
+    outputs: Outputs = None,
+    progress: bool = False,
+) -> Findings:
+    """Find features that speak for a class, such as a watermark, without labels of the feature.
+
+    For each class and layer: relevance by channel of the samples predicted as the class, divided
+    into strategies; a subspace by contrast of each strategy with the others; its presence in each
+    sample; and the evidence on a third of the samples, which is not used to find. A person decides
+    what a finding is: a feature that belongs to the class transfers as well as a spurious one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    data : iterable or Dataset
+        See `xai_edit.core.data.batches`; read several times, in the same order. Labels are used
+        for accuracies alone.
+    target : int or sequence of int, optional
+        Classes that features speak for; by default all, those with the fewest samples first.
+    layers : sequence of str, optional
+        By default `xai_edit.discovery.default_layers`.
+    images : {"predicted", "all"}
+        Explain a class on the samples predicted as it, or on all.
+    method : {"relevance", "spray", "activations", "errors", "npca"}
+        How samples are divided, see `xai_edit.discovery.proposals`.
+    scorer : LRP, optional
+        By default ``LRP("epsilon-plus", initial="one")``.
+    limit : int
+        Samples of a class, at most, drawn at random.
+    seed : int
+    unit_axis : int, optional
+        The axis of the layers' channels, see `xai_edit.core.axes.unit_axes`.
+    outputs : str or callable, optional
+        Where the logits are in what the model returns, see `xai_edit.outputs_as`.
+    progress : bool
+        Whether to show a bar on stderr.
+
+    Raises
+    ------
+    UnknownLayerError, NonFiniteError, TypeError, ValueError
+        On bad input, before anything is looked for.
+    """
+    one_of(images, ("predicted", "all"), "images")
+    one_of(method, METHODS, "method")
+    limit = whole_number(limit, "limit", least=4 * SMALLEST)
+    seed = whole_number(seed, "seed")
+    scorer = LRP("epsilon-plus", initial="one") if scorer is None else scorer
+    require_finite(model)
+    if layers is not None:
+        layers = resolve_layers(model, layers)
+    with outputs_as(outputs):
+        search = Search.begin(model, data, layers, unit_axis, seed)
+        targets = search.targets(target, images)
+        found: list[Finding] = []
+        searched: list[Searched] = []
+        for one in tqdm(targets, "classes", disable=not progress):
+            more, notes = search.of_class(one, images, method, scorer, limit)
+            found += more
+            searched += notes
+        finished = search.finished(found)
+    return Findings(
+        tuple(finished),
+        tuple(searched),
+        search.predicted,
+        search.labels,
+        _names(data),
+        {
+            "target": None if target is None else [*targets],
+            "layers": [*search.axes],
+            "images": images,
+            "method": method,
+            "scorer": repr(scorer),
+            "limit": limit,
+            "seed": seed,
+            "model": checksum(model.state_dict(), ""),
+            "data": checksum({"samples": torch.from_numpy(search.samples.contents.view("i8"))}, ""),
+        },
+    )
+
+
+def _names(data: Data) -> tuple[str, ...]:
+    files = isinstance(data, ImageSet) and not isinstance(data.source, Tensor)
+    return tuple(data.source) if files else ()  # type: ignore[union-attr]

@@ -1,0 +1,86 @@
+"""Ways to divide a class's samples: by relevance, and by the methods it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.checks import with_labels
+from xai_edit.discovery.channel_relevance import POOLINGS
+from xai_edit.discovery.samples import Samples
+from xai_edit.discovery.strategies import (
+    Strategies,
+    ends_of_components,
+    mixture,
+    spectral,
+    two_parts,
+)
+from xai_edit.last_layer.head import collect_head_features
+from xai_edit.lrp.lrp import LRP
+
+Method = Literal["relevance", "spray", "activations", "errors", "npca"]
+METHODS = get_args(Method)
+SIDE = 16  # of the relevance maps that SpRAy clusters, at most
+
+
+def proposals(
+    method: Method,
+    model: nn.Module,
+    samples: Samples,
+    rows: Tensor,
+    fit: Tensor,
+    *,
+    target: int,
+    shares: Mapping[str, Tensor],
+    labels: Tensor | None,
+    scorer: LRP,
+    seed: int,
+) -> dict[str, dict[str, Strategies]]:
+    """Return how a class's samples divide, by layer and by kind of division.
+
+    ``"relevance"``: mixtures on the relevance of each layer's channels, by sum and by maximum.
+    ``"spray"``: spectral clustering of relevance maps of the input (Lapuschkin et al. 2019).
+    ``"activations"``: a mixture on the head's inputs (GEORGE, Sohoni et al. 2020).
+    ``"errors"``: wrong answers against right ones (JTT, Liu et al. 2021).
+    ``"npca"``: ends of the principal components of w_k ⊙ φ (Neuhaus et al. 2023).
+
+    The last four do not depend on the layer.
+    """
+    if method == "relevance":
+        return {
+            layer: {
+                pooling: mixture(values[:, at], fit, seed) for at, pooling in enumerate(POOLINGS)
+            }
+            for layer, values in shares.items()
+        }
+    if method == "spray":
+        one = spectral(_maps(model, samples, rows, target, scorer), fit, seed)
+    elif method == "errors":
+        wrong = with_labels(labels)[rows] != target
+        one = two_parts(wrong, next(iter(shares.values()))[:, 0], fit)
+    else:
+        batches = [(batch.inputs,) for _, batch in samples.read(rows)]
+        head = collect_head_features(model, batches)
+        if method == "npca":
+            one = ends_of_components(head.features * head.weight[target], fit)
+        else:
+            one = mixture(head.features, fit, seed)
+    return {layer: {method: one} for layer in shares}
+
+
+def _maps(model: nn.Module, samples: Samples, rows: Tensor, target: int, scorer: LRP) -> Tensor:
+    """Return relevance maps of the input, summed over channels, shape (samples, pixels)."""
+    maps = []
+    for _, batch in samples.read(rows):
+        chosen = torch.full((len(batch),), target, device=batch.inputs.device)
+        heat = scorer.heatmap(model, batch.inputs, chosen)
+        if heat.ndim == 4:
+            heat = heat.sum(1, keepdim=True)
+            height, width = (min(SIDE, size) for size in heat.shape[2:])
+            heat = nn.functional.adaptive_avg_pool2d(heat, (height, width))
+        flat = heat.flatten(1).cpu()
+        maps.append(flat / flat.abs().sum(1, keepdim=True).clamp_min(1e-30))
+    return torch.cat(maps)
