@@ -24,7 +24,7 @@ from .concepts.drsa import DRSA
 from .concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from .concepts.predictiveness import predictiveness
 from .concepts.subspaces import Subspaces
-from .core.outputs import outputs_as
+from .core.outputs import one_label, outputs_as
 from .edits.model_edit import ModelEdit
 from .evaluation.check_model import check_model
 from .evaluation.compare import compare_scorers
@@ -97,6 +97,7 @@ __all__ = [
     "forgetting",
     "last_layer",
     "lrp",
+    "one_label",
     "outputs_as",
     "predictiveness",
     "pruning",

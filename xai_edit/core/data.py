@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from xai_edit.core.checks import same_length
+from xai_edit.core.checks import in_range, same_length
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.inputs import Inputs, ModelInputs, collected, input_tensors
+from xai_edit.core.outputs import label_chosen
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,6 +48,7 @@ class Batch:
     ----------
     inputs : Tensor, shape (samples, ...), or ModelInputs
     labels : Tensor or None, int64, shape (samples,)
+        Of multi-label data 0 and 1, shape (samples, labels), outside `xai_edit.one_label`.
     groups : Tensor or None, int64, shape (samples,)
     """
 
@@ -84,7 +86,8 @@ def batches(
         Batches ``inputs``, ``(inputs,)``, ``(inputs, labels)`` or ``(inputs, labels, groups)``,
         the inputs a tensor, a tuple of tensors or a mapping of tensors by the names of the model's
         arguments; or a mapping that holds ``labels`` and ``groups`` too, as Hugging Face's. A
-        ``Dataset`` is read in its order, 64 samples at a time.
+        ``Dataset`` is read in its order, 64 samples at a time. Multi-label data has labels of 0 and
+        1, (samples, labels); inside `xai_edit.one_label` those of the one label are taken.
     device : torch.device or str
     may_be_empty : bool
         Accept data without samples, as on one of several ranks.
@@ -190,7 +193,9 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
         raise TypeError(
             f"data: batch {index} has {name} that are not numbers ({problem}); number the classes"
         ) from None
-    if vector.shape != (length,):
+    if name == "labels" and vector.ndim == 2 and len(vector) == length:
+        vector = _of_label(vector, index)
+    elif vector.shape != (length,):
         raise ValueError(
             f"data: batch {index} has {name} of shape {tuple(vector.shape)} for {length} inputs; "
             f"expected ({length},)"
@@ -198,6 +203,22 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
     if vector.is_floating_point() and not torch.equal(vector, vector.round()):
         raise ValueError(f"data: batch {index} has {name} that are not whole numbers")
     return vector.long()
+
+
+def _of_label(labels: Tensor, index: int) -> Tensor:
+    """Return those of one column, of the label chosen, or of several labels all of them."""
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            f"data: batch {index} has labels of shape {tuple(labels.shape)} that are not 0 and 1; "
+            "give one class a sample, or 0 and 1 for each label of a multi-label model"
+        )
+    label = label_chosen()
+    if labels.shape[1] == 1:
+        return labels[:, 0]
+    if label is not None:
+        in_range([label], labels.shape[1], "one_label")
+        return labels[:, label]
+    return labels
 
 
 def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 FINAL = frozenset(["softmax", "log_softmax", "sigmoid", "expit", "softplus", "logsigmoid"])
 """Operations before whose last call the logits are taken, with the order of classes kept."""
-_OF_ALL_CLASSES = ("softmax", "log_softmax")
+EXCLUSIVE = ("softmax", "log_softmax")
+_PROBABILITIES = (*EXCLUSIVE, "sigmoid", "expit")
 _MOVED = """
     view reshape flatten squeeze unsqueeze permute transpose movedim contiguous clone detach to
     float double getitem select
@@ -69,6 +70,8 @@ class _Following(TorchFunctionMode):
         if not isinstance(output, Tensor):
             return
         name, given = _name(func), args[0] if args else None
+        if (made := name if name in _PROBABILITIES else _made_of((args, named))) is not None:
+            output._xai_edit_made_of = made  # type: ignore[attr-defined]
         if name in FINAL and isinstance(given, Tensor):
             self.keep(name, output, given)
             return
@@ -81,7 +84,7 @@ class _Following(TorchFunctionMode):
             if name in _CHANGING_SHAPE:
                 before = func(before, *args[1:], **named)
             one_class = output.ndim < 2 or output.shape[1] == 1
-            if not (name in ("getitem", "select") and found.name in _OF_ALL_CLASSES and one_class):
+            if not (name in ("getitem", "select") and found.name in EXCLUSIVE and one_class):
                 self.keep(found.name, output, before)
         elif any(one.output is output for one in self.kept):  # overwritten
             kept = [one for one in self.kept if one.output is not output]
@@ -119,6 +122,17 @@ def before_final(output: Any) -> Any:
         return output
     note_final(found[0])
     return found[1]
+
+
+def made_of_final(output: Tensor) -> str | None:
+    """Return the softmax or sigmoid that an output is computed from, by constants alone."""
+    return getattr(output, "_xai_edit_made_of", None)
+
+
+def _made_of(given: Any) -> str | None:
+    """Return the softmax or sigmoid that all tensors among an operation's arguments are made of."""
+    names = [made_of_final(one) for one in tensors_in(given)]
+    return names[0] if names and None not in names else None
 
 
 def final_name(output: Any) -> str | None:

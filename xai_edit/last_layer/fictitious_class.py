@@ -93,6 +93,9 @@ class FictitiousClass:
     ) -> ModelEdit:
         """Plan at most one weight for each affected class; model and data as for `SingleWeight`.
 
+        Of one logit both classes have one row: the weight is for the class that the feature's
+        highest value speaks for.
+
         The edit's origin has the figures before and after on the validation data, the classes left
         alone and why, with "exact" what `SingleWeight` reports, and the reason where no rate raises
         the objective.
@@ -176,6 +179,14 @@ class FictitiousClass:
         """Return the planning features, the objective and the classes left alone."""
         head, judged = features_with_attribute(*samples)
         values, left_alone = affected_classes(head, fictitious, target, self.aim)
+        if head.one_output and len(values) > 1:  # both classes have the one row
+            if target is not None:
+                raise ValueError(f"target: classes {[*values]} of one logit have one row; name one")
+            other, kept = sorted(values, key=lambda row: values[row])
+            left_alone[str(other)] = f"its row is that of class {kept} with the other sign"
+            del values[other]
+        if head.one_output and 0 in values:
+            head, judged = head.mirrored(), judged.mirrored()
         if isinstance(self.rate, Mapping) and not values.keys() <= self.rate.keys():
             raise ValueError(
                 f"rate: of classes {[*self.rate]} given; classes {[*values]} are edited"
