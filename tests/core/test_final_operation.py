@@ -118,7 +118,7 @@ def test_a_class_is_not_explained_by_probabilities(end, scorer):
     model = Ends(end)
     if isinstance(scorer, xe.Taylor) and model(X).squeeze().ndim > 1:
         return  # it takes the gradient of the likelihood
-    with pytest.raises(ValueError, match="is computed from a s[a-z]*, so that it is no logit"):
+    with pytest.raises(ValueError, match=r"is computed from a s[a-z]*, so that it is no logit"):
         xe.score_units(model, [X], scorer, layers="first", target=1)
     score = xe.score_units(model, [X], xe.Activation(), layers="first", target=total)
     assert "output" not in score.origin

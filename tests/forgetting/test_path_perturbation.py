@@ -10,7 +10,6 @@ from torch import nn
 from xai_edit import (
     LRP,
     Activation,
-    LogitMask,
     PathPerturbation,
     evaluate_groups,
     score_units,

@@ -128,8 +128,8 @@ def one_class_a_sample(labels: Tensor | None) -> None:
     if labels is not None and labels.ndim > 1:
         raise ValueError(
             f"labels: {labels.shape[1]} labels a sample given; take one label at a time, inside "
-            "xai_edit.one_label(number), where class 1 has the label and class 0 has not; of one-hot "
-            "labels give their argmax(1)"
+            "xai_edit.one_label(number), where class 1 has the label and class 0 has not; of "
+            "one-hot labels give their argmax(1)"
         )
 
 

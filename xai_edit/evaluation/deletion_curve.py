@@ -43,7 +43,8 @@ class DeletionCurve(Plain):
     shares, units : tuple of float, tuple of int
         The share and the number of units that are off.
     accuracy, logit, probability : tuple of float
-        Accuracy, mean logit and mean probability of the label, over the samples of the target.
+        Accuracy, mean logit and mean probability of the label, over the samples of the target. Of
+        one logit z, that of class 0 is −z.
     rest : tuple of float, or None
         Accuracy over the samples of all other classes, where there are some.
     """
@@ -146,10 +147,10 @@ def _measure(
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
             outputs = outputs_of(run(model, batch.inputs), batch.inputs)
-            logits, own = (one(outputs).cpu().double() for one in (as_logits, evidence))
+            logits, explained = (one(outputs).cpu().double() for one in (as_logits, evidence))
             labels = with_labels(batch.labels, logits.shape[1]).cpu()
             right, at = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
-            rows = [torch.ones_like(right), right, own[at], logits.softmax(1)[at]]
+            rows = [torch.ones_like(right), right, explained[at], logits.softmax(1)[at]]
             figures = torch.stack([row.double() for row in rows])  # (4, samples)
             of_target = labels == (labels if target is None else target)
             own += figures[:, of_target].sum(1)
