@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,7 +297,7 @@ LABELS = (
 )
 NO_CLASSES = (
     "model: its output is (samples, …); a classifier gives one row of logits a sample, shape "
-    "(samples, classes); for others target= is a function of the outputs"
+    "(samples, classes); others can be scored and pruned, with target= a function of the outputs"
 )
 SHADOW = (
     "model: has one output, and a shadow class needs a row beside those of the classes; use "
@@ -441,6 +442,28 @@ def test_what_is_not_one_label_is_one_clear_error():
         features = xe.collect_head_features(model, data)
     with pytest.raises(ValueError, match="were collected for label 1"), xe.one_label(2):
         xe.SingleWeight().plan(model, features, target=1)
+
+
+@pytest.mark.parametrize("wrapped", [partial(torch.compile, backend="eager"), torch.jit.script])
+def test_a_final_sigmoid_is_not_hidden_by_compilation(wrapped):
+    plain = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1), nn.Sigmoid()).eval()
+    data = [(X, (plain(X)[:, 0] > 0.5).long(), HAS)]
+    if wrapped is torch.jit.script:
+        with pytest.raises(ValueError, match="computed from a softmax or sigmoid"):
+            xe.evaluate_groups(wrapped(plain), data)
+        return
+    assert xe.evaluate_groups(wrapped(plain), data).groups == xe.evaluate_groups(plain, data).groups
+    for scorer in (xe.Taylor(), xe.LRP("epsilon")):
+        got, expected = (
+            xe.score_units(model, data, scorer, layers=[layer])
+            for model, layer in ((wrapped(plain), "_orig_mod.0"), (plain, "0"))
+        )
+        torch.testing.assert_close(got["_orig_mod.0"], expected["0"])
+        assert got.origin["output"] == expected.origin["output"]
+    options = {"target": 1, "epochs": 2, "learning_rate": 0.1}
+    edits = [comparisons.negative_gradient(one, data, **options) for one in (plain, wrapped(plain))]
+    values = [[change.new for change in edit.changes.values()] for edit in edits]
+    torch.testing.assert_close(*values)
 
 
 COLUMNS = {

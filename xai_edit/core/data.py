@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from xai_edit.core.checks import in_range, same_length
+from xai_edit.core.checks import same_length
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.inputs import Inputs, ModelInputs, collected, input_tensors
-from xai_edit.core.outputs import label_chosen
+from xai_edit.core.outputs import of_label
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -194,7 +194,7 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
             f"data: batch {index} has {name} that are not numbers ({problem}); number the classes"
         ) from None
     if name == "labels" and vector.ndim == 2 and len(vector) == length:
-        vector = _of_label(vector, index)
+        vector = of_label(vector, f"data: batch {index}")
     elif vector.shape != (length,):
         raise ValueError(
             f"data: batch {index} has {name} of shape {tuple(vector.shape)} for {length} inputs; "
@@ -203,22 +203,6 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
     if vector.is_floating_point() and not torch.equal(vector, vector.round()):
         raise ValueError(f"data: batch {index} has {name} that are not whole numbers")
     return vector.long()
-
-
-def _of_label(labels: Tensor, index: int) -> Tensor:
-    """Return those of one column, of the label chosen, or of several labels all of them."""
-    if not ((labels == 0) | (labels == 1)).all():
-        raise ValueError(
-            f"data: batch {index} has labels of shape {tuple(labels.shape)} that are not 0 and 1; "
-            "give one class a sample, or 0 and 1 for each label of a multi-label model"
-        )
-    label = label_chosen()
-    if labels.shape[1] == 1:
-        return labels[:, 0]
-    if label is not None:
-        in_range([label], labels.shape[1], "one_label")
-        return labels[:, label]
-    return labels
 
 
 def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:

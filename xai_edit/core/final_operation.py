@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -224,5 +225,19 @@ def _version(value: Tensor) -> int:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether a part of a model is compiled, which no function mode may look into."""
-    return any(hasattr(module, "_orig_mod") for module in model.modules())
+    """Return whether a part of a model runs compiled, which no function mode may look into."""
+    inner: list[tuple[nn.Module, Any]] = [
+        (one, one._orig_mod) for one in model.modules() if hasattr(one, "_orig_mod")
+    ]
+    # Under the guard it runs the module inside as it is written.
+    return any(vars(one).get("forward") != module.__call__ for one, module in inner)
+
+
+def mark_unfollowed(model: nn.Module, output: Any) -> None:
+    """Mark what may be probabilities of a softmax or sigmoid inside TorchScript, by the numbers."""
+    scripts = [one for one in model.modules() if isinstance(one, torch.jit.ScriptModule)]
+    for each in tensors_in(output) if scripts else ():
+        if each.is_floating_point() and bool(((each >= 0) & (each <= 1)).all()):
+            graphs = "".join(str(getattr(one, "inlined_graph", "")) for one in scripts)
+            if any(f"aten::{name}" in graphs for name in _PROBABILITIES):
+                each._xai_edit_made_of = "softmax or sigmoid"  # type: ignore[attr-defined]

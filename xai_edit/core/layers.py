@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.errors import UnknownLayerError
-from xai_edit.core.final_operation import following, is_compiled
+from xai_edit.core.final_operation import following, is_compiled, mark_unfollowed
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
 from xai_edit.core.outputs import logits_of
 
@@ -225,6 +225,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
             with following() as mode:
                 output = called(model, copy)
         mode.mark(output)
+        mark_unfollowed(model, output)
         return output
     except (RuntimeError, AssertionError, TypeError) as problem:  # torchvision's ViT asserts
         raise ValueError(

@@ -87,6 +87,23 @@ def label_origin() -> dict[str, int]:
     return {} if label is None else {"label": label}
 
 
+def of_label(labels: Tensor, where: str) -> Tensor:
+    """Return the labels of one column, (samples,): the only one or that of `one_label`, if any.
+
+    Of several labels, (samples, labels), else all. ValueError, with ``where``, if one is not 0 or 1.
+    """
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            f"{where} has labels of shape {tuple(labels.shape)} that are not 0 and 1; give one "
+            "class a sample, or 0 and 1 for each label of a multi-label model"
+        )
+    label = 0 if labels.shape[1] == 1 else _LABEL.get()
+    if label is None:
+        return labels
+    in_range([label], labels.shape[1], "one_label")
+    return labels[:, label]
+
+
 def tensor_of(output: Any) -> Any:
     """Return the tensor in a model's output, or the output itself if there is none."""
     chosen = _CHOSEN.get()
@@ -161,7 +178,8 @@ def as_logits(outputs: Tensor) -> Tensor:
     if outputs.ndim > 2:
         raise ValueError(
             f"model: its output is {tuple(outputs.shape)}; a classifier gives one row of logits a "
-            "sample, shape (samples, classes); for others target= is a function of the outputs"
+            "sample, shape (samples, classes); others can be scored and pruned, with target= a "
+            "function of the outputs"
         )
     if column is None:
         return outputs

@@ -13,6 +13,7 @@ from xai_edit.core.data import Batch, model_device
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import copied, require_finite
 from xai_edit.core.layers import predict
+from xai_edit.core.wrapped import run_eagerly
 
 MOMENTUM = 0.9
 
@@ -96,6 +97,7 @@ def fine_tuned(
     trained, device, steps = copied(model), model_device(model), 0
     for parameter in trained.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    run_eagerly(trained)
     trained.train()
     norms = [m for m in trained.modules() if getattr(m, "running_mean", None) is not None]
     optimizer = torch.optim.SGD(
