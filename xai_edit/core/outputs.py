@@ -90,7 +90,8 @@ def label_origin() -> dict[str, int]:
 def of_label(labels: Tensor, where: str) -> Tensor:
     """Return the labels of one column, (samples,): the only one or that of `one_label`, if any.
 
-    Of several labels, (samples, labels), else all. ValueError, with ``where``, if one is not 0 or 1.
+    Of several labels, (samples, labels), else all. ValueError, with ``where``, for one that is not
+    0 or 1.
     """
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError(
