@@ -358,6 +358,31 @@ def test_an_edit_of_one_label_leaves_the_others_bit_for_bit(row):
         assert float((after[:, LABEL] > before[:, LABEL]).double().mean()) > 0.5
 
 
+@pytest.mark.parametrize(("make", "row"), [(one_row, 1), (negated, 0)])
+def test_of_one_logit_the_feature_is_neutralised_in_the_class_that_it_speaks_for(make, row):
+    model = make()
+    with torch.no_grad():
+        model.head.weight[:, ADDS] *= 20
+        model.head.bias -= model(X).quantile(0.5)
+    data = [(X, binary(model(X)) ^ (torch.arange(SAMPLES) % 5 == 0), HAS)]
+    operator = xe.FictitiousClass(rate=0.05)
+    edit = operator.plan(model, data)
+    (weight,) = edit.origin["rows"]
+    assert weight["class"] == row
+    other = f"its row is that of class {row} with the other sign"
+    assert edit.origin["left_alone"] == {str(1 - row): other}
+    named = operator.plan(model, data, target=row)
+    changes = [one.changes["head.weight"] for one in (edit, named)]
+    assert torch.equal(changes[0].new, changes[1].new)
+    assert torch.equal(changes[0].index, changes[1].index)
+    with edit.applied(model):
+        lowered = model(X) if row else -model(X)
+    before = model(X) if row else -model(X)
+    assert (lowered <= before).all()
+    with pytest.raises(ValueError, match="of one logit have one row; name one"):
+        operator.plan(model, data, target=[0, 1], fictitious=[0, 1])
+
+
 @pytest.mark.parametrize("kind", ["one logit", "sigmoid"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_training_of_one_logit_is_that_of_the_binary_cross_entropy(kind, weighted):

@@ -23,7 +23,7 @@ from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.core.outputs import label_origin
-from xai_edit.core.targets import class_list, predicted
+from xai_edit.core.targets import class_list, classes_to_remove, predicted
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.edits.switching_off import (
@@ -129,7 +129,8 @@ class PathPerturbation:
             reached.
         """
         plans = _Plans(self, model, data)
-        targets = class_list(target, plans.classes)
+        listed = classes_to_remove if plans.found.one_output else class_list  # they have one row
+        targets = listed(target, plans.classes)
         held_out = plans.data if validation is None else validation
         edit, neurons, shares, samples = ModelEdit({}), {}, [], []
         for one in targets:
@@ -237,15 +238,20 @@ class _Plans:
         """Rank each layer's neurons by layer-wise relevance (Eq. 7–10); count the samples."""
         if several:
             readable_again(self.data, "planning for several classes")
-        right: list[bool] = []
+        answers: list[list[bool]] = []  # of each batch
+
+        def read() -> Iterator[Inputs]:
+            for inputs in _of_class(self.data, target, model_device(self.model), labelled=several):
+                answers.append([])
+                yield inputs
 
         def explained(outputs: Tensor) -> Tensor:
-            right.extend((predicted(outputs) == target).tolist())
+            answers[-1] = (predicted(outputs) == target).tolist()  # a scorer may ask again
             return torch.full((len(outputs),), target, device=outputs.device)
 
-        own = _of_class(self.data, target, model_device(self.model), labelled=several)
         options: dict[str, Any] = {"layers": self.layers, "target": explained, "k": self.operator.k}
-        scores = score_units(self.model, own, self.operator.scorer, **options)
+        scores = score_units(self.model, read(), self.operator.scorer, **options)
+        right = [one for batch in answers for one in batch]
         if right and not any(right):
             raise ValueError(
                 f"data: none of the {len(right)} samples is predicted as class {target}, so there "

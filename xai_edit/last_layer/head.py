@@ -179,7 +179,8 @@ def head_features(
             f"{name}: its features were collected for another {wrong!r} than the model's; "
             "collect them anew"
         )
-    if data.parameters.label != label_chosen():
+    several = data.parameters.shapes[0][0] > 1
+    if several and data.parameters.label != label_chosen():
         raise ValueError(
             f"{name}: its features were collected for label {data.parameters.label}, and "
             f"{label_chosen()} is chosen by xai_edit.one_label; collect them inside it"
