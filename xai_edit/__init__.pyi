@@ -23,6 +23,7 @@ from .concepts.collect import collect_features
 from .concepts.drsa import DRSA
 from .concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from .concepts.predictiveness import predictiveness
+from .concepts.presence import Presence
 from .concepts.subspaces import Subspaces
 from .core.outputs import outputs_as
 from .edits.model_edit import ModelEdit
@@ -65,6 +66,7 @@ __all__ = [
     "LogitMask",
     "ModelEdit",
     "PathPerturbation",
+    "Presence",
     "Random",
     "RelevancePruning",
     "SingleWeight",
