@@ -34,6 +34,7 @@ from .evaluation.evaluate_groups import evaluate_groups, evaluate_head
 from .evaluation.evaluate_unlearning import evaluate_unlearning
 from .evaluation.sizes import compare_sizes
 from .forgetting.path_perturbation import PathPerturbation
+from .last_layer.counterfactual import CounterfactualRetraining
 from .last_layer.fictitious_class import FictitiousClass
 from .last_layer.head import collect_head_features
 from .last_layer.single_weight import SingleWeight
@@ -59,6 +60,7 @@ __all__ = [
     "CaptumLayer",
     "ConceptAwarePruning",
     "ContrastivePCA",
+    "CounterfactualRetraining",
     "FictitiousClass",
     "FineTuning",
     "FunctionalCanonizer",

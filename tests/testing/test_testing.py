@@ -80,6 +80,7 @@ OPERATORS = {
     "concept pruning": xe.ConceptAwarePruning("conv1", axes(6), [0], 0.3),
     "fictitious": xe.FictitiousClass(),
     "fictitious exact": xe.FictitiousClass("exact"),
+    "counterfactual": xe.CounterfactualRetraining("conv1", axes(6)),
     "mask": xe.LogitMask(),
     "last layer": xe.LastLayerRetraining(repeats=1, C="auto"),
     "leace": xe.comparisons.LEACE(),

@@ -1,0 +1,225 @@
+"""Counterfactual retraining: a last layer fitted on every image with and without a feature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.checks import (
+    positive,
+    readable_again,
+    require,
+    require_type,
+    whole_number,
+)
+from xai_edit.core.data import (
+    Attribute,
+    Batch,
+    Data,
+    attribute_of,
+    batches,
+    check_length,
+    model_device,
+    together,
+)
+from xai_edit.core.guard import require_finite
+from xai_edit.core.layers import resolve_layers
+from xai_edit.core.wrapped import unwrapped
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.last_layer.completion import DonorPool, Exchange
+from xai_edit.last_layer.find_head import HeadReader, reading
+from xai_edit.last_layer.head import HeadFeatures
+from xai_edit.last_layer.regression import standardised_regression
+
+SIZES = (1, 2, 4, 8)  # directions that are tried
+CARRIED = 0.8  # share of the largest effect that the chosen directions have
+JUDGED = 64  # images a forward pass while sizes are judged
+
+
+@dataclass(frozen=True)
+class CounterfactualRetraining:
+    """Retrain the last layer on every image with and without a spurious feature.
+
+    For groups that have no images, such as one class never seen with a mark. Each image is
+    completed at a layer where a subspace U holds the feature, position by position:
+    a_with = a − U Uᵀ(a − a_d), where d is a random image that has the feature, and a_without alike
+    with one that has it not. Both go through the rest of the network; a logistic regression on both
+    versions, with the image's own class, is the new last layer. Ours; no paper.
+
+    A feature that differs from position to position, such as the background of photographs, does
+    not belong to another image's scene, and little is gained: see ``origin["completion"]``.
+
+    Parameters
+    ----------
+    layer : str
+        Where the subspaces are from; ``"fc:input"`` names the inputs of ``fc``. Early layers are
+        better than late ones. Its values have the same positions for all inputs.
+    subspaces : Subspaces
+        Their basis holds the feature, the leading directions first, as of
+        `xai_edit.ContrastivePCA`; of others give ``Subspaces(s.block(k), (s.sizes[k],), s.mean)``.
+    size : int, optional
+        Leading directions that are exchanged. When left out the fewest of 1, 2, 4 and 8 whose
+        mean effect on the logits is at least 80 % of that of the most.
+    C : float
+        Inverse strength of the L2 penalty, as in scikit-learn, for standardised features.
+    donors : int
+        At most so many images with the feature, and as many without, give their coefficients.
+    unit_axis : int, optional
+        The axis of the layer's channels, see `xai_edit.core.axes.unit_axes`.
+    seed : int
+        Of the donors.
+    """
+
+    layer: str
+    subspaces: Subspaces
+    _: KW_ONLY
+    size: int | None = None
+    C: float = 1.0
+    donors: int = 256
+    unit_axis: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        works = "give Subspaces, such as xai_edit.ContrastivePCA(8).fit(features)"
+        require_type(self.subspaces, Subspaces, "subspaces", works)
+        size, most = self.size, self.subspaces.basis.shape[1]
+        vars(self).update(
+            size=None if size is None else whole_number(size, "size", least=1, most=most),
+            C=positive(self.C, "C"),
+            donors=whole_number(self.donors, "donors", least=1),
+            seed=whole_number(self.seed, "seed"),
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of leading directions that are tried."""
+        if self.size is not None:
+            return (self.size,)
+        directions = self.subspaces.basis.shape[1]
+        most = min(directions, SIZES[-1])
+        return (*(m for m in SIZES if m < most), most)
+
+    def plan(self, model: nn.Module, data: Data, *, attribute: Attribute = None) -> ModelEdit:
+        """Plan the new last layer, by two passes over the data; the model is only read.
+
+        ``data`` has labelled images of every class and can be read twice, ``attribute`` says which
+        have the feature (1) and which not (0), see `xai_edit.core.data.Attribute`. The head's
+        inputs are held in memory three times.
+
+        ValueError if the model's logits are not W x + b, a class has no samples, or none or all
+        have the feature.
+        """
+        readable_again(data, "counterfactual retraining")
+        resolve_layers(unwrapped(model), [self.layer])
+        require_finite(model)
+        with reading(model) as reader:
+            exchange, pools = self._donors(reader, data, attribute)
+            effects = self._effects(exchange, pools)
+            size = next(
+                m for m, effect in effects.items() if effect >= CARRIED * max(effects.values())
+            )
+            head, versions = self._completed(exchange, pools, size, data, attribute)
+        y = head.require_retrainable().numpy()
+        x = torch.cat(versions).double().numpy()
+        weight, bias = standardised_regression(x, np.tile(y, 2), self.C)
+        origin: dict[str, Any] = {"operator": "CounterfactualRetraining", "layer": self.layer}
+        origin |= {"size": size, "C": self.C, "donors": [len(pool) for pool in pools]}
+        origin |= {"seed": self.seed, "samples": len(y), "subspaces": self.subspaces.origin}
+        origin |= {"effects": {str(m): effect for m, effect in effects.items()}}
+        new = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
+        return head.edit(model, origin, **new)
+
+    def _donors(
+        self, reader: HeadReader, data: Data, attribute: Attribute
+    ) -> tuple[Exchange, list[DonorPool]]:
+        """Return pools of images without and with the feature, by one pass; check all data."""
+        exchange: Exchange | None = None
+        pools = [DonorPool(self.donors), DonorPool(self.donors)]
+        keys = np.random.default_rng([self.seed, 0])
+        labels: list[Tensor | None] = []
+        for batch, has in self._batches(reader, data, attribute):
+            if exchange is None:
+                given = self.layer, self.subspaces, self.unit_axis
+                exchange = Exchange(reader, batch.inputs, *given)
+            coefficients = exchange.coefficients(batch.inputs, self.sizes[-1])
+            key = torch.from_numpy(keys.random(len(batch)))
+            for value, pool in enumerate(pools):
+                rows = (has == value).nonzero()[:, 0]
+                pool.add(key[rows], coefficients[rows], batch.inputs[rows])
+            labels.append(batch.labels)
+        assert exchange is not None  # there is no data without samples
+        for pool, what in zip(pools, ("without", "with"), strict=True):
+            if not len(pool):
+                raise ValueError(
+                    f"attribute: no sample {what} the feature; images are completed from samples "
+                    "of both kinds"
+                )
+        exchange.head_features(torch.empty(0), together(labels, "labels")).require_retrainable()
+        return exchange, pools
+
+    @staticmethod
+    def _batches(
+        reader: HeadReader, data: Data, attribute: Attribute
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield batches with their attribute, on the CPU."""
+        start = 0
+        for batch in batches(data, model_device(reader.model)):
+            has = attribute_of(attribute, batch, start, "attribute").cpu()
+            wrong = has[(has != 0) & (has != 1)]
+            require(not len(wrong), "attribute", wrong[:5].tolist(), "it is yes or no (1, 0)")
+            start += len(batch)
+            yield batch, has
+        check_length(attribute, start, "attribute")
+
+    def _effects(self, exchange: Exchange, pools: Sequence[DonorPool]) -> dict[int, float]:
+        """Return how much the feature moves the logit of the class that it moves most, by size.
+
+        That is the mean over the pools' images of the change of this logit less that of the
+        others', from the completion without to that with the feature.
+        """
+        generator = np.random.default_rng([self.seed, 1])
+        changes: dict[int, list[Tensor]] = {size: [] for size in self.sizes}
+        weight = exchange.head.weight.double()
+        for pool in pools:
+            chance = torch.from_numpy(generator.random((len(pool), 2)))
+            for rows in torch.arange(len(pool)).split(JUDGED):
+                inputs = pool.inputs[rows].to(model_device(exchange.reader.model))
+                donors = [one.drawn(c) for one, c in zip(pools, chance[rows].T, strict=True)]
+                for size, change in changes.items():
+                    without, with_it = (exchange.completed(inputs, d, size) for d in donors)
+                    change.append((with_it - without).double() @ weight.T)
+        means = {size: torch.cat(change).mean(0) for size, change in changes.items()}
+        row = int(means[self.sizes[-1]].argmax())
+        return {
+            size: float((mean[row] - mean.mean()) * len(mean) / (len(mean) - 1))
+            for size, mean in means.items()
+        }
+
+    def _completed(
+        self,
+        exchange: Exchange,
+        pools: Sequence[DonorPool],
+        size: int,
+        data: Data,
+        attribute: Attribute,
+    ) -> tuple[HeadFeatures, list[Tensor]]:
+        """Return the head's inputs for all images as they are, and those without and with."""
+        generator = np.random.default_rng([self.seed, 2])
+        real, labels, attributes = [], [], []
+        versions: list[list[Tensor]] = [[], []]
+        for batch, has in self._batches(exchange.reader, data, attribute):
+            chance = torch.from_numpy(generator.random((len(batch), 2)))
+            for value, pool in enumerate(pools):
+                donors = pool.drawn(chance[:, value])
+                versions[value].append(exchange.completed(batch.inputs, donors, size))
+            real.append(exchange.reader.read(batch.inputs).features)
+            labels.append(batch.labels)
+            attributes.append(has)
+        columns = torch.cat(real), together(labels, "labels"), together(attributes, "groups")
+        return exchange.head_features(*columns), [torch.cat(one) for one in versions]
