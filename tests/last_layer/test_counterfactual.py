@@ -9,6 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from xai_edit import CounterfactualRetraining, ModelEdit, Subspaces
+from xai_edit.core.errors import UnknownLayerError
 
 SAMPLES = 60
 
@@ -84,40 +85,108 @@ def test_the_new_layer_is_the_regression_on_images_completed_one_by_one(
     assert edit.origin["size"] == size
 
 
-def test_a_class_never_seen_with_the_mark_is_recognised_with_it():
-    # Channel 0 tells the class weakly, channel 1 is a mark on 90 % of class 1 and nothing else.
+def biased(samples=400):
+    """Channel 0 tells the class, 1 is a mark on 90 % of class 1 and nothing else, 2 is noise."""
     rng = np.random.default_rng(0)
-    y = np.arange(400) % 2
-    has = (y == 1) & (rng.random(400) < 0.9)
-    x = np.stack([2.0 * y - 1 + 0.7 * rng.normal(size=400), 6.0 * has], axis=1)
-    x[:, 1] += 0.1 * rng.normal(size=400)
-    torch.manual_seed(0)
-    layer = nn.Linear(2, 2)
-    model = nn.Sequential(layer, nn.Linear(2, 2)).double()
+    y = np.arange(samples) % 2
+    has = ((y == 1) & (rng.random(samples) < 0.9)).astype(int)
+    x = rng.normal(size=(samples, 3)) * [0.7, 0.1, 1.0]
+    x += np.stack([2.0 * y - 1, 6.0 * has, 0 * y], axis=1)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
     with torch.no_grad():
-        layer.weight.copy_(torch.eye(2))
-        layer.bias.zero_()
-        biased = LogisticRegression().fit(x, y)
-        model[1].weight.copy_(torch.tensor(np.concatenate([-biased.coef_, biased.coef_]) / 2))
-        bias = np.concatenate([-biased.intercept_, biased.intercept_]) / 2
-        model[1].bias.copy_(torch.tensor(bias))
-    mark = Subspaces(torch.tensor([[0.0], [1.0]]).double(), (1,), torch.zeros(2).double())
-    data = [tuple(map(torch.from_numpy, (x, y, has.astype(int))))]
-    edit = CounterfactualRetraining("0", mark, donors=10_000).plan(model, data)
+        model[0].weight.copy_(torch.eye(3))
+        model[0].bias.zero_()
+        fitted = LogisticRegression().fit(x, y)
+        rows, bias = fitted.coef_ / 2, fitted.intercept_ / 2
+        model[1].weight.copy_(torch.tensor(np.concatenate([-rows, rows])))
+        model[1].bias.copy_(torch.tensor(np.concatenate([-bias, bias])))
+    return model, x, y, has
 
+
+def along(channel):
+    return Subspaces(torch.eye(3).double()[:, [channel]], (1,), torch.zeros(3).double())
+
+
+def test_a_class_never_seen_with_the_mark_is_recognised_with_it():
+    model, x, y, has = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    edit = CounterfactualRetraining("0", along(1), donors=10_000).plan(model, data)
     without, with_it = donors_of(has, 0, 10_000)
     copies = np.concatenate([x, x])
     copies[:, 1] = np.concatenate([x[without, 1], x[with_it, 1]])
     explicit = make_pipeline(StandardScaler(), LogisticRegression()).fit(copies, np.tile(y, 2))
-    test = torch.tensor([[-1.0, 6.0], [1.0, 6.0], [-1.0, 0.0], [1.0, 0.0]]).double()
+    test = torch.tensor([[-1, 6, 0], [1, 6, 0], [-1, 0, 0], [1, 0, 0]]).double()
     assert model(test).argmax(1).tolist()[0] == 1  # class 0 with the mark
     with edit.applied(model):
         logits = model(test).detach().numpy()
-        weight = (model[1].weight[1] - model[1].weight[0]).detach()
         assert model(test).argmax(1).tolist() == [0, 1, 0, 1]
+        weight = (model[1].weight[1] - model[1].weight[0]).tolist()
     difference = logits[:, 1] - logits[:, 0]
     assert np.allclose(difference, explicit.decision_function(test.numpy()), atol=1e-9)
-    assert abs(float(weight[1] * 6)) < 0.1 * abs(float(weight[0] * 2))
+    assert abs(weight[1] * 6) < 0.1 * abs(weight[0] * 2)
+    assert edit.origin["completion"]["recognised"] == {"without": 0, "with": 1, "completed": 1}
+    held = edit.origin["held_out"]["completed"]
+    assert held["before"]["worst"] < 0.5 < 0.8 < held["after"]["worst"]
+
+
+def test_images_completed_along_another_direction_are_not_credible():
+    model, x, y, has = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    with pytest.warns(UserWarning, match=r"in class 1 0% of them are recognised .* 100% of real"):
+        edit = CounterfactualRetraining("0", along(2)).plan(model, data)
+    completion = edit.origin["completion"]
+    assert completion["reached"] == 0
+    assert "do not look as if they had the feature" in completion["warning"]
+
+
+def test_without_both_kinds_in_a_class_nothing_is_compared():
+    model, x, y, _ = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, y)))]
+    edit = CounterfactualRetraining("0", along(1)).plan(model, data)
+    assert "no class has 10 images with and 10" in edit.origin["completion"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("given", "attribute", "error", "message"),
+    [
+        ({}, [0] * 60, ValueError, "attribute: no sample with the feature"),
+        ({}, [1] * 60, ValueError, "attribute: no sample without the feature"),
+        ({}, [0, 2] * 30, ValueError, r"attribute: \[2, 2, 2, 2, 2\] given; it is yes or no"),
+        ({}, [0, 1], ValueError, "attribute"),
+        ({"layer": "conv9"}, None, UnknownLayerError, "'conv9'"),
+        ({"layer": "head"}, None, ValueError, "'head' given, the last layer"),
+        ({"subspaces": subspaces(5, 2)}, None, ValueError, "subspaces have 5 channels"),
+        ({"subspaces": [0]}, None, TypeError, "subspaces: list given"),
+        ({"size": 3}, None, ValueError, "size: 3 given; it is a whole number from 1 to 2"),
+        ({"size": 0}, None, ValueError, "size: 0 given"),
+        ({"donors": 0}, None, ValueError, "donors: 0 given"),
+        ({"C": 0}, None, ValueError, "C: 0 given"),
+    ],
+)
+def test_bad_input_is_refused_by_name(plain, digits, unchanged, given, attribute, error, message):
+    images, labels, has = marked_digits(digits)
+    has = has if attribute is None else torch.tensor(attribute)
+    check = unchanged(plain)
+    with pytest.raises(error, match=message):
+        CounterfactualRetraining(
+            given.pop("layer", "conv1"), given.pop("subspaces", subspaces(4, 2)), **given
+        ).plan(plain, [(images.float(), labels)], attribute=has)
+    check()
+
+
+def test_data_that_cannot_be_completed_is_refused(norm, digits):
+    images, labels, has = marked_digits(digits)
+    images = images.float()
+    operator = CounterfactualRetraining("body.2", subspaces(4, 2))
+    with pytest.raises(TypeError, match="can be read only once"):
+        operator.plan(norm, iter([(images, labels, has)]))
+    sizes = [(images, labels, has), (images[..., :6], labels, has)]
+    with pytest.raises(ValueError, match=r"at \(8, 6\) positions and \(8, 8\) before"):
+        operator.plan(norm, sizes)
+    with pytest.raises(ValueError, match="data: has no labels"):
+        operator.plan(norm, [images], attribute=has)
+    with pytest.raises(ValueError, match="samples of 9 classes"):
+        operator.plan(norm, [(images[labels > 0], labels[labels > 0], has[labels > 0])])
 
 
 class Last(nn.Module):

@@ -13,7 +13,7 @@ from xai_edit.core.checks import positive, require, whole_number
 from xai_edit.core.data import Attribute, Data
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import HeadFeatures, head_features
-from xai_edit.last_layer.regression import Array, raw_rows, standardised_regression
+from xai_edit.last_layer.regression import Array, halves, raw_rows, standardised_regression
 
 # What C="auto" tries, weakest first: the paper's grid.
 STRENGTHS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
@@ -96,12 +96,7 @@ class LastLayerRetraining:
 
     def _worst_groups(self, x: Array, y: Array, cells: Array) -> dict[float, float]:
         """Return each strength's worst-group accuracy on a half, after fitting on the other."""
-        generator = np.random.default_rng(self.seed)
-        halves = [
-            np.array_split(generator.permutation(np.flatnonzero(cells == cell)), 2)
-            for cell in np.unique(cells)
-        ]
-        fit, held = (np.concatenate(half) for half in zip(*halves, strict=True))
+        fit, held = halves(cells, np.random.default_rng(self.seed))
         worst = {}
         for C in STRENGTHS:
             weight, bias = self._averaged(x[fit], y[fit], cells[fit], C, lasso=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -33,9 +34,15 @@ from xai_edit.core.layers import resolve_layers
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.completion import DonorPool, Exchange
+from xai_edit.last_layer.completion_figures import (
+    CREDIBLE,
+    held_out,
+    not_credible,
+    resemblance,
+)
 from xai_edit.last_layer.find_head import HeadReader, reading
 from xai_edit.last_layer.head import HeadFeatures
-from xai_edit.last_layer.regression import standardised_regression
+from xai_edit.last_layer.regression import Array, standardised_regression
 
 SIZES = (1, 2, 4, 8)  # directions that are tried
 CARRIED = 0.8  # share of the largest effect that the chosen directions have
@@ -97,7 +104,7 @@ class CounterfactualRetraining:
         )
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def _sizes(self) -> tuple[int, ...]:
         """The numbers of leading directions that are tried."""
         if self.size is not None:
             return (self.size,)
@@ -121,17 +128,21 @@ class CounterfactualRetraining:
         with reading(model) as reader:
             exchange, pools = self._donors(reader, data, attribute)
             effects = self._effects(exchange, pools)
-            size = next(
-                m for m, effect in effects.items() if effect >= CARRIED * max(effects.values())
-            )
+            enough = CARRIED * effects[self._sizes[-1]]
+            size = next(m for m, effect in effects.items() if effect >= enough)
             head, versions = self._completed(exchange, pools, size, data, attribute)
         y = head.require_retrainable().numpy()
-        x = torch.cat(versions).double().numpy()
-        weight, bias = standardised_regression(x, np.tile(y, 2), self.C)
+        weight, bias = standardised_regression(np.concatenate(versions), np.tile(y, 2), self.C)
+        completion = resemblance(head, versions[1], self.seed)
+        if completion.get("reached", 1) < CREDIBLE:
+            completion["warning"] = not_credible(completion)
+            warnings.warn(completion["warning"], stacklevel=2)
         origin: dict[str, Any] = {"operator": "CounterfactualRetraining", "layer": self.layer}
         origin |= {"size": size, "C": self.C, "donors": [len(pool) for pool in pools]}
         origin |= {"seed": self.seed, "samples": len(y), "subspaces": self.subspaces.origin}
         origin |= {"effects": {str(m): effect for m, effect in effects.items()}}
+        origin |= {"completion": completion}
+        origin |= {"held_out": held_out(head, versions, self.C, self.seed)}
         new = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
         return head.edit(model, origin, **new)
 
@@ -147,7 +158,7 @@ class CounterfactualRetraining:
             if exchange is None:
                 given = self.layer, self.subspaces, self.unit_axis
                 exchange = Exchange(reader, batch.inputs, *given)
-            coefficients = exchange.coefficients(batch.inputs, self.sizes[-1])
+            coefficients = exchange.coefficients(batch.inputs, self._sizes[-1])
             key = torch.from_numpy(keys.random(len(batch)))
             for value, pool in enumerate(pools):
                 rows = (has == value).nonzero()[:, 0]
@@ -184,7 +195,7 @@ class CounterfactualRetraining:
         others', from the completion without to that with the feature.
         """
         generator = np.random.default_rng([self.seed, 1])
-        changes: dict[int, list[Tensor]] = {size: [] for size in self.sizes}
+        changes: dict[int, list[Tensor]] = {size: [] for size in self._sizes}
         weight = exchange.head.weight.double()
         for pool in pools:
             chance = torch.from_numpy(generator.random((len(pool), 2)))
@@ -195,10 +206,15 @@ class CounterfactualRetraining:
                     without, with_it = (exchange.completed(inputs, d, size) for d in donors)
                     change.append((with_it - without).double() @ weight.T)
         means = {size: torch.cat(change).mean(0) for size, change in changes.items()}
-        row = int(means[self.sizes[-1]].argmax())
+        largest = means[self._sizes[-1]]
+        if not (largest != 0).any():
+            raise ValueError(
+                f"layer: {self.layer!r} given; other activations there change nothing at the last "
+                "layer's inputs, so name a layer before it"
+            )
+        row, others = int(largest.argmax()), len(largest) - 1
         return {
-            size: float((mean[row] - mean.mean()) * len(mean) / (len(mean) - 1))
-            for size, mean in means.items()
+            m: float(mean[row] - (mean.sum() - mean[row]) / others) for m, mean in means.items()
         }
 
     def _completed(
@@ -208,7 +224,7 @@ class CounterfactualRetraining:
         size: int,
         data: Data,
         attribute: Attribute,
-    ) -> tuple[HeadFeatures, list[Tensor]]:
+    ) -> tuple[HeadFeatures, tuple[Array, Array]]:
         """Return the head's inputs for all images as they are, and those without and with."""
         generator = np.random.default_rng([self.seed, 2])
         real, labels, attributes = [], [], []
@@ -222,4 +238,5 @@ class CounterfactualRetraining:
             labels.append(batch.labels)
             attributes.append(has)
         columns = torch.cat(real), together(labels, "labels"), together(attributes, "groups")
-        return exchange.head_features(*columns), [torch.cat(one) for one in versions]
+        without, with_it = (torch.cat(one).double().numpy() for one in versions)
+        return exchange.head_features(*columns), (without, with_it)
