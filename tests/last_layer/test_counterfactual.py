@@ -1,5 +1,7 @@
 """Counterfactual retraining against scikit-learn on images completed one by one, written out."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,21 @@ def test_a_class_never_seen_with_the_mark_is_recognised_with_it():
     assert edit.origin["completion"]["recognised"] == {"without": 0, "with": 1, "completed": 1}
     held = edit.origin["held_out"]["completed"]
     assert held["before"]["worst"] < 0.5 < 0.8 < held["after"]["worst"]
+
+
+def test_one_output_is_retrained_as_two_classes():
+    model, x, y, has = biased()
+    one = copy.deepcopy(model)
+    one[1] = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        one[1].weight.copy_(model[1].weight[1:] - model[1].weight[:1])
+        one[1].bias.copy_(model[1].bias[1:] - model[1].bias[:1])
+    data, outputs = [tuple(map(torch.from_numpy, (x, y, has)))], []
+    for network in (model, one):
+        with CounterfactualRetraining("0", along(1)).plan(network, data).applied(network):
+            outputs.append(network(data[0][0]).detach())
+    difference = outputs[0][:, 1:] - outputs[0][:, :1]
+    torch.testing.assert_close(outputs[1], difference)
 
 
 def test_images_completed_along_another_direction_are_not_credible():
