@@ -112,10 +112,12 @@ class DonorPool:
     ----------
     coefficients : Tensor, float64, shape (images, positions, directions), on the CPU
     inputs : Tensor or ModelInputs, on the CPU
+    labels : Tensor, int64, shape (images,), on the CPU
     """
 
     coefficients: Tensor
     inputs: Inputs
+    labels: Tensor
 
     def __init__(self, most: int) -> None:
         self.most, self.keys = most, torch.empty(0).double()
@@ -123,20 +125,22 @@ class DonorPool:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def add(self, keys: Tensor, coefficients: Tensor, inputs: Inputs) -> None:
+    def add(self, keys: Tensor, coefficients: Tensor, inputs: Inputs, labels: Tensor) -> None:
         """Add images with random keys, shape (images,); those of the least keys stay."""
         if len(self) == self.most:
             new = keys < self.keys[-1]
             keys, coefficients, inputs = keys[new], coefficients[new], inputs[new]
+            labels = labels[new]
         if not len(keys):
             return
-        coefficients, inputs = coefficients.cpu(), inputs.cpu()
+        coefficients, inputs, labels = coefficients.cpu(), inputs.cpu(), labels.cpu()
         if len(self):
             keys = torch.cat([self.keys, keys])
             coefficients = torch.cat([self.coefficients, coefficients])
-            inputs = joined([self.inputs, inputs])
+            inputs, labels = joined([self.inputs, inputs]), torch.cat([self.labels, labels])
         kept = keys.argsort()[: self.most]
-        self.keys, self.coefficients, self.inputs = keys[kept], coefficients[kept], inputs[kept]
+        self.keys, self.coefficients = keys[kept], coefficients[kept]
+        self.inputs, self.labels = inputs[kept], labels[kept]
 
     def drawn(self, chance: Tensor) -> Tensor:
         """Return the coefficients of random images for numbers in [0, 1), shape (samples,)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from xai_edit.last_layer.head import HeadFeatures
 from xai_edit.last_layer.regression import Array, halves, standardised_regression
@@ -13,6 +12,7 @@ from xai_edit.last_layer.regression import Array, halves, standardised_regressio
 ENOUGH = 10  # images of a kind, to compare completed with real ones
 SEEN = 0.2  # least difference of the shares by which real images of both kinds differ
 CREDIBLE = 0.5  # least share of that difference that completed images reach
+APART = 0.2  # most by which the worst real group may be behind the worst completed one
 
 
 def resemblance(head: HeadFeatures, with_it: Array, seed: int) -> dict[str, Any]:
@@ -56,39 +56,59 @@ def resemblance(head: HeadFeatures, with_it: Array, seed: int) -> dict[str, Any]
     return found | {"reached": (made - lacks) / (shows - lacks)}
 
 
-def not_credible(found: dict[str, Any]) -> str:
-    """Return a sentence about figures of `resemblance` that are too low."""
-    shares = found["recognised"]
-    return (
-        f"completed images do not look as if they had the feature: in class {found['class']} "
-        f"{shares['completed']:.0%} of them are recognised at the head's input, where "
-        f"{shares['with']:.0%} of real images with it are, and {shares['without']:.0%} of those "
-        "without; retraining may gain little, so try an earlier layer, more directions, or other "
-        "subspaces"
-    )
+def not_credible(found: dict[str, Any], held: dict[str, Any]) -> str | None:
+    """Return a sentence where figures of `resemblance` or `held_out` are too low, else None."""
+    advice = "so try another layer, size, or other subspaces, and judge it on images of your own"
+    if found.get("reached", 1) < CREDIBLE:
+        shares = found["recognised"]
+        return (
+            f"completed images do not look as if they had the feature: in class {found['class']} "
+            f"{shares['completed']:.0%} of them are recognised at the head's input, where "
+            f"{shares['with']:.0%} of real images with it are, and {shares['without']:.0%} of "
+            f"those without; retraining may gain little, {advice}"
+        )
+    after = held["real"]["after"]
+    real, completed = after["worst"], held["completed"]["after"]["worst"]
+    if after["images"] >= ENOUGH and completed - real > APART:
+        return (
+            "completed images are not like real ones: of held-out images, the retrained last layer "
+            f"gets {real:.0%} of the worst real group right and {completed:.0%} of the worst "
+            f"completed one, {advice}"
+        )
+    return None
 
 
 def held_out(
-    head: HeadFeatures, versions: tuple[Array, Array], C: float, seed: int
+    head: HeadFeatures,
+    versions: tuple[Array, Array],
+    judged: tuple[Array, Array],
+    C: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Return accuracies on half of the images, before and after retraining on the other half.
 
-    Of the worst group and balanced over groups (class × feature): of images as they are, where
-    groups without images do not count, and of both ``versions``, without and with the feature.
+    Retraining is on ``versions`` without and with the feature. Of the worst group and balanced over
+    groups (class × feature): of images as they are, where groups without images do not count, and
+    of the ``judged`` versions; ``images`` are those of the worst group. 0 where the halves hold too
+    few images to retrain and judge.
     """
     y, has, x = _columns(head)
     fit, held = halves(y * 2 + has, np.random.default_rng([seed, 4]))
-    new = standardised_regression(
-        np.concatenate([one[fit] for one in versions]), np.tile(y[fit], 2), C
-    )
-    old = head.weight.double().numpy(), head.require_bias().double().numpy()
-    completed = np.concatenate([one[held] for one in versions])
+    classes, every = np.unique(y[fit]), np.arange(head.classes)
+    old = head.weight.double().numpy(), head.require_bias().double().numpy(), every
+    new = np.zeros((1, x.shape[1])), np.zeros(1), np.array([-1])
+    if len(classes) > 1:
+        features = np.concatenate([one[fit] for one in versions])
+        new = *standardised_regression(features, np.tile(y[fit], 2), C), classes
+    completed = np.concatenate([one[held] for one in judged])
     twice = np.tile(y[held], 2), np.repeat([0, 1], len(held))
     sets = {"real": (x[held], y[held], has[held]), "completed": (completed, *twice)}
     return {
         name: {
-            when: _accuracies(features @ weight.T + bias, labels, kinds)
-            for when, (weight, bias) in (("before", old), ("after", new))
+            when: _accuracies(
+                known[(features @ weight.T + bias).argmax(1)] == labels, labels, kinds
+            )
+            for when, (weight, bias, known) in (("before", old), ("after", new))
         }
         for name, (features, labels, kinds) in sets.items()
     }
@@ -99,8 +119,11 @@ def _columns(head: HeadFeatures) -> tuple[Array, Array, Array]:
     return head.require_labels().numpy(), head.attribute.numpy(), head.features.double().numpy()
 
 
-def _accuracies(logits: Array, y: Array, has: Array) -> dict[str, float]:
+def _accuracies(right: Array, y: Array, has: Array) -> dict[str, float]:
+    if not len(y):
+        return {"worst": 0.0, "balanced": 0.0, "images": 0}
     cells = np.unique(y * 2 + has, return_inverse=True)[1].reshape(-1)
-    right: NDArray[Any] = logits.argmax(1) == y
-    each = np.bincount(cells, right) / np.bincount(cells)
-    return {"worst": float(each.min()), "balanced": float(each.mean())}
+    sizes = np.bincount(cells)
+    each = np.bincount(cells, right) / sizes
+    worst = {"worst": float(each.min()), "images": int(sizes[each.argmin()])}
+    return worst | {"balanced": float(each.mean())}

@@ -18,6 +18,7 @@ from xai_edit.core.checks import (
     require,
     require_type,
     whole_number,
+    with_labels,
 )
 from xai_edit.core.data import (
     Attribute,
@@ -35,7 +36,6 @@ from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.completion import DonorPool, Exchange
 from xai_edit.last_layer.completion_figures import (
-    CREDIBLE,
     held_out,
     not_credible,
     resemblance,
@@ -45,7 +45,6 @@ from xai_edit.last_layer.head import HeadFeatures
 from xai_edit.last_layer.regression import Array, standardised_regression
 
 SIZES = (1, 2, 4, 8)  # directions that are tried
-CARRIED = 0.8  # share of the largest effect that the chosen directions have
 JUDGED = 64  # images a forward pass while sizes are judged
 
 
@@ -60,7 +59,8 @@ class CounterfactualRetraining:
     versions, with the image's own class, is the new last layer. Ours; no paper.
 
     A feature that differs from position to position, such as the background of photographs, does
-    not belong to another image's scene, and little is gained: see ``origin["completion"]``.
+    not belong to another image's scene, and little is gained. A warning, kept in
+    ``origin["completion"]``, says where completed images are not like real ones.
 
     Parameters
     ----------
@@ -71,8 +71,9 @@ class CounterfactualRetraining:
         Their basis holds the feature, the leading directions first, as of
         `xai_edit.ContrastivePCA`; of others give ``Subspaces(s.block(k), (s.sizes[k],), s.mean)``.
     size : int, optional
-        Leading directions that are exchanged. When left out the fewest of 1, 2, 4 and 8 whose
-        mean effect on the logits is at least 80 % of that of the most.
+        Leading directions that are exchanged. When left out those of 1, 2, 4 and 8 after which the
+        worst group of held-out images is the best, of equal ones that with the largest effect; see
+        ``origin["tried"]``.
     C : float
         Inverse strength of the L2 penalty, as in scikit-learn, for standardised features.
     donors : int
@@ -127,22 +128,21 @@ class CounterfactualRetraining:
         require_finite(model)
         with reading(model) as reader:
             exchange, pools = self._donors(reader, data, attribute)
-            effects = self._effects(exchange, pools)
-            enough = CARRIED * effects[self._sizes[-1]]
-            size = next(m for m, effect in effects.items() if effect >= enough)
+            tried = self._tried(exchange, pools)
+            size = max(tried, key=lambda m: (tried[m]["worst"], tried[m]["effect"]))
             head, versions = self._completed(exchange, pools, size, data, attribute)
         y = head.require_retrainable().numpy()
         weight, bias = standardised_regression(np.concatenate(versions), np.tile(y, 2), self.C)
         completion = resemblance(head, versions[1], self.seed)
-        if completion.get("reached", 1) < CREDIBLE:
-            completion["warning"] = not_credible(completion)
-            warnings.warn(completion["warning"], stacklevel=2)
+        held = held_out(head, versions, versions, self.C, self.seed)
+        if trouble := not_credible(completion, held):
+            completion["warning"] = trouble
+            warnings.warn(trouble, stacklevel=2)
         origin: dict[str, Any] = {"operator": "CounterfactualRetraining", "layer": self.layer}
         origin |= {"size": size, "C": self.C, "donors": [len(pool) for pool in pools]}
         origin |= {"seed": self.seed, "samples": len(y), "subspaces": self.subspaces.origin}
-        origin |= {"effects": {str(m): effect for m, effect in effects.items()}}
-        origin |= {"completion": completion}
-        origin |= {"held_out": held_out(head, versions, self.C, self.seed)}
+        origin |= {"tried": {str(m): figures for m, figures in tried.items()}}
+        origin |= {"completion": completion, "held_out": held}
         new = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
         return head.edit(model, origin, **new)
 
@@ -162,7 +162,8 @@ class CounterfactualRetraining:
             key = torch.from_numpy(keys.random(len(batch)))
             for value, pool in enumerate(pools):
                 rows = (has == value).nonzero()[:, 0]
-                pool.add(key[rows], coefficients[rows], batch.inputs[rows])
+                own = with_labels(batch.labels)[rows]
+                pool.add(key[rows], coefficients[rows], batch.inputs[rows], own)
             labels.append(batch.labels)
         assert exchange is not None  # there is no data without samples
         for pool, what in zip(pools, ("without", "with"), strict=True):
@@ -188,34 +189,47 @@ class CounterfactualRetraining:
             yield batch, has
         check_length(attribute, start, "attribute")
 
-    def _effects(self, exchange: Exchange, pools: Sequence[DonorPool]) -> dict[int, float]:
-        """Return how much the feature moves the logit of the class that it moves most, by size.
+    def _tried(self, exchange: Exchange, pools: Sequence[DonorPool]) -> dict[int, dict[str, float]]:
+        """Return figures of each size, on the pools' images.
 
-        That is the mean over the pools' images of the change of this logit less that of the
-        others', from the completion without to that with the feature.
+        ``effect``: the mean change, from the completion without to that with the feature, of the
+        logit that changes most, less that of the others. ``worst``: the accuracy of the worst group
+        of held-out images after retraining, be they real or completed along the most directions.
         """
         generator = np.random.default_rng([self.seed, 1])
-        changes: dict[int, list[Tensor]] = {size: [] for size in self._sizes}
-        weight = exchange.head.weight.double()
-        for pool in pools:
+        columns: list[list[Tensor]] = [[], [], []]
+        made: dict[int, tuple[list[Tensor], list[Tensor]]] = {m: ([], []) for m in self._sizes}
+        for value, pool in enumerate(pools):
             chance = torch.from_numpy(generator.random((len(pool), 2)))
             for rows in torch.arange(len(pool)).split(JUDGED):
                 inputs = pool.inputs[rows].to(model_device(exchange.reader.model))
                 donors = [one.drawn(c) for one, c in zip(pools, chance[rows].T, strict=True)]
-                for size, change in changes.items():
-                    without, with_it = (exchange.completed(inputs, d, size) for d in donors)
-                    change.append((with_it - without).double() @ weight.T)
-        means = {size: torch.cat(change).mean(0) for size, change in changes.items()}
-        largest = means[self._sizes[-1]]
-        if not (largest != 0).any():
+                for size, lists in made.items():
+                    for version, donor in zip(lists, donors, strict=True):
+                        version.append(exchange.completed(inputs, donor, size))
+                real = exchange.reader.read(inputs).features
+                batch = real, pool.labels[rows], torch.full_like(rows, value)
+                for column, part in zip(columns, batch, strict=True):
+                    column.append(part)
+        head = exchange.head_features(*map(torch.cat, columns))
+        versions_of = {m: (_array(made[m][0]), _array(made[m][1])) for m in made}
+        weight = head.weight.double().numpy()
+        moves = {m: ((one - zero) @ weight.T).mean(0) for m, (zero, one) in versions_of.items()}
+        largest = moves[self._sizes[-1]]
+        if not largest.any():
             raise ValueError(
                 f"layer: {self.layer!r} given; other activations there change nothing at the last "
                 "layer's inputs, so name a layer before it"
             )
-        row, others = int(largest.argmax()), len(largest) - 1
-        return {
-            m: float(mean[row] - (mean.sum() - mean[row]) / others) for m, mean in means.items()
-        }
+        row, judged, figures = int(largest.argmax()), versions_of[self._sizes[-1]], {}
+        for size, versions in versions_of.items():
+            held = held_out(head, versions, judged, self.C, self.seed)
+            effect = moves[size][row] - np.delete(moves[size], row).mean()
+            figures[size] = {
+                "effect": float(effect),
+                "worst": min(held[name]["after"]["worst"] for name in held),
+            }
+        return figures
 
     def _completed(
         self,
@@ -238,5 +252,8 @@ class CounterfactualRetraining:
             labels.append(batch.labels)
             attributes.append(has)
         columns = torch.cat(real), together(labels, "labels"), together(attributes, "groups")
-        without, with_it = (torch.cat(one).double().numpy() for one in versions)
-        return exchange.head_features(*columns), (without, with_it)
+        return exchange.head_features(*columns), (_array(versions[0]), _array(versions[1]))
+
+
+def _array(parts: Sequence[Tensor]) -> Array:
+    return torch.cat([*parts]).double().numpy()
