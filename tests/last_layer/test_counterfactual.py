@@ -12,6 +12,8 @@ from torch import nn
 
 from xai_edit import CounterfactualRetraining, ModelEdit, Subspaces
 from xai_edit.core.errors import UnknownLayerError
+from xai_edit.last_layer.completion_figures import held_out
+from xai_edit.last_layer.head import HeadFeatures
 
 SAMPLES = 60
 
@@ -129,6 +131,51 @@ def test_a_class_never_seen_with_the_mark_is_recognised_with_it():
     assert edit.origin["completion"]["recognised"] == {"without": 0, "with": 1, "completed": 1}
     held = edit.origin["held_out"]["completed"]
     assert held["before"]["worst"] < 0.5 < 0.8 < held["after"]["worst"]
+
+
+def test_the_size_is_that_after_which_the_worst_held_out_group_is_best():
+    model, x, y, has = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    basis = torch.eye(3).double()[:, [2, 1]]  # noise leads, the mark follows
+    both = Subspaces(basis, (2,), torch.zeros(3).double())
+    edit = CounterfactualRetraining("0", both).plan(model, data)
+    tried = edit.origin["tried"]
+    assert edit.origin["size"] == 2
+    assert tried["1"]["worst"] < 0.5 < 0.8 < tried["2"]["worst"]
+    weight = (model[1].weight[1] - model[1].weight[0]).detach()
+    chance = np.random.default_rng([0, 1]).random((len(has), 2))  # all are donors
+    keys = np.random.default_rng([0, 0]).random(len(has))
+    pools = [sorted(np.flatnonzero(has == v), key=keys.__getitem__) for v in (0, 1)]
+    without, with_it = (
+        [pool[int(u * len(pool))] for u in chance[:, value]] for value, pool in enumerate(pools)
+    )
+    moved = x[with_it, 1:] - x[without, 1:]
+    expected = float((np.mean(moved, axis=0) * weight[1:].numpy()).sum())
+    assert tried["2"]["effect"] == pytest.approx(expected)
+
+
+def test_held_out_figures_are_those_of_a_head_fitted_on_the_other_half():
+    model, x, y, has = biased()
+    mark = np.array([0.0, 1.0, 0.0])
+    versions = x + 3 * mark, x - 2 * mark
+    columns = torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(has)
+    layer = model[1]
+    head = HeadFeatures("1", layer.weight.detach(), layer.bias.detach(), *columns)
+    found = held_out(head, versions, versions, 1.0, seed=3)
+    rng, held = np.random.default_rng([3, 4]), []
+    for cell in ((0, 0), (1, 0), (1, 1)):
+        rows = rng.permutation(np.flatnonzero((y == cell[0]) & (has == cell[1])))
+        held.extend(rows[(len(rows) + 1) // 2 :])
+    fit = np.setdiff1d(np.arange(len(y)), held)
+    fitted = make_pipeline(StandardScaler(), LogisticRegression())
+    fitted.fit(np.concatenate([one[fit] for one in versions]), np.tile(y[fit], 2))
+    right = [fitted.predict(one[held]) == y[held] for one in (x, *versions)]
+    real = [right[0][(y[held] == c) & (has[held] == v)].mean() for c, v in ((0, 0), (1, 0), (1, 1))]
+    completed = [one[y[held] == c].mean() for one in right[1:] for c in (0, 1)]
+    for name, groups in (("real", real), ("completed", completed)):
+        after = found[name]["after"]
+        assert after["worst"] == pytest.approx(min(groups))
+        assert after["balanced"] == pytest.approx(np.mean(groups))
 
 
 def test_one_output_is_retrained_as_two_classes():
