@@ -23,6 +23,7 @@ from .concepts.collect import collect_features
 from .concepts.drsa import DRSA
 from .concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from .concepts.predictiveness import predictiveness
+from .concepts.presence import Presence
 from .concepts.subspaces import Subspaces
 from .core.outputs import one_label, outputs_as
 from .edits.model_edit import ModelEdit
@@ -33,6 +34,7 @@ from .evaluation.evaluate_groups import evaluate_groups, evaluate_head
 from .evaluation.evaluate_unlearning import evaluate_unlearning
 from .evaluation.sizes import compare_sizes
 from .forgetting.path_perturbation import PathPerturbation
+from .last_layer.counterfactual import CounterfactualRetraining
 from .last_layer.fictitious_class import FictitiousClass
 from .last_layer.head import collect_head_features
 from .last_layer.single_weight import SingleWeight
@@ -58,6 +60,7 @@ __all__ = [
     "CaptumLayer",
     "ConceptAwarePruning",
     "ContrastivePCA",
+    "CounterfactualRetraining",
     "FictitiousClass",
     "FineTuning",
     "FunctionalCanonizer",
@@ -65,6 +68,7 @@ __all__ = [
     "LogitMask",
     "ModelEdit",
     "PathPerturbation",
+    "Presence",
     "Random",
     "RelevancePruning",
     "SingleWeight",

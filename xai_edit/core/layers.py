@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,6 +149,23 @@ def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass on ``change(values)``, a new tensor, in place of a layer's values in this context."""
+    module = layer_module(model, layer)
+    if layer.endswith(INPUT_SUFFIX):
+        handle = module.register_forward_pre_hook(
+            lambda _, inputs, named: with_first(change(first_tensor(inputs, named)), inputs, named),
+            with_kwargs=True,
+        )
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def gradients_at(

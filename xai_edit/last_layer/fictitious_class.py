@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from xai_edit.last_layer.exact_dose import EditedWeight
 from xai_edit.last_layer.head import HeadFeatures
 from xai_edit.last_layer.objective import Aim, EditObjective, Weights, best_weights, exact_weights
 from xai_edit.last_layer.rate_sweep import RateSweep, rate_sweep
+from xai_edit.last_layer.regression import one_row_a_class
 from xai_edit.last_layer.single_weight import check_choices, dosed, editable, head_edit
 from xai_edit.last_layer.weight_selection import Selection, most_significant, selection_scores
 
@@ -246,10 +246,3 @@ def fitted_last_layer(x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         classifier.fit(scaler.fit_transform(x.numpy()), classes.numpy())
     W, b = one_row_a_class(classifier.coef_ / scaler.scale_, classifier.intercept_)
     return torch.from_numpy(W), torch.from_numpy(b)
-
-
-def one_row_a_class(weight: Any, bias: Any) -> tuple[Any, Any]:
-    """Return both rows where scikit-learn has, of two classes, that of the second alone."""
-    if len(weight) > 1:
-        return weight, bias
-    return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])

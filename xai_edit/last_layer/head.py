@@ -121,6 +121,17 @@ class HeadFeatures:
         """Return the labels; ValueError where the data has none or one is out of range."""
         return with_labels(self.labels, self.classes)
 
+    def require_retrainable(self) -> Tensor:
+        """Return the labels; ValueError where a class has no samples, or the layer no bias."""
+        labels = self.require_labels()
+        if len(labels.unique()) < self.classes or self.classes < 2:
+            raise ValueError(
+                f"data: samples of {len(labels.unique())} classes; retraining needs samples of all "
+                f"{self.classes}, and two or more of them"
+            )
+        self.require_bias()
+        return labels
+
 
 def collect_head_features(
     model: nn.Module,
