@@ -24,8 +24,9 @@ from .concepts.collect import collect_features
 from .concepts.drsa import DRSA
 from .concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from .concepts.predictiveness import predictiveness
+from .concepts.presence import Presence
 from .concepts.subspaces import Subspaces
-from .core.outputs import outputs_as
+from .core.outputs import one_label, outputs_as
 from .discovery.discover import discover
 from .discovery.findings import Findings
 from .edits.model_edit import ModelEdit
@@ -36,6 +37,7 @@ from .evaluation.evaluate_groups import evaluate_groups, evaluate_head
 from .evaluation.evaluate_unlearning import evaluate_unlearning
 from .evaluation.sizes import compare_sizes
 from .forgetting.path_perturbation import PathPerturbation
+from .last_layer.counterfactual import CounterfactualRetraining
 from .last_layer.fictitious_class import FictitiousClass
 from .last_layer.head import collect_head_features
 from .last_layer.single_weight import SingleWeight
@@ -61,6 +63,7 @@ __all__ = [
     "CaptumLayer",
     "ConceptAwarePruning",
     "ContrastivePCA",
+    "CounterfactualRetraining",
     "FictitiousClass",
     "Findings",
     "FineTuning",
@@ -69,6 +72,7 @@ __all__ = [
     "LogitMask",
     "ModelEdit",
     "PathPerturbation",
+    "Presence",
     "Random",
     "RelevancePruning",
     "SingleWeight",
@@ -103,6 +107,7 @@ __all__ = [
     "forgetting",
     "last_layer",
     "lrp",
+    "one_label",
     "outputs_as",
     "predictiveness",
     "pruning",

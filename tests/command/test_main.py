@@ -269,3 +269,84 @@ def test_help_ends_with_an_example_that_is_understood(command, capsys, monkeypat
     with pytest.raises(SystemExit) as stopped:
         main([*words[1:], "--version-of-a-flag-that-is-not-there"])
     assert "unrecognized arguments: --version-of" in capsys.readouterr().err
+
+
+# data of one's own
+
+
+TEXTS = """
+import torch
+from torch import nn
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.hidden = nn.Embedding(20, 6), nn.Linear(6, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None].float()
+        pooled = (self.words(input_ids) * mask).sum(1) / mask.sum(1)
+        return {"logits": self.head(self.hidden(pooled).relu())}
+
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, (8, 5), generator=generator)
+    mask = torch.ones(8, 5, dtype=torch.long)
+    return [
+        {"input_ids": one, "attention_mask": two, "labels": at % 3}
+        for at, (one, two) in enumerate(zip(ids, mask))
+    ]
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "cli_texts", raising=False)
+    Path("cli_texts.py").write_text(TEXTS)
+    return "--model cli_texts:Words --data cli_texts:texts"
+
+
+def test_score_and_check_take_a_data_set_of_mappings(texts, capsys):
+    line = f"score {texts} --layers hidden --batch-size 3 --quiet --out out"
+    assert main(shlex.split(line)) == 0
+    found = xe.UnitScores.load("out/scores.safetensors")
+    assert (found.samples, read("out")["preprocessing"]) == (8, None)
+    made = sys.modules["cli_texts"].texts()
+    batch = {name: torch.stack([torch.as_tensor(one[name]) for one in made]) for name in made[0]}
+    torch.manual_seed(0)
+    model = sys.modules["cli_texts"].Words().eval()
+    expected = xe.score_units(model, [batch], xe.LRP("epsilon-plus"), layers="hidden")
+    torch.testing.assert_close(found["hidden"], expected["hidden"])
+    line = f"score {texts} --layers hidden --limit 6 --quiet --compare epsilon,taylor --out both"
+    assert main(shlex.split(line)) == 0
+    assert files("both") == ["comparison.json", "rank-correlation.png"]
+    capsys.readouterr()
+    assert main(shlex.split(f"check {texts} --layers hidden --json --quiet")) in (0, 1)
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("unlearn --target 1", "unlearn shows images; give a folder"),
+        ("score --composite epsilon-gamma-box", "'epsilon-gamma-box' needs the bounds of inputs"),
+    ],
+)
+def test_what_needs_images_refuses_other_data(texts, capsys, line, message):
+    command, _, more = line.partition(" ")
+    assert message in refused(f"{command} {texts} {more}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nothing", "gives int; it returns a list or Dataset"), ("no", "has no function 'no'")],
+)
+def test_a_function_that_gives_no_data_is_one_clear_line(texts, capsys, name, message):
+    line = texts.replace("cli_texts:texts", f"cli_texts:{name}")
+    assert message in refused(f"score {line}", capsys)

@@ -13,6 +13,7 @@ from xai_edit import (
     PCA,
     CaptumLayer,
     ConceptAwarePruning,
+    Presence,
     RelevancePruning,
     Subspaces,
     ablated,
@@ -22,6 +23,7 @@ from xai_edit import (
     to_smaller,
     with_ablation,
 )
+from xai_edit.concepts import presence
 from xai_edit.concepts.collect import values_at as output
 
 LAYERS = ["conv1", "conv2", "fc1"]
@@ -178,14 +180,17 @@ def test_a_copy_with_the_ablation_computes_what_the_ablated_model_does(
     torch.testing.assert_close(exported(inputs), expected)
 
 
-def test_a_network_with_its_ablation_is_pruned_and_made_smaller_but_for_what_it_mixes(batches):
+@pytest.mark.parametrize("when", [None, Presence(0.5)])
+def test_a_network_with_its_ablation_is_pruned_and_made_smaller_but_for_what_it_mixes(
+    batches, when
+):
     torch.manual_seed(0)
     side = 8  # as many channels as pixels a side, so that no size tells the axes apart
     first, second = nn.Conv2d(1, side, 3, padding=1), nn.Conv2d(side, 12, 3, padding=1)
     end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), *end).eval()
     inputs = batches[0][0]
-    kept = with_ablation(model, "1", found(model, batches, "1"), [0])
+    kept = with_ablation(model, "1", found(model, batches, "1"), [0], when=when)
     edit = RelevancePruning(0.5, ranking="local").plan(kept, batches)
     assert set(edit.origin["units"]) == {"2"}
     assert "a value for each" in edit.origin["fixed"]["0"]
@@ -290,3 +295,94 @@ def test_pruning_that_keeps_the_ablation_equals_pruning_inside_it(batches):
         expected = model(x)
     with kept.applied(model):
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+
+
+# Reactive ablation: of samples in which the subspaces are present.
+
+
+def scores_of(model, layer, subspaces, inputs, indices, pooling):
+    """The scores by a loop over samples and positions, and the middle between two of them."""
+    a = channels_last(output(model, layer, inputs)).double()
+    U = subspaces.directions(indices)
+    squares = [
+        [float((U.T @ (vector - subspaces.mean)).square().sum()) for vector in sample]
+        for sample in a.reshape(len(a), -1, a.shape[-1])
+    ]
+    pool = max if pooling == "max" else (lambda values: sum(values) / len(values))
+    scores = torch.tensor([pool(sample) for sample in squares]).double()
+    low, high = scores.sort().values[len(scores) // 2 - 1 : len(scores) // 2 + 1].tolist()
+    return scores, (low + high) / 2
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_only_samples_with_the_subspaces_are_ablated(
+    plain, batches, layer, pooling, tmp_path, unchanged
+):
+    subspaces, inputs = found(plain, batches, layer), batches[0][0]
+    expected, threshold = scores_of(plain, layer, subspaces, inputs, [0, 2], pooling)
+    a = channels_last(output(plain, layer, inputs))
+    scores = presence(a.reshape(len(a), -1, a.shape[-1]), subspaces, [0, 2], pooling)
+    torch.testing.assert_close(scores, expected)
+    with ablated(plain, layer, subspaces, [0, 2]):
+        everywhere = plain(inputs)
+    check, here = unchanged(plain), scores > threshold
+    when = Presence(threshold, pooling)
+    kept = with_ablation(plain, layer, subspaces, [0, 2], when=when)
+    with ablated(plain, layer, subspaces, [0, 2], when=when):
+        reactive = plain(inputs)
+    check()
+    assert torch.equal(kept(inputs), reactive)
+    assert torch.equal(reactive[~here], plain(inputs)[~here])  # bit by bit
+    torch.testing.assert_close(reactive[here], everywhere[here])
+    assert not torch.allclose(reactive[here], plain(inputs)[here])
+
+    again = with_ablation(plain, layer, subspaces, [0, 2], when=Presence(0, pooling))
+    save_file(kept.state_dict(), tmp_path / "kept.safetensors")
+    again.load_state_dict(load_file(tmp_path / "kept.safetensors"))
+    assert torch.equal(again(inputs), reactive)
+    torch.export.save(torch.export.export(kept, (inputs,)), tmp_path / "kept.pt2")
+    exported = torch.export.load(tmp_path / "kept.pt2").module()
+    torch.testing.assert_close(exported(inputs), reactive)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_outputs_without_the_feature_are_the_same_bits_in_either_memory_layout(memory):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3), nn.ReLU(inplace=True)
+    )
+    model = model.to(memory_format=memory).eval()
+    x = torch.randn(5, 3, 20, 20).to(memory_format=memory)
+    subspaces = Subspaces(torch.eye(32).double()[:, :4], (4,), torch.zeros(32).double())
+    none = with_ablation(model, "1", subspaces, [0], when=Presence(1e9))
+    assert torch.equal(none(x), model(x))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_relevance_passes_samples_that_are_not_ablated_by(plain, batches, layer):
+    model, (x, y) = plain.double(), batches[0]
+    x = x.double()
+    subspaces = found(model, [(x, y)], layer)
+    scores, threshold = scores_of(model, layer, subspaces, x, [0], "max")
+    scorer, relevance = LRP("epsilon"), {}
+    for when in (None, Presence(threshold)):
+        with ablated(model, layer, subspaces, [0], when=when) as inner:
+            relevance[when is None] = scorer.relevance(model, x, y, [inner])[inner]
+    here, plainly = scores > threshold, scorer.relevance(model, x, y, [layer])[layer]
+    torch.testing.assert_close(relevance[False][here], relevance[True][here])
+    torch.testing.assert_close(relevance[False][~here], plainly[~here], rtol=1e-4, atol=1e-5)
+
+
+def test_presence_refuses_what_is_no_threshold_pooling_or_channels(plain, batches):
+    subspaces = found(plain, batches, "conv1")
+    with pytest.raises(ValueError, match="threshold: -1 given; it is a finite number"):
+        Presence(-1)
+    with pytest.raises(ValueError, match="pooling: 'sum' given; it is one of 'max', 'mean'"):
+        Presence(1.0, "sum")
+    with pytest.raises(ValueError, match="pooling: 'sum' given"):
+        presence(torch.zeros(2, 3, 4), subspaces, [0], "sum")
+    with pytest.raises(ValueError, match="subspaces have 4 channels"):
+        presence(torch.zeros(2, 3, 5), subspaces, [0])
+    with pytest.raises(TypeError, match=r"when: float given; give xai_edit.Presence\(threshold\)"):
+        with_ablation(plain, "conv1", subspaces, [0], when=0.5)

@@ -158,8 +158,8 @@ def test_inputs_that_are_not_finite_are_refused_by_batch_number(value):
     ("raw", "message"),
     [
         ((X, Y[:5]), "batch 0 has labels of shape (5,) for 6 inputs; expected (6,)"),
-        ((X, Y[:, None]), "labels of shape (6, 1) for 6 inputs; expected (6,)"),
-        ((X, nn.functional.one_hot(Y)), "labels of shape (6, 3) for 6 inputs"),
+        ((X, Y[:5, None]), "labels of shape (5, 1) for 6 inputs; expected (6,)"),
+        ((X, nn.functional.one_hot(Y) * 2), "labels of shape (6, 3) that are not 0 and 1"),
         ((X, 3), "labels of shape () for 6 inputs"),
         ((X, Y, G[:2]), "groups of shape (2,) for 6 inputs"),
         ((X, Y + 0.5), "batch 0 has labels that are not whole numbers"),

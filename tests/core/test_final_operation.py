@@ -99,21 +99,50 @@ def test_one_sigmoid_is_the_logit_of_class_one(end):
     assert got == xe.evaluate_groups(plain, data).to_dict()
 
 
+def total(outputs):
+    return outputs.reshape(len(outputs), -1).sum(1)
+
+
 @pytest.mark.parametrize(
     "end",
     [
         lambda z: z.softmax(1) * 2,
         lambda z: z.softmax(1).mul_(2),
-        lambda z: z * z.sigmoid(),
+        lambda z: torch.stack([1 - z[:, 0].sigmoid(), z[:, 0].sigmoid()], 1),
         lambda z: z.softmax(1)[:, 1],
-        lambda z: (z.softmax(1), z.add_(1))[0],
+        lambda z: 1 - z.softmax(1)[:, 1:2],
     ],
 )
-def test_what_is_more_than_a_final_softmax_stays_as_it_is(end):
-    model, expected = Ends(end), end(Ends()(X))
+@pytest.mark.parametrize("scorer", [xe.LRP(), xe.Activation(), xe.Taylor()])
+def test_a_class_is_not_explained_by_probabilities(end, scorer):
+    model = Ends(end)
+    if isinstance(scorer, xe.Taylor) and model(X).squeeze().ndim > 1:
+        return  # it takes the gradient of the likelihood
+    with pytest.raises(ValueError, match=r"is computed from a s[a-z]*, so that it is no logit"):
+        xe.score_units(model, [X], scorer, layers="first", target=1)
+    score = xe.score_units(model, [X], xe.Activation(), layers="first", target=total)
+    assert "output" not in score.origin
+
+
+def test_a_softmax_whose_logits_are_overwritten_is_not_explained():
+    model = Ends(lambda z: (z.softmax(1), z.add_(1))[0])
+    with pytest.raises(ValueError, match="is computed from a softmax"):
+        xe.score_units(model, [X], xe.Activation(), layers="first", target=1)
+
+
+def test_one_probability_has_no_accuracy_at_logit_0():
+    for end in (lambda z: z.softmax(1)[:, 1], lambda z: z.softmax(1).select(1, 1)):
+        with pytest.raises(ValueError, match="computed from a softmax"):
+            xe.evaluate_groups(Ends(end), [(X, Y % 2, Y % 2)])
+        with pytest.raises(ValueError, match="computed from a softmax"):
+            xe.SingleWeight().plan(Ends(end), [(X, Y % 2)], target=1)
+
+
+def test_a_gate_at_the_end_stays_as_it_is():
+    model, z = Ends(lambda z: z * z.sigmoid()), Ends()(X)
     got = xe.score_units(model, [X], xe.Activation(), layers="first", target=1)
     assert "output" not in got.origin
-    torch.testing.assert_close(outputs_of(run(model, X), X), expected)
+    torch.testing.assert_close(outputs_of(run(model, X), X), z * z.sigmoid())
 
 
 def test_outputs_given_by_a_function_are_followed_too():

@@ -10,7 +10,6 @@ from torch import nn
 from xai_edit import (
     LRP,
     Activation,
-    LogitMask,
     PathPerturbation,
     evaluate_groups,
     score_units,
@@ -318,12 +317,32 @@ def test_the_gate_of_pooled_maps_is_no_hidden_layer(digits):
         PathPerturbation("gate", scope="class_row").plan(model, [digits], target=TARGET)
 
 
+@pytest.mark.parametrize("scope", ["neuron", "class_row"])
 @pytest.mark.parametrize("target", [0, 1])
-def test_a_network_with_one_logit_is_refused_for_what_it_is(digits, target):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1))
-    for operator in (PathPerturbation(), LogitMask()):
-        with pytest.raises(ValueError, match=r"model: has one output; .* one a class"):
-            operator.plan(model, [digits], target=target)
+def test_of_one_logit_the_neurons_that_speak_for_the_class_are_switched_off(digits, target, scope):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1)).eval()
+    x = digits[0][:200]
+    h, w = model[2](model[1](x.flatten(1))).detach(), model[3].weight.detach()[0]
+    with torch.no_grad():
+        model[3].bias.copy_(-(h @ w).quantile(0.5))
+    labels = (model(x)[:, 0] > 0).long()
+    own = labels == target
+    # epsilon LRP at the last hidden layer, in closed form
+    relevance = (h * w)[own].sum(0) * (1 if target else -1)
+    expected = relevance.argsort(descending=True)[:2].sort().values.tolist()
+    operator = PathPerturbation(share=0.25, scope=scope, scorer=LRP("epsilon", epsilon=1e-9))
+    edit = operator.plan(model, [(x, labels)], target=target)
+    assert edit.origin["neurons"] == expected
+    keep = torch.ones(8).index_fill(0, torch.tensor(expected), 0)
+    with edit.applied(model):
+        torch.testing.assert_close(model(x)[:, 0], (h * keep) @ w + model[3].bias)
+        right = float(((model(x)[:, 0] > 0).long() == labels)[own].double().mean())
+    swept = operator.sweep(
+        model, [(x, labels)], target=target, validation=[(x, labels)], shares=[0.25]
+    )
+    assert swept.forgotten == [1.0, pytest.approx(right)]
+    assert right < 1
 
 
 # several layers and classes

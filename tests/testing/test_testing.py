@@ -64,8 +64,9 @@ def test_our_scorers_keep_their_promises(make):
     check_scorer(make())
 
 
-def axes(width):
-    return xe.Subspaces(torch.eye(width).double()[:, :2], (1, 1), torch.zeros(width).double())
+def axes(width, size=1):
+    basis = torch.eye(width).double()[:, : 2 * size]
+    return xe.Subspaces(basis, (size, size), torch.zeros(width).double())
 
 
 OPERATORS = {
@@ -80,6 +81,7 @@ OPERATORS = {
     "concept pruning": xe.ConceptAwarePruning("conv1", axes(6), [0], 0.3),
     "fictitious": xe.FictitiousClass(),
     "fictitious exact": xe.FictitiousClass("exact"),
+    "counterfactual": xe.CounterfactualRetraining("conv1", axes(6, 3)),
     "mask": xe.LogitMask(),
     "last layer": xe.LastLayerRetraining(repeats=1, C="auto"),
     "leace": xe.comparisons.LEACE(),

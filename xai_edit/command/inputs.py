@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
+from xai_edit.command.own_data import is_own, load_own
 from xai_edit.core.checks import one_of
 from xai_edit.core.data import Data
 from xai_edit.core.training import seeded
@@ -60,7 +61,11 @@ def model_of(options: argparse.Namespace) -> nn.Module:
 
 
 def images_of(options: argparse.Namespace, spec: str, split: str | None = None) -> Images:
-    """Return the data that ``spec`` names, image by image."""
+    """Return the data that ``spec`` names, sample by sample."""
+    if is_own(spec):
+        own = load_own(spec, options.command, limit=options.limit)
+        note(options, f"data: {spec}, {own}, as they are")
+        return own
     preprocessing = preprocessing_given(options)
     how = {"root": options.data_root, "split": split or options.split, "limit": options.limit}
     images = load_images(spec, preprocessing=preprocessing, **how)
@@ -93,6 +98,9 @@ def lrp_of(name: str, options: argparse.Namespace, model: nn.Module, data: Data)
     parameters: dict[str, Any] = {}
     needed = inspect.signature(PRESETS[name]).parameters if name in PRESETS else ()
     if "low" in needed:
+        if is_own(options.data):
+            works = "images have them, such as a folder"
+            raise ValueError(f"scorer: {name!r} needs the bounds of inputs; {works}")
         parameters["low"], parameters["high"] = preprocessing_given(options).bounds
     if "patterns" in needed:
         parameters["patterns"] = fit_patterns(model, data)

@@ -131,7 +131,8 @@ def load_model(spec: str, *, weights: str | None = None, classes: int | None = N
         model: nn.Module = models.get_model(name, weights=own, **config)
         weights = None if own else weights
     else:
-        model = _imported(spec, config)
+        model = imported(spec, "model", config)
+        require_type(model, nn.Module, f"model: {spec}", "it returns an nn.Module")
     if weights is not None:
         _put_weights(model, Path(weights), heads)
     return model.eval()
@@ -144,22 +145,22 @@ def _torchvision_name(spec: str) -> str:
     return name
 
 
-def _imported(spec: str, config: Mapping[str, Any]) -> nn.Module:
+def imported(spec: str, what: str, config: Mapping[str, Any]) -> Any:
+    """Return what ``package.module:function`` gives; ``what`` begins the message of an error."""
     module_name, _, name = spec.partition(":")
     if not name:
-        raise ValueError(f"model: {spec!r} given; give torchvision:NAME or package.module:function")
+        works = "give torchvision:NAME or package.module:function"
+        raise ValueError(f"{what}: {spec!r} given; {works}")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as ``python -m`` does
-    with _one_sentence(f"model: module {module_name!r} cannot be imported"):
+    with _one_sentence(f"{what}: module {module_name!r} cannot be imported"):
         module = importlib.import_module(module_name)
     made = getattr(module, name, None)
     if not callable(made):
         guess = _near(name, vars(module))
-        raise ValueError(f"model: module {module_name!r} has no function {name!r}{guess}")
-    with _one_sentence(f"model: {spec} failed"):
-        model: nn.Module = made(**config)
-    require_type(model, nn.Module, f"model: {spec}", "it returns an nn.Module")
-    return model
+        raise ValueError(f"{what}: module {module_name!r} has no function {name!r}{guess}")
+    with _one_sentence(f"{what}: {spec} failed"):
+        return made(**config)
 
 
 def _put_weights(model: nn.Module, file: Path, unused: tuple[str, ...]) -> None:

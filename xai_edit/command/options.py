@@ -99,7 +99,11 @@ MODEL = (
     Option("--device NAME", "such as cuda", default="cpu"),
     Option("--quiet", "no progress bar and no notes"),
 )
-ANY_DATA = Option("--data DATA", f"folder of images or of {LABELLED}")
+ANY_DATA = Option(
+    "--data DATA",
+    f"folder of images or of {LABELLED}, or package.module:function that returns samples, such as "
+    "mappings, which go to the model as they are",
+)
 INPUTS = (
     Option("--data-root DIR", "where torchvision's data set is"),
     Option("--split NAME", "of torchvision's data set", default="test"),

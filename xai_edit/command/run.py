@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
+from xai_edit.command.own_data import is_own
 from xai_edit.command.run_parts import read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
@@ -106,7 +107,7 @@ class Run:
             "command": options.line,
             "versions": versions(),
             "model": {name: getattr(options, own) for name, own in MODEL.items()},
-            "preprocessing": asdict(preprocessing_given(options)),
+            "preprocessing": None if is_own(options.data) else asdict(preprocessing_given(options)),
             "data": {"name": options.data, "found": str(self.images), **data},
         }
         if self.attribute is not None:

@@ -19,11 +19,12 @@ from xai_edit.command.inputs import (
     scorer_of,
 )
 from xai_edit.command.load import preprocessing_of
+from xai_edit.command.own_data import is_own
 from xai_edit.command.run import MODEL, Run
 from xai_edit.core.cost import measured
 from xai_edit.core.data import peek
 from xai_edit.core.files import write_atomically
-from xai_edit.core.inputs import one_tensor
+from xai_edit.core.inputs import Inputs, one_tensor
 from xai_edit.core.targets import targets_of
 from xai_edit.edits.model_edit import versions
 from xai_edit.evaluation.check_model import check_model
@@ -48,10 +49,12 @@ def check(options: argparse.Namespace) -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     images = None if options.data is None else images_of(options, options.data)
+    inputs: Inputs
+    batch: Any
     model = model_of(options)
     if images is not None:
         first = peek(Batches(options, images, "reading"), options.device)[0]
-        inputs = one_tensor(first.inputs, "the command")
+        inputs = first.inputs
         batch = inputs if first.labels is None else (inputs, first.labels)
     else:
         shape = options.input_size or preprocessing_of(options.model, options.weights).shape
@@ -123,13 +126,14 @@ def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
     pictures = {"rank-correlation.png": rank_matrices(found)}
     if any(found.deletion.values()):
         pictures["deletion.png"] = deletion_curves(found.deletion)
-    if any(hasattr(scorer, "heatmap") for scorer in scorers.values()):
+    images = not is_own(run.options.data)
+    if images and any(hasattr(scorer, "heatmap") for scorer in scorers.values()):
         batch = peek(run.read(run.images, "drawing"), run.options.device)[0]
         batch = batch[torch.arange(len(batch)) < DRAWN]
         inputs = one_tensor(batch.inputs, "a picture")
         targets = targets_of(batch, run.options.target)
         maps = relevance_maps(run.model, inputs, scorers, targets=targets)
-        images = preprocessing_given(run.options).pixels(inputs)
-        pictures["relevance-maps.png"] = map_grid(images, maps)
+        pixels = preprocessing_given(run.options).pixels(inputs)
+        pictures["relevance-maps.png"] = map_grid(pixels, maps)
     for name, picture in pictures.items():
         write_atomically(run.out / name, picture)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from xai_edit.core.checks import one_logit_a_class, with_labels
+from xai_edit.core.checks import with_labels
 from xai_edit.core.data import Batch, Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, joined
 from xai_edit.core.layers import predict
-from xai_edit.core.targets import class_list
+from xai_edit.core.outputs import label_chosen
+from xai_edit.core.targets import classes_to_remove
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +52,18 @@ def classes_to_forget(
 ) -> tuple[list[int], int, Data]:
     """Return the classes as a list, the number of the model's classes, and the unread data.
 
-    ValueError if a class is out of range or named twice, or none would be left.
+    ValueError if a class is out of range or named twice, or none would be left, and inside
+    `xai_edit.one_label`: the loss of one label does not hold the others.
     """
+    if (label := label_chosen()) is not None:
+        raise ValueError(
+            f"one_label: label {label} chosen, and methods that train or weigh all weights by the "
+            "loss of one label spoil the others; use LogitMask, SingleWeight or PathPerturbation"
+        )
     first, whole = peek(data, model_device(model))
     with preserved(model), torch.no_grad():
-        outputs = one_logit_a_class(predict(model, first.inputs[:1]).shape[1])
-    classes = class_list(target, outputs)
-    if len(classes) == outputs:
-        raise ValueError(f"target: all {outputs} classes of the model given; one has to stay")
+        outputs = predict(model, first.inputs[:1]).shape[1]
+    classes = classes_to_remove(target, outputs)
     return classes, outputs, whole if isinstance(data, Iterator) else data
 
 

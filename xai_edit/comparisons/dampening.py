@@ -13,7 +13,10 @@ from torch.func import functional_call, grad, vmap
 from xai_edit.comparisons.class_samples import among, classes_to_forget, labelled, require_present
 from xai_edit.core.checks import finite, positive, whole_number
 from xai_edit.core.data import Data, model_device
+from xai_edit.core.final_operation import before_final, following
 from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.inputs import one_tensor
+from xai_edit.core.outputs import as_logits, tensor_of
 from xai_edit.edits.model_edit import ModelEdit
 
 
@@ -100,14 +103,18 @@ def importance(
     all_labels: list[Tensor] = []
 
     def loss(weights: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(model, (weights, buffers), (x[None].clone(),))
+        with following() as mode:
+            output = functional_call(model, (weights, buffers), (x[None].clone(),))
+        mode.mark(output)
+        logits = as_logits(before_final(tensor_of(output)))
         return nn.functional.cross_entropy(logits, label[None])
 
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
     with preserved(model):
         for batch, batch_labels in labelled(data, outputs, model_device(model)):
             all_labels.append(batch_labels.cpu())
-            parts = batch.inputs.split(chunk_size), batch_labels.split(chunk_size)
+            inputs = one_tensor(batch.inputs, "the gradient of each sample")
+            parts = inputs.split(chunk_size), batch_labels.split(chunk_size)
             for x, labels in zip(*parts, strict=True):
                 try:
                     gradients = per_sample(weights, x, labels)

@@ -211,6 +211,11 @@ def boundary_expanding(
         chosen = class_samples(model, data, target)
         found = find_head(model, chosen.inputs[:1].to(model_device(model)))
         name, head = found.layer, found.module(model)
+        if found.one_output:
+            raise ValueError(
+                "model: has one output, and a shadow class needs a row beside those of the classes;"
+                " use boundary_shrink"
+            )
         if not isinstance(head, nn.Linear):
             raise ValueError(
                 f"model: its head {name!r} is not one linear layer, to which a row could be added"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from xai_edit.core.checks import positive, require, whole_number
 from xai_edit.core.data import Attribute, Data
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.last_layer.fictitious_class import one_row_a_class
 from xai_edit.last_layer.head import HeadFeatures, head_features
-
-Array: TypeAlias = NDArray[Any]
+from xai_edit.last_layer.regression import Array, halves, raw_rows, standardised_regression
 
 # What C="auto" tries, weakest first: the paper's grid.
 STRENGTHS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
@@ -74,13 +71,7 @@ class LastLayerRetraining:
         """
         head = head_features(model, data, attribute=attribute, with_attribute=True)
         assert head.attribute is not None  # with_attribute
-        labels = head.require_labels()
-        if len(labels.unique()) < head.classes or head.classes < 2:
-            raise ValueError(
-                f"data: samples of {len(labels.unique())} classes; retraining needs samples of all "
-                f"{head.classes}, and two or more of them"
-            )
-        head.require_bias()
+        labels = head.require_retrainable()
         x, y = head.features.double().numpy(), labels.numpy()
         groups = np.stack([y, head.attribute.numpy()], axis=1)
         pairs, cells, sizes = np.unique(groups, axis=0, return_inverse=True, return_counts=True)
@@ -105,12 +96,7 @@ class LastLayerRetraining:
 
     def _worst_groups(self, x: Array, y: Array, cells: Array) -> dict[float, float]:
         """Return each strength's worst-group accuracy on a half, after fitting on the other."""
-        generator = np.random.default_rng(self.seed)
-        halves = [
-            np.array_split(generator.permutation(np.flatnonzero(cells == cell)), 2)
-            for cell in np.unique(cells)
-        ]
-        fit, held = (np.concatenate(half) for half in zip(*halves, strict=True))
+        fit, held = halves(cells, np.random.default_rng(self.seed))
         worst = {}
         for C in STRENGTHS:
             weight, bias = self._averaged(x[fit], y[fit], cells[fit], C, lasso=True)
@@ -122,9 +108,9 @@ class LastLayerRetraining:
         self, x: Array, y: Array, cells: Array, C: float, *, lasso: bool
     ) -> tuple[Array, Array]:
         """Return weight and bias for raw features, averaged over balanced subsets."""
-        from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
 
+        scaler = StandardScaler().fit(x)
         members = [np.flatnonzero(cells == group) for group in np.unique(cells)]
         smallest = min(map(len, members))
         generator = np.random.default_rng(self.seed)
@@ -132,16 +118,13 @@ class LastLayerRetraining:
         for _ in range(self.repeats):
             chosen = [generator.choice(own, smallest, replace=False) for own in members]
             rows = np.concatenate(chosen)
-            scaler = StandardScaler().fit(x if lasso else x[rows])
-            scaled = scaler.transform(x[rows])
             if lasso:
-                coefficients, intercept = _one_against_rest(scaled, y[rows], C, self.seed)
+                scaled = scaler.transform(x[rows])
+                weight, bias = raw_rows(*_one_against_rest(scaled, y[rows], C, self.seed), scaler)
             else:
-                fitted = LogisticRegression(C=C, max_iter=2000).fit(scaled, y[rows])
-                coefficients, intercept = fitted.coef_, fitted.intercept_
-            coefficients, intercept = one_row_a_class(coefficients, intercept)
-            weights.append(coefficients / scaler.scale_)
-            biases.append(intercept - weights[-1] @ scaler.mean_)
+                weight, bias = standardised_regression(x[rows], y[rows], C)
+            weights.append(weight)
+            biases.append(bias)
         return np.mean(weights, axis=0), np.mean(biases, axis=0)
 
 

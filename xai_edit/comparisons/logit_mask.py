@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from xai_edit.core.checks import one_logit_a_class
 from xai_edit.core.data import Data, model_device, peek
-from xai_edit.core.targets import class_list
+from xai_edit.core.targets import classes_to_remove
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import find_head
 
@@ -30,11 +29,12 @@ class LogitMask:
     def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
         """Plan the mask; the model is only read, and one batch of the data, to find the layer.
 
-        ValueError if the head has no bias, or a class of ``target`` is out of range.
+        Of one logit, class 1 is masked by a low bias and class 0 by a high one. ValueError if the
+        head has no bias, or a class of ``target`` is out of range, or no other is left.
         """
         first, _ = peek(data, model_device(model))
         head = find_head(model, first.inputs[:1])
-        classes = class_list(target, one_logit_a_class(1 if head.one_output else head.classes))
+        classes = classes_to_remove(target, head.classes)
         if head.bias is None:
             raise ValueError(
                 f"model: the last layer {head.layer!r} has no bias to mask a class with"

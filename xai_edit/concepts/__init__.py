@@ -8,6 +8,7 @@ from xai_edit.concepts.explanations import strongest_samples, subspace_maps
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA
 from xai_edit.concepts.predictiveness import Predictiveness, predictiveness
+from xai_edit.concepts.presence import Presence, presence
 from xai_edit.concepts.subspaces import Subspaces
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "ContrastivePCA",
     "Features",
     "Predictiveness",
+    "Presence",
     "Subspaces",
     "ablated",
     "choose_spurious",
     "collect_features",
     "fold_ablation",
     "predictiveness",
+    "presence",
     "strongest_samples",
     "subspace_maps",
     "with_ablation",

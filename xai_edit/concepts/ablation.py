@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from zennit.rules import Epsilon
 
+from xai_edit.concepts.presence import Presence, pooled_square
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.axes import known_axes, unit_axes
+from xai_edit.core.checks import require_type
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied, preserved
 from xai_edit.core.inputs import Inputs
@@ -33,17 +35,30 @@ ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
 
 
 class SubspaceAblation(nn.Module):
-    """The linear map a ↦ a − U Uᵀ(a − μ) over the channels, with the epsilon rule for relevance."""
+    """The map a ↦ a − U Uᵀ(a − μ) over the channels, with the epsilon rule for relevance.
+
+    With ``when`` it is the identity for samples in which the subspaces are not present.
+    """
 
     directions: Tensor
     mean: Tensor
+    threshold: Tensor | None
 
-    def __init__(self, subspaces: Subspaces, indices: Sequence[int], axis: int | None) -> None:
+    def __init__(
+        self,
+        subspaces: Subspaces,
+        indices: Sequence[int],
+        axis: int | None,
+        when: Presence | None = None,
+    ) -> None:
         super().__init__()
+        self.pooling = None if when is None else when.pooling
         # None before the first forward pass; an object, so that `preserved` keeps what it holds.
         self.axis = SimpleNamespace(number=axis)
         self.register_buffer("directions", subspaces.directions(indices))
         self.register_buffer("mean", subspaces.mean.clone())  # `load_state_dict` writes into it
+        threshold = None if when is None else self.directions.new_tensor(when.threshold)
+        self.register_buffer("threshold", threshold)
         self.lrp_rule = Epsilon()
 
     def forward(self, activations: Tensor) -> Tensor:
@@ -57,7 +72,14 @@ class SubspaceAblation(nn.Module):
             raise ValueError(f"subspaces: of {len(U)} channels, but the layer has {a.shape[-1]}")
         ablated = a - (a - self.mean.to(a)) @ U @ U.T
         # Not a view, so that an in-place activation may follow.
-        return ablated.movedim(-1, axis).clone()
+        ablated = ablated.movedim(-1, axis).clone()
+        if self.threshold is None or self.pooling is None:
+            return ablated
+        positions = a.reshape(len(a), -1, len(self.directions))
+        score = pooled_square(positions, self.directions, self.mean, self.pooling)
+        present = (score > self.threshold).reshape(-1, *[1] * (a.ndim - 1))
+        # In the memory layout of the activations, so that later layers compute the same bits.
+        return torch.empty_like(activations).copy_(torch.where(present, ablated, activations))
 
 
 @contextmanager
@@ -67,6 +89,7 @@ def ablated(
     subspaces: Subspaces,
     indices: Sequence[int],
     *,
+    when: Presence | None = None,
     unit_axis: UnitAxis = None,
 ) -> Iterator[str]:
     """Remove subspaces from a layer's output inside a ``with`` block.
@@ -81,6 +104,9 @@ def ablated(
         A module that returns one tensor.
     subspaces, indices : Subspaces, sequence of int
         The subspaces to remove.
+    when : Presence, optional
+        Remove them only in samples in which they are present; outputs of the others, of a model
+        that treats its samples one by one, are the same bits as without the ablation.
     unit_axis : int, optional
         The axis of the channels; when left out, the first forward pass determines it or raises
         ValueError (`xai_edit.core.axes.unit_axes`).
@@ -91,7 +117,7 @@ def ablated(
         The name of the original layer inside the block, such as for a Zennit name map.
     """
     with preserved(model):
-        _insert(model, layer, subspaces, indices, unit_axis)
+        _insert(model, layer, subspaces, indices, when, unit_axis)
         yield f"{layer}.layer"
 
 
@@ -101,16 +127,18 @@ def with_ablation(
     subspaces: Subspaces,
     indices: Sequence[int],
     *,
+    when: Presence | None = None,
     unit_axis: UnitAxis = None,
 ) -> nn.Module:
     """Return a copy of a model with the ablation as a layer, which can be pruned and exported.
 
     Arguments and errors are those of `ablated`. Pruning keeps the channels that the ablation mixes.
     The copy has the layer's parameters under ``{layer}.layer``, and under ``{layer}.ablation`` the
-    buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,).
+    buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,); with
+    ``when`` also ``threshold``, a single number.
     """
     copy = copied(model)
-    _insert(copy, layer, subspaces, indices, unit_axis)
+    _insert(copy, layer, subspaces, indices, when, unit_axis)
     return copy
 
 
@@ -140,14 +168,22 @@ class _Ablated(nn.Module):
 
 
 def _insert(
-    model: nn.Module, layer: str, subspaces: Subspaces, indices: Sequence[int], unit_axis: UnitAxis
+    model: nn.Module,
+    layer: str,
+    subspaces: Subspaces,
+    indices: Sequence[int],
+    when: Presence | None,
+    unit_axis: UnitAxis,
 ) -> None:
     """Replace a layer by the layer followed by its ablation."""
     resolve_layers(model, [layer])
     if layer.endswith(INPUT_SUFFIX):
         raise ValueError(f"layer: {layer!r} given; name the layer whose outputs are ablated")
+    if when is not None:
+        works = "give xai_edit.Presence(threshold), or leave it out to ablate every sample"
+        require_type(when, Presence, "when", works)
     axis = known_axes(model, [layer], unit_axis).get(layer)
-    ablation = SubspaceAblation(subspaces, indices, axis).to(model_device(model))
+    ablation = SubspaceAblation(subspaces, indices, axis, when).to(model_device(model))
     parent, _, name = layer.rpartition(".")
     module = layer_module(model, layer)
     for path, outer in model.named_modules():

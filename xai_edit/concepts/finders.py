@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.core.checks import one_of, positive, require, whole_number
+from xai_edit.core.checks import one_class_a_sample, one_of, positive, require, whole_number
 
 Kind = Literal["pattern", "logistic", "svm"]
 
@@ -106,6 +106,7 @@ class ContrastivePCA:
         has = features.by_vector(features.require_attribute(attribute))
         a = _activations(features)
         known = features.labels
+        one_class_a_sample(known)
         labels = torch.zeros(len(a)) if known is None else features.by_vector(known)
         contrasts = []
         for label in labels.unique():

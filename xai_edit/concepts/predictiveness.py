@@ -14,7 +14,7 @@ from torch import Tensor
 from xai_edit.concepts.average_precision import average_precision, resampled_counts
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.core.checks import require, whole_number
+from xai_edit.core.checks import one_class_a_sample, require, whole_number
 from xai_edit.core.text import aligned
 
 CONFIDENCE = 0.95
@@ -223,6 +223,7 @@ def _of_class(
         require(target is None, "target", target, "the samples have no labels")
         return torch.zeros_like(has), None
     labels = labels.cpu()
+    one_class_a_sample(labels)
     works = f"one class for each of {len(has)} samples is needed"
     require(labels.shape == has.shape, "labels", tuple(labels.shape), works)
     shares = {int(one): float(has[labels == one].double().mean()) for one in labels.unique()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.inputs import Inputs, form_of
-from xai_edit.core.outputs import logits_of, outputs_chosen
+from xai_edit.core.outputs import outputs_chosen, outputs_of
 from xai_edit.core.trace import Trace, trace
 
 DEPTH = 3  # of nested collections among a module's attributes that are compared by value
@@ -49,7 +49,7 @@ def analysed(model: nn.Module, inputs: Inputs) -> Analysis:
 def last_weighted(model: nn.Module, inputs: Inputs) -> str | None:
     """Return the name of the linear or convolution layer that runs last, and so is the output."""
     found = analysed(model, inputs).trace
-    logits_of(found.output, found.sample)
+    outputs_of(found.output, found.sample)  # raises unless there is one entry a sample
     return next(reversed(found.order), None)
 
 

@@ -114,12 +114,23 @@ def finite(values: Tensor, name: str) -> Tensor:
 
 
 def with_labels(labels: Tensor | None, classes: int | None = None) -> Tensor:
-    """Return labels; ValueError where the data has none, or one is not one of so many classes."""
+    """Return labels, one class a sample; ValueError without, or for others than so many classes."""
     if labels is None:
         raise ValueError("data: has no labels; give (input, label) batches")
+    one_class_a_sample(labels)
     if classes is not None:
         in_range(labels, classes, "labels")
     return labels
+
+
+def one_class_a_sample(labels: Tensor | None) -> None:
+    """Raise ValueError for labels of a multi-label model."""
+    if labels is not None and labels.ndim > 1:
+        raise ValueError(
+            f"labels: {labels.shape[1]} labels a sample given; take one label at a time, inside "
+            "xai_edit.one_label(number), where class 1 has the label and class 0 has not; of "
+            "one-hot labels give their argmax(1)"
+        )
 
 
 def readable_again(data: object, reader: str, name: str = "data") -> None:
@@ -139,13 +150,3 @@ def in_range(classes: Tensor | Sequence[int], count: int, name: str) -> None:
             f"{name}: class {wrong[0]} is out of range; the model has {count} classes, "
             f"0 to {count - 1}"
         )
-
-
-def one_logit_a_class(outputs: int) -> int:
-    """Return the number of classes; raise ValueError where one output stands for two classes."""
-    if outputs < 2:
-        raise ValueError(
-            "model: has one output; a class is edited through a logit of its own, so give the last "
-            "layer two rows, one a class: zeros for class 0, then the row it has"
-        )
-    return outputs

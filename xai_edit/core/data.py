@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from xai_edit.core.checks import same_length
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.inputs import Inputs, ModelInputs, collected, input_tensors
+from xai_edit.core.outputs import of_label
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,6 +48,7 @@ class Batch:
     ----------
     inputs : Tensor, shape (samples, ...), or ModelInputs
     labels : Tensor or None, int64, shape (samples,)
+        Of multi-label data 0 and 1, shape (samples, labels), outside `xai_edit.one_label`.
     groups : Tensor or None, int64, shape (samples,)
     """
 
@@ -84,7 +86,8 @@ def batches(
         Batches ``inputs``, ``(inputs,)``, ``(inputs, labels)`` or ``(inputs, labels, groups)``,
         the inputs a tensor, a tuple of tensors or a mapping of tensors by the names of the model's
         arguments; or a mapping that holds ``labels`` and ``groups`` too, as Hugging Face's. A
-        ``Dataset`` is read in its order, 64 samples at a time.
+        ``Dataset`` is read in its order, 64 samples at a time. Multi-label data has labels of 0 and
+        1, (samples, labels); inside `xai_edit.one_label` those of the one label are taken.
     device : torch.device or str
     may_be_empty : bool
         Accept data without samples, as on one of several ranks.
@@ -190,7 +193,9 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
         raise TypeError(
             f"data: batch {index} has {name} that are not numbers ({problem}); number the classes"
         ) from None
-    if vector.shape != (length,):
+    if name == "labels" and vector.ndim == 2 and len(vector) == length:
+        vector = of_label(vector, f"data: batch {index}")
+    elif vector.shape != (length,):
         raise ValueError(
             f"data: batch {index} has {name} of shape {tuple(vector.shape)} for {length} inputs; "
             f"expected ({length},)"

@@ -10,12 +10,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 FINAL = frozenset(["softmax", "log_softmax", "sigmoid", "expit", "softplus", "logsigmoid"])
 """Operations before whose last call the logits are taken, with the order of classes kept."""
-_OF_ALL_CLASSES = ("softmax", "log_softmax")
+EXCLUSIVE = ("softmax", "log_softmax")
+_PROBABILITIES = (*EXCLUSIVE, "sigmoid", "expit")
 _MOVED = """
     view reshape flatten squeeze unsqueeze permute transpose movedim contiguous clone detach to
     float double getitem select
@@ -69,6 +71,8 @@ class _Following(TorchFunctionMode):
         if not isinstance(output, Tensor):
             return
         name, given = _name(func), args[0] if args else None
+        if (made := name if name in _PROBABILITIES else _made_of((args, named))) is not None:
+            output._xai_edit_made_of = made  # type: ignore[attr-defined]
         if name in FINAL and isinstance(given, Tensor):
             self.keep(name, output, given)
             return
@@ -81,7 +85,7 @@ class _Following(TorchFunctionMode):
             if name in _CHANGING_SHAPE:
                 before = func(before, *args[1:], **named)
             one_class = output.ndim < 2 or output.shape[1] == 1
-            if not (name in ("getitem", "select") and found.name in _OF_ALL_CLASSES and one_class):
+            if not (name in ("getitem", "select") and found.name in EXCLUSIVE and one_class):
                 self.keep(found.name, output, before)
         elif any(one.output is output for one in self.kept):  # overwritten
             kept = [one for one in self.kept if one.output is not output]
@@ -119,6 +123,17 @@ def before_final(output: Any) -> Any:
         return output
     note_final(found[0])
     return found[1]
+
+
+def made_of_final(output: Tensor) -> str | None:
+    """Return the softmax or sigmoid that an output is computed from, by constants alone."""
+    return getattr(output, "_xai_edit_made_of", None)
+
+
+def _made_of(given: Any) -> str | None:
+    """Return the softmax or sigmoid that all tensors among an operation's arguments are made of."""
+    names = [made_of_final(one) for one in tensors_in(given)]
+    return names[0] if names and None not in names else None
 
 
 def final_name(output: Any) -> str | None:
@@ -210,5 +225,19 @@ def _version(value: Tensor) -> int:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether a part of a model is compiled, which no function mode may look into."""
-    return any(hasattr(module, "_orig_mod") for module in model.modules())
+    """Return whether a part of a model runs compiled, which no function mode may look into."""
+    inner: list[tuple[nn.Module, Any]] = [
+        (one, one._orig_mod) for one in model.modules() if hasattr(one, "_orig_mod")
+    ]
+    # Under the guard it runs the module inside as it is written.
+    return any(vars(one).get("forward") != module.__call__ for one, module in inner)
+
+
+def mark_unfollowed(model: nn.Module, output: Any) -> None:
+    """Mark what may be probabilities of a softmax or sigmoid inside TorchScript, by the numbers."""
+    scripts = [one for one in model.modules() if isinstance(one, torch.jit.ScriptModule)]
+    for each in tensors_in(output) if scripts else ():
+        if each.is_floating_point() and bool(((each >= 0) & (each <= 1)).all()):
+            graphs = "".join(str(getattr(one, "inlined_graph", "")) for one in scripts)
+            if any(f"aten::{name}" in graphs for name in _PROBABILITIES):
+                each._xai_edit_made_of = "softmax or sigmoid"  # type: ignore[attr-defined]

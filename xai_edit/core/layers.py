@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.errors import UnknownLayerError
-from xai_edit.core.final_operation import following, is_compiled
+from xai_edit.core.final_operation import following, is_compiled, mark_unfollowed
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
 from xai_edit.core.outputs import logits_of
 
@@ -151,6 +151,23 @@ def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
             handle.remove()
 
 
+@contextmanager
+def replaced(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass on ``change(values)``, a new tensor, in place of a layer's values in this context."""
+    module = layer_module(model, layer)
+    if layer.endswith(INPUT_SUFFIX):
+        handle = module.register_forward_pre_hook(
+            lambda _, inputs, named: with_first(change(first_tensor(inputs, named)), inputs, named),
+            with_kwargs=True,
+        )
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def gradients_at(
     tap: Tap, layers: Sequence[str], outputs: Tensor, grad_outputs: Tensor
 ) -> dict[str, Tensor]:
@@ -225,6 +242,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
             with following() as mode:
                 output = called(model, copy)
         mode.mark(output)
+        mark_unfollowed(model, output)
         return output
     except (RuntimeError, AssertionError, TypeError) as problem:  # torchvision's ViT asserts
         raise ValueError(

@@ -10,8 +10,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from xai_edit.core.checks import in_range, whole_number
 from xai_edit.core.errors import NonFiniteError
-from xai_edit.core.final_operation import before_final, following
+from xai_edit.core.final_operation import (
+    EXCLUSIVE,
+    before_final,
+    final_name,
+    following,
+    made_of_final,
+)
 from xai_edit.core.inputs import Inputs
 
 Outputs: TypeAlias = str | Callable[[Any], Tensor] | None
@@ -19,6 +26,7 @@ Outputs: TypeAlias = str | Callable[[Any], Tensor] | None
 of it. None takes a tensor itself, ``.logits``, ``["logits"]``, or the first tensor of a tuple."""
 
 _CHOSEN: ContextVar[Outputs] = ContextVar("outputs", default=None)
+_LABEL: ContextVar[int | None] = ContextVar("label", default=None)
 
 
 @contextmanager
@@ -45,6 +53,56 @@ def outputs_as(outputs: Outputs) -> Iterator[None]:
 def outputs_chosen() -> Outputs:
     """Return what `outputs_as` says in this context."""
     return _CHOSEN.get()
+
+
+@contextmanager
+def one_label(label: int) -> Iterator[None]:
+    """Take a multi-label model as a model of one logit, that of a label, inside this context.
+
+    A multi-label model decides about each label on its own, at logit 0. Inside, labels of shape
+    (samples, labels), 0 and 1, are those of the one label; class 1 has it and class 0 has not, as
+    of every model with one output. An edit of class 1 makes the model stop giving the label.
+
+    Raises
+    ------
+    ValueError
+        If ``label`` is no whole number from 0; inside, if the model has no such output, or ends in
+        a softmax, whose classes exclude each other.
+    """
+    token = _LABEL.set(whole_number(label, "label"))
+    try:
+        yield
+    finally:
+        _LABEL.reset(token)
+
+
+def label_chosen() -> int | None:
+    """Return the label of `one_label` in this context."""
+    return _LABEL.get()
+
+
+def label_origin() -> dict[str, int]:
+    """Return what the origin of scores and edits says about `one_label`."""
+    label = _LABEL.get()
+    return {} if label is None else {"label": label}
+
+
+def of_label(labels: Tensor, where: str) -> Tensor:
+    """Return the labels of one column, (samples,): the only one or that of `one_label`, if any.
+
+    Of several labels, (samples, labels), else all. ValueError, with ``where``, for one that is not
+    0 or 1.
+    """
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            f"{where} has labels of shape {tuple(labels.shape)} that are not 0 and 1; give one "
+            "class a sample, or 0 and 1 for each label of a multi-label model"
+        )
+    label = 0 if labels.shape[1] == 1 else _LABEL.get()
+    if label is None:
+        return labels
+    in_range([label], labels.shape[1], "one_label")
+    return labels[:, label]
 
 
 def tensor_of(output: Any) -> Any:
@@ -77,7 +135,13 @@ def outputs_of(output: Any, inputs: Inputs) -> Tensor:
 
     Of a model that ends in a softmax, sigmoid or softplus it is what goes into that.
     """
-    found = before_final(tensor_of(output))
+    tensor = tensor_of(output)
+    if _LABEL.get() is not None and (final := final_name(tensor)) in EXCLUSIVE:
+        raise ValueError(
+            f"model: it ends in a {final}, whose classes exclude each other; one_label is for "
+            "models that decide about each label on its own"
+        )
+    found = before_final(tensor)
     if not isinstance(found, Tensor) or found.shape[:1] != (len(inputs),):
         what = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
         raise ValueError(
@@ -89,23 +153,55 @@ def outputs_of(output: Any, inputs: Inputs) -> Tensor:
     return found
 
 
+def one_logit(outputs: Tensor) -> int | None:
+    """Return the column of the only logit z, of one output or of `one_label`; None of classes."""
+    if outputs.ndim == 1 or outputs.shape[1:] == (1,):
+        return 0
+    label = _LABEL.get()
+    if label is not None and outputs.ndim == 2:
+        in_range([label], outputs.shape[1], "one_label")
+    return label
+
+
 def as_logits(outputs: Tensor) -> Tensor:
     """Return a model's outputs as logits, shape (samples, classes).
 
     A single logit z is that of class 1; that of class 0 is 0, so that the softmax of both is the
     sigmoid of z.
+
+    Raises
+    ------
+    ValueError
+        If there is not one row of logits a sample, or the only output is computed from a final
+        softmax or sigmoid.
     """
-    if outputs.ndim == 1 or outputs.shape[1:] == (1,):
-        z = outputs.reshape(-1, 1)
-        both = torch.cat([torch.zeros_like(z), z], 1)
-        both._xai_edit_one_logit = True  # type: ignore[attr-defined]
-        return both
-    if outputs.ndim != 2:
+    column = one_logit(outputs)
+    if outputs.ndim > 2:
         raise ValueError(
             f"model: its output is {tuple(outputs.shape)}; a classifier gives one row of logits a "
-            "sample, shape (samples, classes); for others target= is a function of the outputs"
+            "sample, shape (samples, classes); others can be scored and pruned, with target= a "
+            "function of the outputs"
         )
-    return outputs
+    if column is None:
+        return outputs
+    refuse_probabilities(outputs)
+    z = outputs.reshape(len(outputs), -1)[:, column : column + 1]
+    return torch.cat([torch.zeros_like(z), z], 1)
+
+
+def refuse_probabilities(outputs: Tensor) -> None:
+    """Raise ValueError where outputs are computed from those of a final softmax or sigmoid."""
+    if (found := made_of_final(outputs)) is not None:
+        raise ValueError(
+            f"model: its output is computed from a {found}, so that it is no logit; give the model "
+            f"without it, or by outputs= what goes into the {found}"
+        )
+
+
+def evidence(outputs: Tensor) -> Tensor:
+    """Return what is explained of each class, shape (samples, classes): logits; −z, z of one."""
+    logits = as_logits(outputs)
+    return logits if one_logit(outputs) is None else torch.cat([-logits[:, 1:], logits[:, 1:]], 1)
 
 
 def logits_of(output: Any, inputs: Inputs) -> Tensor:

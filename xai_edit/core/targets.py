@@ -8,18 +8,19 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from xai_edit.core.checks import finite, in_range, whole_number, whole_numbers
+from xai_edit.core.checks import finite, in_range, whole_number, whole_numbers, with_labels
 from xai_edit.core.data import Batch
-from xai_edit.core.outputs import as_logits
+from xai_edit.core.outputs import as_logits, one_logit, refuse_probabilities
 
 Target: TypeAlias = int | Literal["label", "predicted"] | Callable[[Tensor], Tensor]
 """A class number, ``"label"``, ``"predicted"``, or a function of a batch's outputs, of a classifier
 the logits, (samples, classes). The function returns either a class for each sample (int64), such as
 the runner-up, or the number that is explained (floating, (samples,)), such as the difference of two
-logits."""
+logits. Of a model with one output z, or of `xai_edit.one_label`, class 1 is explained by z and
+class 0 by −z; of a multi-label model a number is the label whose logit is explained."""
 
 Targets: TypeAlias = Tensor | Callable[[Tensor], Tensor]
-"""A batch's target classes, or a function of its logits as above."""
+"""A batch's target classes, or a function of its outputs as above."""
 
 
 def checked_target(target: Any) -> Target:
@@ -56,65 +57,61 @@ def targets_of(batch: Batch, target: Target) -> Targets:
             raise ValueError(
                 "target: 'label' given, but the data has no labels; give a class or 'predicted'"
             )
-        return batch.labels
+        return with_labels(batch.labels)
     return torch.full((len(batch),), int(target), device=batch.inputs.device)
 
 
-def predicted(logits: Tensor) -> Tensor:
+def predicted(outputs: Tensor) -> Tensor:
     """Return the class with the largest logit, for each sample."""
-    return logits.argmax(1)
+    return as_logits(outputs).argmax(1)
 
 
-def read_by(targets: Targets, outputs: Tensor) -> Tensor:
-    """Return what targets are read from: the logits, or for a user's function the outputs."""
-    if callable(targets) and targets is not predicted:
-        return outputs
-    return as_logits(outputs)
-
-
-def classes_of(targets: Targets, logits: Tensor) -> Tensor:
+def classes_of(targets: Targets, outputs: Tensor) -> Tensor:
     """Return the class explained for each sample, int64, shape (samples,).
+
+    ``outputs`` are the model's, as `xai_edit.core.outputs.outputs_of` returns them.
 
     Raises
     ------
     ValueError
         If there is not one class a sample, or one is not the model's.
     """
-    classes = targets(logits.detach()) if callable(targets) else targets
+    classes = targets(outputs.detach()) if callable(targets) else targets
     is_tensor = isinstance(classes, Tensor)
-    if not is_tensor or classes.dtype != torch.int64 or classes.shape != logits.shape[:1]:
+    if not is_tensor or classes.dtype != torch.int64 or classes.shape != outputs.shape[:1]:
         raise ValueError(
-            f"target: {_described(classes)} for {len(logits)} samples; this scorer needs one class "
-            "a sample, int64"
+            f"target: {_described(classes)} for {len(outputs)} samples; this scorer needs one "
+            "class a sample, int64"
         )
-    in_range(classes, logits.shape[1], "target")
-    return classes.to(logits.device)
+    in_range(classes, as_logits(outputs).shape[1], "target")
+    return classes.to(outputs.device)
 
 
-def weights_of(targets: Targets, logits: Tensor) -> Tensor:
-    """Return the gradient of the explained number with respect to the logits.
+def weights_of(targets: Targets, outputs: Tensor) -> Tensor:
+    """Return the gradient of the explained number with respect to the model's outputs.
 
-    Shape (samples, classes); for a class it is 1 at the class and 0 elsewhere.
+    In the shape of the outputs; for a class 1 there and 0 elsewhere, and of a single logit −1 for
+    class 0.
 
     Raises
     ------
     ValueError
-        If the targets do not fit the logits.
+        If the targets do not fit the outputs, or a class is explained by probabilities.
     """
     if callable(targets):
         with torch.enable_grad():
-            z = logits.detach().requires_grad_()
+            z = outputs.detach().requires_grad_()
             value = targets(z)
             if isinstance(value, Tensor) and value.is_floating_point():
                 return _gradient(value, z)
         targets = value
-    classes = classes_of(targets, logits)
-    if getattr(logits, "_xai_edit_one_logit", False) and not classes.all():
-        raise ValueError(
-            "target: class 0 of a model with one output has the constant logit 0, which nothing "
-            "explains; explain class 1, what speaks against which speaks for class 0"
-        )
-    return torch.nn.functional.one_hot(classes, logits.shape[1]).to(logits)
+    classes = classes_of(targets, outputs)
+    refuse_probabilities(outputs)
+    if (column := one_logit(outputs)) is None:
+        return torch.nn.functional.one_hot(classes, outputs.shape[1]).to(outputs)
+    weights = torch.zeros_like(outputs)
+    weights.view(len(outputs), -1)[:, column] = (2 * classes - 1).to(outputs)
+    return weights
 
 
 def _gradient(value: Tensor, z: Tensor) -> Tensor:
@@ -142,4 +139,12 @@ def class_list(target: int | Sequence[int], classes: int) -> list[int]:
     """Return one class or several different ones as a list, checked against a model's classes."""
     listed = whole_numbers(target, "target", "give one class or several different ones")
     in_range(listed, classes, "target")
+    return listed
+
+
+def classes_to_remove(target: int | Sequence[int], classes: int) -> list[int]:
+    """Return a `class_list` that leaves one class or more, or raise ValueError."""
+    listed = class_list(target, classes)
+    if len(listed) == classes:
+        raise ValueError(f"target: all {classes} classes of the model given; one has to stay")
     return listed

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import positive, whole_number, with_labels
+from xai_edit.core.checks import finite, positive, whole_number, with_labels
 from xai_edit.core.data import Batch, model_device
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import copied, require_finite
-from xai_edit.core.layers import run
-from xai_edit.core.outputs import tensor_of
+from xai_edit.core.layers import predict
+from xai_edit.core.wrapped import run_eagerly
 
 MOMENTUM = 0.9
 
@@ -29,7 +29,10 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy of a labelled batch."""
+    """Return the mean cross-entropy of a labelled batch; of several labels the binary one."""
+    if batch.labels is not None and batch.labels.ndim > 1:
+        labels = batch.labels.to(logits)
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
     return nn.functional.cross_entropy(logits, with_labels(batch.labels).to(logits.device))
 
 
@@ -51,7 +54,8 @@ def fine_tuned(
     Stochastic gradient descent with momentum 0.9 on all parameters, also the frozen ones, with
     dropout. Batch norms (any norm with running statistics) are in evaluation mode unless
     ``statistics`` is set: scale and shift are trained, but the samples of one class alone would
-    spoil the statistics. Of several outputs, such as GoogLeNet's, the first is trained on.
+    spoil the statistics. Trained on are the logits, see `xai_edit.core.outputs.logits_of`: of a
+    final softmax or sigmoid what goes in, of several outputs, such as GoogLeNet's, the first.
 
     Parameters
     ----------
@@ -93,6 +97,7 @@ def fine_tuned(
     trained, device, steps = copied(model), model_device(model), 0
     for parameter in trained.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    run_eagerly(trained)
     trained.train()
     norms = [m for m in trained.modules() if getattr(m, "running_mean", None) is not None]
     optimizer = torch.optim.SGD(
@@ -107,10 +112,11 @@ def fine_tuned(
             for batch in epoch_batches(epoch):
                 for norm in norms:
                     norm.train(statistics and len(batch) > 1)
-                output = run(trained, batch.inputs.to(device))
-                value = loss(tensor_of(output), batch)
-                if not torch.isfinite(value):
-                    raise _diverged(steps, learning_rate)
+                try:
+                    value = loss(predict(trained, batch.inputs.to(device)), batch)
+                    finite(value, "loss")
+                except NonFiniteError:
+                    raise _diverged(steps, learning_rate) from None
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.finders import PRCA, ContrastivePCA
+from xai_edit.concepts.presence import Pooling, pooled_square
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import run, tapped
@@ -20,8 +21,7 @@ from xai_edit.discovery.samples import Samples
 DIRECTIONS = 8  # of a contrast, at most
 SIZE = 4  # leading ones with which candidates are compared
 RELEVANT = 3  # directions of PRCA
-Pooling = Literal["max", "mean"]
-POOLINGS: tuple[Pooling, ...] = ("max", "mean")
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 ALIKE = 0.9  # rank correlation from which two candidates are one
 KEPT = 8  # candidates of a class and a layer
 
@@ -101,16 +101,6 @@ def _contrastive(contrast: Tensor, mean: Tensor, samples: int) -> Subspaces | No
     return ContrastivePCA(size).fit_moments(contrast, mean, samples)
 
 
-def presence(values: Tensor, subspaces: Subspaces, pooling: Pooling) -> Tensor:
-    """Return how strongly each sample has a feature, s(x) = max_p or mean_p ‖Uᵀ(a_p − μ)‖².
-
-    ``values`` are vectors of a layer, shape (samples, positions, channels); returns (samples,).
-    """
-    U, mu = subspaces.basis.to(values), subspaces.mean.to(values)
-    energy = ((values - mu) @ U).square().sum(-1)
-    return energy.amax(1) if pooling == "max" else energy.mean(1)
-
-
 def presences(
     model: nn.Module,
     samples: Samples,
@@ -133,7 +123,12 @@ def presences(
                 found[layer].append(
                     torch.stack(
                         [
-                            torch.stack([presence(a, one, pooling) for one in wanted[layer]])
+                            torch.stack(
+                                [
+                                    pooled_square(a, one.basis.to(a), one.mean, pooling)
+                                    for one in wanted[layer]
+                                ]
+                            )
                             for pooling in POOLINGS
                         ]
                     )

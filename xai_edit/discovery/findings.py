@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.concepts.presence import Pooling, presence
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import require
 from xai_edit.core.data import model_device
@@ -19,7 +20,6 @@ from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, as_inputs
 from xai_edit.core.layers import run, tapped
 from xai_edit.core.text import aligned
-from xai_edit.discovery.candidates import Pooling, presence
 from xai_edit.discovery.channel_relevance import vectors_of
 from xai_edit.discovery.evidence import Evidence
 
@@ -88,8 +88,7 @@ class Finding:
         with preserved(model), torch.no_grad(), tapped(model, [self.layer]) as tap:
             run(model, inputs)
         values = vectors_of(tap.values[self.layer], self.axis)
-        self.subspaces.require_channels(values, f"layer {self.layer!r}")
-        return presence(values, self.subspaces, self.pooling).double().cpu()
+        return presence(values, self.subspaces, [0], self.pooling).cpu()
 
     def attribute(self, model: nn.Module) -> Callable[[Inputs], Tensor]:
         """Return a function that says which inputs of a batch have the feature.

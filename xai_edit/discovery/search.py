@@ -13,7 +13,7 @@ from xai_edit.core.checks import require
 from xai_edit.core.data import Data, model_device, together
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import joined
-from xai_edit.core.layers import predict, run, tapped
+from xai_edit.core.layers import predict, replaced, run, tapped
 from xai_edit.core.targets import class_list
 from xai_edit.discovery import evidence as figures
 from xai_edit.discovery.candidates import (
@@ -32,12 +32,12 @@ from xai_edit.discovery.findings import Finding, Searched, same_feature
 from xai_edit.discovery.proposals import Method, proposals
 from xai_edit.discovery.samples import Samples
 from xai_edit.discovery.strategies import SMALLEST, Strategies
-from xai_edit.discovery.transfer import Recipients, Transferred, changed
+from xai_edit.discovery.transfer import Recipients, Transferred
 from xai_edit.lrp.lrp import LRP
 
 JUDGING = 1 / 3  # of the samples; they are not used to find
 OTHERS = 600  # samples of all classes that judge, at most
-RECIPIENTS = 100  # that a feature is put into
+RECIPIENTS = 64  # that a feature is put into
 DONORS = 24  # that it is taken from
 PER_LAYER = 3  # findings of a class and a layer, at most
 SIZES = (1, 2, 4, 8)  # of a subspace
@@ -338,7 +338,7 @@ class Search:
             return finding.subspaces.ablate(a, [0]).movedim(-1, finding.axis)
 
         right = 0
-        with preserved(self.model), torch.no_grad(), changed(self.model, finding.layer, ablate):
+        with preserved(self.model), torch.no_grad(), replaced(self.model, finding.layer, ablate):
             for numbers, batch in self.samples.read(rows):
                 logits = predict(self.model, batch.inputs)
                 right += int((logits.argmax(1).cpu() == truth[numbers]).sum())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,34 +12,12 @@ from torch import Tensor, nn
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import (
-    INPUT_SUFFIX,
-    first_tensor,
-    layer_module,
     predict,
     unit_axis_of,
-    with_first,
 )
 
 RANDOM = 20  # random subspaces that a feature is compared with
 BATCH = 64
-
-
-@contextmanager
-def changed(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Pass ``change(values)`` on in place of a layer's values inside this context."""
-    module = layer_module(model, layer)
-    if layer.endswith(INPUT_SUFFIX):
-
-        def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            return with_first(change(first_tensor(inputs, named)), inputs, named)
-
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(lambda _, __, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def exchanged(values: Tensor, donors: Tensor, U: Tensor, axis: int) -> Tensor:
@@ -133,7 +109,7 @@ class Recipients:
                     if U is not None and donors is not None:
                         part, given = (U[now] if U.ndim == 3 else U), donors[now]
                         change = partial(exchanged, donors=given, U=part, axis=self.axis)
-                        stack.enter_context(changed(self.model, self.layer, change))
+                        stack.enter_context(replaced(self.model, self.layer, change))
                     logits.append(predict(self.model, self.inputs[now]).double().cpu())
         return torch.cat(logits)
 

@@ -17,7 +17,7 @@ from xai_edit.core.data import Batch, batches, model_device, peek
 from xai_edit.core.final_operation import final_name
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import run
-from xai_edit.core.outputs import Outputs, outputs_as, outputs_of, tensor_of
+from xai_edit.core.outputs import Outputs, as_logits, outputs_as, outputs_of, tensor_of
 from xai_edit.core.targets import Target, checked_target
 from xai_edit.core.trace import trace
 from xai_edit.evaluation.model_check import ACCEPTED_SHARE, Figure, ModelCheck
@@ -116,6 +116,9 @@ def _outputs(model: nn.Module, batch: Batch, check: ModelCheck) -> None:
     if batch.labels is None:
         works = "needs labels: give (inputs, labels)"
         check.figures.append(Figure("accuracy", None, "well above chance", None, works))
+    elif batch.labels.ndim > 1:
+        works = "needs one label a sample: check the model inside one_label"
+        check.figures.append(Figure("accuracy", None, "well above chance", None, works))
     elif found.ndim <= 2:
         _accuracy(found, batch.labels, check)
 
@@ -128,14 +131,14 @@ def _probabilities(outputs: Tensor) -> bool:
 
 def _accuracy(outputs: Tensor, labels: Tensor, check: ModelCheck) -> None:
     """Compare the accuracy with chance: two standard errors above 1 / classes are acceptable."""
-    one = outputs.ndim == 1 or outputs.shape[1] == 1
-    classes = 2 if one else outputs.shape[1]
+    logits = as_logits(outputs)
+    classes = logits.shape[1]
     if bool(((labels < 0) | (labels >= classes)).any()):
         wrong = labels[(labels < 0) | (labels >= classes)][0].item()
         message = f"label {wrong} is none of the {classes} classes of the outputs"
         check.warnings.append(Finding("warning", "", message))
         return
-    said = (outputs.reshape(-1) > 0).long() if one else outputs.argmax(1)
+    said = logits.argmax(1)
     value, n = float((said == labels).double().mean()), len(labels)
     chance = 1 / classes
     least = chance + 2 * math.sqrt(chance * (1 - chance) / n)

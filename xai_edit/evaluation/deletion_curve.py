@@ -15,7 +15,8 @@ from xai_edit.core.analysis import following_batch_norms, last_weighted
 from xai_edit.core.checks import ascending, fraction, one_of, readable_again, with_labels
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
-from xai_edit.core.layers import predict, resolve_layers
+from xai_edit.core.layers import predict, resolve_layers, run
+from xai_edit.core.outputs import as_logits, evidence, outputs_of
 from xai_edit.core.targets import class_list
 from xai_edit.core.text import Plain
 from xai_edit.edits.model_edit import ModelEdit
@@ -42,7 +43,8 @@ class DeletionCurve(Plain):
     shares, units : tuple of float, tuple of int
         The share and the number of units that are off.
     accuracy, logit, probability : tuple of float
-        Accuracy, mean logit and mean probability of the label, over the samples of the target.
+        Accuracy, mean logit and mean probability of the label, over the samples of the target. Of
+        one logit z, that of class 0 is −z.
     rest : tuple of float, or None
         Accuracy over the samples of all other classes, where there are some.
     """
@@ -144,10 +146,11 @@ def _measure(
     own, rest = torch.zeros(2, 4, dtype=torch.float64)
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
-            logits = predict(model, batch.inputs).cpu().double()
+            outputs = outputs_of(run(model, batch.inputs), batch.inputs)
+            logits, explained = (one(outputs).cpu().double() for one in (as_logits, evidence))
             labels = with_labels(batch.labels, logits.shape[1]).cpu()
             right, at = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
-            rows = [torch.ones_like(right), right, logits[at], logits.softmax(1)[at]]
+            rows = [torch.ones_like(right), right, explained[at], logits.softmax(1)[at]]
             figures = torch.stack([row.double() for row in rows])  # (4, samples)
             of_target = labels == (labels if target is None else target)
             own += figures[:, of_target].sum(1)

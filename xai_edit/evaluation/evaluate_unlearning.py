@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import ascending, one_logit_a_class, readable_again, whole_number
+from xai_edit.core.checks import ascending, readable_again, whole_number
 from xai_edit.core.cost import Cost, measured
 from xai_edit.core.data import Data, model_device, peek
 from xai_edit.core.errors import NonFiniteError
@@ -200,7 +200,7 @@ def _classes(networks: Mapping[str, nn.Module], inputs: Inputs) -> int:
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(f"model: the networks' numbers of classes differ: {listed}")
-    return one_logit_a_class(counts["before"])
+    return counts["before"]
 
 
 def _heads(

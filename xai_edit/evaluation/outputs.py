@@ -69,7 +69,8 @@ def read(
 def log_probabilities(output: Tensor) -> Tensor:
     """Return log softmax of the logits, or the logarithm where the rows are a softmax already."""
     ones = torch.ones_like(output[:, 0])
-    if (output >= 0).all() and torch.allclose(output.sum(1), ones, atol=1e-3):
+    one_logit = not output[:, 0].any()  # 0 and z
+    if not one_logit and (output >= 0).all() and torch.allclose(output.sum(1), ones, atol=1e-3):
         return output.clamp(min=torch.finfo(output.dtype).tiny).log()
     return output.log_softmax(1)
 

@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.analysis import following_batch_norms
-from xai_edit.core.checks import fraction, one_logit_a_class, one_of, positive, readable_again
+from xai_edit.core.checks import (
+    fraction,
+    one_class_a_sample,
+    one_of,
+    positive,
+    readable_again,
+)
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
-from xai_edit.core.targets import class_list
+from xai_edit.core.outputs import label_origin
+from xai_edit.core.targets import class_list, classes_to_remove, predicted
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.edits.switching_off import (
@@ -122,7 +129,8 @@ class PathPerturbation:
             reached.
         """
         plans = _Plans(self, model, data)
-        targets = class_list(target, plans.classes)
+        listed = classes_to_remove if plans.found.one_output else class_list  # they have one row
+        targets = listed(target, plans.classes)
         held_out = plans.data if validation is None else validation
         edit, neurons, shares, samples = ModelEdit({}), {}, [], []
         for one in targets:
@@ -146,6 +154,7 @@ class PathPerturbation:
                     "or scope='class_row'"
                 )
         origin: dict[str, Any] = {"operator": "PathPerturbation", "target": _one(targets)}
+        origin |= label_origin()
         origin["layer"] = _one(plans.layers)
         origin["neurons"] = _one([_one(layers) for layers in neurons.values()])
         origin |= {"share": _one(shares), "rank": self.rank, "k": self.k, "scope": self.scope}
@@ -190,7 +199,8 @@ class _Plans:
         model, layers = self.model, operator.layer
         self.found = find_head(model, self.sample[:1])
         self.head = self.found.layer
-        self.classes = one_logit_a_class(1 if self.found.one_output else self.found.classes)
+        self.classes = self.found.classes
+        one_class_a_sample(first.labels)
         self.labelled = first.labels is not None
         inputs = self.head + INPUT_SUFFIX
         self.feeding: set[str] = set()  # names of the inputs of the head
@@ -228,15 +238,20 @@ class _Plans:
         """Rank each layer's neurons by layer-wise relevance (Eq. 7–10); count the samples."""
         if several:
             readable_again(self.data, "planning for several classes")
-        right: list[bool] = []
+        answers: list[list[bool]] = []  # of each batch
 
-        def explained(logits: Tensor) -> Tensor:
-            right.extend((logits.argmax(1) == target).tolist())
-            return torch.full((len(logits),), target, device=logits.device)
+        def read() -> Iterator[Inputs]:
+            for inputs in _of_class(self.data, target, model_device(self.model), labelled=several):
+                answers.append([])
+                yield inputs
 
-        own = _of_class(self.data, target, model_device(self.model), labelled=several)
+        def explained(outputs: Tensor) -> Tensor:
+            answers[-1] = (predicted(outputs) == target).tolist()  # a scorer may ask again
+            return torch.full((len(outputs),), target, device=outputs.device)
+
         options: dict[str, Any] = {"layers": self.layers, "target": explained, "k": self.operator.k}
-        scores = score_units(self.model, own, self.operator.scorer, **options)
+        scores = score_units(self.model, read(), self.operator.scorer, **options)
+        right = [one for batch in answers for one in batch]
         if right and not any(right):
             raise ValueError(
                 f"data: none of the {len(right)} samples is predicted as class {target}, so there "
@@ -257,6 +272,9 @@ class _Plans:
     def path(self, ranked: dict[str, Tensor], target: int, scope: str) -> Path:
         """Return the neurons in order, with the edit that switches off the first of them."""
         row = target if scope == "class_row" else None
+        stored = row
+        if row is not None and self.found.one_output:
+            row, stored = 1, self.found.stored.row  # of both classes
         noise = self.operator.noise
 
         def edit(counts: Counts) -> ModelEdit:
@@ -270,7 +288,8 @@ class _Plans:
             else:
                 neurons = torch.cat([*off.values()]).unique()
                 name = self.found.stored.plain_weight()
-                entries = {name: row * self.found.weight.shape[1] + neurons}
+                assert stored is not None
+                entries = {name: stored * self.found.weight.shape[1] + neurons}
             if noise is None:  # Eq. 12
                 values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
             else:
@@ -317,6 +336,7 @@ def _of_class(data: Data, target: int, device: torch.device, *, labelled: bool) 
     for batch in batches(data, device):
         if labelled and batch.labels is None:
             raise ValueError("data: has no labels; several classes need (input, label) batches")
+        one_class_a_sample(batch.labels)
         chosen = batch if batch.labels is None else batch[batch.labels == target]
         if len(chosen):
             absent = False

@@ -14,7 +14,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import in_range, readable_again
+from xai_edit.core.checks import readable_again, with_labels
 from xai_edit.core.counting import count_by_group
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.guard import preserved
@@ -189,7 +189,7 @@ def _counted(logits: Tensor, labels: Tensor | None, target: int) -> Tensor:
     """Return right answers and samples (rows) of the class and the others (columns), float64."""
     predicted, classes = logits.argmax(1), logits.shape[1]
     labels = torch.full_like(predicted, target) if labels is None else labels
-    in_range(labels, classes, "labels")
+    labels = with_labels(labels, classes)
     right_and_samples = count_by_group(predicted, labels, classes)[:2, :, 0].double()
     own = right_and_samples[:, target]
     return torch.stack([own, right_and_samples.sum(1) - own], 1)

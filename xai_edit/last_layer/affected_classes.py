@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.core.checks import one_logit_a_class, require, whole_numbers
+from xai_edit.core.checks import require, whole_numbers
 from xai_edit.core.data import Attribute, Data
 from xai_edit.core.targets import class_list
 from xai_edit.last_layer.head import HeadFeatures, head_features
@@ -58,7 +58,6 @@ def affected_classes(
     """Return the fictitious class of each row to edit, and why other classes are left alone."""
     attribute, labels = head.attribute, head.require_labels()
     assert attribute is not None
-    one_logit_a_class(1 if head.one_output else head.classes)
     kinds, predicted = attribute.unique().tolist(), head.logits().argmax(1)
     rows = None if target is None else class_list(target, head.classes)
     if fictitious is not None:
@@ -79,7 +78,10 @@ def affected_classes(
         rise = _rise(predicted, attribute == 1, head.classes)
         values = [int(rise[row] >= 0) for row in rows]
     if rows is None and max(kinds) == 1 and aim != "removal":
-        return moved_classes(head.logits(), labels, attribute, values)
+        logits = head.logits()
+        if head.one_output:  # both classes are moved alike, half of z each
+            logits = logits - logits.mean(1, keepdim=True)
+        return moved_classes(logits, labels, attribute, values)
     if rows is None:
         rises = [_rise(predicted, attribute == value, head.classes) for value in values]
         if min(float(rise.max()) for rise in rises) <= 0:

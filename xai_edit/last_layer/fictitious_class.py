@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from xai_edit.last_layer.exact_dose import EditedWeight
 from xai_edit.last_layer.head import HeadFeatures
 from xai_edit.last_layer.objective import Aim, EditObjective, Weights, best_weights, exact_weights
 from xai_edit.last_layer.rate_sweep import RateSweep, rate_sweep
+from xai_edit.last_layer.regression import one_row_a_class
 from xai_edit.last_layer.single_weight import check_choices, dosed, editable, head_edit
 from xai_edit.last_layer.weight_selection import Selection, most_significant, selection_scores
 
@@ -92,6 +92,9 @@ class FictitiousClass:
         validation: Data | HeadFeatures | None = None,
     ) -> ModelEdit:
         """Plan at most one weight for each affected class; model and data as for `SingleWeight`.
+
+        Of one logit both classes have one row: the weight is for the class that the feature's
+        highest value speaks for.
 
         The edit's origin has the figures before and after on the validation data, the classes left
         alone and why, with "exact" what `SingleWeight` reports, and the reason where no rate raises
@@ -176,6 +179,14 @@ class FictitiousClass:
         """Return the planning features, the objective and the classes left alone."""
         head, judged = features_with_attribute(*samples)
         values, left_alone = affected_classes(head, fictitious, target, self.aim)
+        if head.one_output and len(values) > 1:  # both classes have the one row
+            if target is not None:
+                raise ValueError(f"target: classes {[*values]} of one logit have one row; name one")
+            other, kept = sorted(values, key=lambda row: values[row])
+            left_alone[str(other)] = f"its row is that of class {kept} with the other sign"
+            del values[other]
+        if head.one_output and 0 in values:
+            head, judged = head.mirrored(), judged.mirrored()
         if isinstance(self.rate, Mapping) and not values.keys() <= self.rate.keys():
             raise ValueError(
                 f"rate: of classes {[*self.rate]} given; classes {[*values]} are edited"
@@ -235,10 +246,3 @@ def fitted_last_layer(x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         classifier.fit(scaler.fit_transform(x.numpy()), classes.numpy())
     W, b = one_row_a_class(classifier.coef_ / scaler.scale_, classifier.intercept_)
     return torch.from_numpy(W), torch.from_numpy(b)
-
-
-def one_row_a_class(weight: Any, bias: Any) -> tuple[Any, Any]:
-    """Return both rows where scikit-learn has, of two classes, that of the second alone."""
-    if len(weight) > 1:
-        return weight, bias
-    return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import WEIGHTED, run
-from xai_edit.core.outputs import as_logits, outputs_of
+from xai_edit.core.outputs import as_logits, one_logit, outputs_of
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import tensors_of
 from xai_edit.last_layer.affine_maps import FINAL, AffineMap, AffineMaps, Factor
@@ -38,7 +38,7 @@ class Head:
     features : Tensor, shape (samples, d)
         On the CPU, like all else.
     logits : Tensor, shape (samples, classes)
-        The model's own: what goes into a final softmax or sigmoid; of one output 0 and z.
+        The model's own: what goes into a final softmax or sigmoid; of one logit 0 and z.
     outputs : Tensor, shape (samples, classes)
         What the model gives, by `xai_edit.core.outputs.as_logits`, on the model's device.
     """
@@ -117,8 +117,7 @@ class HeadReader:
             output = outputs_of(run(self.model, inputs), inputs)
         as_logits(output)  # raises if it is no classifier's
         found = self.maps.of(output)
-        one = output.ndim == 1 or output.shape[1] == 1
-        stored = self._stored(found, output, one)
+        stored = self._stored(found, output, one_logit(output))
         assert found is not None
         features = torch.cat([term.x.cpu() for term in found.terms], 1)
         z = output if found.z is None else found.z
@@ -178,7 +177,7 @@ class HeadReader:
                 "where the weight is used in another place too",
             )
 
-    def _stored(self, found: AffineMap | None, output: Tensor, one: bool) -> StoredHead:
+    def _stored(self, found: AffineMap | None, output: Tensor, row: int | None) -> StoredHead:
         """Return the parameters of a map that has one stored matrix; ValueError for others."""
         reason = None
         if found is None or found.broken:
@@ -202,7 +201,7 @@ class HeadReader:
             raise refusal(self.model, self.maps, reason, found, output)
         biases = _merged([one for one in found.biases if one is not None])
         if self.head is not None:
-            if self.head.made_of(weights, biases, one):
+            if self.head.made_of(weights, biases, row):
                 return self.head
             reason = "it is another one for other batches"
             raise refusal(self.model, self.maps, reason)
@@ -215,7 +214,7 @@ class HeadReader:
             tuple(sizes),
             {name: tensors[name].detach().cpu().clone() for name in names},
             {name: deepcopy(self.model.get_submodule(name)).cpu() for name in modules},
-            one_output=one,
+            row=row,
         )
 
 

@@ -21,7 +21,7 @@ from xai_edit.core.data import (
     together,
 )
 from xai_edit.core.guard import require_finite
-from xai_edit.core.outputs import Outputs, outputs_as
+from xai_edit.core.outputs import Outputs, label_chosen, outputs_as
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit, tensors_of
 from xai_edit.last_layer.find_head import find_head, reading
@@ -39,7 +39,7 @@ class HeadFeatures:
     layer : str
         Name of the layer, or of the parameter W where it is no layer's.
     weight, bias : Tensor, shape (classes, d), and Tensor or None, shape (classes,)
-        Copies of W and b. Of a model with one output z they have two rows, for the logits 0 and z.
+        Copies of W and b. Of one logit z they have two rows, for the logits 0 and z.
     features : Tensor, shape (samples, d)
         The inputs x, times the constant by which a model scales its logits; of two averaged heads
         those of both, side by side.
@@ -104,7 +104,7 @@ class HeadFeatures:
         return self._stored_as(self.parameters.edited(edit))
 
     def mirrored(self) -> HeadFeatures:
-        """Return, of a model with one output z, the features with logits −z and 0 for 0 and z."""
+        """Return, of one logit z, the features with logits −z and 0 for 0 and z."""
         return self._stored_as(replace(self.parameters, mirrored=True))
 
     def _stored_as(self, stored: StoredHead) -> HeadFeatures:
@@ -120,6 +120,17 @@ class HeadFeatures:
     def require_labels(self) -> Tensor:
         """Return the labels; ValueError where the data has none or one is out of range."""
         return with_labels(self.labels, self.classes)
+
+    def require_retrainable(self) -> Tensor:
+        """Return the labels; ValueError where a class has no samples, or the layer no bias."""
+        labels = self.require_labels()
+        if len(labels.unique()) < self.classes or self.classes < 2:
+            raise ValueError(
+                f"data: samples of {len(labels.unique())} classes; retraining needs samples of all "
+                f"{self.classes}, and two or more of them"
+            )
+        self.require_bias()
+        return labels
 
 
 def collect_head_features(
@@ -178,6 +189,12 @@ def head_features(
         raise ValueError(
             f"{name}: its features were collected for another {wrong!r} than the model's; "
             "collect them anew"
+        )
+    several = data.parameters.shapes[0][0] > 1
+    if several and data.parameters.label != label_chosen():
+        raise ValueError(
+            f"{name}: its features were collected for label {data.parameters.label}, and "
+            f"{label_chosen()} is chosen by xai_edit.one_label; collect them inside it"
         )
     finite(data.features, f"{name}: features")
     if not with_attribute or (attribute is None and data.attribute is not None):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.checks import fraction, one_of, whole_number
 from xai_edit.core.data import Data
-from xai_edit.core.targets import class_list
+from xai_edit.core.targets import class_list, classes_to_remove
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.exact_dose import planned_removal
 from xai_edit.last_layer.head import HeadFeatures, head_features
@@ -114,7 +114,8 @@ class SingleWeight:
             ValueError if one is out of range or absent, or has too few weights to edit.
         """
         head = head_features(model, data)
-        targets = class_list(target, head.classes)
+        listed = classes_to_remove if head.one_output else class_list  # they have one row
+        targets = listed(target, head.classes)
         if head.one_output and targets == [0]:
             head = head.mirrored()  # class 0 has the same row with the other sign
         origin: dict[str, Any] = {"operator": "SingleWeight", "select": self.select}

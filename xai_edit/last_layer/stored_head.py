@@ -36,10 +36,11 @@ class StoredHead:
         Copies of all parameters, on the CPU.
     parametrizations : dict of Module
         Copies of the modules that compute a weight, by name.
-    one_output : bool
-        W has one stored row, of the logit of class 1.
+    row : int, optional
+        W and b are shown as two rows, for the logits 0 and z of this stored row: of the only output
+        of a model, or of `xai_edit.one_label`.
     mirrored : bool
-        Of one output: the row is shown as that of class 0, with the other sign.
+        Of one logit: the row is shown as that of class 0, with the other sign.
     """
 
     layer: str
@@ -48,8 +49,18 @@ class StoredHead:
     shapes: tuple[tuple[int, int], ...]
     tensors: dict[str, Tensor]
     parametrizations: dict[str, nn.Module]
-    one_output: bool = False
+    row: int | None = None
     mirrored: bool = False
+
+    @property
+    def one_output(self) -> bool:
+        """Whether one stored row stands for two classes."""
+        return self.row is not None
+
+    @property
+    def label(self) -> int | None:
+        """The label of a multi-label model whose row this is."""
+        return self.row if self.shapes[0][0] > 1 else None
 
     @classmethod
     def plain(cls, layer: str, weight: Tensor, bias: Tensor | None) -> StoredHead:
@@ -63,33 +74,33 @@ class StoredHead:
     def plain_weight(self) -> str:
         """Return the name of the parameter that is W; ValueError if W is computed from others."""
         factor, *others = self.weights
-        if others or factor.flipped or factor.gain or factor.module or self.one_output:
+        if others or factor.flipped or factor.gain or factor.module:
             raise ValueError(f"model: the weight of the last layer {self.layer!r} is computed")
         return factor.name
 
-    def made_of(
-        self, weights: Sequence[Factor], biases: Sequence[Factor], one_output: bool
-    ) -> bool:
+    def made_of(self, weights: Sequence[Factor], biases: Sequence[Factor], row: int | None) -> bool:
         """Return whether the head is made of these parameters in the same way."""
         mine, theirs = (
             [(one.kind, one.scale) for one in factors]
             for factors in ((*self.weights, *self.biases), (*weights, *biases))
         )
-        return mine == theirs and self.one_output == one_output
+        return mine == theirs and self.row == row
 
     def values(self, tensors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return W, (classes, d), and b, (classes,), for given parameters; default its own."""
-        tensors = self.tensors if tensors is None else tensors
-        blocks = [self._block(at, tensors) for at in range(len(self.weights))]
-        weight = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-        bias = self._bias(tensors)
-        if not self.one_output:
-            return weight, bias
+        weight, bias = self._all_rows(self.tensors if tensors is None else tensors)
         return self._two_rows(weight), None if bias is None else self._two_rows(bias)
 
-    def _two_rows(self, row: Tensor) -> Tensor:
-        zero = torch.zeros_like(row)
-        return torch.cat([-row, zero] if self.mirrored else [zero, row])
+    def _all_rows(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        blocks = [self._block(at, tensors) for at in range(len(self.weights))]
+        weight = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        return weight, self._bias(tensors)
+
+    def _two_rows(self, rows: Tensor) -> Tensor:
+        if self.row is None:
+            return rows
+        row, zero = rows[self.row], torch.zeros_like(rows[self.row])
+        return torch.stack([-row, zero] if self.mirrored else [zero, row])
 
     def _block(self, at: int, tensors: Mapping[str, Tensor]) -> Tensor:
         factor, (classes, columns) = self.weights[at], self.shapes[at]
@@ -127,9 +138,9 @@ class StoredHead:
             If there is no bias, or a parametrization cannot give such a weight.
         """
         new: dict[str, Tensor] = {}
-        old_weight, old_bias = self.values()
+        old_weight, old_bias = self._all_rows(self.tensors)
         if weight is not None:
-            weight, old = self._one_row(weight, old_weight)
+            weight, old = self._in_rows(weight, old_weight)
             columns = [columns for _, columns in self.shapes]
             for at, (block, before) in enumerate(
                 zip(weight.split(columns, 1), old.split(columns, 1), strict=True)
@@ -138,7 +149,7 @@ class StoredHead:
         if bias is not None:
             if old_bias is None:
                 raise ValueError(f"model: the last layer {self.layer!r} has no bias")
-            bias, old = self._one_row(bias, old_bias)
+            bias, old = self._in_rows(bias, old_bias)
             first, *others = self.biases
             rest = sum(self.tensors[one.name].double().flatten() * one.scale for one in others)
             stored = self.tensors[first.name].double()
@@ -146,12 +157,17 @@ class StoredHead:
             new[first.name] = wanted.reshape(stored.shape)
         return new
 
-    def _one_row(self, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        """Return new and old values, float64; of two rows for one output their difference."""
+    def _in_rows(self, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """Return new and old values of all rows, float64; of one logit by the two rows' difference.
+
+        The old one is exact, so that what is not edited stays bit for bit.
+        """
         new, old = new.double(), old.double()
-        if self.one_output:
-            new, old = new[1:] - new[:1], old[1:] - old[:1]
-        return new, old
+        if self.row is None:
+            return new, old
+        rows = old.clone()
+        rows[self.row] = new[1] - new[0]
+        return rows, old
 
     def _rewritten_block(self, at: int, new: Tensor, old: Tensor) -> dict[str, Tensor]:
         factor = self.weights[at]
@@ -212,6 +228,7 @@ class StoredHead:
         `ModelEdit.between`.
         """
         new = self.rewritten(weight, bias)
+        origin = origin if self.label is None else {**origin, "label": self.label}
         values = {name: (torch.arange(one.numel()), one.flatten()) for name, one in new.items()}
         return ModelEdit.between(unwrapped(model), values, origin)
 

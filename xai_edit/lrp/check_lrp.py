@@ -16,8 +16,8 @@ from xai_edit.core.data import Batch
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, run
-from xai_edit.core.outputs import outputs_of
-from xai_edit.core.targets import Target, Targets, read_by, targets_of, weights_of
+from xai_edit.core.outputs import one_logit, outputs_of
+from xai_edit.core.targets import Target, Targets, targets_of, weights_of
 from xai_edit.core.trace import Operation, trace
 from xai_edit.lrp.canonizers import is_lrp, rules_of
 from xai_edit.lrp.diagnosis import Finding, of_the_forward_pass, of_the_weights
@@ -169,10 +169,10 @@ def explained(
     """
     targets = targets_of(Batch(inputs), target)
     with preserved(model), torch.no_grad():
-        read = read_by(targets, outputs_of(run(model, inputs), inputs))
-        if target == "predicted" and getattr(read, "_xai_edit_one_logit", False):
-            targets = torch.ones(len(read), dtype=torch.int64, device=read.device)
-        return targets, weights_of(targets, read) * read
+        outputs = outputs_of(run(model, inputs), inputs)
+        if target == "predicted" and one_logit(outputs) is not None:
+            targets = torch.ones(len(outputs), dtype=torch.int64, device=outputs.device)
+        return targets, weights_of(targets, outputs) * outputs
 
 
 def _ratios(

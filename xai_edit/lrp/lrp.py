@@ -21,7 +21,7 @@ from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, as_inputs, same_inputs
 from xai_edit.core.layers import differentiable, embeddings_in_graph, run, sum_positions
 from xai_edit.core.outputs import outputs_of, tensor_of
-from xai_edit.core.targets import Targets, read_by, weights_of
+from xai_edit.core.targets import Targets, weights_of
 from xai_edit.core.trace import Trace, trace
 from xai_edit.lrp import presets as rules
 from xai_edit.lrp.accelerated import DirectHook, accelerated, direct
@@ -162,8 +162,7 @@ class LRP:
             copy = differentiable(inputs)
             pixels = copy if isinstance(copy, Tensor) else copy.first
             outputs = ready.outputs(copy)
-            read = read_by(targets, outputs)
-            (relevance,) = torch.autograd.grad(read, pixels, self._seed(read, targets))
+            (relevance,) = torch.autograd.grad(outputs, pixels, self._seed(outputs, targets))
         return relevance
 
     @contextmanager
@@ -195,8 +194,7 @@ class LRP:
             def score(inputs: Inputs, targets: Targets) -> dict[str, Tensor]:
                 gather.leaves.clear()
                 outputs = ready.outputs(differentiable(inputs) if ready.whole else inputs.detach())
-                read = read_by(targets, outputs)
-                relevance = gather.relevance(layers, read, self._seed(read, targets))
+                relevance = gather.relevance(layers, outputs, self._seed(outputs, targets))
                 for hook in ready.composite.hook_refs:
                     hook.tensor_handles.remove()  # Zennit's hooks add some with each batch
                 return relevance
@@ -212,10 +210,10 @@ class LRP:
             found = trace(model, sample)
             return of_the_forward_pass(found, model, self.composite, layers, canonizers)
 
-    def _seed(self, logits: Tensor, targets: Targets) -> Tensor:
+    def _seed(self, outputs: Tensor, targets: Targets) -> Tensor:
         """Return the relevance at the output."""
-        weights = weights_of(targets, logits)
-        return weights * logits.detach() if self.initial == "logit" else weights  # Eq. 3
+        weights = weights_of(targets, outputs)
+        return weights * outputs.detach() if self.initial == "logit" else weights  # Eq. 3
 
     @contextmanager
     def _registered(

@@ -59,9 +59,9 @@ class FineTuning:
                 generator = torch.Generator().manual_seed(self.seed + number)
                 data = DataLoader(data, self.batch_size, shuffle=True, generator=generator)
             for batch in batches(data, device):
-                labels = with_labels(batch.labels)
-                if number == 0 and batch.groups is not None:
-                    seen.append(torch.stack([labels, batch.groups > 0]).cpu())
+                several = batch.labels is not None and batch.labels.ndim > 1
+                if number == 0 and batch.groups is not None and not several:
+                    seen.append(torch.stack([with_labels(batch.labels), batch.groups > 0]).cpu())
                 yield batch
 
         trained, _ = fine_tuned(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,9 @@ from xai_edit.core.checks import require_type, same_length
 from xai_edit.core.data import batches, model_device
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import one_tensor
-from xai_edit.core.layers import predict
-from xai_edit.core.targets import Targets, classes_of
+from xai_edit.core.layers import run
+from xai_edit.core.outputs import outputs_of
+from xai_edit.core.targets import Targets, classes_of, predicted
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.compare import Scorers
 from xai_edit.report.comparison_figures import as_png, relevance_maps, show_image, show_relevance
@@ -148,7 +148,7 @@ def before_after_maps(
     require_type(images, Tensor, "images", "give a tensor of inputs")
     (batch,) = batches([images])
     if targets is None:
-        targets = partial(torch.argmax, dim=1)
+        targets = predicted
     images = one_tensor(batch.inputs, "a picture")
     wanted: Targets = targets if callable(targets) else torch.as_tensor(targets)
     if isinstance(wanted, Tensor) and not wanted.ndim:
@@ -157,10 +157,10 @@ def before_after_maps(
     def explain() -> tuple[dict[str, Tensor], Tensor, Tensor]:
         inputs = images.to(model_device(model))
         with preserved(model), torch.no_grad():
-            logits = predict(model, inputs)
-        classes = classes_of(wanted, logits)
+            outputs = outputs_of(run(model, inputs), inputs)
+        classes = classes_of(wanted, outputs)
         maps = relevance_maps(model, inputs, scorers, targets=classes)
-        return maps, logits.argmax(1).cpu(), classes.cpu()
+        return maps, predicted(outputs).cpu(), classes.cpu()
 
     before, said, about = explain()
     with edit.applied(model):

@@ -24,8 +24,8 @@ from xai_edit.core.layers import (
     sum_positions,
     tapped,
 )
-from xai_edit.core.outputs import outputs_of, tensor_of
-from xai_edit.core.targets import Targets, classes_of, read_by, weights_of
+from xai_edit.core.outputs import evidence, one_logit, outputs_of, tensor_of
+from xai_edit.core.targets import Targets, classes_of, weights_of
 from xai_edit.lrp.functional_canonizer import ALONG_THE_GRADIENT
 from xai_edit.scoring.completeness import (
     BOUND,
@@ -190,7 +190,9 @@ class Explained:
     ----------
     module : nn.Module
     given : dict of Tensor
-        Captum's ``target``, empty where a ``function`` of the outputs is explained.
+        Captum's ``target``, empty where a function of the outputs is explained.
+    function : bool
+        Whether a function of the outputs is explained, such as −z of one logit z.
     final : tuple of str and int, or None
         The module that runs the softmax or sigmoid in which the model ends, and its calls.
     """
@@ -205,18 +207,22 @@ class Explained:
         """Return how to explain the targets, from a model's output for the inputs."""
         outputs = outputs_of(output, inputs)
         final: tuple[str, int] | None = None
-        logits = read_by(targets, outputs)
+        value = targets(outputs) if callable(targets) else targets
+        function = isinstance(value, Tensor) and value.is_floating_point()
+        read: Callable[[Tensor], Tensor] = _same if function else evidence
         if tensor_of(output) is not outputs:
             found = analysed(model, inputs).trace
             if found.final is not None:
                 final = found.final.module, found.calls[found.final.module]
-        plain = isinstance(inputs, Tensor) and output is logits
-        module: nn.Module = model if plain else _Called(model, inputs, targets)
-        value = targets(logits) if callable(targets) else None
-        if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
-            weights_of(targets, logits)  # raises if it has no gradient
+        weights_of(targets, outputs)  # raises if they do not fit, or have no gradient
+        plain = isinstance(inputs, Tensor) and output is read(outputs)
+        module: nn.Module = model if plain else _Called(model, inputs, read)
+        if callable(targets) and function:
             return cls(_Explained(module, targets), {}, True, final)
-        return cls(module, {"target": classes_of(targets, logits)}, False, final)
+        classes = classes_of(targets, outputs)
+        # Captum's LRP would take −z, of which class 0 of one logit is explained, for z.
+        negative = one_logit(outputs) is not None and not bool(classes.all())
+        return cls(module, {"target": classes}, negative, final)
 
     @contextmanager
     def ready(self, model: nn.Module) -> Iterator[None]:
@@ -234,16 +240,20 @@ def ordered(inputs: Inputs) -> dict[str, Tensor]:
     return dict(sorted(tensors.items(), key=lambda item: item[1] is not first))
 
 
-class _Called(nn.Module):
-    """A model called by position that returns what the targets are read from."""
+def _same(outputs: Tensor) -> Tensor:
+    return outputs
 
-    def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets) -> None:
+
+class _Called(nn.Module):
+    """A model called by position that returns what is read from its outputs."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, read: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.names, self.targets = model, [*ordered(inputs)], targets
+        self.model, self.names, self.read = model, [*ordered(inputs)], read
 
     def forward(self, *tensors: Tensor) -> Tensor:
         inputs = inputs_from(dict(zip(self.names, tensors, strict=True)))
-        return read_by(self.targets, outputs_of(run(self.model, inputs), inputs))
+        return self.read(outputs_of(run(self.model, inputs), inputs))
 
 
 class _Explained(nn.Module):

@@ -20,13 +20,12 @@ from xai_edit.core.layers import (
     differentiable,
     gradients_at,
     layer_module,
-    predict,
     run,
     sum_positions,
     tapped,
 )
-from xai_edit.core.outputs import outputs_of
-from xai_edit.core.targets import Targets, classes_of, read_by, weights_of
+from xai_edit.core.outputs import as_logits, outputs_of
+from xai_edit.core.targets import Targets, classes_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ class Taylor:
         """Return −activation × loss gradient of each unit, shape (samples, units) per layer."""
         axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.enable_grad(), tapped(model, layers) as tap:
-            logits = predict(model, differentiable(inputs))
-            classes = classes_of(targets, logits)
-            likelihood = -nn.functional.cross_entropy(logits, classes, reduction="sum")
+            outputs = outputs_of(run(model, differentiable(inputs)), inputs)
+            classes = classes_of(targets, outputs)
+            likelihood = -nn.functional.cross_entropy(as_logits(outputs), classes, reduction="sum")
             gradients = gradients_at(tap, layers, likelihood, torch.ones_like(likelihood))
         return {
             name: sum_positions(tap.values[name] * gradients[name], axes[name]) for name in layers
@@ -66,8 +65,7 @@ class Activation:
         """Return the mean activation of each unit, shape (samples, units) per layer."""
         axes = unit_axes(model, inputs, layers)
         with preserved(model), torch.no_grad(), tapped(model, layers) as tap:
-            read = read_by(targets, outputs_of(run(model, inputs), inputs))
-            weights_of(targets, read)  # raises for a wrong class
+            weights_of(targets, outputs_of(run(model, inputs), inputs))  # raises for a wrong class
         tap.require(layers)
         values = {name: tap.values[name].clamp(min=0) for name in layers}
         summed = {name: sum_positions(values[name], axes[name]) for name in layers}

@@ -22,8 +22,8 @@ from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.final_operation import noted_finals
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import predict, resolve_layers, run, tapped
-from xai_edit.core.outputs import Outputs, outputs_as
+from xai_edit.core.layers import resolve_layers, run, tapped
+from xai_edit.core.outputs import Outputs, label_origin, outputs_as, outputs_of
 from xai_edit.core.targets import (
     Target,
     Targets,
@@ -241,6 +241,7 @@ def score_units(
     names = resolve_layers(model, layers)
     require_finite(model)
     origin: dict[str, Any] = {"scorer": describe(scorer), "target": describe_target(target)}
+    origin |= label_origin()
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     windows: dict[str, int] = {}
@@ -299,7 +300,7 @@ def _scored(
     with preserved(model):
         if not isinstance(scorer, (CaptumLayer, Taylor, Activation)):
             with torch.no_grad():
-                targets = classes_of(targets, predict(model, inputs))
+                targets = classes_of(targets, outputs_of(run(model, inputs), inputs))
         return scorer(model, inputs, targets, names)
 
 

@@ -1,0 +1,300 @@
+"""Counterfactual retraining against scikit-learn on images completed one by one, written out."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from xai_edit import CounterfactualRetraining, ModelEdit, Subspaces
+from xai_edit.core.errors import UnknownLayerError
+from xai_edit.last_layer.completion_figures import held_out
+from xai_edit.last_layer.head import HeadFeatures
+
+SAMPLES = 60
+
+
+def subspaces(channels, directions, seed=0):
+    torch.manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(channels, directions).double()).Q
+    return Subspaces(basis, (directions,), torch.zeros(channels).double())
+
+
+def marked_digits(digits):
+    images, labels = digits
+    has = (torch.arange(SAMPLES) % 3 == 0).long()
+    return images[:SAMPLES].double(), labels[:SAMPLES], has
+
+
+def donors_of(has, seed, most, stream=2):
+    """The donor without and with the feature of each sample: a random one of the pool's."""
+    keys = np.random.default_rng([seed, 0]).random(len(has))
+    chance = np.random.default_rng([seed, stream]).random((len(has), 2))
+    chosen = []
+    for value in (0, 1):
+        pool = sorted(np.flatnonzero(has == value), key=keys.__getitem__)[:most]
+        chosen.append([pool[int(u * len(pool))] for u in chance[:, value]])
+    return chosen
+
+
+def completed_one_by_one(body, rest, images, donors, basis):
+    """The head's inputs of each image with its donor's part at each position of the layer."""
+    rows = []
+    for image, donor in zip(images, donors, strict=True):
+        a, d = body(image[None]), body(images[donor][None])
+        new = a.clone()
+        for row in range(a.shape[2]):
+            for column in range(a.shape[3]):
+                difference = a[0, :, row, column] - d[0, :, row, column]
+                new[0, :, row, column] -= basis @ (basis.T @ difference)
+        rows.append(rest(new)[0])
+    return torch.stack(rows).detach().numpy()
+
+
+@pytest.mark.parametrize(("most", "size", "batch"), [(1, 1, 60), (4, 3, 17), (100, 2, 7)])
+@pytest.mark.parametrize("layer", ["conv2", "relu1", "pool1", "conv2:input"])
+def test_the_new_layer_is_the_regression_on_images_completed_one_by_one(
+    plain, digits, layer, most, size, batch, unchanged
+):
+    model = plain.double()  # its ReLUs are in place
+    images, labels, has = marked_digits(digits)
+    parts = [model.conv1, nn.ReLU(), model.pool1, model.conv2, nn.ReLU(), model.pool2]
+    parts += [nn.Flatten(), model.fc1, nn.ReLU()]
+    cut = {"conv2": 4, "relu1": 2, "pool1": 3, "conv2:input": 3}[layer]
+    body, rest = nn.Sequential(*parts[:cut]), nn.Sequential(*parts[cut:])
+    found = subspaces(6 if layer == "conv2" else 4, 3)
+
+    check = unchanged(model)
+    operator = CounterfactualRetraining(layer, found, size=size, donors=most, seed=5, C=0.3)
+    data = [*zip(*(part.split(batch) for part in (images, labels, has)), strict=True)]
+    edit = operator.plan(model, data)
+    check()
+    without, with_it = (
+        completed_one_by_one(body, rest, images, donors, found.basis[:, :size])
+        for donors in donors_of(has.numpy(), 5, most)
+    )
+    x, y = np.concatenate([without, with_it]), np.tile(labels.numpy(), 2)
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=2000)).fit(x, y)
+    before = model(images)
+    with edit.applied(model):
+        logits = model(images).detach().numpy()
+    features = rest(body(images)).detach().numpy()
+    assert np.allclose(logits, fitted.decision_function(features), atol=1e-6)
+    assert torch.equal(model(images), before)
+    assert {*edit.changes} == {"head.weight", "head.bias"}
+    assert edit.origin["size"] == size
+
+
+def biased(samples=400):
+    """Channel 0 tells the class, 1 is a mark on 90 % of class 1 and nothing else, 2 is noise."""
+    rng = np.random.default_rng(0)
+    y = np.arange(samples) % 2
+    has = ((y == 1) & (rng.random(samples) < 0.9)).astype(int)
+    x = rng.normal(size=(samples, 3)) * [0.7, 0.1, 1.0]
+    x += np.stack([2.0 * y - 1, 6.0 * has, 0 * y], axis=1)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3))
+        model[0].bias.zero_()
+        fitted = LogisticRegression().fit(x, y)
+        rows, bias = fitted.coef_ / 2, fitted.intercept_ / 2
+        model[1].weight.copy_(torch.tensor(np.concatenate([-rows, rows])))
+        model[1].bias.copy_(torch.tensor(np.concatenate([-bias, bias])))
+    return model, x, y, has
+
+
+def along(channel):
+    return Subspaces(torch.eye(3).double()[:, [channel]], (1,), torch.zeros(3).double())
+
+
+def test_a_class_never_seen_with_the_mark_is_recognised_with_it():
+    model, x, y, has = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    edit = CounterfactualRetraining("0", along(1), donors=10_000).plan(model, data)
+    without, with_it = donors_of(has, 0, 10_000)
+    copies = np.concatenate([x, x])
+    copies[:, 1] = np.concatenate([x[without, 1], x[with_it, 1]])
+    explicit = make_pipeline(StandardScaler(), LogisticRegression()).fit(copies, np.tile(y, 2))
+    test = torch.tensor([[-1, 6, 0], [1, 6, 0], [-1, 0, 0], [1, 0, 0]]).double()
+    assert model(test).argmax(1).tolist()[0] == 1  # class 0 with the mark
+    with edit.applied(model):
+        logits = model(test).detach().numpy()
+        assert model(test).argmax(1).tolist() == [0, 1, 0, 1]
+        weight = (model[1].weight[1] - model[1].weight[0]).tolist()
+    difference = logits[:, 1] - logits[:, 0]
+    assert np.allclose(difference, explicit.decision_function(test.numpy()), atol=1e-9)
+    assert abs(weight[1] * 6) < 0.1 * abs(weight[0] * 2)
+    assert edit.origin["completion"]["recognised"] == {"without": 0, "with": 1, "completed": 1}
+    held = edit.origin["held_out"]["completed"]
+    assert held["before"]["worst"] < 0.5 < 0.8 < held["after"]["worst"]
+
+
+def test_the_size_is_that_after_which_the_worst_held_out_group_is_best():
+    model, x, y, has = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    basis = torch.eye(3).double()[:, [2, 1]]  # noise leads, the mark follows
+    both = Subspaces(basis, (2,), torch.zeros(3).double())
+    edit = CounterfactualRetraining("0", both).plan(model, data)
+    tried = edit.origin["tried"]
+    assert edit.origin["size"] == 2
+    assert tried["1"]["worst"] < 0.5 < 0.8 < tried["2"]["worst"]
+    weight = (model[1].weight[1] - model[1].weight[0]).detach()
+    chance = np.random.default_rng([0, 1]).random((len(has), 2))  # all are donors
+    keys = np.random.default_rng([0, 0]).random(len(has))
+    pools = [sorted(np.flatnonzero(has == v), key=keys.__getitem__) for v in (0, 1)]
+    without, with_it = (
+        [pool[int(u * len(pool))] for u in chance[:, value]] for value, pool in enumerate(pools)
+    )
+    moved = x[with_it, 1:] - x[without, 1:]
+    expected = float((np.mean(moved, axis=0) * weight[1:].numpy()).sum())
+    assert tried["2"]["effect"] == pytest.approx(expected)
+
+
+def test_held_out_figures_are_those_of_a_head_fitted_on_the_other_half():
+    model, x, y, has = biased()
+    mark = np.array([0.0, 1.0, 0.0])
+    versions = x + 3 * mark, x - 2 * mark
+    columns = torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(has)
+    layer = model[1]
+    head = HeadFeatures("1", layer.weight.detach(), layer.bias.detach(), *columns)
+    found = held_out(head, versions, versions, 1.0, seed=3)
+    rng, held = np.random.default_rng([3, 4]), []
+    for cell in ((0, 0), (1, 0), (1, 1)):
+        rows = rng.permutation(np.flatnonzero((y == cell[0]) & (has == cell[1])))
+        held.extend(rows[(len(rows) + 1) // 2 :])
+    fit = np.setdiff1d(np.arange(len(y)), held)
+    fitted = make_pipeline(StandardScaler(), LogisticRegression())
+    fitted.fit(np.concatenate([one[fit] for one in versions]), np.tile(y[fit], 2))
+    right = [fitted.predict(one[held]) == y[held] for one in (x, *versions)]
+    real = [right[0][(y[held] == c) & (has[held] == v)].mean() for c, v in ((0, 0), (1, 0), (1, 1))]
+    completed = [one[y[held] == c].mean() for one in right[1:] for c in (0, 1)]
+    for name, groups in (("real", real), ("completed", completed)):
+        after = found[name]["after"]
+        assert after["worst"] == pytest.approx(min(groups))
+        assert after["balanced"] == pytest.approx(np.mean(groups))
+
+
+def test_one_output_is_retrained_as_two_classes():
+    model, x, y, has = biased()
+    one = copy.deepcopy(model)
+    one[1] = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        one[1].weight.copy_(model[1].weight[1:] - model[1].weight[:1])
+        one[1].bias.copy_(model[1].bias[1:] - model[1].bias[:1])
+    data, outputs = [tuple(map(torch.from_numpy, (x, y, has)))], []
+    for network in (model, one):
+        with CounterfactualRetraining("0", along(1)).plan(network, data).applied(network):
+            outputs.append(network(data[0][0]).detach())
+    difference = outputs[0][:, 1:] - outputs[0][:, :1]
+    torch.testing.assert_close(outputs[1], difference)
+
+
+def test_images_completed_along_another_direction_are_not_credible():
+    model, x, y, has = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    with pytest.warns(UserWarning, match=r"in class 1 0% of them are recognised .* 100% of real"):
+        edit = CounterfactualRetraining("0", along(2)).plan(model, data)
+    completion = edit.origin["completion"]
+    assert completion["reached"] == 0
+    assert "do not look as if they had the feature" in completion["warning"]
+
+
+def test_without_both_kinds_in_a_class_nothing_is_compared():
+    model, x, y, _ = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, y)))]
+    edit = CounterfactualRetraining("0", along(1)).plan(model, data)
+    assert "no class has 10 images with and 10" in edit.origin["completion"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("given", "attribute", "error", "message"),
+    [
+        ({}, [0] * 60, ValueError, "attribute: no sample with the feature"),
+        ({}, [1] * 60, ValueError, "attribute: no sample without the feature"),
+        ({}, [0, 2] * 30, ValueError, r"attribute: \[2, 2, 2, 2, 2\] given; it is yes or no"),
+        ({}, [0, 1], ValueError, "attribute"),
+        ({"layer": "conv9"}, None, UnknownLayerError, "'conv9'"),
+        ({"layer": "head"}, None, ValueError, "'head' given, the last layer"),
+        ({"subspaces": subspaces(5, 2)}, None, ValueError, "subspaces have 5 channels"),
+        ({"subspaces": [0]}, None, TypeError, "subspaces: list given"),
+        ({"size": 3}, None, ValueError, "size: 3 given; it is a whole number from 1 to 2"),
+        ({"size": 0}, None, ValueError, "size: 0 given"),
+        ({"donors": 0}, None, ValueError, "donors: 0 given"),
+        ({"C": 0}, None, ValueError, "C: 0 given"),
+    ],
+)
+def test_bad_input_is_refused_by_name(plain, digits, unchanged, given, attribute, error, message):
+    images, labels, has = marked_digits(digits)
+    has = has if attribute is None else torch.tensor(attribute)
+    check = unchanged(plain)
+    with pytest.raises(error, match=message):
+        CounterfactualRetraining(
+            given.pop("layer", "conv1"), given.pop("subspaces", subspaces(4, 2)), **given
+        ).plan(plain, [(images.float(), labels)], attribute=has)
+    check()
+
+
+def test_data_that_cannot_be_completed_is_refused(norm, digits):
+    images, labels, has = marked_digits(digits)
+    images = images.float()
+    operator = CounterfactualRetraining("body.2", subspaces(4, 2))
+    with pytest.raises(TypeError, match="can be read only once"):
+        operator.plan(norm, iter([(images, labels, has)]))
+    sizes = [(images, labels, has), (images[..., :6], labels, has)]
+    with pytest.raises(ValueError, match=r"at \(8, 6\) positions and \(8, 8\) before"):
+        operator.plan(norm, sizes)
+    with pytest.raises(ValueError, match="data: has no labels"):
+        operator.plan(norm, [images], attribute=has)
+    with pytest.raises(ValueError, match="samples of 9 classes"):
+        operator.plan(norm, [(images[labels > 0], labels[labels > 0], has[labels > 0])])
+
+
+class Last(nn.Module):
+    """The same network with its channels second, or last at ``block``, and inputs by name."""
+
+    def __init__(self, last):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.block, self.after = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)
+        self.head, self.last = nn.Linear(5, 10), last
+
+    def forward(self, image, scale):
+        a = self.conv(image) * scale[:, None, None, None]
+        a = self.block(a.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.last else self.block(a)
+        return self.head(self.after(a).relu().mean((2, 3)))
+
+
+def test_channels_last_and_inputs_by_name_give_the_same_edit(digits):
+    images, labels, has = marked_digits(digits)
+    scale = torch.linspace(0.5, 2, SAMPLES).double()
+    edits = []
+    for last in (False, True):
+        names = {"image": images, "scale": scale, "labels": labels, "groups": has}
+        data = [{name: value[i : i + 20] for name, value in names.items()} for i in (0, 20, 40)]
+        operator = CounterfactualRetraining("block", subspaces(4, 3))
+        edits.append(operator.plan(Last(last).double().eval(), data))
+    first, second = edits
+    assert first.origin["size"] == second.origin["size"]
+    for name, change in first.changes.items():
+        torch.testing.assert_close(second.changes[name].new, change.new)
+
+
+def test_planning_depends_on_the_seed_alone(plain, digits, tmp_path):
+    images, labels, has = marked_digits(digits)
+
+    def planned(size, seed):
+        data = [*zip(*(part.split(size) for part in (images, labels)), strict=True)]
+        operator = CounterfactualRetraining("relu2", subspaces(6, 4), donors=9, seed=seed)
+        return operator.plan(plain.double(), data, attribute=has == 1)
+
+    first, again, other, seeded = planned(60, 0), planned(60, 0), planned(13, 0), planned(60, 1)
+    new = [one.changes["head.weight"].new for one in (first, again, other, seeded)]
+    assert torch.equal(new[0], new[1])
+    torch.testing.assert_close(new[0], new[2], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(new[0], new[3], rtol=1e-4)
+    first.save(tmp_path / "edit.safetensors")
+    assert ModelEdit.load(tmp_path / "edit.safetensors").origin == first.origin

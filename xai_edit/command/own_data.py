@@ -1,0 +1,51 @@
+"""A data set of the user's own, from a function named on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xai_edit.command.load import IMAGENET, TORCHVISION, Images, imported
+from xai_edit.core.checks import whole_number
+
+COMMANDS = ("check", "score")
+"""Commands that take such data. The others show images."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnData(Images):
+    """Some ``rows`` of a data set whose items, also mappings, go to the model as they are."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.rows[index]]
+
+    def __str__(self) -> str:
+        return f"{len(self)} of {len(self.source)} samples"
+
+
+def is_own(spec: str | None) -> bool:
+    """Return whether a specification of data names a function, ``package.module:function``."""
+    return spec is not None and ":" in spec.removeprefix(TORCHVISION) and not Path(spec).exists()
+
+
+def load_own(spec: str, command: str, *, limit: int | None = None) -> OwnData:
+    """Return the data set that a function gives, at most ``limit`` samples, spread evenly.
+
+    ValueError or TypeError if it gives something else, or the command shows images.
+    """
+    if command not in COMMANDS:
+        raise ValueError(
+            f"data: {spec}: {command} shows images; give a folder or a CSV file of them, or plan "
+            "in Python, where operators take any data"
+        )
+    source = imported(spec, "data", {})
+    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        raise TypeError(
+            f"data: {spec} gives {type(source).__name__}; it returns a list or Dataset of samples, "
+            "such as (inputs, label) or mappings"
+        )
+    if not len(source):
+        raise ValueError(f"data: {spec}: no samples")
+    size = len(source) if limit is None else min(len(source), whole_number(limit, "limit", least=1))
+    return OwnData(source, [at * len(source) // size for at in range(size)], IMAGENET, {})

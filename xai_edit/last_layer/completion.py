@@ -1,0 +1,147 @@
+"""Completed images: a layer's activations with the coefficients of another image in a subspace."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.axes import unit_axes
+from xai_edit.core.inputs import Inputs, joined
+from xai_edit.core.layers import replaced, run, tapped, unit_axis_of
+from xai_edit.last_layer.find_head import HeadReader
+from xai_edit.last_layer.head import HeadFeatures
+
+
+class Exchange:
+    """Reads and exchanges a layer's coefficients along directions U in forward passes.
+
+    Parameters
+    ----------
+    reader : HeadReader
+        Of the model; the head is proven here.
+    inputs : Tensor or ModelInputs
+        A batch, to find the axis of the layer's channels.
+    layer : str
+        Its first axis is the samples; with all inputs it has the same positions.
+    subspaces : Subspaces
+        U are the first columns of its basis.
+    unit_axis : int, optional
+        See `xai_edit.core.axes.unit_axes`.
+    """
+
+    def __init__(
+        self,
+        reader: HeadReader,
+        inputs: Inputs,
+        layer: str,
+        subspaces: Subspaces,
+        unit_axis: int | None,
+    ) -> None:
+        self.reader, self.layer, self.subspaces = reader, layer, subspaces
+        self.axis = unit_axes(reader.model, inputs, [layer], unit_axis)[layer]
+        self.positions: tuple[int, ...] | None = None
+        self.head = reader.read(inputs)
+        if self.head.layer == layer:
+            raise ValueError(
+                f"layer: {layer!r} given, the last layer, whose inputs are retrained on; name a "
+                "layer before it"
+            )
+
+    def coefficients(self, inputs: Inputs, most: int) -> Tensor:
+        """Return Uᵀa, float64, shape (samples, positions, most), for the first directions U."""
+        model = self.reader.model
+        with tapped(model, [self.layer]) as tap:
+            run(model, inputs)
+        tap.require([self.layer])
+        a = self._channels_last(tap.values[self.layer])
+        positions = tuple(a.shape[1:-1])
+        if len(a) != len(inputs):
+            raise ValueError(
+                f"layer: {self.layer!r} has values of {len(a)} samples for {len(inputs)} inputs; "
+                "name a layer whose first axis is the samples"
+            )
+        if self.positions not in (None, positions):
+            raise ValueError(
+                f"layer: {self.layer!r} has values at {positions} positions and {self.positions} "
+                "before; images are completed position by position, so give inputs of one size"
+            )
+        self.positions = positions
+        U = self._directions(a, most)
+        return (a.to(U) @ U).reshape(len(a), math.prod(positions), most)
+
+    def completed(self, inputs: Inputs, coefficients: Tensor, size: int) -> Tensor:
+        """Return the head's inputs for a − U Uᵀ(a − a_d) at the layer, shape (samples, d).
+
+        ``coefficients`` are Uᵀa_d of each sample's donor, U the first ``size`` directions.
+        """
+
+        def exchanged(values: Tensor) -> Tensor:
+            a = self._channels_last(values)
+            U = self._directions(a, size)
+            c = coefficients[..., :size].reshape(*a.shape[:-1], size).to(U)
+            new = a.to(U) - (a.to(U) @ U - c) @ U.T
+            return new.to(a).movedim(-1, unit_axis_of(values, self.axis)).clone()
+
+        with replaced(self.reader.model, self.layer, exchanged):
+            return self.reader.read(inputs).features
+
+    def head_features(
+        self, features: Tensor, labels: Tensor | None, attribute: Tensor | None = None
+    ) -> HeadFeatures:
+        """Return inputs of the head with labels and attribute, for an edit of it."""
+        head = self.head
+        columns = features, labels, attribute
+        return HeadFeatures(head.layer, head.weight, head.bias, *columns, stored=head.stored)
+
+    def _channels_last(self, values: Tensor) -> Tensor:
+        a = values.movedim(unit_axis_of(values, self.axis), -1)
+        self.subspaces.require_channels(a, f"layer {self.layer!r}, its values")
+        return a
+
+    def _directions(self, a: Tensor, size: int) -> Tensor:
+        return self.subspaces.basis[:, :size].double().to(a.device)
+
+
+class DonorPool:
+    """A random sample of at most ``most`` images, the same in batches of any size.
+
+    Attributes
+    ----------
+    coefficients : Tensor, float64, shape (images, positions, directions), on the CPU
+    inputs : Tensor or ModelInputs, on the CPU
+    labels : Tensor, int64, shape (images,), on the CPU
+    """
+
+    coefficients: Tensor
+    inputs: Inputs
+    labels: Tensor
+
+    def __init__(self, most: int) -> None:
+        self.most, self.keys = most, torch.empty(0).double()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def add(self, keys: Tensor, coefficients: Tensor, inputs: Inputs, labels: Tensor) -> None:
+        """Add images with random keys, shape (images,); those of the least keys stay."""
+        if len(self) == self.most:
+            new = keys < self.keys[-1]
+            keys, coefficients, inputs = keys[new], coefficients[new], inputs[new]
+            labels = labels[new]
+        if not len(keys):
+            return
+        coefficients, inputs, labels = coefficients.cpu(), inputs.cpu(), labels.cpu()
+        if len(self):
+            keys = torch.cat([self.keys, keys])
+            coefficients = torch.cat([self.coefficients, coefficients])
+            inputs, labels = joined([self.inputs, inputs]), torch.cat([self.labels, labels])
+        kept = keys.argsort()[: self.most]
+        self.keys, self.coefficients = keys[kept], coefficients[kept]
+        self.inputs, self.labels = inputs[kept], labels[kept]
+
+    def drawn(self, chance: Tensor) -> Tensor:
+        """Return the coefficients of random images for numbers in [0, 1), shape (samples,)."""
+        return self.coefficients[(chance * len(self)).long()]

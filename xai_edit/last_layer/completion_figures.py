@@ -1,0 +1,129 @@
+"""Figures by which completed images are judged: do they look real, and does retraining help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from xai_edit.last_layer.head import HeadFeatures
+from xai_edit.last_layer.regression import Array, halves, standardised_regression
+
+ENOUGH = 10  # images of a kind, to compare completed with real ones
+SEEN = 0.2  # least difference of the shares by which real images of both kinds differ
+CREDIBLE = 0.5  # least share of that difference that completed images reach
+APART = 0.2  # most by which the worst real group may be behind the worst completed one
+
+
+def resemblance(head: HeadFeatures, with_it: Array, seed: int) -> dict[str, Any]:
+    """Return whether images completed with the feature look like real ones at the head's input.
+
+    In the class that has most images of both kinds, a logistic regression tells those with the
+    feature from those without, fitted on a half and asked about the other. ``recognised`` are the
+    shares that it takes to have the feature: of real images without it, of real ones with it, and
+    of the completed, which are those without it as they are in ``with_it``. ``reached`` is where
+    the last stands between the first, 0, and the second, 1. In place of figures a ``reason`` where
+    no class has ten images of each kind, or the head's inputs do not tell them apart.
+    """
+    y, has, x = _columns(head)
+    classes = np.unique(y)
+    fewest = [min(int(((y == c) & (has == v)).sum()) for v in (0, 1)) for c in classes]
+    label = int(classes[int(np.argmax(fewest))])
+    if max(fewest) < ENOUGH:
+        return {
+            "reason": f"no class has {ENOUGH} images with and {ENOUGH} without the feature, so "
+            "completed images cannot be compared with real ones"
+        }
+    rows = np.flatnonzero(y == label)
+    answers: list[list[Array]] = [[], [], []]
+    parts = halves(has[rows], np.random.default_rng([seed, 3]))
+    for fit, held in (parts, parts[::-1]):
+        weight, bias = standardised_regression(
+            x[rows[fit]], has[rows[fit]], 1.0, class_weight="balanced"
+        )
+        held = rows[held]
+        asked = x[held[has[held] == 0]], x[held[has[held] == 1]], with_it[held[has[held] == 0]]
+        for shares, one in zip(answers, asked, strict=True):
+            shares.append((one @ weight.T + bias).argmax(1))
+    lacks, shows, made = (float(np.concatenate(one).mean()) for one in answers)
+    found = {"class": label, "images": [int((has[rows] == v).sum()) for v in (0, 1)]}
+    found["recognised"] = {"without": lacks, "with": shows, "completed": made}
+    if shows - lacks < SEEN:
+        return found | {
+            "reason": f"the head's inputs of class {label} hardly tell the feature, so completed "
+            "images cannot be compared with real ones"
+        }
+    return found | {"reached": (made - lacks) / (shows - lacks)}
+
+
+def not_credible(found: dict[str, Any], held: dict[str, Any]) -> str | None:
+    """Return a sentence where figures of `resemblance` or `held_out` are too low, else None."""
+    advice = "so try another layer, size, or other subspaces, and judge it on images of your own"
+    if found.get("reached", 1) < CREDIBLE:
+        shares = found["recognised"]
+        return (
+            f"completed images do not look as if they had the feature: in class {found['class']} "
+            f"{shares['completed']:.0%} of them are recognised at the head's input, where "
+            f"{shares['with']:.0%} of real images with it are, and {shares['without']:.0%} of "
+            f"those without; retraining may gain little, {advice}"
+        )
+    after = held["real"]["after"]
+    real, completed = after["worst"], held["completed"]["after"]["worst"]
+    if after["images"] >= ENOUGH and completed - real > APART:
+        return (
+            "completed images are not like real ones: of held-out images, the retrained last layer "
+            f"gets {real:.0%} of the worst real group right and {completed:.0%} of the worst "
+            f"completed one, {advice}"
+        )
+    return None
+
+
+def held_out(
+    head: HeadFeatures,
+    versions: tuple[Array, Array],
+    judged: tuple[Array, Array],
+    C: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Return accuracies on half of the images, before and after retraining on the other half.
+
+    Retraining is on ``versions`` without and with the feature. Of the worst group and balanced over
+    groups (class × feature): of images as they are, where groups without images do not count, and
+    of the ``judged`` versions; ``images`` are those of the worst group. 0 where the halves hold too
+    few images to retrain and judge.
+    """
+    y, has, x = _columns(head)
+    fit, held = halves(y * 2 + has, np.random.default_rng([seed, 4]))
+    classes, every = np.unique(y[fit]), np.arange(head.classes)
+    old = head.weight.double().numpy(), head.require_bias().double().numpy(), every
+    new = np.zeros((1, x.shape[1])), np.zeros(1), np.array([-1])
+    if len(classes) > 1:
+        features = np.concatenate([one[fit] for one in versions])
+        new = *standardised_regression(features, np.tile(y[fit], 2), C), classes
+    completed = np.concatenate([one[held] for one in judged])
+    twice = np.tile(y[held], 2), np.repeat([0, 1], len(held))
+    sets = {"real": (x[held], y[held], has[held]), "completed": (completed, *twice)}
+    return {
+        name: {
+            when: _accuracies(
+                known[(features @ weight.T + bias).argmax(1)] == labels, labels, kinds
+            )
+            for when, (weight, bias, known) in (("before", old), ("after", new))
+        }
+        for name, (features, labels, kinds) in sets.items()
+    }
+
+
+def _columns(head: HeadFeatures) -> tuple[Array, Array, Array]:
+    assert head.attribute is not None  # planning collects it
+    return head.require_labels().numpy(), head.attribute.numpy(), head.features.double().numpy()
+
+
+def _accuracies(right: Array, y: Array, has: Array) -> dict[str, float]:
+    if not len(y):
+        return {"worst": 0.0, "balanced": 0.0, "images": 0}
+    cells = np.unique(y * 2 + has, return_inverse=True)[1].reshape(-1)
+    sizes = np.bincount(cells)
+    each = np.bincount(cells, right) / sizes
+    worst = {"worst": float(each.min()), "images": int(sizes[each.argmin()])}
+    return worst | {"balanced": float(each.mean())}
