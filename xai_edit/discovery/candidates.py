@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.finders import PRCA, ContrastivePCA
-from xai_edit.concepts.presence import Pooling, pooled_square
+from xai_edit.concepts.presence import Pooling
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import run, tapped
@@ -101,6 +101,12 @@ def _contrastive(contrast: Tensor, mean: Tensor, samples: int) -> Subspaces | No
     return ContrastivePCA(size).fit_moments(contrast, mean, samples)
 
 
+def presence_of(a: Tensor, subspaces: Subspaces) -> Tensor:
+    """Return `xai_edit.concepts.presence` by maximum and by mean, shape (2, samples)."""
+    energy = ((a - subspaces.mean.to(a)) @ subspaces.basis.to(a)).square().sum(-1)
+    return torch.stack([energy.amax(1), energy.mean(1)])
+
+
 def presences(
     model: nn.Module,
     samples: Samples,
@@ -120,21 +126,8 @@ def presences(
                 run(model, batch.inputs)
             for layer in layers:
                 a = vectors_of(tap.values[layer], axes[layer])
-                found[layer].append(
-                    torch.stack(
-                        [
-                            torch.stack(
-                                [
-                                    pooled_square(a, one.basis.to(a), one.mean, pooling)
-                                    for one in wanted[layer]
-                                ]
-                            )
-                            for pooling in POOLINGS
-                        ]
-                    )
-                    .double()
-                    .cpu()
-                )
+                pairs = [presence_of(a, one) for one in wanted[layer]]
+                found[layer].append(torch.stack(pairs, 1).double().cpu())
     return {layer: torch.cat(found[layer], -1) for layer in layers}
 
 

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import (
-    predict,
-    unit_axis_of,
-)
+from xai_edit.core.layers import predict, replaced, unit_axis_of
 
 RANDOM = 20  # random subspaces that a feature is compared with
 BATCH = 64
