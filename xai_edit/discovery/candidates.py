@@ -19,7 +19,7 @@ from xai_edit.discovery.channel_relevance import Moments, vectors_of
 from xai_edit.discovery.samples import Samples
 
 DIRECTIONS = 8  # of a contrast, at most
-SIZE = 4  # leading ones with which candidates are compared
+CHANCE = 0.05  # of the largest contrast; directions below it are left out
 RELEVANT = 3  # directions of PRCA
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 ALIKE = 0.9  # rank correlation from which two candidates are one
@@ -92,12 +92,11 @@ def relevant_directions(cross: Tensor, mean: Tensor, vectors: int) -> list[Candi
 
 
 def _contrastive(contrast: Tensor, mean: Tensor, samples: int) -> Subspaces | None:
-    """Return the leading directions, fewer where the contrast is positive in fewer."""
+    """Return the leading directions; others have chance differences of what both parts have."""
     values = torch.linalg.eigvalsh(contrast)
-    rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
-    size = min(DIRECTIONS, int((values > rounding).sum()))
-    if not size:
+    if not values[-1] > len(values) * torch.finfo(values.dtype).eps * values.abs().max():
         return None
+    size = min(DIRECTIONS, int((values > CHANCE * values[-1]).sum()))
     return ContrastivePCA(size).fit_moments(contrast, mean, samples)
 
 
@@ -139,7 +138,7 @@ def separated(
     rows: Tensor,
     fit: Tensor,
 ) -> list[Candidate]:
-    """Return at most eight different candidates, best separation first.
+    """Return at most eight different candidates, contrasts first, by separation.
 
     A candidate is left out if its presence has a rank correlation above 0.9 with a better one.
 
@@ -180,7 +179,8 @@ def separated(
                 best = rated_one, rankdata(s.numpy())
         if best is not None:
             rated.append(best)
-    rated.sort(key=lambda pair: -pair[0].separation)
+    # A contrast has directions enough to be ablated, a single one of PRCA comes after it.
+    rated.sort(key=lambda pair: (pair[0].part is None, -pair[0].separation))
     kept: list[tuple[Candidate, Any]] = []
     for candidate, ranks in rated:
         if all(np.corrcoef(ranks, other)[0, 1] <= ALIKE for _, other in kept):

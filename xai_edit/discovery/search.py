@@ -18,7 +18,6 @@ from xai_edit.core.targets import class_list
 from xai_edit.discovery import evidence as figures
 from xai_edit.discovery.candidates import (
     POOLINGS,
-    SIZE,
     Candidate,
     candidates,
     presences,
@@ -32,18 +31,17 @@ from xai_edit.discovery.findings import Finding, Searched, same_feature
 from xai_edit.discovery.proposals import Method, proposals
 from xai_edit.discovery.samples import Samples
 from xai_edit.discovery.strategies import SMALLEST, Strategies
-from xai_edit.discovery.transfer import Recipients, Transferred
+from xai_edit.discovery.transfer import SIZE, Recipients, Transferred
 from xai_edit.lrp.lrp import LRP
 
 JUDGING = 1 / 3  # of the samples; they are not used to find
 OTHERS = 600  # samples of all classes that judge, at most
-RECIPIENTS = 64  # that a feature is put into
+RECIPIENTS = 48  # that a feature is put into
 DONORS = 24  # that it is taken from
 PER_LAYER = 3  # findings of a class and a layer, at most
 SIZES = (1, 2, 4, 8)  # of a subspace
 ENOUGH_EFFECT = 0.8  # of the effect at the largest size
 GROUP = 64  # samples of a pseudo-group that are ablated
-TYPICAL = 0.95  # quantile of margins that counts as the target, where it is never predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +52,7 @@ class _Class:
     rows: Tensor  # numbers of the samples, ascending
     fit: Tensor  # bool, shape (rows,): those to find with; the others judge
     away: Tensor  # numbers of samples of other classes that a feature is put into
-    typical: float | None
+    predicted: bool
 
 
 @dataclass(eq=False)
@@ -190,7 +188,7 @@ class Search:
         rows = _some(among.nonzero()[:, 0], limit, generator)
         away = self.pool if every else self.pool[self.predicted[self.pool] != target]
         away = _some(away, RECIPIENTS, generator)
-        return _Class(target, rows, ~self.judging[rows], away, TYPICAL if every else None)
+        return _Class(target, rows, ~self.judging[rows], away, not every)
 
     def _judged(
         self,
@@ -204,7 +202,9 @@ class Search:
         if not len(one.away):
             return []
         inputs = joined([batch.inputs for _, batch in self.samples.read(one.away)])
-        recipients = Recipients(self.model, layer, self.axes[layer], inputs, self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
+        donors = self._values(layer, _some(one.rows[one.fit], DONORS, generator))
+        recipients = Recipients(self.model, layer, self.axes[layer], inputs, donors, self.seed)
         rated = []
         for candidate in kept:
             put = self._put(candidate, recipients)
@@ -243,7 +243,7 @@ class Search:
         cross: Tensor,
     ) -> Finding:
         """Return a candidate as a finding, without what needs the presence in all samples."""
-        by_feature, control = transferred.turned(one.target, one.typical)
+        by_feature, control = transferred.turned(one.target, predicted=one.predicted)
         subspaces = candidate.leading(size).subspaces
         shown = divided.get(candidate.kind, next(iter(divided.values())))
         separation = figures.Figure(candidate.separation, -1.0, 1.0, int((~one.fit).sum()))

@@ -121,7 +121,8 @@ def ends_of_components(values: Tensor, fit: Tensor) -> Strategies:
     ends = []
     for column in torch.from_numpy(projected).T[:MOST]:
         low, high = column[fit].quantile(torch.tensor([0.25, 0.75], dtype=column.dtype))
-        ends += [column >= high, column <= low]
+        both = (column >= high, column <= low)
+        ends += [one for one in both if _large_enough(one, fit) and _large_enough(~one, fit)]
     one = torch.zeros(len(values), dtype=torch.long)
     return Strategies(one, 1, _points(projected), tuple(ends))
 

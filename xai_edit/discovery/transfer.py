@@ -14,6 +14,7 @@ from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import predict, replaced, unit_axis_of
 
 RANDOM = 20  # random subspaces that a feature is compared with
+SIZE = 4  # of these, and of the subspaces that candidates are compared by
 BATCH = 64
 
 
@@ -44,14 +45,16 @@ class Transferred:
     without: Tensor
     at_random: Tensor
 
-    def turned(self, target: int, typical: float | None = None) -> tuple[Tensor, Tensor]:
+    def turned(self, target: int, *, predicted: bool = True) -> tuple[Tensor, Tensor]:
         """Return which samples become the target by the feature, and by the strongest control.
 
-        Bool, shape (samples,). A sample becomes the target if that has the largest logit, or if
-        its margin is above the quantile ``typical`` of the margins before, and was not.
+        Bool, shape (samples,). A sample becomes the target if that has the largest logit, and had
+        not. Where the target is never ``predicted``, it does if its margin grows by more than the
+        standard deviation of margins over samples.
         """
-        bar = 0.0 if typical is None else float(margins(self.before, target).quantile(typical))
-        known = margins(self.before, target) > bar
+        before = margins(self.before, target)
+        bar = torch.zeros_like(before) if predicted else before + before.std()
+        known = before > bar
         after = (self.with_it, self.at_random, self.without)
         by_feature, *controls = [(margins(one, target) > bar) & ~known for one in after]
         return by_feature, max(controls, key=lambda one: float(one.double().mean()))
@@ -63,12 +66,16 @@ class Transferred:
 
 @dataclass(frozen=True, eq=False)
 class Recipients:
-    """Samples that coefficients of others are put into at a layer."""
+    """Samples that coefficients of others are put into at a layer.
+
+    ``any_donors`` are values of the layer in samples of the class, for random subspaces.
+    """
 
     model: nn.Module
     layer: str
     axis: int
     inputs: Inputs
+    any_donors: Tensor
     seed: int
 
     @cached_property
@@ -76,25 +83,25 @@ class Recipients:
         """The logits without a change."""
         return self._logits(None)
 
+    @cached_property
+    def at_random(self) -> Tensor:
+        """The logits with coefficients exchanged in a random subspace."""
+        generator = torch.Generator().manual_seed(self.seed)
+        channels = self.any_donors.shape[unit_axis_of(self.any_donors, self.axis)]
+        U = _random_subspaces(channels, min(SIZE, channels), len(self.inputs), generator)
+        return self._logits(U, self._drawn(self.any_donors))
+
     def put(self, U: Tensor, with_it: Tensor, without: Tensor) -> Transferred:
         """Exchange the coefficients along U, shape (channels, directions), with drawn donors.
 
         ``with_it`` and ``without`` are the layer's values of donors, shape (donors, ...).
         """
+        by_feature, by_others = (self._logits(U, self._drawn(one)) for one in (with_it, without))
+        return Transferred(self.unchanged, by_feature, by_others, self.at_random)
+
+    def _drawn(self, donors: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        samples = len(self.inputs)
-        random = _random_subspaces(U.shape[0], U.shape[1], samples, generator)
-
-        def drawn(donors: Tensor) -> Tensor:
-            return donors[torch.randint(len(donors), (samples,), generator=generator)]
-
-        first = drawn(with_it)
-        return Transferred(
-            self.unchanged,
-            self._logits(U, first),
-            self._logits(U, drawn(without)),
-            self._logits(random, first),
-        )
+        return donors[torch.randint(len(donors), (len(self.inputs),), generator=generator)]
 
     def _logits(self, U: Tensor | None, donors: Tensor | None = None) -> Tensor:
         """Return the logits with coefficients exchanged, float64, shape (samples, classes)."""
