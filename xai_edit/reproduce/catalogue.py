@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from xai_edit.reproduce.discovery import PairDiscovery
 from xai_edit.reproduce.experiments import Reproduction
 from xai_edit.reproduce.few_shot import FewShotPruning
 from xai_edit.reproduce.group_data import celeba, metashift, parity_mnist, waterbirds
@@ -173,5 +174,18 @@ PRUNING = (  # Concept-aware network pruning
         **SMALL | {"network": "resnet20"},
     ),
 )
-CATALOGUE: dict[str, Reproduction] = {each.name: each for each in (*CHANG, *HAKEMI, *PRUNING)}
+DISCOVERY = (
+    PairDiscovery(
+        name="discover-cifar10", title="discovery: CIFAR-10, trucks with a planted mark", **TRUCKS
+    ),
+    PairDiscovery(
+        name="discover-clean",
+        title="discovery: CIFAR-10, trucks without a mark",
+        **TRUCKS,
+        strengths=(0.0,),
+    ),
+)
+CATALOGUE: dict[str, Reproduction] = {
+    each.name: each for each in (*CHANG, *HAKEMI, *PRUNING, *DISCOVERY)
+}
 """All of them by name."""

@@ -154,6 +154,29 @@ def pair_pruning(results: Row) -> Results:
     return {**_setting(results), "parts": parts}
 
 
+def pair_discovery(results: Row) -> Results:
+    """Summarise discovery by strength: ``worst`` and the figures of findings network by network."""
+    runs = [*results["seeds"].values()]
+    parts = {}
+    for strength in runs[0]:
+        found = [run[strength] for run in runs if strength in run]
+        worst = _grouped([row for one in found for row in one["rows"]], "method")
+        methods = dict.fromkeys(method for one in found for method in one["found"])
+        figures = ("rank", "auroc", "score", "other", "standing_out")
+        parts[strength] = {
+            "networks": len(found),
+            "worst": {key[0]: [row.get("worst") for row in mine] for key, mine in worst.items()},
+            "found": {
+                method: {
+                    figure: [one["found"].get(method, {}).get(figure) for one in found]
+                    for figure in figures
+                }
+                for method in methods
+            },
+        }
+    return {**_setting(results), "parts": parts}
+
+
 def _precisions(tables: Sequence[Row | None]) -> dict[str, float]:
     """Return the mean average precision of the first subspace taken, by column."""
     firsts = [one["subspaces"][str(one["taken"][0])] for one in tables if one is not None]

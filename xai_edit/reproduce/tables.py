@@ -135,6 +135,26 @@ def pair_pruning(summary: Summary) -> dict[str, Table]:
     return tables
 
 
+def pair_discovery(summary: Summary) -> dict[str, Table]:
+    """Return what was found by each method, and the worst group after edits by it."""
+    tables: dict[str, Table] = {}
+    for strength, part in summary["parts"].items():
+        title = f"ρ = {strength}, {part['networks']} networks"
+        rows = [["method", "mark first", "among three", "AUROC of the first", "its score"]]
+        rows[0] += ["best score of another", "networks where one stands out"]
+        for method, figures in part["found"].items():
+            ranks = [rank for rank in figures["rank"] if rank is not None]
+            counts = [sum(rank < most for rank in ranks) for most in (1, 3)]
+            standing = sum(bool(count) for count in figures["standing_out"])
+            cells = [_of_known(figures[figure]) for figure in ("auroc", "score", "other")]
+            rows.append([method, *map(str, counts), *cells, str(standing)])
+        tables[f"findings, {title}"] = rows
+        worst = [["edit", "worst group"]]
+        worst += [[method, _of_known(values)] for method, values in part["worst"].items()]
+        tables[f"worst group, {title}"] = worst
+    return tables
+
+
 def _of_pair(part: Summary, shares: Sequence[float]) -> dict[str, Table]:
     """Return the tables of one strength."""
     rows: dict[tuple[str, float | None], Summary]
