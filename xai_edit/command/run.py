@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
-from xai_edit.command.run_parts import read_attribute
+from xai_edit.command.run_parts import marks_in, read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
 from xai_edit.core.data import Data
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
+from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.pages.page import as_json, write_run
 
@@ -40,18 +41,26 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         self.images = images_of(options, options.data)
         self.attribute: list[int] | None = None
+        self.marks: Marks | None = None
         if getattr(options, "attribute", None) is not None:
             data = Path(options.data)
             folder = data if data.is_dir() else data.parent
             self.attribute = read_attribute(options.attribute, self.images, folder)
+            self.marks = marks_in(options.attribute)
         self.edits: dict[str, ModelEdit] = {}
         self.seconds: dict[str, float] = {}
         self.withheld: dict[str, str] = {}
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model with its weights. Planning leaves it as it was, bit for bit."""
-        return model_of(self.options)
+        """The model with its weights. Planning leaves it as it was, bit for bit.
+
+        ValueError if the attribute is that of marks of another model.
+        """
+        model = model_of(self.options)
+        if self.marks is not None:
+            self.marks.require_model(model)
+        return model
 
     def read(self, images: Any, doing: str, *, shuffled: bool = False) -> Data:
         """Return images as batches; ``doing`` is the text of the progress bar."""

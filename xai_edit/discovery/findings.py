@@ -22,6 +22,7 @@ from xai_edit.core.text import aligned
 from xai_edit.discovery.candidates import Pooling, presence
 from xai_edit.discovery.channel_relevance import vectors_of
 from xai_edit.discovery.evidence import Evidence
+from xai_edit.discovery.marks import Mark, Marks
 
 KIND = "xai_edit.findings"
 UNSURE = 0.1  # of the threshold; samples this near to it are unsure
@@ -193,6 +194,10 @@ class Findings(Sequence[Finding]):
             f"class {one.target}, {one.layer}: {one.note}" for one in self.searched if one.note
         ]
         return "\n".join(lines)
+
+    def mark(self, marks: Mapping[int, str | Mark]) -> Marks:
+        """Return marks of findings by their numbers, such as ``{0: "spurious"}``."""
+        return Marks.of(self, marks)
 
     def checksum(self) -> str:
         """Return a digest of all that was found, which marks are bound to."""

@@ -124,9 +124,18 @@ class Search:
         return [one for one in order.tolist() if counts[one]]
 
     def of_class(
-        self, target: int, images: str, method: Method, scorer: LRP, limit: int
+        self,
+        target: int,
+        images: str,
+        method: Method,
+        scorer: LRP,
+        limit: int,
+        marked: Tensor | None = None,
     ) -> tuple[list[Finding], list[Searched]]:
-        """Return the findings of a class, and what was looked at."""
+        """Return the findings of a class, and what was looked at.
+
+        ``marked``, bool, shape (samples,), divides the samples in place of the method.
+        """
         one = self._class(target, images, limit)
         samples, judging = len(one.rows), int((~one.fit).sum())
         if min(samples - judging, judging) < 2 * SMALLEST:
@@ -152,6 +161,7 @@ class Search:
             labels=self.labels,
             scorer=scorer,
             seed=self.seed,
+            marked=marked,
         )
         parts = {
             layer: [(kind, part) for kind, each in kinds.items() for part in each.parts]
@@ -162,7 +172,7 @@ class Search:
         found: dict[str, list[Candidate]] = {}
         for layer, each in relevance.items():
             found[layer] = candidates(by_part[layer], parts[layer])
-            if method == "relevance":
+            if method == "relevance" and marked is None:
                 vectors, mean = each.vectors * (samples - judging), by_part[layer][0].mean
                 found[layer] += relevant_directions(each.cross[0], mean, vectors)
         judged = torch.cat([one.rows[~one.fit], self.pool]).unique()
@@ -175,6 +185,8 @@ class Search:
         for layer, same in found.items():
             most = max(each.count for each in divided[layer].values())
             note = "" if most > 1 or method != "relevance" else "one strategy"
+            if marked is not None and not masks[layer]:
+                note = "too few samples with or without the marked feature"
             notes.append(Searched(target, layer, samples, most, note))
             if same:
                 kept = separated(same, scores[layer], judged, of_class, one.rows, one.fit)
