@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ class Run:
         """
         with measured() as cost:
             edit = plan()
+        if self.marks is not None:
+            edit = replace(edit, origin={**edit.origin, "marks": self.marks.about()})
         self.seconds[name] = cost.seconds
         if edit.size or empty is None:
             self.edits[name] = edit
@@ -122,6 +124,8 @@ class Run:
             having = sum(self.attribute)
             without = len(self.attribute) - having
             about["spurious"] = {"name": options.attribute, "with": having, "without": without}
+            if self.marks is not None:
+                about["spurious"]["marks"] = self.marks.about()
         elif hasattr(options, "attribute"):
             about["spurious"] = None
         return about

@@ -141,7 +141,9 @@ class Marks:
             )
         again = Marks.of(findings, self.marks)
         different = int((again.attribute != self.attribute).sum())
-        if different or self.names != again.names:
+        if self.names != again.names:
+            raise ValueError(f"marks: the names of the samples differ; {WORKS}")
+        if different:
             raise ValueError(
                 f"marks: the attribute of {different} samples is not what the marks give; the "
                 f"file was edited; {WORKS}"
@@ -154,6 +156,11 @@ class Marks:
                 "marks: of a model with other weights; run xai-edit discover on this model and "
                 "mark its findings"
             )
+
+    def about(self) -> dict[str, Any]:
+        """Return the checksum of the discovery and what was marked spurious, as JSON values."""
+        spurious = [{"finding": at, "name": self.marks[at].name} for at in self.spurious]
+        return {"discovery": self.discovery, "spurious": spurious}
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically."""

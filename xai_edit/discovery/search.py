@@ -186,7 +186,7 @@ class Search:
             most = max(each.count for each in divided[layer].values())
             note = "" if most > 1 or method != "relevance" else "one strategy"
             if marked is not None and not masks[layer]:
-                note = "too few samples with or without the marked feature"
+                note = "too few samples with or without the marked feature; explain all images"
             notes.append(Searched(target, layer, samples, most, note))
             if same:
                 kept = separated(same, scores[layer], judged, of_class, one.rows, one.fit)

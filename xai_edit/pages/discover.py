@@ -106,17 +106,11 @@ def _parts(
         right = _encoded((findings.predicted == findings.labels).byte())
     cards = ""
     for label in classes:
-        cards += f"<h2>{escape(class_called(label, names).capitalize())}</h2>"
+        cards += f"<h2>Class {escape(names.get(label, str(label)))}</h2>"
         for number, finding in enumerate(findings):
             if finding.target == label:
                 cards += _card(number, finding, findings, pictures, names)
-    lines = [
-        counted(outstanding, "finding") + f" of {all_} stands out"
-        if outstanding == 1
-        else f"{outstanding} of {counted(all_, 'finding')} stand out"
-        if outstanding
-        else "nothing stands out"
-    ]
+    first = f"findings that stand out: {outstanding} of {all_}"
     looked = [
         f"{class_called(one.target, names)}, layer {one.layer}: {one.note}"
         for one in findings.searched
@@ -131,7 +125,7 @@ def _parts(
         "<code>prune</code> takes them.</p>"
     )
     return [
-        Notes(*lines),
+        Notes(first if outstanding else "nothing stands out"),
         explained if all_ else "",
         NOT_SHOWN if all_ and not pictures else "",
         _strip(findings, classes, names),
