@@ -164,7 +164,7 @@ def _card(
     exact = torch.equal(scores.float().double(), scores)
     encoded = _encoded(scores.float() if exact else scores.double())
     also = ", ".join(f"{class_called(label, names)} at {layer}" for label, layer in finding.also)
-    badge = "stands out" if finding.evidence.stands_out else "no more than class content"
+    badge = "stands out" if finding.evidence.stands_out else "does not stand out"
     titles = (
         f"Strongest in {name} – tick those without it",
         "Strongest in other classes – tick those without it",
