@@ -242,6 +242,9 @@ def test_marks_of_a_real_search_refit_and_refuse_another_model(example):
     assert searched.strategies == 2
     with pytest.raises(ValueError, match="marks: of other data"):
         xe.discover(model, data[:-1], 0, "conv2", images="all", marks=marks)
+    cut = replace(marks, attribute=marks.attribute[1:])
+    with pytest.raises(ValueError, match="marks: of other data"):
+        xe.discover(model, data, 0, "conv2", images="all", marks=cut)
     with pytest.raises(ValueError, match="method: 'npca' given; marks divide"):
         xe.discover(model, data, 0, "conv2", images="all", marks=marks, method="npca")
     with torch.no_grad():
