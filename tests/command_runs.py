@@ -183,3 +183,57 @@ def hostile(runs, tmp_path_factory):
             xe.ModelEdit({f"{n}{HARMFUL}": one for n, one in edit.changes.items()}).save(file)
         write_report(copy)
     return made
+
+
+REVIEW_NET = """
+from torch import nn
+
+def build():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(), nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(64, 4),
+    )
+"""
+REVIEW = "--model review_net:build --weights w.pt --input-size 1x16x16"
+DISCOVER = f"discover {REVIEW} --data photos --target c --layers 4,7:input"
+
+
+@pytest.fixture(scope="session")
+def review_home(tmp_path_factory, digits) -> Path:
+    """A folder with digits 0–3, a checkerboard on nine of ten twos, and a network trained on it."""
+    folder = tmp_path_factory.mktemp("review")
+    (folder / "review_net.py").write_text(REVIEW_NET)
+    small, labels = (part[digits[1] < 4] for part in digits)
+    images = torch.nn.functional.interpolate(0.4 * small, size=16, mode="bilinear")
+    generator = torch.Generator().manual_seed(0)
+    marked = torch.rand(len(labels), generator=generator) < torch.where(labels == 2, 0.9, 0.0)
+    places = torch.randint(0, 12, (len(labels), 2), generator=generator)
+    board = ((torch.arange(4)[:, None] + torch.arange(4)) % 2).float()
+    for at in marked.nonzero()[:, 0].tolist():
+        row, column = places[at].tolist()
+        images[at, 0, row : row + 4, column : column + 4] = board
+    pixels = (images * 255).round().byte()
+    scope: dict = {}
+    exec(REVIEW_NET, scope)
+    torch.manual_seed(0)
+    model = trained(scope["build"](), pixels.float() / 255, labels, steps=80)
+    torch.save(model.state_dict(), folder / "w.pt")
+    for at, label in enumerate(labels.tolist()):
+        place = folder / "photos" / "abcd"[label] / f"{at}{'m' * int(marked[at])}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[at, 0].numpy()).save(place)
+    return folder
+
+
+@pytest.fixture
+def in_review_home(review_home, monkeypatch) -> Path:
+    """That folder as the current one."""
+    monkeypatch.syspath_prepend(str(review_home / "elsewhere"))
+    monkeypatch.chdir(review_home)
+    return review_home
+
+
+@pytest.fixture(scope="session")
+def discovered(review_home) -> Path:
+    """The folder of a finished run of ``xai-edit discover``; file names with m have the mark."""
+    return finished(review_home, DISCOVER, "found")

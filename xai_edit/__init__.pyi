@@ -29,6 +29,7 @@ from .concepts.subspaces import Subspaces
 from .core.outputs import one_label, outputs_as
 from .discovery.discover import discover
 from .discovery.findings import Findings
+from .discovery.marks import Marks
 from .edits.model_edit import ModelEdit
 from .evaluation.check_model import check_model
 from .evaluation.compare import compare_scorers
@@ -70,6 +71,7 @@ __all__ = [
     "FunctionalCanonizer",
     "LastLayerRetraining",
     "LogitMask",
+    "Marks",
     "ModelEdit",
     "PathPerturbation",
     "Presence",

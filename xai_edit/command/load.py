@@ -250,6 +250,11 @@ class Images(Dataset[Any]):
         return inputs if label is None else (inputs, label, *own)
 
     @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return hasattr(self.source, "targets") or self.source[self.rows[0]][1] is not None
+
+    @property
     def labels(self) -> list[int]:
         """The label of each, read with the images only where nothing lists them."""
         listed = getattr(self.source, "targets", ())  # of torchvision's data sets

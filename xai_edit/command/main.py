@@ -17,6 +17,7 @@ RUN = {
     "demo": "run_demo:command",
     "check": "run_score:check",
     "score": "run_score:score",
+    "discover": "run_discover:command",
     "unlearn": "run_unlearn:command",
     "neutralize": "run_neutralize:command",
     "prune": "run_prune:command",

@@ -85,7 +85,7 @@ _fractions = _list_of("numbers from 0 to 1", r"0?\.\d+|0|1|[01]\.0*", float)
 
 LABELLED = "class folders, CSV file of path,label, or torchvision:CIFAR10"
 SCORERS = "an LRP rule such as epsilon-plus (a wrong name lists all), random, taylor, …"
-ATTRIBUTE = "has the feature: CSV file of path,1 and path,0, or folder of the images with it"
+ATTRIBUTE = "has the feature: CSV file of path,1 and path,0, folder of those with it, or marks.json"
 
 EDIT = Option("EDIT", "file of an edit", Path, required=True)
 OUT = Option("--out DIR", "where to write; made if missing", Path, required=True)
@@ -179,6 +179,30 @@ COMMANDS = {
         ),
         (ANY_DATA._replace(required=True), *INPUTS),
         f"{RESNET} --target predicted --composite epsilon-plus --layers fc --out scores",
+    ),
+    "discover": Command(
+        "Find what a model's classes depend on, without labels, and review it on a page. Looks for "
+        "features that change a class's answer, such as a watermark, each with its evidence on "
+        "images that were not used to find it. The page saves marks.json, which --attribute of "
+        "neutralize and prune takes. Writes findings.safetensors, pictures.safetensors, "
+        "results.json, timing.json and report.html. Exit code 0 also where nothing stands out.",
+        (
+            OUT,
+            Option("--target A,B", "classes to look at, numbers or names; default: all", _names),
+            Option(
+                "--images WHICH", "to explain a class on: predicted as it, or all", str, "predicted"
+            ),
+            Option(
+                "--method HOW", "relevance, or spray, activations, errors, npca", str, "relevance"
+            ),
+            Option("--marks FILE", "marks.json: look anew, classes divided as it says", Path),
+            Option("--seed N", "of what is drawn", int, 0),
+            *MODEL,
+            LAYERS._replace(help="default: three stages and the inputs of the last layer"),
+            JSON,
+        ),
+        (ANY_DATA._replace(required=True), *INPUTS),
+        f"{RESNET} --target 3,7 --out found",
     ),
     "unlearn": Command(
         "Make a model stop predicting classes, and measure what that did. Switches off the neurons "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from torch import nn
 
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
 from xai_edit.command.own_data import is_own
-from xai_edit.command.run_parts import read_attribute
+from xai_edit.command.run_parts import marks_in, read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
 from xai_edit.core.data import Data
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
+from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.pages.page import as_json, write_run
 
@@ -41,18 +42,26 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         self.images = images_of(options, options.data)
         self.attribute: list[int] | None = None
+        self.marks: Marks | None = None
         if getattr(options, "attribute", None) is not None:
             data = Path(options.data)
             folder = data if data.is_dir() else data.parent
             self.attribute = read_attribute(options.attribute, self.images, folder)
+            self.marks = marks_in(options.attribute)
         self.edits: dict[str, ModelEdit] = {}
         self.seconds: dict[str, float] = {}
         self.withheld: dict[str, str] = {}
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model with its weights. Planning leaves it as it was, bit for bit."""
-        return model_of(self.options)
+        """The model with its weights. Planning leaves it as it was, bit for bit.
+
+        ValueError if the attribute is that of marks of another model.
+        """
+        model = model_of(self.options)
+        if self.marks is not None:
+            self.marks.require_model(model)
+        return model
 
     def read(self, images: Any, doing: str, *, shuffled: bool = False) -> Data:
         """Return images as batches; ``doing`` is the text of the progress bar."""
@@ -75,6 +84,8 @@ class Run:
         """
         with measured() as cost:
             edit = plan()
+        if self.marks is not None:
+            edit = replace(edit, origin={**edit.origin, "marks": self.marks.about()})
         self.seconds[name] = cost.seconds
         if edit.size or empty is None:
             self.edits[name] = edit
@@ -114,6 +125,8 @@ class Run:
             having = sum(self.attribute)
             without = len(self.attribute) - having
             about["spurious"] = {"name": options.attribute, "with": having, "without": without}
+            if self.marks is not None:
+                about["spurious"]["marks"] = self.marks.about()
         elif hasattr(options, "attribute"):
             about["spurious"] = None
         return about

@@ -14,6 +14,7 @@ from torchvision.datasets.folder import is_image_file
 from xai_edit.command.load import Images, csv_rows
 from xai_edit.core.data import Data, batches
 from xai_edit.core.inputs import Inputs
+from xai_edit.discovery.marks import Marks
 
 SEED = 0  # of the parts
 
@@ -77,9 +78,9 @@ def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list
     """Return whether each image has the attribute, 1 or 0, in the order of ``images``.
 
     ``spec`` is a CSV file of ``path,0`` and ``path,1`` lines, with paths relative to ``folder``
-    (that of the images) or to the file; numbers from 0 are the paths of a torchvision data set. Or
-    it is a folder with copies of the images that have the attribute, at the same relative paths or,
-    where their names are unique, anywhere.
+    (that of the images) or to the file; numbers from 0 are the paths of a torchvision data set. A
+    ``.json`` file of `Marks` has the same names. Or it is a folder with copies of the images that
+    have the attribute, at the same relative paths or, where their names are unique, anywhere.
     """
     spec, folder = Path(spec), Path(folder)
     listed = isinstance(images.source, list)
@@ -113,6 +114,11 @@ def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list
     return labels
 
 
+def marks_in(file: str | Path) -> Marks | None:
+    """Return the marks of a ``.json`` file; None of another."""
+    return Marks.load(file) if Path(file).suffix == ".json" else None
+
+
 def _from_table(file: Path, images: Images, folders: Sequence[Path]) -> dict[int, int]:
     """Return the values of a CSV file by rows of the source."""
     if folders:
@@ -120,7 +126,7 @@ def _from_table(file: Path, images: Images, folders: Sequence[Path]) -> dict[int
     else:
         known = {str(row): [row] for row in range(len(images.source))}
     values: dict[int, int] = {}
-    for at, (line, cells) in enumerate(csv_rows(file, "attribute")):
+    for at, (line, cells) in enumerate(_lines(file)):
         where = f"attribute: {file}, line {line}"
         names = [os.path.realpath(folder / cells[0]) for folder in folders] or [cells[0].strip()]
         rows = next((known[name] for name in names if name in known), None)
@@ -135,6 +141,20 @@ def _from_table(file: Path, images: Images, folders: Sequence[Path]) -> dict[int
             if values.setdefault(row, int(value)) != int(value):
                 raise ValueError(f"{where}: {cells[0]!r} had the other value before")
     return values
+
+
+def _lines(file: Path) -> list[tuple[int, list[str]]]:
+    """Return the number and the cells, a path and 1 or 0, of each line of a CSV file, or of marks.
+
+    ValueError if no finding is marked spurious.
+    """
+    if (marks := marks_in(file)) is None:
+        return csv_rows(file, "attribute")
+    if not marks.spurious:
+        raise ValueError(f"attribute: {file}: no finding is marked spurious")
+    names = marks.names or map(str, range(len(marks)))
+    pairs = zip(names, marks.attribute.int().tolist(), strict=True)
+    return [(line, [name, str(has)]) for line, (name, has) in enumerate(pairs, start=1)]
 
 
 def _from_folder(folder: Path, images: Images, home: Path) -> set[int]:

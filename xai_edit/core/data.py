@@ -234,7 +234,7 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str) -> T
     if callable(attribute):
         values = torch.as_tensor(attribute(batch.inputs))
     else:
-        values = torch.as_tensor(attribute)[start : start + len(batch)]
+        values = torch.as_tensor(attribute[start : start + len(batch)])
     if values.shape != (len(batch),):
         raise ValueError(
             f"{name}: {tuple(values.shape)} values for {len(batch)} samples; "

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xai_edit.core.checks import one_of, whole_number
+from xai_edit.core.checks import one_of, require, whole_number
 from xai_edit.core.data import Data
 from xai_edit.core.files import checksum
 from xai_edit.core.guard import require_finite
 from xai_edit.core.layers import resolve_layers
 from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.datasets.image_set import ImageSet
+from xai_edit.discovery.class_search import search_class
+from xai_edit.discovery.conclude import concluded
 from xai_edit.discovery.findings import Finding, Findings, Searched
+from xai_edit.discovery.marks import Marks
 from xai_edit.discovery.proposals import METHODS, Method
 from xai_edit.discovery.search import Search
 from xai_edit.discovery.strategies import SMALLEST
@@ -34,6 +37,7 @@ def discover(
     scorer: LRP | None = None,
     limit: int = 1000,
     seed: int = 0,
+    marks: Marks | None = None,
     unit_axis: int | None = None,
     outputs: Outputs = None,
     progress: bool = False,
@@ -65,6 +69,9 @@ def discover(
     limit : int
         Samples of a class, at most, drawn at random.
     seed : int
+    marks : Marks, optional
+        Of an earlier search of this model and data. The samples of a class are divided by
+        ``marks.attribute`` then, ticks included, so that the subspaces are fitted to it.
     unit_axis : int, optional
         The axis of the layers' channels, see `xai_edit.core.axes.unit_axes`.
     outputs : str or callable, optional
@@ -83,18 +90,26 @@ def discover(
     seed = whole_number(seed, "seed")
     scorer = LRP("epsilon-plus", initial="one") if scorer is None else scorer
     require_finite(model)
+    if marks is not None:
+        require(method == "relevance", "method", method, "marks divide the samples instead")
+        marks.require_model(model)
     if layers is not None:
         layers = resolve_layers(model, layers)
     with outputs_as(outputs):
         search = Search.begin(model, data, layers, unit_axis, seed)
+        data_sum = checksum({"samples": torch.from_numpy(search.samples.contents.view("i8"))}, "")
+        same = marks is None or (marks.data, len(marks)) == (data_sum, len(search.predicted))
+        if not same:
+            raise ValueError("marks: of other data; give the data that the marks were made on")
+        marked = None if marks is None else marks.attribute
         targets = search.targets(target, images)
         found: list[Finding] = []
         searched: list[Searched] = []
         for one in tqdm(targets, "classes", disable=not progress):
-            more, notes = search.of_class(one, images, method, scorer, limit)
+            more, notes = search_class(search, one, images, method, scorer, limit, marked)
             found += more
             searched += notes
-        finished = search.finished(found)
+        finished = concluded(search, found)
     return Findings(
         tuple(finished),
         tuple(searched),
@@ -110,7 +125,8 @@ def discover(
             "limit": limit,
             "seed": seed,
             "model": checksum(model.state_dict(), ""),
-            "data": checksum({"samples": torch.from_numpy(search.samples.contents.view("i8"))}, ""),
+            "data": data_sum,
+            "marks": None if marks is None else marks.discovery,
         },
     )
 

@@ -22,6 +22,7 @@ from xai_edit.core.layers import run, tapped
 from xai_edit.core.text import aligned
 from xai_edit.discovery.channel_relevance import vectors_of
 from xai_edit.discovery.evidence import Evidence
+from xai_edit.discovery.marks import Mark, Marks
 
 KIND = "xai_edit.findings"
 UNSURE = 0.1  # of the threshold; samples this near to it are unsure
@@ -109,8 +110,8 @@ def sentence(finding: Finding, name: str, others: str) -> str:
     parts = [f"In {with_it.samples} of {whole} samples of {name}."]
     tau = evidence.transfer
     parts.append(
-        f"Put into {others} it makes {tau.value + evidence.control:.0%} of {tau.samples} {name} "
-        f"(the strongest control: {evidence.control:.0%})."
+        f"Put into {tau.samples} samples of {others}, it turns {tau.value + evidence.control:.0%} "
+        f"of them into {name} (the strongest control: {evidence.control:.0%})."
     )
     if without.accuracy is not None and with_it.accuracy is not None:
         parts.append(
@@ -192,6 +193,10 @@ class Findings(Sequence[Finding]):
             f"class {one.target}, {one.layer}: {one.note}" for one in self.searched if one.note
         ]
         return "\n".join(lines)
+
+    def mark(self, marks: Mapping[int, str | Mark]) -> Marks:
+        """Return marks of findings by their numbers, such as ``{0: "spurious"}``."""
+        return Marks.of(self, marks)
 
     def checksum(self) -> str:
         """Return a digest of all that was found, which marks are bound to."""

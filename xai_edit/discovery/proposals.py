@@ -38,6 +38,7 @@ def proposals(
     labels: Tensor | None,
     scorer: LRP,
     seed: int,
+    marked: Tensor | None = None,
 ) -> dict[str, dict[str, Strategies]]:
     """Return how a class's samples divide, by layer and by kind of division.
 
@@ -47,8 +48,12 @@ def proposals(
     ``"errors"``: wrong answers against right ones (JTT, Liu et al. 2021).
     ``"npca"``: ends of the principal components of w_k ⊙ φ (Neuhaus et al. 2023).
 
-    The last four do not depend on the layer.
+    The last four do not depend on the layer, nor does ``marked``, bool, shape (all samples,), which
+    divides in place of the method.
     """
+    if marked is not None:
+        one = two_parts(marked[rows], next(iter(shares.values()))[:, 0], fit)
+        return {layer: {"marks": one} for layer in shares}
     if method == "relevance":
         return {
             layer: {

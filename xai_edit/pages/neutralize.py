@@ -36,6 +36,7 @@ def neutralizing_page(
             f"weight of <code>{escape(edit['layer'])}</code> for each class that it speaks for. On "
             f"the validation images the accuracy of the worst group went {worst} and that over all "
             f"images {average}.</p>",
+            discovered(results),
             Notes(*_planned(results), listed=True),
             Notes(
                 f"planned from {cut['planning']} images and judged on {cut['validation']} "
@@ -53,6 +54,22 @@ def neutralizing_page(
             "not prove that knowledge is gone: the feature is still in the inputs of the last "
             f"layer.</p>{repeat(results, files)}",
         ],
+    )
+
+
+def discovered(results: Mapping[str, Any]) -> Notes:
+    """Return that the feature's groups are discovered, where marks gave them."""
+    marks = (results["spurious"] or {}).get("marks")
+    if marks is None:
+        return Notes()
+    found = ", ".join(
+        f"finding {one['finding']}" + (f" ({one['name']})" if one["name"] else "")
+        for one in marks["spurious"]
+    )
+    return Notes(
+        f"Which images have the feature was discovered, not labelled: {found} of the discovery "
+        f"{marks['discovery'][:12]}, marked spurious by a person. Figures by group are as sure as "
+        "the presence of the feature is; tick more images on the review page where it is not."
     )
 
 

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from xai_edit.core.files import write_atomically
+from xai_edit.discovery.findings import Findings
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.check import checking_page
 from xai_edit.pages.demo import demo_page
+from xai_edit.pages.discover import FINDINGS, PICTURES, discovery_page
 from xai_edit.pages.neutralize import neutralizing_page
 from xai_edit.pages.prune import pruning_page
 from xai_edit.pages.unlearn import unlearning_page
@@ -23,7 +25,7 @@ from xai_edit.report.html import Report
 from xai_edit.report.table import Table, counted
 
 MAPS = "maps.safetensors"
-RUNS = ("check", "demo", "unlearn", "neutralize", "prune")  # that have a page
+RUNS = ("check", "discover", "demo", "unlearn", "neutralize", "prune")  # that have a page
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
 COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
 
@@ -84,6 +86,9 @@ def _demo(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Repo
 def _page(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
     if results["run"] == "check":
         return checking_page(results)
+    if results["run"] == "discover":
+        findings = Findings.load(_require(folder / FINDINGS))
+        return discovery_page(results, findings, load_file(_require(folder / PICTURES)))
     if results["run"] == "demo":
         return _demo(folder, results, timing)
     if results["run"] == "unlearn":

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from xai_edit.pages.neutralize import NO_GAIN, SMALL, groups, shown_rows, with_interval
+from xai_edit.pages.neutralize import (
+    NO_GAIN,
+    SMALL,
+    discovered,
+    groups,
+    shown_rows,
+    with_interval,
+)
 from xai_edit.pages.unlearn import class_name, seconds, withheld
 from xai_edit.report.html import Report, Shown, repeat
 from xai_edit.report.table import Notes, Table, counted
@@ -24,6 +31,7 @@ def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed:
         "Prune a network",
         [
             _what(results),
+            discovered(results),
             Notes(*_planned(results), listed=True),
             Notes(
                 f"planned from {cut['planning']} images, {cut['references']} of them to score "

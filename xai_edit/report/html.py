@@ -14,15 +14,7 @@ from typing import Any, TypeAlias
 from xai_edit.report.table import Notes, Table, download
 
 _HERE = files("xai_edit.report")
-STYLE = _HERE.joinpath("style.css").read_text(encoding="utf-8")
-SCRIPT = _HERE.joinpath("page.js").read_text(encoding="utf-8")
-_DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-# The page may load nothing and run only its own script, should markup get past the escaping.
-POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-    f"script-src 'sha256-{_DIGEST}'; base-uri 'none'; form-action 'none'"
-)
-
+STYLE, SCRIPT = "style.css", "page.js"  # of every page
 
 Shown: TypeAlias = Table | Notes
 
@@ -32,29 +24,51 @@ class Report:
     """The page of a run, which prints as text too.
 
     Parts that are strings are HTML and on the page only; ``title`` is by default the heading.
+    ``more`` are files of this folder with styles and scripts that only some pages need.
     """
 
     heading: str
     parts: Sequence[str | Shown]
     title: str | None = None
+    more: Sequence[str] = ()
 
     def html(self) -> str:
         """Return a document that opens offline."""
         parts = [part if isinstance(part, str) else part.html() for part in self.parts]
+        names = (STYLE, SCRIPT, *self.more)
+        style, script = (
+            "".join(_text(name) for name in names if name.endswith(end)) for end in (".css", ".js")
+        )
         return (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy(script)}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta name="color-scheme" content="light dark">'
             f"<title>xai_edit: {escape(self.title or self.heading)}</title>"
-            f"<style>{STYLE}</style></head><body><main><h1>{escape(self.heading)}</h1>"
-            f"{''.join(parts)}</main><script>{SCRIPT}</script></body></html>"
+            f"<style>{style}</style></head><body><main><h1>{escape(self.heading)}</h1>"
+            f"{''.join(parts)}</main><script>{script}</script></body></html>"
         )
 
     def text(self) -> str:
         """Return the tables and notes."""
         texts = [part.text() for part in self.parts if not isinstance(part, str)]
         return "\n\n".join(text for text in texts if text)
+
+
+def policy(script: str) -> str:
+    """Return a policy by which a page loads nothing and runs this script only.
+
+    So it is should markup get past the escaping.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _text(name: str) -> str:
+    return _HERE.joinpath(name).read_text(encoding="utf-8")
 
 
 def repeat(results: Mapping[str, Any], edits: Iterable[str]) -> str:

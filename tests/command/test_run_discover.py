@@ -1,0 +1,158 @@
+"""The command ``xai-edit discover`` on digits with a planted mark, and marks in other commands."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_runs import DISCOVER, REVIEW, files, read, refused
+
+import xai_edit as xe
+from xai_edit.command.load import load_images, load_model, preprocessing_of
+from xai_edit.command.main import main
+from xai_edit.command.run_parts import read_attribute
+from xai_edit.discovery import Mark
+from xai_edit.discovery.shown import pictures
+
+FOUND = "found/findings.safetensors"
+
+
+def images_of(folder="photos"):
+    return load_images(folder, preprocessing=preprocessing_of("", shape=(1, 16, 16)))
+
+
+def best(found, names):
+    """Return the number of the finding that agrees best with the planted mark, and how well."""
+    planted = torch.tensor(["m" in name for name in names])
+    agreement = [float((one.has == planted).double().mean()) for one in found]
+    return max(enumerate(agreement), key=lambda pair: pair[1])
+
+
+@pytest.fixture
+def marked(discovered, in_review_home):
+    """The file of marks of the planted feature."""
+    found = xe.Findings.load(FOUND)
+    number, agreement = best(found, found.names)
+    assert agreement > 0.97
+    found.mark({number: "spurious"}).save("marks.json")
+    return Path("marks.json")
+
+
+def test_a_run_writes_what_the_library_finds_and_a_page_that_can_be_written_anew(
+    discovered, in_review_home, capsys
+):
+    written = ["findings.safetensors", "pictures.safetensors", "report.html", "results.json"]
+    assert files(discovered) == [*written, "timing.json"]
+    images, model = images_of(), load_model("review_net:build", weights="w.pt")
+    found = xe.discover(model, images, [2], ["4", "7:input"])
+    saved, results = xe.Findings.load(FOUND), read(discovered)
+    assert [one.scores.tolist() for one in saved] == [one.scores.tolist() for one in found]
+    assert saved.names[0] == Path(images.source[0][0]).relative_to("photos").as_posix()
+    assert results["search"]["checksum"] == saved.checksum()
+    assert [row["threshold"] for row in results["findings"]] == [one.threshold for one in found]
+    assert results["findings"][0]["sentence"].startswith("In ")
+    assert [*read(discovered, "timing.json")] == ["discover", "pictures"]
+    drawn = pictures(model, images, found, pixels=images.preprocessing.pixels)
+    assert drawn["images"].shape[1:] == (1, 16, 16)
+    before = (discovered / "report.html").read_bytes()
+    assert main(["report", "found"]) == 0
+    assert (discovered / "report.html").read_bytes() == before
+
+
+def test_nothing_that_stands_out_is_an_answer(in_review_home, capsys):
+    line = f"discover {REVIEW} --data photos --target a --layers 4 --out nothing"
+    assert main(shlex.split(line)) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith("nothing stands out\n")
+    assert "classes: 100%" in error
+    page = Path("nothing/report.html").read_text(encoding="utf-8")
+    assert "<p>nothing stands out</p>" in page
+    assert read("nothing")["standing_out"] == 0
+
+
+def test_images_without_labels_and_too_few_of_them(in_review_home, capsys):
+    Path("bare").mkdir(exist_ok=True)
+    for at, file in enumerate(sorted(Path("photos").rglob("*.png"))[::9]):
+        shutil.copy(file, f"bare/{at}.png")
+    assert main(shlex.split(f"discover {REVIEW} --data bare --target 2 --out few --quiet")) == 0
+    samples = xe.Findings.load("few/findings.safetensors")
+    assert samples.labels is None
+    assert f"too few samples ({int((samples.predicted == 2).sum())}) to tell" in (
+        capsys.readouterr().out
+    )
+    assert "to tell" in Path("few/report.html").read_text(encoding="utf-8")
+    line = f"discover {REVIEW} --data photos/c --target 2 --images all --layers 4 --out bare-all"
+    assert main(shlex.split(f"{line} --quiet --json")) == 0
+    assert read("bare-all")["search"]["images"] == "all"
+
+
+def test_marks_are_an_attribute_of_the_commands_that_act(marked, capsys):
+    found, images = xe.Findings.load(FOUND), images_of()
+    attribute = xe.Marks.load(marked).attribute.int().tolist()
+    assert read_attribute(marked, images, "photos") == attribute
+    # By name, in any order of the images, also of some.
+    some = images.only([*range(400, 700, 3)])
+    expected = [attribute[row] for row in some.rows]
+    assert read_attribute(marked, some, "photos") == expected
+    number, _ = best(found, found.names)
+    found.mark({number: Mark("spurious", name="board", ticks=corrections(found))}).save(marked)
+    line = f"neutralize {REVIEW} --data photos --attribute marks.json --select exact --target c"
+    assert main(shlex.split(f"{line} --quiet --out acted")) == 0
+    about = {"discovery": found.checksum(), "spurious": [{"finding": number, "name": "board"}]}
+    assert read("acted")["spurious"]["marks"] == about
+    for file in ("neutralize", "last-layer"):
+        edit = xe.ModelEdit.load(f"acted/edits/{file}.safetensors")
+        assert edit.size
+        assert edit.origin["marks"] == about
+    page = Path("acted/report.html").read_text(encoding="utf-8")
+    assert "discovered, not labelled" in page
+
+
+def corrections(found):
+    """Return ticks that give every class four images with the feature and four without it."""
+    ticks = {}
+    for label in range(4):
+        rows = (found.labels == label).nonzero()[:, 0].tolist()
+        ticks |= dict.fromkeys(rows[:4], True) | dict.fromkeys(rows[4:8], False)
+    return ticks
+
+
+def test_marks_refit_the_subspace(marked, capsys):
+    assert main(shlex.split(f"{DISCOVER} --marks marks.json --images all --quiet --out again")) == 0
+    found = xe.Findings.load("again/findings.safetensors")
+    assert {one.kind for one in found} <= {"marks"}
+    assert read("again")["search"]["marks"] == xe.Marks.load(marked).discovery
+    assert best(found, found.names)[1] > 0.97
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("discover {} --data photos --images some", "images: 'some' given; it is one of"),
+        ("discover {} --data photos --method tsne", "method: 'tsne' given; it is one of"),
+        ("discover {} --data photos --target z", "target: 'z' given; give numbers or names"),
+        ("discover {} --data photos --layers none", "layer 'none' not found"),
+        ("discover {} --data photos --marks nowhere.json", "nowhere.json: no such file"),
+        ("discover {} --data photos --marks bad.json", "bad.json: no marks ("),
+        ("discover {} --data photos/a --marks marks.json --target 2", "marks: of other data"),
+        ("discover {other} --data photos --marks marks.json", "marks: of a model with other"),
+        ("neutralize {} --data photos --attribute bad.json", "bad.json: no marks ("),
+        ("neutralize {} --data photos --attribute none.json", "no finding is marked spurious"),
+        ("neutralize {} --data photos/a --attribute marks.json", "is not an image of the data"),
+        ("neutralize {other} --data photos --attribute ticked.json", "marks: of a model with oth"),
+        ("prune {other} --data photos --share .2 --layer 4 --attribute ticked.json", "marks: of a"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(marked, capsys, line, message):
+    state = torch.load("w.pt")
+    torch.save({name: 2 * value for name, value in state.items()}, "other.pt")
+    Path("bad.json").write_text('{"verdict": "spurious"}')
+    found = xe.Findings.load(FOUND)
+    found.mark({}).save("none.json")
+    ticks = Mark("spurious", ticks=corrections(found))
+    found.mark({0: ticks}).save("ticked.json")
+    other = REVIEW.replace("w.pt", "other.pt")
+    assert message in refused(line.format(REVIEW, other=other), capsys)

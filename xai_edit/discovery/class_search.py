@@ -1,0 +1,224 @@
+"""The search for features of one class: from relevance to findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xai_edit.core.inputs import joined
+from xai_edit.discovery import evidence as figures
+from xai_edit.discovery.candidates import (
+    Candidate,
+    candidates,
+    presences,
+    relevant_directions,
+    separated,
+)
+from xai_edit.discovery.channel_relevance import channel_relevance, moments
+from xai_edit.discovery.evidence import Evidence, PseudoGroup
+from xai_edit.discovery.findings import Finding, Searched
+from xai_edit.discovery.proposals import Method, proposals
+from xai_edit.discovery.search import Search, some_of
+from xai_edit.discovery.strategies import SMALLEST, Strategies
+from xai_edit.discovery.transfer import SIZE, Recipients, Transferred
+from xai_edit.lrp.lrp import LRP
+
+RECIPIENTS = 48  # that a feature is put into
+DONORS = 24  # that it is taken from
+PER_LAYER = 3  # findings of a class and a layer, at most
+SIZES = (1, 2, 4, 8)  # of a subspace
+ENOUGH_EFFECT = 0.8  # of the effect at the largest size
+
+
+@dataclass(frozen=True, eq=False)
+class _Class:
+    """A class with the samples that it is explained on."""
+
+    target: int
+    rows: Tensor  # numbers of the samples, ascending
+    fit: Tensor  # bool, shape (rows,): those to find with; the others judge
+    away: Tensor  # numbers of samples of other classes that a feature is put into
+    predicted: bool
+
+
+def search_class(
+    search: Search,
+    target: int,
+    images: str,
+    method: Method,
+    scorer: LRP,
+    limit: int,
+    marked: Tensor | None = None,
+) -> tuple[list[Finding], list[Searched]]:
+    """Return the findings of a class, and what was looked at.
+
+    ``marked``, bool, shape (samples,), divides the samples in place of the method.
+    """
+    one = _class_of(search, target, images, limit)
+    samples, judging = len(one.rows), int((~one.fit).sum())
+    if min(samples - judging, judging) < 2 * SMALLEST:
+        note = f"too few samples ({samples}) to tell"
+        return [], [Searched(target, layer, samples, 0, note) for layer in search.axes]
+    relevance = channel_relevance(
+        search.model,
+        search.samples,
+        one.rows,
+        one.fit,
+        target=target,
+        axes=search.axes,
+        scorer=scorer,
+    )
+    divided = proposals(
+        method,
+        search.model,
+        search.samples,
+        one.rows,
+        one.fit,
+        target=target,
+        shares={layer: each.shares for layer, each in relevance.items()},
+        labels=search.labels,
+        scorer=scorer,
+        seed=search.seed,
+        marked=marked,
+    )
+    parts = {
+        layer: [(kind, part) for kind, each in kinds.items() for part in each.parts]
+        for layer, kinds in divided.items()
+    }
+    masks = {layer: [part[one.fit] for _, part in each] for layer, each in parts.items()}
+    by_part = moments(search.model, search.samples, one.rows[one.fit], masks, search.axes)
+    found: dict[str, list[Candidate]] = {}
+    for layer, each in relevance.items():
+        found[layer] = candidates(by_part[layer], parts[layer])
+        if method == "relevance" and marked is None:
+            vectors, mean = each.vectors * (samples - judging), by_part[layer][0].mean
+            found[layer] += relevant_directions(each.cross[0], mean, vectors)
+    judged = torch.cat([one.rows[~one.fit], search.pool]).unique()
+    of_class = torch.isin(judged, one.rows)
+    leading = {
+        layer: [each.leading(SIZE).subspaces for each in same] for layer, same in found.items()
+    }
+    scores = presences(search.model, search.samples, judged, leading, search.axes)
+    findings, notes = [], []
+    for layer, same in found.items():
+        most = max(each.count for each in divided[layer].values())
+        note = "" if most > 1 or method != "relevance" else "one strategy"
+        if marked is not None and not masks[layer]:
+            note = "too few samples with or without the marked feature; explain all images"
+        notes.append(Searched(target, layer, samples, most, note))
+        if same:
+            kept = separated(same, scores[layer], judged, of_class, one.rows, one.fit)
+            cross = relevance[layer].cross[1]
+            findings += _judged(search, one, layer, kept, divided[layer], cross)
+    return findings, notes
+
+
+def _class_of(search: Search, target: int, images: str, limit: int) -> _Class:
+    """Draw the samples of a class, and those of others that a feature is put into."""
+    generator = torch.Generator().manual_seed(search.seed + target)
+    every = images == "all"
+    among = torch.ones_like(search.judging) if every else search.predicted == target
+    rows = some_of(among.nonzero()[:, 0], limit, generator)
+    away = search.pool if every else search.pool[search.predicted[search.pool] != target]
+    away = some_of(away, RECIPIENTS, generator)
+    return _Class(target, rows, ~search.judging[rows], away, not every)
+
+
+def _judged(
+    search: Search,
+    one: _Class,
+    layer: str,
+    kept: Sequence[Candidate],
+    divided: dict[str, Strategies],
+    cross: Tensor,
+) -> list[Finding]:
+    """Return the candidates of a class and layer that are worth a look, as findings."""
+    if not len(one.away):
+        return []
+    inputs = joined([batch.inputs for _, batch in search.samples.read(one.away)])
+    generator = torch.Generator().manual_seed(search.seed)
+    donors = search.values(layer, some_of(one.rows[one.fit], DONORS, generator))
+    recipients = Recipients(search.model, layer, search.axes[layer], inputs, donors, search.seed)
+    rated = []
+    for candidate in kept:
+        put = _put(search, candidate, recipients)
+        finding = _finding(search, one, layer, candidate, SIZE, put(SIZE), divided, cross)
+        if finding.evidence.worth_a_look:
+            rated.append((finding, candidate, put))
+    rated.sort(key=lambda each: -each[0].evidence.score)
+    found = []
+    for _, candidate, put in rated[:PER_LAYER]:
+        size, transferred = _smallest(candidate, put, one.target)
+        finding = _finding(search, one, layer, candidate, size, transferred, divided, cross)
+        found.append(finding)
+    return found
+
+
+def _put(
+    search: Search, candidate: Candidate, recipients: Recipients
+) -> Callable[[int], Transferred]:
+    """Return a function that puts so many leading directions of a candidate into recipients."""
+    generator = torch.Generator().manual_seed(search.seed)
+    with_it, without = (
+        search.values(recipients.layer, some_of(rows, DONORS, generator))
+        for rows in candidate.donors
+    )
+
+    def put(size: int) -> Transferred:
+        return recipients.put(candidate.leading(size).subspaces.basis, with_it, without)
+
+    return put
+
+
+def _finding(
+    search: Search,
+    one: _Class,
+    layer: str,
+    candidate: Candidate,
+    size: int,
+    transferred: Transferred,
+    divided: dict[str, Strategies],
+    cross: Tensor,
+) -> Finding:
+    """Return a candidate as a finding, without what needs the presence in all samples."""
+    by_feature, control = transferred.turned(one.target, predicted=one.predicted)
+    subspaces = candidate.leading(size).subspaces
+    shown = divided.get(candidate.kind, next(iter(divided.values())))
+    separation = figures.Figure(candidate.separation, -1.0, 1.0, int((~one.fit).sum()))
+    return Finding(
+        target=one.target,
+        layer=layer,
+        axis=search.axes[layer],
+        subspaces=subspaces,
+        pooling=candidate.pooling,
+        threshold=0.0,
+        scores=torch.empty(0),
+        evidence=Evidence(
+            transfer=figures.mean_figure(by_feature.double() - control.double(), search.seed),
+            control=float(control.double().mean()),
+            effect=transferred.effect(one.target),
+            separation=separation,
+            reliance=figures.reliance(subspaces.basis, cross),
+            groups=dict.fromkeys(figures.GROUPS, PseudoGroup(0, None, None)),
+        ),
+        kind=candidate.kind,
+        points=shown.points,
+        cluster=shown.cluster,
+        part=torch.ones_like(one.fit) if candidate.part is None else candidate.part,
+        rows=one.rows,
+    )
+
+
+def _smallest(
+    candidate: Candidate, put: Callable[[int], Transferred], target: int
+) -> tuple[int, Transferred]:
+    """Return the smallest size that has 80 % of the effect of the largest, and what it does."""
+    most = candidate.subspaces.basis.shape[1]
+    sizes = sorted({min(size, most) for size in SIZES})
+    tried = {size: put(size) for size in sizes}
+    enough = ENOUGH_EFFECT * tried[sizes[-1]].effect(target)
+    size = next((size for size in sizes if tried[size].effect(target) >= enough), sizes[-1])
+    return size, tried[size]

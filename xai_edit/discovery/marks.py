@@ -1,0 +1,235 @@
+"""``Marks``: what a person said of findings, and the attribute of every sample that follows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.core.checks import one_of, real_number, require
+from xai_edit.core.files import checksum, write_atomically
+
+if TYPE_CHECKING:
+    from xai_edit.discovery.findings import Finding, Findings
+
+KIND = "xai_edit.marks"
+SPURIOUS = "spurious"
+VERDICTS = (SPURIOUS, "belongs to the class", "not one thing", "unsure")
+SUMS = ("discovery", "model", "data")  # checksums
+ENTRIES = {"kind": str, "format": int, **dict.fromkeys(SUMS, str), "findings": list}
+ENTRIES |= {"samples": list}
+WORKS = "give the file that the review page saved"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a person said of one finding.
+
+    Attributes
+    ----------
+    verdict : {"spurious", "belongs to the class", "not one thing", "unsure"}
+    threshold : float, optional
+        Samples with more presence have the feature; by default the finding's own threshold.
+    name, note : str
+    ticks : dict of int to bool
+        Corrections: for the number of a sample, whether it has the feature.
+    """
+
+    verdict: str
+    threshold: float | None = None
+    name: str = ""
+    note: str = ""
+    ticks: Mapping[int, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of(self.verdict, VERDICTS, "verdict")
+        if self.threshold is not None:
+            finite = math.isfinite(real_number(self.threshold))
+            require(finite, "threshold", self.threshold, "it is a finite number")
+        for name in ("name", "note"):
+            require(isinstance(getattr(self, name), str), name, getattr(self, name), "it is text")
+        whole = all(type(sample) is int and sample >= 0 for sample in self.ticks)
+        boolean = all(type(has) is bool for has in self.ticks.values())
+        works = "it has True or False by the number of a sample"
+        require(whole and boolean, "ticks", dict(self.ticks), works)
+
+    def of(self, finding: Finding) -> Tensor:
+        """Return which samples have the finding's feature, bool, shape (samples,); ticks win."""
+        threshold = finding.threshold if self.threshold is None else self.threshold
+        has = finding.scores > threshold
+        for sample, value in self.ticks.items():
+            works = f"there are {len(has)} samples, numbered from 0"
+            require(sample < len(has), "ticks", sample, works)
+            has[sample] = value
+        return has
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """The marks of some findings; ``attribute=`` of every operator takes them as a vector.
+
+    Attributes
+    ----------
+    marks : dict of int to Mark
+        By the number of the finding.
+    attribute : Tensor, bool, shape (samples,)
+        Which samples of the data have a feature that was marked spurious.
+    names : tuple of str
+        The name of each sample, such as its file; may be empty.
+    discovery, model, data : str
+        Checksums of the findings, of the model's weights and of the data.
+    """
+
+    marks: Mapping[int, Mark]
+    attribute: Tensor
+    names: tuple[str, ...]
+    discovery: str
+    model: str
+    data: str
+
+    @classmethod
+    def of(cls, findings: Findings, marks: Mapping[int, Mark | str]) -> Marks:
+        """Mark findings, by their numbers, with verdicts or whole marks.
+
+        ValueError on a finding or a sample that there is not, or another verdict.
+        """
+        whole = {
+            int(number): one if isinstance(one, Mark) else Mark(one)
+            for number, one in marks.items()
+        }
+        for number in whole:
+            works = f"there are {len(findings)}, numbered from 0"
+            require(number in range(len(findings)), "finding", number, works)
+        has = torch.zeros_like(findings.predicted, dtype=torch.bool)
+        for number, one in sorted(whole.items()):
+            own = one.of(findings[number])
+            if one.verdict == SPURIOUS:
+                has |= own
+        origin = findings.origin
+        return cls(
+            dict(sorted(whole.items())),
+            has,
+            findings.names,
+            findings.checksum(),
+            origin.get("model", ""),
+            origin.get("data", ""),
+        )
+
+    @property
+    def spurious(self) -> tuple[int, ...]:
+        """The numbers of the findings that were marked spurious."""
+        return tuple(at for at, one in self.marks.items() if one.verdict == SPURIOUS)
+
+    def __len__(self) -> int:
+        return len(self.attribute)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return self.attribute[rows]
+
+    def require_findings(self, findings: Findings) -> None:
+        """Raise ValueError if these are marks of other findings, or do not fit them."""
+        if self.discovery != findings.checksum():
+            raise ValueError(
+                f"marks: of another discovery ({self.discovery[:8]}…) than these findings "
+                f"({findings.checksum()[:8]}…); mark these"
+            )
+        again = Marks.of(findings, self.marks)
+        different = int((again.attribute != self.attribute).sum())
+        if self.names != again.names:
+            raise ValueError(f"marks: the names of the samples differ; {WORKS}")
+        if different:
+            raise ValueError(
+                f"marks: the attribute of {different} samples is not what the marks give; the "
+                f"file was edited; {WORKS}"
+            )
+
+    def require_model(self, model: nn.Module) -> None:
+        """Raise ValueError if these are marks of another model."""
+        if self.model != checksum(model.state_dict(), ""):
+            raise ValueError(
+                "marks: of a model with other weights; run xai-edit discover on this model and "
+                "mark its findings"
+            )
+
+    def about(self) -> dict[str, Any]:
+        """Return the checksum of the discovery and what was marked spurious, as JSON values."""
+        spurious = [{"finding": at, "name": self.marks[at].name} for at in self.spurious]
+        return {"discovery": self.discovery, "spurious": spurious}
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, atomically."""
+        findings = [{"finding": number, **asdict(one)} for number, one in self.marks.items()]
+        names: Any = self.names or range(len(self))
+        pairs = zip(names, self.attribute.tolist(), strict=True)
+        content = {
+            "kind": KIND,
+            "format": 1,
+            **{name: getattr(self, name) for name in SUMS},
+            "findings": findings,
+            "samples": [{"sample": name, "attribute": has} for name, has in pairs],
+        }
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_atomically(path, f"{text}\n".encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Marks:
+        """Read a file of `save` or of the review page; nothing in it is run.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is no such file, or it holds no marks.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file; {WORKS}")
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return _parsed(content)
+        except (ValueError, RecursionError) as problem:
+            raise ValueError(f"{path}: no marks ({problem}); {WORKS}") from None
+
+
+def _parsed(content: Any) -> Marks:
+    _require_entries(content, ENTRIES)
+    require(content["kind"] == KIND, "kind", content["kind"], f"it is {KIND!r}")
+    require(content["format"] == 1, "format", content["format"], "it is 1; update xai_edit")
+    marks: dict[int, Mark] = {}
+    for one in content["findings"]:
+        kinds: dict[str, Any] = {"finding": int, "verdict": str, "name": str, "note": str}
+        _require_entries(one, {**kinds, "threshold": (int, float, type(None)), "ticks": dict})
+        number = one.pop("finding")
+        require(number >= 0 and number not in marks, "finding", number, "one mark for each")
+        numbers = [sample.isascii() and sample.isdecimal() for sample in one["ticks"]]
+        require(all(numbers), "ticks", one["ticks"], "it has true or false by number")
+        ticks = {int(sample): has for sample, has in one.pop("ticks").items()}
+        marks[number] = Mark(**one, ticks=ticks)
+    names, has = [], []
+    for at, one in enumerate(content["samples"]):
+        _require_entries(one, {"sample": (int, str), "attribute": bool})
+        numbered = type(one["sample"]) is int
+        require(not numbered or one["sample"] == at, "sample", one["sample"], f"it is {at}")
+        names.append(one["sample"])
+        has.append(one["attribute"])
+    kinds_found = {type(name) for name in names}
+    require(len(kinds_found) == 1, "samples", names[:3], "all have names, or all numbers")
+    named = kinds_found == {str}
+    whole = dict(sorted(marks.items()))
+    sums = {name: content[name] for name in SUMS}
+    return Marks(whole, torch.tensor(has), tuple(names) if named else (), **sums)
+
+
+def _require_entries(value: Any, kinds: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a JSON value is an object with these entries (name → types)."""
+    given = sorted(value)[:9] if isinstance(value, dict) else type(value).__name__
+    known = isinstance(value, dict) and value.keys() == kinds.keys()
+    require(known, "entries", given, f"they are {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        boolean = isinstance(value[name], bool) and kind is not bool
+        right = isinstance(value[name], kind) and not boolean
+        require(right, name, str(value[name])[:60], "another type is expected")
