@@ -19,6 +19,7 @@ from xai_edit.lrp.operation_rules import (
     sum_rule,
 )
 from xai_edit.lrp.propagation import Arguments, Named, Operator, Rule, in_graph
+from xai_edit.lrp.writing_rules import WRITING
 
 
 def product_and_sum_rule(
@@ -149,10 +150,14 @@ def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator
     return function(*args)
 
 
-RULES: dict[str, Rule] = ELEMENTARY | {
-    **dict.fromkeys(("addcmul", "addmm", "baddbmm"), product_and_sum_rule),
-    "glu": glu_rule,
-    "scaled_dot_product_attention": attention_rule,
-    "multi_head_attention_forward": multi_head_rule,
-}
+RULES: dict[str, Rule] = (
+    ELEMENTARY
+    | WRITING
+    | {
+        **dict.fromkeys(("addcmul", "addmm", "baddbmm"), product_and_sum_rule),
+        "glu": glu_rule,
+        "scaled_dot_product_attention": attention_rule,
+        "multi_head_attention_forward": multi_head_rule,
+    }
+)
 """Relevance rules by `operation_name`, which `FunctionalCanonizer` applies."""

@@ -165,6 +165,11 @@ class LRP:
             pixels = copy if isinstance(copy, Tensor) else copy.first
             outputs = ready.outputs(copy)
             read = read_by(targets, outputs)
+            if not read.requires_grad:
+                raise ValueError(
+                    "model: no relevance reaches the input: a part of the model runs under "
+                    "torch.no_grad(), or detaches its values"
+                )
             (relevance,) = torch.autograd.grad(read, pixels, self._seed(read, targets))
         return relevance
 

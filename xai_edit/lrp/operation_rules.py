@@ -30,6 +30,7 @@ ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 GATES = ("sigmoid", "hardsigmoid")
 _ELEMENTWISE = """
     pow square sqrt abs clamp clamp_min clamp_max exp expm1 log log1p rsqrt reciprocal sin cos
+    prelu softsign tanhshrink hardshrink softshrink threshold nan_to_num
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 """Functions of one number that pass relevance on if they are zero at zero."""
@@ -161,7 +162,7 @@ _MULTILINEAR = """
 """
 _AVERAGES = """
     mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d interpolate cumsum fold
+    adaptive_avg_pool3d interpolate cumsum fold diff
 """
 AVERAGES = frozenset(_AVERAGES.split())
 ELEMENTARY: dict[str, Rule] = {
