@@ -41,7 +41,7 @@ ONLY_IN_GATES = frozenset(_ONLY_IN_GATES.split())
 
 def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
     """Return whether a call overwrites its first argument."""
-    name = function.__name__
+    name = getattr(function, "__name__", "")
     dunder = name.startswith("__")
     if named.get("inplace") or (name.endswith("_") and not dunder) or name.startswith("__i"):
         return True
