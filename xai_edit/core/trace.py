@@ -46,7 +46,8 @@ _ALIASES = {
     **{f"{form}{name}": name for form in ("i", "r") for name in ("add", "mul")},
     **{"isub": "sub", "subtract": "sub", "multiply": "mul", "ipow": "pow", "clip": "clamp"},
     "absolute": "abs",
-    **dict.fromkeys(("truediv", "itruediv", "divide", "true_divide"), "div"),
+    **dict.fromkeys(("truediv", "itruediv", "idiv", "divide", "true_divide"), "div"),
+    "rdiv": "rtruediv",
 }
 
 

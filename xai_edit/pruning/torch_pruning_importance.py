@@ -66,8 +66,8 @@ class TorchPruningImportance:
                 padded = [name for name in layers if name in group.layers]
                 if padded and PADDED in (group.fixed or ""):
                     raise ValueError(
-                        f"layer {padded[0]!r}: {group.fixed}, which Torch-Pruning does not follow, so "
-                        "its importances would be of other channels; name other layers"
+                        f"layer {padded[0]!r}: {group.fixed}, which Torch-Pruning does not follow, "
+                        "so its importances would be of other channels; name other layers"
                     )
             scores = {
                 name: self._scores(graph, network.get_submodule(name), name, coupled)
