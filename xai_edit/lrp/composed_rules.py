@@ -150,14 +150,11 @@ def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator
     return function(*args)
 
 
-RULES: dict[str, Rule] = (
-    ELEMENTARY
-    | WRITING
-    | {
-        **dict.fromkeys(("addcmul", "addmm", "baddbmm"), product_and_sum_rule),
-        "glu": glu_rule,
-        "scaled_dot_product_attention": attention_rule,
-        "multi_head_attention_forward": multi_head_rule,
-    }
-)
+RULES: dict[str, Rule] = ELEMENTARY | {
+    **WRITING,
+    **dict.fromkeys(("addcmul", "addmm", "baddbmm"), product_and_sum_rule),
+    "glu": glu_rule,
+    "scaled_dot_product_attention": attention_rule,
+    "multi_head_attention_forward": multi_head_rule,
+}
 """Relevance rules by `operation_name`, which `FunctionalCanonizer` applies."""

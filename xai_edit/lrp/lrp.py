@@ -339,9 +339,8 @@ class _Ready:
             return
         self.plain = None
         got = logits[:1].detach()
-        if not same_values(
-            plain, got, SAME_LOGITS
-        ):  # a batch norm may use the statistics of the batch
+        # A batch norm may use the statistics of the batch.
+        if not same_values(plain, got, SAME_LOGITS):
             leaves, self.gather.leaves = self.gather.leaves, {}
             got = outputs_of(run(self.model, differentiable(self.sample)), self.sample).detach()
             self.gather.leaves = leaves
