@@ -30,6 +30,7 @@ ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 GATES = ("sigmoid", "hardsigmoid")
 _ELEMENTWISE = """
     pow square sqrt abs clamp clamp_min clamp_max exp expm1 log log1p rsqrt reciprocal sin cos
+    prelu softsign tanhshrink hardshrink softshrink threshold nan_to_num
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 """Functions of one number that pass relevance on if they are zero at zero."""
@@ -40,7 +41,7 @@ ONLY_IN_GATES = frozenset(_ONLY_IN_GATES.split())
 
 def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
     """Return whether a call overwrites its first argument."""
-    name = function.__name__
+    name = getattr(function, "__name__", "")
     dunder = name.startswith("__")
     if named.get("inplace") or (name.endswith("_") and not dunder) or name.startswith("__i"):
         return True
@@ -161,7 +162,7 @@ _MULTILINEAR = """
 """
 _AVERAGES = """
     mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d interpolate cumsum fold
+    adaptive_avg_pool3d interpolate cumsum fold diff
 """
 AVERAGES = frozenset(_AVERAGES.split())
 ELEMENTARY: dict[str, Rule] = {
