@@ -40,6 +40,7 @@ from zennit.core import (
 from xai_edit.core.guard import attributes_kept
 from xai_edit.core.layers import CONVOLUTIONS, WEIGHTED, first_tensor, with_first
 from xai_edit.lrp.computed_weights import AtOperation, Operation, runs_as_pytorch, with_forward
+from xai_edit.lrp.propagation import adds_a_constant, quotient
 from xai_edit.lrp.relevance_at_layers import RULED
 
 
@@ -264,8 +265,7 @@ class _Step:
         """Return whether the short formula of the rule equals the rule for this call."""
         overwritten = self.z._version != self.versions[1]
         if self.rectified:
-            stabilizer = stabilizer_of(self.rule)
-            overwritten |= type(stabilizer) is not Stabilizer or stabilizer.norm_scale
+            overwritten |= not adds_a_constant(stabilizer_of(self.rule))
             overwritten |= bool(torch.logical_and(relevance, self.z == 0).any())
         if overwritten or self.rule.param_modifiers[0].zero_params or not _unmodified(self.module):
             return False
@@ -346,16 +346,7 @@ def _share(
     rule: Hook, x: Tensor, z: Tensor, relevance: Tensor, *, positive: bool = False
 ) -> Tensor:
     """Return x ⊙ (∂z/∂x)ᵀ (R / z), with the rule's stabiliser."""
-    value = z.detach()
-    stabilizer = stabilizer_of(rule)
-    if type(stabilizer) is not Stabilizer or stabilizer.clip or stabilizer.norm_scale:
-        ratio = relevance / stabilizer(value)
-    else:  # it adds a constant
-        epsilon = value.new_tensor(stabilizer.epsilon)
-        ratio = (
-            value + epsilon if positive else torch.where(value < 0, -epsilon, epsilon).add_(value)
-        )
-        torch.div(relevance, ratio, out=ratio)
+    ratio = quotient(relevance, z.detach(), stabilizer_of(rule), positive=positive)
     # The graph lives as long as the step, which several backward passes may call.
     (context,) = torch.autograd.grad(z, x, ratio, retain_graph=True)
     return context.mul_(x.detach())
