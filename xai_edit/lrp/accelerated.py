@@ -41,7 +41,7 @@ from xai_edit.core.guard import attributes_kept
 from xai_edit.core.layers import CONVOLUTIONS, WEIGHTED, first_tensor, with_first
 from xai_edit.lrp.computed_weights import AtOperation, Operation, runs_as_pytorch, with_forward
 from xai_edit.lrp.propagation import adds_a_constant, quotient
-from xai_edit.lrp.relevance_at_layers import RULED
+from xai_edit.lrp.relevance_at_layers import RULED, beside_modes, mark_gate, stands_for
 
 
 def accelerated(composite: Composite, *, unmerged: Collection[str] = ()) -> Composite:
@@ -154,6 +154,7 @@ class DirectHook(Hook):  # type: ignore[misc]
         self.in_place = self.entered = self.restore = None
         super().remove()
 
+    @beside_modes
     def enter(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -170,10 +171,12 @@ class DirectHook(Hook):  # type: ignore[misc]
             )
         self.entered = RULED.latest(values[0])
         local = self.entered.detach()
+        stands_for(self.entered, local)
         if type(self.rule) is zr.Epsilon and _unmodified(module):
             local.requires_grad_()  # the rule uses the graph of this very forward pass
         return with_first(local, inputs, named)
 
+    @beside_modes
     def leave(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> Tensor | None:
@@ -188,6 +191,7 @@ class DirectHook(Hook):  # type: ignore[misc]
             _rectified(x)
         step = _Step(self.rule, module, local, output)
         ruled: Tensor = _InPlaceOf.apply(x, output.detach(), step)
+        stands_for(output, ruled)
         if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):
             mark_gate(ruled)
         if self.in_place is not None and output.data_ptr() != x.data_ptr():
@@ -218,16 +222,6 @@ def _rectified(x: Tensor) -> None:
         node = node.next_functions[0][0] if node.next_functions else None
     if node is not None:
         node.step.overwritten_by_relu(x)
-
-
-def mark_gate(x: Tensor) -> None:
-    """Mark a tensor as the output of a sigmoid, a gate of what it is multiplied with."""
-    x._xai_edit_gate = True  # type: ignore[attr-defined]
-
-
-def is_gate(x: Tensor) -> bool:
-    """Return whether a tensor was marked by `mark_gate`."""
-    return getattr(x, "_xai_edit_gate", False)
 
 
 class _Step:
