@@ -28,9 +28,7 @@ def adds_a_constant(stabilizer: Any) -> bool:
     return plain and not stabilizer.clip and not stabilizer.norm_scale
 
 
-def quotient(
-    relevance: Tensor, z: Tensor, stabilizer: Any, *, positive: bool = False
-) -> Tensor:
+def quotient(relevance: Tensor, z: Tensor, stabilizer: Any, *, positive: bool = False) -> Tensor:
     """Return R / z with a stabilised denominator; ``positive`` says that no z is negative."""
     if not adds_a_constant(stabilizer):
         divided: Tensor = relevance / stabilizer(z)
