@@ -77,7 +77,7 @@ def beside_modes(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 def stands_for(value: Tensor, inserted: Tensor) -> None:
     """Let what is known of a tensor hold for the one that a hook returns instead."""
-    run_by_rule(Tensor.detach, (value,), {}, inserted)
+    run_by_rule(Tensor.contiguous, (value,), {}, inserted)
 
 
 def mark_gate(x: Tensor) -> None:
