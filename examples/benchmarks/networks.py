@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import itertools
 import multiprocessing
@@ -105,6 +106,7 @@ def forward_backward(model: nn.Module, given) -> None:
 
 def ours(model: nn.Module, given, rule: str, later: int = LATER) -> list[float]:
     """Score ``1 + later`` batches and return the CPU time of each."""
+    model = copy.deepcopy(model)  # what was seen of a network once is not looked at again
     stamps = [time.process_time()]
 
     def batches():
@@ -230,6 +232,8 @@ def measured(name: str, samples: int, rounds: int) -> dict:
     plain = median(times.pop("pass"))
     told["seconds of a forward and backward pass"] = plain
     told |= {key: median(values) / plain for key, values in times.items()}
+    if name in IN_LXT and pipe is None:
+        told["epsilon: LXT"] = "not installed"
     plain = growth(name, "pass", MORE * samples)
     for rule in RULES:
         told[f"{rule}: peak memory"] = growth(name, rule, MORE * samples) / plain
@@ -250,7 +254,7 @@ def grow(name: str, task: str, samples: int) -> None:
         if task == "pass":
             forward_backward(model, given)
         else:
-            ours(model, given, task, later=0)
+            xe.score_units(model, [given], xe.LRP(task), target=0)
 
     run(batch(name, 1))  # what is allocated once is not counted
     given = batch(name, samples)
@@ -263,7 +267,7 @@ def grow(name: str, task: str, samples: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What scoring costs on networks people use.")
     parser.add_argument("--out", type=Path, help="write the ratios as JSON")
-    parser.add_argument("--quick", action="store_true", help="two networks, one round")
+    parser.add_argument("--quick", action="store_true", help="two networks, one image, one round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--samples", type=int, default=2, help="a batch")
     parser.add_argument("--network", choices=NETWORKS, action="append")
@@ -274,13 +278,13 @@ def main() -> None:
         return grow(*given.grow, given.samples)
     names = given.network or [*NETWORKS]
     if given.quick:
-        names, given.rounds = ["ResNet-18", "EfficientNet-B0"], 1
+        names, given.samples, given.rounds = ["ResNet-18", "EfficientNet-B0"], 1, 0
     results = {}
     for name in names:
         results[name] = measured(name, given.samples, given.rounds)
         print(name)
         for key, value in results[name].items():
-            print(f"  {key:<45} {value:8.3g}", flush=True)
+            print(f"  {key:<45} {value if isinstance(value, str) else f'{value:8.3g}'}", flush=True)
     if given.out:
         packages = ["torch", "torchvision", "transformers", "zennit"]
         packages += ["lxt"] if importlib.util.find_spec("lxt") else []
