@@ -8,7 +8,7 @@ from torch import nn
 from zennit.core import Stabilizer
 from zennit.rules import Pass
 
-from xai_edit import LRP
+from xai_edit import LRP, FunctionalCanonizer
 from xai_edit.lrp.propagation import quotient
 
 
@@ -71,3 +71,18 @@ def test_a_quotient_is_zennits_bit_by_bit(dtype):
     positive = z.abs()
     expected = relevance / Stabilizer(1e-6)(positive)
     assert torch.equal(quotient(relevance, positive, Stabilizer(1e-6), positive=True), expected)
+
+
+def test_two_backward_passes_of_one_graph_are_the_same():
+    class Scored(nn.Module):
+        def forward(self, x):
+            return torch.matmul(x, x.mT) + x.mean()
+
+    x = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    FunctionalCanonizer().apply(model := Scored())
+    output = model(x)
+    first, second = (
+        torch.autograd.grad(output, x, output.detach(), retain_graph=True)[0] for _ in range(2)
+    )
+    assert first.any()
+    assert torch.equal(first, second)

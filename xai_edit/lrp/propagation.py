@@ -71,27 +71,31 @@ class _Proportional(torch.autograd.Function):
     ) -> Tensor:
         ctx.function, ctx.stabilizer, ctx.n, ctx.again = function, stabilizer, n, RULED.again
         ctx.save_for_backward(*operands)  # the backward pass raises if one was overwritten
-        local = [operand.detach().requires_grad_() for operand in operands]
-        with torch.enable_grad():
-            z = function(*local)
+        local, z = _with_graph(function, operands)
         ctx.graph = local, z, z._version
         return z.detach()
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
         operands = ctx.saved_tensors
-        local, z, version = ctx.graph
+        local, z, version = ctx.graph or ([], None, None)
         if not ctx.again:
             ctx.graph = None  # frees the tensors as the pass goes on
-        if z._version != version:  # a ReLU has overwritten it in place
-            with torch.enable_grad():
-                z = ctx.function(*local)
+        if z is None or z._version != version:  # a second pass, or a ReLU in place
+            local, z = _with_graph(ctx.function, operands)
         ratio = quotient(relevance[0], z.detach(), ctx.stabilizer)
         if ctx.n > 1:
             ratio.div_(ctx.n)
         contexts = torch.autograd.grad(z, local, ratio, retain_graph=ctx.again)
         parts = [x * c for x, c in zip(operands, contexts, strict=True)]
         return (None, None, None, *parts)
+
+
+def _with_graph(function: Operator, operands: Arguments) -> tuple[list[Tensor], Tensor]:
+    """Return copies of the operands and a function of them, connected by a graph of their own."""
+    local = [operand.detach().requires_grad_() for operand in operands]
+    with torch.enable_grad():
+        return local, function(*local)
 
 
 class _Softmax(torch.autograd.Function):
