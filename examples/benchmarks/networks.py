@@ -199,7 +199,7 @@ def difference(name: str, given, theirs: tuple[torch.Tensor, torch.Tensor]) -> f
 # %%
 
 
-def measured(name: str, samples: int, rounds: int) -> dict:
+def measured(name: str, samples: int, rounds: int, rules=RULES) -> dict:
     model, given = network(name), batch(name, samples)
     times = defaultdict(list)
     told: dict = {"samples": samples}
@@ -211,11 +211,11 @@ def measured(name: str, samples: int, rounds: int) -> dict:
         process.start()
         end.close()  # so that waiting for a process that has failed ends
         told["LXT: largest difference"] = difference(name, given, pipe.recv())
-    twins = {rule: network(name) for rule in RULES if name in CONVOLUTIONAL}
+    twins = {rule: network(name) for rule in rules if name in CONVOLUTIONAL}
     for turn in range(rounds + 1):
         if turn == 1:
             times.clear()  # the first turn warms up
-        for rule in RULES:
+        for rule in rules:
             times["pass"].append(seconds(lambda: forward_backward(model, given)))
             first, *later = ours(model, given, rule)
             times[f"{rule}: first batch"].append(first)
@@ -235,7 +235,7 @@ def measured(name: str, samples: int, rounds: int) -> dict:
     if name in IN_LXT and pipe is None:
         told["epsilon: LXT"] = "not installed"
     plain = growth(name, "pass", MORE * samples)
-    for rule in RULES:
+    for rule in rules:
         told[f"{rule}: peak memory"] = growth(name, rule, MORE * samples) / plain
     return told
 
@@ -267,7 +267,7 @@ def grow(name: str, task: str, samples: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What scoring costs on networks people use.")
     parser.add_argument("--out", type=Path, help="write the ratios as JSON")
-    parser.add_argument("--quick", action="store_true", help="two networks, one image, one round")
+    parser.add_argument("--quick", action="store_true", help="two networks, one rule, one image")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--samples", type=int, default=2, help="a batch")
     parser.add_argument("--network", choices=NETWORKS, action="append")
@@ -276,12 +276,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.grow:
         return grow(*given.grow, given.samples)
-    names = given.network or [*NETWORKS]
+    names, rules = given.network or [*NETWORKS], RULES
     if given.quick:
+        rules = RULES[:1]
         names, given.samples, given.rounds = ["ResNet-18", "EfficientNet-B0"], 1, 0
     results = {}
     for name in names:
-        results[name] = measured(name, given.samples, given.rounds)
+        results[name] = measured(name, given.samples, given.rounds, rules)
         print(name)
         for key, value in results[name].items():
             print(f"  {key:<45} {value if isinstance(value, str) else f'{value:8.3g}'}", flush=True)
