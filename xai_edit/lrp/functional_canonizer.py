@@ -20,12 +20,11 @@ from zennit.core import Hook, RemovableHandleList, Stabilizer
 
 from xai_edit.core.final_operation import run_by_rule
 from xai_edit.core.trace import operation_name
-from xai_edit.lrp.accelerated import is_gate, mark_gate
 from xai_edit.lrp.composed_rules import RULES
 from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
 from xai_edit.lrp.operation_rules import AVERAGES, is_in_place
 from xai_edit.lrp.propagation import Operator, in_graph
-from xai_edit.lrp.relevance_at_layers import RULED
+from xai_edit.lrp.relevance_at_layers import RULED, is_gate, mark_gate
 from xai_edit.lrp.writing_rules import assigned
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from xai_edit.core.trace import operation_name, source_line
-from xai_edit.lrp.accelerated import is_gate, mark_gate
 from xai_edit.lrp.norm_rules import NORMS, norm_rule
 from xai_edit.lrp.propagation import (
     Arguments,
@@ -21,6 +20,7 @@ from xai_edit.lrp.propagation import (
     split,
     without_relevance,
 )
+from xai_edit.lrp.relevance_at_layers import is_gate, mark_gate
 
 _ACTIVATIONS = """
     relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish hardsigmoid
