@@ -60,7 +60,7 @@ examples: $(INSTALLED)
 
 # What docs/speed.md shows; they need XAI_EDIT_DATA and write the committed figures anew.
 benchmarks: $(INSTALLED)
-	for pair in scoring selection drsa pruning:smaller unlearning:unlearning-cost scaling; do \
+	for pair in scoring networks selection drsa pruning:smaller unlearning:unlearning-cost scaling; do \
 		OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/benchmarks/$${pair%:*}.py \
 			--out docs/results/$${pair#*:}.json || exit 1; \
 	done

@@ -55,6 +55,7 @@ def write_tables(_app):
     for name in ("scoring", "selection", "smaller"):
         write(name, markdown(speed_table(read(name))))
     write("speed", markdown(speed_summary()))
+    write("speed-networks", markdown(networks_table(read("networks"))))
     write("speed-drsa", markdown(drsa_table(read("drsa"))))
     write("scaling", markdown(scaling_table(read("scaling"))))
     scaling_figure(read("scaling")).savefig(HERE / "_tables" / "scaling.svg")
@@ -188,6 +189,20 @@ def speed_summary():
         cells = dict.fromkeys(f"{ends[at]:.2g}" for at in (0, -1))  # once where they are equal
         rows.append([step, beside, " – ".join(cells)])
     return [["step", "beside", "ours / theirs"], *rows]
+
+
+def networks_table(results):
+    """Return time and memory of scoring over those of a forward and backward pass."""
+    rows = []
+    for name, told in results["networks"].items():
+        for rule in ("epsilon", "epsilon-plus"):
+            steps = ("first batch", "later batches", "peak memory", "Zennit", "LXT")
+            ratios = [told.get(f"{rule}: {step}", "") for step in steps]
+            cells = [one if isinstance(one, str) else f"{one:.2f}" for one in ratios]
+            far = told.get("LXT: largest difference") if rule == "epsilon" else None
+            rows.append([name, rule, *cells, "" if far is None else f"{far:.0e}"])
+    head = ["network", "rule", "first batch", "later batches", "peak memory", "Zennit", "LXT"]
+    return [[*head, "difference from LXT"], *rows]
 
 
 def drsa_table(results):

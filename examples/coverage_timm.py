@@ -294,6 +294,17 @@ def study_transformer(name):
     return figures
 
 
+def two_classes(predicted, logits):
+    """Return labels with two images of each of two classes, as editing needs; need not be right.
+
+    They are what is predicted of the first image, and another class that is predicted or, if there
+    is none, the second of the first image's.
+    """
+    first = predicted[0]
+    others = [*predicted[predicted != first], logits.topk(2).indices[1]]
+    return torch.stack([first, first, others[0], others[0]])
+
+
 EDITS = {
     "single_weight": xe.SingleWeight(select="exact"),
     "path": xe.PathPerturbation(share=0.3),
@@ -314,8 +325,7 @@ def study(name):
     labels = attempt(lambda: model(images).argmax(1))
     if isinstance(labels, str) or labels.ndim > 1:
         return figures | {"seconds": round(time.process_time() - start, 1)}
-    if (labels == labels[0]).all():  # a second class is needed; labels need not be right
-        labels[2:] = model(images)[0].topk(2).indices[1]
+    labels = two_classes(labels, model(images)[0])
     figures["units"] = attempt(units, model, few)
     figures["head"] = attempt(head, model, images)
     figures["single_weight"] = attempt(single_weight, model, images, labels)

@@ -79,3 +79,15 @@ def test_the_page_shows_each_case(scaling, page):
 @pytest.mark.parametrize("of", ["time", "memory"])
 def test_no_committed_exponent_is_above_that_of_the_algorithm(told, of):
     assert told[of]["exponent"] <= told[of]["expected"] + 0.1
+
+
+def test_the_table_of_networks_has_each_by_two_rules(page):
+    told = page.read("networks")
+    head, *rows = page.networks_table(told)
+    assert [row[:2] for row in rows] == [
+        [name, rule] for name in told["networks"] for rule in ("epsilon", "epsilon-plus")
+    ]
+    assert {len(row) for row in rows} == {len(head)}
+    told["networks"]["BERT-base"]["epsilon: LXT"] = "not installed"
+    cells = [row[head.index("LXT")] for row in page.networks_table(told)]
+    assert (cells[1], *cells[-2:]) == ("", "not installed", "")

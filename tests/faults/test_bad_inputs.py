@@ -377,6 +377,25 @@ def test_a_network_without_a_unit_that_can_go_is_refused_with_the_reason():
     check()
 
 
+class ResponseNorm(nn.Module):
+    """Global response normalisation, as in ConvNeXt V2."""
+
+    def forward(self, x):
+        energy = x.norm(dim=(2, 3), keepdim=True)
+        return x + x * energy / (energy.mean(1, keepdim=True) + 1e-6)
+
+
+def test_channels_that_a_mean_over_channels_mixes_are_named_once_with_the_reason():
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 1), ResponseNorm()) for _ in range(4)]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).eval()
+    message = (
+        r"channels of '0.0' and 3 more have to stay: mean in '0.1' \(ResponseNorm\) mixes the "
+        "channels by their mean, which differs without some of them$"
+    )
+    with pytest.raises(ValueError, match=message):
+        xe.RelevancePruning(0.5).plan(model, [torch.rand(2, 3, 8, 8)], target=1)
+
+
 # What is no error, and what then happens
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear, normalize, silu
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import xai_edit as xe
@@ -106,7 +106,39 @@ def class_embeddings(m, h):
     return 100 * normalize(h, dim=-1) @ m.w.T
 
 
+def overwritten(head, change):
+    """A head whose input is overwritten in place after it ran."""
+
+    def output(m, h):
+        h = h - 0.1
+        z = head(m, h)
+        change(h)
+        return z
+
+    return output
+
+
+def assign_zero(h):
+    h[:] = 0
+
+
 SUPPORTED = {
+    "input rectified afterwards": lambda: Ends(
+        overwritten(lambda m, h: m.fc(h), torch.relu_), fc=nn.Linear(D, C)
+    ),
+    "input assigned to afterwards": lambda: Ends(
+        overwritten(lambda m, h: m.fc(h), assign_zero), fc=nn.Linear(D, C)
+    ),
+    "a token, overwritten afterwards": lambda: Ends(
+        overwritten(lambda m, h: m.fc(torch.stack([h, h], 1).view(-1, 2, D))[:, 1], torch.relu_),
+        fc=nn.Linear(D, C),
+    ),
+    "views of the input, overwritten afterwards": lambda: Ends(
+        overwritten(
+            lambda m, h: m.fc(h[:, :, None, None]).flatten(1), lambda h: silu(h, inplace=True)
+        ),
+        fc=nn.Conv2d(D, C, 1),
+    ),
     "linear": lambda: fc(nn.Linear(D, C)),
     "no bias": lambda: fc(nn.Linear(D, C, bias=False)),
     "the whole model": lambda: nn.Linear(6, C),
@@ -144,9 +176,18 @@ SUPPORTED = {
     "compiled in place": lambda: compiled_in_place(fc(nn.Linear(D, C))),
     "data parallel": lambda: nn.DataParallel(fc(nn.Linear(D, C))),
 }
+
+
+def sigmoid_unused(z):
+    z.sigmoid_()
+    return z
+
+
 # The output of these is a function of the logits.
 FINAL = {
     "softmax": (lambda: then(nn.Softmax(1)), lambda z: z.softmax(1)),
+    "sigmoid in place": (lambda: then(torch.sigmoid_), torch.sigmoid),
+    "sigmoid in place, result unused": (lambda: then(sigmoid_unused), torch.sigmoid),
     "log softmax": (lambda: then(nn.LogSoftmax(-1)), lambda z: z.log_softmax(1)),
     "sigmoid": (lambda: then(torch.sigmoid), torch.sigmoid),
     "one sigmoid": (
@@ -253,6 +294,10 @@ REFUSED = {
         "'one', it is another one for other batches",
     ),
     "plus data": (lambda: two(lambda m, h: m.one(h) + h[:, :C]), "'one', is followed by add"),
+    "plus a maximum over tokens": (  # as VOLO
+        lambda: two(lambda m, h: m.one(h) + 0.5 * m.two(both(h)).max(1)[0]),
+        "'one', is followed by add of the output of 'two' after max",
+    ),
     "tied": (lambda: stored(lambda m, h: (h @ m.w).tanh() @ m.w.T, w=(D, D)), "another place"),
     "temperature of the data": (
         lambda: then(lambda z: z / z.norm(dim=1, keepdim=True)),

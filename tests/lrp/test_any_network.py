@@ -125,7 +125,50 @@ def norm_free(x, layer):
     return x * torch.rsqrt(x.var(1, keepdim=True) + 1e-6) + layer(x)
 
 
+def constant(*shape):
+    return torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).view(shape)
+
+
+def linear_attention(x, query, key):
+    tokens = x.flatten(2).mT
+    q, k = F.elu(query(tokens)) + 1, F.elu(key(tokens)) + 1
+    return ((q @ (k.mT @ tokens)) * (1 / (q @ k.sum(1, keepdim=True).mT + 1e-6))).mT
+
+
+def normed_by_hand(x, layer):
+    centred = x - x.mean(1, keepdim=True)
+    return layer(centred * torch.rsqrt((centred**2).mean(1, keepdim=True) + 1e-5))
+
+
+def in_a_buffer(x, layer):
+    out = torch.zeros_like(x)
+    out[:, :, ::2] = layer(x)[:, :, ::2]
+    out[:, :, 1::2] = x[:, :, 1::2] * 2
+    return out
+
+
 NETWORKS = {
+    "einsum with a constant": lambda: Of(
+        lambda x: x + torch.einsum("nchw,cd->ndhw", x, constant(8, 8)).relu()
+    ),
+    "matmul with a constant": lambda: Of(lambda x: constant(8, 8) @ x.flatten(2)),
+    "one of two branches": lambda: Of(
+        lambda x, one, two: torch.where(x > 0, one(x), two(x)),
+        *(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)),
+    ),
+    "padded and rolled": lambda: Of(
+        lambda x, layer: layer(F.pad(x, (1, 2, 0, 1), mode="reflect").roll(2, 3)),
+        nn.Conv2d(8, 8, 3),
+    ),
+    "dilated decoder": lambda: Of(
+        lambda x, one, two: two(F.leaky_relu(one(x), 0.1)),
+        nn.ConvTranspose2d(8, 8, 3, 2, dilation=2),
+        nn.ConvTranspose2d(8, 8, 2, 2, groups=4),
+    ),
+    "linear attention": lambda: Of(linear_attention, linear(), linear()),
+    "normed by hand": lambda: Of(normed_by_hand, nn.Conv2d(8, 8, 1)),
+    "written to a buffer": lambda: Of(in_a_buffer, nn.Conv2d(8, 8, 1)),
+    "sigmoid before a layer": lambda: Of(lambda x, layer: layer(x.sigmoid()), nn.Conv2d(8, 8, 1)),
     "GroupNorm": lambda: Of(lambda x, norm: norm(x), nn.GroupNorm(2, 8)),
     "InstanceNorm": lambda: Of(lambda x, norm: norm(x), nn.InstanceNorm2d(8, affine=True)),
     "batch norm without statistics": lambda: Of(

@@ -69,7 +69,7 @@ class Adds(torch.autograd.Function):
 
 
 NO_RULE = {
-    "a sum by number": (lambda m, x: x.index_add(1, torch.arange(8), x), None, "index_add", ""),
+    "a running maximum": (lambda m, x: x.cummax(1)[0], None, "cummax", ""),
     "cumprod": (lambda m, x: x.cumprod(1), None, "cumprod", ""),
     "erfc": (lambda m, x: torch.erfc(x), None, "erfc", ""),
     "autograd": (lambda m, x: Adds.apply(x, 2 * x).flatten(1), None, "AddsBackward", ""),

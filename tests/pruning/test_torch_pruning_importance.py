@@ -92,3 +92,34 @@ def test_what_cannot_score_a_group_is_refused():
     scorer = TorchPruningImportance(IMPORTANCE.RandomImportance())
     with pytest.raises(ValueError, match=r"'1': only linear and convolution"):
         score_units(plain(), [(INPUTS, LABELS)], scorer, layers="1")
+
+
+class Padded(nn.Module):
+    """A residual network whose shortcut pads channels, as ResNet-20 with option A."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.one = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.two, self.head = nn.Conv2d(6, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        shortcut = nn.functional.pad(x, (0, 0, 0, 0, 2, 2))
+        return self.head((self.two(self.one(x).relu()) + shortcut).relu().mean((2, 3)))
+
+
+def test_a_shortcut_that_pads_channels_is_refused_and_the_layers_inside_are_pruned():
+    model, data = Padded().eval(), [(torch.rand(6, 3, 5, 5), torch.arange(6) % 3)]
+    scorer = TorchPruningImportance(torch_pruning.importance.GroupMagnitudeImportance())
+    for layers in (None, ["stem"], ["two"]):
+        with pytest.raises(ValueError, match=r"layer '(stem|two)': constant_pad_nd .*other layers"):
+            score_units(model, data, scorer, layers=layers)
+    edit = RelevancePruning(scorer=scorer, share=0.5).plan(model, data)
+    assert {*edit.origin["units"]} == {"one"}
+    # Torch-Pruning's mean of the norms of what is written and read, squared; its own scale apart.
+    scores = score_units(model, data, scorer, layers=["one"])["one"]
+    norms = model.one.weight.flatten(1).square().sum(1)
+    norms = norms + model.two.weight.transpose(0, 1).flatten(1).square().sum(1)
+    found = scores.mean(0) if scores.ndim > 1 else scores
+    assert found.argsort().tolist() == norms.argsort().tolist()

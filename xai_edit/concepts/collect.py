@@ -32,9 +32,12 @@ from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import resolve_layers, run, tapped
 from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
-from xai_edit.lrp.canonizers import same_logits
+from xai_edit.lrp.canonizers import same_values
 from xai_edit.lrp.contexts import ContextGather, Take
 from xai_edit.lrp.lrp import LRP, describe
+
+SAME_VALUES = 1e-2
+"""Tolerance for a layer's values under canonizers, as a share of the largest."""
 
 
 def collect_features(
@@ -212,7 +215,8 @@ def require_same_values(
     layer: str, plain: Tensor, gather: ContextGather, canonizers: Sequence[str]
 ) -> None:
     """Raise ValueError if canonizers have changed what a layer computes for the first sample."""
-    if layer in gather.first and not same_logits(plain, gather.first[layer]):
+    first = gather.first.get(layer)
+    if first is not None and not same_values(plain, first, SAME_VALUES):
         raise ValueError(
             f"layer: {layer!r} given, whose values change under {list(canonizers)}; a batch "
             "norm is merged into it, so name that norm or a layer behind it"

@@ -31,32 +31,43 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
     Inside, the model is in evaluation mode and without gradients. With ``weights``, also what is
     written into a parameter in place is undone, at the price of a copy of them all.
     """
-    modules = [(module, _attributes(module)) for module in model.modules()]
-    tensors = [
-        (tensor, tensor.data, tensor.requires_grad, tensor.grad)
-        for tensor in (*model.parameters(), *model.buffers())
-    ]
+    before = Snapshot(model)
     kept = (*model.parameters(), *model.buffers()) if weights else tuple(model.buffers())
     values = [(tensor, tensor.detach().clone()) for tensor in kept]
     try:
         model.eval()
         run_eagerly(model)
-        for tensor, *_ in tensors:
+        for tensor, *_ in before.tensors:
             tensor.grad = None  # a backward pass would add to the user's own
         with _every_module_called():
             yield model
     finally:
-        for module, attributes in modules:
-            _restore(module, attributes)
-        for tensor, storage, requires_grad, grad in tensors:
-            tensor.data = storage
-            if tensor.is_leaf:
-                tensor.requires_grad_(requires_grad)
-            tensor.grad = grad
+        before.restore()
         with torch.no_grad():
             for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+class Snapshot:
+    """A model's attributes, and the storage of its tensors, to return to; no values are copied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [(module, _attributes(module)) for module in model.modules()]
+        self.tensors = [
+            (tensor, tensor.data, tensor.requires_grad, tensor.grad)
+            for tensor in (*model.parameters(), *model.buffers())
+        ]
+
+    def restore(self) -> None:
+        """Return to the state of the snapshot."""
+        for module, attributes in self.modules:
+            _restore(module, attributes)
+        for tensor, storage, requires_grad, grad in self.tensors:
+            tensor.data = storage
+            if tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
 
 
 class _FastPath:

@@ -46,7 +46,8 @@ _ALIASES = {
     **{f"{form}{name}": name for form in ("i", "r") for name in ("add", "mul")},
     **{"isub": "sub", "subtract": "sub", "multiply": "mul", "ipow": "pow", "clip": "clamp"},
     "absolute": "abs",
-    **dict.fromkeys(("truediv", "itruediv", "divide", "true_divide"), "div"),
+    **dict.fromkeys(("truediv", "itruediv", "idiv", "divide", "true_divide"), "div"),
+    "rdiv": "rtruediv",
 }
 
 
@@ -298,16 +299,18 @@ class _Recorder(TorchFunctionMode):
         given = tree_leaves((args, named))
         joins = sum(_depends(value) for value in given) > 1
         self.unseen(given)
+        tensors = [value for value in given if isinstance(value, Tensor)]
         axes = self.found.axes
         if axes is None:
             output = func(*args, **named)
         else:
-            tensors = [value for value in given if isinstance(value, Tensor)]
             before = [(value, axes.of(value), value.shape) for value in tensors]
             output = func(*args, **named)
             axes.follow(name, func, (args, named), before, output)
         if not self.stack:  # the copy of the input that the model gets
             return self.followed(output)
+        written = [one for value in tensors for one in (value, value._base) if _depends(one)]
+        self.followed(written)  # the target of an operation in place, and what it is a view of
         if any(_depends(value) and value.dtype in HALF for value in tree_leaves(output)):
             self.found.halved = self.stack[-1]
         if name == "setitem" or any(_depends(value) for value in tree_leaves(output)):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from xai_edit.core.trace import operation_name, source_line
 from xai_edit.edits.model_edit import tensors_of
+from xai_edit.lrp.operation_rules import is_in_place
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 FINAL: dict[str, Callable[[Tensor], Tensor]] = {
@@ -136,6 +138,7 @@ class AffineMaps(TorchFunctionMode):
         self.names = {id(one): name for name, one in reversed(tensors_of(model).items())}
         self.module = ""
         self.last: AffineMap | None = None
+        self.inputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of maps
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
             if isinstance(module, ParametrizationList):
@@ -166,20 +169,35 @@ class AffineMaps(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
-        output = func(*args, **named)
         name = operation_name(func)
+        if args and (name == "setitem" or is_in_place(func, args, named)):
+            self._keep_inputs(args[0])
+        output = func(*args, **named)
         if name == "setitem":
             broken = self._broken(self.of(args[0]), "setitem")
             if broken is not None:
                 setattr(args[0], KEY, broken)
             return None
+        if isinstance(output, tuple) and args and (whole := self.of(args[0])) is not None:
+            for part in output:  # such as a maximum and its position
+                if isinstance(part, Tensor):
+                    setattr(part, KEY, self._broken(whole, name))
         if isinstance(output, Tensor) and id(output) not in self.names:
             found = self._followed(name, func, args, named, output)
             if found is not None:
                 setattr(output, KEY, found)
+                if isinstance(found, AffineMap):
+                    self.inputs.update({term.x: None for term in found.terms})
             elif hasattr(output, KEY):  # an in-place operation
                 delattr(output, KEY)
         return output
+
+    def _keep_inputs(self, target: Any) -> None:
+        """Copy the inputs of maps that an operation in place is about to overwrite."""
+        if isinstance(target, Tensor):
+            for x in [*self.inputs]:
+                if x.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
+                    x.data = x.clone()
 
     def _followed(
         self, name: str, func: Any, args: tuple[Any, ...], named: dict[str, Any], output: Tensor
@@ -285,6 +303,8 @@ class AffineMaps(TorchFunctionMode):
         if len(args) == 2 and not named and len(others) == 1:
             ordered = args[0] is z or name in ("add", "mul")
             combined = _combined(self, name, found, others[0], z) if ordered else None
+            if combined is None and (other := self.of(others[0])) is not None and other.broken:
+                name += f" of the output of {other.module!r} after {other.broken}"
             return combined or self._broken(found, name)
         return self._broken(found, name)
 

@@ -40,7 +40,8 @@ from zennit.core import (
 from xai_edit.core.guard import attributes_kept
 from xai_edit.core.layers import CONVOLUTIONS, WEIGHTED, first_tensor, with_first
 from xai_edit.lrp.computed_weights import AtOperation, Operation, runs_as_pytorch, with_forward
-from xai_edit.lrp.relevance_at_layers import RULED
+from xai_edit.lrp.propagation import adds_a_constant, quotient
+from xai_edit.lrp.relevance_at_layers import RULED, beside_modes, mark_gate, stands_for
 
 
 def accelerated(composite: Composite, *, unmerged: Collection[str] = ()) -> Composite:
@@ -153,6 +154,7 @@ class DirectHook(Hook):  # type: ignore[misc]
         self.in_place = self.entered = self.restore = None
         super().remove()
 
+    @beside_modes
     def enter(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -169,10 +171,12 @@ class DirectHook(Hook):  # type: ignore[misc]
             )
         self.entered = RULED.latest(values[0])
         local = self.entered.detach()
+        stands_for(self.entered, local)
         if type(self.rule) is zr.Epsilon and _unmodified(module):
             local.requires_grad_()  # the rule uses the graph of this very forward pass
         return with_first(local, inputs, named)
 
+    @beside_modes
     def leave(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> Tensor | None:
@@ -187,6 +191,7 @@ class DirectHook(Hook):  # type: ignore[misc]
             _rectified(x)
         step = _Step(self.rule, module, local, output)
         ruled: Tensor = _InPlaceOf.apply(x, output.detach(), step)
+        stands_for(output, ruled)
         if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):
             mark_gate(ruled)
         if self.in_place is not None and output.data_ptr() != x.data_ptr():
@@ -217,16 +222,6 @@ def _rectified(x: Tensor) -> None:
         node = node.next_functions[0][0] if node.next_functions else None
     if node is not None:
         node.step.overwritten_by_relu(x)
-
-
-def mark_gate(x: Tensor) -> None:
-    """Mark a tensor as the output of a sigmoid, a gate of what it is multiplied with."""
-    x._xai_edit_gate = True  # type: ignore[attr-defined]
-
-
-def is_gate(x: Tensor) -> bool:
-    """Return whether a tensor was marked by `mark_gate`."""
-    return getattr(x, "_xai_edit_gate", False)
 
 
 class _Step:
@@ -264,8 +259,7 @@ class _Step:
         """Return whether the short formula of the rule equals the rule for this call."""
         overwritten = self.z._version != self.versions[1]
         if self.rectified:
-            stabilizer = stabilizer_of(self.rule)
-            overwritten |= type(stabilizer) is not Stabilizer or stabilizer.norm_scale
+            overwritten |= not adds_a_constant(stabilizer_of(self.rule))
             overwritten |= bool(torch.logical_and(relevance, self.z == 0).any())
         if overwritten or self.rule.param_modifiers[0].zero_params or not _unmodified(self.module):
             return False
@@ -346,16 +340,7 @@ def _share(
     rule: Hook, x: Tensor, z: Tensor, relevance: Tensor, *, positive: bool = False
 ) -> Tensor:
     """Return x ⊙ (∂z/∂x)ᵀ (R / z), with the rule's stabiliser."""
-    value = z.detach()
-    stabilizer = stabilizer_of(rule)
-    if type(stabilizer) is not Stabilizer or stabilizer.clip or stabilizer.norm_scale:
-        ratio = relevance / stabilizer(value)
-    else:  # it adds a constant
-        epsilon = value.new_tensor(stabilizer.epsilon)
-        ratio = (
-            value + epsilon if positive else torch.where(value < 0, -epsilon, epsilon).add_(value)
-        )
-        torch.div(relevance, ratio, out=ratio)
+    ratio = quotient(relevance, z.detach(), stabilizer_of(rule), positive=positive)
     # The graph lives as long as the step, which several backward passes may call.
     (context,) = torch.autograd.grad(z, x, ratio, retain_graph=True)
     return context.mul_(x.detach())

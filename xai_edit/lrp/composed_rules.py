@@ -19,6 +19,7 @@ from xai_edit.lrp.operation_rules import (
     sum_rule,
 )
 from xai_edit.lrp.propagation import Arguments, Named, Operator, Rule, in_graph
+from xai_edit.lrp.writing_rules import WRITING
 
 
 def product_and_sum_rule(
@@ -150,6 +151,7 @@ def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator
 
 
 RULES: dict[str, Rule] = ELEMENTARY | {
+    **WRITING,
     **dict.fromkeys(("addcmul", "addmm", "baddbmm"), product_and_sum_rule),
     "glu": glu_rule,
     "scaled_dot_product_attention": attention_rule,

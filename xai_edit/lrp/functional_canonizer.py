@@ -20,12 +20,12 @@ from zennit.core import Hook, RemovableHandleList, Stabilizer
 
 from xai_edit.core.final_operation import run_by_rule
 from xai_edit.core.trace import operation_name
-from xai_edit.lrp.accelerated import is_gate, mark_gate
 from xai_edit.lrp.composed_rules import RULES
 from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
 from xai_edit.lrp.operation_rules import AVERAGES, is_in_place
 from xai_edit.lrp.propagation import Operator, in_graph
-from xai_edit.lrp.relevance_at_layers import RULED
+from xai_edit.lrp.relevance_at_layers import RULED, is_gate, mark_gate
+from xai_edit.lrp.writing_rules import assigned
 
 
 class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
@@ -50,6 +50,8 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     a + constant                                in proportion; the constant keeps its part, as a
                                                 bias does
     a · constant                                all to a
+    scatter, index_add and the like             to the values written; of several added at a place,
+                                                in proportion; products are refused
     reshaping, joining, choosing, max pooling   along the gradient, which is right for them
     variance, norm, exponential, ...            none may reach them: in gates and deviations only
     ==========================================  ===============================================
@@ -164,17 +166,21 @@ class _Rules(TorchFunctionMode):
         of_data = [one for one in tensors if in_graph(one)]
         if of_data and name in _CARRYING and all(map(is_gate, of_data)):
             for made in tree_leaves(output):
-                mark_gate(made)
+                if isinstance(made, Tensor):  # no attribute that was read
+                    mark_gate(made)
         return output
 
     def ruled(
         self, name: str, func: Any, args: tuple[Any, ...], named: dict[str, Any], tensors: list[Any]
     ) -> Any:
         """Run an operation by its rule, if it has one and depends on the data."""
-        if name == "setitem" and not args[0]._is_view() and any(map(in_graph, tensors)):
-            target, index, value = args  # a rule before may still need the values overwritten
-            RULED.replace(target, written := target.clone())
-            written[index] = value
+        if name == "setitem" and any(map(in_graph, tensors)):
+            target, index, value = args
+            written = assigned(target, index, value)
+            if target._is_view():
+                target.copy_(written)
+            else:  # a rule before may still need the values overwritten
+                RULED.replace(target, written)
             return None
         if name not in self.operations or RULED.depth or not any(map(in_graph, tensors)):
             return func(*args, **named)
@@ -192,15 +198,18 @@ class _Rules(TorchFunctionMode):
 
 
 _MOVING = """
-    set setitem H mH real data view reshape view_as reshape_as flatten unflatten ravel permute
+    set H mH t adjoint real data view reshape view_as reshape_as flatten unflatten ravel permute
     transpose swapaxes swapdims movedim moveaxis T mT squeeze unsqueeze expand expand_as
-    broadcast_to contiguous clone to float double type_as requires_grad detach cat concat
-    concatenate stack hstack vstack chunk split tensor_split unbind getitem narrow select
-    index_select gather take_along_dim scatter roll flip rot90 pad constant_pad_nd
-    pixel_shuffle pixel_unshuffle channel_shuffle repeat repeat_interleave tile unfold diagonal
-    tril triu where masked_fill masked_select dropout dropout1d dropout2d dropout3d
-    alpha_dropout feature_dropout max_pool1d max_pool2d max_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d amax max maximum amin min minimum boolean_dispatch
+    broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d contiguous clone positive to
+    float double type type_as requires_grad detach cat concat concatenate stack hstack vstack
+    dstack row_stack column_stack chunk split split_with_sizes tensor_split hsplit vsplit dsplit
+    unbind getitem narrow select index_select gather take take_along_dim index_fill masked_scatter
+    select_scatter slice_scatter diagonal_scatter roll flip fliplr flipud rot90 pad
+    constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle repeat repeat_interleave tile
+    unfold diag diag_embed diagonal tril triu where masked_fill masked_select dropout dropout1d
+    dropout2d dropout3d alpha_dropout feature_dropout max_pool1d max_pool2d max_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax max maximum fmax amin min
+    minimum fmin sort topk boolean_dispatch
 """
 ALONG_THE_GRADIENT = frozenset(_MOVING.split())
 """Operations that only move values, so that their gradient is the right rule."""

@@ -17,7 +17,7 @@ from xai_edit.core.analysis import Analysis, analysed
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import one_of
 from xai_edit.core.final_operation import note_final, without_final_module
-from xai_edit.core.guard import preserved
+from xai_edit.core.guard import Snapshot, copied, preserved
 from xai_edit.core.inputs import Inputs, as_inputs, same_inputs
 from xai_edit.core.layers import differentiable, embeddings_in_graph, run, sum_positions
 from xai_edit.core.outputs import outputs_of, tensor_of
@@ -26,17 +26,19 @@ from xai_edit.core.trace import Trace, trace
 from xai_edit.lrp import presets as rules
 from xai_edit.lrp.accelerated import DirectHook, accelerated, direct
 from xai_edit.lrp.canonizers import (
+    SAME_LOGITS,
     along_the_data,
     canonized,
     choose_canonizers,
     refuse_difference,
     rules_of,
-    same_logits,
+    same_values,
     unmerged_norms,
     with_own_rules,
 )
 from xai_edit.lrp.diagnosis import Finding, of_the_forward_pass, of_the_weights, refuse
 from xai_edit.lrp.relevance_at_layers import Gather
+from xai_edit.lrp.rounding import report_rounding, rounding
 
 
 class Scorer(Protocol):
@@ -162,6 +164,11 @@ class LRP:
             copy = differentiable(inputs)
             pixels = copy if isinstance(copy, Tensor) else copy.first
             outputs = ready.outputs(copy)
+            if not outputs.requires_grad:
+                raise ValueError(
+                    "model: no relevance reaches the input: a part of the model runs under "
+                    "torch.no_grad(), or detaches its values"
+                )
             (relevance,) = torch.autograd.grad(outputs, pixels, self._seed(outputs, targets))
         return relevance
 
@@ -256,6 +263,7 @@ class LRP:
                 plain = outputs_of(output, sample[:1])
                 if analysis is None and plain is not tensor_of(output):
                     ended = analysed(model, sample).trace
+            before = None if plain is None else Snapshot(model)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             embeddings_in_graph(model)
@@ -273,7 +281,25 @@ class LRP:
             gather.attach(model, layers, inputs=False)
             stack.enter_context(torch.enable_grad())
             used = [*self.composite.canonizers, *canonizers]
-            yield _Ready(model, gather, composite, used, whole, sample[:1], plain, analysis, form)
+            ready = _Ready(model, gather, composite, used, whole, sample[:1], plain, analysis, form)
+            if before is not None:
+                ready.in_double = functools.partial(self._in_double, ready, before, layers)
+            yield ready
+
+    def _in_double(
+        self, ready: _Ready, before: Snapshot, layers: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sample's logits without and with canonizers, in float64 on a copy."""
+        with preserved(ready.model):
+            before.restore()
+            model = copied(ready.model).double()
+        sample = ready.sample
+        if sample.is_floating_point():
+            sample = sample.to(torch.float64)
+        with torch.no_grad():
+            plain = outputs_of(run(model, sample), sample)
+        with self._registered(model, sample, Gather(), layers):
+            return plain, outputs_of(run(model, differentiable(sample)), sample).detach()
 
     def _form(self, model: nn.Module, canonizers: Sequence[Canonizer]) -> Hashable:
         """Return a key of the canonical form, or None if rules may change the logits."""
@@ -296,6 +322,7 @@ class _Ready:
     plain: Tensor | None  # the sample's logits without canonizers; None after the comparison
     analysis: Analysis | None  # None if the user set the canonizers
     form: Hashable
+    in_double: Callable[[], tuple[Tensor, Tensor]] | None = None  # with ``plain``
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """Return the outputs under the composite."""
@@ -310,14 +337,20 @@ class _Ready:
             return
         self.plain = None
         got = logits[:1].detach()
-        if not same_logits(plain, got):  # a batch norm may use the statistics of the batch
+        # A batch norm may use the statistics of the batch.
+        if not same_values(plain, got, SAME_LOGITS):
             leaves, self.gather.leaves = self.gather.leaves, {}
             got = outputs_of(run(self.model, differentiable(self.sample)), self.sample).detach()
             self.gather.leaves = leaves
-        if not same_logits(plain, got):
+        if same_values(plain, got, SAME_LOGITS):
+            if self.analysis is not None and self.form is not None:
+                self.analysis.verified.add(self.form)
+            return
+        assert self.in_double is not None
+        if (error := rounding(plain, got, self.in_double)) is not None:
+            report_rounding(error)
+        else:
             refuse_difference(plain, got, self.canonizers, chosen=self.analysis is not None)
-        elif self.analysis is not None and self.form is not None:
-            self.analysis.verified.add(self.form)
 
 
 def describe(scorer: Scorer) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from xai_edit.core.trace import operation_name, source_line
-from xai_edit.lrp.accelerated import is_gate, mark_gate
 from xai_edit.lrp.norm_rules import NORMS, norm_rule
 from xai_edit.lrp.propagation import (
     Arguments,
@@ -21,6 +20,7 @@ from xai_edit.lrp.propagation import (
     split,
     without_relevance,
 )
+from xai_edit.lrp.relevance_at_layers import is_gate, mark_gate
 
 _ACTIVATIONS = """
     relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish hardsigmoid
@@ -30,6 +30,7 @@ ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 GATES = ("sigmoid", "hardsigmoid")
 _ELEMENTWISE = """
     pow square sqrt abs clamp clamp_min clamp_max exp expm1 log log1p rsqrt reciprocal sin cos
+    prelu softsign tanhshrink hardshrink softshrink threshold nan_to_num
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 """Functions of one number that pass relevance on if they are zero at zero."""
@@ -40,7 +41,7 @@ ONLY_IN_GATES = frozenset(_ONLY_IN_GATES.split())
 
 def is_in_place(function: Operator, args: Arguments, named: Named) -> bool:
     """Return whether a call overwrites its first argument."""
-    name = function.__name__
+    name = getattr(function, "__name__", "")
     dunder = name.startswith("__")
     if named.get("inplace") or (name.endswith("_") and not dunder) or name.startswith("__i"):
         return True
@@ -161,7 +162,7 @@ _MULTILINEAR = """
 """
 _AVERAGES = """
     mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d interpolate cumsum fold
+    adaptive_avg_pool3d interpolate cumsum fold diff
 """
 AVERAGES = frozenset(_AVERAGES.split())
 ELEMENTARY: dict[str, Rule] = {

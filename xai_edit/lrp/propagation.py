@@ -7,6 +7,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from zennit.core import Stabilizer
+
+from xai_edit.lrp.relevance_at_layers import RULED
 
 Arguments: TypeAlias = tuple[Any, ...]
 Named: TypeAlias = dict[str, Any]
@@ -17,6 +20,26 @@ Rule: TypeAlias = Callable[[Operator, Arguments, Named, Operator], Tensor]
 def in_graph(value: Any) -> bool:
     """Return whether a value depends on the data; parameters are constants."""
     return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
+
+
+def adds_a_constant(stabilizer: Any) -> bool:
+    """Return whether a stabiliser adds ±ε, as Zennit's does by default."""
+    plain = type(stabilizer) is Stabilizer
+    return plain and not stabilizer.clip and not stabilizer.norm_scale
+
+
+def quotient(relevance: Tensor, z: Tensor, stabilizer: Any, *, positive: bool = False) -> Tensor:
+    """Return R / z with a stabilised denominator; ``positive`` says that no z is negative."""
+    if not adds_a_constant(stabilizer):
+        divided: Tensor = relevance / stabilizer(z)
+        return divided
+    epsilon = z.new_tensor(stabilizer.epsilon)
+    if positive:
+        denominator = z + epsilon
+    else:  # `torch.where` and Zennit's sign take several times as long; z + 0 makes −0 positive
+        denominator = z + 0.0
+        torch.copysign(epsilon, denominator, out=denominator).add_(z)
+    return torch.div(relevance, denominator, out=denominator)
 
 
 class _Split(torch.autograd.Function):
@@ -46,19 +69,33 @@ class _Proportional(torch.autograd.Function):
     def forward(
         ctx: Any, function: Operator, stabilizer: Operator, n: int, *operands: Tensor
     ) -> Tensor:
-        ctx.function, ctx.stabilizer, ctx.n = function, stabilizer, n
-        ctx.save_for_backward(*operands)
-        return function(*operands)
+        ctx.function, ctx.stabilizer, ctx.n, ctx.again = function, stabilizer, n, RULED.again
+        ctx.save_for_backward(*operands)  # the backward pass raises if one was overwritten
+        local, z = _with_graph(function, operands)
+        ctx.graph = local, z, z._version
+        return z.detach()
 
     @staticmethod
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
-        operands = [operand.detach().requires_grad_() for operand in ctx.saved_tensors]
-        with torch.enable_grad():
-            z = ctx.function(*operands)
-        ratio = relevance[0] / (ctx.n * ctx.stabilizer(z.detach()))
-        contexts = torch.autograd.grad(z, operands, ratio)
-        parts = [x.detach() * c for x, c in zip(operands, contexts, strict=True)]
+        operands = ctx.saved_tensors
+        local, z, version = ctx.graph or ([], None, None)
+        if not ctx.again:
+            ctx.graph = None  # frees the tensors as the pass goes on
+        if z is None or z._version != version:  # a second pass, or a ReLU in place
+            local, z = _with_graph(ctx.function, operands)
+        ratio = quotient(relevance[0], z.detach(), ctx.stabilizer)
+        if ctx.n > 1:
+            ratio.div_(ctx.n)
+        contexts = torch.autograd.grad(z, local, ratio, retain_graph=ctx.again)
+        parts = [x * c for x, c in zip(operands, contexts, strict=True)]
         return (None, None, None, *parts)
+
+
+def _with_graph(function: Operator, operands: Arguments) -> tuple[list[Tensor], Tensor]:
+    """Return copies of the operands and a function of them, connected by a graph of their own."""
+    local = [operand.detach().requires_grad_() for operand in operands]
+    with torch.enable_grad():
+        return local, function(*local)
 
 
 class _Softmax(torch.autograd.Function):
@@ -75,8 +112,9 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
         x, s = ctx.saved_tensors
         (R,) = relevance
-        shares = R - s * R.sum(ctx.dim, keepdim=True)
-        return torch.where(s == 0, 0, x * shares), None  # x may be -inf where it is masked
+        shares = s * R.sum(ctx.dim, keepdim=True)
+        torch.sub(R, shares, out=shares).mul_(x)
+        return shares.masked_fill_(s == 0, 0), None  # x may be -inf where it is masked
 
 
 class _WithoutRelevance(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.final_operation import run_by_rule
 from xai_edit.core.layers import INPUT_SUFFIX, first_tensor, layer_module, with_first
 
 
@@ -58,6 +60,36 @@ def backward_again() -> Iterator[None]:
         RULED.again = before
 
 
+def beside_modes(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook during which no function mode sees the operations on tensors.
+
+    A hook has ten of them for each operation of the model, and modes would take longer for these
+    than a small layer does.
+    """
+
+    @functools.wraps(hook)
+    def unseen(*arguments: Any, **named: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return hook(*arguments, **named)
+
+    return unseen
+
+
+def stands_for(value: Tensor, inserted: Tensor) -> None:
+    """Let what is known of a tensor hold for the one that a hook returns instead."""
+    run_by_rule(Tensor.contiguous, (value,), {}, inserted)
+
+
+def mark_gate(x: Tensor) -> None:
+    """Mark a tensor as the output of a sigmoid, a gate of what it is multiplied with."""
+    x._xai_edit_gate = True  # type: ignore[attr-defined]
+
+
+def is_gate(x: Tensor) -> bool:
+    """Return whether a tensor was marked by `mark_gate`."""
+    return getattr(x, "_xai_edit_gate", False)
+
+
 class Gather:
     """Relevance at some layers, each reduced as soon as the backward pass has reached it.
 
@@ -76,6 +108,7 @@ class Gather:
         self.reduce = reduce or (lambda relevance, name: relevance)
         self.leaves: dict[str, Tensor] = {}
 
+    @beside_modes
     def insert(self, name: str, value: Any) -> Tensor:
         """Return the layer's value, with a leaf in the graph behind it."""
         value = RULED.latest(value)
@@ -99,6 +132,9 @@ class Gather:
         leaf = value.new_zeros(()).expand(len(value), *shape).requires_grad_()
         self.leaves[name] = leaf
         behind: Tensor = _Gathered.apply(value, leaf, reduce)
+        stands_for(value, behind)
+        if is_gate(value):
+            mark_gate(behind)
         return behind
 
     def prepared(self, value: Tensor, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -34,6 +34,11 @@ _REDUCTION_NAMES = """
     all _softmax _log_softmax softmax log_softmax cumsum sort topk argmax argmin median
 """
 REDUCTIONS = frozenset(_REDUCTION_NAMES.split())
+_AVERAGING_NAMES = """
+    mean var std var_mean std_mean native_layer_norm native_group_norm
+"""
+AVERAGING = frozenset(_AVERAGING_NAMES.split())
+"""Operations that divide by the number of channels if they run along them."""
 PER_CHANNEL = {
     f"{name}{n}d{more}": n
     for n in (1, 2, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -72,13 +73,13 @@ def prunable(
 
 def _why(layers: Sequence[str], reasons: dict[str, str]) -> str:
     """Return a sentence that says why the channels of layers have to stay."""
-    by_reason: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}  # by the reason without the name of a module
     for name in layers:
-        by_reason.setdefault(reasons[name], []).append(name)
+        alike.setdefault(re.sub("'[^']*'", "", reasons[name]), []).append(name)
     parts = []
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        parts.append(f"the channels of {names[0]!r}{more} have to stay: {reason}")
+    for first, *others in alike.values():
+        more = f" and {len(others)} more" if others else ""
+        parts.append(f"the channels of {first!r}{more} have to stay: {reasons[first]}")
     return "; ".join(parts)
 
 

@@ -13,6 +13,7 @@ from xai_edit.core.guard import copied
 from xai_edit.core.layers import predict
 from xai_edit.core.targets import Targets, classes_of
 from xai_edit.pruning.coupled_channels import LAYERS, channel_groups
+from xai_edit.pruning.unit_flow import PADDED
 
 
 class TorchPruningImportance:
@@ -46,7 +47,8 @@ class TorchPruningImportance:
         """Return the batch's importances, the same for each sample, (samples, channels) per layer.
 
         ValueError if Torch-Pruning cannot trace the model, a layer is neither linear nor a
-        convolution, or the importance does not return one number per channel.
+        convolution, its channels are padded with constants, or the importance does not return one
+        number per channel.
         """
         for name in layers:
             if not isinstance(model.get_submodule(name), LAYERS):
@@ -58,7 +60,15 @@ class TorchPruningImportance:
             graph = _graph(network, inputs)
             logits = predict(network, inputs)
             nn.functional.cross_entropy(logits, classes_of(targets, logits)).backward()
-            coupled = [group.layers for group in channel_groups(model, inputs)]
+            groups = channel_groups(model, inputs)
+            coupled = [group.layers for group in groups]
+            for group in groups:  # Torch-Pruning takes wrong channels for those it is added to
+                padded = [name for name in layers if name in group.layers]
+                if padded and PADDED in (group.fixed or ""):
+                    raise ValueError(
+                        f"layer {padded[0]!r}: {group.fixed}, which Torch-Pruning does not follow, "
+                        "so its importances would be of other channels; name other layers"
+                    )
             scores = {
                 name: self._scores(graph, network.get_submodule(name), name, coupled)
                 for name in layers
@@ -70,7 +80,13 @@ class TorchPruningImportance:
     ) -> Tensor:
         width = graph.get_out_channels(module)
         prune = graph.get_pruner_of_module(module).prune_out_channels
-        scores = self.importance(graph.get_pruning_group(module, prune, [*range(width)]))
+        try:
+            scores = self.importance(graph.get_pruning_group(module, prune, [*range(width)]))
+        except (IndexError, RuntimeError) as problem:
+            raise ValueError(
+                f"layer {name!r}: Torch-Pruning cannot follow its channels "
+                f"({type(problem).__name__}: {problem}); name other layers"
+            ) from problem
         if not isinstance(scores, Tensor) or scores.shape != (width,):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED
-from xai_edit.pruning.operation_kinds import NUMBERED, PER_CHANNEL, PRODUCTS
+from xai_edit.pruning.operation_kinds import AVERAGING, NUMBERED, PER_CHANNEL, PRODUCTS
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 INPUT = "they are joined with the model's inputs"
 CONSTANT = "a parameter or constant outside of all layers has a value for each"
+PADDED = "puts constants among them"
 CONSTANT_INPUT = "its input does not depend on the data"
 
 
@@ -211,7 +212,10 @@ class UnitFlow:
 
     def mixed(self, operation: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
         """Keep the units that an operation mixes."""
-        reason = f"{self.where(operation)} mixes the channels or keeps values for each"
+        how = "mixes the channels or keeps values for each"
+        if operation in AVERAGING:
+            how = "mixes the channels by their mean, which differs without some of them"
+        reason = f"{self.where(operation)} {how}"
         tracked = [one for one in given if self.of(one) is not None]
         for one in tracked:
             self.stay(_varying(self._of[id(one)][0])[0], reason)
@@ -331,7 +335,7 @@ class UnitFlow:
             varies = axis in _axes(units)
             units = units.index_select(axis, where.clamp(0, x.shape[axis] - 1))
             if varies and not inside.all():
-                self.stay(units, f"{self.where('constant_pad_nd')} puts constants among them")
+                self.stay(units, f"{self.where('constant_pad_nd')} {PADDED}")
                 shape = [1] * units.ndim
                 shape[axis] = -1
                 units = units.where(inside.view(shape), torch.tensor(0))
