@@ -99,7 +99,7 @@ def one_draw(seed, share):
     return {
         **figures,
         "score": first.evidence.score,
-        "effect": first.evidence.effect,
+        "effect": first.evidence.effect.value,
         "directions": first.subspaces.basis.shape[1],
         "p_carton": [float(p.mean()) for p in (p_0, p_1, p_after)],
         "unchanged_without": float((plain == plain_after).double().mean()),

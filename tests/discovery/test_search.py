@@ -110,7 +110,7 @@ def test_what_is_put_into_samples_goes_through_the_rest_of_the_network(network):
         after = network.fc((changed + network.branch(changed)).mean((2, 3)))
     assert torch.allclose(put.with_it.float(), after, atol=1e-5)
     assert torch.allclose(put.before.float(), network(inputs), atol=1e-5)
-    by_feature, _ = put.turned(0)
+    by_feature, _ = put.turned(0, torch.ones(7, dtype=torch.bool))
     was, now = margins(put.before, 0) > 0, margins(put.with_it, 0) > 0
     assert torch.equal(by_feature, now & ~was)
 

@@ -16,6 +16,7 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import run, tapped
 from xai_edit.discovery.channel_relevance import Moments, vectors_of
+from xai_edit.discovery.evidence import WORTH, two_means
 from xai_edit.discovery.samples import Samples
 
 DIRECTIONS = 8  # of a contrast, at most
@@ -43,6 +44,8 @@ class Candidate:
     separation : float
         2·AUC − 1 of its presence between the part and the class's other samples, or without a part
         between the class and other classes, on samples that were not used to find it.
+    absent : Tensor, int64
+        Numbers of judging samples in which it is not, by 2-means of its presence.
     donors : tuple of Tensor
         Numbers of samples of the class with the feature and without it: of the part and of the
         others; without a part the thirds with the most and the least presence.
@@ -53,7 +56,8 @@ class Candidate:
     kind: str
     pooling: Pooling = "max"
     separation: float = 0.0
-    donors: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+    absent: Tensor | None = None
+    donors: tuple[Tensor, Tensor] | None = None
 
     def leading(self, size: int) -> Candidate:
         """Return the candidate with its leading directions alone."""
@@ -137,9 +141,11 @@ def separated(
     of_class: Tensor,
     rows: Tensor,
     fit: Tensor,
+    weights: Tensor,
 ) -> list[Candidate]:
     """Return at most eight different candidates, contrasts first, by separation.
 
+    Those that do not separate are left out.
     A candidate is left out if its presence has a rank correlation above 0.9 with a better one.
 
     Parameters
@@ -153,6 +159,8 @@ def separated(
     rows, fit : Tensor, int64 and bool, shape (samples,)
         Numbers of the class's samples, in the order of each candidate's part, and which of them
         were used to find.
+    weights : Tensor, shape (judged samples,)
+        With which each class counts alike.
     """
     from scipy.stats import rankdata
     from sklearn.metrics import roc_auc_score
@@ -175,9 +183,10 @@ def separated(
                 continue
             separation = 2 * float(roc_auc_score(truth.numpy(), seen.numpy())) - 1
             if best is None or separation > best[0].separation:
-                rated_one = replace(one, pooling=pooling, separation=separation, donors=donors)
-                best = rated_one, rankdata(s.numpy())
-        if best is not None:
+                absent = judged[s <= two_means(s, weights)]
+                named: Any = {"pooling": pooling, "separation": separation, "absent": absent}
+                best = replace(one, **named, donors=donors), rankdata(s.numpy())
+        if best is not None and best[0].separation > WORTH:
             rated.append(best)
     # A contrast has directions enough to be ablated, a single one of PRCA comes after it.
     rated.sort(key=lambda pair: (pair[0].part is None, -pair[0].separation))

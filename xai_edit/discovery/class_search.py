@@ -26,7 +26,7 @@ from xai_edit.discovery.strategies import SMALLEST, Strategies
 from xai_edit.discovery.transfer import SIZE, Recipients, Transferred
 from xai_edit.lrp.lrp import LRP
 
-RECIPIENTS = 48  # that a feature is put into
+RECIPIENTS = 64  # that a feature is put into
 DONORS = 24  # that it is taken from
 PER_LAYER = 3  # findings of a class and a layer, at most
 SIZES = (1, 2, 4, 8)  # of a subspace
@@ -102,6 +102,7 @@ def search_class(
         layer: [each.leading(SIZE).subspaces for each in same] for layer, same in found.items()
     }
     scores = presences(search.model, search.samples, judged, leading, search.axes)
+    weights = figures.balanced_weights(search.predicted[judged])
     findings, notes = [], []
     for layer, same in found.items():
         most = max(each.count for each in divided[layer].values())
@@ -110,7 +111,7 @@ def search_class(
             note = "too few samples with or without the marked feature; explain all images"
         notes.append(Searched(target, layer, samples, most, note))
         if same:
-            kept = separated(same, scores[layer], judged, of_class, one.rows, one.fit)
+            kept = separated(same, scores[layer], judged, of_class, one.rows, one.fit, weights)
             cross = relevance[layer].cross[1]
             findings += _judged(search, one, layer, kept, divided[layer], cross)
     return findings, notes
@@ -144,11 +145,14 @@ def _judged(
     recipients = Recipients(search.model, layer, search.axes[layer], inputs, donors, search.seed)
     rated = []
     for candidate in kept:
+        assert candidate.absent is not None  # it was separated
+        if int(torch.isin(one.away, candidate.absent).sum()) < SMALLEST:
+            continue  # there is nothing to put it into
         put = _put(search, candidate, recipients)
         finding = _finding(search, one, layer, candidate, SIZE, put(SIZE), divided, cross)
         if finding.evidence.worth_a_look:
             rated.append((finding, candidate, put))
-    rated.sort(key=lambda each: -each[0].evidence.score)
+    rated.sort(key=lambda each: each[0].evidence.rank, reverse=True)
     found = []
     for _, candidate, put in rated[:PER_LAYER]:
         size, transferred = _smallest(candidate, put, one.target)
@@ -162,6 +166,7 @@ def _put(
 ) -> Callable[[int], Transferred]:
     """Return a function that puts so many leading directions of a candidate into recipients."""
     generator = torch.Generator().manual_seed(search.seed)
+    assert candidate.donors is not None  # it was separated
     with_it, without = (
         search.values(recipients.layer, some_of(rows, DONORS, generator))
         for rows in candidate.donors
@@ -184,7 +189,9 @@ def _finding(
     cross: Tensor,
 ) -> Finding:
     """Return a candidate as a finding, without what needs the presence in all samples."""
-    by_feature, control = transferred.turned(one.target, predicted=one.predicted)
+    assert candidate.absent is not None  # it was separated
+    lacking = torch.isin(one.away, candidate.absent)
+    by_feature, control = transferred.turned(one.target, lacking, predicted=one.predicted)
     subspaces = candidate.leading(size).subspaces
     shown = divided.get(candidate.kind, next(iter(divided.values())))
     separation = figures.Figure(candidate.separation, -1.0, 1.0, int((~one.fit).sum()))
@@ -199,7 +206,7 @@ def _finding(
         evidence=Evidence(
             transfer=figures.mean_figure(by_feature.double() - control.double(), search.seed),
             control=float(control.double().mean()),
-            effect=transferred.effect(one.target),
+            effect=figures.mean_figure(transferred.gains(one.target, lacking), search.seed),
             separation=separation,
             reliance=figures.reliance(subspaces.basis, cross),
             groups=dict.fromkeys(figures.GROUPS, PseudoGroup(0, None, None)),
@@ -219,6 +226,8 @@ def _smallest(
     most = candidate.subspaces.basis.shape[1]
     sizes = sorted({min(size, most) for size in SIZES})
     tried = {size: put(size) for size in sizes}
-    enough = ENOUGH_EFFECT * tried[sizes[-1]].effect(target)
-    size = next((size for size in sizes if tried[size].effect(target) >= enough), sizes[-1])
+    every = torch.ones(len(tried[sizes[0]].before), dtype=torch.bool)
+    effects = {size: float(one.gains(target, every).mean()) for size, one in tried.items()}
+    enough = ENOUGH_EFFECT * effects[sizes[-1]]
+    size = next((size for size in sizes if effects[size] >= enough), sizes[-1])
     return size, tried[size]

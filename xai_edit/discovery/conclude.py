@@ -40,7 +40,7 @@ def concluded(search: Search, found: Sequence[Finding]) -> list[Finding]:
         for number, one in enumerate(same)
     ]
     whole = [one for one in whole if one.evidence.worth_a_look]  # still, with fewer directions
-    whole.sort(key=lambda one: -one.evidence.score)
+    whole.sort(key=lambda one: one.evidence.rank, reverse=True)
     kept: list[Finding] = []
     for one in whole:
         for number, better in enumerate(kept):

@@ -55,8 +55,8 @@ class Evidence:
     control : float
         The larger of the shares by random subspaces, and by coefficients of the class's samples
         without the feature.
-    effect : float
-        The mean change of the target's margin, in logits, beyond that by samples without it.
+    effect : Figure
+        How much more the target's margin grows, in logits, than by the strongest control.
     separation : Figure
         2·AUC − 1 of presence between samples of the class in which it is strong and the others.
     reliance : float
@@ -67,15 +67,20 @@ class Evidence:
 
     transfer: Figure
     control: float
-    effect: float
+    effect: Figure
     separation: Figure
     reliance: float
     groups: dict[str, PseudoGroup]
 
     @property
     def score(self) -> float:
-        """The lower end of the transfer times the separation; what findings are ordered by."""
+        """The lower end of the transfer times the separation."""
         return max(0.0, self.transfer.low) * max(0.0, self.separation.value)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What findings are ordered by: the score, of equal ones the effect times separation."""
+        return self.score, self.effect.low * self.separation.value
 
     @property
     def stands_out(self) -> bool:
@@ -85,7 +90,7 @@ class Evidence:
     @property
     def worth_a_look(self) -> bool:
         """Whether the feature surely changes the prediction, and divides the class."""
-        return self.transfer.low > 0 and self.separation.value > WORTH
+        return self.effect.low > 0 and self.separation.value > WORTH
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
@@ -97,7 +102,7 @@ class Evidence:
         return cls(
             Figure(**values["transfer"]),
             values["control"],
-            values["effect"],
+            Figure(**values["effect"]),
             Figure(**values["separation"]),
             values["reliance"],
             {name: PseudoGroup(**one) for name, one in values["groups"].items()},

@@ -57,6 +57,8 @@ def mixture(values: Tensor, fit: Tensor, seed: int = 0) -> Strategies:
     """
     from sklearn.mixture import GaussianMixture
 
+    if not values[fit].double().std(0).any():  # constant
+        return Strategies(torch.zeros(len(values)).long(), 1, torch.zeros(len(values), 2), ())
     projected = _projected(values, fit)
     fitted = projected[fit.numpy()]
     regularised = 1e-6 * float(np.trace(np.cov(fitted.T).reshape(fitted.shape[1], -1)))

@@ -45,23 +45,32 @@ class Transferred:
     without: Tensor
     at_random: Tensor
 
-    def turned(self, target: int, *, predicted: bool = True) -> tuple[Tensor, Tensor]:
+    def turned(
+        self, target: int, among: Tensor, *, predicted: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Return which samples become the target by the feature, and by the strongest control.
 
-        Bool, shape (samples,). A sample becomes the target if that has the largest logit, and had
-        not. Where the target is never ``predicted``, it does if its margin grows by more than the
-        standard deviation of margins over samples.
+        Bool, one of each sample of the mask ``among``. A sample becomes the target if that has the
+        largest logit, and had not. Where the target is never ``predicted``, it does if its margin
+        grows by more than the standard deviation of margins over samples.
         """
         before = margins(self.before, target)
         bar = torch.zeros_like(before) if predicted else before + before.std()
         known = before > bar
         after = (self.with_it, self.at_random, self.without)
-        by_feature, *controls = [(margins(one, target) > bar) & ~known for one in after]
+        turned = [((margins(one, target) > bar) & ~known)[among] for one in after]
+        by_feature, *controls = turned
         return by_feature, max(controls, key=lambda one: float(one.double().mean()))
 
-    def effect(self, target: int) -> float:
-        """Return the mean change of the target's margin beyond that by samples without it."""
-        return float((margins(self.with_it, target) - margins(self.without, target)).mean())
+    def gains(self, target: int, among: Tensor) -> Tensor:
+        """Return how much more the target's margin grows than by the strongest control.
+
+        One number of each sample of the mask ``among``.
+        """
+        by_feature, *controls = (
+            margins(one, target)[among] for one in (self.with_it, self.at_random, self.without)
+        )
+        return by_feature - max(controls, key=lambda one: float(one.mean()))
 
 
 @dataclass(frozen=True, eq=False)
