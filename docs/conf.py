@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 def write_tables(_app):
     """Write the tables that pages include, from the committed results."""
     (HERE / "_tables").mkdir(exist_ok=True)
-    for path in sorted((HERE / "results").glob("[cfn]*-*.json")):
+    for path in sorted((HERE / "results").glob("*-*.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
         if summary.get("run") not in CATALOGUE:
             continue
@@ -52,6 +52,7 @@ def write_tables(_app):
             FIGURES[path.stem](summary, axes)
             axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
     write("watermark", markdown(watermark_table(read("watermark"))))
+    write("discover-watermark", markdown(discovered_table(read("discover-watermark"))))
     for name in ("scoring", "selection", "smaller"):
         write(name, markdown(speed_table(read(name))))
     write("speed", markdown(speed_summary()))
@@ -64,6 +65,22 @@ def write_tables(_app):
 def read(name):
     """Return a committed result."""
     return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def discovered_table(results):
+    """Return what was found on photographs, by the share with the watermark, a row a draw."""
+    rows = [["with the watermark", "draw", "findings", "of the 12 strongest", "AUROC"]]
+    rows[0] += ["p(carton) with it: before, ablated", "without it: same answer"]
+    rows[0] += ["with it as without: before, ablated"]
+    for one in results["draws"]:
+        cells = [f"{one['share']:.0%}", str(one["draw"]), str(one["findings"])]
+        if one["findings"]:
+            _, before, after = one["p_carton"]
+            cells += [str(one["of_12_strongest"]), f"{one['auroc']:.3f}"]
+            cells += [f"{before:.4f}, {after:.4f}", f"{one['unchanged_without']:.0%}"]
+            cells += [f"{one['as_without_before']:.0%}, {one['as_without_after']:.0%}"]
+        rows.append(cells + ["–"] * (len(rows[0]) - len(cells)))
+    return rows
 
 
 def watermark_table(results):
