@@ -5,7 +5,7 @@
 # `SingleWeight` and `PathPerturbation`, and what comes out is written down: what works, what is
 # refused and why, and how much of the logit LRP hands on.
 #
-#     python examples/coverage.py --out docs
+#     python examples/coverage_torchvision.py --out docs
 #
 # The weights are random: whether the rules are right does not depend on training. About 20 minutes
 # on one core and, for the largest network, 12 GB of memory; `--quick` takes one network a family.
@@ -576,7 +576,7 @@ def shown(figures):
 
 
 content = {
-    "command": "python examples/coverage.py --out docs",
+    "command": "python examples/coverage_torchvision.py --out docs",
     "versions": {**versions(), "torchvision": version("torchvision")},
     "listed": len(models.list_models(models)),
     "networks": {name: shown(figures) for name, figures in networks.items()},
