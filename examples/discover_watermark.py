@@ -38,7 +38,7 @@ quick = arguments.quick
 
 SEARCHED = 60 if quick else 100  # photographs
 JUDGING = 20 if quick else None  # others
-DRAWS = {0.3: 1} if quick else {0.3: 5, 0.1: 2, 0.05: 2, 0.03: 2}  # by share with the watermark
+DRAWS = {0.3: 1} if quick else {0.3: 5, 0.1: 3, 0.05: 2}  # by share with the watermark
 LAYER = "_blocks.15"  # the last block
 BATCH = 25
 
@@ -107,11 +107,10 @@ def one_draw(seed, share):
     }
 
 
-results = {"command": "python examples/discover_watermark.py", "versions": versions()}
-results["draws"] = []
+results = {"command": "python examples/discover_watermark.py", "versions": versions(), "draws": []}
 for share, draws in DRAWS.items():
     for seed in range(draws):
         results["draws"].append(one_draw(seed, share))
         print(results["draws"][-1], flush=True)
-if arguments.out:
-    write_json(arguments.out, results)
+        if arguments.out:
+            write_json(arguments.out, results)
