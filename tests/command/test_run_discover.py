@@ -100,10 +100,11 @@ def test_marks_are_an_attribute_of_the_commands_that_act(marked, capsys):
     number, _ = best(found, found.names)
     found.mark({number: Mark("spurious", name="board", ticks=corrections(found))}).save(marked)
     line = f"neutralize {REVIEW} --data photos --attribute marks.json --select exact --target c"
+    line += f" --findings {FOUND}"
     assert main(shlex.split(f"{line} --quiet --out acted")) == 0
     about = {"discovery": found.checksum(), "spurious": [{"finding": number, "name": "board"}]}
     assert read("acted")["spurious"]["marks"] == about
-    for file in ("neutralize", "last-layer"):
+    for file in ("neutralize", "last-layer", "counterfactual"):
         edit = xe.ModelEdit.load(f"acted/edits/{file}.safetensors")
         assert edit.size
         assert edit.origin["marks"] == about

@@ -238,6 +238,12 @@ COMMANDS = {
             Option("--select HOW", "sca (the paper's), exact (for the worst group), …", str, "sca"),
             Option("--rate R", "in [0, 1], auto or least-gap (the paper's)", _rate, "auto"),
             Option("--target A,B", "classes the feature speaks for; default: found", _names),
+            Option(
+                "--findings FILE",
+                "findings.safetensors that marks.json is about: adds "
+                "counterfactual retraining, for groups without images",
+                Path,
+            ),
             *MODEL,
             JSON,
         ),

@@ -43,7 +43,8 @@ def neutralizing_page(
                 f"others; figures from {cut['held_out']} that no edit has seen"
             ),
             "<h2>Before and after</h2><p>Retraining the last layer (DFR) uses the same images, as "
-            "many of each group, and changes all weights of the layer.</p>",
+            "many of each group, and changes all weights of the layer. Counterfactual retraining, "
+            "with --findings, completes each image with and without the feature at a layer.</p>",
             _answers(results, timing),
             withheld(results),
             "<h2>Group by group</h2>",
