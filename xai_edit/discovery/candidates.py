@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.finders import PRCA, ContrastivePCA
-from xai_edit.concepts.presence import Pooling
+from xai_edit.concepts.presence import Pooling, squares
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import run, tapped
@@ -106,8 +106,8 @@ def _contrastive(contrast: Tensor, mean: Tensor, samples: int) -> Subspaces | No
 
 def presence_of(a: Tensor, subspaces: Subspaces) -> Tensor:
     """Return `xai_edit.concepts.presence` by maximum and by mean, shape (2, samples)."""
-    energy = ((a - subspaces.mean.to(a)) @ subspaces.basis.to(a)).square().sum(-1)
-    return torch.stack([energy.amax(1), energy.mean(1)])
+    square = squares(a, subspaces.basis, subspaces.mean)
+    return torch.stack([square.amax(1), square.mean(1)])
 
 
 def presences(
