@@ -125,7 +125,7 @@ def _parts(
         "<code>prune</code> takes them.</p>"
     )
     return [
-        Notes(first if outstanding else "nothing stands out"),
+        Notes(findings.answer or first),
         explained if all_ else "",
         NOT_SHOWN if all_ and not pictures else "",
         _strip(findings, classes, names),
