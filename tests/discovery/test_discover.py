@@ -277,3 +277,44 @@ def test_a_target_explained_on_all_samples_is_not_said_to_be_predicted(planted):
     assert found
     assert {one.kind for one in found} <= {"sum", "max"}  # a direction has nothing to be judged by
     assert "raises the margin of 1 by more than a standard deviation" in str(found[0])
+
+
+class Text(nn.Module):
+    """Class 1 if token 5 or 6 is there; vectors of padding are large, and left out by the mask."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.relu, self.fc = nn.Embedding(50, UNITS), nn.ReLU(), nn.Linear(UNITS, 2)
+        with torch.no_grad():
+            self.embedding.weight.mul_(0.1)
+            self.embedding.weight[:, :4] = 0
+            self.embedding.weight[5, :2] = self.embedding.weight[6, 2:4] = 1
+            self.embedding.weight[0] = 3
+            self.fc.weight.zero_()
+            self.fc.weight[1, :4] = torch.tensor([2.0, 2.0, 3.0, 3.0])
+            self.fc.bias.copy_(torch.tensor([0.3, 0.0]))
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None].float()
+        a = self.relu(self.embedding(input_ids)) * mask
+        return self.fc(a.sum(1) / mask.sum(1))
+
+
+def test_padding_is_no_part_of_a_feature():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(7, 50, (N, 12), generator=generator)
+    length = torch.randint(5, 13, (N, 1), generator=generator)
+    mask = (torch.arange(12) < length).long()
+    labels = torch.arange(N) % 2
+    has = (labels == 1) & (torch.arange(N) % 10 < 7)
+    ids[labels == 1, 0], ids[has, 1] = 5, 6
+    names = {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+    data = [{name: value[at : at + 60] for name, value in names.items()} for at in range(0, N, 60)]
+    model = Text().eval()
+    first = xe.discover(model, data, layers=["relu"], target=1)[0]
+    assert torch.equal(first.has, has)
+    longer = {
+        name: nn.functional.pad(names[name], (0, 5)) for name in ("input_ids", "attention_mask")
+    }
+    assert torch.equal(first.attribute(model)(longer), has)

@@ -80,3 +80,9 @@ def test_values_that_differ_by_rounding_alone_are_one_strategy(divide):
     rounding = 1e-8 * torch.randn(100, 5, generator=torch.Generator().manual_seed(0)).double()
     found = divide(1 + rounding, torch.arange(100) % 3 > 0)
     assert (found.count, found.parts) == (1, ())
+
+
+@pytest.mark.filterwarnings("error")
+def test_there_are_no_more_strategies_than_different_samples():
+    found = mixture(torch.eye(3).repeat(40, 1), torch.ones(120, dtype=torch.bool))
+    assert found.count <= 3

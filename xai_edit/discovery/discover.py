@@ -56,7 +56,8 @@ def discover(
         Not changed.
     data : iterable or Dataset
         See `xai_edit.core.data.batches`; read several times, in the same order. Labels are used
-        for accuracies alone.
+        for accuracies alone. Positions at which an input ``attention_mask`` is 0 are
+        left out.
     target : int or sequence of int, optional
         Classes that features speak for; by default all, those with the fewest samples first.
     layers : sequence of str, optional

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.concepts.presence import Pooling, presence
+from xai_edit.concepts.presence import Pooling
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, read_sealed, sealed, write_safetensors
@@ -20,7 +20,8 @@ from xai_edit.core.inputs import Inputs, as_inputs
 from xai_edit.core.layers import resolve_layers, run, tapped
 from xai_edit.core.text import aligned
 from xai_edit.core.wrapped import unwrapped
-from xai_edit.discovery.channel_relevance import vectors_of
+from xai_edit.discovery.candidates import POOLINGS, presence_of
+from xai_edit.discovery.channel_relevance import real_positions, vectors_of
 from xai_edit.discovery.evidence import Evidence
 from xai_edit.discovery.marks import Mark, Marks
 
@@ -41,7 +42,7 @@ class Finding:
     subspaces : Subspaces
         One block.
     pooling : {"max", "mean"}
-        Over positions, of the presence s(x) = max_p or mean_p ‖Uᵀ(a_p − μ)‖².
+        Over positions p but padding, of the presence s(x) = max_p or mean_p ‖Uᵀ(a_p − μ)‖².
     threshold : float
         Samples with more presence have the feature.
     scores : Tensor, float64, shape (samples,)
@@ -96,7 +97,10 @@ class Finding:
             run(model, inputs)
         tap.require([self.layer])
         values = vectors_of(tap.values[self.layer], self.axis)
-        return presence(values, self.subspaces, [0], self.pooling).cpu()
+        self.subspaces.require_channels(values)
+        real = real_positions(inputs, values)
+        both = presence_of(values.double(), real, self.subspaces)
+        return both[POOLINGS.index(self.pooling)].cpu()
 
     def attribute(self, model: nn.Module) -> Callable[[Inputs], Tensor]:
         """Return a function that says which inputs of a batch have the feature.

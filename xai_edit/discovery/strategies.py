@@ -64,6 +64,7 @@ def mixture(values: Tensor, fit: Tensor, seed: int = 0) -> Strategies:
     fitted = projected[fit.numpy()]
     regularised = 1e-6 * float(np.trace(np.cov(fitted.T).reshape(fitted.shape[1], -1)))
     regularised = max(regularised / fitted.shape[1], np.finfo(float).tiny ** 0.5)
+    distinct = len(np.unique(fitted, axis=0))
     models = [
         GaussianMixture(
             count,
@@ -72,7 +73,7 @@ def mixture(values: Tensor, fit: Tensor, seed: int = 0) -> Strategies:
             reg_covar=regularised,
             random_state=seed,
         ).fit(fitted)
-        for count in range(1, min(MOST, len(fitted) // SMALLEST) + 1)
+        for count in range(1, min(MOST, len(fitted) // SMALLEST, distinct) + 1)
     ]
     best = min(models, key=lambda one: one.bic(fitted))
     cluster = torch.from_numpy(best.predict(projected))
