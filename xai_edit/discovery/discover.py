@@ -56,8 +56,7 @@ def discover(
         Not changed.
     data : iterable or Dataset
         See `xai_edit.core.data.batches`; read several times, in the same order. Labels are used
-        for accuracies alone. Positions at which an input ``attention_mask`` is 0 are
-        left out.
+        for accuracies alone. Positions where an input ``attention_mask`` is 0 are left out.
     target : int or sequence of int, optional
         Classes that features speak for; by default all, those with the fewest samples first.
     layers : sequence of str, optional
@@ -69,7 +68,7 @@ def discover(
     scorer : LRP, optional
         By default ``LRP("epsilon-plus", initial="one")``.
     limit : int
-        Samples of a class, at most, drawn at random.
+        Samples of a class, at most, drawn at random; 48 or more.
     seed : int
     marks : Marks, optional
         Of an earlier search of this model and data. The samples of a class are divided by
