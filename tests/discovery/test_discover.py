@@ -8,6 +8,7 @@ from torch import nn
 
 import xai_edit as xe
 from xai_edit.discovery import Findings
+from xai_edit.discovery.search import Search
 
 N, UNITS = 600, 24
 
@@ -139,12 +140,15 @@ def test_other_ways_to_divide_give_findings_of_the_same_kind(planted, method):
         ({"method": "lrp"}, "method: 'lrp' given"),
         ({"limit": 3}, "limit: 3 given"),
         ({"images": "all"}, "name the target classes"),
+        ({"scorer": "epsilon-plus"}, "scorer: str given; give xai_edit.LRP"),
+        ({"marks": "marks.json"}, "marks: str given; give xai_edit.Marks.load"),
+        ({"layers": [3]}, "layers: int given; they are names"),
         ({"layers": ["nowhere"]}, "nowhere"),
     ],
 )
 def test_wrong_arguments_are_named(planted, arguments, message):
     model, x, labels, _, _ = planted
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises((ValueError, KeyError, TypeError), match=message):
         xe.discover(model, of(x, labels), **{"layers": ["relu"], **arguments})
 
 
@@ -152,3 +156,165 @@ def test_errors_need_labels(planted):
     model, x, *_ = planted
     with pytest.raises(ValueError, match="labels"):
         xe.discover(model, [(x,)], layers=["relu"], method="errors")
+
+
+class Fewer:
+    """Data whose later passes end before."""
+
+    def __init__(self, batches):
+        self.batches, self.times = batches, 0
+
+    def __iter__(self):
+        self.times += 1
+        return iter(self.batches[: len(self.batches) - (self.times > 1)])
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda x, y: of(x, y + 1), "labels: class 2 is out of range"),
+        (lambda x, y: of(x, torch.stack([y, y], 1)), "labels: 2 labels a sample"),
+        (lambda x, y: of(x[:300], y[:300]) + of(x[300:, ..., :3], y[300:]), "inputs of one size"),
+        (lambda x, y: Fewer(of(x, y)), "gives other samples when it is read again"),
+        (lambda x, y: of(x * torch.nan, y), "NaN"),
+    ],
+)
+def test_data_that_cannot_be_searched_is_refused(planted, unchanged, made, message):
+    model, x, labels, _, _ = planted
+    check = unchanged(model)
+    with pytest.raises(ValueError, match=message):
+        xe.discover(model, made(x, labels), layers=["relu"])
+    check()
+
+
+def test_without_other_classes_nothing_could_be_judged(planted):
+    model, x, labels, *_ = planted
+    found = xe.discover(model, of(x[labels == 1], labels[labels == 1]), layers=["relu"])
+    assert str(found).startswith("nothing could be judged")
+    assert "too few samples of other classes (0)" in str(found)
+
+
+class Named(Sums):
+    """The same network with its inputs by name; one logit; or a softmax at its end."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        if kind == "one logit":
+            weight, bias = self.fc.weight.detach(), self.fc.bias.detach()
+            self.fc = nn.Linear(UNITS, 1)
+            self.fc.load_state_dict(
+                {"weight": weight[1:] - weight[:1], "bias": bias[1:] - bias[:1]}
+            )
+
+    def forward(self, image, scale):
+        logits = super().forward(image * scale[:, None, None, None])
+        return logits.softmax(1) if self.kind == "softmax" else logits
+
+
+@pytest.mark.parametrize("kind", ["logits", "one logit", "softmax", "compiled", "parallel"])
+def test_every_kind_of_model_gives_the_same_first_finding(planted, unchanged, kind):
+    _, x, labels, _, found = planted
+    model = Named(kind).eval()
+    wrap = {
+        "compiled": lambda one: torch.compile(one, backend="eager"),
+        "parallel": nn.DataParallel,
+    }
+    given = wrap.get(kind, lambda one: one)(model)
+    names = {"image": x, "scale": torch.ones(N), "labels": labels}
+    data = [{name: value[at : at + 75] for name, value in names.items()} for at in range(0, N, 75)]
+    check = unchanged(model)
+    other = xe.discover(given, data, layers=["relu"])
+    check()
+    first, same = found[0], other[0]
+    assert torch.equal(first.has, same.has)
+    assert same.evidence.score == pytest.approx(first.evidence.score)
+    some = {"image": x[:50], "scale": torch.ones(50)}
+    assert torch.equal(same.attribute(given)(some), same.has[:50])
+    other.mark({0: "spurious"}).require_model(model)
+
+
+def test_presence_in_another_model_is_refused_where_the_layer_differs(planted):
+    *_, found = planted
+    for other in (nn.Sequential(nn.Flatten()), nn.Sequential()):
+        with pytest.raises(KeyError, match="'relu' not found"):
+            found[0].presence(other, torch.ones(2, 3, 4, 4))
+
+
+def test_figures_of_groups_are_those_of_a_loop_over_samples(planted):
+    model, x, labels, _, found = planted
+    for one in found:
+        U, mean = one.subspaces.basis.float(), one.subspaces.mean.float()
+        with torch.no_grad():
+            a = model.relu(model.detect(x)).flatten(2)
+            square = ((a.mT - mean) @ U).square().sum(2)
+            rest = a - U @ (U.T @ (a - mean[:, None]))
+            before, after = model.fc(a.sum(2)).argmax(1), model.fc(rest.sum(2)).argmax(1)
+        presence = {"max": square.amax(1), "mean": square.mean(1)}[one.pooling]
+        assert torch.allclose(presence.double(), one.scores, rtol=1e-3, atol=1e-5)
+        of_class, has = labels == one.target, one.scores > one.threshold
+        masks = (of_class & has, of_class & ~has, ~of_class & has, ~of_class & ~has)
+        for group, mask in zip(one.evidence.groups.values(), masks, strict=True):
+            assert group.samples == int(mask.sum())
+            if mask.any():
+                assert group.accuracy == float((before == labels)[mask].double().mean())
+                ablated = float((after == labels)[mask].double().mean())
+                assert group.ablated == pytest.approx(ablated, abs=0.15)  # of some
+
+
+def test_copies_of_a_sample_are_on_one_side():
+    x, labels, _ = images(0.7)
+    twice = of(torch.cat([x, x]), torch.cat([labels, labels]))
+    search = Search.begin(Sums().eval(), twice, ["relu"], None, 0)
+    assert torch.equal(search.judging[:N], search.judging[N:])
+    alone = Search.begin(Sums().eval(), of(x, labels), ["relu"], None, 0)
+    assert 0.25 < float(alone.judging.double().mean()) < 0.4
+
+
+def test_a_target_explained_on_all_samples_is_not_said_to_be_predicted(planted):
+    model, x, labels, _, _ = planted
+    found = xe.discover(model, of(x, labels), layers=["relu"], target=1, images="all", limit=590)
+    assert found
+    assert {one.kind for one in found} <= {"sum", "max"}  # a direction has nothing to be judged by
+    assert "raises the margin of 1 by more than a standard deviation" in str(found[0])
+
+
+class Text(nn.Module):
+    """Class 1 if token 5 or 6 is there; vectors of padding are large, and left out by the mask."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.relu, self.fc = nn.Embedding(50, UNITS), nn.ReLU(), nn.Linear(UNITS, 2)
+        with torch.no_grad():
+            self.embedding.weight.mul_(0.1)
+            self.embedding.weight[:, :4] = 0
+            self.embedding.weight[5, :2] = self.embedding.weight[6, 2:4] = 1
+            self.embedding.weight[0] = 3
+            self.fc.weight.zero_()
+            self.fc.weight[1, :4] = torch.tensor([2.0, 2.0, 3.0, 3.0])
+            self.fc.bias.copy_(torch.tensor([0.3, 0.0]))
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None].float()
+        a = self.relu(self.embedding(input_ids)) * mask
+        return self.fc(a.sum(1) / mask.sum(1))
+
+
+def test_padding_is_no_part_of_a_feature():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(7, 50, (N, 12), generator=generator)
+    length = torch.randint(5, 13, (N, 1), generator=generator)
+    mask = (torch.arange(12) < length).long()
+    labels = torch.arange(N) % 2
+    has = (labels == 1) & (torch.arange(N) % 10 < 7)
+    ids[labels == 1, 0], ids[has, 1] = 5, 6
+    names = {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+    data = [{name: value[at : at + 60] for name, value in names.items()} for at in range(0, N, 60)]
+    model = Text().eval()
+    first = xe.discover(model, data, layers=["relu"], target=1)[0]
+    assert torch.equal(first.has, has)
+    longer = {
+        name: nn.functional.pad(names[name], (0, 5)) for name in ("input_ids", "attention_mask")
+    }
+    assert torch.equal(first.attribute(model)(longer), has)

@@ -9,8 +9,11 @@ from xai_edit.concepts import PRCA, ContrastivePCA, Features
 from xai_edit.core.axes import unit_axes
 from xai_edit.discovery.channel_relevance import channel_relevance, moments, vectors_of
 from xai_edit.discovery.default_layers import default_layers
+from xai_edit.discovery.proposals import proposals
 from xai_edit.discovery.samples import Samples
-from xai_edit.discovery.transfer import Recipients, exchanged, margins
+from xai_edit.discovery.strategies import ends_of_components
+from xai_edit.discovery.transfer import Recipients, margins
+from xai_edit.last_layer.completion import coefficients_of, exchanged
 
 
 class Residual(nn.Module):
@@ -92,7 +95,7 @@ def test_moments_give_the_subspaces_of_the_vectors(network):
 def test_coefficients_are_exchanged_position_by_position(axis):
     a, d = (one.movedim(-1, axis) for one in torch.randn(2, 3, 5, 4, 6).double())
     U = torch.linalg.qr(torch.randn(6, 2).double()).Q
-    found = exchanged(a, d, U, axis).movedim(axis, -1)
+    found = exchanged(a, coefficients_of(d, U, axis), U, axis).movedim(axis, -1)
     for place in torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(4)):
         at = tuple(place.tolist())
         x, y = (one.movedim(axis, -1)[at] for one in (a, d))
@@ -106,7 +109,8 @@ def test_what_is_put_into_samples_goes_through_the_rest_of_the_network(network):
         U = torch.linalg.qr(torch.randn(6, 2)).Q
         recipients = Recipients(network, "stem", 1, inputs, values, seed=0)
         put = recipients.put(U, values[:1], values[1:2])
-        changed = exchanged(network.stem(inputs), values[:1].expand(7, -1, -1, -1), U, 1)
+        donated = coefficients_of(values[:1].expand(7, -1, -1, -1), U, 1)
+        changed = exchanged(network.stem(inputs), donated, U, 1)
         after = network.fc((changed + network.branch(changed)).mean((2, 3)))
     assert torch.allclose(put.with_it.float(), after, atol=1e-5)
     assert torch.allclose(put.before.float(), network(inputs), atol=1e-5)
@@ -127,13 +131,50 @@ def test_data_in_another_order_is_refused():
         [*samples.read(torch.arange(8))]
 
 
-@pytest.mark.parametrize("kind", ["list", "dataset"])
+class Counted(torch.utils.data.Dataset):
+    """The numbers up to 10, and how many were read."""
+
+    read = 0
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, at):
+        self.read += 1
+        return torch.tensor([float(at)])
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "loader"])
 def test_samples_are_read_by_number(kind):
-    inputs = torch.arange(10).float()[:, None]
-    data = of(inputs, 3) if kind == "list" else torch.utils.data.TensorDataset(inputs)
+    inputs, counted = torch.arange(10).float()[:, None], Counted()
+    data = {
+        "list": of(inputs, 3),
+        "dataset": counted,
+        "loader": torch.utils.data.DataLoader(counted, batch_size=4),
+    }[kind]
     samples = Samples(data, torch.device("cpu"))
     [*samples.first_pass()]
     rows = torch.tensor([1, 2, 5, 9])
     read = [(numbers, batch.inputs) for numbers, batch in samples.read(rows)]
     assert torch.equal(torch.cat([numbers for numbers, _ in read]), rows)
     assert torch.equal(torch.cat([values for _, values in read])[:, 0], rows.float())
+    assert counted.read == (0 if kind == "list" else 14)  # not all of them again
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_ends_of_one_logit_are_those_of_its_weights(target):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 1)), torch.randn(90, 5)
+    samples = Samples(of(inputs), torch.device("cpu"))
+    [*samples.first_pass()]
+    fit = torch.arange(90) % 3 > 0
+    scorer = xe.LRP("epsilon-plus", initial="one")
+    arguments = {"target": target, "shares": {"1": inputs}, "labels": None, "scorer": scorer}
+    divided = proposals("npca", model, samples, torch.arange(90), fit, **arguments, seed=0)
+    found = divided["1"]["npca"]
+    with torch.no_grad():
+        expected = ends_of_components(model[:2](inputs) * model[2].weight, fit)
+    assert {tuple(part.tolist()) for part in found.parts} == {
+        tuple(part.tolist()) for part in expected.parts
+    }
+    assert found.parts

@@ -72,3 +72,17 @@ def test_a_known_part_is_taken_once():
     found = two_parts(wrong, torch.randn(60, 4), torch.ones(60, dtype=torch.bool))
     (part,) = found.parts
     assert torch.equal(part, ~wrong) or torch.equal(part, wrong)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("divide", [mixture, spectral, ends_of_components])
+def test_values_that_differ_by_rounding_alone_are_one_strategy(divide):
+    rounding = 1e-8 * torch.randn(100, 5, generator=torch.Generator().manual_seed(0)).double()
+    found = divide(1 + rounding, torch.arange(100) % 3 > 0)
+    assert (found.count, found.parts) == (1, ())
+
+
+@pytest.mark.filterwarnings("error")
+def test_there_are_no_more_strategies_than_different_samples():
+    found = mixture(torch.eye(3).repeat(40, 1), torch.ones(120, dtype=torch.bool))
+    assert found.count <= 3

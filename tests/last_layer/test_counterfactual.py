@@ -253,6 +253,26 @@ def test_data_that_cannot_be_completed_is_refused(norm, digits):
         operator.plan(norm, [(images[labels > 0], labels[labels > 0], has[labels > 0])])
 
 
+class Shuffled:
+    """Batches in another order each time."""
+
+    def __init__(self, *columns):
+        self.columns, self.times = columns, 0
+
+    def __iter__(self):
+        self.times += 1
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(self.times))
+        return iter([tuple(column[order] for column in self.columns)])
+
+
+def test_a_vector_does_not_fit_shuffled_data_but_a_third_item_does(norm, digits):
+    images, labels, has = marked_digits(digits)
+    operator = CounterfactualRetraining("body.2", subspaces(4, 2), size=1)
+    with pytest.raises(ValueError, match="turn off shuffling, or give"):
+        operator.plan(norm, Shuffled(images.float(), labels), attribute=has)
+    assert operator.plan(norm, Shuffled(images.float(), labels, has)).changes
+
+
 class Last(nn.Module):
     """The same network with its channels second, or last at ``block``, and inputs by name."""
 

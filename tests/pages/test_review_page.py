@@ -144,7 +144,7 @@ def test_without_pictures_and_without_findings_it_says_so(found):
     searched = (Searched(1, "4", 9, 0, "too few samples (9) to tell"),)
     none = Page(review_page(replace(found, found=(), searched=searched), {}).html())
     text = [*none.text.values()]
-    assert "nothing stands out" in text
+    assert "nothing could be judged" in text
     assert "class 1, layer 4: too few samples (9) to tell" in text
     assert none.all("article") == none.all("textarea") == []
 

@@ -71,12 +71,12 @@ class PositionDraw:
 def hashed(inputs: Inputs) -> Words:
     """Return a hash of each sample's bits, uint64, shape (samples,)."""
     if not isinstance(inputs, Tensor):
-        words: Words = np.sum([hashed(one) for one in inputs.tensors().values()], axis=0)
-        return words
+        total: Words = np.sum([hashed(one) for one in inputs.tensors().values()], axis=0)
+        return total
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = inputs.detach().cpu().reshape(len(inputs), -1).contiguous()
     words = flat.view(sizes[flat.element_size()]).numpy().astype(np.uint64)
     # Multilinear hashing; sums of unsigned numbers are modulo 2⁶⁴.
     factors = np.random.default_rng(0).integers(2**64, size=words.shape[1], dtype=np.uint64)
-    hashed: Words = np.einsum("sw,w->s", words, factors | np.uint64(1))  # faster than @ for whole
-    return hashed
+    sums: Words = np.einsum("sw,w->s", words, factors | np.uint64(1))  # faster than @ for whole
+    return sums

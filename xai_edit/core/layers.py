@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from xai_edit.core.checks import require_type
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.final_operation import following, is_compiled, mark_unfollowed
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
@@ -44,6 +45,7 @@ def resolve_layers(model: nn.Module, layers: Sequence[str] | str | None) -> list
         given = "the model has none" if layers is None else "an empty list was given"
         raise ValueError(f"layers: no convolution or linear layer to score; {given}")
     for name in names:
+        require_type(name, str, "layers", "they are names of the model's modules")
         module = name.removesuffix(INPUT_SUFFIX)
         if module not in modules or (module == "" and "" not in weighted):
             raise UnknownLayerError.of(name, weighted, "convolution and linear layers")
@@ -153,15 +155,24 @@ def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
 
 @contextmanager
 def replaced(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Pass on ``change(values)``, a new tensor, in place of a layer's values in this context."""
+    """Pass on ``change(values)`` in place of a layer's values in this context.
+
+    In a new tensor with the memory layout of the values, as a ``view`` may follow.
+    """
     module = layer_module(model, layer)
+
+    def changed(values: Tensor) -> Tensor:
+        return torch.empty_like(values).copy_(change(values))
+
     if layer.endswith(INPUT_SUFFIX):
         handle = module.register_forward_pre_hook(
-            lambda _, inputs, named: with_first(change(first_tensor(inputs, named)), inputs, named),
+            lambda _, inputs, named: with_first(
+                changed(first_tensor(inputs, named)), inputs, named
+            ),
             with_kwargs=True,
         )
     else:
-        handle = module.register_forward_hook(lambda _, __, output: change(output))
+        handle = module.register_forward_hook(lambda _, __, output: changed(output))
     try:
         yield
     finally:

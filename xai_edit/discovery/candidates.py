@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.finders import PRCA, ContrastivePCA
-from xai_edit.concepts.presence import Pooling
+from xai_edit.concepts.presence import Pooling, squares
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import run, tapped
-from xai_edit.discovery.channel_relevance import Moments, vectors_of
+from xai_edit.discovery.channel_relevance import Moments, real_positions, vectors_of
 from xai_edit.discovery.evidence import WORTH, two_means
 from xai_edit.discovery.samples import Samples
 
@@ -104,10 +104,13 @@ def _contrastive(contrast: Tensor, mean: Tensor, samples: int) -> Subspaces | No
     return ContrastivePCA(size).fit_moments(contrast, mean, samples)
 
 
-def presence_of(a: Tensor, subspaces: Subspaces) -> Tensor:
-    """Return `xai_edit.concepts.presence` by maximum and by mean, shape (2, samples)."""
-    energy = ((a - subspaces.mean.to(a)) @ subspaces.basis.to(a)).square().sum(-1)
-    return torch.stack([energy.amax(1), energy.mean(1)])
+def presence_of(a: Tensor, real: Tensor, subspaces: Subspaces) -> Tensor:
+    """Return `xai_edit.concepts.presence` by maximum and by mean, shape (2, samples).
+
+    Over the positions ``real``, see `real_positions`.
+    """
+    square = squares(a, subspaces.basis, subspaces.mean).where(real, 0)
+    return torch.stack([square.amax(1), square.sum(1) / real.sum(1).clamp_min(1)])
 
 
 def presences(
@@ -129,7 +132,8 @@ def presences(
                 run(model, batch.inputs)
             for layer in layers:
                 a = vectors_of(tap.values[layer], axes[layer])
-                pairs = [presence_of(a, one) for one in wanted[layer]]
+                real = real_positions(batch.inputs, a)
+                pairs = [presence_of(a, real, one) for one in wanted[layer]]
                 found[layer].append(torch.stack(pairs, 1).double().cpu())
     return {layer: torch.cat(found[layer], -1) for layer in layers}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xai_edit.concepts.collect import require_same_values, values_at
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.core.layers import run, tapped, unit_axis_of
 from xai_edit.discovery.samples import Samples
 from xai_edit.lrp.contexts import ContextGather, Take
@@ -25,6 +26,18 @@ def vectors_of(values: Tensor, axis: int) -> Tensor:
     channels = values.shape[axis]
     positions = math.prod(values.shape[1:]) // channels
     return values.movedim(axis, -1).reshape(len(values), positions, channels)
+
+
+def real_positions(inputs: Inputs, a: Tensor) -> Tensor:
+    """Return which positions are no padding, bool, shape (samples, positions).
+
+    ``a`` are vectors of `vectors_of`. By Hugging Face's ``attention_mask`` where it has one entry a
+    position, else all; other masks may have 1 where that has 0.
+    """
+    mask = input_tensors(inputs).get("attention_mask")
+    if mask is not None and mask.shape == a.shape[:2]:
+        return mask.to(a.device) != 0
+    return torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +131,7 @@ class Moments:
     Attributes
     ----------
     second : Tensor, float64, shape (parts, channels, channels)
-        E[a aᵀ] within each part.
+        E[a aᵀ] within each part, over positions that are no padding.
     mean : Tensor, float64, shape (channels,)
         E[a] over all samples.
     """
@@ -142,7 +155,7 @@ def moments(
     inside: dict[str, list[Tensor]] = {}
     whole: dict[str, Tensor] = {}
     mean: dict[str, Tensor] = {}
-    vectors: dict[str, int] = {}
+    vectors: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     done = 0
     with preserved(model), torch.no_grad():
         for _, batch in samples.read(rows):
@@ -152,9 +165,12 @@ def moments(
             done += len(batch)
             for layer in layers:
                 a = vectors_of(tap.values[layer], axes[layer])
+                real = real_positions(batch.inputs, a)
+                a = torch.where(real[..., None], a, 0)
+                vectors[layer].append(real.sum(1).cpu())
                 if layer not in whole:
                     square = torch.zeros(a.shape[2], a.shape[2], dtype=torch.double)
-                    whole[layer], vectors[layer] = square, a.shape[1]
+                    whole[layer] = square
                     mean[layer] = square[0].clone()
                     inside[layer] = [square.clone() for _ in parts[layer]]
                 whole[layer] += _gram(a)
@@ -163,14 +179,12 @@ def moments(
                     total += _gram(a[part[now].to(a.device)])
     result = {}
     for layer in layers:
-        counts = torch.tensor([int(part.sum()) for part in parts[layer]]).view(-1, 1, 1)
+        each = torch.cat(vectors[layer])  # vectors of each sample
+        counts = torch.tensor([int(each[part].sum()) for part in parts[layer]]).view(-1, 1, 1)
         second = torch.stack([*inside[layer], whole[layer]])[: len(parts[layer])]
         rest = whole[layer] - second
-        mu = mean[layer] / (len(rows) * vectors[layer])
-        result[layer] = (
-            Moments(second / (counts * vectors[layer]), mu),
-            Moments(rest / ((len(rows) - counts) * vectors[layer]), mu),
-        )
+        mu = mean[layer] / each.sum()
+        result[layer] = Moments(second / counts, mu), Moments(rest / (each.sum() - counts), mu)
     return result
 
 

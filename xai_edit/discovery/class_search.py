@@ -62,6 +62,9 @@ def search_class(
     if min(samples - judging, judging) < 2 * SMALLEST:
         note = f"too few samples ({samples}) to tell"
         return [], [Searched(target, layer, samples, 0, note) for layer in search.axes]
+    if len(one.away) < SMALLEST:
+        note = f"too few samples of other classes ({len(one.away)}) to try a feature on"
+        return [], [Searched(target, layer, samples, 0, note) for layer in search.axes]
     relevance = channel_relevance(
         search.model,
         search.samples,
@@ -93,7 +96,8 @@ def search_class(
     found: dict[str, list[Candidate]] = {}
     for layer, each in relevance.items():
         found[layer] = candidates(by_part[layer], parts[layer])
-        if method == "relevance" and marked is None:
+        # Of a target explained on all samples none are left to compare a direction with.
+        if method == "relevance" and marked is None and one.predicted:
             vectors, mean = each.vectors * (samples - judging), by_part[layer][0].mean
             found[layer] += relevant_directions(each.cross[0], mean, vectors)
     judged = torch.cat([one.rows[~one.fit], search.pool]).unique()
@@ -137,8 +141,6 @@ def _judged(
     cross: Tensor,
 ) -> list[Finding]:
     """Return the candidates of a class and layer that are worth a look, as findings."""
-    if not len(one.away):
-        return []
     inputs = joined([batch.inputs for _, batch in search.samples.read(one.away)])
     generator = torch.Generator().manual_seed(search.seed)
     donors = search.values(layer, some_of(one.rows[one.fit], DONORS, generator))
@@ -210,6 +212,7 @@ def _finding(
             separation=separation,
             reliance=figures.reliance(subspaces.basis, cross),
             groups=dict.fromkeys(figures.GROUPS, PseudoGroup(0, None, None)),
+            predicted=one.predicted,
         ),
         kind=candidate.kind,
         points=shown.points,

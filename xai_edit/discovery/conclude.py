@@ -13,10 +13,11 @@ from xai_edit.core.layers import predict, replaced
 from xai_edit.discovery import evidence as figures
 from xai_edit.discovery.candidates import POOLINGS, presences
 from xai_edit.discovery.evidence import PseudoGroup
-from xai_edit.discovery.findings import Finding, same_feature
+from xai_edit.discovery.findings import Finding
 from xai_edit.discovery.search import Search, some_of
 
 GROUP = 64  # samples of a pseudo-group that are ablated
+SAME = 0.5  # Cohen's κ from which two findings hold the same feature
 
 
 def concluded(search: Search, found: Sequence[Finding]) -> list[Finding]:
@@ -51,6 +52,25 @@ def concluded(search: Search, found: Sequence[Finding]) -> list[Finding]:
         else:
             kept.append(one)
     return [_with_groups(search, one) for one in kept]
+
+
+def same_feature(one: Finding, other: Finding, predicted: Tensor) -> bool:
+    """Return whether two findings hold the same feature.
+
+    Presence has to agree over all samples, and among the samples predicted as either target:
+    Cohen's κ of at least 0.5. A feature of all of a class is not one of 90 % of it.
+    """
+    everywhere = torch.ones_like(predicted, dtype=torch.bool)
+    places = (everywhere, predicted == one.target, predicted == other.target)
+    return all(_kappa(one.has[rows], other.has[rows]) >= SAME for rows in places if rows.any())
+
+
+def _kappa(one: Tensor, other: Tensor) -> float:
+    """Return Cohen's κ of two yes-or-no answers; 1 where both are the same in every sample."""
+    agreement = float((one == other).double().mean())
+    p, q = float(one.double().mean()), float(other.double().mean())
+    chance = p * q + (1 - p) * (1 - q)
+    return 1.0 if chance == 1 and agreement == 1 else (agreement - chance) / max(1 - chance, 1e-12)
 
 
 def _with_presence(search: Search, finding: Finding, scores: Tensor) -> Finding:

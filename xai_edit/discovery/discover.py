@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xai_edit.core.checks import one_of, require, whole_number
+from xai_edit.core.checks import one_of, require, require_type, whole_number, with_labels
 from xai_edit.core.data import Data
 from xai_edit.core.files import checksum
 from xai_edit.core.guard import require_finite
 from xai_edit.core.layers import resolve_layers
 from xai_edit.core.outputs import Outputs, outputs_as
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.discovery.class_search import search_class
 from xai_edit.discovery.conclude import concluded
@@ -55,7 +56,7 @@ def discover(
         Not changed.
     data : iterable or Dataset
         See `xai_edit.core.data.batches`; read several times, in the same order. Labels are used
-        for accuracies alone.
+        for accuracies alone. Positions where an input ``attention_mask`` is 0 are left out.
     target : int or sequence of int, optional
         Classes that features speak for; by default all, those with the fewest samples first.
     layers : sequence of str, optional
@@ -67,7 +68,7 @@ def discover(
     scorer : LRP, optional
         By default ``LRP("epsilon-plus", initial="one")``.
     limit : int
-        Samples of a class, at most, drawn at random.
+        Samples of a class, at most, drawn at random; 48 or more.
     seed : int
     marks : Marks, optional
         Of an earlier search of this model and data. The samples of a class are divided by
@@ -86,23 +87,30 @@ def discover(
     """
     one_of(images, ("predicted", "all"), "images")
     one_of(method, METHODS, "method")
-    limit = whole_number(limit, "limit", least=4 * SMALLEST)
+    limit = whole_number(limit, "limit", least=6 * SMALLEST)  # a third of them judge
     seed = whole_number(seed, "seed")
     scorer = LRP("epsilon-plus", initial="one") if scorer is None else scorer
+    require_type(scorer, LRP, "scorer", "give xai_edit.LRP(composite)")
+    named = images == "predicted" or target is not None
+    require(named, "target", target, "with images='all', name the target classes")
+    model = unwrapped(model)
     require_finite(model)
     if marks is not None:
+        require_type(marks, Marks, "marks", "give xai_edit.Marks.load(file)")
         require(method == "relevance", "method", method, "marks divide the samples instead")
         marks.require_model(model)
     if layers is not None:
         layers = resolve_layers(model, layers)
     with outputs_as(outputs):
         search = Search.begin(model, data, layers, unit_axis, seed)
+        if method == "errors":
+            with_labels(search.labels)
         data_sum = checksum({"samples": torch.from_numpy(search.samples.contents.view("i8"))}, "")
         same = marks is None or (marks.data, len(marks)) == (data_sum, len(search.predicted))
         if not same:
             raise ValueError("marks: of other data; give the data that the marks were made on")
         marked = None if marks is None else marks.attribute
-        targets = search.targets(target, images)
+        targets = search.targets(target)
         found: list[Finding] = []
         searched: list[Searched] = []
         for one in tqdm(targets, "classes", disable=not progress):

@@ -34,8 +34,9 @@ class Figure:
 class PseudoGroup:
     """Samples of the target's class, or of others, with or without the feature.
 
-    ``accuracy`` is the share of right answers before and ``ablated`` after ablation; of samples
-    without labels, the share predicted as before. None without samples.
+    ``accuracy`` is the share of right answers, None without labels or samples. ``ablated`` is that
+    share after ablation, or without labels the share predicted as before, of at most 64 of the
+    samples that were not used to find the feature; None where there is none.
     """
 
     samples: int
@@ -45,13 +46,20 @@ class PseudoGroup:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Figures about a feature, on samples that were not used to find it.
+    """Figures about a feature, but for the groups on samples that were not used to find it.
+
+    Of all candidates the strongest are reported, and they are chosen on the same samples: the
+    intervals say how a figure varies with the samples, not what choosing adds to it.
 
     Attributes
     ----------
     transfer : Figure
         Share of other classes' samples that become the target when coefficients of the class's
-        samples with the feature are put into them, less the share ``control``.
+        samples with the feature are put into them, less the share ``control``. Where the target was
+        explained on all samples: share of all samples without the feature whose margin grows by
+        more than the standard deviation of margins.
+    predicted : bool
+        Whether the target was explained on the samples predicted as it.
     control : float
         The larger of the shares by random subspaces, and by coefficients of the class's samples
         without the feature.
@@ -62,7 +70,8 @@ class Evidence:
     reliance : float
         Share of the class's relevance that passes through the subspace.
     groups : dict of PseudoGroup
-        By "class with", "class without", "rest with", "rest without".
+        By "class with", "class without", "rest with", "rest without"; of all samples, those used
+        to find included.
     """
 
     transfer: Figure
@@ -71,6 +80,7 @@ class Evidence:
     separation: Figure
     reliance: float
     groups: dict[str, PseudoGroup]
+    predicted: bool = True
 
     @property
     def score(self) -> float:
@@ -106,6 +116,7 @@ class Evidence:
             Figure(**values["separation"]),
             values["reliance"],
             {name: PseudoGroup(**one) for name, one in values["groups"].items()},
+            values["predicted"],
         )
 
 

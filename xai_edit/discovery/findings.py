@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.concepts.presence import Pooling, presence
+from xai_edit.concepts.presence import Pooling
 from xai_edit.concepts.subspaces import Subspaces
-from xai_edit.core.checks import require
 from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, as_inputs
-from xai_edit.core.layers import run, tapped
+from xai_edit.core.layers import resolve_layers, run, tapped
 from xai_edit.core.text import aligned
-from xai_edit.discovery.channel_relevance import vectors_of
+from xai_edit.core.wrapped import unwrapped
+from xai_edit.discovery.candidates import POOLINGS, presence_of
+from xai_edit.discovery.channel_relevance import real_positions, vectors_of
 from xai_edit.discovery.evidence import Evidence
 from xai_edit.discovery.marks import Mark, Marks
 
@@ -41,7 +42,7 @@ class Finding:
     subspaces : Subspaces
         One block.
     pooling : {"max", "mean"}
-        Over positions, of the presence s(x) = max_p or mean_p ‖Uᵀ(a_p − μ)‖².
+        Over positions p but padding, of the presence s(x) = max_p or mean_p ‖Uᵀ(a_p − μ)‖².
     threshold : float
         Samples with more presence have the feature.
     scores : Tensor, float64, shape (samples,)
@@ -84,12 +85,22 @@ class Finding:
         return (self.scores - self.threshold).abs() <= UNSURE * self.threshold
 
     def presence(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Return the presence in a batch of any inputs, float64, shape (samples,)."""
+        """Return the presence in a batch of any inputs, float64, shape (samples,).
+
+        ``model`` is the one searched, or an edit of it; that is not checked. UnknownLayerError or
+        ValueError if it has no such layer, or another number of channels there.
+        """
         inputs = as_inputs(inputs, "inputs").to(model_device(model))
+        model = unwrapped(model)
+        resolve_layers(model, [self.layer])
         with preserved(model), torch.no_grad(), tapped(model, [self.layer]) as tap:
             run(model, inputs)
+        tap.require([self.layer])
         values = vectors_of(tap.values[self.layer], self.axis)
-        return presence(values, self.subspaces, [0], self.pooling).cpu()
+        self.subspaces.require_channels(values)
+        real = real_positions(inputs, values)
+        both = presence_of(values.double(), real, self.subspaces)
+        return both[POOLINGS.index(self.pooling)].cpu()
 
     def attribute(self, model: nn.Module) -> Callable[[Inputs], Tensor]:
         """Return a function that says which inputs of a batch have the feature.
@@ -109,9 +120,15 @@ def sentence(finding: Finding, name: str, others: str) -> str:
     whole = with_it.samples + without.samples
     parts = [f"In {with_it.samples} of {whole} samples of {name}."]
     tau = evidence.transfer
+    share = f"{tau.value + evidence.control:.0%} of them"
+    if evidence.predicted:
+        of_others, does = f"of {others}", f"turns {share} into {name}"
+    else:
+        of_others = "without it"
+        does = f"raises the margin of {name} by more than a standard deviation in {share}"
     parts.append(
-        f"Put into {tau.samples} samples of {others}, it turns {tau.value + evidence.control:.0%} "
-        f"of them into {name} (the strongest control: {evidence.control:.0%})."
+        f"Put into {tau.samples} samples {of_others}, it {does} "
+        f"(the strongest control: {evidence.control:.0%})."
     )
     if without.accuracy is not None and with_it.accuracy is not None:
         parts.append(
@@ -176,10 +193,15 @@ class Findings(Sequence[Finding]):
         """The findings whose score is above that of class content."""
         return tuple(one for one in self.found if one.evidence.stands_out)
 
+    @property
+    def answer(self) -> str:
+        """What there is to say where no finding stands out; empty where one does."""
+        judged = not self.searched or any(one.strategies for one in self.searched)
+        nothing = "nothing stands out" if judged else "nothing could be judged"
+        return "" if self.standing_out else nothing
+
     def __str__(self) -> str:
-        lines = []
-        if not self.standing_out:
-            lines.append("nothing stands out")
+        lines = [self.answer] if self.answer else []
         if self.found:
             rows: list[list[Any]] = [
                 ["finding", "class", "layer", "score", "transfer", "separation", "samples with it"]
@@ -261,32 +283,3 @@ def _loaded(number: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor
         subspaces=Subspaces(basis, (basis.shape[1],), mean, header["origin"]),
         evidence=Evidence.from_dict(header["evidence"]),
     )
-
-
-def same_feature(one: Finding, other: Finding, predicted: Tensor) -> bool:
-    """Return whether two findings hold the same feature.
-
-    Presence has to agree over all samples, and among the samples predicted as either target:
-    Cohen's κ of at least 0.5. A feature of all of a class is not one of 90 % of it.
-    """
-    everywhere = torch.ones_like(predicted, dtype=torch.bool)
-    places = (everywhere, predicted == one.target, predicted == other.target)
-    return all(_kappa(one.has[rows], other.has[rows]) >= SAME for rows in places if rows.any())
-
-
-SAME = 0.5
-
-
-def _kappa(one: Tensor, other: Tensor) -> float:
-    """Return Cohen's κ of two yes-or-no answers; 1 where both are the same in every sample."""
-    agreement = float((one == other).double().mean())
-    p, q = float(one.double().mean()), float(other.double().mean())
-    chance = p * q + (1 - p) * (1 - q)
-    return 1.0 if chance == 1 and agreement == 1 else (agreement - chance) / max(1 - chance, 1e-12)
-
-
-def require_finding(findings: Sequence[Finding], number: int) -> Finding:
-    """Return a finding by its number; ValueError if there is none."""
-    works = f"there are {len(findings)}, numbered from 0"
-    require(0 <= number < len(findings), "finding", number, works)
-    return findings[number]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.checks import one_of, real_number, require
 from xai_edit.core.files import checksum, write_atomically
+from xai_edit.core.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from xai_edit.discovery.findings import Finding, Findings
@@ -151,7 +152,7 @@ class Marks:
 
     def require_model(self, model: nn.Module) -> None:
         """Raise ValueError if these are marks of another model."""
-        if self.model != checksum(model.state_dict(), ""):
+        if self.model != checksum(unwrapped(model).state_dict(), ""):
             raise ValueError(
                 "marks: of a model with other weights; run xai-edit discover on this model and "
                 "mark its findings"

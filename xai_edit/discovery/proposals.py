@@ -70,7 +70,8 @@ def proposals(
         batches = [(batch.inputs,) for _, batch in samples.read(rows)]
         head = collect_head_features(model, batches)
         if method == "npca":
-            one = ends_of_components(head.features * head.weight[target], fit)
+            row = 1 if head.one_output else target  # the ends of −w ⊙ φ are those of w ⊙ φ
+            one = ends_of_components(head.features * head.weight[row], fit)
         else:
             one = mixture(head.features, fit, seed)
     return {layer: {method: one} for layer in shares}

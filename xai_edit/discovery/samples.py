@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from xai_edit.concepts.positions import hashed
 from xai_edit.core.checks import readable_again
 from xai_edit.core.data import DATASET_BATCH_SIZE, Batch, Data, batches
+from xai_edit.core.inputs import described, form_of
 from xai_edit.datasets.image_set import ImageSet
+
+CHANGED = (
+    "data: gives other samples when it is read again; turn off shuffling and random augmentation"
+)
 
 
 class Samples:
@@ -28,48 +33,62 @@ class Samples:
         self.contents = np.empty(0, np.uint64)  # a hash of each sample, from the first pass
 
     def first_pass(self) -> Iterator[Batch]:
-        """Yield all batches and remember their content."""
-        contents = []
+        """Yield all batches and remember their content; ValueError for inputs of several sizes."""
+        contents, first = [], None
         for batch in batches(self.data, self.device):
+            first = batch.inputs if first is None else first
+            if form_of(batch.inputs) != form_of(first):
+                raise ValueError(
+                    f"data: inputs of {described(batch.inputs)} and before of {described(first)}; "
+                    "discover compares samples position by position, so give inputs of one size"
+                )
             contents.append(hashed(batch.inputs))
             yield batch
         self.contents = np.concatenate(contents)
 
+    def first_copies(self) -> Tensor:
+        """Return the number of the first sample with the same content, for each sample."""
+        _, first, which = np.unique(self.contents, return_index=True, return_inverse=True)
+        return torch.from_numpy(first[which])
+
     def read(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch]]:
         """Yield the samples of some numbers, int64 and ascending, with their numbers.
 
-        A `Dataset` and an `ImageSet` are read only there, other data from the beginning.
+        A `Dataset`, an `ImageSet` and a `DataLoader` in the order of its data set are read only
+        there, other data from the beginning to the last of them.
         """
-        start, wanted = 0, torch.zeros(len(self.contents), dtype=torch.bool)
-        wanted[rows] = True
         if not len(rows):
             return
-        for batch in batches(self._some(rows), self.device):
-            numbers = torch.arange(start, min(start + len(batch), self._length(rows)))
+        some = self._some(rows)
+        order = torch.arange(int(rows[-1]) + 1) if some is None else rows
+        start = 0
+        for batch in batches(self.data if some is None else some, self.device):
+            numbers = order[start : start + len(batch)]
             start += len(batch)
-            if self._by_number:
-                numbers, keep = rows[numbers], torch.ones(len(batch), dtype=torch.bool)
-            else:
-                keep = wanted[numbers] if len(numbers) == len(batch) else torch.zeros(0).bool()
-            if len(keep) != len(batch) or (hashed(batch.inputs) != self.contents[numbers]).any():
-                raise ValueError(
-                    "data: gives other samples when it is read again; turn off shuffling and "
-                    "random augmentation"
-                )
-            if keep.any():
-                yield numbers[keep], batch[keep.to(self.device)]
-
-    @property
-    def _by_number(self) -> bool:
-        mapped = isinstance(self.data, Dataset) and not isinstance(self.data, IterableDataset)
-        return mapped or isinstance(self.data, ImageSet)
-
-    def _length(self, rows: Tensor) -> int:
-        return len(rows) if self._by_number else len(self.contents)
+            keep = torch.isin(numbers, rows).nonzero()[:, 0]
+            if len(keep):
+                numbers, batch = numbers[keep], batch[keep.to(self.device)]
+                if (hashed(batch.inputs) != self.contents[numbers]).any():
+                    raise ValueError(CHANGED)
+                yield numbers, batch
+            if start >= len(order):
+                return
+        raise ValueError(CHANGED)
 
     def _some(self, rows: Tensor) -> Any:
-        if isinstance(self.data, ImageSet):
-            return self.data[rows]
-        if isinstance(self.data, Dataset) and self._by_number:
-            return DataLoader(Subset(self.data, rows.tolist()), batch_size=DATASET_BATCH_SIZE)
-        return self.data
+        """Return the data of some samples alone, None where data cannot be read by number."""
+        data = self.data
+        if isinstance(data, ImageSet):
+            return data[rows]
+        if isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler):
+            if data.batch_size is None or isinstance(data.dataset, IterableDataset):
+                return None
+            return DataLoader(
+                Subset(data.dataset, rows.tolist()),
+                batch_size=data.batch_size,
+                num_workers=data.num_workers,
+                collate_fn=data.collate_fn,
+            )
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            return DataLoader(Subset(data, rows.tolist()), batch_size=DATASET_BATCH_SIZE)
+        return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.axes import unit_axes
-from xai_edit.core.checks import require
+from xai_edit.core.checks import with_labels
 from xai_edit.core.data import Data, model_device, together
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict, run, tapped
@@ -57,9 +57,12 @@ class Search:
             classes = logits.shape[1]
             predicted.append(logits.argmax(1).cpu())
             labels.append(batch.labels)
-        every = torch.cat(predicted)
+        every, known = torch.cat(predicted), together(labels, "labels")
+        if known is not None:
+            with_labels(known, classes)
         generator = torch.Generator().manual_seed(seed)
-        judging = torch.rand(len(every), generator=generator) < JUDGING
+        drawn = torch.rand(len(every), generator=generator) < JUDGING
+        judging = drawn[samples.first_copies()]  # copies of a sample are on the same side
         each = max(20, OTHERS // max(1, len(every.unique())))
         pool = [
             some_of((judging & (every == one)).nonzero()[:, 0], each, generator)
@@ -71,18 +74,16 @@ class Search:
             axes,
             seed,
             every,
-            together(labels, "labels"),
+            known,
             classes,
             judging,
             torch.cat(pool).sort().values,
         )
 
-    def targets(self, target: int | Sequence[int] | None, images: str) -> list[int]:
+    def targets(self, target: int | Sequence[int] | None) -> list[int]:
         """Return the classes to look at, those with the fewest samples first."""
         if target is not None:
             return class_list(target, self.classes)
-        works = "name the target classes"
-        require(images == "predicted", "target", target, works)
         counts = self.predicted.bincount(minlength=self.classes)
         order = counts.argsort(stable=True)
         return [one for one in order.tolist() if counts[one]]

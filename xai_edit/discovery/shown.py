@@ -13,6 +13,7 @@ from xai_edit.core.checks import require
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.files import checksum
 from xai_edit.core.inputs import one_tensor
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.findings import Finding, Findings
 from xai_edit.discovery.samples import Samples
 from xai_edit.lrp.lrp import LRP
@@ -83,6 +84,7 @@ def pictures(
     ValueError
         If the data are not those of the findings.
     """
+    model = unwrapped(model)
     samples = Samples(data, model_device(model))
     for _ in samples.first_pass():
         pass

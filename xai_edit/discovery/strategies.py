@@ -16,6 +16,7 @@ PER_COMPONENT = 20  # samples for each of them, at least
 MOST = 6  # strategies
 STARTS = 5  # of the expectation maximisation
 SMALLEST, SMALLEST_SHARE = 8, 0.01  # samples of a cluster that is looked at
+ROUNDING = 1e-6  # of the largest value; what differs less is constant
 UNLIKELY = 0.02  # share of samples that count as the least likely
 
 
@@ -57,12 +58,13 @@ def mixture(values: Tensor, fit: Tensor, seed: int = 0) -> Strategies:
     """
     from sklearn.mixture import GaussianMixture
 
-    if not values[fit].double().std(0).any():  # constant
-        return Strategies(torch.zeros(len(values)).long(), 1, torch.zeros(len(values), 2), ())
     projected = _projected(values, fit)
+    if not projected.any():
+        return _one_strategy(len(values))
     fitted = projected[fit.numpy()]
     regularised = 1e-6 * float(np.trace(np.cov(fitted.T).reshape(fitted.shape[1], -1)))
     regularised = max(regularised / fitted.shape[1], np.finfo(float).tiny ** 0.5)
+    distinct = len(np.unique(fitted, axis=0))
     models = [
         GaussianMixture(
             count,
@@ -71,7 +73,7 @@ def mixture(values: Tensor, fit: Tensor, seed: int = 0) -> Strategies:
             reg_covar=regularised,
             random_state=seed,
         ).fit(fitted)
-        for count in range(1, min(MOST, len(fitted) // SMALLEST) + 1)
+        for count in range(1, min(MOST, len(fitted) // SMALLEST, distinct) + 1)
     ]
     best = min(models, key=lambda one: one.bic(fitted))
     cluster = torch.from_numpy(best.predict(projected))
@@ -95,6 +97,8 @@ def spectral(values: Tensor, fit: Tensor, seed: int = 0) -> Strategies:
     from sklearn.neighbors import KNeighborsClassifier, kneighbors_graph
 
     projected = _projected(values, fit)
+    if not projected.any():
+        return _one_strategy(len(values))
     fitted = projected[fit.numpy()]
     near = max(2, min(round(np.log(len(fitted))) + 1, len(fitted) - 1))
     graph = kneighbors_graph(fitted, near, include_self=True)
@@ -151,10 +155,17 @@ def _large_enough(part: Tensor, fit: Tensor) -> bool:
     return int((part & fit).sum()) >= max(SMALLEST, SMALLEST_SHARE * int(fit.sum()))
 
 
+def _one_strategy(samples: int) -> Strategies:
+    return Strategies(torch.zeros(samples).long(), 1, torch.zeros(samples, 2), ())
+
+
 def _projected(values: Tensor, fit: Tensor) -> Array:
+    """Return principal components, zeros where the values differ by no more than rounding."""
     from sklearn.decomposition import PCA
 
     known = values[fit].double().numpy()
+    if np.ptp(known, 0).max() <= ROUNDING * np.abs(known).max():
+        return np.zeros((len(values), 1))
     most = min(COMPONENTS, len(known) // PER_COMPONENT, known.shape[1])
     analysis = PCA(max(1, most), svd_solver="full").fit(known)
     return np.asarray(analysis.transform(values.double().numpy()))

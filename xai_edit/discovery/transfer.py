@@ -12,24 +12,11 @@ from torch import Tensor, nn
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import predict, replaced, unit_axis_of
+from xai_edit.last_layer.completion import coefficients_of, exchanged
 
 RANDOM = 20  # random subspaces that a feature is compared with
 SIZE = 4  # of these, and of the subspaces that candidates are compared by
 BATCH = 64
-
-
-def exchanged(values: Tensor, donors: Tensor, U: Tensor, axis: int) -> Tensor:
-    """Return a − U Uᵀ(a − d): the activations with the donors' coefficients in a subspace.
-
-    ``values`` and ``donors`` have the same shape; ``U`` has the shape (channels, directions), or
-    (samples, channels, directions) for another subspace in each sample.
-    """
-    axis = unit_axis_of(values, axis)
-    a, d = values.movedim(axis, -1), donors.movedim(axis, -1).to(values)
-    U = U.to(a)
-    flat = (a - d).reshape(len(a), -1, a.shape[-1])
-    moved = (flat @ U) @ U.mT
-    return (a - moved.view_as(a)).movedim(-1, axis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +107,9 @@ class Recipients:
                 now = slice(start, start + BATCH)
                 with ExitStack() as stack:
                     if U is not None and donors is not None:
-                        part, given = (U[now] if U.ndim == 3 else U), donors[now]
-                        change = partial(exchanged, donors=given, U=part, axis=self.axis)
+                        part = (U[now] if U.ndim == 3 else U).to(donors)
+                        c = coefficients_of(donors[now], part, self.axis)
+                        change = partial(exchanged, coefficients=c, U=part, axis=self.axis)
                         stack.enter_context(replaced(self.model, self.layer, change))
                     logits.append(predict(self.model, self.inputs[now]).double().cpu())
         return torch.cat(logits)

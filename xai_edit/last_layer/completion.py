@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -56,12 +54,14 @@ class Exchange:
         with tapped(model, [self.layer]) as tap:
             run(model, inputs)
         tap.require([self.layer])
-        a = self._channels_last(tap.values[self.layer])
-        positions = tuple(a.shape[1:-1])
-        if len(a) != len(inputs):
+        values = tap.values[self.layer]
+        self._require_channels(values)
+        shape = values.movedim(unit_axis_of(values, self.axis), -1).shape
+        positions = tuple(shape[1:-1])
+        if len(values) != len(inputs):
             raise ValueError(
-                f"layer: {self.layer!r} has values of {len(a)} samples for {len(inputs)} inputs; "
-                "name a layer whose first axis is the samples"
+                f"layer: {self.layer!r} has values of {len(values)} samples for {len(inputs)} "
+                "inputs; name a layer whose first axis is the samples"
             )
         if self.positions not in (None, positions):
             raise ValueError(
@@ -69,8 +69,7 @@ class Exchange:
                 "before; images are completed position by position, so give inputs of one size"
             )
         self.positions = positions
-        U = self._directions(a, most)
-        return (a.to(U) @ U).reshape(len(a), math.prod(positions), most)
+        return coefficients_of(values, self._directions(most).to(values.device), self.axis)
 
     def completed(self, inputs: Inputs, coefficients: Tensor, size: int) -> Tensor:
         """Return the head's inputs for a − U Uᵀ(a − a_d) at the layer, shape (samples, d).
@@ -78,14 +77,12 @@ class Exchange:
         ``coefficients`` are Uᵀa_d of each sample's donor, U the first ``size`` directions.
         """
 
-        def exchanged(values: Tensor) -> Tensor:
-            a = self._channels_last(values)
-            U = self._directions(a, size)
-            c = coefficients[..., :size].reshape(*a.shape[:-1], size).to(U)
-            new = a.to(U) - (a.to(U) @ U - c) @ U.T
-            return new.to(a).movedim(-1, unit_axis_of(values, self.axis)).clone()
+        def change(values: Tensor) -> Tensor:
+            self._require_channels(values)
+            U = self._directions(size).to(values.device)
+            return exchanged(values, coefficients[..., :size], U, self.axis)
 
-        with replaced(self.reader.model, self.layer, exchanged):
+        with replaced(self.reader.model, self.layer, change):
             return self.reader.read(inputs).features
 
     def head_features(
@@ -96,13 +93,33 @@ class Exchange:
         columns = features, labels, attribute
         return HeadFeatures(head.layer, head.weight, head.bias, *columns, stored=head.stored)
 
-    def _channels_last(self, values: Tensor) -> Tensor:
+    def _require_channels(self, values: Tensor) -> None:
         a = values.movedim(unit_axis_of(values, self.axis), -1)
         self.subspaces.require_channels(a, f"layer {self.layer!r}, its values")
-        return a
 
-    def _directions(self, a: Tensor, size: int) -> Tensor:
-        return self.subspaces.basis[:, :size].double().to(a.device)
+    def _directions(self, size: int) -> Tensor:
+        return self.subspaces.basis[:, :size].double()
+
+
+def coefficients_of(values: Tensor, U: Tensor, axis: int) -> Tensor:
+    """Return Uᵀa at each position of a layer's values, shape (samples, positions, directions).
+
+    ``U`` has the shape (channels, directions), or (samples, channels, directions) for other
+    directions in each sample.
+    """
+    a = values.movedim(unit_axis_of(values, axis), -1).to(U)
+    return a.reshape(len(a), -1, a.shape[-1]) @ U
+
+
+def exchanged(values: Tensor, coefficients: Tensor, U: Tensor, axis: int) -> Tensor:
+    """Return a − U (Uᵀa − c): a layer's values with other coefficients along directions U.
+
+    Shapes as of `coefficients_of`, which gives those of donors.
+    """
+    axis = unit_axis_of(values, axis)
+    a = values.movedim(axis, -1).to(U)
+    moved = (coefficients_of(values, U, axis) - coefficients.to(U)) @ U.mT
+    return (a - moved.view_as(a)).to(values.dtype).movedim(-1, axis)
 
 
 class DonorPool:

@@ -127,10 +127,17 @@ class CounterfactualRetraining:
         resolve_layers(unwrapped(model), [self.layer])
         require_finite(model)
         with reading(model) as reader:
-            exchange, pools = self._donors(reader, data, attribute)
+            exchange, pools, labels = self._donors(reader, data, attribute)
             tried = self._tried(exchange, pools)
             size = max(tried, key=lambda m: (tried[m]["worst"], tried[m]["effect"]))
             head, versions = self._completed(exchange, pools, size, data, attribute)
+        ordered = attribute is not None and not callable(attribute)
+        if ordered and not torch.equal(labels, with_labels(head.labels)):
+            raise ValueError(
+                "data: gives other labels when it is read again, so that attribute, given in the "
+                "order of the data, fits other samples; turn off shuffling, or give (input, label, "
+                "attribute) batches"
+            )
         y = head.require_retrainable().numpy()
         weight, bias = standardised_regression(np.concatenate(versions), np.tile(y, 2), self.C)
         completion = resemblance(head, versions[1], self.seed)
@@ -148,8 +155,8 @@ class CounterfactualRetraining:
 
     def _donors(
         self, reader: HeadReader, data: Data, attribute: Attribute
-    ) -> tuple[Exchange, list[DonorPool]]:
-        """Return pools of images without and with the feature, by one pass; check all data."""
+    ) -> tuple[Exchange, list[DonorPool], Tensor]:
+        """Return pools of images without and with the feature, and all labels; check all data."""
         exchange: Exchange | None = None
         pools = [DonorPool(self.donors), DonorPool(self.donors)]
         keys = np.random.default_rng([self.seed, 0])
@@ -172,8 +179,8 @@ class CounterfactualRetraining:
                     f"attribute: no sample {what} the feature; images are completed from samples "
                     "of both kinds"
                 )
-        exchange.head_features(torch.empty(0), together(labels, "labels")).require_retrainable()
-        return exchange, pools
+        every = exchange.head_features(torch.empty(0), together(labels, "labels"))
+        return exchange, pools, every.require_retrainable()
 
     @staticmethod
     def _batches(

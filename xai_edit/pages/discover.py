@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xai_edit.core.files import write_atomically
+from xai_edit.discovery.conclude import GROUP
 from xai_edit.discovery.evidence import GROUPS
 from xai_edit.discovery.findings import Finding, Findings, sentence
 from xai_edit.discovery.marks import VERDICTS
@@ -125,7 +126,7 @@ def _parts(
         "<code>prune</code> takes them.</p>"
     )
     return [
-        Notes(first if outstanding else "nothing stands out"),
+        Notes(findings.answer or first),
         explained if all_ else "",
         NOT_SHOWN if all_ and not pictures else "",
         _strip(findings, classes, names),
@@ -242,6 +243,7 @@ def _groups(number: int, finding: Finding, findings: Findings, name: str) -> str
             f'<td data-found="{ablated}">{ablated}</td></tr>'
         )
     without = "accuracy when it is taken away" if labelled else "predicted as before without it"
+    without += f" (of each group at most {GROUP} samples that were not used to find it)"
     heads = ["group", "samples", *(["accuracy"] if labelled else []), without]
     head = "".join(f'<th scope="col">{one}</th>' for one in heads)
     return (
