@@ -24,7 +24,7 @@ from xai_edit.evaluation.model_check import ACCEPTED_SHARE, Figure, ModelCheck
 from xai_edit.evaluation.parts_check import PARTS, Tried
 from xai_edit.evaluation.relevance_shares import INPUT, LEAST, relevance_shares, stages_of
 from xai_edit.lrp.check_lrp import check_lrp
-from xai_edit.lrp.diagnosis import Finding
+from xai_edit.lrp.diagnosis import Diagnosis
 from xai_edit.lrp.lrp import LRP
 
 FEW = 8  # samples for LRP; other parts take fewer
@@ -106,13 +106,13 @@ def _outputs(model: nn.Module, batch: Batch, check: ModelCheck) -> None:
     final = final_name(tensor_of(output))
     if final is not None and not any("what goes into it" in str(one) for one in check.findings):
         message = f"the output is a {final}; scores start at what goes into it"
-        check.warnings.append(Finding("warning", "", message))
+        check.warnings.append(Diagnosis("warning", "", message))
     if final is None and _probabilities(found):
         message = (
             "its outputs look like probabilities, and no final softmax or sigmoid is found; "
             "scores are to start at logits, which outputs= can name"
         )
-        check.warnings.append(Finding("warning", "", message))
+        check.warnings.append(Diagnosis("warning", "", message))
     if batch.labels is None:
         works = "needs labels: give (inputs, labels)"
         check.figures.append(Figure("accuracy", None, "well above chance", None, works))
@@ -136,7 +136,7 @@ def _accuracy(outputs: Tensor, labels: Tensor, check: ModelCheck) -> None:
     if bool(((labels < 0) | (labels >= classes)).any()):
         wrong = labels[(labels < 0) | (labels >= classes)][0].item()
         message = f"label {wrong} is none of the {classes} classes of the outputs"
-        check.warnings.append(Finding("warning", "", message))
+        check.warnings.append(Diagnosis("warning", "", message))
         return
     said = logits.argmax(1)
     value, n = float((said == labels).double().mean()), len(labels)
@@ -150,7 +150,7 @@ def _accuracy(outputs: Tensor, labels: Tensor, check: ModelCheck) -> None:
             "are inputs scaled, normalised and ordered (channels, classes) as in training? "
             "With few samples, give more"
         )
-        check.warnings.append(Finding("warning", "", message))
+        check.warnings.append(Diagnosis("warning", "", message))
 
 
 def _shares(model: nn.Module, few: Any, scorer: LRP, target: Target, check: ModelCheck) -> None:
@@ -174,4 +174,4 @@ def _shares(model: nn.Module, few: Any, scorer: LRP, target: Target, check: Mode
             f"{len(lost)} stages get less than {LEAST:.0%}; scores there are of what is left, so "
             "take a layer nearer to the output or another rule"
         )
-        check.warnings.append(Finding("warning", "" if where[0] == INPUT else where[0], message))
+        check.warnings.append(Diagnosis("warning", "" if where[0] == INPUT else where[0], message))

@@ -8,7 +8,7 @@ from typing import Any
 
 from xai_edit.core.text import aligned
 from xai_edit.lrp.check_lrp import LRPCheck
-from xai_edit.lrp.diagnosis import Finding
+from xai_edit.lrp.diagnosis import Diagnosis
 
 ACCEPTED_RATIO = "1 where relevance is conserved; biases and layers beside it keep a part"
 ACCEPTED_SHARE = "from 0.01; far above 1 parts cancel"
@@ -60,7 +60,7 @@ class ModelCheck:
     ----------
     lrp : xai_edit.lrp.LRPCheck
         Of the composite that was asked for; ``scorer``, ``canonizers`` and ``ratios`` are its own.
-    warnings : list of Finding
+    warnings : list of Diagnosis
         About the outputs, the accuracy and lost relevance.
     figures : list of Figure
     shares : dict of float
@@ -70,7 +70,7 @@ class ModelCheck:
     """
 
     lrp: LRPCheck
-    warnings: list[Finding] = field(default_factory=list)
+    warnings: list[Diagnosis] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
@@ -96,7 +96,7 @@ class ModelCheck:
         return self.lrp.ratios
 
     @property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[Diagnosis]:
         """All findings, errors first."""
         return sorted([*self.lrp.findings, *self.warnings], key=lambda one: one.severity)
 

@@ -20,7 +20,7 @@ from xai_edit.core.outputs import one_logit, outputs_of
 from xai_edit.core.targets import Target, Targets, targets_of, weights_of
 from xai_edit.core.trace import Operation, trace
 from xai_edit.lrp.canonizers import is_lrp, rules_of
-from xai_edit.lrp.diagnosis import Finding, of_the_forward_pass, of_the_weights
+from xai_edit.lrp.diagnosis import Diagnosis, of_the_forward_pass, of_the_weights
 from xai_edit.lrp.lrp import LRP
 
 
@@ -33,7 +33,7 @@ class LRPCheck:
     scorer : str
     canonizers : list of str
         The ones to apply.
-    findings : list of Finding
+    findings : list of Diagnosis
         Errors first; scoring raises on them.
     ratios : dict of float
         Per layer Σ relevance / Σ logit over the samples: 1 if relevance is conserved, less if
@@ -43,7 +43,7 @@ class LRPCheck:
 
     scorer: str
     canonizers: list[str]
-    findings: list[Finding]
+    findings: list[Diagnosis]
     ratios: dict[str, float]
 
     @property
@@ -112,7 +112,7 @@ def check_lrp(
         finite(values, "inputs")
     findings = of_the_weights(model)
     findings += [
-        Finding("warning", name, "a batch norm in training mode; scored as in evaluation mode")
+        Diagnosis("warning", name, "a batch norm in training mode; scored as in evaluation mode")
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
     ][:1]
@@ -133,7 +133,7 @@ def check_lrp(
                 f"it is called more than once ({found.calls[path]} times) in a forward pass, so "
                 "a score of its units would mix the calls; name other layers"
             )
-            findings.append(Finding("error", path, message))
+            findings.append(Diagnosis("error", path, message))
     findings.sort(key=lambda one: one.severity)
     ratios: dict[str, float] = {}
     if not any(one.severity == "error" for one in findings):
@@ -141,13 +141,13 @@ def check_lrp(
             ratios = _ratios(model, inputs, scorer, names, target)
         except ValueError as problem:
             named = [name for name in names if repr(name) in str(problem)]
-            findings.append(Finding("error", named[0] if named else "", str(problem)))
+            findings.append(Diagnosis("error", named[0] if named else "", str(problem)))
     return LRPCheck(repr(scorer), [type(one).__name__ for one in used], findings, ratios)
 
 
 def _gates(
     operations: Sequence[Operation], model: nn.Module, composite: Composite
-) -> list[Finding]:
+) -> list[Diagnosis]:
     """Return a warning about products with a gate, whose layers get no relevance."""
     rules = rules_of(composite, model) if is_lrp(composite, model) else {}
     products = {one.module for one in operations if one.name == "mul" and one.joins}
@@ -157,7 +157,7 @@ def _gates(
         "it multiplies two tensors that depend on the data; relevance goes to the larger, and the "
         f"layers that only make the other, a gate, get none{more}"
     )
-    return [Finding("warning", path, message) for path in gates[:1]]
+    return [Diagnosis("warning", path, message) for path in gates[:1]]
 
 
 def explained(

@@ -26,7 +26,7 @@ from xai_edit.lrp.operation_rules import ACTIVATIONS
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """A problem of a module, and what would help; scoring raises on an error."""
 
     severity: Literal["error", "warning"]
@@ -38,27 +38,27 @@ class Finding:
         return f"{self.severity}: {where}: {self.message}"
 
 
-def of_the_weights(model: nn.Module) -> list[Finding]:
+def of_the_weights(model: nn.Module) -> list[Diagnosis]:
     """Return the errors that need no data: hooks and half precision."""
-    findings: list[Finding] = []
+    findings: list[Diagnosis] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             message = "it is TorchScript, which no rule reaches; use the model it was made from"
-            return [Finding("error", name, message)]
+            return [Diagnosis("error", name, message)]
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(hook_of_zennit(hook) for hook in hooks):
             message = (
                 "a Zennit composite is registered on it already, so that two rules would act; "
                 "call composite.remove() or leave its context first"
             )
-            findings.append(Finding("error", name, message))
+            findings.append(Diagnosis("error", name, message))
     half = [(name, one.dtype) for name, one in model.named_parameters() if one.dtype in HALF]
     for name, dtype in half[:1]:
         message = (
             f"its parameters are {dtype}, in which the quotients of a rule have three digits and "
             "overflow; score copy.deepcopy(model).float()"
         )
-        findings.append(Finding("error", name.rpartition(".")[0], message))
+        findings.append(Diagnosis("error", name.rpartition(".")[0], message))
     return findings
 
 
@@ -68,7 +68,7 @@ def of_the_forward_pass(
     composite: Composite,
     layers: Sequence[str] = (),
     canonizers: Sequence[Canonizer] = (),
-) -> list[Finding]:
+) -> list[Diagnosis]:
     """Return the findings about the operations and calls of a forward pass.
 
     Operations before the earliest of the scored ``layers`` do not matter; without layers, all do.
@@ -80,14 +80,14 @@ def of_the_forward_pass(
         known |= RULES.keys()
     if composite.module_map({}, "", nn.ReLU()) is None:
         known |= ACTIVATIONS  # they keep their gradient, like their modules
-    findings: list[Finding] = []
+    findings: list[Diagnosis] = []
     of_parameters = any(one.dtype in HALF for one in model.parameters())  # see `of_the_weights`
     if found.halved is not None and not of_parameters:
         message = "it computes in half precision (autocast), where the quotients of a rule overflow"
-        findings.append(Finding("error", found.halved, message))
+        findings.append(Diagnosis("error", found.halved, message))
     if found.final is not None:
         message = f"the output is a {found.final.name}; scores start at what goes into it"
-        findings.append(Finding("warning", found.final.module, message))
+        findings.append(Diagnosis("warning", found.final.module, message))
     if is_lrp(composite, model):
         without = [
             one
@@ -98,7 +98,7 @@ def of_the_forward_pass(
     for name, module in model.named_modules():
         rule, calls = rules[name], found.calls[name]
         if calls and rule is None and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            findings.append(Finding("warning", name, "the composite has no rule for it"))
+            findings.append(Diagnosis("warning", name, "the composite has no rule for it"))
         if calls < 2 or rule is None or isinstance(direct(rule), DirectHook):
             continue
         if type(rule).forward is not Hook.forward:
@@ -106,18 +106,18 @@ def of_the_forward_pass(
                 f"it is called {calls} times, and its hook {type(rule).__name__} would use the "
                 "values of the last call for each; use one module for each call"
             )
-            findings.append(Finding("error", name, message))
+            findings.append(Diagnosis("error", name, message))
     return findings
 
 
-def _without_rule(operations: list[Operation], model: nn.Module) -> list[Finding]:
+def _without_rule(operations: list[Operation], model: nn.Module) -> list[Diagnosis]:
     """Return one finding for each kind of module and operation."""
     modules: dict[tuple[str, str, str], dict[str, None]] = {}
     for one in operations:
         kind = type(model.get_submodule(one.module)).__name__
         modules.setdefault((kind, one.name, one.line), {})[one.module] = None
     return [
-        Finding(
+        Diagnosis(
             "error",
             next(iter(paths)),
             f"{kind} runs {name!r} ({line}), for which there is no relevance rule, and its plain "
@@ -129,7 +129,7 @@ def _without_rule(operations: list[Operation], model: nn.Module) -> list[Finding
     ]
 
 
-def refuse(findings: list[Finding]) -> None:
+def refuse(findings: list[Diagnosis]) -> None:
     """Raise ValueError if one of the findings is an error."""
     errors = [one for one in findings if one.severity == "error"]
     if errors:

@@ -36,7 +36,7 @@ from xai_edit.lrp.canonizers import (
     unmerged_norms,
     with_own_rules,
 )
-from xai_edit.lrp.diagnosis import Finding, of_the_forward_pass, of_the_weights, refuse
+from xai_edit.lrp.diagnosis import Diagnosis, of_the_forward_pass, of_the_weights, refuse
 from xai_edit.lrp.relevance_at_layers import Gather
 from xai_edit.lrp.rounding import report_rounding, rounding
 
@@ -210,7 +210,7 @@ class LRP:
 
     def findings_as_canonized(
         self, model: nn.Module, sample: Inputs, layers: Sequence[str]
-    ) -> list[Finding]:
+    ) -> list[Diagnosis]:
         """Return the findings of a forward pass under the composite's own canonizers."""
         canonizers = self.composite.canonizers
         with preserved(model), canonized(model, canonizers):
