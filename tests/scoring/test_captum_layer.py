@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from xai_edit import CaptumLayer, score_units
+from xai_edit.core.guard import preserved
 
 METHODS = {
     "LayerConductance": {"n_steps": 4},
@@ -110,9 +111,10 @@ def directly(method, model, name, x, **arguments):
     layer = twin.get_submodule(name.removesuffix(":input"))
     if method != "LayerActivation":
         arguments["target"] = TARGETS
-    values = getattr(ca, method)(twin, layer).attribute(
-        x, **arguments, attribute_to_layer_input=name.endswith(":input")
-    )
+    with preserved(twin):  # the fast path of transformer layers calls no module inside
+        values = getattr(ca, method)(twin, layer).attribute(
+            x, **arguments, attribute_to_layer_input=name.endswith(":input")
+        )
     return (values[0] if isinstance(values, tuple) else values).detach()
 
 
