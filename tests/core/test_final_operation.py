@@ -111,6 +111,7 @@ def total(outputs):
         lambda z: torch.stack([1 - z[:, 0].sigmoid(), z[:, 0].sigmoid()], 1),
         lambda z: z.softmax(1)[:, 1],
         lambda z: 1 - z.softmax(1)[:, 1:2],
+        lambda z: torch.ones(len(z)) - z.softmax(1)[:, 1],
     ],
 )
 @pytest.mark.parametrize("scorer", [xe.LRP(), xe.Activation(), xe.Taylor()])

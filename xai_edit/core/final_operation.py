@@ -25,6 +25,7 @@ _MOVED = """
 _CHANGING_SHAPE = frozenset(_MOVED.split())
 _PASSED = frozenset(["clamp", "log", "dropout"])
 """Operations that may follow it and keep the order of classes."""
+_CONSTANT = frozenset("ones zeros full ones_like zeros_like full_like tensor as_tensor".split())
 KEPT = 4  # calls that may be the last: a model may return several outputs
 
 
@@ -71,6 +72,9 @@ class _Following(TorchFunctionMode):
         if not isinstance(output, Tensor):
             return
         name, given = _name(func), args[0] if args else None
+        if name in _CONSTANT:
+            output._xai_edit_constant = True  # type: ignore[attr-defined]
+            return
         if (made := name if name in _PROBABILITIES else _made_of((args, named))) is not None:
             output._xai_edit_made_of = made  # type: ignore[attr-defined]
         if name in FINAL and isinstance(given, Tensor):
@@ -131,8 +135,12 @@ def made_of_final(output: Tensor) -> str | None:
 
 
 def _made_of(given: Any) -> str | None:
-    """Return the softmax or sigmoid that all tensors among an operation's arguments are made of."""
-    names = [made_of_final(one) for one in tensors_in(given)]
+    """Return the softmax or sigmoid that all tensors among an operation's arguments are made of.
+
+    Tensors of constants do not count.
+    """
+    tensors = [one for one in tensors_in(given) if not hasattr(one, "_xai_edit_constant")]
+    names = [made_of_final(one) for one in tensors]
     return names[0] if names and None not in names else None
 
 
