@@ -25,7 +25,8 @@ _MOVED = """
 _CHANGING_SHAPE = frozenset(_MOVED.split())
 _PASSED = frozenset(["clamp", "log", "dropout"])
 """Operations that may follow it and keep the order of classes."""
-_CONSTANT = frozenset("ones zeros full ones_like zeros_like full_like tensor as_tensor".split())
+_CONSTANT = frozenset(["ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "tensor"])
+_SEEN_FIRST = FINAL | _CONSTANT  # before anything is followed
 KEPT = 4  # calls that may be the last: a model may return several outputs
 
 
@@ -58,7 +59,7 @@ class _Following(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
-        if not self.kept and _name(func) not in FINAL:
+        if not self.kept and _name(func) not in _SEEN_FIRST:
             return func(*args, **named)
         before = args[0] if args else named.get("input")
         if _name(func) in FINAL and _in_place(func) and isinstance(before, Tensor):
