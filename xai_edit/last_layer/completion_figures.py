@@ -69,7 +69,7 @@ def not_credible(found: dict[str, Any], held: dict[str, Any]) -> str | None:
         )
     after = held["real"]["after"]
     real, completed = after["worst"], held["completed"]["after"]["worst"]
-    if after["images"] >= ENOUGH and completed - real > APART:
+    if after["images"] >= ENOUGH and completed - real > APART:  # none have None
         return (
             "completed images are not like real ones: of held-out images, the retrained last layer "
             f"gets {real:.0%} of the worst real group right and {completed:.0%} of the worst "
@@ -89,26 +89,24 @@ def held_out(
 
     Retraining is on ``versions`` without and with the feature. Of the worst group and balanced over
     groups (class × feature): of images as they are, where groups without images do not count, and
-    of the ``judged`` versions; ``images`` are those of the worst group. 0 where the halves hold too
-    few images to retrain and judge.
+    of the ``judged`` versions; ``images`` are those of the worst group.
+    None where the halves hold too few images to retrain and judge.
     """
     y, has, x = _columns(head)
     fit, held = halves(y * 2 + has, np.random.default_rng([seed, 4]))
     classes, every = np.unique(y[fit]), np.arange(head.classes)
     old = head.weight.double().numpy(), head.require_bias().double().numpy(), every
-    new = np.zeros((1, x.shape[1])), np.zeros(1), np.array([-1])
+    new = None
     if len(classes) > 1:
         features = np.concatenate([one[fit] for one in versions])
-        new = *standardised_regression(features, np.tile(y[fit], 2), C), classes
+        new = (*standardised_regression(features, np.tile(y[fit], 2), C), classes)
     completed = np.concatenate([one[held] for one in judged])
     twice = np.tile(y[held], 2), np.repeat([0, 1], len(held))
     sets = {"real": (x[held], y[held], has[held]), "completed": (completed, *twice)}
     return {
         name: {
-            when: _accuracies(
-                known[(features @ weight.T + bias).argmax(1)] == labels, labels, kinds
-            )
-            for when, (weight, bias, known) in (("before", old), ("after", new))
+            when: _accuracies(model, features, labels, kinds)
+            for when, model in (("before", old), ("after", new))
         }
         for name, (features, labels, kinds) in sets.items()
     }
@@ -119,11 +117,15 @@ def _columns(head: HeadFeatures) -> tuple[Array, Array, Array]:
     return head.require_labels().numpy(), head.attribute.numpy(), head.features.double().numpy()
 
 
-def _accuracies(right: Array, y: Array, has: Array) -> dict[str, float]:
-    if not len(y):
-        return {"worst": 0.0, "balanced": 0.0, "images": 0}
+def _accuracies(
+    model: tuple[Array, Array, Array] | None, x: Array, y: Array, has: Array
+) -> dict[str, Any]:
+    if model is None or not len(y):
+        return {"worst": None, "balanced": None, "images": 0}
+    weight, bias, known = model
+    right = known[(x @ weight.T + bias).argmax(1)] == y
     cells = np.unique(y * 2 + has, return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(cells)
     each = np.bincount(cells, right) / sizes
-    worst = {"worst": float(each.min()), "images": int(sizes[each.argmin()])}
+    worst: dict[str, Any] = {"worst": float(each.min()), "images": int(sizes[each.argmin()])}
     return worst | {"balanced": float(each.mean())}

@@ -234,7 +234,7 @@ class CounterfactualRetraining:
             effect = moves[size][row] - np.delete(moves[size], row).mean()
             figures[size] = {
                 "effect": float(effect),
-                "worst": min(held[name]["after"]["worst"] for name in held),
+                "worst": min(held[name]["after"]["worst"] or 0.0 for name in held),
             }
         return figures
 

@@ -146,11 +146,11 @@ def pair_discovery(summary: Summary) -> dict[str, Table]:
             ranks = [rank for rank in figures["rank"] if rank is not None]
             counts = [sum(rank < most for rank in ranks) for most in (1, 3)]
             standing = sum(bool(count) for count in figures["standing_out"])
-            cells = [_of_known(figures[figure]) for figure in ("auroc", "score", "other")]
+            cells = [_each(figures[figure]) for figure in ("auroc", "score", "other")]
             rows.append([method, *map(str, counts), *cells, str(standing)])
         tables[f"findings, {title}"] = rows
         worst = [["edit", "worst group"]]
-        worst += [[method, _of_known(values)] for method, values in part["worst"].items()]
+        worst += [[method, _each(values)] for method, values in part["worst"].items()]
         tables[f"worst group, {title}"] = worst
     return tables
 
@@ -235,6 +235,13 @@ def _interval(spread: Sequence[float] | None, digits: int = 2) -> str:
         return f"{mean:.3f}"
     half = stats.t.ppf(0.975, number - 1) * deviation / math.sqrt(number)
     return f"{mean:.3f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+
+
+def _each(values: Sequence[float | None]) -> str:
+    """Return the values that are known, network by network, or the interval of five and more."""
+    known = [value for value in values if value is not None]
+    few = len(known) < 5  # an interval of so few says little
+    return ", ".join(f"{value:.3f}" for value in known) if few else _of_known(known)
 
 
 def _of_known(values: Sequence[float | None]) -> str:
