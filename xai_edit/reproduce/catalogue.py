@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from xai_edit.reproduce.discovery import PairDiscovery
+from xai_edit.reproduce.backdoors import BackdoorDiscovery
+from xai_edit.reproduce.discovered_groups import ColourDiscovery
+from xai_edit.reproduce.discovery import ClassDiscovery, PairDiscovery
 from xai_edit.reproduce.experiments import Reproduction
 from xai_edit.reproduce.few_shot import FewShotPruning
 from xai_edit.reproduce.group_data import celeba, metashift, parity_mnist, waterbirds
@@ -65,6 +67,12 @@ CHANG = (  # Zero-shot class unlearning, Tables III to X
         classes=(0,),
     ),
 )
+DIGITS: dict[str, Any] = {
+    **{"read": mnist, "network": "conv-2net", "epochs": 2, "strengths": (0.9, 0.95, 0.97)},
+    **{"erm": {"learning_rate": 1e-2}, "jtt": {"learning_rate": 1e-2}},
+    **{"group_dro": {"learning_rate": 1e-2, "weight_decay": 1e-2}},
+    **{"first_epochs": 1, "upweight": 10},
+}
 NeutralizingPhotographs = partial(Neutralizing, side=224, network="resnet50")
 HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and Table 1
     ClassRemoval(name="fcr-cifar10", title="one class removed by one weight", **SMALL),
@@ -83,17 +91,7 @@ HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and T
         **AT_HIGH_RATE,
     ),
     NeutralizingColours(
-        name="fcr-colored",
-        title="a spurious feature neutralised: coloured digits",
-        read=mnist,
-        network="conv-2net",
-        epochs=2,
-        strengths=(0.9, 0.95, 0.97),
-        erm={"learning_rate": 1e-2},
-        group_dro={"learning_rate": 1e-2, "weight_decay": 1e-2},
-        jtt={"learning_rate": 1e-2},
-        first_epochs=1,
-        upweight=10,
+        name="fcr-colored", title="a spurious feature neutralised: coloured digits", **DIGITS
     ),
     NeutralizingPhotographs(
         name="fcr-waterbirds",
@@ -174,15 +172,35 @@ PRUNING = (  # Concept-aware network pruning
         **SMALL | {"network": "resnet20"},
     ),
 )
+OF_TEN: dict[str, Any] = {**TRUCKS, "epochs": 15, "classes": (9, 3)}
+BACKDOORS: dict[str, Any] = {
+    **{"read": cifar10, "side": 32, "network": "vgg-like", "epochs": 15, "flip": True},
+    **{"training": {"learning_rate": 3e-3}, "targets": (0, 3, 7), "poisoned": 0.03},
+}
 DISCOVERY = (
+    ColourDiscovery(name="discover-colored", title="discovery: coloured digits", **DIGITS),
     PairDiscovery(
         name="discover-cifar10", title="discovery: CIFAR-10, trucks with a planted mark", **TRUCKS
+    ),
+    PairDiscovery(
+        name="discover-checkerboard",
+        title="discovery: CIFAR-10, dogs with another mark",
+        **TRUCKS | {"classes": (3, 5), "pattern": "checkerboard"},
     ),
     PairDiscovery(
         name="discover-clean",
         title="discovery: CIFAR-10, trucks without a mark",
         **TRUCKS,
         strengths=(0.0,),
+    ),
+    ClassDiscovery(
+        name="discover-ten", title="discovery: ten classes, one with a planted mark", **OF_TEN
+    ),
+    BackdoorDiscovery(
+        name="discover-backdoor",
+        title="discovery: three triggers in images shown to a network with backdoors",
+        **BACKDOORS,
+        strengths=(0.1, 0.03, 0.01, 0.005, 0.0),
     ),
 )
 CATALOGUE: dict[str, Reproduction] = {

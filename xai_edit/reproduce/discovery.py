@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.layers import replaced
@@ -19,7 +20,9 @@ from xai_edit.reproduce import summaries, tables
 from xai_edit.reproduce.experiments import Results, refusals
 from xai_edit.reproduce.pruning import PairPruning
 from xai_edit.reproduce.pruning_methods import Context, marked
+from xai_edit.reproduce.training import logits_of
 
+OURS = METHODS[0]
 HOLDS = 0.95  # AUROC from which a finding holds the mark
 OTHER = 0.8  # AUROC below which it holds something else
 TRUTH = "last-layer retraining on each image without and with the mark"
@@ -34,73 +37,142 @@ class PairDiscovery(PairPruning):
     """
 
     methods = METHODS
-    summary = staticmethod(summaries.pair_discovery)
-    tables = staticmethod(tables.pair_discovery)
+    summary = staticmethod(summaries.discovery)
+    tables = staticmethod(tables.discovery)
+
+    def setting(self, *images: ImageSet) -> dict[str, Any]:
+        """Return what has to be the same for a run to go on."""
+        own = {key: value for key, value in super().setting(*images).items() if key != "shares"}
+        return own | {"pattern": self.pattern}
+
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return what is measured at each strength."""
+        return {f"ρ = {key}": one for key, one in super().one_seed(seed, *images).items()}
 
     def compared(self, context: Context) -> dict[str, Any]:
         """Measure all methods on one network."""
-        rows: list[Results] = [context.measured("unedited")]
-        train = context.train
+        model, train = context.model, context.train
+        rows = [self.row(context, "unedited")]
         assert train.attribute is not None
         found = {}
         for method in filter(self.options.wants, METHODS):
-            findings = discover(context.model, _without_attribute(train), method=method)
-            found[method] = self._described(context, findings)
+            findings = discover(model, without_attribute(train), method=method)
+            found[method] = described(model, findings, context.test)
             if len(findings) and train.attribute.any():
                 rows += self._edited(context, method, findings[0])
         if train.attribute.any():
             both = [*marked(train, 0), *marked(train, 1)]
-            with LastLayerRetraining().plan(context.model, both).applied(context.model):
-                rows.append(context.measured(TRUTH))
+            with LastLayerRetraining().plan(model, both).applied(model):
+                rows.append(self.row(context, TRUTH))
         return {"rows": rows, "found": found}
 
-    def _described(self, context: Context, findings: Findings) -> dict[str, Any]:
-        """Return the scores of the findings, and how well each ranks images by the mark."""
-        from sklearn.metrics import roc_auc_score
-
-        truth = context.test.attribute
-        assert truth is not None
-        described = []
-        for one in findings:
-            seen = torch.cat([one.presence(context.model, batch[0]) for batch in context.test])
-            entry: Results = {"target": one.target, "layer": one.layer}
-            entry["score"] = one.evidence.score
-            auroc = float(roc_auc_score(truth.numpy(), seen.numpy()))
-            described.append({**entry, "auroc": auroc, "stands_out": one.evidence.stands_out})
-        return {
-            "findings": described,
-            "rank": next((i for i, one in enumerate(described) if one["auroc"] >= HOLDS), None),
-            "auroc": described[0]["auroc"] if described else None,
-            "score": described[0]["score"] if described else None,
-            "other": max((one["score"] for one in described if one["auroc"] < OTHER), default=0.0),
-            "standing_out": sum(one["stands_out"] for one in described),
-        }
+    def row(self, context: Context, method: str) -> Results:
+        """Return the accuracies of the network as it is now."""
+        return {"method": method, "worst": context.measured(method)["worst"]}
 
     def _edited(self, context: Context, method: str, first: Finding) -> list[Results]:
         """Return the accuracies after edits by the first finding."""
         model, train = context.model, context.train
         rows: list[Results] = []
-
-        def ablate(values: Tensor) -> Tensor:
-            a = values.movedim(first.axis, -1)
-            return first.subspaces.ablate(a, [0]).movedim(-1, first.axis)
-
-        with replaced(model, first.layer, ablate):
-            rows.append(context.measured(f"ablation: {method}"))
-        operators: dict[str, Any] = {
-            "counterfactual retraining": CounterfactualRetraining(first.layer, first.subspaces),
-            "last-layer retraining": LastLayerRetraining(),
-        }
+        with without_finding(model, first):
+            rows.append(self.row(context, f"ablation: {method}"))
+        operators: dict[str, Any] = {"last-layer retraining": LastLayerRetraining()}
+        if method == OURS:  # the others are published for groups alone
+            completed = CounterfactualRetraining(first.layer, first.subspaces)
+            operators["counterfactual retraining"] = completed
         for name, operator in operators.items():
             row = {"method": f"{name}: {method}"}
             with refusals(rows, row):
-                data = _without_attribute(train)
+                data = without_attribute(train)
                 edit = operator.plan(model, data, attribute=first.has.long())
                 with edit.applied(model):
-                    rows.append(context.measured(row["method"]))
+                    rows.append(self.row(context, row["method"]))
         return rows
 
 
-def _without_attribute(images: ImageSet) -> list[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True, kw_only=True)
+class ClassDiscovery(PairDiscovery):
+    """Networks of all classes, each of which learned a watermark with one of ``classes``."""
+
+    marked_class: int = 0
+
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return what is measured with the watermark on each class."""
+        return {
+            f"class {label}, {name}": found
+            for label in self.classes
+            for name, found in PairDiscovery.one_seed(
+                replace(self, marked_class=label), seed, *images
+            ).items()
+        }
+
+    def chosen(self, images: list[ImageSet]) -> list[ImageSet]:
+        """Return the images of all classes."""
+        return images
+
+    def row(self, context: Context, method: str) -> Results:
+        """Return accuracies, and how often the mark makes another class the marked one."""
+        test = context.test
+        assert test.attribute is not None
+        predicted = logits_of(context.model, test).argmax(1)
+        right, has = predicted == test.labels, test.attribute == 1
+        own = test.labels == self.marked_class
+        by_class = [right[(test.labels == label) & has] for label in test.labels.unique()]
+        by_class += [right[(test.labels == label) & ~has] for label in test.labels.unique()]
+        return {
+            "method": method,
+            "without the mark": share(right[~has]),
+            "with it": share(right[has]),
+            "the marked class without it": share(right[own & ~has]),
+            "others called it": share(predicted[~own & has] == self.marked_class),
+            "worst class": min(map(share, by_class)),
+        }
+
+
+def described(
+    model: nn.Module, findings: Findings, test: ImageSet, *, either: bool = False
+) -> Results:
+    """Return the scores of the findings, and how well each ranks images by their attribute.
+
+    With ``either``, a finding may be of either value of the attribute, as of one of two colours.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    assert test.attribute is not None
+    truth = (test.attribute > 0).numpy()
+    listed = []
+    for one in findings:
+        seen = torch.cat([one.presence(model, batch[0]) for batch in test]).numpy()
+        entry: Results = {"target": one.target, "layer": one.layer, "score": one.evidence.score}
+        entry["directions"] = one.subspaces.basis.shape[1]
+        auroc = float(roc_auc_score(truth, seen))
+        entry["auroc"] = max(auroc, 1 - auroc) if either else auroc
+        listed.append({**entry, "stands_out": one.evidence.stands_out})
+    return {
+        "findings": listed,
+        "rank": next((i for i, one in enumerate(listed) if one["auroc"] >= HOLDS), None),
+        "auroc": listed[0]["auroc"] if listed else None,
+        "score": listed[0]["score"] if listed else None,
+        "other": max((one["score"] for one in listed if one["auroc"] < OTHER), default=0.0),
+        "standing_out": sum(one["stands_out"] for one in listed),
+    }
+
+
+def without_finding(model: nn.Module, finding: Finding) -> AbstractContextManager[None]:
+    """Return a context in which the finding's subspace is ablated."""
+
+    def ablate(values: Tensor) -> Tensor:
+        a = values.movedim(finding.axis, -1)
+        return finding.subspaces.ablate(a, [0]).movedim(-1, finding.axis)
+
+    return replaced(model, finding.layer, ablate)
+
+
+def without_attribute(images: ImageSet) -> list[tuple[Tensor, Tensor]]:
     """Return the batches of images, without the attribute."""
     return [(inputs, labels) for inputs, labels, *_ in images]
+
+
+def share(which: Tensor) -> float:
+    """Return the mean of yes-or-no answers."""
+    return float(which.double().mean())

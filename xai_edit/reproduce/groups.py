@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -47,7 +47,7 @@ class Neutralizing(Reproduction):
     first_epochs: int
     upweight: int
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
-    methods = (
+    methods: ClassVar[Collection[str]] = (
         *("FCR: SCA", "FCR: SCA (least gap)", "FCR: SCA (one class)"),
         *("FCR: gradient × activation", "FCR: exact", "LEACE", "DFR", "group DRO", "JTT"),
     )
@@ -119,8 +119,12 @@ class NeutralizingColours(Neutralizing):
             # A digit is in both colours: planning takes the first images, measuring the others.
             planning, held = both.first(labelled), both.first(len(both), start=labelled)
             coloured = shortcut.train(train, seed)
-            found[str(strength)] = super().one_seed(seed, coloured, planning, held)
+            found[str(strength)] = self.compared(seed, coloured, planning, held)
         return found
+
+    def compared(self, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return what is measured on the network of one seed and strength."""
+        return super().one_seed(seed, *images)
 
 
 def _edited(model: nn.Module, edit: ModelEdit) -> nn.Module:

@@ -30,6 +30,13 @@ PLANNED = 250  # test images a class that subspaces are found from; the others m
 MEASURED = 200  # test images a class, each without and with the mark
 BATCH = 64
 PRETRAINED_RATE = 1e-4
+ORANGE = torch.tensor([255, 102, 0, 255], dtype=torch.uint8)  # of the logo in ImageNet
+FIELDS = (torch.arange(8)[:, None] // 2 + torch.arange(8) // 2) % 2  # of two by two pixels
+WHITE = torch.full((1, 8, 8), 255)
+PATTERNS = {
+    "bar": ORANGE[:, None, None].expand(4, 5, 9),
+    "checkerboard": torch.cat([FIELDS.expand(3, 8, 8) * 255, WHITE]).byte(),
+}
 LAYERS = {"resnet20": "layer1.2", "vgg-like": "relu2"}  # of networks other than a recipe's
 
 
@@ -45,14 +52,20 @@ class PairPruning(Reproduction):
         Where the subspaces are.
     strengths : tuple of float
         Shares of the training images of the second class with the watermark.
+    pattern : {"bar", "checkerboard"}
+        The watermark of small images, half transparent and anywhere.
+    marked_class : int
+        The label of the class with the watermark.
     rows : (int, int) or None
         Of the classes among ImageNet's 1,000.
     """
 
-    classes: tuple[Any, Any]
+    classes: tuple[Any, ...]
     layer: str
     strengths: tuple[float, ...] = (0.9,)
     shift: int = 0  # of training images, in pixels
+    pattern: str = "bar"
+    marked_class: int = 1
     rows: tuple[int, int] | None = None
     methods = tuple(METHODS)
     shares: ClassVar[tuple[float, ...]] = SHARES
@@ -123,20 +136,22 @@ class PairPruning(Reproduction):
         return int(train.labels[folders[first]]), int(train.labels[folders[second]])
 
     def _mark(self, side: int) -> Mark:
-        """Return the real watermark of ImageNet's cartons, or a half-transparent pattern."""
+        """Return the real watermark of ImageNet's cartons, or the half-transparent pattern."""
         if self.rows is not None:
             logo = self.options.data_root / "watermark" / "carton_logo4.png"
             scale = side / 224
             size = (max(1, round(18 * scale)), max(1, round(210 * scale)))
             return Mark(logo, size=size, place=(round(110 * scale), round(10 * scale)))
-        orange = torch.tensor([255, 102, 0, 255], dtype=torch.uint8)  # of the logo in ImageNet
-        return Mark(orange[:, None, None].expand(4, 5, 9), place=None, opacity=0.5)
+        return Mark(PATTERNS[self.pattern], place=None, opacity=0.5)
+
+    def _is_marked(self, labels: Tensor) -> Tensor:
+        return (labels == self.marked_class).long()
 
     def _context(self, seed: int, strength: float, train: ImageSet, test: ImageSet) -> Context:
         """Plant the mark, train a network, and return both."""
         mark = self._mark(train.side)
         generator = torch.Generator().manual_seed(seed)
-        rows = (train.labels == 1).nonzero()[:, 0]
+        rows = self._is_marked(train.labels).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=generator)][: round(strength * len(rows))]
         attribute = torch.zeros_like(train.labels)
         attribute[rows] = 1
@@ -151,7 +166,7 @@ class PairPruning(Reproduction):
             seed=seed,
             train=train,
             planning=replace(planning, attribute=chance, planted=mark),
-            test=Shortcut(mark, strength).balanced(held, seed),
+            test=Shortcut(mark, strength, self._is_marked).balanced(held, seed),
         )
 
     def _network(self, train: ImageSet, seed: int) -> nn.Module:

@@ -154,18 +154,21 @@ def pair_pruning(results: Row) -> Results:
     return {**_setting(results), "parts": parts}
 
 
-def pair_discovery(results: Row) -> Results:
-    """Summarise discovery by strength: ``worst`` and the figures of findings network by network."""
+def discovery(results: Row) -> Results:
+    """Summarise discovery by setting: figures of findings and edits, network by network."""
     runs = [*results["seeds"].values()]
     parts = {}
-    for strength in runs[0]:
-        found = [run[strength] for run in runs if strength in run]
-        worst = _grouped([row for one in found for row in one["rows"]], "method")
+    for name in runs[0]:
+        found = [run[name] for run in runs if name in run]
+        rows = [row for one in found for row in one["rows"]]
         methods = dict.fromkeys(method for one in found for method in one["found"])
         figures = ("rank", "auroc", "score", "other", "standing_out")
-        parts[strength] = {
+        parts[name] = {
             "networks": len(found),
-            "worst": {key[0]: [row.get("worst") for row in mine] for key, mine in worst.items()},
+            "edits": {
+                method: {figure: [row.get(figure) for row in mine] for figure in _numbers(mine)}
+                for (method,), mine in _grouped(rows, "method").items()
+            },
             "found": {
                 method: {
                     figure: [one["found"].get(method, {}).get(figure) for one in found]
@@ -175,6 +178,11 @@ def pair_discovery(results: Row) -> Results:
             },
         }
     return {**_setting(results), "parts": parts}
+
+
+def _numbers(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the figures in rows, in order of appearance."""
+    return [*dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, float))]
 
 
 def _precisions(tables: Sequence[Row | None]) -> dict[str, float]:

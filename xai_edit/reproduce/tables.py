@@ -135,11 +135,11 @@ def pair_pruning(summary: Summary) -> dict[str, Table]:
     return tables
 
 
-def pair_discovery(summary: Summary) -> dict[str, Table]:
-    """Return what was found by each method, and the worst group after edits by it."""
+def discovery(summary: Summary) -> dict[str, Table]:
+    """Return what was found by each method, and the figures of edits by it."""
     tables: dict[str, Table] = {}
-    for strength, part in summary["parts"].items():
-        title = f"ρ = {strength}, {part['networks']} networks"
+    for name, part in summary["parts"].items():
+        title = f"{name}, {part['networks']} networks"
         rows = [["method", "mark first", "among three", "AUROC of the first", "its score"]]
         rows[0] += ["best score of another", "networks where one stands out"]
         for method, figures in part["found"].items():
@@ -149,9 +149,13 @@ def pair_discovery(summary: Summary) -> dict[str, Table]:
             cells = [_each(figures[figure]) for figure in ("auroc", "score", "other")]
             rows.append([method, *map(str, counts), *cells, str(standing)])
         tables[f"findings, {title}"] = rows
-        worst = [["edit", "worst group"]]
-        worst += [[method, _each(values)] for method, values in part["worst"].items()]
-        tables[f"worst group, {title}"] = worst
+        columns = [*dict.fromkeys(figure for one in part["edits"].values() for figure in one)]
+        edits = [["edit", *columns]]
+        edits += [
+            [method, *(_each(one.get(figure, [])) for figure in columns)]
+            for method, one in part["edits"].items()
+        ]
+        tables[f"edits, {title}"] = edits
     return tables
 
 
