@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 
 import pytest
 import torch
@@ -55,6 +56,37 @@ def test_waterbirds_gives_bird_and_background_of_each_split(birds, split, expect
     values, labels, places = reds(waterbirds(birds, split, side=16))
     assert values == pytest.approx(expected[0], abs=2)
     assert (labels, places) == expected[1:]
+
+
+def packed(folder, table, names, header, rows, size):
+    folder.mkdir()
+    with tarfile.open(folder / "all.tar", "w") as archive:
+        for number, name in enumerate(names):
+            picture(folder.parent / "one.jpg", 10 * number, size)
+            archive.add(folder.parent / "one.jpg", name)
+    (folder / table).write_text("\n".join([header, *rows]) + "\n")
+
+
+def test_waterbirds_in_one_tar_file_are_squashed(tmp_path):
+    names = [f"bird/{number}.jpg" for number in range(len(ROWS))]
+    rows = [f"{n},{names[n]},{y},{split},{place},-" for n, (y, split, place) in enumerate(ROWS)]
+    packed(tmp_path / "waterbirds", "metadata.csv", names, HEADER, rows, (40, 50))
+    values, labels, places = reds(waterbirds(tmp_path, "train", side=16))
+    assert values == pytest.approx([0, 10, 40], abs=2)
+    assert (labels, places) == ([0, 1, 0], [0, 1, 1])
+    with tarfile.open(tmp_path / "waterbirds" / "all.tar", "w"):
+        pass
+    with pytest.raises(FileNotFoundError, match=r"all.tar has no bird/0.jpg"):
+        waterbirds(tmp_path, "train", side=16)
+
+
+def test_faces_in_one_tar_file_are_whole_and_those_added_are_left_out(tmp_path):
+    header = "file,split,natural_sample,Blond_Hair,Male"
+    rows = ["0.jpg,0,1,1,0", "1.jpg,0,0,1,1", "2.jpg,0,1,0,1", "3.jpg,2,1,0,0"]
+    packed(tmp_path / "celeba", "celeba.csv", [f"{n}.jpg" for n in range(4)], header, rows, (8, 10))
+    images = celeba(tmp_path, "train")
+    assert next(iter(images))[0].shape == (2, 3, 10, 8)
+    assert (images.labels.tolist(), images.attribute.tolist()) == ([1, 0], [0, 1])
 
 
 def test_images_are_opened_with_their_batch(birds):

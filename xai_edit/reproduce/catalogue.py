@@ -13,6 +13,7 @@ from xai_edit.reproduce.few_shot import FewShotPruning
 from xai_edit.reproduce.group_data import celeba, metashift, parity_mnist, waterbirds
 from xai_edit.reproduce.groups import Neutralizing, NeutralizingColours
 from xai_edit.reproduce.image_data import cifar10, cifar100, imagenet, mnist
+from xai_edit.reproduce.photographs import PhotographDiscovery
 from xai_edit.reproduce.pruning import PairPruning, TunedPairPruning
 from xai_edit.reproduce.removal import ClassRemoval, DigitRemoval, SeveralClassesRemoval
 from xai_edit.reproduce.unlearning import PATTERNS, RULES, Unlearning
@@ -195,6 +196,22 @@ DISCOVERY = (
     ),
     ClassDiscovery(
         name="discover-ten", title="discovery: ten classes, one with a planted mark", **OF_TEN
+    ),
+    PhotographDiscovery(
+        name="discover-waterbirds",
+        title="discovery: Waterbirds, backgrounds that nobody labels",
+        read=waterbirds,
+        side=128,
+        network="efficientnet-lite0",
+        epochs=5,
+    ),
+    PhotographDiscovery(
+        name="discover-celeba",
+        title="discovery: CelebA, blond hair and gender",
+        read=celeba,
+        side=89,
+        network="efficientnet-lite0",
+        epochs=4,
     ),
     BackdoorDiscovery(
         name="discover-backdoor",

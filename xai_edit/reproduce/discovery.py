@@ -130,11 +130,17 @@ class ClassDiscovery(PairDiscovery):
 
 
 def described(
-    model: nn.Module, findings: Findings, test: ImageSet, *, either: bool = False
+    model: nn.Module,
+    findings: Findings,
+    test: ImageSet,
+    *,
+    either: bool = False,
+    within: bool = False,
 ) -> Results:
     """Return the scores of the findings, and how well each ranks images by their attribute.
 
     With ``either``, a finding may be of either value of the attribute, as of one of two colours.
+    With ``within``, the AUROC is the least of those within the classes, of either value.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -145,8 +151,11 @@ def described(
         seen = torch.cat([one.presence(model, batch[0]) for batch in test]).numpy()
         entry: Results = {"target": one.target, "layer": one.layer, "score": one.evidence.score}
         entry["directions"] = one.subspaces.basis.shape[1]
-        auroc = float(roc_auc_score(truth, seen))
-        entry["auroc"] = max(auroc, 1 - auroc) if either else auroc
+        labels = test.labels.numpy() if within else 0 * test.labels.numpy()
+        parts = [labels == label for label in set(labels.tolist())]
+        aurocs = [float(roc_auc_score(truth[part], seen[part])) for part in parts]
+        either_way = [1 - auroc for auroc in aurocs] if either or within else aurocs
+        entry["auroc"] = max(min(aurocs), min(either_way))
         listed.append({**entry, "stands_out": one.evidence.stands_out})
     return {
         "findings": listed,

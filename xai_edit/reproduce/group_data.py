@@ -2,20 +2,23 @@
 
 Each reads ``split``, "train", "val" or "test", of a folder as images of ``side`` pixels. That all
 files are there is checked at once (FileNotFoundError), and so are the rows of tables (ValueError);
-an image is opened with its batch.
+an image is opened with its batch, those of a tar file at once.
 """
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torchvision.datasets.folder import is_image_file
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from xai_edit.core.checks import one_of
 from xai_edit.datasets.image_set import IMAGENET_MEAN, IMAGENET_STD, ImageSet
@@ -38,9 +41,15 @@ def waterbirds(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     """Read Waterbirds (Sagawa et al. 2020): land birds (0) and water birds (1).
 
     The attribute is the background, land (0) or water (1). It agrees with the label in 95 % of the
-    training images. The folder has the published ``waterbird_complete95_forest2water2``.
+    training images. The folder has the published ``waterbird_complete95_forest2water2``, or
+    ``waterbirds`` with its ``metadata.csv`` and all images in one tar file, which are read at once.
     """
     number = _split_number(split)
+    packed = Path(folder, "waterbirds", "metadata.csv")
+    if packed.is_file():
+        columns = {"img_filename": None, "y": YES, "place": YES, "split": SPLIT}
+        mine = [row[:3] for row in _rows(packed, columns) if row[3] == number]
+        return _packed(mine, (side, side), split, packed)
     table = Path(folder, WATERBIRDS, "metadata.csv")
     _require(table, f"https://nlp.stanford.edu/data/dro/{WATERBIRDS}.tar.gz has it")
     rows = _rows(table, {"img_filename": None, "y": YES, "place": YES, "split": SPLIT})
@@ -54,10 +63,22 @@ def celeba(folder: str | Path, split: str, side: int = 224) -> ImageSet:
     The attribute is the published label "Male", no (0) or yes (1). The folder has ``celeba`` as
     torchvision keeps it (``list_attr_celeba.txt``, ``list_eval_partition.txt`` and the images in
     ``img_align_celeba``) or as Kaggle does: both lists as CSV files, and one folder
-    ``img_align_celeba`` in another. Images are squares from the middle.
+    ``img_align_celeba`` in another. Images are squares from the middle. Or ``celeba`` has
+    ``celeba.csv`` and a part of the images in one tar file, which are read at once, whole.
     """
     number = _split_number(split)
     place = Path(folder, "celeba")
+    packed = place / "celeba.csv"
+    if packed.is_file():
+        names = {
+            "file": None,
+            "Blond_Hair": YES,
+            "Male": YES,
+            "split": SPLIT,
+            "natural_sample": YES,
+        }
+        mine = [row[:3] for row in _rows(packed, names) if row[3] == number and row[4]]
+        return _packed(mine, None, split, packed)
     kind = ".csv" if (place / "list_attr_celeba.csv").is_file() else ".txt"
     attributes, partition = place / f"list_attr_celeba{kind}", place / f"list_eval_partition{kind}"
     images = place / "img_align_celeba"
@@ -122,7 +143,7 @@ def _require(path: Path, remedy: str) -> None:
         raise FileNotFoundError(f"data-root: {path} is missing; {remedy}")
 
 
-def _rows(file: Path, columns: dict[str, Sequence[str] | None]) -> Iterator[list[Any]]:
+def _rows(file: Path, columns: Mapping[str, Sequence[str] | None]) -> Iterator[list[Any]]:
     """Yield the values of some columns of each row, of a CSV file or of CelebA's lists of words.
 
     What a column may say becomes its number there; where that is None, the value stays text.
@@ -153,6 +174,34 @@ def _rows(file: Path, columns: dict[str, Sequence[str] | None]) -> Iterator[list
                     )
                 values.append(value if known is None else known.index(value))
             yield values
+
+
+def _packed(
+    rows: Sequence[list[Any]], size: tuple[int, int] | None, split: str, table: Path
+) -> ImageSet:
+    """Return images of the one tar file beside a table, of the given height and width."""
+    if not rows:
+        raise ValueError(f"data-root: {table} has no images for the split {split}")
+    archives = [*table.parent.glob("*.tar")]
+    if len(archives) != 1:
+        raise FileNotFoundError(
+            f"data-root: {len(archives)} tar files beside {table}; it needs one"
+        )
+    pixels = []
+    with tarfile.open(archives[0]) as files:
+        for name, *_ in rows:
+            try:
+                opened = files.extractfile(name)
+            except KeyError:
+                opened = None
+            if opened is None:
+                raise FileNotFoundError(f"data-root: {archives[0]} has no {name}")
+            image = Image.open(opened).convert("RGB")
+            pixels.append(pil_to_tensor(image if size is None else image.resize(size[::-1])))
+    labels, attribute = (torch.tensor([row[at] for row in rows]) for at in (1, 2))
+    images = torch.stack(pixels)
+    given: dict[str, Any] = {"attribute": attribute, "batch_size": 64}
+    return ImageSet(images, labels, IMAGENET_MEAN, IMAGENET_STD, images.shape[-1], **given)
 
 
 def _images(rows: Sequence[tuple[Any, ...]], side: int, split: str, origin: Path) -> ImageSet:
