@@ -83,7 +83,7 @@ def reproduce(options: argparse.Namespace) -> int:
     root = options.data_root or os.environ.get("XAI_EDIT_DATA")
     if root is None:
         raise ValueError("data-root: none given, and XAI_EDIT_DATA is not set")
-    pair = options.name.startswith("cnp-")
+    pair = options.name.startswith(("cnp-", "discover-"))
     other, own = ("target", "only-classes") if pair else ("only-classes", "target")
     if getattr(options, other.replace("-", "_")) is not None:
         raise ValueError(f"{other}: given; {options.name} takes --{own}")

@@ -291,9 +291,9 @@ COMMANDS = {
     "reproduce": Command(
         "Run a table of a paper anew, with the paper's figures beside it. npp-* forget one class "
         "at a time by every method of the paper. fcr-* remove classes, or what a spurious feature "
-        "adds, by one weight. cnp-* prune networks that learned a watermark. Nothing is "
-        "downloaded. A run cut short goes on where it stopped. Writes results.json to the folder "
-        "of --out. Each default is the table's.",
+        "adds, by one weight. cnp-* prune networks that learned a watermark, discover-* look for "
+        "it without labels. Nothing is downloaded. A run cut short goes on where it stopped. "
+        "Writes results.json to the folder of --out. Each default is the table's.",
         (
             Option("NAME", "of the table; --list shows all"),
             Option("--list", "show what can be run"),
@@ -305,8 +305,12 @@ COMMANDS = {
             Option("--limit N", "at most N images a class", _whole),
             Option("--side N", "pixels of an input's side", _whole),
             Option("--target A,B", "classes to forget", _classes),
-            Option("--only-classes A,B", "the pair of cnp-*, the watermarked one second", _classes),
-            Option("--strengths A,B", "shares of a class with the watermark of cnp-*", _fractions),
+            Option(
+                "--only-classes A,B",
+                "of cnp-*, discover-*: the pair, watermarked one last",
+                _classes,
+            ),
+            Option("--strengths A,B", "shares with the watermark of cnp-*, discover-*", _fractions),
             Option("--seeds A,B", "default: 0", _classes, (0,)),
             Option("--methods A,B", "default: all; 'A, b; C' where names have commas", _names),
             Option("--device NAME", "such as cuda; default: cuda if there is one, else cpu"),
