@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 .PHONY: demo test coverage coverage-timm portability margins lint docs examples benchmarks clean
 
 demo: $(INSTALLED)
-	$(BIN)/xai-edit demo --out xai-edit-demo
+	$(BIN)/xai-edit demo --out xai-edit-demo --force
 
 # One thread a worker: more wait for each other.
 test: $(INSTALLED)

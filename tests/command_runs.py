@@ -15,6 +15,7 @@ from conftest import trained
 from PIL import Image
 
 import xai_edit as xe
+from xai_edit.command.config import CONFIG
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.datasets.small_network import small_cnn
@@ -117,7 +118,9 @@ def read(folder, name="results.json"):
 
 
 def files(folder):
-    return sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*.*"))
+    """The files of a run but for its options, which every run writes."""
+    every = (file for file in Path(folder).rglob("*.*") if file.name != CONFIG)
+    return sorted(str(file.relative_to(folder)) for file in every)
 
 
 def as_json(value):

@@ -92,7 +92,7 @@ def test_two_runs_agree_bit_for_bit_without_weights_given(folder):
     written = []
     for _ in range(2):
         torch.rand(3)  # the run does not depend on the state of the global generator
-        assert main(shlex.split(f"score {RESNET} --data photos --out out --quiet")) == 0
+        assert main(shlex.split(f"score {RESNET} --data photos --out out --quiet --force")) == 0
         written.append([path.read_bytes() for path in sorted(Path("out").iterdir())])
     assert written[0] == written[1]
 
@@ -143,7 +143,7 @@ def test_compare_writes_how_alike_the_scorers_are(folder, capsys):
     assert [layer["rank_correlation"][at][at] for at in range(4)] == pytest.approx([1] * 4)
     assert [*layer["deletion"]] == names.split(",")
     pictures = {"rank-correlation.png", "deletion.png", "relevance-maps.png"}
-    assert {path.name for path in Path("out").iterdir()} == {"comparison.json", *pictures}
+    assert {*files("out")} == {"comparison.json", *pictures}
     for name in pictures:
         assert Path("out", name).read_bytes().startswith(b"\x89PNG")
 
@@ -350,3 +350,55 @@ def test_what_needs_images_refuses_other_data(texts, capsys, line, message):
 def test_a_function_that_gives_no_data_is_one_clear_line(texts, capsys, name, message):
     line = texts.replace("cli_texts:texts", f"cli_texts:{name}")
     assert message in refused(f"score {line}", capsys)
+
+
+# options in a file, and folders that hold a run
+
+
+def test_a_run_is_repeated_by_its_options_and_given_ones_come_first(folder):
+    line = f"score {RESNET} --data photos --composite=epsilon-plus --share 0.01 --quiet"
+    assert main(shlex.split(f"{line} --out first")) == 0
+    assert main(shlex.split("score --config first/run.toml --out again --quiet")) == 0
+    read_back, again = (
+        xe.UnitScores.load(f"{one}/scores.safetensors") for one in ("first", "again")
+    )
+    assert torch.equal(read_back["fc"], again["fc"])
+    assert read("again")["scorer"] == read("first")["scorer"]
+    assert Path("first/run.toml").read_text() == Path("again/run.toml").read_text()
+    Path("own.toml").write_text('layers = ["fc"]\nshare = 0.5\njson = false\n')
+    given = f"score --config own.toml {RESNET.partition(' --layers')[0]} --data photos --share 0.25"
+    assert main(shlex.split(f"{given} --out own --quiet")) == 0
+    assert [*read("own")["layers"]] == ["fc"]
+    assert read("own")["share"] == 0.25
+
+
+def test_a_folder_that_holds_a_run_is_written_over_by_force_alone(folder, capsys):
+    line = f"score {RESNET} --data photos --quiet --out out"
+    assert main(shlex.split(line)) == 0
+    before = Path("out/results.json").read_bytes()
+    capsys.readouterr()
+    assert "out: out holds a run" in refused(f"{line} --share 0.5", capsys, out=None)
+    assert Path("out/results.json").read_bytes() == before
+    assert main(shlex.split(f"{line} --share 0.5 --force")) == 0
+    assert Path("out/results.json").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("share = ", "no TOML file"),
+        ('command = "prune"', "of xai-edit prune, not of xai-edit score"),
+        ("share = [[1]]", "share is"),
+        ("shares = 1", "unrecognized arguments"),
+    ],
+)
+def test_options_that_are_none_are_refused(folder, capsys, content, says):
+    Path("bad.toml").write_text(content)
+    line = f"score {RESNET} --data photos --out out --config bad.toml"
+    if says == "unrecognized arguments":
+        with pytest.raises(SystemExit):
+            main(shlex.split(line))
+        assert says in capsys.readouterr().err
+    else:
+        assert says in refused(line, capsys, out=None)
+    assert not Path("out").exists()

@@ -120,7 +120,7 @@ def test_the_tables_are_printed(here, capsys):
 )
 def test_json_alone_is_printed_and_options_are_passed_on(here, capsys, how):
     given = " ".join(f"--{name} {value}" for name, value in how.items())
-    assert main(shlex.split(f"{LINE} {given} --target c --out words --json --quiet")) == 0
+    assert main(shlex.split(f"{LINE} {given} --target c --out words --force --json --quiet")) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     results = json.loads(printed.out)

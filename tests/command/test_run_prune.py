@@ -258,7 +258,7 @@ def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     for name in (*FILES, "smaller.torchscript"):  # of an earlier run
         Path("none", name).write_bytes(b"")
     line = AWARE.replace("marks.csv", "chance.csv")
-    assert main(shlex.split(f"{line} --out none --quiet")) == 0
+    assert main(shlex.split(f"{line} --out none --force --quiet")) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("no edit: no subspace predicts the spurious feature")
     assert printed.count("no subspace predicts") == 1

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xai_edit.command.options import parser
+from xai_edit.command.config import paired, require_unused, with_config, write_config
+from xai_edit.command.options import RUNS, parser
 
 RUN = {
     "demo": "run_demo:command",
@@ -35,25 +36,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 on success, 1 where ``check`` found something wrong with the model, 2 on bad input.
     ``arguments`` are those of the process by default.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(arguments)
-    options.line = shlex.join(["xai-edit", *arguments])
-    module, function = RUN[options.command].split(":")
+    typed = sys.argv[1:] if arguments is None else [*arguments]
     try:
-        run = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)
-        outputs = getattr(options, "outputs", None)
-        if not isinstance(outputs, str):
-            code: int = run(options)
-            return code
-        from xai_edit.core.outputs import outputs_as
-
-        options.outputs, options.logits = None, outputs
-        with outputs_as(outputs):
-            code = run(options)
+        given = with_config(typed) if "config" in paired(typed) else typed
+        options = parser().parse_args(given)
+        options.line = shlex.join(["xai-edit", *typed])
+        folder = options.out if options.command in RUNS else None
+        if folder is not None and not options.force:
+            require_unused(folder)
+        code = _run(options)
+        if folder is not None:
+            write_config(folder, given)
     except (ValueError, TypeError, OSError) as problem:
         # Messages of other libraries may have several lines.
         print(f"xai-edit: {' '.join(str(problem).split())}", file=sys.stderr)
         return 2
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a command with the logits that ``--outputs`` names."""
+    module, function = RUN[options.command].split(":")
+    run = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)
+    outputs = getattr(options, "outputs", None)
+    code: int
+    if not isinstance(outputs, str):
+        code = run(options)
+        return code
+    from xai_edit.core.outputs import outputs_as
+
+    options.outputs, options.logits = None, outputs
+    with outputs_as(outputs):
+        code = run(options)
     return code
 
 

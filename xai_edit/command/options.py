@@ -325,6 +325,13 @@ COMMANDS = {
 }
 
 
+RUNS = ("demo", "check", "score", "discover", "unlearn", "neutralize", "prune")  # into a folder
+OF_RUNS = (
+    Option("--config FILE", "options, such as run.toml of an earlier run; given ones come first"),
+    Option("--force", "write over the run in the folder of --out"),
+)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with a message of one line, without the usage that argparse prints above it."""
@@ -345,7 +352,7 @@ def parser() -> argparse.ArgumentParser:
         example = command.example and f"example: xai-edit {name} {command.example}"
         own = commands.add_parser(name, help=first, description=command.help, epilog=example)
         either = own.add_mutually_exclusive_group() if name == "score" else own
-        for option in command.options:
+        for option in (*command.options, *(OF_RUNS if name in RUNS else ())):
             option.add_to(either if option.instead else own)
         if command.data:
             usual = "Images are resized, cut and normalised as usual for the model or ImageNet."

@@ -1,0 +1,86 @@
+"""Options in a TOML file: ``--config run.toml``, which each run writes into its folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xai_edit._version import __version__
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG = "run.toml"
+RESULTS = ("results.json", "comparison.json")
+OF_ONE_RUN = ("out", "config", "force", "quiet")  # not repeated
+
+
+def with_config(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with those of ``--config FILE`` put before them, so that they yield.
+
+    ValueError if the file is no TOML file of options, or of another command; OSError if it cannot
+    be read.
+    """
+    command, *given = arguments
+    file = Path(str(paired(given)["config"]))
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"config: {file} is no TOML file ({problem})") from None
+    if (of := content.pop("command", command)) != command:
+        raise ValueError(f"config: {file} is of xai-edit {of}, not of xai-edit {command}")
+    read: list[str] = []
+    for name, value in content.items():
+        read += _arguments(file, name, value)
+    return [command, *read, *given]
+
+
+def paired(arguments: Sequence[str]) -> dict[str, str | bool]:
+    """Return the options of a command line by name; True for one without a value."""
+    pairs: dict[str, str | bool] = {}
+    name = None
+    for one in arguments:
+        if one.startswith("--"):
+            name, _, value = one[2:].partition("=")
+            pairs[name] = value or True
+        elif name is not None:
+            pairs[name], name = one, None
+    return pairs
+
+
+def write_config(folder: Path, arguments: Sequence[str]) -> None:
+    """Write the options of a run, as `with_config` reads them."""
+    from xai_edit.core.files import write_atomically  # takes long to import
+
+    command, *given = arguments
+    lines = [f"# xai_edit {__version__}; repeat with xai-edit {command} --config {CONFIG} --out …"]
+    lines.append(f"command = {json.dumps(command)}")
+    for name, value in paired(given).items():
+        if name not in OF_ONE_RUN:
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+    write_atomically(folder / CONFIG, "\n".join([*lines, ""]).encode())
+
+
+def require_unused(folder: Path) -> None:
+    """Raise FileExistsError if a folder holds a run."""
+    for name in RESULTS:
+        if (folder / name).is_file():
+            raise FileExistsError(
+                f"out: {folder} holds a run ({name}); give another folder, or --force to write "
+                "over it"
+            )
+
+
+def _arguments(file: Path, name: str, value: Any) -> list[str]:
+    """Return one entry of the file as arguments; a list is several values between commas."""
+    if isinstance(value, bool):
+        return [f"--{name}"] if value else []
+    parts = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, str | int | float) for part in parts):
+        raise ValueError(f"config: {file}: {name} is {value!r}; give a word, a number or a list")
+    return [f"--{name}={','.join(map(str, parts))}"]
