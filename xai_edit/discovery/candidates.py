@@ -14,8 +14,9 @@ from xai_edit.concepts.finders import PRCA, ContrastivePCA
 from xai_edit.concepts.presence import Pooling, squares
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import real_positions
 from xai_edit.core.layers import run, tapped
-from xai_edit.discovery.channel_relevance import Moments, real_positions, vectors_of
+from xai_edit.discovery.channel_relevance import Moments, vectors_of
 from xai_edit.discovery.evidence import WORTH, two_means
 from xai_edit.discovery.samples import Samples
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xai_edit.concepts.collect import require_same_values, values_at
 from xai_edit.core.guard import preserved
-from xai_edit.core.inputs import Inputs, input_tensors
+from xai_edit.core.inputs import real_positions
 from xai_edit.core.layers import run, tapped, unit_axis_of
 from xai_edit.discovery.samples import Samples
 from xai_edit.lrp.contexts import ContextGather, Take
@@ -26,18 +26,6 @@ def vectors_of(values: Tensor, axis: int) -> Tensor:
     channels = values.shape[axis]
     positions = math.prod(values.shape[1:]) // channels
     return values.movedim(axis, -1).reshape(len(values), positions, channels)
-
-
-def real_positions(inputs: Inputs, a: Tensor) -> Tensor:
-    """Return which positions are no padding, bool, shape (samples, positions).
-
-    ``a`` are vectors of `vectors_of`. By Hugging Face's ``attention_mask`` where it has one entry a
-    position, else all; other masks may have 1 where that has 0.
-    """
-    mask = input_tensors(inputs).get("attention_mask")
-    if mask is not None and mask.shape == a.shape[:2]:
-        return mask.to(a.device) != 0
-    return torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,12 +16,12 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved
-from xai_edit.core.inputs import Inputs, as_inputs
+from xai_edit.core.inputs import Inputs, as_inputs, real_positions
 from xai_edit.core.layers import resolve_layers, run, tapped
 from xai_edit.core.text import aligned
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.candidates import POOLINGS, presence_of
-from xai_edit.discovery.channel_relevance import real_positions, vectors_of
+from xai_edit.discovery.channel_relevance import vectors_of
 from xai_edit.discovery.evidence import Evidence
 from xai_edit.discovery.marks import Mark, Marks
 

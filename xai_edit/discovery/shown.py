@@ -14,10 +14,9 @@ from xai_edit.core.checks import require
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.files import checksum
 from xai_edit.core.guard import preserved
-from xai_edit.core.inputs import Inputs, joined
+from xai_edit.core.inputs import Inputs, joined, real_positions
 from xai_edit.core.layers import unit_axis_of
 from xai_edit.core.wrapped import unwrapped
-from xai_edit.discovery.channel_relevance import real_positions
 from xai_edit.discovery.findings import Finding, Findings
 from xai_edit.discovery.samples import Samples
 from xai_edit.lrp.contexts import ContextGather
