@@ -103,7 +103,10 @@ def test_marks_are_an_attribute_of_the_commands_that_act(marked, capsys):
     line = f"neutralize {REVIEW} --data photos --attribute marks.json --select exact --target c"
     line += f" --findings {FOUND}"
     assert main(shlex.split(f"{line} --quiet --out acted")) == 0
-    about = {"discovery": found.checksum(), "spurious": [{"finding": number, "name": "board"}]}
+    about = xe.Marks.load(marked).about()
+    (spurious,) = about["spurious"]
+    assert (spurious["name"], spurious["verdict"]) == ("board", "spurious")
+    assert (about["discovery"], spurious["corrected"]) == (found.checksum(), 32)
     assert read("acted")["spurious"]["marks"] == about
     for file in ("neutralize", "last-layer", "counterfactual"):
         edit = xe.ModelEdit.load(f"acted/edits/{file}.safetensors")
@@ -111,6 +114,8 @@ def test_marks_are_an_attribute_of_the_commands_that_act(marked, capsys):
         assert edit.origin["marks"] == about
     page = Path("acted/report.html").read_text(encoding="utf-8")
     assert "discovered, not labelled" in page
+    assert f"separates the class by {found[number].evidence.separation.value:.2f}" in page
+    assert "32 corrected by hand" in page
 
 
 def test_scorers_are_compared_with_and_without_the_marked_feature(marked, capsys):

@@ -42,7 +42,7 @@ def saved(browser, folder):
     browser.first(".save").click()
     file = folder / "marks.json"
     for _ in range(100):
-        if file.exists():
+        if file.exists() and file.stat().st_size:  # not still empty
             break
         time.sleep(0.1)
     return xe.Marks.load(file), file.read_text(encoding="utf-8")
@@ -50,6 +50,7 @@ def saved(browser, folder):
 
 def same(ours, theirs):
     assert ours.marks == theirs.marks
+    assert ours.about() == theirs.about()
     assert torch.equal(ours.attribute, theirs.attribute)
     names = ("names", "discovery", "model", "data")
     assert [getattr(ours, one) for one in names] == [getattr(theirs, one) for one in names]

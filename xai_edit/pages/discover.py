@@ -15,7 +15,7 @@ from torch import Tensor
 from xai_edit.core.files import write_atomically
 from xai_edit.discovery.conclude import GROUP
 from xai_edit.discovery.evidence import GROUPS
-from xai_edit.discovery.findings import Finding, Findings, sentence
+from xai_edit.discovery.findings import UNSURE, Finding, Findings, sentence
 from xai_edit.discovery.marks import VERDICTS
 from xai_edit.discovery.shown import in_class, shown_rows
 from xai_edit.report.html import Report, repeat
@@ -129,6 +129,7 @@ def _parts(
         **{name: findings.origin[name] for name in ("model", "data")},
         "discovery": findings.checksum(),
         "names": findings.names,
+        "unsure": UNSURE,
     }
     right = ""
     if findings.labels is not None:
@@ -211,6 +212,7 @@ def _card(
         f'<article class="finding" id="finding-{number}" data-finding="{number}" '
         f'data-target="{finding.target}" data-threshold="{finding.threshold!r}" '
         f'data-highest="{float(scores.max())!r}" data-width="{WIDTH}" '
+        f'data-separation="{finding.evidence.separation.value!r}" '
         f'data-bits="{32 if exact else 64}" data-scores="{encoded}">'
         f"<h3>Finding {number}: layer {escape(finding.layer)}"
         f'<span class="badge">{badge}, score {finding.evidence.score:.2f}</span></h3>'
