@@ -64,7 +64,7 @@ class SubspaceAblation(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceAblation:
         """Move the buffers but keep their precision: a square or threshold may overflow in half."""
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in kept.items():
             moved = self._buffers[name]
             if value is not None and moved is not None and moved.dtype != value.dtype:
