@@ -69,16 +69,16 @@ class Wave(nn.Module):
 @pytest.mark.parametrize("named", [False, True])
 def test_the_shading_of_a_signal_is_its_relevance_through_the_subspace(named):
     model = Wave().eval()
-    x = torch.rand(N, 1, 240, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(N, 1, 192, generator=torch.Generator().manual_seed(0))
     data = [{"signal": x, "scale": torch.ones(N, 1, 1)}] if named else [(x,)]
     found, U = found_in(data, "relu", 1, 7)
     drawn = pictures(model, data, found)
-    pairs = x[drawn["samples"]].view(-1, 1, 120, 2)
+    pairs = x[drawn["samples"]].view(-1, 1, 96, 2)
     ends = torch.stack([pairs.amin(3), pairs.amax(3)], 2)
     assert torch.equal(drawn["signals"], ends)
     with torch.no_grad():
         a, w = model.relu(model.conv(x)).mT, model.fc.weight[1]
-    R = ((a @ U) * (w @ U)).sum(-1).view(N, 120, 2).mean(2)
+    R = ((a @ U) * (w @ U)).sum(-1).view(N, 96, 2).mean(2)
     R = R / R.abs().amax(1, keepdim=True)
     shown = torch.cat(shown_rows(found[0], found))
     torch.testing.assert_close(drawn["0"], R[shown], rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ from xai_edit.lrp.lrp import LRP
 
 SHOWN = 12  # samples in a row
 SIDE = 72  # of a picture, at most
-STRETCHES = 120  # of a signal's time, at most
+STRETCHES = 96  # of a signal's time, at most
 CHANNELS = 4  # of a signal, at most
 PADDING = -1  # in place of a token
 
@@ -87,7 +87,7 @@ def pictures(
     dict of Tensor
         ``"samples"``, int64, shape (pictures,), and one of ``"images"``, uint8, shape (pictures,
         channels, height, width), at most 72 pixels a side; ``"signals"``, float32, shape (pictures,
-        channels, 2, stretches), the least and the largest value in each of at most 120 stretches of
+        channels, 2, stretches), the least and the largest value in each of at most 96 stretches of
         time; ``"tokens"``, int64, shape (pictures, length), −1 where the attention mask is 0. And
         by the number of a finding, where its layer has positions, ``"0"``, float32, shape (shown
         samples, height, width), (…, stretches) or (…, length): each map divided by its largest

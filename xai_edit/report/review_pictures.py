@@ -56,21 +56,21 @@ def waveform(ends: Tensor, relevance: Tensor | None, text: str) -> str:
     """
     channels, _, stretches = ends.shape
     low, high = ends.min(), ends.max()
-    y = (high - ends) / (high - low).clamp_min(1e-12) * (LANE - 4) + 2
+    y = ((high - ends) / (high - low).clamp_min(1e-12) * (LANE - 4) + 2).round().int()
     drawn, tall = "", LANE * channels
     levels = [0] * stretches if relevance is None else (relevance * LEVELS).round().int().tolist()
     for level in sorted({*levels} - {0}):
-        path = "".join(f"M{at}.5 0v{tall}" for at, one in enumerate(levels) if one == level)
+        path = "".join(f"M{at} 0v{tall}" for at, one in enumerate(levels) if one == level)
         kind = "for" if level > 0 else "against"
         drawn += f'<path class="{kind}" style="--r:{abs(level) / LEVELS}" d="{path}"/>'
     for lane, (down, up) in enumerate(y.unbind(0)):
         path = "".join(
-            f"M{at}.5 {top + lane * LANE:.1f}v{bottom - top + 0.5:.1f}"
+            f"M{at} {top + lane * LANE}v{max(1, bottom - top)}"
             for at, (top, bottom) in enumerate(zip(up.tolist(), down.tolist(), strict=True))
         )
         drawn += f'<path class="wave" d="{path}"/>'
     return (
-        f'<svg class="signal" viewBox="0 0 {stretches} {tall}" preserveAspectRatio="none" '
+        f'<svg class="signal" viewBox="-0.5 0 {stretches} {tall}" preserveAspectRatio="none" '
         f'style="--lanes:{channels}" role="img" aria-label="{escape(text)}">{drawn}</svg>'
     )
 
