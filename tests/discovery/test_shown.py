@@ -45,8 +45,8 @@ def test_the_colour_of_a_token_is_its_relevance_through_the_subspace(sign):
     shown = torch.cat(shown_rows(found[0], found))
     with torch.no_grad():
         a, w = model.relu(model.embedding(ids)), model.fc.weight[1]
-    R = ((a @ U) * (w @ U)).sum(-1) * mask  # Σ_i a_i (U Uᵀw)_i; one factor for a whole text
-    R = R / R.abs().amax(1, keepdim=True)
+    R = ((a @ U) * (w @ U)).sum(-1) * mask / mask.sum(1, keepdim=True)  # Σ_i a_i (U Uᵀw)_i / length
+    R = R / R[shown].abs().max()
     assert torch.equal(drawn["tokens"], torch.where(mask == 1, ids, -1)[drawn["samples"]])
     torch.testing.assert_close(drawn["0"], R[shown], rtol=1e-3, atol=1e-4)
 
@@ -79,6 +79,6 @@ def test_the_shading_of_a_signal_is_its_relevance_through_the_subspace(named):
     with torch.no_grad():
         a, w = model.relu(model.conv(x)).mT, model.fc.weight[1]
     R = ((a @ U) * (w @ U)).sum(-1).view(N, 96, 2).mean(2)
-    R = R / R.abs().amax(1, keepdim=True)
     shown = torch.cat(shown_rows(found[0], found))
+    R = R / R[shown].abs().max()
     torch.testing.assert_close(drawn["0"], R[shown], rtol=1e-4, atol=1e-5)

@@ -90,8 +90,8 @@ def pictures(
         channels, 2, stretches), the least and the largest value in each of at most 96 stretches of
         time; ``"tokens"``, int64, shape (pictures, length), −1 where the attention mask is 0. And
         by the number of a finding, where its layer has positions, ``"0"``, float32, shape (shown
-        samples, height, width), (…, stretches) or (…, length): each map divided by its largest
-        absolute value. Nothing for other inputs.
+        samples, height, width), (…, stretches) or (…, length), divided by the largest absolute
+        value: of each image, of all shown signals or texts. Nothing for other inputs.
 
     Raises
     ------
@@ -127,7 +127,11 @@ def pictures(
         resized = nn.functional.interpolate(R[:, None].cpu().float(), size, mode="area")[:, 0]
         if kind == "tokens":
             resized = resized.masked_fill(picture[at] == PADDING, 0)
-        largest = resized.abs().flatten(1).amax(1).view(-1, *[1] * len(size))
+        largest = resized.abs()
+        if kind == "images":  # of each; colours of texts and signals are compared at a glance
+            largest = largest.amax((1, 2), keepdim=True)
+        else:
+            largest = largest.amax()
         made[str(number)] = resized / largest.clamp_min(torch.finfo(resized.dtype).tiny)
     return made
 
