@@ -16,6 +16,7 @@ from xai_edit.command.main import main
 from xai_edit.command.run_parts import read_attribute
 from xai_edit.discovery import Mark
 from xai_edit.discovery.shown import pictures
+from xai_edit.evaluation.compare import compare_scorers
 
 FOUND = "found/findings.safetensors"
 
@@ -102,7 +103,10 @@ def test_marks_are_an_attribute_of_the_commands_that_act(marked, capsys):
     line = f"neutralize {REVIEW} --data photos --attribute marks.json --select exact --target c"
     line += f" --findings {FOUND}"
     assert main(shlex.split(f"{line} --quiet --out acted")) == 0
-    about = {"discovery": found.checksum(), "spurious": [{"finding": number, "name": "board"}]}
+    about = xe.Marks.load(marked).about()
+    (spurious,) = about["spurious"]
+    assert (spurious["name"], spurious["verdict"]) == ("board", "spurious")
+    assert (about["discovery"], spurious["corrected"]) == (found.checksum(), 32)
     assert read("acted")["spurious"]["marks"] == about
     for file in ("neutralize", "last-layer", "counterfactual"):
         edit = xe.ModelEdit.load(f"acted/edits/{file}.safetensors")
@@ -110,6 +114,29 @@ def test_marks_are_an_attribute_of_the_commands_that_act(marked, capsys):
         assert edit.origin["marks"] == about
     page = Path("acted/report.html").read_text(encoding="utf-8")
     assert "discovered, not labelled" in page
+    assert f"separates the class by {found[number].evidence.separation.value:.2f}" in page
+    assert "32 corrected by hand" in page
+
+
+def test_scorers_are_compared_with_and_without_the_marked_feature(marked, capsys):
+    line = f"score {REVIEW} --data photos --limit 90 --layers 4 --attribute marks.json --out apart"
+    assert main(shlex.split(f"{line} --compare epsilon,activation --quiet")) == 0
+    shown, results = capsys.readouterr().out, read("apart", "comparison.json")
+    images = load_images("photos", preprocessing=images_of().preprocessing, limit=90)
+    has = read_attribute(marked, images, "photos")
+    model = load_model("review_net:build", weights="w.pt")
+    for part, value in (("with", 1), ("without", 0)):
+        own = images.only([at for at, one in enumerate(has) if one == value])
+        assert f"{part} the feature, {len(own)} images" in shown
+        scorers = {"epsilon": xe.LRP("epsilon"), "activation": xe.Activation()}
+        expected = compare_scorers(model, own, scorers, layers=["4"], share=0.1).to_dict()
+        assert results[part]["layers"]["4"]["rank_correlation"] == [
+            pytest.approx(row) for row in expected["layers"]["4"]["rank_correlation"]
+        ]
+        assert Path(f"apart/rank-correlation-{part}.png").is_file()
+        assert Path(f"apart/relevance-maps-{part}.png").is_file()
+    assert results["with"]["layers"] != results["without"]["layers"]
+    assert results["spurious"]["marks"]["discovery"] == xe.Marks.load(marked).discovery
 
 
 def corrections(found):
@@ -144,6 +171,9 @@ def test_marks_refit_the_subspace(marked, capsys):
         ("neutralize {} --data photos --attribute none.json", "no finding is marked spurious"),
         ("neutralize {} --data photos/a --attribute marks.json", "is not an image of the data"),
         ("neutralize {other} --data photos --attribute ticked.json", "marks: of a model with oth"),
+        ("score {} --data photos --attribute marks.json", "given without --compare"),
+        ("score {other} --data photos --attribute ticked.json --compare epsilon", "marks: of a"),
+        ("score {} --data page:of --attribute marks.json --compare epsilon", "has no paths"),
         ("prune {other} --data photos --share .2 --layer 4 --attribute ticked.json", "marks: of a"),
     ],
 )

@@ -1,5 +1,7 @@
 """Ablation in the forward pass and in the weights: its outputs, relevance, and the model after."""
 
+import copy
+
 import captum.attr
 import pytest
 import torch
@@ -344,6 +346,40 @@ def test_only_samples_with_the_subspaces_are_ablated(
     torch.export.save(torch.export.export(kept, (inputs,)), tmp_path / "kept.pt2")
     exported = torch.export.load(tmp_path / "kept.pt2").module()
     torch.testing.assert_close(exported(inputs), reactive)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_exported_reactive_ablation_takes_batches_of_any_size_and_mixture(plain, batches, layer):
+    subspaces, inputs = found(plain, batches, layer), batches[0][0]
+    scores, threshold = scores_of(plain, layer, subspaces, inputs, [0], "max")
+    kept = with_ablation(plain, layer, subspaces, [0], when=Presence(threshold))
+    kept(inputs)  # finds the axis
+    sizes = ({0: torch.export.Dim("samples")},)
+    exported = torch.export.export(kept, (inputs,), dynamic_shapes=sizes).module()
+    here = scores > threshold
+    for rows in (slice(0, 7), here, ~here):  # a mixture, and either kind alone
+        own = inputs[rows]
+        torch.testing.assert_close(exported(own), kept(inputs)[rows])
+        assert torch.equal(exported(own)[~here[rows]], plain(own)[~here[rows]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1000.0])  # of activations; their square is beyond float16
+def test_in_half_precision_too_only_samples_with_the_subspaces_are_changed(dtype, size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        model[0].weight *= size
+        model[0].bias *= size
+    subspaces = Subspaces(torch.eye(8).double()[:, :2], (2,), torch.zeros(8).double())
+    half, x = copy.deepcopy(model).to(dtype), torch.randn(16, 4).to(dtype)
+    scores = half[1](half[0](x))[:, :2].double().square().sum(1)
+    low, high = scores.sort().values[7:9].tolist()
+    when = Presence((low + high) / 2)
+    kept = with_ablation(model, "1", subspaces, [0], when=when)
+    kept(x.float())  # finds the axis
+    changed = (kept.to(dtype)(x) != half(x)).any(1)
+    assert torch.equal(changed, scores > when.threshold)
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])

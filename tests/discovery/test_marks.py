@@ -11,6 +11,7 @@ import torch
 import xai_edit as xe
 from xai_edit.discovery import Finding, Mark
 from xai_edit.discovery.evidence import GROUPS, Evidence, Figure, PseudoGroup
+from xai_edit.discovery.marks import Sure
 from xai_edit.testing.example import small_example
 
 NAMES = ("a/1.png", "a/2.png", "ü '<b>.png", "b/4.png")
@@ -82,8 +83,8 @@ def test_a_file_holds_all_and_says_nothing_else(tmp_path, names):
         "data": "d",
         "findings": [
             {"finding": 0, "verdict": "unsure", "threshold": None, "name": "", "note": ""}
-            | {"ticks": {}},
-            {"finding": 1, **about, "ticks": {"2": True}},
+            | {"ticks": {}, "separation": 0.5, "unsure": 0},
+            {"finding": 1, **about, "ticks": {"2": True}, "separation": 0.5, "unsure": 0},
         ],
         "samples": [
             {"sample": name, "attribute": has}
@@ -93,9 +94,28 @@ def test_a_file_holds_all_and_says_nothing_else(tmp_path, names):
     again = xe.Marks.load(tmp_path / "marks.json")
     assert again.marks == marks.marks
     assert again.names == tuple(names)
+    assert again.about() == marks.about()
     assert torch.equal(again.attribute, marks.attribute)
     assert again.attribute.dtype == torch.bool
     again.require_findings(found)
+
+
+@pytest.mark.parametrize(
+    ("mark", "unsure", "corrected"),
+    [
+        (Mark("spurious"), 0, 0),  # threshold 1.5: none within 0.15
+        (Mark("spurious", threshold=1.1), 1, 0),  # the second
+        (Mark("spurious", threshold=1.1, ticks={1: False, 3: True}), 0, 2),
+    ],
+)
+def test_an_edit_is_told_how_sure_its_marks_are(mark, unsure, corrected):
+    marks = findings(*SCORES).mark({0: mark, 1: "unsure"})
+    (one,) = marks.about()["spurious"]
+    assert one.pop("finding") == 0
+    assert (one["verdict"], one["separation"]) == ("spurious", 0.5)
+    assert (one["unsure"], one["corrected"]) == (unsure, corrected)
+    other = findings(*SCORES).mark({0: replace(mark, note="seen"), 1: "unsure"})
+    assert other.about()["marks"] != marks.about()["marks"]
 
 
 def without(content, name):
@@ -133,6 +153,10 @@ NONSENSE = {
             ("name", 3),
             ("finding", -1),
             ("finding", 0.5),
+            ("separation", 2),
+            ("separation", float("nan")),
+            ("unsure", -1),
+            ("unsure", 0.5),
             ("ticks", {"-1": True}),
             ("ticks", {"1": 1}),
             ("ticks", {"²": True}),
@@ -164,6 +188,9 @@ def test_marks_of_another_discovery_and_an_edited_attribute_are_refused():
     edited = replace(marks, attribute=~marks.attribute)
     with pytest.raises(ValueError, match="marks: the attribute of 4 samples is not what the marks"):
         edited.require_findings(found)
+    surer = replace(marks, sure={0: Sure(1.0, 0)})
+    with pytest.raises(ValueError, match="marks: how sure they are"):
+        surer.require_findings(found)
     renamed = replace(marks, names=NAMES[::-1])
     with pytest.raises(ValueError, match="marks: the names of the samples"):
         renamed.require_findings(found)

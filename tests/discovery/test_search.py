@@ -11,6 +11,7 @@ from xai_edit.discovery.channel_relevance import channel_relevance, moments, vec
 from xai_edit.discovery.default_layers import default_layers
 from xai_edit.discovery.proposals import proposals
 from xai_edit.discovery.samples import Samples
+from xai_edit.discovery.search import Search
 from xai_edit.discovery.strategies import ends_of_components
 from xai_edit.discovery.transfer import Recipients, margins
 from xai_edit.last_layer.completion import coefficients_of, exchanged
@@ -117,6 +118,46 @@ def test_what_is_put_into_samples_goes_through_the_rest_of_the_network(network):
     by_feature, _ = put.turned(0, torch.ones(7, dtype=torch.bool))
     was, now = margins(put.before, 0) > 0, margins(put.with_it, 0) > 0
     assert torch.equal(by_feature, now & ~was)
+
+
+class Tokens(nn.Module):
+    """The mean of the vectors of tokens that are no padding, and a last layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.block, self.fc = nn.Embedding(9, 6), nn.Identity(), nn.Linear(6, 3)
+        with torch.no_grad():
+            self.embedding.weight[0] = 100  # of padding
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None].float()
+        return self.fc((self.block(self.embedding(input_ids)) * mask).sum(1) / mask.sum(1))
+
+
+# A donor of two tokens and one of four, with padding at its end or beginning.
+SHORT = {"end": ([3, 4, 0, 0], [1, 1, 0, 0]), "beginning": ([0, 0, 3, 4], [0, 0, 1, 1])}
+
+
+@pytest.mark.parametrize("side", SHORT)
+def test_padding_of_a_donor_is_not_put_into_tokens(side):
+    model, (short, mask) = Tokens().eval(), SHORT[side]
+    names = {
+        "input_ids": torch.tensor([[1, 2, 5, 6], short]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], mask]),
+    }
+    search = Search.begin(model, [names], ["block"], None, 0)
+    values = search.values("block", torch.tensor([1]))
+    (recipient,) = [batch.inputs for _, batch in search.samples.read(torch.tensor([0]))]
+    recipients = Recipients(model, "block", search.axes["block"], recipient, values, seed=0)
+    U = torch.linalg.qr(torch.randn(6, 2)).Q
+    put = recipients.put(U, values, values)
+    with torch.no_grad():  # each real vector of the donor goes into two of the four places
+        mean, donated = (
+            model.embedding(torch.tensor(one)).mean(0) for one in ([1, 2, 5, 6], [3, 4])
+        )
+        expected = model.fc(mean - U @ (U.T @ (mean - donated)))
+    torch.testing.assert_close(put.with_it[0].float(), expected)
 
 
 def test_data_in_another_order_is_refused():

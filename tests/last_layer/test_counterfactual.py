@@ -12,7 +12,10 @@ from torch import nn
 
 from xai_edit import CounterfactualRetraining, ModelEdit, Subspaces
 from xai_edit.core.errors import UnknownLayerError
+from xai_edit.core.inputs import ModelInputs
+from xai_edit.last_layer.completion import Exchange
 from xai_edit.last_layer.completion_figures import held_out
+from xai_edit.last_layer.find_head import reading
 from xai_edit.last_layer.head import HeadFeatures
 
 SAMPLES = 60
@@ -318,3 +321,33 @@ def test_planning_depends_on_the_seed_alone(plain, digits, tmp_path):
     assert not torch.allclose(new[0], new[3], rtol=1e-4)
     first.save(tmp_path / "edit.safetensors")
     assert ModelEdit.load(tmp_path / "edit.safetensors").origin == first.origin
+
+
+class Tokens(nn.Module):
+    """The mean of the vectors of tokens that are no padding, and a last layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.block, self.fc = nn.Embedding(9, 6), nn.Identity(), nn.Linear(6, 3)
+        with torch.no_grad():
+            self.embedding.weight[0] = 100  # of padding
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None].float()
+        return self.fc((self.block(self.embedding(input_ids)) * mask).sum(1) / mask.sum(1))
+
+
+def test_texts_are_completed_from_the_tokens_of_a_donor_and_not_from_its_padding():
+    model, found = Tokens().eval(), subspaces(6, 2)
+    ids = torch.tensor([[1, 2, 5, 6], [3, 4, 0, 0], [0, 0, 0, 7]])
+    inputs = ModelInputs(named={"input_ids": ids, "attention_mask": (ids > 0).long()})
+    with reading(model) as reader:
+        exchange = Exchange(reader, inputs, "block", found, None)
+        donated = exchange.coefficients(inputs, 2)
+        completed = exchange.completed(inputs[[0, 0, 0]], donated, 2)
+    U = found.basis.float()
+    with torch.no_grad():  # two tokens go into two places each, one into all
+        means = torch.stack([model.embedding(one[one > 0]).mean(0) for one in ids])
+        expected = means[0] - (means[0] - means) @ U @ U.T
+    torch.testing.assert_close(completed, expected)

@@ -162,11 +162,11 @@ function light(colour) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
 function paper(element) {
-  for (; element; element = element.parentElement) {
-    const colour = getComputedStyle(element).backgroundColor;
-    if ((channels(colour)[3] ?? 1) > 0) return colour;
-  }
-  return "rgb(255, 255, 255)";
+  if (!element) return "rgb(255, 255, 255)";
+  const [r, g, b, share = 1] = channels(getComputedStyle(element).backgroundColor);
+  if (share === 1) return `rgb(${r}, ${g}, ${b})`;
+  const below = channels(paper(element.parentElement));
+  return `rgb(${[r, g, b].map((one, at) => share * one + (1 - share) * below[at])})`;
 }
 const found = [];
 for (const one of document.querySelectorAll("body *")) {

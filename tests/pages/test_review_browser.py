@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_browser import CONTRAST, Browser, pytestmark  # noqa: F401
 import xai_edit as xe
 from xai_edit.discovery import Mark
 from xai_edit.discovery.shown import shown_rows
+from xai_edit.pages.discover import write_review
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def saved(browser, folder):
     browser.first(".save").click()
     file = folder / "marks.json"
     for _ in range(100):
-        if file.exists():
+        if file.exists() and file.stat().st_size:  # not still empty
             break
         time.sleep(0.1)
     return xe.Marks.load(file), file.read_text(encoding="utf-8")
@@ -48,6 +50,7 @@ def saved(browser, folder):
 
 def same(ours, theirs):
     assert ours.marks == theirs.marks
+    assert ours.about() == theirs.about()
     assert torch.equal(ours.attribute, theirs.attribute)
     names = ("names", "discovery", "model", "data")
     assert [getattr(ours, one) for one in names] == [getattr(theirs, one) for one in names]
@@ -161,8 +164,29 @@ def test_it_is_readable_wide_dark_and_on_a_phone_and_asks_for_nothing(
         width,
     )
     assert beyond == []
+    for table in browser.all(".groups"):
+        inside = "return arguments[0].scrollWidth <= arguments[0].parentElement.clientWidth"
+        assert browser.run(inside, table)
     for image in browser.all("img")[:6]:
         assert browser.run("return arguments[0].naturalWidth", image) == 16
+
+
+def test_texts_are_readable_and_ticked_on_a_phone(browser, found, tmp_path):
+    (one, *_), number = found, torch.cat(shown_rows(found[0], found))
+    drawn = {"samples": number.unique(), "0": torch.ones(len(number), 70)}
+    drawn["tokens"] = torch.full((len(drawn["samples"]), 70), 5)
+    page = tmp_path / "texts.html"
+    write_review(replace(found, found=(one,)), drawn, page, words=lambda _: 30 * "long")
+    browser.open(page, width=360)
+    assert browser.complaints() == []
+    assert browser.run("return document.documentElement.scrollWidth") <= 360
+    assert browser.run(CONTRAST)[0][0] >= 4.5
+    box = browser.first(".thumbs input")
+    browser.run("arguments[0].scrollIntoView({block: 'center'})", box)
+    box.click()
+    browser.run("document.querySelector('[value=spurious]').click()")
+    marks = json.loads(browser.first(".saving textarea").get_attribute("value"))
+    assert marks["findings"][0]["ticks"] == {str(int(number[0])): False}
 
 
 def test_it_redraws_what_was_written_and_is_read_without_scripts(browser, discovered, tmp_path):

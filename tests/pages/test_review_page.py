@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import replace
+from html import escape
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from test_page_markup import Page
 import xai_edit as xe
 from xai_edit.discovery.evidence import GROUPS
 from xai_edit.discovery.findings import Searched
-from xai_edit.discovery.shown import SIDE, pictures, shown_rows
+from xai_edit.discovery.shown import CHANNELS, SIDE, STRETCHES, pictures, shown_rows
 from xai_edit.pages.discover import FEW, LIMITS, review_page
 
 
@@ -165,6 +166,69 @@ def test_twenty_findings_of_photographs_are_within_four_megabytes(found):
     assert size <= 4_000_000, size
 
 
+@pytest.mark.parametrize("kind", ["tokens", "signals"])
+def test_twenty_findings_of_texts_and_signals_are_within_four_megabytes(found, kind):
+    generator = torch.Generator().manual_seed(0)
+    many = replace(found, found=(found[0],) * 20)
+    number = torch.cat(shown_rows(found[0], found))
+    samples = number.unique()
+    length = 512 if kind == "tokens" else STRETCHES
+    drawn = {str(at): torch.rand(len(number), length, generator=generator) for at in range(20)}
+    if kind == "tokens":
+        shown = torch.randint(9, (len(samples), length), generator=generator)
+    else:
+        noise = torch.randn(len(samples), CHANNELS, 2, length, generator=generator)
+        shown = noise.sort(2).values
+    drawn = {"samples": samples, kind: shown, **drawn}
+    size = len(review_page(many, drawn, words=lambda _: "wordpiece").html())
+    assert size <= 4_000_000, size
+
+
 def test_pictures_of_other_data_or_no_images_are_refused_or_left_out(found):
     with pytest.raises(ValueError, match="data: other samples than those of the findings"):
         pictures(torch.nn.Identity(), [torch.zeros(3, 1, 4, 4)], found)
+
+
+def shown_as(found, **kind):
+    """The page with samples that are no images, each with the same map."""
+    number = torch.cat(shown_rows(found[0], found))
+    samples = number.unique()
+    (name, one), *maps = kind.items()
+    drawn = {"samples": samples, name: one.expand(len(samples), *one.shape)}
+    for _, values in maps:
+        drawn["0"] = values.expand(len(number), -1)
+    words = {7: HARMFUL, 8: "good", 9: "far"}
+    return review_page(replace(found, found=found[:1]), drawn, words=words.get).html()
+
+
+def test_a_text_is_its_words_in_the_colour_of_their_relevance_without_padding(found):
+    tokens = torch.tensor([*[9] * 70, 7, 8, 8, 8, -1])
+    R = torch.tensor([*[0.0] * 70, -0.42, 1.0, 0.3, 0.04, 1.0])
+    html = shown_as(found, tokens=tokens, maps=R)
+    assert Page(html).open == []
+    assert "<img class=evil" not in html
+    first = html.split('class="passage">')[1].split("</span>")[0]
+    assert first == (  # of 74 words the last 60, and no padding
+        f"… {'far ' * 56}"
+        f'<mark class="against" style="--r:0.4">{escape(HARMFUL)}</mark> '
+        '<mark class="for" style="--r:1.0">good</mark> '
+        '<mark class="for" style="--r:0.3">good</mark> good'
+    )
+
+
+def test_without_words_a_text_is_its_numbers(found):
+    drawn = {"samples": torch.cat(shown_rows(found[0], found)).unique()}
+    drawn["tokens"] = torch.tensor([5, 6, -1]).expand(len(drawn["samples"]), 3)
+    html = review_page(replace(found, found=found[:1]), drawn).html()
+    assert '<span class="passage">5 6</span>' in html
+
+
+def test_a_signal_is_a_waveform_shaded_by_relevance(found):
+    ends = torch.tensor([[[-1.0, 0.0, -1.0], [1.0, 0.0, 0.0]]])
+    html = shown_as(found, signals=ends, maps=torch.tensor([0.0, -1.0, 0.5]))
+    svg = html.split('<svg class="signal"')[1].split("</svg>")[0]
+    assert 'viewBox="-0.5 0 3 40"' in svg
+    assert 'class="wave" d="M0 2v36M1 20v1M2 20v18"' in svg  # 36 of 40 for 2
+    assert 'class="against" style="--r:1.0" d="M1 0v40"' in svg
+    assert 'class="for" style="--r:0.5" d="M2 0v40"' in svg
+    assert "with relevance for" in svg

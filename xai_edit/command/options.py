@@ -172,6 +172,7 @@ COMMANDS = {
             LAYERS,
             JSON,
             Option("--held-out DATA", "other labelled data, for deletion curves of --compare"),
+            Option("--attribute FILE", f"compare with and without: {ATTRIBUTE}"),
             Option("--target CLASS", "to explain: a number, label, predicted", _target, "label"),
             Option("--aggregate HOW", "over samples: sum, mean, abs or positive", default="sum"),
             Option("--share S", "of a layer's units that are its top", float, 0.1),

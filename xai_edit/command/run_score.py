@@ -18,9 +18,10 @@ from xai_edit.command.inputs import (
     require_known,
     scorer_of,
 )
-from xai_edit.command.load import preprocessing_of
+from xai_edit.command.load import Images, preprocessing_of
 from xai_edit.command.own_data import is_own
 from xai_edit.command.run import MODEL, Run
+from xai_edit.command.run_parts import indices_by
 from xai_edit.core.cost import measured
 from xai_edit.core.data import peek
 from xai_edit.core.files import write_atomically
@@ -84,6 +85,10 @@ def score(options: argparse.Namespace) -> int:
     share_of(1, options.share)
     if options.held_out and not options.compare:
         raise ValueError("--held-out: given without --compare, whose deletion curves need it")
+    if options.attribute is not None and not options.compare:
+        raise ValueError("--attribute: given without --compare, which compares with and without it")
+    if options.attribute is not None and is_own(options.data):
+        raise ValueError(f"--attribute: {options.data} has no paths; give a folder or a CSV file")
     names = options.compare or [options.composite]
     require_known(*names)
     run = Run(options)
@@ -100,11 +105,16 @@ def score(options: argparse.Namespace) -> int:
     }
     if options.compare:
         file, results["run"] = "comparison.json", "compare"
-        found = compare_scorers(run.model, data, scorers, share=options.share, **how, **curves)
-        results |= found.to_dict()
-        if run.out is not None:
-            _draw(run, found, scorers)
-        text = str(found)
+        texts = []
+        for part, images in _parts(run).items():
+            data = run.read(images, f"scoring {part}".strip())
+            found = compare_scorers(run.model, data, scorers, share=options.share, **how, **curves)
+            results |= {part: found.to_dict()} if part else found.to_dict()
+            if run.out is not None:
+                _draw(run, found, scorers, images, part)
+            title = f"{part} the feature, {len(images)} images\n" if part else ""
+            texts.append(f"{title}{found}")
+        text = "\n\n".join(texts)
     else:
         file = "results.json"
         scores = score_units(run.model, data, scorers[options.composite], **how)
@@ -122,18 +132,28 @@ def score(options: argparse.Namespace) -> int:
     return run.show(results, text, file)
 
 
-def _draw(run: Run, found: Comparison, scorers: dict[str, Scorer]) -> None:
-    pictures = {"rank-correlation.png": rank_matrices(found)}
+def _parts(run: Run) -> dict[str, Images]:
+    """Return all images, or those ``"with"`` the attribute and those ``"without"``."""
+    if run.attribute is None:
+        return {"": run.images}
+    indices = indices_by(run.attribute)
+    return {"with": run.images.only(indices[1]), "without": run.images.only(indices[0])}
+
+
+def _draw(
+    run: Run, found: Comparison, scorers: dict[str, Scorer], images: Images, part: str
+) -> None:
+    pictures = {"rank-correlation": rank_matrices(found)}
     if any(found.deletion.values()):
-        pictures["deletion.png"] = deletion_curves(found.deletion)
-    images = not is_own(run.options.data)
-    if images and any(hasattr(scorer, "heatmap") for scorer in scorers.values()):
-        batch = peek(run.read(run.images, "drawing"), run.options.device)[0]
+        pictures["deletion"] = deletion_curves(found.deletion)
+    maps = any(hasattr(scorer, "heatmap") for scorer in scorers.values())
+    if maps and not is_own(run.options.data):
+        batch = peek(run.read(images, "drawing"), run.options.device)[0]
         batch = batch[torch.arange(len(batch)) < DRAWN]
         inputs = one_tensor(batch.inputs, "a picture")
         targets = targets_of(batch, run.options.target)
-        maps = relevance_maps(run.model, inputs, scorers, targets=targets)
+        drawn = relevance_maps(run.model, inputs, scorers, targets=targets)
         pixels = preprocessing_given(run.options).pixels(inputs)
-        pictures["relevance-maps.png"] = map_grid(pixels, maps)
+        pictures["relevance-maps"] = map_grid(pixels, drawn)
     for name, picture in pictures.items():
-        write_atomically(run.out / name, picture)
+        write_atomically(run.out / f"{name}{'-' * bool(part)}{part}.png", picture)

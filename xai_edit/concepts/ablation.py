@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -61,6 +61,16 @@ class SubspaceAblation(nn.Module):
         self.register_buffer("threshold", threshold)
         self.lrp_rule = Epsilon()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceAblation:
+        """Move the buffers but keep their precision: a square or threshold may overflow in half."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in kept.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype != value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
     def forward(self, activations: Tensor) -> Tensor:
         """Return the activations without the subspaces, of the same shape."""
         if self.axis.number is None:
@@ -75,7 +85,8 @@ class SubspaceAblation(nn.Module):
         ablated = ablated.movedim(-1, axis).clone()
         if self.threshold is None or self.pooling is None:
             return ablated
-        positions = a.reshape(len(a), -1, len(self.directions))
+        # `shape[0]`, which an exported program keeps open, where `len` would fix the batch size.
+        positions = a.reshape(a.shape[0], -1, a.shape[-1])
         score = pooled_square(positions, self.directions, self.mean, self.pooling)
         present = (score > self.threshold).reshape(-1, *[1] * (a.ndim - 1))
         # In the memory layout of the activations, so that later layers compute the same bits.
@@ -135,7 +146,7 @@ def with_ablation(
     Arguments and errors are those of `ablated`. Pruning keeps the channels that the ablation mixes.
     The copy has the layer's parameters under ``{layer}.layer``, and under ``{layer}.ablation`` the
     buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,); with
-    ``when`` also ``threshold``, a single number.
+    ``when`` also ``threshold``, a single number; they stay so in a copy made half precision.
     """
     copy = copied(model)
     _insert(copy, layer, subspaces, indices, when, unit_axis)

@@ -186,3 +186,30 @@ def described(inputs: Inputs) -> str:
     return ", ".join(
         f"{name}: {tuple(one.shape)} {one.dtype}" for name, one in inputs.tensors().items()
     )
+
+
+def real_positions(inputs: Inputs, a: Tensor) -> Tensor:
+    """Return which positions are no padding, bool, shape (samples, positions).
+
+    ``a`` are vectors at positions, shape (samples, positions, ...). By Hugging Face's
+    ``attention_mask`` where it has one entry a position, else all; other masks may have 1 where
+    that has 0.
+    """
+    mask = input_tensors(inputs).get("attention_mask")
+    if mask is not None and mask.shape == a.shape[:2]:
+        return mask.to(a.device) != 0
+    return torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
+
+
+def padding_refilled(a: Tensor, real: Tensor) -> Tensor:
+    """Return vectors at positions with a sample's real ones, in turn, in place of its padding.
+
+    Shapes (samples, positions, ...), and of `real_positions`.
+    """
+    if real.all():
+        return a
+    counts = real.sum(1, keepdim=True).clamp_min(1)
+    real_first = (~real).long().argsort(dim=1, stable=True)
+    in_turn = real_first.gather(1, ((~real).cumsum(1) - 1).clamp_min(0) % counts)
+    at = torch.where(real, torch.arange(real.shape[1], device=real.device), in_turn)
+    return a[torch.arange(len(a), device=a.device)[:, None], at]

@@ -14,8 +14,7 @@ from xai_edit.concepts.finders import PRCA, ContrastivePCA
 from xai_edit.concepts.presence import Pooling, squares
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import preserved
-from xai_edit.core.layers import run, tapped
-from xai_edit.discovery.channel_relevance import Moments, real_positions, vectors_of
+from xai_edit.discovery.channel_relevance import Moments, layer_vectors
 from xai_edit.discovery.evidence import WORTH, two_means
 from xai_edit.discovery.samples import Samples
 
@@ -107,7 +106,7 @@ def _contrastive(contrast: Tensor, mean: Tensor, samples: int) -> Subspaces | No
 def presence_of(a: Tensor, real: Tensor, subspaces: Subspaces) -> Tensor:
     """Return `xai_edit.concepts.presence` by maximum and by mean, shape (2, samples).
 
-    Over the positions ``real``, see `real_positions`.
+    Over the positions ``real``, see `xai_edit.core.inputs.real_positions`.
     """
     square = squares(a, subspaces.basis, subspaces.mean).where(real, 0)
     return torch.stack([square.amax(1), square.sum(1) / real.sum(1).clamp_min(1)])
@@ -124,18 +123,14 @@ def presences(
 
     Float64, shape (2, subspaces, samples): by maximum and by mean over positions.
     """
-    layers = [layer for layer in wanted if wanted[layer]]
-    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    with preserved(model), torch.no_grad():
+    own = {layer: axes[layer] for layer in wanted if wanted[layer]}
+    found: dict[str, list[Tensor]] = {layer: [] for layer in own}
+    with preserved(model):
         for _, batch in samples.read(rows):
-            with tapped(model, layers) as tap:
-                run(model, batch.inputs)
-            for layer in layers:
-                a = vectors_of(tap.values[layer], axes[layer])
-                real = real_positions(batch.inputs, a)
+            for layer, (a, real) in layer_vectors(model, batch.inputs, own).items():
                 pairs = [presence_of(a, real, one) for one in wanted[layer]]
                 found[layer].append(torch.stack(pairs, 1).double().cpu())
-    return {layer: torch.cat(found[layer], -1) for layer in layers}
+    return {layer: torch.cat(found[layer], -1) for layer in own}
 
 
 def separated(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xai_edit.concepts.collect import require_same_values, values_at
 from xai_edit.core.guard import preserved
-from xai_edit.core.inputs import Inputs, input_tensors
+from xai_edit.core.inputs import Inputs, real_positions
 from xai_edit.core.layers import run, tapped, unit_axis_of
 from xai_edit.discovery.samples import Samples
 from xai_edit.lrp.contexts import ContextGather, Take
@@ -28,16 +28,19 @@ def vectors_of(values: Tensor, axis: int) -> Tensor:
     return values.movedim(axis, -1).reshape(len(values), positions, channels)
 
 
-def real_positions(inputs: Inputs, a: Tensor) -> Tensor:
-    """Return which positions are no padding, bool, shape (samples, positions).
+def layer_vectors(
+    model: nn.Module, inputs: Inputs, axes: Mapping[str, int]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the vectors of some layers, by `vectors_of`, and which of them are no padding.
 
-    ``a`` are vectors of `vectors_of`. By Hugging Face's ``attention_mask`` where it has one entry a
-    position, else all; other masks may have 1 where that has 0.
+    From one forward pass; ``axes`` are the layers' unit axes. ValueError for a layer without part
+    in it.
     """
-    mask = input_tensors(inputs).get("attention_mask")
-    if mask is not None and mask.shape == a.shape[:2]:
-        return mask.to(a.device) != 0
-    return torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
+    with torch.no_grad(), tapped(model, [*axes]) as tap:
+        run(model, inputs)
+    tap.require([*axes])
+    vectors = {layer: vectors_of(tap.values[layer], axis) for layer, axis in axes.items()}
+    return {layer: (a, real_positions(inputs, a)) for layer, a in vectors.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,15 +160,11 @@ def moments(
     mean: dict[str, Tensor] = {}
     vectors: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     done = 0
-    with preserved(model), torch.no_grad():
+    with preserved(model):
         for _, batch in samples.read(rows):
-            with tapped(model, layers) as tap:
-                run(model, batch.inputs)
             now = slice(done, done + len(batch))
             done += len(batch)
-            for layer in layers:
-                a = vectors_of(tap.values[layer], axes[layer])
-                real = real_positions(batch.inputs, a)
+            for layer, (a, real) in layer_vectors(model, batch.inputs, axes).items():
                 a = torch.where(real[..., None], a, 0)
                 vectors[layer].append(real.sum(1).cpu())
                 if layer not in whole:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.presence import Pooling
@@ -17,11 +16,11 @@ from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, as_inputs
-from xai_edit.core.layers import resolve_layers, run, tapped
+from xai_edit.core.layers import resolve_layers
 from xai_edit.core.text import aligned
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.candidates import POOLINGS, presence_of
-from xai_edit.discovery.channel_relevance import real_positions, vectors_of
+from xai_edit.discovery.channel_relevance import layer_vectors
 from xai_edit.discovery.evidence import Evidence
 from xai_edit.discovery.marks import Mark, Marks
 
@@ -93,12 +92,10 @@ class Finding:
         inputs = as_inputs(inputs, "inputs").to(model_device(model))
         model = unwrapped(model)
         resolve_layers(model, [self.layer])
-        with preserved(model), torch.no_grad(), tapped(model, [self.layer]) as tap:
-            run(model, inputs)
-        tap.require([self.layer])
-        values = vectors_of(tap.values[self.layer], self.axis)
+        with preserved(model):
+            vectors = layer_vectors(model, inputs, {self.layer: self.axis})
+        values, real = vectors[self.layer]
         self.subspaces.require_channels(values)
-        real = real_positions(inputs, values)
         both = presence_of(values.double(), real, self.subspaces)
         return both[POOLINGS.index(self.pooling)].cpu()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +62,29 @@ class Mark:
 
     def of(self, finding: Finding) -> Tensor:
         """Return which samples have the finding's feature, bool, shape (samples,); ticks win."""
-        threshold = finding.threshold if self.threshold is None else self.threshold
-        has = finding.scores > threshold
+        has = self._moved(finding).has
         for sample, value in self.ticks.items():
             works = f"there are {len(has)} samples, numbered from 0"
             require(sample < len(has), "ticks", sample, works)
             has[sample] = value
         return has
+
+    def unsure(self, finding: Finding) -> int:
+        """Return how many samples are within 10 % of the threshold and not ticked."""
+        near = self._moved(finding).unsure
+        for sample in self.ticks:
+            near[sample] = False
+        return int(near.sum())
+
+    def _moved(self, finding: Finding) -> Finding:
+        return finding if self.threshold is None else replace(finding, threshold=self.threshold)
+
+
+class Sure(NamedTuple):
+    """How sure a finding is: 2·AUC − 1 of its presence, and samples near its threshold."""
+
+    separation: float
+    unsure: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +101,8 @@ class Marks:
         The name of each sample, such as its file; may be empty.
     discovery, model, data : str
         Checksums of the findings, of the model's weights and of the data.
+    sure : dict of int to Sure
+        How sure each finding is about the samples, by its number.
     """
 
     marks: Mapping[int, Mark]
@@ -93,6 +111,7 @@ class Marks:
     discovery: str
     model: str
     data: str
+    sure: Mapping[int, Sure]
 
     @classmethod
     def of(cls, findings: Findings, marks: Mapping[int, Mark | str]) -> Marks:
@@ -108,8 +127,11 @@ class Marks:
             works = f"there are {len(findings)}, numbered from 0"
             require(number in range(len(findings)), "finding", number, works)
         has = torch.zeros_like(findings.predicted, dtype=torch.bool)
+        sure = {}
         for number, one in sorted(whole.items()):
-            own = one.of(findings[number])
+            finding = findings[number]
+            own = one.of(finding)
+            sure[number] = Sure(finding.evidence.separation.value, one.unsure(finding))
             if one.verdict == SPURIOUS:
                 has |= own
         origin = findings.origin
@@ -120,6 +142,7 @@ class Marks:
             findings.checksum(),
             origin.get("model", ""),
             origin.get("data", ""),
+            sure,
         )
 
     @property
@@ -149,6 +172,8 @@ class Marks:
                 f"marks: the attribute of {different} samples is not what the marks give; the "
                 f"file was edited; {WORKS}"
             )
+        if self.sure != again.sure:
+            raise ValueError(f"marks: how sure they are differs; the file was edited; {WORKS}")
 
     def require_model(self, model: nn.Module) -> None:
         """Raise ValueError if these are marks of another model."""
@@ -159,20 +184,36 @@ class Marks:
             )
 
     def about(self) -> dict[str, Any]:
-        """Return the checksum of the discovery and what was marked spurious, as JSON values."""
-        spurious = [{"finding": at, "name": self.marks[at].name} for at in self.spurious]
-        return {"discovery": self.discovery, "spurious": spurious}
+        """Return checksums of the discovery and of the marks, and what is spurious, as JSON values.
+
+        Of each spurious finding its verdict, how sure it is, and how many samples were corrected.
+        """
+        spurious = [
+            {"finding": at, "name": self.marks[at].name, "verdict": self.marks[at].verdict}
+            | {**self.sure[at]._asdict(), "corrected": len(self.marks[at].ticks)}
+            for at in self.spurious
+        ]
+        digest = checksum(
+            {"attribute": self.attribute}, json.dumps(self._findings(), sort_keys=True)
+        )
+        return {"discovery": self.discovery, "marks": digest, "spurious": spurious}
+
+    def _findings(self) -> list[dict[str, Any]]:
+        """Return the marks and how sure they are, as JSON values."""
+        return [
+            {"finding": number, **asdict(one), **self.sure[number]._asdict()}
+            for number, one in self.marks.items()
+        ]
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically."""
-        findings = [{"finding": number, **asdict(one)} for number, one in self.marks.items()]
         names: Any = self.names or range(len(self))
         pairs = zip(names, self.attribute.tolist(), strict=True)
         content = {
             "kind": KIND,
             "format": 1,
             **{name: getattr(self, name) for name in SUMS},
-            "findings": findings,
+            "findings": self._findings(),
             "samples": [{"sample": name, "attribute": has} for name, has in pairs],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False)
@@ -201,14 +242,20 @@ def _parsed(content: Any) -> Marks:
     require(content["kind"] == KIND, "kind", content["kind"], f"it is {KIND!r}")
     require(content["format"] == 1, "format", content["format"], "it is 1; update xai_edit")
     marks: dict[int, Mark] = {}
+    sure: dict[int, Sure] = {}
     for one in content["findings"]:
         kinds: dict[str, Any] = {"finding": int, "verdict": str, "name": str, "note": str}
-        _require_entries(one, {**kinds, "threshold": (int, float, type(None)), "ticks": dict})
+        kinds |= {"threshold": (int, float, type(None)), "ticks": dict}
+        _require_entries(one, {**kinds, "separation": (int, float), "unsure": int})
         number = one.pop("finding")
         require(number >= 0 and number not in marks, "finding", number, "one mark for each")
         numbers = [sample.isascii() and sample.isdecimal() for sample in one["ticks"]]
         require(all(numbers), "ticks", one["ticks"], "it has true or false by number")
         ticks = {int(sample): has for sample, has in one.pop("ticks").items()}
+        separation, unsure = float(one.pop("separation")), one.pop("unsure")
+        require(abs(separation) <= 1, "separation", separation, "it is from -1 to 1")
+        require(unsure >= 0, "unsure", unsure, "it is a number of samples")
+        sure[number] = Sure(separation, unsure)
         marks[number] = Mark(**one, ticks=ticks)
     names, has = [], []
     for at, one in enumerate(content["samples"]):
@@ -222,7 +269,7 @@ def _parsed(content: Any) -> Marks:
     named = kinds_found == {str}
     whole = dict(sorted(marks.items()))
     sums = {name: content[name] for name in SUMS}
-    return Marks(whole, torch.tensor(has), tuple(names) if named else (), **sums)
+    return Marks(whole, torch.tensor(has), tuple(names) if named else (), **sums, sure=sure)
 
 
 def _require_entries(value: Any, kinds: Mapping[str, Any]) -> None:

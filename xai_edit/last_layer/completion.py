@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.axes import unit_axes
-from xai_edit.core.inputs import Inputs, joined
+from xai_edit.core.inputs import Inputs, joined, padding_refilled, real_positions
 from xai_edit.core.layers import replaced, run, tapped, unit_axis_of
 from xai_edit.last_layer.find_head import HeadReader
 from xai_edit.last_layer.head import HeadFeatures
@@ -49,7 +49,10 @@ class Exchange:
             )
 
     def coefficients(self, inputs: Inputs, most: int) -> Tensor:
-        """Return Uᵀa, float64, shape (samples, positions, most), for the first directions U."""
+        """Return Uᵀa, float64, shape (samples, positions, most), for the first directions U.
+
+        Padding has those of the sample's real positions in turn: it is no part of a donor.
+        """
         model = self.reader.model
         with tapped(model, [self.layer]) as tap:
             run(model, inputs)
@@ -69,7 +72,8 @@ class Exchange:
                 "before; images are completed position by position, so give inputs of one size"
             )
         self.positions = positions
-        return coefficients_of(values, self._directions(most).to(values.device), self.axis)
+        c = coefficients_of(values, self._directions(most).to(values.device), self.axis)
+        return padding_refilled(c, real_positions(inputs, c))
 
     def completed(self, inputs: Inputs, coefficients: Tensor, size: int) -> Tensor:
         """Return the head's inputs for a − U Uᵀ(a − a_d) at the layer, shape (samples, d).

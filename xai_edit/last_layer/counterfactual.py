@@ -55,7 +55,8 @@ class CounterfactualRetraining:
     For groups that have no images, such as one class never seen with a mark. Each image is
     completed at a layer where a subspace U holds the feature, position by position:
     a_with = a − U Uᵀ(a − a_d), where d is a random image that has the feature, and a_without alike
-    with one that has it not. Both go through the rest of the network; a logistic regression on both
+    with one that has it not. A text whose ``attention_mask`` leaves padding out gives its real
+    positions in turn. Both go through the rest of the network; a logistic regression on both
     versions, with the image's own class, is the new last layer. Ours; no paper.
 
     A feature that differs from position to position, such as the background of photographs, does

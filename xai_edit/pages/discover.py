@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,20 @@ from torch import Tensor
 from xai_edit.core.files import write_atomically
 from xai_edit.discovery.conclude import GROUP
 from xai_edit.discovery.evidence import GROUPS
-from xai_edit.discovery.findings import Finding, Findings, sentence
+from xai_edit.discovery.findings import UNSURE, Finding, Findings, sentence
 from xai_edit.discovery.marks import VERDICTS
 from xai_edit.discovery.shown import in_class, shown_rows
 from xai_edit.report.html import Report, repeat
 from xai_edit.report.review_controls import fields, saving, verdicts
-from xai_edit.report.review_pictures import WIDTH, histogram, overlaid, picture, scatter
+from xai_edit.report.review_pictures import (
+    WIDTH,
+    histogram,
+    overlaid,
+    passage,
+    picture,
+    scatter,
+    waveform,
+)
 from xai_edit.report.table import Notes, counted
 
 FINDINGS, PICTURES = "findings.safetensors", "pictures.safetensors"  # of a run
@@ -29,8 +37,19 @@ HEADING = "What this network's classes depend on"
 FEW = 10  # samples of a group below which its accuracy has an interval
 EMPTY = "0 (empty)"
 NOT_SHOWN = (
-    "<p>The samples are not images, so they are not shown here: they stand by their names.</p>"
+    "<p>The samples are no images, signals or texts, so they are not shown here: they stand by "
+    "their names.</p>"
 )
+LOOK = {
+    "images": "Look at the pictures: is it part of the class, or a shortcut? Point at a picture, "
+    "or go to it with Tab and the arrow keys, to see the relevance that passes through the "
+    "feature: red speaks for the class, blue against it.",
+    "signals": "Look at the signals: is it part of the class, or a shortcut? Shading is the "
+    "relevance that passes through the feature: red speaks for the class, blue against it.",
+    "tokens": "Look at the texts: is it part of the class, or a shortcut? The colour of a word is "
+    "the relevance that passes through the feature there: red speaks for the class, blue against "
+    "it.",
+}
 LIMITS = (
     "A feature that belongs to a class transfers as well as a spurious one. Only a person can tell "
     "them apart; the figures say where to look.",
@@ -51,6 +70,7 @@ def review_page(
     pictures: Mapping[str, Tensor],
     *,
     names: Mapping[int, str] | None = None,
+    words: Callable[[int], str] | None = None,
 ) -> Report:
     """Return the page on which a person reviews findings and saves marks.
 
@@ -61,8 +81,11 @@ def review_page(
         Of `xai_edit.discovery.shown.pictures`; may be empty.
     names : dict of int to str, optional
         Names of classes by number.
+    words : callable, optional
+        Returns the word of a token's number, such as ``tokenizer.decode``; by default the number is
+        shown.
     """
-    return Report(HEADING, _parts(findings, pictures, names or {}), more=MORE)
+    return Report(HEADING, _parts(findings, pictures, names or {}, words), more=MORE)
 
 
 def write_review(
@@ -71,9 +94,11 @@ def write_review(
     path: str | Path,
     *,
     names: Mapping[int, str] | None = None,
+    words: Callable[[int], str] | None = None,
 ) -> None:
     """Write `review_page` to an HTML file, atomically."""
-    write_atomically(path, review_page(findings, pictures, names=names).html().encode())
+    page = review_page(findings, pictures, names=names, words=words)
+    write_atomically(path, page.html().encode())
 
 
 def discovery_page(
@@ -92,7 +117,10 @@ def class_called(label: int, names: Mapping[int, str]) -> str:
 
 
 def _parts(
-    findings: Findings, pictures: Mapping[str, Tensor], names: Mapping[int, str]
+    findings: Findings,
+    pictures: Mapping[str, Tensor],
+    names: Mapping[int, str],
+    words: Callable[[int], str] | None = None,
 ) -> list[str | Notes]:
     outstanding, all_ = len(findings.standing_out), len(findings)
     classes = list(dict.fromkeys(one.target for one in findings))
@@ -101,16 +129,18 @@ def _parts(
         **{name: findings.origin[name] for name in ("model", "data")},
         "discovery": findings.checksum(),
         "names": findings.names,
+        "unsure": UNSURE,
     }
     right = ""
     if findings.labels is not None:
         right = _encoded((findings.predicted == findings.labels).byte())
+    kind = next((one for one in LOOK if one in pictures), "images")
     cards = ""
     for label in classes:
         cards += f"<h2>Class {escape(names.get(label, str(label)))}</h2>"
         for number, finding in enumerate(findings):
             if finding.target == label:
-                cards += _card(number, finding, findings, pictures, names)
+                cards += _card(number, finding, findings, pictures, names, words)
     first = f"findings that stand out: {outstanding} of {all_}"
     looked = [
         f"{class_called(one.target, names)}, layer {one.layer}: {one.note}"
@@ -118,11 +148,9 @@ def _parts(
         if one.note
     ]
     explained = (
-        "<p>Each finding is a feature that changes the network's answer for a class. Look at the "
-        "pictures: is it part of the class, or a shortcut? Point at a picture, or go to it with "
-        "Tab and the arrow keys, to see the relevance that passes through the feature: red speaks "
-        "for the class, blue against it. Tick the pictures that are wrong, set a verdict, and save "
-        "the marks; <code>--attribute marks.json</code> of <code>xai-edit neutralize</code> and "
+        "<p>Each finding is a feature that changes the network's answer for a class. "
+        f"{LOOK[kind]} Tick what is wrong, set a verdict, and save the marks; "
+        "<code>--attribute marks.json</code> of <code>xai-edit neutralize</code> and "
         "<code>prune</code> takes them.</p>"
     )
     return [
@@ -159,6 +187,7 @@ def _card(
     findings: Findings,
     pictures: Mapping[str, Tensor],
     names: Mapping[int, str],
+    words: Callable[[int], str] | None,
 ) -> str:
     name, of_class = class_called(finding.target, names), in_class(finding, findings)
     scores = finding.scores
@@ -174,7 +203,7 @@ def _card(
     pair = zip(titles, shown_rows(finding, findings), (False, False, True), strict=True)
     shown, start = "", 0
     for title, rows, ticked in pair:
-        shown += _row(title, rows, ticked, start, number, findings, pictures, name)
+        shown += _row(title, rows, ticked, start, number, findings, pictures, name, words)
         start += len(rows)
     plots = histogram(scores, of_class, finding.threshold, (name, "other classes"))
     plots += scatter(finding.points, finding.cluster, finding.part)
@@ -183,6 +212,7 @@ def _card(
         f'<article class="finding" id="finding-{number}" data-finding="{number}" '
         f'data-target="{finding.target}" data-threshold="{finding.threshold!r}" '
         f'data-highest="{float(scores.max())!r}" data-width="{WIDTH}" '
+        f'data-separation="{finding.evidence.separation.value!r}" '
         f'data-bits="{32 if exact else 64}" data-scores="{encoded}">'
         f"<h3>Finding {number}: layer {escape(finding.layer)}"
         f'<span class="badge">{badge}, score {finding.evidence.score:.2f}</span></h3>'
@@ -190,7 +220,8 @@ def _card(
         f"{escape(f' The same feature was found for {also}.') if also else ''}</p>"
         f"{verdicts(number, VERDICTS)}{shown}<div class='charts'>{plots}</div>"
         f"{_groups(number, finding, findings, name)}"
-        f"<p>{counted(unsure, 'sample')} within 10 % of the threshold are unsure.</p>"
+        f"<p>{counted(unsure, 'sample')} within 10 % of the threshold are unsure. The feature is "
+        f"taken away from at most {GROUP} samples of each group that were not used to find it.</p>"
         f"{fields(number, int(finding.has.sum()), len(scores))}</article>"
     )
 
@@ -204,26 +235,47 @@ def _row(
     findings: Findings,
     pictures: Mapping[str, Tensor],
     target: str,
+    words: Callable[[int], str] | None,
 ) -> str:
     items = ""
     maps = pictures.get(str(number))
-    for at, sample in enumerate(rows.tolist()):
+    for at, sample in enumerate(rows.tolist(), start):
         called = findings.names[sample] if findings.names else f"sample {sample}"
-        seen = f'<span class="text">{escape(called)}</span>'
-        if pictures:
-            image = pictures["images"][torch.searchsorted(pictures["samples"], sample)]
-            seen = picture(image, called, "photo")
-            if maps is not None:
-                over = overlaid(image, maps[start + at])
-                seen = picture(over, f"relevance for {target}: {called}", "map") + seen
+        seen = _sample(sample, called, pictures, None if maps is None else maps[at], target, words)
         label = f"Wrong: {called} {'has' if ticked else 'does not have'} the feature"
         items += (
             f'<li title="{escape(called)}"><label><input type="checkbox" data-sample="{sample}" '
             f'data-has="{str(ticked).lower()}" aria-label="{escape(label)}">'
             f'<span class="two">{seen}</span></label></li>'
         )
-    items = f'<ul class="thumbs">{items}</ul>' if items else "<p>none</p>"
+    kind = next((one for one in LOOK if one in pictures), "images")
+    items = f'<ul class="thumbs {kind}">{items}</ul>' if items else "<p>none</p>"
     return f'<figure class="shown"><figcaption>{escape(title)}</figcaption>{items}</figure>'
+
+
+def _sample(
+    sample: int,
+    called: str,
+    pictures: Mapping[str, Tensor],
+    relevance: Tensor | None,
+    target: str,
+    words: Callable[[int], str] | None,
+) -> str:
+    """Return one sample with the relevance through a finding, or its name alone."""
+    if not pictures:
+        return f'<span class="text">{escape(called)}</span>'
+    at = torch.searchsorted(pictures["samples"], sample)
+    if "tokens" in pictures:
+        return passage(pictures["tokens"][at], relevance, words)
+    if "signals" in pictures:
+        text = called if relevance is None else f"{called}, with relevance for {target}"
+        return waveform(pictures["signals"][at], relevance, text)
+    image = pictures["images"][at]
+    seen = picture(image, called, "photo")
+    if relevance is not None:
+        over = overlaid(image, relevance)
+        seen = picture(over, f"relevance for {target}: {called}", "map") + seen
+    return seen
 
 
 def _groups(number: int, finding: Finding, findings: Findings, name: str) -> str:
@@ -243,7 +295,6 @@ def _groups(number: int, finding: Finding, findings: Findings, name: str) -> str
             f'<td data-found="{ablated}">{ablated}</td></tr>'
         )
     without = "accuracy when it is taken away" if labelled else "predicted as before without it"
-    without += f" (of each group at most {GROUP} samples that were not used to find it)"
     heads = ["group", "samples", *(["accuracy"] if labelled else []), without]
     head = "".join(f'<th scope="col">{one}</th>' for one in heads)
     return (

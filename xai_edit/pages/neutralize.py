@@ -8,7 +8,7 @@ from typing import Any
 
 from xai_edit.pages.unlearn import class_name, seconds, withheld
 from xai_edit.report.html import Report, repeat
-from xai_edit.report.table import Notes, Table
+from xai_edit.report.table import Notes, Table, counted
 
 NO_GAIN = "On the held-out images the worst group does not gain: nothing speaks for this edit."
 SMALL = (
@@ -63,14 +63,17 @@ def discovered(results: Mapping[str, Any]) -> Notes:
     marks = (results["spurious"] or {}).get("marks")
     if marks is None:
         return Notes()
-    found = ", ".join(
-        f"finding {one['finding']}" + (f" ({one['name']})" if one["name"] else "")
+    found = "; ".join(
+        f"finding {one['finding']}"
+        + (f" ({one['name']})" if one["name"] else "")
+        + f", whose presence separates the class by {one['separation']:.2f} (2·AUC − 1), with "
+        f"{counted(one['unsure'], 'image')} unsure and {one['corrected']} corrected by hand"
         for one in marks["spurious"]
     )
     return Notes(
-        f"Which images have the feature was discovered, not labelled: {found} of the discovery "
-        f"{marks['discovery'][:12]}, marked spurious by a person. Figures by group are as sure as "
-        "the presence of the feature is; tick more images on the review page where it is not."
+        f"Which images have the feature was discovered, not labelled: {found}. A person marked it "
+        f"spurious (discovery {marks['discovery'][:12]}, marks {marks['marks'][:12]}). Figures by "
+        "group are no surer than that; tick more images on the review page where they are unsure."
     )
 
 

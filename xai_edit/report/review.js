@@ -53,6 +53,15 @@ if (review) {
       return found;
     }
 
+    // Samples near the threshold that nobody ticked.
+    function unsure() {
+      const own = state[number];
+      const threshold = own?.threshold ?? original;
+      return Array.from(scores).filter((score, sample) =>
+        Math.abs(score - threshold) <= about.unsure * threshold &&
+        !(sample in (own?.ticks ?? {}))).length;
+    }
+
     function draw() {
       const own = state[number];
       const threshold = own?.threshold ?? original;
@@ -127,7 +136,7 @@ if (review) {
       });
     }
     draw();
-    return { number, has };
+    return { number, has, unsure, separation: Number(card.dataset.separation) };
   });
 
   function marks() {
@@ -137,8 +146,9 @@ if (review) {
       sample: about.names[sample] ?? sample,
       attribute: found.some((one) => one[sample]),
     }));
-    const findings = cards.filter(({ number }) => state[number]?.verdict).map(({ number }) =>
-      ({ finding: Number(number), ...state[number] }));
+    const findings = cards.filter(({ number }) => state[number]?.verdict).map((card) => ({
+      finding: Number(card.number), ...state[card.number], separation: card.separation,
+      unsure: card.unsure() }));
     const { discovery, model, data } = about;
     return { kind: "xai_edit.marks", format: 1, discovery, model, data, findings, samples };
   }

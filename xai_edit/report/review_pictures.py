@@ -1,10 +1,10 @@
-"""Pictures of a finding: thumbnails with relevance under them, a histogram and a scatter."""
+"""Pictures of a finding: thumbnails, texts and waveforms with relevance, and two plots."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 import numpy as np
@@ -16,6 +16,9 @@ from xai_edit.report.curves import COLOURS
 WIDTH, HEIGHT = 320, 120  # of a chart
 BINS = 40
 QUALITY = {"photo": 60, "map": 40}  # of a WebP file
+LANE = 40  # height of a channel of a waveform
+LEVELS = 4  # of shading
+WORDS = 60  # of a text, at most
 SMALL = 48  # images of fewer pixels a side are not smoothed, and stored without loss
 
 
@@ -43,6 +46,57 @@ def overlaid(image: Tensor, relevance: Tensor) -> Tensor:
     strength = relevance.abs()[None].sqrt()
     colour = colours[(relevance < 0).long()].movedim(-1, 0)
     return ((1 - strength) * grey + strength * colour).round().clamp(0, 255).byte()
+
+
+def waveform(ends: Tensor, relevance: Tensor | None, text: str) -> str:
+    """Return an ``<svg>`` of a signal, shaded red where relevance speaks for the class, else blue.
+
+    ``ends`` are the least and the largest value in stretches of time, shape (channels, 2,
+    stretches), each channel in a lane of its own; ``relevance`` is in [-1, 1], shape (stretches,).
+    """
+    channels, _, stretches = ends.shape
+    low, high = ends.min(), ends.max()
+    y = ((high - ends) / (high - low).clamp_min(1e-12) * (LANE - 4) + 2).round().int()
+    drawn, tall = "", LANE * channels
+    levels = [0] * stretches if relevance is None else (relevance * LEVELS).round().int().tolist()
+    for level in sorted({*levels} - {0}):
+        path = "".join(f"M{at} 0v{tall}" for at, one in enumerate(levels) if one == level)
+        kind = "for" if level > 0 else "against"
+        drawn += f'<path class="{kind}" style="--r:{abs(level) / LEVELS}" d="{path}"/>'
+    for lane, (down, up) in enumerate(y.unbind(0)):
+        path = "".join(
+            f"M{at} {top + lane * LANE}v{max(1, bottom - top)}"
+            for at, (top, bottom) in enumerate(zip(up.tolist(), down.tolist(), strict=True))
+        )
+        drawn += f'<path class="wave" d="{path}"/>'
+    return (
+        f'<svg class="signal" viewBox="-0.5 0 {stretches} {tall}" preserveAspectRatio="none" '
+        f'style="--lanes:{channels}" role="img" aria-label="{escape(text)}">{drawn}</svg>'
+    )
+
+
+def passage(tokens: Tensor, relevance: Tensor | None, words: Callable[[int], str] | None) -> str:
+    """Return a text, its words red where relevance speaks for the class and blue where against.
+
+    ``tokens``, int64, shape (length,), are negative where padding, which is left out; ``relevance``
+    is in [-1, 1]. Of a long text the 60 words with the most relevance in a row are shown.
+    """
+    real = tokens >= 0
+    tokens = tokens[real]
+    R = tokens.new_zeros(len(tokens)).float() if relevance is None else relevance[real]
+    start = 0
+    if len(tokens) > WORDS:
+        start = int(R.abs().unfold(0, WORDS, 1).sum(1).argmax())
+    now, parts = slice(start, start + WORDS), []
+    for token, r in zip(tokens[now].tolist(), R[now].tolist(), strict=True):
+        word = escape(str(token) if words is None else words(token))
+        kind, strength = "for" if r > 0 else "against", f"{abs(r):.1f}"
+        shaded = strength != "0.0"
+        parts.append(
+            f'<mark class="{kind}" style="--r:{strength}">{word}</mark>' if shaded else word
+        )
+    before, after = "… " if start else "", " …" if start + WORDS < len(tokens) else ""
+    return f'<span class="passage">{before}{" ".join(parts)}{after}</span>'
 
 
 def place(score: float, highest: float) -> float:
