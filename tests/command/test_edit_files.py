@@ -46,6 +46,27 @@ def test_applied_and_taken_back_bit_for_bit(files):
     assert all(torch.equal(own[name], old[name]) for name in own)
 
 
+def test_edits_are_recorded_beside_the_weights_in_order(files, capsys):
+    folder, _ = files
+    line = f"DIR/edit.safetensors {MODEL} --weights DIR/%s.safetensors --out DIR/%s.safetensors"
+    assert run("apply " + line % ("own", "new"), folder) == 0
+    assert run("undo " + line % ("new", "old"), folder) == 0
+    assert run("log DIR", folder) == 0
+    new, first, old, *both = capsys.readouterr().out.splitlines()
+    assert new == f"new.safetensors, from {folder}/own.safetensors"
+    assert "1. " in first
+    assert first.endswith(f"applied {folder}/edit.safetensors (SingleWeight)")
+    assert old == f"old.safetensors, from {folder}/new.safetensors"
+    assert [one.split()[2] for one in both] == ["applied", "undone"]
+    save_file({"other": torch.zeros(1)}, folder / "new.safetensors")
+    assert run("log DIR --json", folder) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["unchanged_since"] for one in found.values()] == [False, True]
+    (folder / "old.edits.json").write_text("[]")
+    assert run("log DIR", folder) == 2
+    assert "old.edits.json: no record of edits" in capsys.readouterr().err
+
+
 def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
     folder, weight = files
     assert run("show DIR/edit.safetensors", folder) == 0

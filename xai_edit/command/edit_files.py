@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from xai_edit.command.edit_log import write_record
 from xai_edit.command.inputs import model_of, note
 from xai_edit.core.files import require_folder, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
@@ -44,6 +45,8 @@ def apply(options: argparse.Namespace) -> int:
     change, done = (edit.undo, "undone") if options.command == "undo" else (edit.apply, "applied")
     change(model)
     header = json.dumps({done: edit.origin.get("operator", "edit")})
-    write_safetensors(out, model.state_dict(), KIND, header)
+    state = model.state_dict()
+    write_safetensors(out, state, KIND, header)
+    write_record(out, state, options.weights, done, options.edit)
     note(options, f"written: {out}")
     return 0

@@ -25,6 +25,7 @@ RUN = {
     "show": "edit_files:show",
     "apply": "edit_files:apply",
     "undo": "edit_files:apply",
+    "log": "edit_log:log",
     "reproduce": "main:reproduce",
     "report": "main:report",
 }

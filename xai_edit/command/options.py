@@ -289,6 +289,12 @@ COMMANDS = {
         "the edit bit for bit.",
         *APPLIED,
     ),
+    "log": Command(
+        "List the edits of the weights in a folder, in order. Reads the records that apply and "
+        "undo write beside new weights, as NAME.edits.json, and says where weights were changed "
+        "since.",
+        (Option("DIR", "of weights that apply or undo wrote", Path, required=True), JSON),
+    ),
     "reproduce": Command(
         "Run a table of a paper anew, with the paper's figures beside it. npp-* forget one class "
         "at a time by every method of the paper. fcr-* remove classes, or what a spurious feature "

@@ -1,0 +1,85 @@
+"""The record beside a weights file: what ``apply`` and ``undo`` did to it, in order."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xai_edit.core.files import checksum, write_atomically
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.pages.page import as_json
+
+RECORD = ".edits.json"
+
+
+def write_record(
+    weights: Path, state: Mapping[str, Tensor], source: str | None, done: str, edit: Path
+) -> None:
+    """Write the record of new weights: that of the weights they were made from, and one edit."""
+    origin = ModelEdit.load(edit).origin
+    earlier = read_record(Path(source)) if source is not None else None
+    entry = {
+        "done": done,
+        "edit": str(edit),
+        "operator": origin.get("operator"),
+        "verdict": origin.get("verdict", []),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    entries = [*(earlier["edits"] if earlier else []), entry]
+    content = {"from": source, "weights": checksum(state, ""), "edits": entries}
+    write_atomically(_beside(weights), as_json(content).encode())
+
+
+def read_record(weights: Path) -> dict[str, Any] | None:
+    """Return the record beside a weights file; None if there is none.
+
+    ValueError if it is damaged.
+    """
+    file = _beside(weights)
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = [{**one, "done": one["done"], "edit": one["edit"]} for one in content["edits"]]
+        return {"from": content["from"], "weights": content["weights"], "edits": entries}
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f"{file}: no record of edits ({problem})") from None
+
+
+def log(options: argparse.Namespace) -> int:
+    """Run ``xai-edit log``."""
+    folder: Path = options.dir
+    files = sorted(folder.glob(f"*{RECORD}"))
+    if not files:
+        raise FileNotFoundError(
+            f"dir: {folder} has no record of edits (NAME{RECORD}); apply and undo write them"
+        )
+    found = {}
+    for file in files:
+        weights = folder / f"{file.name.removesuffix(RECORD)}.safetensors"
+        record = read_record(weights)
+        assert record is not None
+        same = weights.is_file() and checksum(load_file(weights), "") == record["weights"]
+        found[weights.name] = {**record, "unchanged_since": same}
+    if options.json:
+        print(as_json(found))
+        return 0
+    for name, record in found.items():
+        since = "" if record["unchanged_since"] else "; the file is gone or was changed since"
+        print(f"{name}, from {record['from'] or 'weights as built'}{since}")
+        for number, one in enumerate(record["edits"], start=1):
+            print(f"  {number}. {one['time']} {one['done']} {one['edit']} ({one['operator']})")
+            for sentence in one["verdict"]:
+                print(f"     {sentence}")
+    return 0
+
+
+def _beside(weights: Path) -> Path:
+    return weights.with_name(weights.name.removesuffix(".safetensors") + RECORD)
