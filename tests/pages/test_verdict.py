@@ -8,8 +8,8 @@ from xai_edit.evaluation.intervals import Interval
 from xai_edit.pages.verdict import Figure, Outcome, Part, verdict, verdict_html, warnings
 
 BAND: Interval = (0.40, 0.60)
-GOOD = Part("class 0", 100, 0.9, (0.83, 0.94), 0.9)
-BAD = Part("class 1", 100, 0.5, BAND, 0.7)
+GOOD = Part("class 0", 100, 0.9, (0.83, 0.94), {"edit": 0.9, "DFR": 0.9})
+BAD = Part("class 1", 100, 0.5, BAND, {"edit": 0.7, "DFR": 0.6})
 
 
 def worst(after, other=0.6, **more):
@@ -38,7 +38,7 @@ NEXT = "To try next: more images."
     ("case", "sentences"),
     [
         (outcome(), [GAIN, NO_HARM, ALL, NOT_BETTER]),
-        (outcome(parts=[replace(GOOD, after=0.82), BAD]), [GAIN, HARM, ALL, NOT_BETTER]),
+        (outcome(parts=[replace(GOOD, after={"edit": 0.82}), BAD]), [GAIN, HARM, ALL, NOT_BETTER]),
         (
             outcome(0.55),
             [
@@ -57,13 +57,36 @@ NEXT = "To try next: more images."
                 "edit, though it changes 1 weight.",
                 NO_HARM,
                 ALL,
-                "DFR does as well here (0.500 against 0.500); use it with labels.",
+                "No comparison method does better here; the best, DFR, has 0.500 against 0.500 of "
+                "the network as it is.",
+                NEXT,
+            ],
+        ),
+        (
+            outcome(0.2, 0.45),
+            [
+                "Edit made nothing better: worst group goes from 0.500 to 0.200. Nothing speaks "
+                "for this edit, though it changes 1 weight.",
+                NO_HARM,
+                ALL,
+                "No comparison method does better here; the best, DFR, has 0.450 against 0.500 of "
+                "the network as it is.",
                 NEXT,
             ],
         ),
         (
             outcome(other=0.87),
             [GAIN, NO_HARM, ALL, "DFR does better here (0.870 against 0.700); use it with labels."],
+        ),
+        (
+            outcome(parts=[replace(GOOD, after={"DFR": 0.8}), BAD], other=0.7),
+            [
+                GAIN,
+                NO_HARM,
+                ALL,
+                "DFR does as well here (0.700 against 0.700), but it harms class 0 (from 0.900 to "
+                "0.800); use it with labels.",
+            ],
         ),
         (
             outcome(parts=[GOOD, BAD, Part("class 2", 0)], other=0.87),
@@ -132,7 +155,9 @@ NEXT = "To try next: more images."
         "harm to a group",
         "gain within the interval",
         "nothing better",
+        "worse, and so is the comparison",
         "a comparison is better",
+        "a comparison is as good and does harm",
         "a group without images",
         "a group of 3",
         "planted",

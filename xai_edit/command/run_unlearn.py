@@ -181,7 +181,7 @@ def command(options: argparse.Namespace) -> int:
 def _outcome(results: Mapping[str, Any]) -> Outcome:
     """Return what the verdict is made from."""
     rows = [row for row in results["rows"] if row["forgotten"] is not None]
-    before, after = rows[0]["classes"], results["rows"][1]["classes"]
+    before = rows[0]["classes"]
     samples, target = results["samples"], results["forget"]
     known = [label for label, count in enumerate(samples) if count and label not in target]
     counts = torch.tensor([samples[label] for label in known])
@@ -192,7 +192,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
             samples[label],
             before[label],
             interval,
-            after[label],
+            {row["method"]: row["classes"][label] for row in rows},
         )
         for label, interval in zip(known, wilson_intervals(right, counts, CONFIDENCE), strict=True)
     ]

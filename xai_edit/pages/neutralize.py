@@ -106,18 +106,19 @@ def part_name(results: Mapping[str, Any], group: Mapping[str, Any]) -> str:
 
 
 def parts_of(results: Mapping[str, Any]) -> list[Part]:
-    """Return every group before and after the edit, then those without images."""
-    before, after = (row["figures"] and row["figures"]["groups"] for row in results["rows"][:2])
+    """Return every group before and after, then those without images."""
+    rows = shown_rows(results)
+    found = {row["method"]: row["figures"]["groups"] for row in rows}
     parts = [
         Part(
             f"class {part_name(results, group)}",
             group["samples"],
             group["accuracy"],
             tuple(group["interval"]),
-            after and after[at]["accuracy"],
+            {method: groups[at]["accuracy"] for method, groups in found.items()},
             planted=_is_planted(results, group),
         )
-        for at, group in enumerate(before)
+        for at, group in enumerate(rows[0]["figures"]["groups"])
     ]
     return parts + unmeasured(results)
 

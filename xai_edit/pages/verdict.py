@@ -41,25 +41,21 @@ class Figure:
 
 @dataclass(frozen=True)
 class Part:
-    """A group or a class, with its accuracy and interval before and its accuracy after the edit.
+    """A group or a class, with its accuracy and interval before, and its accuracy by method.
 
-    Without samples there is neither; ``after`` is None where there is no edit. ``planted``: its
-    images have a planted mark.
+    Without samples there is none of them. ``planted``: its images have a planted mark.
     """
 
     name: str
     samples: int
     before: float | None = None
     interval: Interval | None = None
-    after: float | None = None
+    after: Mapping[str, float] = field(default_factory=dict)
     planted: bool = False
 
-    @property
-    def harmed(self) -> bool:
-        """Whether the accuracy fell below the interval before."""
-        return (
-            self.interval is not None and self.after is not None and self.after < self.interval[0]
-        )
+    def harmed(self, method: str) -> bool:
+        """Return whether the accuracy fell below the interval before."""
+        return self.interval is not None and self.after.get(method, 1.0) < self.interval[0]
 
 
 @dataclass(frozen=True)
@@ -122,10 +118,10 @@ def warnings(outcome: Outcome) -> list[str]:
     For missing groups they name the ways out.
     """
     lines = []
-    missing = [part for part in outcome.parts if not part.samples]
-    planted = [part for part in outcome.parts if part.planted]
+    missing = [part.name for part in outcome.parts if not part.samples]
+    planted = [part.name for part in outcome.parts if part.planted]
     if missing:
-        line = f"0 images, not measured: {names(missing)}. The worst {outcome.kind} may be there."
+        line = f"0 images, not measured: {named(missing)}. The worst {outcome.kind} may be there."
         if outcome.kind == "group":
             plant = "--plant mark.png makes groups with the feature, by planting it into images "
             ways = [] if planted else [f"{plant}that lack it"]
@@ -137,7 +133,7 @@ def warnings(outcome: Outcome) -> list[str]:
         lines.append(line)
     if planted:
         lines.append(
-            f"planned and measured on images with a planted mark: {names(planted)}. The figures "
+            f"planned and measured on images with a planted mark: {named(planted)}. The figures "
             "hold for real images as far as the mark looks like the feature."
         )
     return lines
@@ -157,10 +153,10 @@ def verdict_text(results: Mapping[str, Any]) -> str:
     return "\n".join([*(f"Warning: {one}" for one in results["warnings"]), *results["verdict"]])
 
 
-def names(parts: Sequence[Part]) -> str:
-    """Return the names of some parts, of many the first and how many more."""
-    more = f" and {len(parts) - NAMED} more" if len(parts) > NAMED else ""
-    return "; ".join(part.name for part in parts[:NAMED]) + more
+def named(texts: Sequence[str]) -> str:
+    """Return some texts as one; of many the first and how many more."""
+    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
+    return "; ".join(texts[:NAMED]) + more
 
 
 def _change(outcome: Outcome) -> str:
@@ -190,44 +186,47 @@ def _change(outcome: Outcome) -> str:
 def _harm(outcome: Outcome) -> str:
     if outcome.reason is not None:
         return "Nothing was changed, so nothing was harmed."
-    harmed = [part for part in outcome.parts if part.harmed]
     interval = f"{CONFIDENCE:.0%} interval before the edit"
-    if not harmed:
-        return f"No {outcome.kind} that was measured fell below its {interval}."
-    listed = [f"{one.name} (from {one.before:.3f} to {one.after:.3f})" for one in harmed]
-    more = f" and {len(harmed) - NAMED} more" if len(harmed) > NAMED else ""
-    return f"It did harm, below the {interval}, to {'; '.join(listed[:NAMED])}{more}."
+    if harmed := _harmed(outcome, outcome.method):
+        return f"It did harm, below the {interval}, to {harmed}."
+    return f"No {outcome.kind} that was measured fell below its {interval}."
+
+
+def _harmed(outcome: Outcome, method: str) -> str:
+    """Return the names of what a method harmed, with the accuracies; "" where there is none."""
+    harmed = [part for part in outcome.parts if part.harmed(method)]
+    return named(
+        [f"{one.name} (from {one.before:.3f} to {one.after[method]:.3f})" for one in harmed]
+    )
 
 
 def _unknown(outcome: Outcome) -> list[str]:
     """Return what has no figure, what has an unsure one, and what is on planted images."""
     parts, sentences = outcome.parts, []
-    if missing := [part for part in parts if not part.samples]:
-        sentences.append(f"Not measured, 0 images: {names(missing)}; {UNSEEN}.")
+    if missing := [part.name for part in parts if not part.samples]:
+        sentences.append(f"Not measured, 0 images: {named(missing)}; {UNSEEN}.")
     elif not outcome.unmeasured:
         plural = "classes" if outcome.kind == "class" else "groups"
         sentences.append(f"All {len(parts)} {plural} were measured.")
     sentences += [f"Not measured: {one}." for one in outcome.unmeasured]
-    few = [part for part in parts if 0 < part.samples < FEW]
-    listed = []
-    for part in few[:NAMED]:
-        assert part.interval is not None  # has samples
-        low, high = part.interval
-        listed.append(f"{part.name} ({counted(part.samples, 'image')}, {low:.3f}–{high:.3f})")
+    few = [
+        f"{part.name} ({counted(part.samples, 'image')}, {low:.3f}–{high:.3f})"
+        for part in parts
+        if 0 < part.samples < FEW and part.interval is not None
+        for low, high in [part.interval]
+    ]
     if few:
-        more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
         sentences.append(
-            f"Hardly measured, fewer than {FEW} images, with the interval before: "
-            f"{'; '.join(listed)}{more}."
+            f"Hardly measured, fewer than {FEW} images, with the interval before: {named(few)}."
         )
-    if planted := [part for part in parts if part.planted]:
-        sentences.append(f"Measured on planted images, not on real ones: {names(planted)}.")
+    if planted := [part.name for part in parts if part.planted]:
+        sentences.append(f"Measured on planted images, not on real ones: {named(planted)}.")
     return sentences
 
 
 def _comparison(outcome: Outcome) -> str:
     figures, first = outcome.figures, outcome.figures[0]
-    own = outcome.method if outcome.reason is None else BEFORE
+    own = outcome.method if outcome.better else BEFORE  # an edit that is worse is no bar
     others = [name for name in first.values if name not in (BEFORE, outcome.method)]
     if not others:
         return "No comparison method was measured."
@@ -248,17 +247,18 @@ def _comparison(outcome: Outcome) -> str:
     if own == BEFORE:
         against += " of the network as it is"
     where = "here" if all(part.samples for part in outcome.parts) else "on what was measured"
-    advice = f"; {outcome.advice[best]}" if best in outcome.advice else ""
-    if not at_least:
+    if not at_least or (own == BEFORE and not total(best)):
         return f"No comparison method does better {where}; the best, {best}, has {against}."
+    harmed = _harmed(outcome, best)
+    harm = f", but it harms {harmed}" if harmed else ""
+    advice = f"; {outcome.advice[best]}" if best in outcome.advice else ""
     if not total(best):
-        return f"{_start(best)} does as well {where} ({against}){advice}."
-    if first.within(best, own):
-        return (
-            f"{_start(best)} does a little better {where} ({against}), within the interval, which "
-            f"does not tell the two apart{advice}."
-        )
-    return f"{_start(best)} does better {where} ({against}){advice}."
+        how, sure = "as well", ""
+    elif first.within(best, own):
+        how, sure = "a little better", ", within the interval, which does not tell the two apart"
+    else:
+        how, sure = "better", ""
+    return f"{_start(best)} does {how} {where} ({against}){sure}{harm}{advice}."
 
 
 def _start(text: str) -> str:
