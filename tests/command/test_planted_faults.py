@@ -163,7 +163,7 @@ def test_a_mark_is_planted_into_images_of_a_data_set_without_paths(here):
     [
         (f"{LINE} --plant large.png", "plant: large.png is larger than an image of 8×8; give a"),
         (f"{LINE} --plant clear.png", "plant: clear.png does not change the inputs: it is"),
-        (f"{LINE} --plant w.pt", "w.pt cannot be read as a picture"),
+        (f"{LINE} --plant w.pt", "plant: w.pt cannot be read as a picture"),
         (
             f"neutralize {DATA} --attribute marks.csv --plant mark.png",
             "plant: mark.png given, and every class has images with the feature",

@@ -47,7 +47,7 @@ NEXT = "To try next: more images."
                 NO_HARM,
                 ALL,
                 "DFR does a little better here (0.600 against 0.550), within the interval, which "
-                "does not tell the two apart; use it with labels.",
+                "does not tell the two apart.",
             ],
         ),
         (

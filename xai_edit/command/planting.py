@@ -53,7 +53,10 @@ def with_planted(parts: Parts, picture: Path) -> tuple[Parts, dict[str, Any]]:
     upper left corner of the image, in the part that has the image itself. ValueError if no class
     lacks such images, or the mark does not change an input.
     """
-    mark = Mark(picture)
+    try:
+        mark = Mark(picture)
+    except (ValueError, OSError) as problem:
+        raise ValueError(f"plant: {str(problem).removeprefix('picture: ')}") from problem
     groups = {group for part in parts for group in part.groups}
     made = sorted(label for label, has in groups if not has and (label, 1) not in groups)
     if not made:
@@ -71,7 +74,7 @@ def with_planted(parts: Parts, picture: Path) -> tuple[Parts, dict[str, Any]]:
 def _completed(part: Images, source: WithPlanted, classes: Sequence[int]) -> Images:
     copied = [
         row + len(source.source)
-        for row, label in zip(part.rows, part.labels if len(part) else (), strict=True)
+        for row, label in zip(part.rows, part.labels, strict=True)
         if label in classes
     ]
     marks = {**(part.marks or {}), **dict.fromkeys(copied, 1)}

@@ -256,6 +256,7 @@ def _comparison(outcome: Outcome) -> str:
         how, sure = "as well", ""
     elif first.within(best, own):
         how, sure = "a little better", ", within the interval, which does not tell the two apart"
+        advice = ""
     else:
         how, sure = "better", ""
     return f"{_start(best)} does {how} {where} ({against}){sure}{harm}{advice}."
