@@ -191,7 +191,12 @@ def test_where_no_edit_helps_it_says_so_and_why(here, capsys, monkeypatch):
     monkeypatch.setattr(xe.LastLayerRetraining, "plan", refuse)
     assert main(shlex.split(f"{LINE} --out none")) == 0
     text = capsys.readouterr().out
-    assert text.startswith("no edit: nothing <helps>\n")
+    assert re.search(r"^No edit, .* \(worst group 0\.\d{3}\): nothing <helps>\.$", text, re.M)
+    assert "Nothing was changed, so nothing was harmed." in text
+    assert "To try next: --select exact" in text
+    (tried,) = read("none")["edit"]["tried"]
+    assert tried["class"] == MARKED
+    assert tried["rate"] > 0
     assert "one weight (SCA): none (nothing <helps>)" in text
     assert "last-layer retraining (DFR): none (model: <no> bias)" in text
     reasons = ["nothing <helps>", "model: <no> bias"]
@@ -199,7 +204,8 @@ def test_where_no_edit_helps_it_says_so_and_why(here, capsys, monkeypatch):
         assert (row["figures"], row["edit"], row["withheld"]) == (None, None, reason)
     assert [*Path("none/edits").iterdir()] == []
     page = Path("none/report.html").read_text(encoding="utf-8")
-    assert "no edit: nothing &lt;helps&gt;" in page
+    assert "): nothing &lt;helps&gt;." in page
+    assert "<caption>weights tried, on the validation images</caption>" in page
     assert "model: &lt;no&gt; bias" in page
 
 
@@ -215,8 +221,10 @@ def test_an_edit_that_fails_on_the_held_out_images_is_called_so(here, capsys, mo
     monkeypatch.setattr(xe.FictitiousClass, "plan", harmful)
     assert main(shlex.split(f"{LINE} --target c --rate 0.5 --out worse --quiet")) == 0
     assert read("worse")["rows"][1]["figures"]["worst"]["accuracy"] == 0.0
-    assert "nothing speaks for this edit" in capsys.readouterr().out
-    assert "nothing speaks for this edit" in Path("worse/report.html").read_text(encoding="utf-8")
+    page, out = Path("worse/report.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    for text in ("made nothing better: worst group goes from", "It did harm, below the 95%"):
+        assert text in out
+        assert text in page
 
 
 @pytest.mark.parametrize(

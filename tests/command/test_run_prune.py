@@ -260,9 +260,10 @@ def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     line = AWARE.replace("marks.csv", "chance.csv")
     assert main(shlex.split(f"{line} --out none --force --quiet")) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("no edit: no subspace predicts the spurious feature")
-    assert printed.count("no subspace predicts") == 1
-    assert "\nconcept-aware pruning: none\nablation alone: none\n\nno smaller network\n" in printed
+    assert printed.count("no subspace predicts the spurious feature") == 1
+    assert "\nsubspaces tried, average precision for " in printed
+    assert "\nTo try next: another --layer" in printed
+    assert "\nconcept-aware pruning: none\nablation alone: none\n\nsubspaces tried" in printed
     assert files("none") == MASK_ONLY[1:]
     results = read("none")
     row = results["rows"][1]
@@ -271,7 +272,7 @@ def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     assert results["rows"][-1]["withheld"] == results["concept"]["reason"]
     assert results["rows"][2]["figures"] is not None
     assert (results["sizes"], results["edit"]["removed"]) == (None, 0)
-    assert "no edit: no subspace predicts" in Path("none/report.html").read_text(encoding="utf-8")
+    assert "): no subspace predicts" in Path("none/report.html").read_text(encoding="utf-8")
 
 
 def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):

@@ -75,10 +75,18 @@ def test_repeats_average_the_pipelines(classes, values, repeats, C):
         fitted = pipeline(x, y, rows, edit.origin["C"], seed=3, tuned=C == "auto")
         expected.append(fitted.decision_function(x))
     assert edit.origin["per_group"] == len(rows) / (classes * values)
+    assert "missing" not in edit.origin
     logits = outputs(model, edit, x)
     if classes == 2:  # scikit-learn has one row
         logits = logits[:, 1] - logits[:, 0]
     assert np.allclose(logits, np.mean(expected, axis=0), rtol=1e-9, atol=1e-9)
+
+
+def test_the_edit_names_the_groups_that_it_was_not_fitted_on():
+    x, y, a = biased(3, 2)
+    kept = (y != 1) | (a != 0)
+    edit = LastLayerRetraining(repeats=1).plan(linear(x, 3), batches(x[kept], y[kept], a[kept]))
+    assert edit.origin["missing"] == [[1, 0]]
 
 
 def test_the_strength_is_the_best_on_the_half_that_was_not_fitted():

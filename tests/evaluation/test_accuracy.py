@@ -105,14 +105,13 @@ def test_training_counts_of_no_kind_are_refused_before_the_data_is_read(sampled)
 # intervals
 
 
-def test_group_intervals_are_exact_binomial_quantiles():
-    right, samples = torch.tensor([[30, 7], [50, 20]]), torch.tensor([[40, 10], [50, 100]])
-    found = Accuracy(right, samples).intervals(confidence=0.9, resamples=40_000)
-    for (label, attribute), interval in found.groups.items():
-        n, k = int(samples[label, attribute]), int(right[label, attribute])
-        exact = scipy.stats.binom.ppf([0.05, 0.95], n, k / n) / n
-        assert interval == pytest.approx(tuple(exact), abs=1 / n + 1e-9)
-    assert found.groups[1, 0] == (1.0, 1.0)
+def test_group_intervals_are_scipys_of_wilson_with_a_width_where_all_answers_are_right():
+    right, samples = torch.tensor([[30, 0], [50, 3]]), torch.tensor([[40, 10], [500, 3]])
+    found = Accuracy(right, samples).intervals(confidence=0.9)
+    for group, interval in found.groups.items():
+        exact = scipy.stats.binomtest(int(right[group]), int(samples[group]))
+        exact = exact.proportion_ci(0.9, method="wilson")
+        assert interval == pytest.approx((exact.low, exact.high), rel=1e-9)
 
 
 def test_intervals_of_all_figures_are_those_of_scipys_bootstrap():
@@ -295,9 +294,10 @@ def test_the_text_has_every_figure_with_its_name():
 
     lines = [" ".join(line.split()) for line in text.splitlines()]
     low, high = found.groups[0, 1]
-    assert f"class 0, attribute 1 5 0.600 {low:.3f}–{high:.3f}" in lines
+    assert f"class 0, attribute 1 (fewer than 10) 5 0.600 {low:.3f}–{high:.3f}" in lines
     low, high = found.worst
-    assert f"worst: class 1, attribute 0 80 0.500 {low:.3f}–{high:.3f}" in lines
+    assert f"worst measured: class 1, attribute 0 80 0.500 {low:.3f}–{high:.3f}" in lines
+    assert "class 1, attribute 1 0 not measured" in lines
     (low, high), (down, up) = found.averages["train_weighted"], found.gaps["train_weighted"]
     weighted = f"average, train-weighted 95 0.790 {low:.3f}–{high:.3f} 0.290 {down:.3f}–{up:.3f}"
     assert weighted in lines
@@ -307,6 +307,9 @@ def test_the_text_has_every_figure_with_its_name():
 def test_the_text_without_attributes_names_classes_and_of_many_the_lowest():
     samples = torch.full((30, 1), 100)
     text = str(Accuracy(torch.arange(30)[:, None] + 50, samples))
+    assert "\nworst: class 0 " in text
+    samples[25:] = 0
+    assert "  5 of 30 classes" in str(Accuracy(samples, samples))
     assert "accuracy by group, the 20 lowest of 30" in text
     assert "\n  class 19 " in text
     assert "class 20" not in text
@@ -328,6 +331,7 @@ def test_the_json_has_every_figure():
     for name, value in accuracy.averages.items():
         assert found[name]["accuracy"] == value
         assert found[name]["gap"] == accuracy.gap(name)
+    assert (found["missing"], found["absent"]) == ([{"class": 1, "attribute": 1}], [])
     assert found["bootstrap"] == {"confidence": 0.95, "resamples": 2000, "seed": 0}
     people = Accuracy(RIGHT, SAMPLES, SAMPLES).demographics(0)
     plain = json.loads(json.dumps(people.to_dict()))

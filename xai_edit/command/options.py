@@ -87,6 +87,13 @@ LABELLED = "class folders, CSV file of path,label, or torchvision:CIFAR10"
 SCORERS = "an LRP rule such as epsilon-plus (a wrong name lists all), random, taylor, …"
 ATTRIBUTE = "has the feature: CSV file of path,1 and path,0, folder of those with it, or marks.json"
 
+PLANT = Option(
+    "--plant FILE",
+    "picture of the feature, transparent around it, planted into images of classes that have none "
+    "with it, at the upper left corner: their figures are on planted images",
+    Path,
+)
+
 EDIT = Option("EDIT", "file of an edit", Path, required=True)
 OUT = Option("--out DIR", "where to write; made if missing", Path, required=True)
 COMPOSITE = Option("--composite NAME", SCORERS, default="epsilon")
@@ -236,6 +243,7 @@ COMMANDS = {
         (
             Option("--attribute FILE", ATTRIBUTE, required=True),
             OUT,
+            PLANT,
             Option("--select HOW", "sca (the paper's), exact (for the worst group), …", str, "sca"),
             Option("--rate R", "in [0, 1], auto or least-gap (the paper's)", _rate, "auto"),
             Option("--target A,B", "classes the feature speaks for; default: found", _names),
@@ -262,6 +270,7 @@ COMMANDS = {
             Option("--share S", "of all units of convolutions (or linear)", float, required=True),
             OUT,
             Option("--attribute FILE", ATTRIBUTE),
+            PLANT,
             Option("--layer LAYER", "where the feature's subspaces are; best where it forms"),
             Option("--finder NAME", "contrastive-pca (default), cav, prca, pca or drsa"),
             Option("--steps N", "in which the share is reached, each scored anew", _whole, 1),

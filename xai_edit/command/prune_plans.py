@@ -27,7 +27,15 @@ Operator: TypeAlias = RelevancePruning | ConceptAwarePruning
 BY_RELEVANCE, AWARE = "pruning by relevance (LRP)", "concept-aware pruning"
 PLAIN, CLEAN = "plain LRP", "plain LRP, images without the feature"
 MAGNITUDE, RANDOM = "weight magnitude", "random"
-TUNED = "fine-tuning alone"
+TUNED, ABLATION = "fine-tuning alone", "ablation alone"
+ADVICE = {
+    PLAIN: "use it: it needs no labels of the feature",
+    CLEAN: "use it if you have images without the feature",
+    MAGNITUDE: "use it: it needs no images",
+    RANDOM: "so nothing speaks for choosing units by relevance here",
+    TUNED: "use it if the network need not be smaller",
+    ABLATION: "use it if the network need not be smaller: it prunes nothing",
+}
 REFERENCES = 10  # images of a class that units are scored on
 OF_A_KIND = 250  # images, of the class or the rest, with or without, that subspaces are found from
 POSITIONS = 100  # of an image, at most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -23,8 +24,8 @@ from xai_edit.core.layers import predict
 from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.pages.page import as_json, write_run
+from xai_edit.pages.verdict import Outcome, verdict, verdict_text, warnings
 
-BEFORE = "before"  # the name of the model without an edit
 MODEL = {"name": "model", "weights": "weights", "classes": "outputs"}  # option of each entry
 
 
@@ -136,16 +137,23 @@ class Run:
         results: Mapping[str, Any],
         timing: Mapping[str, Any],
         edits: Mapping[str, ModelEdit | None],
+        outcome_of: Callable[[Mapping[str, Any]], Outcome],
     ) -> int:
-        """Write the edits by their paths, the JSON files and the page; print the tables."""
+        """Write the edits by their paths, the JSON files and the page; print tables and verdict.
+
+        ``outcome_of`` makes the outcome of the results as they are in ``results.json``.
+        """
         (self.out / "edits").mkdir(exist_ok=True)
         for path, edit in edits.items():
             if edit is None:
                 (self.out / path).unlink(missing_ok=True)  # of an earlier run
             else:
                 edit.save(self.out / path)
+        outcome = outcome_of(json.loads(as_json(results)))
+        results = {**results, "warnings": warnings(outcome), "verdict": verdict(outcome)}
         report = write_run(self.out, results, timing)
-        return self.show(results, report.text(), "report.html")
+        text = f"{report.text()}\n\n{verdict_text(results)}"
+        return self.show(results, text, "report.html")
 
     def show(self, results: Mapping[str, Any], text: str, file: str | None = None) -> int:
         """Print the results as JSON or the text, name the file and return exit code 0."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from xai_edit.command.run import BEFORE, Run
+from xai_edit.command.planting import with_planted
+from xai_edit.command.run import Run
 from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.command.run_unlearn import classes_named
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
@@ -21,10 +24,18 @@ from xai_edit.evaluation.outputs import Overlap
 from xai_edit.last_layer.counterfactual import CounterfactualRetraining
 from xai_edit.last_layer.fictitious_class import FictitiousClass
 from xai_edit.last_layer.head import collect_head_features
+from xai_edit.last_layer.rate_sweep import RateSweep
+from xai_edit.pages.neutralize import figure_of, parts_of, worst_named
+from xai_edit.pages.verdict import BEFORE, Outcome
+from xai_edit.report.table import counted
 
 RETRAINED, COMPLETED = "last-layer retraining (DFR)", "counterfactual retraining"
 EDIT, HEAD = "edits/neutralize.safetensors", "edits/last-layer.safetensors"
 COMPLETION = "edits/counterfactual.safetensors"
+ADVICE = {
+    RETRAINED: "use it if you have labels of every group",
+    COMPLETED: "use it if the completed images are credible, which its edit says",
+}
 
 
 def command(options: argparse.Namespace) -> int:
@@ -34,7 +45,9 @@ def command(options: argparse.Namespace) -> int:
     finding = None if options.findings is None else marked_spurious(run, options.findings)
     names = run.images.classes
     target = None if options.target is None else classes_named(options.target, names)
-    parts = split(run.images, run.attribute, validation=True)
+    parts, planted = split(run.images, run.attribute, validation=True), None
+    if options.plant is not None:
+        parts, planted = with_planted(parts, options.plant)
     run.check_labels()
 
     method = f"one weight ({'SCA' if operator.select == 'sca' else operator.select})"
@@ -49,6 +62,10 @@ def command(options: argparse.Namespace) -> int:
         lambda: operator.plan(run.model, planning, target=target, validation=validation),
         empty="the edit found changes no weight",
     )
+    tried = None
+    if not edit.size and operator.select != "exact":  # which tries every weight
+        sweeps = operator.sweep(run.model, planning, target=target, validation=validation)
+        tried = [_best(sweep) for sweep in sweeps]
     run.compare(RETRAINED, lambda: LastLayerRetraining().plan(run.model, known))
     files = {BEFORE: None, method: EDIT, RETRAINED: HEAD}
     if finding is not None:
@@ -73,6 +90,7 @@ def command(options: argparse.Namespace) -> int:
     results = {
         **run.about(),
         "names": run.images.classes,
+        "planted": planted,
         "split": {"seed": SEED, **{name: len(part) for name, part in parts._asdict().items()}},
         "edit": {
             "select": operator.select,
@@ -81,12 +99,44 @@ def command(options: argparse.Namespace) -> int:
             "rows": origin["rows"],
             "validation": {figure: origin[figure] for figure in ("worst_group", "average")},
             "reason": run.withheld.get(method),
+            "tried": tried,
         },
         "rows": run.rows([*files], figures),
     }
     timing = {"features": reading.seconds, "plan": run.seconds}
     edits = {path: run.edits.get(name) for name, path in files.items() if path is not None}
-    return run.finish(results, timing, edits)
+    return run.finish(results, timing, edits, _outcome)
+
+
+def _best(sweep: RateSweep) -> dict[str, Any]:
+    """Return the best of the rates above zero of a weight, with its figures."""
+    rising = sweep.rates > 0
+    at = int(torch.where(rising, sweep.objective, -torch.inf).argmax())
+    return {
+        "class": sweep.row,
+        "column": sweep.column,
+        "rate": float(sweep.rates[at]),
+        "worst_group": float(sweep.worst[at]),
+        "average": float(sweep.average[at]),
+    }
+
+
+def _outcome(results: Mapping[str, Any]) -> Outcome:
+    """Return what the verdict is made from."""
+    own, edit = results["rows"][1], results["edit"]
+    further = ["more images of the worst group", "--findings for counterfactual retraining"]
+    if edit["select"] != "exact":
+        further.insert(0, "--select exact, which tries every weight at every dose")
+    changes = f"changes {counted(own['weights_changed'] or 0, 'weight')} of the last layer"
+    return Outcome(
+        own["method"],
+        changes,
+        [figure_of(results, "worst", worst_named(results))],
+        parts_of(results),
+        reason=edit["reason"],
+        advice=ADVICE,
+        further=", or ".join(further),
+    )
 
 
 def marked_spurious(run: Run, file: Path) -> Finding:

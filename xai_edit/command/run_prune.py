@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.command.export import exported
+from xai_edit.command.planting import with_planted
 from xai_edit.command.prune_plans import (
+    ABLATION,
+    ADVICE,
     FINDERS,
     TUNED,
     FirstKept,
@@ -23,7 +27,7 @@ from xai_edit.command.prune_plans import (
     references,
     tuning,
 )
-from xai_edit.command.run import BEFORE, Run
+from xai_edit.command.run import Run
 from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.checks import one_of
@@ -34,10 +38,12 @@ from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.evaluation.outputs import Overlap
 from xai_edit.evaluation.sizes import compare_sizes
+from xai_edit.pages.neutralize import figure_of, parts_of, worst_named
+from xai_edit.pages.verdict import BEFORE, Outcome
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.pruning.to_smaller import to_smaller
+from xai_edit.report.table import counted
 
-ABLATION = "ablation alone"
 EDIT, SMALLER = "edits/prune.safetensors", "smaller.safetensors"
 PROGRAMS = {"torch.export": "smaller.pt2", "TorchScript": "smaller.torchscript"}
 KIND = "xai_edit.smaller"
@@ -49,7 +55,9 @@ def command(options: argparse.Namespace) -> int:
     """Run ``xai-edit prune``."""
     operator, epochs = _operator(options), options.fine_tune
     run = Run(options)
-    parts = split(run.images, run.attribute, validation=False)
+    parts, planted = split(run.images, run.attribute, validation=False), None
+    if options.plant is not None:
+        parts, planted = with_planted(parts, options.plant)
     model, held_out = run.model, parts.held_out
     for layer in filter(None, (*operator.protect, options.layer)):
         resolve_layers(model, [layer])  # before the long part
@@ -99,6 +107,7 @@ def command(options: argparse.Namespace) -> int:
     results = {
         **run.about(),
         "names": run.images.classes,
+        "planted": planted,
         "split": {
             "seed": SEED,
             "planning": len(parts.planning),
@@ -124,7 +133,34 @@ def command(options: argparse.Namespace) -> int:
         latency = {part: found[part].pop("seconds") for part in ("before", "after", "ratios")}
         results["sizes"] = found
     timing = {"plan": run.seconds, "latency": latency}
-    return run.finish(results, timing, {EDIT: edit if edit.size else None})
+    return run.finish(results, timing, {EDIT: edit if edit.size else None}, _outcome)
+
+
+def _outcome(results: Mapping[str, Any]) -> Outcome:
+    """Return what the verdict is made from; without a feature, accuracy is only to be kept."""
+    edit, first, own = results["edit"], results["rows"][0], results["rows"][1]
+    what = f"switches off {edit['removed']} of {counted(edit['units'], 'unit')}"
+    if own["parameters"]:
+        what += f" and keeps {own['parameters'] / first['parameters']:.1%} of the parameters"
+    if results["concept"] is not None:
+        figure = figure_of(results, "worst", worst_named(results))
+        further = "another --layer, where the feature forms, another --finder, or neutralize"
+    else:
+        figure = figure_of(results, "average", "average accuracy")
+        pruned = {row["method"] for row in results["rows"][1:] if row["method"] != TUNED}
+        values = {name: figure.values[name] for name in figure.values if name in {BEFORE, *pruned}}
+        figure, further = replace(figure, values=values), "a larger --share, or fewer in --protect"
+    return Outcome(
+        own["method"],
+        what,
+        [figure],
+        parts_of(results),
+        kind="group" if results["spurious"] else "class",
+        reason=edit["reason"],
+        advice=ADVICE,
+        further=further,
+        smaller=results["concept"] is None and results["smaller"]["file"] is not None,
+    )
 
 
 def _operator(options: argparse.Namespace) -> Operator:
@@ -135,9 +171,9 @@ def _operator(options: argparse.Namespace) -> Operator:
             raise ValueError("layer: none given; --attribute needs the layer of the subspaces")
         finder = FINDERS[one_of(options.finder or "contrastive-pca", FINDERS, "finder")]()
         return ConceptAwarePruning(options.layer, FirstKept(finder, options.layer), "auto", **how)
-    for name in ("layer", "finder"):
+    for name in ("layer", "finder", "plant"):
         if getattr(options, name) is not None:
-            raise ValueError(f"{name}: given without --attribute, whose subspaces it is for")
+            raise ValueError(f"{name}: given without --attribute, whose feature it is for")
     return RelevancePruning(**how)
 
 

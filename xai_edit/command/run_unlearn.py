@@ -13,24 +13,33 @@ import torch
 
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
-from xai_edit.command.run import BEFORE, Run
+from xai_edit.command.run import Run
 from xai_edit.command.run_parts import indices_by, watched
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.core.checks import distinct
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.evaluation.accuracy import CONFIDENCE
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning
+from xai_edit.evaluation.intervals import wilson_intervals
 from xai_edit.evaluation.outputs import Overlap
 from xai_edit.forgetting.path_perturbation import PathPerturbation
 from xai_edit.last_layer.single_weight import SingleWeight
+from xai_edit.pages.unlearn import absent_classes, class_name
+from xai_edit.pages.verdict import BEFORE, Figure, Outcome, Part
 from xai_edit.report.before_after import RULES, before_after_maps
+from xai_edit.report.table import counted
 
 EDIT, MAPS = "edits/unlearn.safetensors", ("maps.safetensors", "maps.png")
 METHOD = "path perturbation"
 BASELINES: dict[str, SingleWeight | LogitMask] = {
     "single weight (SCA)": SingleWeight(),
     "logit mask": LogitMask(),
+}
+ADVICE = {
+    "single weight (SCA)": "use it if the answers are all that counts: it changes one weight",
+    "logit mask": "use it if the answers are all that counts: it leaves the rest of the network",
 }
 SHOWN_FORGOTTEN, SHOWN_KEPT = 4, 2  # images with maps, at most
 
@@ -165,7 +174,50 @@ def command(options: argparse.Namespace) -> int:
         "evaluation": found or None,
         "maps": _maps(run, edit, held_out, labels, target),
     }
-    return run.finish(results, {"plan": run.seconds, "evaluation": seconds}, {EDIT: edit})
+    timing = {"plan": run.seconds, "evaluation": seconds}
+    return run.finish(results, timing, {EDIT: edit}, _outcome)
+
+
+def _outcome(results: Mapping[str, Any]) -> Outcome:
+    """Return what the verdict is made from."""
+    rows = [row for row in results["rows"] if row["forgotten"] is not None]
+    before = rows[0]["classes"]
+    samples, target = results["samples"], results["forget"]
+    known = [label for label, count in enumerate(samples) if count and label not in target]
+    counts = torch.tensor([samples[label] for label in known])
+    right = torch.tensor([round(before[label] * samples[label]) for label in known])
+    parts = [
+        Part(
+            f"class {class_name(results, label)}",
+            samples[label],
+            before[label],
+            interval,
+            {row["method"]: row["classes"][label] for row in rows},
+        )
+        for label, interval in zip(known, wilson_intervals(right, counts, CONFIDENCE), strict=True)
+    ]
+    absent = [label for label, count in enumerate(samples) if not count]
+    forgotten, rest = (
+        Figure(name, {row["method"]: row[key] for row in rows}, lower=lower)
+        for name, key, lower in (
+            ("A_t (accuracy on what is to be forgotten)", "forgotten", True),
+            ("A_g (accuracy on the rest)", "rest", False),
+        )
+    )
+    edit = results["edit"]
+    what = "switches off" if edit["scope"] == "neuron" else "cuts from the class"
+    neurons = sum(one["neurons"] for one in edit["classes"])
+    probed = results["evaluation"] is not None
+    return Outcome(
+        METHOD,
+        f"{what} {counted(neurons, 'neuron')} of layer {', '.join(edit['layers'])}",
+        [forgotten, rest],
+        parts + absent_classes(results, absent, len(samples)),
+        kind="class",
+        advice=ADVICE,
+        further="a larger --share, or other --layers",
+        unmeasured=() if probed else ("what a probe finds and relearning brings back",),
+    )
 
 
 def _planned(edit: ModelEdit, target: Sequence[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -65,8 +66,9 @@ class LastLayerRetraining:
         """Plan the new head; the model is only read.
 
         ``data`` has labelled samples of every group, held out from training; ``attribute``, see
-        `xai_edit.core.data.Attribute`, may have more than two values. ValueError if the model's
-        logits are not W x + b, a class has no samples, or a group only one with
+        `xai_edit.core.data.Attribute`, may have more than two values. ``origin["missing"]`` lists
+        the (class, attribute) groups without samples, of which the fit knows nothing. ValueError if
+        the model's logits are not W x + b, a class has no samples, or a group only one with
         ``C="auto"``, whose tuning ``origin["tuned"]`` reports.
         """
         head = head_features(model, data, attribute=attribute, with_attribute=True)
@@ -91,6 +93,9 @@ class LastLayerRetraining:
         weight, bias = self._averaged(x, y, cells, strength, lasso=bool(tuned))
         origin = {"operator": "LastLayerRetraining", "repeats": self.repeats, "C": strength}
         origin |= {"seed": self.seed, "samples": len(labels), "per_group": int(sizes.min())}
+        every = product(np.unique(y).tolist(), np.unique(groups[:, 1]).tolist())
+        if missing := sorted({*every} - {*map(tuple, pairs.tolist())}):
+            origin["missing"] = [[*group] for group in missing]
         new = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
         return head.edit(model, origin | tuned, **new)
 

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from xai_edit.core.checks import fraction, one_of, require, whole_number
 from xai_edit.core.targets import class_list
 from xai_edit.core.text import Plain, aligned
-from xai_edit.evaluation.intervals import Interval, percentile_interval, resampled_shares
+from xai_edit.evaluation.intervals import (
+    Interval,
+    percentile_interval,
+    resampled_shares,
+    wilson_intervals,
+)
 
 LINES = 20  # groups that the text shows
+FEW = 10  # samples; a group of fewer is marked, since its accuracy says little
 CONFIDENCE, RESAMPLES, SEED = 0.95, 2000, 0
 
 Group: TypeAlias = tuple[int, int]
@@ -31,10 +37,11 @@ AVERAGES: dict[Average, str] = {
 
 @dataclass(frozen=True)
 class GroupIntervals:
-    """Percentile bootstrap intervals of the figures of an `Accuracy`.
+    """Intervals of the figures of an `Accuracy`.
 
-    ``worst`` is that of the lowest accuracy, whichever group has it in a resample; ``gaps`` are
-    those of each average less the worst.
+    ``groups`` are Wilson score intervals, which have a width also where no answer is wrong; the
+    others percentile bootstrap intervals. ``worst`` is that of the lowest accuracy, whichever group
+    has it in a resample; ``gaps`` are those of each average less the worst.
     """
 
     confidence: float
@@ -94,7 +101,8 @@ class Demographics(Plain):
 class Accuracy:
     """Right answers and samples of each (class, attribute) group. Higher is better.
 
-    Groups without samples have no accuracy and play no part in the worst and the averages.
+    Groups without samples have no accuracy and play no part in the worst and the averages, so the
+    worst group is that of the `missing` and the `absent` left out.
 
     Attributes
     ----------
@@ -131,6 +139,17 @@ class Accuracy:
         """Accuracy of each (class, attribute) group that has samples."""
         shares = (self.right.double() / self.samples).tolist()
         return {(row, at): shares[row][at] for row, at in self.samples.nonzero().tolist()}
+
+    @property
+    def missing(self) -> list[Group]:
+        """Groups without samples, of the classes and the attributes that have some elsewhere."""
+        known = (self.samples.sum(1) > 0)[:, None] & (self.samples.sum(0) > 0)
+        return [(row, at) for row, at in (known & (self.samples == 0)).nonzero().tolist()]
+
+    @property
+    def absent(self) -> list[int]:
+        """Classes without any samples."""
+        return (self.samples.sum(1) == 0).nonzero()[:, 0].tolist()
 
     @property
     def worst(self) -> float:
@@ -195,17 +214,17 @@ class Accuracy:
     def intervals(
         self, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = SEED
     ) -> GroupIntervals:
-        """Return bootstrap intervals of all figures.
+        """Return intervals of all figures: Wilson's for the groups, by bootstrap for the others.
 
-        Samples are drawn with replacement within each group; an interval holds ``confidence`` of
-        the resamples. The worst group is that of each resample. The interval of a group with no
-        wrong answer has no width, however few its samples.
+        In the bootstrap, samples are drawn with replacement within each group; an interval holds
+        ``confidence`` of the resamples. The worst group is that of each resample.
         """
         fraction(confidence, "confidence", one=False)
         whole_number(resamples, "resamples", least=1)
         whole_number(seed, "seed")
         at = self.samples > 0
-        draws = resampled_shares(self.right[at], self.samples[at], resamples=resamples, seed=seed)
+        right, samples = self.right[at], self.samples[at]
+        draws = resampled_shares(right, samples, resamples=resamples, seed=seed)
         worst = draws.min(1)
         averages = {name: draws @ weights.numpy() for name, weights in self._weights().items()}
         interval = partial(percentile_interval, confidence=confidence)
@@ -213,7 +232,7 @@ class Accuracy:
             confidence,
             resamples,
             seed,
-            dict(zip(self.groups, map(interval, draws.T), strict=True)),
+            dict(zip(self.groups, wilson_intervals(right, samples, confidence), strict=True)),
             interval(worst),
             {name: interval(drawn) for name, drawn in averages.items()},
             {name: interval(drawn - worst) for name, drawn in averages.items()},
@@ -258,8 +277,10 @@ class Accuracy:
 
         ``groups`` lists ``class``, ``attribute``, ``samples``, ``right``, ``accuracy`` and
         ``interval`` of each group that has samples; ``worst`` is the entry of the worst of them,
-        with the interval of the minimum. ``average``, ``train_weighted`` (or None) and ``balanced``
-        have their ``accuracy``, ``interval``, ``gap`` and ``gap_interval``.
+        with the interval of the minimum. ``missing`` lists ``class`` and ``attribute`` of the
+        groups that are not measured, ``absent`` the classes without samples. ``average``,
+        ``train_weighted`` (or None) and ``balanced`` have their ``accuracy``, ``interval``, ``gap``
+        and ``gap_interval``.
         """
         found = self.intervals()
         listed: dict[Group, dict[str, Any]] = {}
@@ -275,26 +296,37 @@ class Accuracy:
             "samples": int(self.samples.sum()),
             "groups": [*listed.values()],
             "worst": {**listed[self.worst_group], "interval": list(found.worst)},
+            "missing": [{"class": label, "attribute": has} for label, has in self.missing],
+            "absent": self.absent,
             **averages,
             "bootstrap": {key: getattr(found, key) for key in ("confidence", "resamples", "seed")},
         }
 
     def __str__(self) -> str:
         found = self.to_dict()
-        groups, samples = found["groups"], found["samples"]
+        groups, samples, missing = found["groups"], found["samples"], found["missing"]
         lowest = sorted(groups, key=itemgetter("accuracy"))[:LINES]
         some = f", the {LINES} lowest of {len(groups)}" if len(lowest) < len(groups) else ""
         head = ["samples", "accuracy", f"{CONFIDENCE:.0%} interval"]
 
-        def row(start: str, group: dict[str, Any]) -> list[Any]:
+        def name(group: dict[str, Any]) -> str:
             attribute = f", attribute {group['attribute']}" if self.samples.shape[1] > 1 else ""
-            name = f"{start}class {group['class']}{attribute}"
-            return [name, group["samples"], group["accuracy"], group["interval"]]
+            few = f" (fewer than {FEW})" if group.get("samples", FEW) < FEW else ""
+            return f"class {group['class']}{attribute}{few}"
+
+        def row(start: str, group: dict[str, Any]) -> list[Any]:
+            return [start + name(group), group["samples"], group["accuracy"], group["interval"]]
 
         rows: list[list[Any]] = [[f"accuracy by group{some}", *head]]
         rows += [row("  ", group) for group in groups if group in lowest]
-        rows += [row("worst: ", found["worst"]), [], ["", *head, "gap to worst", head[-1]]]
-        rows += [[AVERAGES[name], samples, *found[name].values()] for name in self.averages]
+        rows += [[f"  {name(group)}", 0, "not measured"] for group in missing[:LINES]]
+        if len(missing) > LINES:
+            rows.append([f"  {len(missing) - LINES} more groups", 0, "not measured"])
+        if self.absent:
+            rows.append([f"  {len(self.absent)} of {len(self.samples)} classes", 0, "not measured"])
+        worst = "worst measured: " if missing or self.absent else "worst: "
+        rows += [row(worst, found["worst"]), [], ["", *head, "gap to worst", head[-1]]]
+        rows += [[AVERAGES[one], samples, *found[one].values()] for one in self.averages]
         return aligned([[tuple(c) if isinstance(c, list) else c for c in row] for row in rows])
 
     def _weights(self) -> dict[Average, Tensor]:

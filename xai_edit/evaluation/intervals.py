@@ -1,4 +1,4 @@
-"""Bootstrap intervals of shares counted in groups, drawn group by group."""
+"""Intervals of shares counted in groups: Wilson's, and by bootstrap, drawn group by group."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from torch import Tensor
 
 Interval: TypeAlias = tuple[float, float]
@@ -32,3 +33,20 @@ def percentile_interval(draws: NDArray[np.float64], confidence: float) -> Interv
     """Return the percentile interval of a figure's draws, shape (resamples,)."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def wilson_intervals(hits: Tensor, samples: Tensor, confidence: float) -> list[Interval]:
+    """Return the Wilson score interval of the share of hits in each group.
+
+    Wilson 1927, *Probable inference, the law of succession, and statistical inference*. Unlike a
+    bootstrap it has a width where all or none of few samples are hits. ``hits`` and ``samples`` are
+    int64, shape (G,); every group has samples.
+    """
+    n = samples.numpy().astype(np.float64)
+    p, z = hits.numpy() / n, float(ndtri((1 + confidence) / 2))
+    middle = p + z**2 / (2 * n)
+    half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    # The end is 0 or 1 exactly where no sample or every one is a hit.
+    low = np.where(p == 0, 0.0, (middle - half) / (1 + z**2 / n))
+    high = np.where(p == 1, 1.0, (middle + half) / (1 + z**2 / n))
+    return [(float(one), float(other)) for one, other in zip(low, high, strict=True)]

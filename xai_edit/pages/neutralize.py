@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from xai_edit.pages.unlearn import class_name, seconds, withheld
+from xai_edit.evaluation.accuracy import FEW
+from xai_edit.pages.unlearn import absent_classes, class_name, seconds, withheld
+from xai_edit.pages.verdict import Figure, Part
 from xai_edit.report.html import Report, repeat
 from xai_edit.report.table import Notes, Table, counted
 
-NO_GAIN = "On the held-out images the worst group does not gain: nothing speaks for this edit."
 SMALL = (
     "The interval of a group is as wide as its images are few, and that of the worst group reaches "
-    "low where several are nearly as bad."
+    f"low where several are nearly as bad. In a group of fewer than {FEW} images every accuracy "
+    "has its interval beside it."
 )
 
 
@@ -34,19 +36,21 @@ def neutralizing_page(
             f"of it. Of {marked['with'] + marked['without']} images {marked['with']} have it. "
             "Fictitious class removal takes the feature for a class of its own and edits one "
             f"weight of <code>{escape(edit['layer'])}</code> for each class that it speaks for. On "
-            f"the validation images the accuracy of the worst group went {worst} and that over all "
-            f"images {average}.</p>",
+            f"the validation images the accuracy of the {worst_named(results)} went {worst} and "
+            f"that over all images {average}.</p>",
             discovered(results),
             Notes(*_planned(results), listed=True),
             Notes(
                 f"planned from {cut['planning']} images and judged on {cut['validation']} "
                 f"others; figures from {cut['held_out']} that no edit has seen"
             ),
+            completed(results),
             "<h2>Before and after</h2><p>Retraining the last layer (DFR) uses the same images, as "
             "many of each group, and changes all weights of the layer. Counterfactual retraining, "
             "with --findings, completes each image with and without the feature at a layer.</p>",
             _answers(results, timing),
             withheld(results),
+            *_tried(results),
             "<h2>Group by group</h2>",
             groups(results),
             Notes(SMALL),
@@ -56,6 +60,15 @@ def neutralizing_page(
             f"layer.</p>{repeat(results, files)}",
         ],
     )
+
+
+def completed(results: Mapping[str, Any]) -> Notes:
+    """Return how many images have a planted mark."""
+    planted = results["planted"]
+    if planted is None:
+        return Notes()
+    made, number = counted(planted["images"], "image"), counted(len(planted["groups"]), "group")
+    return Notes(f"{made} of {number}, in all parts, are copies with {planted['name']} planted")
 
 
 def discovered(results: Mapping[str, Any]) -> Notes:
@@ -87,34 +100,114 @@ def with_interval(figure: Mapping[str, Any]) -> list[Any]:
     return [figure["accuracy"], "{:.3f}–{:.3f}".format(*figure["interval"])]
 
 
-def groups(results: Mapping[str, Any]) -> Table:
-    """Return the accuracy of each group, which is a class where the feature is unknown."""
+def part_name(results: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    """Return the name of a group, which is a class where the feature is unknown."""
+    name = class_name(results, group["class"])
+    if results["spurious"]:
+        name += f", {'with' if group['attribute'] else 'without'} the feature"
+    return name
+
+
+def parts_of(results: Mapping[str, Any]) -> list[Part]:
+    """Return every group before and after, then those without images."""
     rows = shown_rows(results)
-    cells = []
+    found = {row["method"]: row["figures"]["groups"] for row in rows}
+    parts = [
+        Part(
+            f"class {part_name(results, group)}",
+            group["samples"],
+            group["accuracy"],
+            tuple(group["interval"]),
+            {method: groups[at]["accuracy"] for method, groups in found.items()},
+            planted=_is_planted(results, group),
+        )
+        for at, group in enumerate(rows[0]["figures"]["groups"])
+    ]
+    return parts + unmeasured(results)
+
+
+def figure_of(results: Mapping[str, Any], key: str, name: str) -> Figure:
+    """Return an accuracy of every method that has figures, with its intervals."""
+    found = {row["method"]: row["figures"][key] for row in shown_rows(results)}
+    return Figure(
+        name,
+        {method: one["accuracy"] for method, one in found.items()},
+        {method: tuple(one["interval"]) for method, one in found.items()},
+    )
+
+
+def unmeasured(results: Mapping[str, Any]) -> list[Part]:
+    """Return the groups and the classes without images."""
+    figures = results["rows"][0]["figures"]
+    groups = [Part(f"class {part_name(results, group)}", 0) for group in figures["missing"]]
+    known, absent = {group["class"] for group in figures["groups"]}, figures["absent"]
+    return groups + absent_classes(results, absent, len(known) + len(absent))
+
+
+def worst_named(results: Mapping[str, Any]) -> str:
+    """Return the name of the lowest accuracy, which says whether a group is not measured."""
+    measured = " measured" if unmeasured(results) else ""
+    return f"worst{measured} {'group' if results['spurious'] else 'class'}"
+
+
+def _is_planted(results: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    planted = results["planted"]
+    pair = {name: group[name] for name in ("class", "attribute")}
+    return planted is not None and pair in planted["groups"]
+
+
+def groups(results: Mapping[str, Any]) -> Table:
+    """Return the accuracy of each group before and after, also of those without images."""
+    rows = shown_rows(results)
+    first, nothing = rows[0]["figures"], [None] * len(rows)
+    cells: dict[tuple[int, int], list[Any]] = {}
     for same in zip(*(row["figures"]["groups"] for row in rows), strict=True):
-        before = same[0]
-        name = class_name(results, before["class"])
-        if results["spurious"]:
-            name += f", {'with' if before['attribute'] else 'without'} the feature"
         accuracies = [group["accuracy"] for group in same]
-        cells.append([name, before["samples"], with_interval(before)[1], *accuracies])
+        if same[0]["samples"] < FEW:
+            accuracies = ["{:.3f} ({})".format(*with_interval(group)) for group in same]
+        interval = with_interval(same[0])[1]
+        cells[_place(same[0])] = [same[0]["samples"], interval, *accuracies]
+    cells |= {_place(group): [0, "not measured", *nothing] for group in first["missing"]}
+    named = []
+    for place, row in sorted(cells.items()):
+        group = dict(zip(("class", "attribute"), place, strict=True))
+        planted = ", planted" if _is_planted(results, group) else ""
+        named.append([part_name(results, group) + planted, *row])
+    absent = unmeasured(results)[len(first["missing"]) :]
+    named += [[part.name, 0, "not measured", *nothing] for part in absent]
     columns = ["group", "images", "interval before", *(row["method"] for row in rows)]
-    return Table("accuracy by group", columns, cells, lambda row: row[3])
+    return Table("accuracy by group", columns, named, _lowest)
+
+
+def _place(group: Mapping[str, Any]) -> tuple[int, int]:
+    return group["class"], group["attribute"]
+
+
+def _lowest(row: Sequence[Any]) -> float:
+    """Return the place of a group in the text of many: those not measured first."""
+    return -1.0 if row[3] is None else float(str(row[3]).split()[0])
 
 
 def _planned(results: Mapping[str, Any]) -> list[str]:
-    """Return one line for each weight that is edited, or why none is; and whether it helps."""
+    """Return one line for each weight that is edited."""
     edit = results["edit"]
-    if edit["reason"] is not None:
-        return [f"no edit: {edit['reason']}"]
-    lines = [
+    return [
         f"class {class_name(results, row['class'])}: weight of feature {row['column']} of "
         f"{edit['layer'] or 'the layer'} from {row['old']:.4g} to {row['weight']:.4g}"
         + (f" (rate {row['rate']:.3g})" if "rate" in row else "")
         for row in edit["rows"]
     ]
-    before, after = (row["figures"]["worst"]["accuracy"] for row in results["rows"][:2])
-    return lines if after > before else [*lines, NO_GAIN]
+
+
+def _tried(results: Mapping[str, Any]) -> list[Table]:
+    """Return the weights that were tried where there is no edit."""
+    tried = results["edit"]["tried"]
+    if not tried:
+        return []
+    keys = ("column", "rate", "worst_group", "average")
+    rows = [[class_name(results, one["class"]), *map(one.get, keys)] for one in tried]
+    columns = ["class", "feature", "best rate", worst_named(results), "average"]
+    return [Table("weights tried, on the validation images", columns, rows)]
 
 
 def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
@@ -125,6 +218,6 @@ def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
         cells += [average["accuracy"], figures["balanced"]["accuracy"], average["gap"]]
         rows.append([*cells, row["weights_changed"], seconds(timing, row["method"])])
     confidence = results["rows"][0]["figures"]["bootstrap"]["confidence"]
-    columns = ["method", "worst group", f"{confidence:.0%} interval", "average", "balanced"]
+    columns = ["method", worst_named(results), f"{confidence:.0%} interval", "average", "balanced"]
     columns += ["gap (average − worst)", "weights changed", "seconds"]
     return Table("on held-out images", columns, rows)

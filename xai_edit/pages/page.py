@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from xai_edit.pages.discover import FINDINGS, PICTURES, discovery_page
 from xai_edit.pages.neutralize import neutralizing_page
 from xai_edit.pages.prune import pruning_page
 from xai_edit.pages.unlearn import unlearning_page
+from xai_edit.pages.verdict import verdict_html
 from xai_edit.report.comparison_figures import map_grid
 from xai_edit.report.html import Report
 from xai_edit.report.table import Table, counted
 
 MAPS = "maps.safetensors"
 RUNS = ("check", "discover", "demo", "unlearn", "neutralize", "prune")  # that have a page
+DECIDED = ("unlearn", "neutralize", "prune")  # that begin with a verdict
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
 COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
 
@@ -59,6 +62,8 @@ def _write(folder: Path) -> Report:
         raise ValueError(f"{file}: run {kind!r} has no report page; {', '.join(RUNS)} have")
     try:
         report = _page(folder, results, _json(folder / "timing.json"))
+        if kind in DECIDED:
+            report = replace(report, parts=[verdict_html(results), *report.parts])
         content = report.html()
     except KeyError as problem:
         raise ValueError(f"{file}: damaged ({problem} is missing)") from None

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from xai_edit.concepts.choose import OF_CLASS, OF_FEATURE
 from xai_edit.pages.neutralize import (
-    NO_GAIN,
     SMALL,
+    completed,
     discovered,
     groups,
     shown_rows,
     with_interval,
+    worst_named,
 )
 from xai_edit.pages.unlearn import class_name, seconds, withheld
 from xai_edit.report.html import Report, Shown, repeat
@@ -37,11 +39,13 @@ def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed:
                 f"planned from {cut['planning']} images, {cut['references']} of them to score "
                 f"units on; figures from {cut['held_out']} others"
             ),
+            completed(results),
             "<h2>Before and after</h2><p>Every method takes the same share of units in as many "
             "steps, with the same fine-tuning, but for those that stand alone and take none. "
             "Random is the bar: after fine-tuning, criteria come close to each other.</p>",
             _answers(results, timing),
             withheld(results, edit["reason"]),
+            *_tried(results),
             "<h2>A smaller network</h2>",
             *sizes,
             Notes(*_files(results)),
@@ -83,10 +87,10 @@ def _what(results: Mapping[str, Any]) -> str:
 
 
 def _planned(results: Mapping[str, Any]) -> list[str]:
-    """Return the units removed and how they were scored, or why none; and whether it helps."""
+    """Return the units removed and how they were scored."""
     edit, concept = results["edit"], results["concept"]
     if edit["reason"] is not None:
-        return [f"no edit: {edit['reason']}"]
+        return []
     steps = "" if edit["steps"] == 1 else f" in {edit['steps']} steps"
     lines = [f"{edit['removed']} of {edit['units']} units off{steps}, {edit['share']:.1%} asked"]
     if concept is not None:
@@ -94,14 +98,21 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
             f"scored with subspaces {', '.join(map(str, concept['ablated']))} of "
             f"{concept['layer']} ablated: {concept['reason']}"
         )
-    figure, words = ("worst", "worst group") if concept else ("average", "average")
-    reached = {row["method"]: row["figures"][figure]["accuracy"] for row in shown_rows(results)}
-    before, after = [*reached.values()][:2]
-    if concept is not None and after <= before:
-        lines.append(NO_GAIN)
-    if equals := [name for name, other in [*reached.items()][2:] if other >= after]:
-        lines.append(f"as good or better on held-out images ({words}): {', '.join(equals)}")
     return lines
+
+
+def _tried(results: Mapping[str, Any]) -> list[Table]:
+    """Return how well each subspace predicts the feature and the class, where none was taken."""
+    if results["edit"]["reason"] is None or results["concept"] is None:
+        return []
+    found, tried = results["concept"]["predictiveness"], {**OF_FEATURE, **OF_CLASS}
+    rows = [
+        [f"subspace {number}", *(one[key] and one[key]["value"] for key in tried)]
+        for number, one in enumerate(found["subspaces"])
+    ]
+    rows.append(["chance", *(found["chance"][key] for key in tried)])
+    columns = ["subspace", *tried.values()]
+    return [Table("subspaces tried, average precision for", columns, rows)]
 
 
 def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
@@ -116,9 +127,8 @@ def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
         ]
         cells += [figures["balanced"]["accuracy"], *ratios, seconds(timing, row["method"])]
         rows.append([row["method"], *cells])
-    group = "group" if results["spurious"] else "class"
     ends = f"{first['figures']['bootstrap']['confidence']:.0%} interval"
-    columns = ["method", "average", ends, f"worst {group}", ends, "balanced"]
+    columns = ["method", "average", ends, worst_named(results), ends, "balanced"]
     return Table("on held-out images", [*columns, "parameters", "operations", "seconds"], rows)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from xai_edit.pages.verdict import NAMED, Part
 from xai_edit.report.curves import curves
 from xai_edit.report.html import Report, Shown, repeat
 from xai_edit.report.map_slider import Maps, wipe
@@ -71,6 +72,13 @@ def class_name(results: Mapping[str, Any], label: int) -> str:
     """Return the number of a class, with its name where it has another."""
     name = results["names"].get(str(label), str(label))
     return str(label) if name == str(label) else f"{label} ({name})"
+
+
+def absent_classes(results: Mapping[str, Any], absent: Sequence[int], of: int) -> list[Part]:
+    """Return the classes without images, one by one or, where they are many, as one entry."""
+    if len(absent) > NAMED:
+        return [Part(f"{len(absent):,} of {of:,} classes", 0)]
+    return [Part(f"class {class_name(results, label)}", 0) for label in absent]
 
 
 def withheld(results: Mapping[str, Any], known: str | None = None) -> Notes:
@@ -149,7 +157,10 @@ def _classes(results: Mapping[str, Any]) -> Table:
     for label, samples in enumerate(results["samples"]):
         suffix = ", to forget" if label in results["forget"] else ""
         name = class_name(results, label) + suffix
-        cells.append([name, samples, *(row["classes"][label] for row in rows)])
+        accuracies = [row["classes"][label] for row in rows]
+        cells.append(
+            [name, samples, *(accuracies if samples else ["not measured", *accuracies[1:]])]
+        )
 
     def order(row: Sequence[Any]) -> tuple[bool, float]:
         before, after = row[2:4]

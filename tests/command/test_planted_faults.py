@@ -1,0 +1,182 @@
+"""Faults planted in the data of ``xai-edit neutralize``: the page and the terminal say each."""
+
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from command_runs import DATA, images_of, network, read, refused
+from PIL import Image
+
+from xai_edit.command.load import Images, load_images, preprocessing_of
+from xai_edit.command.main import main
+from xai_edit.command.planting import with_planted
+from xai_edit.command.run_parts import read_attribute, split
+
+LINE = f"neutralize {DATA.replace('--data test', '--data data.csv')} --attribute marked.csv"
+
+
+def written(kept=lambda label, has, seen: True, value=None):
+    """Write data.csv and marked.csv of the images that are kept, with the attribute or another.
+
+    ``seen`` is the number of images of the group that are kept so far.
+    """
+    listed, marks, seen = [], [], Counter()
+    for line in Path("marks.csv").read_text().splitlines()[1:]:
+        name, has = line.split(",")
+        label, group = "abcd".index(name[0]), (name[0], has)
+        if kept(label, int(has), seen[group]):
+            seen[group] += 1
+            listed.append(f"test/{name},{label}")
+            marks.append(f"test/{name},{has if value is None else value(label)}")
+    Path("data.csv").write_text("\n".join(listed))
+    Path("marked.csv").write_text("\n".join(marks))
+
+
+def empty(label, has, seen):
+    return (label, has) != (0, 1)
+
+
+def of_three(label, has, seen):
+    return empty(label, has, seen) or seen < 3
+
+
+def everything(label, has, seen):
+    return True
+
+
+@pytest.mark.parametrize(
+    ("kept", "value", "said"),
+    [
+        (
+            empty,
+            None,
+            [
+                "Warning: 0 images, not measured: class 0, with the feature. The worst group may",
+                "Ways out: --plant mark.png",
+                "worst measured group goes from",
+                "Not measured, 0 images: class 0, with the feature; harm there would not be seen.",
+                " on what was measured",
+            ],
+        ),
+        (
+            of_three,
+            None,
+            ["fewer than 10 images, with the interval before: class 0, with the feature (1 image"],
+        ),
+        (
+            everything,
+            lambda label: int(label == 2),
+            [
+                "not measured: class 0, with the feature; class 1, with the feature; class 2, "
+                "without the feature; class 3, with the feature. The worst",
+                "worst measured group",
+            ],
+        ),
+    ],
+    ids=["empty group", "group of 3", "attribute equal to the class"],
+)
+def test_the_page_and_the_terminal_say_what_is_not_known(here, capsys, kept, value, said):
+    written(kept, value)
+    assert main(shlex.split(f"{LINE} --select exact --out fault --quiet")) == 0
+    page = Path("fault/report.html").read_text(encoding="utf-8")
+    printed, results = capsys.readouterr().out, read("fault")
+    for text in said:
+        assert text in printed, text
+        assert text.removeprefix("Warning: ") in page, text
+    assert page.index("<h2>Verdict</h2>") < page.index("<table")
+    table = printed[printed.index("\naccuracy by group") : printed.index("\nThe interval")]
+    assert table.count("0     not measured") == len(results["rows"][0]["figures"]["missing"])
+    assert printed.rstrip().endswith("\n".join(results["verdict"]))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda label: 1, "images have it; images with and without it are needed"),
+        (lambda label: 0, "0 of 359 images have it; images with and without it are needed"),
+    ],
+    ids=["attribute constant", "nothing has the attribute"],
+)
+def test_an_attribute_that_tells_nothing_is_refused(here, capsys, value, message):
+    written(value=value)
+    assert message.replace("359", str(len(images_of()))) in refused(LINE, capsys)
+
+
+def test_a_mark_planted_on_the_command_line_makes_the_missing_group(here, capsys):
+    """The mark is that of the data, so the planted images are written here by hand as well."""
+    written(empty)
+    Image.new("RGBA", (2, 2), "white").save("mark.png")
+    assert main(shlex.split(f"{LINE} --plant mark.png --out planted --quiet")) == 0
+    printed, results = capsys.readouterr().out, read("planted")
+    figures = results["rows"][0]["figures"]
+    assert figures["missing"] == []
+    for text in (
+        "\n0, with the feature, planted ",
+        "Warning: planned and measured on images with a planted mark: class 0, with the feature.",
+        "\nMeasured on planted images, not on real ones: class 0, with the feature.\n",
+        "copies with mark.png planted",
+    ):
+        assert text in printed, text
+    assert "worst measured" not in printed
+
+    images = load_images("data.csv", preprocessing=preprocessing_of("", shape=(1, 8, 8)))
+    parts = split(images, read_attribute("marked.csv", images, here), validation=True)
+    held_out = [x for x, label, has in parts.held_out if label == 0]
+    own = torch.stack(held_out)
+    own[:, :, :2, :2] = 1.0
+    with torch.no_grad():
+        right = int((network()(own).argmax(1) == 0).sum())
+    (group,) = (one for one in figures["groups"] if (one["class"], one["attribute"]) == (0, 1))
+    assert (group["samples"], group["right"]) == (len(own), right)
+    of_class = sum(label == 0 for label in images.labels)
+    assert results["planted"] == {
+        "name": "mark.png",
+        "images": of_class,  # one copy of each
+        "groups": [{"class": 0, "attribute": 1}],
+    }
+    completed, _ = with_planted(parts, Path("mark.png"))
+    for new, old in zip(completed, parts, strict=True):  # a copy stays in the part of its image
+        assert {row % len(images) for row in new.rows} == set(old.rows)
+    planted = torch.stack([x for x, label, has in completed.held_out if (label, has) == (0, 1)])
+    assert torch.equal(planted, own)
+
+
+def test_a_mark_is_planted_into_images_of_a_data_set_without_paths(here):
+    pictures = [Image.new("L", (8, 8), 40 * at) for at in range(6)]
+    source = list(zip(pictures, [0, 0, 0, 1, 1, 1], strict=True))
+    images = Images(source, range(6), preprocessing_of("", shape=(1, 8, 8)), {})
+    Image.new("RGBA", (2, 2), "white").save("mark.png")
+    parts = split(images, [0, 0, 0, 1, 1, 1], validation=True)
+    completed, about = with_planted(parts, Path("mark.png"))
+    assert about["groups"] == [{"class": 0, "attribute": 1}]
+    for part in completed:
+        (before, *_), _, (after, *planted) = part
+        assert planted == [0, 1]
+        assert torch.equal(after[:, 2:], before[:, 2:])
+        assert after[0, :2, :2].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{LINE} --plant large.png", "plant: large.png is larger than an image of 8×8; give a"),
+        (f"{LINE} --plant clear.png", "plant: clear.png does not change the inputs: it is"),
+        (f"{LINE} --plant w.pt", "plant: w.pt cannot be read as a picture"),
+        (
+            f"neutralize {DATA} --attribute marks.csv --plant mark.png",
+            "plant: mark.png given, and every class has images with the feature",
+        ),
+        (f"prune {DATA} --share 0.3 --plant mark.png", "plant: given without --attribute"),
+    ],
+)
+def test_a_mark_that_cannot_be_planted_is_one_line(here, capsys, line, message):
+    written(empty)
+    for name, size, colour in (
+        ("mark", 2, "white"),
+        ("large", 40, "white"),
+        ("clear", 2, (0, 0, 0, 0)),
+    ):
+        Image.new("RGBA", (size, size), colour).save(f"{name}.png")
+    assert message in refused(line, capsys)

@@ -1,0 +1,189 @@
+"""The verdict on figures that are made up, so that what has to be said is known."""
+
+from dataclasses import replace
+
+import pytest
+
+from xai_edit.evaluation.intervals import Interval
+from xai_edit.pages.verdict import Figure, Outcome, Part, verdict, verdict_html, warnings
+
+BAND: Interval = (0.40, 0.60)
+GOOD = Part("class 0", 100, 0.9, (0.83, 0.94), {"edit": 0.9, "DFR": 0.9})
+BAD = Part("class 1", 100, 0.5, BAND, {"edit": 0.7, "DFR": 0.6})
+
+
+def worst(after, other=0.6, **more):
+    """Return the worst group before (0.5), after the edit and by a comparison method."""
+    intervals = {"before": BAND, "edit": (after - 0.1, after + 0.1)}
+    return Figure("worst group", {"before": 0.5, "edit": after, "DFR": other}, intervals, **more)
+
+
+def outcome(after=0.7, other=0.6, parts=(GOOD, BAD), **more):
+    more = {"advice": {"DFR": "use it with labels"}, "further": "more images", **more}
+    return Outcome("edit", "changes 1 weight", [worst(after, other)], parts, **more)
+
+
+HARM = "It did harm, below the 95% interval before the edit, to class 0 (from 0.900 to 0.820)."
+NO_HARM = "No group that was measured fell below its 95% interval before the edit."
+ALL = "All 2 groups were measured."
+GAIN = (
+    "Edit changes 1 weight: worst group goes from 0.500 to 0.700, beyond the interval before "
+    "(0.400–0.600)."
+)
+NOT_BETTER = "No comparison method does better here; the best, DFR, has 0.600 against 0.700."
+NEXT = "To try next: more images."
+
+
+@pytest.mark.parametrize(
+    ("case", "sentences"),
+    [
+        (outcome(), [GAIN, NO_HARM, ALL, NOT_BETTER]),
+        (outcome(parts=[replace(GOOD, after={"edit": 0.82}), BAD]), [GAIN, HARM, ALL, NOT_BETTER]),
+        (
+            outcome(0.55),
+            [
+                "Edit changes 1 weight: worst group goes from 0.500 to 0.550, within the interval "
+                "before (0.400–0.600).",
+                NO_HARM,
+                ALL,
+                "DFR does a little better here (0.600 against 0.550), within the interval, which "
+                "does not tell the two apart.",
+            ],
+        ),
+        (
+            outcome(0.5, 0.5),
+            [
+                "Edit made nothing better: worst group stays at 0.500. Nothing speaks for this "
+                "edit, though it changes 1 weight.",
+                NO_HARM,
+                ALL,
+                "No comparison method does better here; the best, DFR, has 0.500 against 0.500 of "
+                "the network as it is.",
+                NEXT,
+            ],
+        ),
+        (
+            outcome(0.2, 0.45),
+            [
+                "Edit made nothing better: worst group goes from 0.500 to 0.200. Nothing speaks "
+                "for this edit, though it changes 1 weight.",
+                NO_HARM,
+                ALL,
+                "No comparison method does better here; the best, DFR, has 0.450 against 0.500 of "
+                "the network as it is.",
+                NEXT,
+            ],
+        ),
+        (
+            outcome(other=0.87),
+            [GAIN, NO_HARM, ALL, "DFR does better here (0.870 against 0.700); use it with labels."],
+        ),
+        (
+            outcome(parts=[replace(GOOD, after={"DFR": 0.8}), BAD], other=0.7),
+            [
+                GAIN,
+                NO_HARM,
+                ALL,
+                "DFR does as well here (0.700 against 0.700), but it harms class 0 (from 0.900 to "
+                "0.800); use it with labels.",
+            ],
+        ),
+        (
+            outcome(parts=[GOOD, BAD, Part("class 2", 0)], other=0.87),
+            [
+                GAIN,
+                NO_HARM,
+                "Not measured, 0 images: class 2; harm there would not be seen.",
+                "DFR does better on what was measured (0.870 against 0.700); use it with labels.",
+            ],
+        ),
+        (
+            outcome(parts=[GOOD, replace(BAD, samples=3, interval=(0.21, 0.94))]),
+            [
+                GAIN,
+                NO_HARM,
+                ALL,
+                "Hardly measured, fewer than 10 images, with the interval before: class 1 "
+                "(3 images, 0.210–0.940).",
+                NOT_BETTER,
+            ],
+        ),
+        (
+            outcome(parts=[GOOD, replace(BAD, planted=True)]),
+            [
+                GAIN,
+                NO_HARM,
+                ALL,
+                "Measured on planted images, not on real ones: class 1.",
+                NOT_BETTER,
+            ],
+        ),
+        (
+            replace(
+                outcome(), figures=[Figure("worst group", {"before": 0.5})], reason="none fits"
+            ),
+            [
+                "No edit, the network is as it was (worst group 0.500): none fits.",
+                "Nothing was changed, so nothing was harmed.",
+                ALL,
+                "No comparison method was measured.",
+                NEXT,
+            ],
+        ),
+        (
+            replace(
+                outcome(kind="class", unmeasured=["what a probe finds"]),
+                figures=[
+                    Figure(
+                        "A_t (of the class)", {"before": 0.9, "edit": 0.1, "mask": 0.0}, lower=True
+                    ),
+                    Figure("A_g", {"before": 0.8, "edit": 0.8, "mask": 0.7}),
+                ],
+            ),
+            [
+                "Edit changes 1 weight: A_t (of the class) goes from 0.900 to 0.100 and A_g stays "
+                "at 0.800.",
+                "No class that was measured fell below its 95% interval before the edit.",
+                "Not measured: what a probe finds.",
+                "No comparison method does better here; the best, mask, has A_t 0.000, A_g 0.700 "
+                "against A_t 0.100, A_g 0.800.",
+            ],
+        ),
+    ],
+    ids=[
+        "gain",
+        "harm to a group",
+        "gain within the interval",
+        "nothing better",
+        "worse, and so is the comparison",
+        "a comparison is better",
+        "a comparison is as good and does harm",
+        "a group without images",
+        "a group of 3",
+        "planted",
+        "no edit",
+        "two figures",
+    ],
+)
+def test_the_verdict_on_made_up_figures(case, sentences):
+    assert verdict(case) == sentences
+
+
+def test_of_many_groups_a_sentence_names_some():
+    parts = [Part(f"class {at}", 0) for at in range(12)]
+    (sentence,) = (one for one in verdict(outcome(parts=parts)) if one.startswith("Not measured"))
+    assert "class 7 and 4 more; harm" in sentence
+
+
+def test_a_warning_names_what_is_missing_with_the_ways_out_and_what_is_planted():
+    assert warnings(outcome()) == []
+    missing, planted = Part("class 2", 0), replace(BAD, planted=True)
+    (line,) = warnings(outcome(parts=[GOOD, missing]))
+    assert line.startswith("0 images, not measured: class 2. The worst group may be there.")
+    assert "--plant mark.png" in line
+    assert "CounterfactualRetraining" in line
+    lines = warnings(outcome(parts=[missing, planted]))
+    assert "--plant" not in lines[0]  # which takes no mark away
+    assert lines[1].startswith("planned and measured on images with a planted mark: class 1.")
+    shown = verdict_html({"warnings": ["a < b"], "verdict": ["c"]})
+    assert "<p><strong>Warning:</strong> a &lt; b</p><ul><li>c</li></ul>" in shown

@@ -1,0 +1,266 @@
+"""The verdict of a run: what an edit changed, whom it harmed, what is unknown, what does better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from xai_edit.evaluation.accuracy import CONFIDENCE, FEW
+from xai_edit.evaluation.intervals import Interval
+from xai_edit.report.table import counted
+
+BEFORE = "before"
+NAMED = 8  # groups that a sentence names
+UNSEEN = "harm there would not be seen"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure by method, ``before`` first; ``lower`` where less of it is better.
+
+    ``intervals`` are by method too, and may lack some.
+    """
+
+    name: str
+    values: Mapping[str, float]
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    lower: bool = False
+
+    def gain(self, method: str, over: str) -> float:
+        """Return by how much a method is better than another."""
+        difference = self.values[method] - self.values[over]
+        return -difference if self.lower else difference
+
+    def within(self, method: str, of: str) -> bool:
+        """Return whether the value of a method is in the interval of another."""
+        low, high = self.intervals.get(of, (1.0, 0.0))
+        return low <= self.values[method] <= high
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group or a class, with its accuracy and interval before, and its accuracy by method.
+
+    Without samples there is none of them. ``planted``: its images have a planted mark.
+    """
+
+    name: str
+    samples: int
+    before: float | None = None
+    interval: Interval | None = None
+    after: Mapping[str, float] = field(default_factory=dict)
+    planted: bool = False
+
+    def harmed(self, method: str) -> bool:
+        """Return whether the accuracy fell below the interval before."""
+        return self.interval is not None and self.after.get(method, 1.0) < self.interval[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found, from which the verdict is made.
+
+    Attributes
+    ----------
+    method, what : str
+        The edit's method, and what it does, such as "changes 1 weight".
+    figures : sequence of Figure
+        The first is what the edit is for. A comparison method does better if it is not worse in
+        any and better in one.
+    parts : sequence of Part
+        All groups, or all classes, that could be harmed.
+    kind : {"group", "class"}
+        What the parts are.
+    reason : str or None
+        Why there is no edit.
+    advice : dict of str
+        By comparison method, when to use it.
+    further : str
+        What to try where the edit is none or made nothing better.
+    smaller : bool
+        The edit makes the network smaller: it need not raise the figure.
+    unmeasured : sequence of str
+        What else is not known.
+    """
+
+    method: str
+    what: str
+    figures: Sequence[Figure]
+    parts: Sequence[Part]
+    kind: str = "group"
+    reason: str | None = None
+    advice: Mapping[str, str] = field(default_factory=dict)
+    further: str = ""
+    smaller: bool = False
+    unmeasured: Sequence[str] = ()
+
+    @property
+    def better(self) -> bool:
+        """Whether there is an edit and it does what it is for."""
+        return self.reason is None and (
+            self.smaller or self.figures[0].gain(self.method, BEFORE) > 0
+        )
+
+
+def verdict(outcome: Outcome) -> list[str]:
+    """Return the sentences: the change, harm, what is unknown, comparisons, and what to try."""
+    sentences = [_change(outcome), _harm(outcome), *_unknown(outcome), _comparison(outcome)]
+    if not outcome.better and outcome.further:
+        sentences.append(f"To try next: {outcome.further}.")
+    return sentences
+
+
+def warnings(outcome: Outcome) -> list[str]:
+    """Return what a reader has to know before any figure: which parts have none, or planted ones.
+
+    For missing groups they name the ways out.
+    """
+    lines = []
+    missing = [part.name for part in outcome.parts if not part.samples]
+    planted = [part.name for part in outcome.parts if part.planted]
+    if missing:
+        line = f"0 images, not measured: {named(missing)}. The worst {outcome.kind} may be there."
+        if outcome.kind == "group":
+            plant = "--plant mark.png makes groups with the feature, by planting it into images "
+            ways = [] if planted else [f"{plant}that lack it"]
+            ways.append(
+                "CounterfactualRetraining (neutralize --attribute marks.json --findings "
+                "findings.safetensors) completes groups at a layer, for planning"
+            )
+            line += f" Ways out: {'; '.join(ways)}."
+        lines.append(line)
+    if planted:
+        lines.append(
+            f"planned and measured on images with a planted mark: {named(planted)}. The figures "
+            "hold for real images as far as the mark looks like the feature."
+        )
+    return lines
+
+
+def verdict_html(results: Mapping[str, Any]) -> str:
+    """Return the warnings and the verdict in ``results``, for the top of a page."""
+    warned = "".join(
+        f"<p><strong>Warning:</strong> {escape(line)}</p>" for line in results["warnings"]
+    )
+    listed = "".join(f"<li>{escape(line)}</li>" for line in results["verdict"])
+    return f'<section class="verdict"><h2>Verdict</h2>{warned}<ul>{listed}</ul></section>'
+
+
+def verdict_text(results: Mapping[str, Any]) -> str:
+    """Return the same as lines for a terminal."""
+    return "\n".join([*(f"Warning: {one}" for one in results["warnings"]), *results["verdict"]])
+
+
+def named(texts: Sequence[str]) -> str:
+    """Return some texts as one; of many the first and how many more."""
+    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
+    return "; ".join(texts[:NAMED]) + more
+
+
+def _change(outcome: Outcome) -> str:
+    first, method = outcome.figures[0], outcome.method
+    before = first.values[BEFORE]
+    if outcome.reason is not None:
+        return f"No edit, the network is as it was ({first.name} {before:.3f}): {outcome.reason}."
+    moves = []
+    for figure in outcome.figures:
+        start, end = figure.values[BEFORE], figure.values[method]
+        went = f"stays at {end:.3f}" if end == start else f"goes from {start:.3f} to {end:.3f}"
+        moves.append(f"{figure.name} {went}")
+    moved = " and ".join(moves)
+    if not outcome.better:
+        return (
+            f"{_start(method)} made nothing better: {moved}. Nothing speaks for this edit, though "
+            f"it {outcome.what}."
+        )
+    sure = ""
+    if first.values[method] != before and first.intervals:
+        low, high = first.intervals[BEFORE]
+        within = first.within(method, BEFORE)
+        sure = f", {'within' if within else 'beyond'} the interval before ({low:.3f}–{high:.3f})"
+    return f"{_start(method)} {outcome.what}: {moved}{sure}."
+
+
+def _harm(outcome: Outcome) -> str:
+    if outcome.reason is not None:
+        return "Nothing was changed, so nothing was harmed."
+    interval = f"{CONFIDENCE:.0%} interval before the edit"
+    if harmed := _harmed(outcome, outcome.method):
+        return f"It did harm, below the {interval}, to {harmed}."
+    return f"No {outcome.kind} that was measured fell below its {interval}."
+
+
+def _harmed(outcome: Outcome, method: str) -> str:
+    """Return the names of what a method harmed, with the accuracies; "" where there is none."""
+    harmed = [part for part in outcome.parts if part.harmed(method)]
+    return named(
+        [f"{one.name} (from {one.before:.3f} to {one.after[method]:.3f})" for one in harmed]
+    )
+
+
+def _unknown(outcome: Outcome) -> list[str]:
+    """Return what has no figure, what has an unsure one, and what is on planted images."""
+    parts, sentences = outcome.parts, []
+    if missing := [part.name for part in parts if not part.samples]:
+        sentences.append(f"Not measured, 0 images: {named(missing)}; {UNSEEN}.")
+    elif not outcome.unmeasured:
+        plural = "classes" if outcome.kind == "class" else "groups"
+        sentences.append(f"All {len(parts)} {plural} were measured.")
+    sentences += [f"Not measured: {one}." for one in outcome.unmeasured]
+    few = [
+        f"{part.name} ({counted(part.samples, 'image')}, {low:.3f}–{high:.3f})"
+        for part in parts
+        if 0 < part.samples < FEW and part.interval is not None
+        for low, high in [part.interval]
+    ]
+    if few:
+        sentences.append(
+            f"Hardly measured, fewer than {FEW} images, with the interval before: {named(few)}."
+        )
+    if planted := [part.name for part in parts if part.planted]:
+        sentences.append(f"Measured on planted images, not on real ones: {named(planted)}.")
+    return sentences
+
+
+def _comparison(outcome: Outcome) -> str:
+    figures, first = outcome.figures, outcome.figures[0]
+    own = outcome.method if outcome.better else BEFORE  # an edit that is worse is no bar
+    others = [name for name in first.values if name not in (BEFORE, outcome.method)]
+    if not others:
+        return "No comparison method was measured."
+
+    def total(name: str) -> float:
+        return sum(figure.gain(name, own) for figure in figures)
+
+    def told(name: str) -> str:
+        if len(figures) == 1:
+            return f"{first.values[name]:.3f}"
+        each = [(figure.name.split(" (")[0], figure.values[name]) for figure in figures]
+        return ", ".join(f"{short} {value:.3f}" for short, value in each)
+
+    at_least = [name for name in others if min(one.gain(name, own) for one in figures) >= 0]
+    # What is not worse anywhere comes first.
+    best = max(at_least or others, key=total)
+    against = f"{told(best)} against {told(own)}"
+    if own == BEFORE:
+        against += " of the network as it is"
+    where = "here" if all(part.samples for part in outcome.parts) else "on what was measured"
+    if not at_least or (own == BEFORE and not total(best)):
+        return f"No comparison method does better {where}; the best, {best}, has {against}."
+    harmed = _harmed(outcome, best)
+    harm = f", but it harms {harmed}" if harmed else ""
+    advice = f"; {outcome.advice[best]}" if best in outcome.advice else ""
+    if not total(best):
+        how, sure = "as well", ""
+    elif first.within(best, own):
+        how, sure = "a little better", ", within the interval, which does not tell the two apart"
+        advice = ""
+    else:
+        how, sure = "better", ""
+    return f"{_start(best)} does {how} {where} ({against}){sure}{harm}{advice}."
+
+
+def _start(text: str) -> str:
+    return text[:1].upper() + text[1:]
