@@ -93,6 +93,10 @@ class Trace:
         Modules whose input depends on the data; a table of position biases has others.
     unused : set of str
         Modules whose output depends on the data, but does not reach the model's output.
+    bottlenecks : set of str
+        Modules through whose output every path from the data to the model's output leads.
+    weighted : dict
+        How many calls of convolution and linear layers were over when a module was first left.
     values : dict of Value or str
         The output of each layer in its first call, by its name (`INPUT_SUFFIX` for inputs); the
         name of its type where it is no tensor.
@@ -115,6 +119,8 @@ class Trace:
     left: dict[str, int] = field(default_factory=dict)
     fed: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
+    bottlenecks: set[str] = field(default_factory=set)
+    weighted: dict[str, int] = field(default_factory=dict)
     values: dict[str, Value | str] = field(default_factory=dict)
     sample: Any = None
     output: Any = None
@@ -184,7 +190,13 @@ def trace(model: nn.Module, inputs: Inputs, *, axes: Any = None) -> Trace:
             output = run(model, sample)
     found.sample, found.output = sample.detach(), tree_map_only(Tensor, detached, output)
     found.leave_out_final(final_name(tensor_of(output)))
-    found.unused = recorder.unused(output)
+    reached = {*_backwards(tree_leaves(output))}
+    on_all_paths = _on_all_paths(_backwards([tensor_of(output)]))
+    for name, nodes in recorder.nodes.items():
+        if reached and nodes and not reached.intersection(nodes):
+            found.unused.add(name)
+        if on_all_paths.intersection(nodes):
+            found.bottlenecks.add(name)
     found.norms = {
         layer: norm
         for layer, norm in recorder.norms.items()
@@ -267,6 +279,7 @@ class _Recorder(TorchFunctionMode):
             self.unseen(tree_leaves(output))
             self.stack.pop()
             self.found.left.setdefault(name, len(self.found.operations))
+            self.found.weighted.setdefault(name, len(self.found.order))
             self.value(name, output)
             self.nodes.setdefault(name, []).extend(
                 value.grad_fn for value in tree_leaves(output) if _depends(value)
@@ -277,19 +290,6 @@ class _Recorder(TorchFunctionMode):
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
-
-    def unused(self, output: Any) -> set[str]:
-        """Return the modules from whose outputs on the data no path leads to the model's."""
-        ahead = [value.grad_fn for value in tree_leaves(output) if _depends(value)]
-        if not ahead:  # the output has no graph
-            return set()
-        reached = set(ahead)
-        while ahead:
-            for node, _ in ahead.pop().next_functions:
-                if node is not None and node not in reached:
-                    reached.add(node)
-                    ahead.append(node)
-        return {name for name, nodes in self.nodes.items() if nodes and not reached & {*nodes}}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -323,6 +323,37 @@ class _Recorder(TorchFunctionMode):
                 if id(value) in self.made:
                     self.readers[self.made[id(value)]] += 1
         return self.followed(output)
+
+
+def _backwards(tensors: Sequence[Any]) -> list[Any]:
+    """Return the nodes of autograd's graph behind some tensors, each before those it is made of."""
+    ends = [value.grad_fn for value in tensors if _depends(value) and value.grad_fn is not None]
+    ordered: list[Any] = []
+    seen = set()
+    ahead = [(node, False) for node in ends]
+    while ahead:
+        node, done = ahead.pop()
+        if done:
+            ordered.append(node)
+        elif node not in seen:
+            seen.add(node)
+            ahead.append((node, True))
+            ahead += [(one, False) for one, _ in node.next_functions if one is not None]
+    return ordered[::-1]
+
+
+def _on_all_paths(ordered: Sequence[Any]) -> set[Any]:
+    """Return the nodes through which all paths lead, of `_backwards` from one tensor."""
+    ends: Counter[Any] = Counter()  # how many edges of the graph end at a node
+    for node in ordered:
+        ends.update(one for one, _ in node.next_functions if one is not None)
+    found, open_edges = set(), 0  # edges from nodes so far to later ones
+    for node in ordered:
+        open_edges -= ends[node]
+        if not open_edges:
+            found.add(node)
+        open_edges += sum(one is not None for one, _ in node.next_functions) or 1
+    return found
 
 
 def _mergeable(module: nn.Module, output: Any) -> bool:
