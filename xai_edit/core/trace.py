@@ -197,11 +197,7 @@ def trace(model: nn.Module, inputs: Inputs, *, axes: Any = None) -> Trace:
             found.unused.add(name)
         if on_all_paths.intersection(nodes):
             found.bottlenecks.add(name)
-    found.norms = {
-        layer: norm
-        for layer, norm in recorder.norms.items()
-        if recorder.readers[layer] == 1 and found.calls[layer] == 1 == found.calls[norm]
-    }
+    found.norms = recorder.norms()
     return found
 
 
@@ -210,14 +206,12 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.found = found
         self.stack: list[str] = []
-        self.made: dict[int, str] = {}  # id of an output of a layer → the layer
-        self.by_own_weight: dict[int, nn.Module] = {}  # id of a linear operation's output → layer
         self.kept: list[Any] = []  # an id is only good while its tensor lives
         self.seen: dict[int, Tensor] = {}  # all that came out of an operation
         self.numbers: dict[tuple[int, int], int] = {}
+        self.made: dict[int, str] = {}  # number of a linear operation's output → its layer
+        self.read: Counter[int] = Counter()  # how many operations read a tensor, by number
         self.nodes: dict[str, list[Any]] = {}
-        self.norms: dict[str, str] = {}
-        self.readers: Counter[str] = Counter()
         self.modules: dict[str, nn.Module] = {}
 
     def followed(self, output: Any) -> Any:
@@ -246,17 +240,33 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(given, Tensor):
             self.found.values[name] = type(given).__name__
             return
-        # In-place operations change the version, not the id.
-        version = 0 if given.is_inference() else given._version
-        number = self.numbers.setdefault((id(given), version), len(self.numbers))
-        self.kept.append(given)
         axes = () if self.found.axes is None else self.found.axes.of(given)
-        self.found.values[name] = Value(number, tuple(given.shape), axes)
+        self.found.values[name] = Value(self.number(given), tuple(given.shape), axes)
+
+    def number(self, tensor: Tensor) -> int:
+        """Return the number of a tensor with its content."""
+        # In-place operations change the version, not the id.
+        version = 0 if tensor.is_inference() else tensor._version
+        self.kept.append(tensor)
+        return self.numbers.setdefault((id(tensor), version), len(self.numbers))
+
+    def norms(self) -> dict[str, str]:
+        """Return, for layers whose output a batch norm alone reads, that norm."""
+        found, norms = self.found, {}
+        for number, layer in self.made.items():
+            value = found.values[layer]
+            alone = self.read[number] == 1 == found.calls[layer]
+            if not (alone and isinstance(value, Value) and value.number == number):
+                continue
+            for reader in found.readers(layer) if _mergeable(self.modules[layer], value) else ():
+                norm = isinstance(self.modules[reader], nn.modules.batchnorm._BatchNorm)
+                if norm and found.calls[reader] == 1:
+                    norms[layer] = reader
+        return norms
 
     def watch(self, name: str, module: nn.Module) -> None:
         weighted = isinstance(module, WEIGHTED)
         self.modules[name] = module
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
 
         def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = tree_leaves((inputs, named))
@@ -268,10 +278,7 @@ class _Recorder(TorchFunctionMode):
                 self.found.fed.add(name)
             if weighted:
                 self.found.order.append(name)
-            first = first_tensor(inputs, named)
-            self.value(name + INPUT_SUFFIX, first)
-            if norm and id(first) in self.made:
-                self.norms[self.made[id(first)]] = name
+            self.value(name + INPUT_SUFFIX, first_tensor(inputs, named))
 
         def leave(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -284,9 +291,6 @@ class _Recorder(TorchFunctionMode):
             self.nodes.setdefault(name, []).extend(
                 value.grad_fn for value in tree_leaves(output) if _depends(value)
             )
-            if self.by_own_weight.get(id(output)) is module and _mergeable(module, output):
-                self.made[id(output)] = name
-                self.kept.append(output)
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
@@ -318,10 +322,8 @@ class _Recorder(TorchFunctionMode):
             module = self.modules[self.stack[-1]]
             own = getattr(module, "weight", None) if isinstance(module, WEIGHTED) else None
             if name in LINEAR and any(value is own for value in given):
-                self.by_own_weight[id(output)] = module
-            for value in given:
-                if id(value) in self.made:
-                    self.readers[self.made[id(value)]] += 1
+                self.made[self.number(output)] = self.stack[-1]
+            self.read.update(self.number(value) for value in given if _depends(value))
         return self.followed(output)
 
 
@@ -356,10 +358,10 @@ def _on_all_paths(ordered: Sequence[Any]) -> set[Any]:
     return found
 
 
-def _mergeable(module: nn.Module, output: Any) -> bool:
+def _mergeable(module: nn.Module, output: Value) -> bool:
     """Return whether Zennit could merge a batch norm behind a layer."""
     if isinstance(module, nn.Linear):
-        return isinstance(output, Tensor) and output.ndim == 2  # else its channels are others
+        return len(output.shape) == 2  # else its channels are others
     return not (isinstance(module, TRANSPOSED) and module.groups > 1)
 
 
