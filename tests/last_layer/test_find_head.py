@@ -325,24 +325,6 @@ def test_an_edit_planned_on_a_wrapped_model_fits_the_plain_one():
     edit.undo(plain)
 
 
-@pytest.mark.parametrize("target", [0, 1])
-@pytest.mark.parametrize("select", ["exact", "sca"])
-def test_of_one_output_both_classes_are_removed_through_its_row(target, select):
-    model, x = made(SUPPORTED["one output"]), samples(60)
-    model.fc.bias.data -= model(x).median()
-    labels = (model(x)[:, 0] > 0).long()
-    data = [(x, labels)]
-    edit = xe.SingleWeight(select=select).plan(model, data, target=target)
-    assert edit.changes["fc.weight"].shape == (1, D)
-    with edit.applied(model):
-        answers = (model(x)[:, 0] > 0).long()
-        features = collect_head_features(model, data)
-    assert (answers == labels)[labels == target].double().mean() < 1
-    assert torch.equal(features.logits().argmax(1), answers)
-    with LogitMask().plan(model, data, target=target).applied(model):
-        assert ((model(x)[:, 0] > 0).long() != target).all()
-
-
 def test_the_edit_of_one_output_is_equation_7_of_its_row():
     model, x = made(SUPPORTED["one output"]), samples(60)
     data = [(x, (model(x)[:, 0] > model(x).median()).long())]

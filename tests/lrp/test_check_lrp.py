@@ -79,12 +79,6 @@ NO_RULE = {
         "sinc",
         "extra.1.0",
     ),
-    "a recurrent layer": (
-        lambda m, x: m.extra(x[:, None])[0][:, 0],
-        nn.LSTM(8, 8, batch_first=True),
-        "lstm",
-        "extra",
-    ),
     "a bilinear layer": (lambda m, x: m.extra(x, x), nn.Bilinear(8, 8, 8), "bilinear", "extra"),
 }
 
@@ -664,9 +658,3 @@ def test_torchscript_into_which_no_hook_reaches_is_refused(make, whole):
     model = scripted if whole else nn.Sequential(scripted, nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"TorchScript|ScriptModule"):
         LRP("epsilon").heatmap(model, X.float(), TARGETS)
-
-
-@pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1)])
-def test_a_network_that_ends_in_a_softmax_gets_a_warning(end, plain, digits):
-    check = check_model(nn.Sequential(plain, end), digits[0][:4])
-    assert any("softmax" in one.message for one in check.findings)
