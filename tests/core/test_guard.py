@@ -169,16 +169,6 @@ def test_a_gradient_that_was_there_keeps_identity_and_value(plain):
         assert torch.equal(parameter.grad, values[name]), name
 
 
-def test_every_training_flag_comes_back_and_inside_all_are_off(norm):
-    norm.train()
-    norm.body[1].eval()
-    before = [module.training for module in norm.modules()]
-    with preserved(norm) as inside:
-        assert inside is norm
-        assert not any(module.training for module in norm.modules())
-    assert [module.training for module in norm.modules()] == before
-
-
 def test_handles_of_the_users_hooks_still_remove_them(plain):
     calls = []
     kept = plain.fc1.register_forward_hook(lambda *_: calls.append("kept"))

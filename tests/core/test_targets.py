@@ -24,7 +24,6 @@ from xai_edit import (
 )
 from xai_edit.core import NonFiniteError
 from xai_edit.core.targets import (
-    checked_target,
     class_list,
     describe_target,
     weights_of,
@@ -258,12 +257,6 @@ def test_what_is_no_target_is_refused_before_the_pass(plain, target):
         ValueError, match="it is a class number, 'label', 'predicted' or a function"
     ):
         score_units(plain, iter(()), LRP(), target=target)
-
-
-@pytest.mark.parametrize("target", [3, np.int64(3), torch.tensor(3)])
-def test_a_class_may_come_in_any_whole_number(target):
-    assert checked_target(target) == 3
-    assert type(checked_target(target)) is int
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from xai_edit import (
     Activation,
     PathPerturbation,
     evaluate_groups,
-    score_units,
 )
 from xai_edit.core.layers import tapped
 from xai_edit.edits.switching_off import _drawn
@@ -86,15 +85,6 @@ def test_inputs_switched_off_are_not_read(norm, digits, batches):
         assert torch.allclose(norm(digits[0]), expected, rtol=0, atol=1e-5)
 
 
-def test_the_default_layer_is_the_hidden_one_before_the_output(plain, norm, batches):
-    edit = PathPerturbation().plan(plain, batches, target=TARGET)
-    assert edit.origin["layer"] == "fc1"
-    assert changed(edit) == changed(PathPerturbation("fc1").plan(plain, batches, target=TARGET))
-    edit = PathPerturbation().plan(norm, batches, target=TARGET)
-    assert edit.origin["layer"] == "fc:input"
-    assert changed(edit) == changed(PathPerturbation("fc:input").plan(norm, batches, target=TARGET))
-
-
 @pytest.mark.parametrize("layer", [None, "fc1", "head:input"])
 def test_class_row_changes_the_logit_of_that_class_only(plain, digits, batches, layer):
     before = plain(digits[0])
@@ -140,13 +130,6 @@ def test_the_neurons_are_those_of_most_relevance_or_most_often_in_the_top_k(
     edit = operator.plan(plain, batches, target=TARGET)
     assert edit.origin["neurons"] == sorted(order[: max(1, round(share * width))])
     assert edit.origin["samples"] == len(relevance)
-
-
-def test_any_scorer_may_rank(plain, batches):
-    operator = PathPerturbation("fc1", share=0.25, scorer=Activation())
-    edit = operator.plan(plain, batches, target=TARGET)
-    scores = score_units(plain, of_target(batches), Activation(), layers="fc1")
-    assert edit.origin["neurons"] == sorted(scores.top("fc1", count=3).tolist())
 
 
 def test_mixed_filtered_and_unlabelled_samples_plan_the_same(plain, batches):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import captum.attr as ca
 import pytest
 import torch
+from networks import out_of_place
 from torch import nn
 
 from xai_edit import CaptumLayer, score_units
@@ -104,10 +103,7 @@ def made(kind):
 
 def directly(method, model, name, x, **arguments):
     """Captum alone, on a copy without in-place activations."""
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
+    twin = out_of_place(model)
     layer = twin.get_submodule(name.removesuffix(":input"))
     if method != "LayerActivation":
         arguments["target"] = TARGETS

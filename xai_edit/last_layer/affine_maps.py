@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,16 @@ class AffineMap:
         return replace(self, terms=tuple(terms), **changed)  # type: ignore[arg-type]
 
 
+class _Call(NamedTuple):
+    """An operation with its arguments and output."""
+
+    name: str
+    func: Any
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Tensor
+
+
 class AffineMaps(TorchFunctionMode):
     """Follows a model's operations; `of` returns the map that a tensor is. Use inside the guard."""
 
@@ -176,7 +186,7 @@ class AffineMaps(TorchFunctionMode):
                 if isinstance(part, Tensor):
                     setattr(part, KEY, self._broken(whole, name))
         if isinstance(output, Tensor) and id(output) not in self.names:
-            found = self._followed(name, func, args, named, output)
+            found = self._followed(_Call(name, func, args, named, output))
             if found is not None:
                 setattr(output, KEY, found)
                 if isinstance(found, AffineMap):
@@ -192,9 +202,8 @@ class AffineMaps(TorchFunctionMode):
                 if x.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
                     x.data = x.clone()
 
-    def _followed(
-        self, name: str, func: Any, args: tuple[Any, ...], named: dict[str, Any], output: Tensor
-    ) -> AffineMap | Factor | None:
+    def _followed(self, call: _Call) -> AffineMap | Factor | None:
+        name, _, args, named, output = call
         values = [*args, *named.values()]
         if name == "linear" or name in CONVOLUTIONS:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
@@ -218,7 +227,7 @@ class AffineMaps(TorchFunctionMode):
         maps = [(value, found) for value in values if (found := self.of(value)) is not None]
         if maps:
             value, found = next((one for one in maps if not one[1].broken), maps[-1])
-            return self._moved(name, func, args, named, value, found, output)
+            return self._moved(call, value, found)
         if values and (factor := self.factor(values[0])) is not None:
             return _factor_moved(name, factor, values, output)
         return None
@@ -264,17 +273,9 @@ class AffineMaps(TorchFunctionMode):
         line = source_line()
         return replace(found, broken=name + (f" ({line})" if line else ""))
 
-    def _moved(
-        self,
-        name: str,
-        func: Any,
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        z: Tensor,
-        found: AffineMap,
-        output: Tensor,
-    ) -> AffineMap | None:
+    def _moved(self, call: _Call, z: Tensor, found: AffineMap) -> AffineMap | None:
         """Return the map after an operation on the tensor z."""
+        name, _, args, named, output = call
         if found.broken or (name in SAME and output.shape == z.shape):
             return found
         n = found.terms[0].x.shape[0]
@@ -282,8 +283,7 @@ class AffineMaps(TorchFunctionMode):
         if rows and name in MOVES and output.numel() == z.numel() and output.shape[0] == n:
             return found.each(lambda x: x.reshape(n, -1), axis=1 if output.ndim > 1 else -1)
         if name in MOVES and args and args[0] is z:
-            replayed = self._replayed(name, func, args, named, found, output)
-            return replayed or self._broken(found, name)
+            return self._replayed(call, found) or self._broken(found, name)
         others = [one for one in (*args, *named.values()) if one is not z]
         if name == "neg":
             return found.scaled(-1.0, -1.0)
@@ -295,16 +295,9 @@ class AffineMaps(TorchFunctionMode):
             return combined or self._broken(found, name)
         return self._broken(found, name)
 
-    def _replayed(
-        self,
-        name: str,
-        func: Any,
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        found: AffineMap,
-        output: Tensor,
-    ) -> AffineMap | None:
+    def _replayed(self, call: _Call, found: AffineMap) -> AffineMap | None:
         """Return the map whose inputs went through the operation that its outputs went through."""
+        name, func, args, named, output = call
         z = args[0]
 
         def again(x: Tensor) -> Tensor:
