@@ -141,15 +141,6 @@ def test_layers_keep_the_order_asked_for(plain, batches):
     assert "conv2" not in scores
 
 
-@pytest.mark.parametrize("scorer", [WeightMagnitude(), Random(seed=2)])
-def test_scorers_of_weights_need_no_data(plain, batches, scorer):
-    without = score_units(plain, None, scorer)
-    beside = score_units(plain, batches, scorer)
-    for name in without:
-        assert torch.equal(without[name], beside[name])
-    assert without.samples == 1
-
-
 @pytest.mark.parametrize("scorer", [LRP(), Taylor(), Activation(), echo])
 def test_scorers_of_samples_say_that_they_need_data(plain, scorer):
     with pytest.raises(ValueError, match=r"data: None given, but .* scores samples"):
