@@ -151,6 +151,10 @@ SUPPORTED = {
     ),
     "pool, conv": lambda: Maps(nn.AdaptiveAvgPool2d(1), conv(), nn.Flatten()),
     "conv, pool": lambda: Maps(conv(), pool()),
+    "conv, positions in a row": lambda: Ends(
+        lambda m, h: m.fc(h[..., None, None].expand(-1, -1, 2, 2)).view(len(h), C, 4).mean(2),
+        fc=nn.Conv2d(D, C, 1),
+    ),
     "conv of the whole map": lambda: Maps(conv(2), nn.Flatten()),
     "one token": lambda: Ends(lambda m, h: m.fc(both(h))[:, 1], fc=nn.Linear(D, C)),
     "a token of each": lambda: Ends(
@@ -269,6 +273,7 @@ def by_a_norm(m, h):
 
 REFUSED = {
     "none": (lambda: Maps(nn.Flatten()), "it has none"),
+    "one number": (lambda: then(torch.sum), "a classifier gives one row of logits"),
     "relu": (lambda: then(nn.ReLU()), r"'fc', is followed by relu \(.*differ by up to"),
     "relu in place": (lambda: then(nn.ReLU(inplace=True)), "'fc'.*relu"),
     "some classes": (lambda: then(lambda z: z[:, :2]), "'fc'.*getitem"),

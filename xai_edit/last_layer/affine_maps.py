@@ -304,7 +304,10 @@ class AffineMaps(TorchFunctionMode):
             rest = args[1:]
             if name in SIZED:
                 sizes = rest[0] if isinstance(rest[0], (tuple, list)) else rest
-                rest = tuple(x.shape[found.axis] if one == found.of else one for one in sizes)
+                width = x.shape[found.axis]
+                rest = tuple(  # the first axis has the samples, perhaps as many as classes
+                    width if at and one == found.of else one for at, one in enumerate(sizes)
+                )
             moved: Tensor = func(x, *rest, **named)
             return moved
 
