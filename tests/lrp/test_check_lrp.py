@@ -118,18 +118,6 @@ def test_layers_behind_the_trouble_may_be_scored(kind, layers):
         torch.testing.assert_close(got[name], expected[names[name]], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("layers", [["first"], ["head", "first"]])
-def test_layers_before_the_trouble_may_not(layers):
-    model = net(lambda m, x: x.sinc())
-    assert not check_model(model, X, layers=layers).ok
-    for score in (
-        lambda: score_units(model, [(X, TARGETS)], LRP("epsilon"), layers=layers),
-        lambda: LRP("epsilon").heatmap(model, X, TARGETS),
-    ):
-        with pytest.raises(ValueError, match="there is no relevance rule"):
-            score()
-
-
 def test_an_operation_in_many_modules_is_one_finding():
     model = net(lambda m, x: m.extra(x), nn.Sequential(*(Sinc() for _ in range(5))))
     (found,) = errors(check_model(model, X))
