@@ -82,7 +82,7 @@ def beside_modes(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stands_for(value: Tensor, inserted: Tensor) -> None:
-    """Let what is known of a tensor hold for the one that a hook returns instead."""
+    """Report to function modes the tensor that a hook returns in place of another."""
     run_by_rule(Tensor.contiguous, (value,), {}, inserted)
 
 
