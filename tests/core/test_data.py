@@ -206,6 +206,8 @@ def test_an_attribute_is_a_function_a_vector_or_the_third_element(attribute, sta
         (None, "not given, and the data has no third element"),
         (torch.arange(10), "(5,) values for 6 samples; give one value a sample"),
         (lambda inputs: inputs, "(6, 2) values for 6 samples"),
+        (lambda inputs: inputs[:, 0] / 5, "values that are not whole numbers"),
+        (lambda inputs: inputs[:, 0] * float("nan"), "values that are not whole numbers"),
     ],
 )
 def test_an_attribute_without_one_value_a_sample_is_an_error(attribute, message):

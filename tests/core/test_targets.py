@@ -23,13 +23,9 @@ from xai_edit import (
     score_units,
 )
 from xai_edit.core import NonFiniteError
-from xai_edit.core.data import Batch
 from xai_edit.core.targets import (
-    checked_target,
     class_list,
-    classes_of,
     describe_target,
-    targets_of,
     weights_of,
 )
 
@@ -208,6 +204,17 @@ def test_a_function_that_gives_something_else_is_one_clear_error(
     check()
 
 
+@pytest.mark.parametrize("targets", [[0] * 12, torch.zeros(12), torch.arange(2), torch.arange(12)])
+@pytest.mark.parametrize("kind", ["LRP", "LayerActivation"])
+def test_classes_given_to_a_scorer_that_do_not_fit_are_one_clear_error(
+    plain, pairs, unchanged, targets, kind
+):
+    check = unchanged(plain.double())
+    with pytest.raises(ValueError, match=r"^target: .*(one class a sample|class 10 is out of)"):
+        SCORERS[kind]()(plain, pairs[0], targets, ["fc1"])
+    check()
+
+
 @pytest.mark.parametrize("kind", ["Taylor", "user's function"])
 def test_scorers_of_classes_refuse_a_number(plain, pairs, kind):
     with pytest.raises(ValueError, match=r"float64.* this scorer needs one class a sample, int64"):
@@ -252,12 +259,6 @@ def test_what_is_no_target_is_refused_before_the_pass(plain, target):
         score_units(plain, iter(()), LRP(), target=target)
 
 
-@pytest.mark.parametrize("target", [3, np.int64(3), torch.tensor(3)])
-def test_a_class_may_come_in_any_whole_number(target):
-    assert checked_target(target) == 3
-    assert type(checked_target(target)) is int
-
-
 @pytest.mark.parametrize(
     ("target", "name"),
     [
@@ -277,24 +278,6 @@ def test_the_origin_names_the_target(plain, pairs, target, name, tmp_path):
 # The functions behind
 
 
-def test_targets_of_a_batch():
-    batch = Batch(torch.zeros(3, 4), torch.tensor([1, 0, 2]))
-    logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 5.0, 2.0]])
-    assert classes_of(targets_of(batch, "label"), logits).tolist() == [1, 0, 2]
-    assert classes_of(targets_of(batch, "predicted"), logits).tolist() == [2, 0, 1]
-    assert classes_of(targets_of(batch, 2), logits).tolist() == [2, 2, 2]
-    assert classes_of(targets_of(batch, runner_up), logits).tolist() == [1, 2, 2]
-    with pytest.raises(ValueError, match="'label' given, but the data has no labels"):
-        targets_of(Batch(torch.zeros(3, 4), None), "label")
-
-
-def test_weights_of_a_class_are_one_hot_in_the_dtype_of_the_logits():
-    logits = torch.zeros(2, 3, dtype=torch.float64)
-    weights = weights_of(torch.tensor([2, 0]), logits)
-    assert weights.tolist() == [[0, 0, 1], [1, 0, 0]]
-    assert weights.dtype == torch.float64
-
-
 def test_weights_do_not_reach_into_the_models_graph():
     x = torch.ones(2, 3, requires_grad=True)
     weights = weights_of(lambda z: z[:, 0] * z[:, 1], x * 2)
@@ -310,7 +293,9 @@ def test_a_list_of_classes(given, listed):
     assert class_list(given, 4) == listed
 
 
-@pytest.mark.parametrize("given", [[], [1, 1], "label", 1.0, [0.5], None, [None], [4], -1])
+@pytest.mark.parametrize(
+    "given", [[], [1, 1], "label", 1.0, [0.5], None, [None], [4], -1, torch.tensor([True, False])]
+)
 def test_a_list_of_something_else_is_an_error(given):
     with pytest.raises(ValueError, match=r"^target: "):
         class_list(given, 4)

@@ -7,48 +7,12 @@ import torch
 from torch import nn
 
 from xai_edit.core import NonFiniteError
-from xai_edit.last_layer.head import collect_head_features, find_head, head_features
-
-
-class Ends(nn.Module):
-    """A body, a head, and something done to its output."""
-
-    def __init__(self, after, bias=True):
-        super().__init__()
-        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3, bias=bias)
-        self.after = after
-
-    def forward(self, x):
-        return self.after(self.head(self.body(x).relu()))
+from xai_edit.last_layer.head import collect_head_features, head_features
 
 
 @pytest.fixture
 def inputs():
     return torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
-
-
-def test_the_head_is_the_layer_that_gives_the_output(plain, norm, digits, unchanged):
-    for model, name in ((plain, "head"), (norm, "fc")):
-        check = unchanged(model)
-        assert find_head(model, digits[0][:3]).layer == name
-        check()
-
-
-@pytest.mark.parametrize("after", [lambda z: z[None], lambda z: z.sum()])
-def test_an_output_that_is_not_one_row_of_logits_a_sample_is_refused(after, inputs):
-    with pytest.raises(ValueError, match="classifier"):
-        find_head(Ends(after), inputs)
-
-
-def test_features_times_weights_are_the_models_logits(plain, norm, batches):
-    for model in (plain.double(), norm.double()):
-        data = [(x.double(), y) for x, y in batches]
-        head = collect_head_features(model, data)
-        logits = torch.cat([model(x) for x, _ in data]).detach()
-        assert torch.allclose(head.logits(), logits, rtol=0, atol=1e-12)
-        assert torch.equal(head.labels, torch.cat([y for _, y in data]))
-        assert head.attribute is None
-        assert head.classes == 10
 
 
 def test_labels_in_some_batches_only_are_refused(plain, batches):

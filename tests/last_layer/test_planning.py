@@ -1,6 +1,5 @@
-"""What every operator keeps: the model as it came, the same file each time, clear errors."""
+"""Operators on data that are empty, not finite or read once, and with numbers of other kinds."""
 
-import random
 from fractions import Fraction
 
 import numpy as np
@@ -12,13 +11,12 @@ from xai_edit import (
     FictitiousClass,
     LastLayerRetraining,
     LogitMask,
-    ModelEdit,
     PathPerturbation,
     RelevancePruning,
     SingleWeight,
     Subspaces,
 )
-from xai_edit.comparisons import LEACE, SelectiveSynapticDampening
+from xai_edit.comparisons import LEACE
 from xai_edit.core import NonFiniteError
 
 OPERATORS = {
@@ -56,51 +54,8 @@ def content(edit, path):
 
 
 @every_operator
-def test_planning_keeps_training_mode_hooks_gradients_and_frozen_parameters(
-    plain, data, plan, unchanged, tmp_path
-):
-    expected = content(plan(plain, data), tmp_path / "expected")
-    calls = []
-    plain.train()
-    plain.conv2.weight.requires_grad_(False)
-    plain.head.requires_grad_(False)
-    plain.conv1.register_forward_hook(lambda *_: calls.append(1))
-    plain.fc1.register_full_backward_hook(lambda *_: None)
-    plain.fc1.weight.grad = torch.ones_like(plain.fc1.weight)
-    check = unchanged(plain)
-    edit = plan(plain, data)
-    check()
-    assert calls
-    assert plain.fc1.weight.grad.eq(1).all()
-    assert content(edit, tmp_path / "edit") == expected
-
-
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "mask"])  # reads all
-def test_an_iterator_that_raises_half_way_leaves_the_model_untouched(plain, data, name, unchanged):
-    def loader():
-        yield data[0]
-        yield data[1]
-        raise OSError("disk gone")
-
-    plain.train()
-    check = unchanged(plain)
-    with pytest.raises(OSError, match="disk gone"):
-        OPERATORS[name](plain, loader())
-    check()
-
-
-@every_operator
-def test_planning_twice_gives_the_same_file_and_uses_no_global_generator(
-    plain, data, plan, tmp_path
-):
-    files = []
-    for at in range(2):
-        torch.manual_seed(at)
-        before = torch.get_rng_state(), random.getstate()
-        samples = iter(data) if at else data  # a loader that can be read once is enough
-        files.append(content(plan(plain, samples), tmp_path / str(at)))
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert random.getstate() == before[1]
+def test_a_loader_that_can_be_read_once_is_enough(plain, data, plan, tmp_path):
+    files = [content(plan(plain, one), tmp_path / "edit") for one in (data, iter(data))]
     assert files[0] == files[1]
 
 
@@ -137,21 +92,6 @@ def test_weights_that_are_not_finite_are_a_clear_error(plain, data, plan, name):
         plan(plain, data)
 
 
-@every_operator
-def test_the_edit_survives_a_file(plain, data, plan, tmp_path, unchanged):
-    edit = plan(plain, data)
-    edit.save(tmp_path / "edit")
-    loaded = ModelEdit.load(tmp_path / "edit")
-    assert loaded.origin == edit.origin
-    check = unchanged(plain)
-    with edit.applied(plain):
-        pass
-    check()
-    edit.apply(plain)
-    loaded.undo(plain)
-    check()
-
-
 NUMBERS = {
     "numpy": lambda value: (np.int64 if isinstance(value, int) else np.float32)(value),
     "torch": torch.tensor,
@@ -183,34 +123,3 @@ def test_numbers_of_other_libraries_are_plain_ones_in_the_saved_edit(
     )
     expected = content(operator(**arguments).plan(plain, data, **where), tmp_path / "plain")
     assert content(edit, tmp_path / "odd") == expected
-
-
-NAN = float("nan")
-WRONG = {
-    SingleWeight: [
-        *(("select", "SCA"), ("anchor", "yes"), ("seed", 2.0), ("n_weights", 0)),
-        *(("n_weights", True), ("tolerance", "a"), ("tolerance", 2), ("rate", 1.5), ("rate", NAN)),
-    ],
-    FictitiousClass: [
-        *(("select", "best"), ("rate", "least"), ("rate", {0: 50}), ("aim", "fairness")),
-        ("tolerance", -0.1),
-    ],
-    PathPerturbation: [
-        *(("share", share) for share in (0, 1.2, NAN, "0.2", None)),
-        *(("rank", "most"), ("k", 3), ("scope", "all"), ("bound", 1.0), ("bound", NAN)),
-        *(("noise", "uniform"), ("scale", 0)),
-    ],
-    LastLayerRetraining: [
-        *(("repeats", 0), ("repeats", 2.5), ("C", 0.0), ("C", None), ("C", "tuned"), ("seed", 1.5)),
-    ],
-    SelectiveSynapticDampening: [("alpha", 0), ("lambda_", -1), ("chunk_size", 0)],
-}
-
-
-@pytest.mark.parametrize(
-    ("operator", "name", "value"),
-    [(operator, *pair) for operator, pairs in WRONG.items() for pair in pairs],
-)
-def test_an_argument_out_of_range_is_refused_by_name(operator, name, value):
-    with pytest.raises(ValueError, match=rf"^{name}: .* given"):
-        operator(**{name: value})

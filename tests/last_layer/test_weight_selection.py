@@ -112,10 +112,12 @@ def test_the_weights_of_highest_score_are_turned_each_as_if_alone(select, n_weig
     )
 
 
-def test_anchors_of_several_weights_of_a_row_add_up():
+@pytest.mark.parametrize("anchor", ["auto", True])
+def test_anchors_of_several_weights_of_a_row_add_up(anchor):
     head = head_of(7)
-    head.features[0] -= 1  # signed now
-    edit = SingleWeight(n_weights=2).plan(model_of(head), head, target=2)
+    if anchor == "auto":
+        head.features[0] -= 1  # signed now
+    edit = SingleWeight(n_weights=2, anchor=anchor).plan(model_of(head), head, target=2)
     bias, weight = edit.changes["fc.bias"], edit.changes["fc.weight"]
     expected = float(head.bias[2])
     for at, old, new in zip(weight.index.tolist(), weight.old, weight.new, strict=True):

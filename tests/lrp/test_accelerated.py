@@ -688,42 +688,6 @@ class Stop(Exception):
     pass
 
 
-class Fails(nn.Module):
-    """Raises in the forward pass while ``now`` is true."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = torch.tensor(False)
-
-    def forward(self, x):
-        if self.now:
-            raise Stop
-        return x
-
-
-@pytest.mark.parametrize("composite", ["epsilon", "alpha2beta1"])
-def test_a_forward_pass_that_fails_leaves_nothing_behind(composite, unchanged):
-    torch.manual_seed(0)
-    fails = Fails()
-    block = nn.Sequential(nn.Linear(6, 6), fails)
-    model = nn.Sequential(nn.Linear(6, 6), in_place_relu(), block, nn.Linear(6, 3)).double()
-    rules = zc.MixedComposite([zc.NameMapComposite([(["2"], zr.Norm())]), COMPOSITES[composite]()])
-    x = torch.randn(3, 6, dtype=torch.float64)
-    scorer = LRP(rules)
-    layers = ["0", "3"]
-    expected = scorer(model, x, TARGETS, layers)
-    check = unchanged(model)
-    with scorer.session(model, x, layers) as (score, _):
-        fails.now.fill_(True)
-        with pytest.raises(Stop):
-            score(x, TARGETS)
-        fails.now.fill_(False)
-        again = score(x, TARGETS)
-    check()
-    for name in layers:
-        assert torch.equal(again[name], expected[name])
-
-
 def test_a_backward_pass_that_fails_leaves_nothing_behind(unchanged):
     model, x = made("in-place ReLU")
     fails = {"now": True}

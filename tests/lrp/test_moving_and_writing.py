@@ -96,6 +96,9 @@ MOVES = {
     "broadcast_to": lambda x: x.broadcast_to(2, 4, 6),
     "gather": lambda x: x.gather(0, ALONG_ROWS),
     "diagonal_scatter": lambda x: x.diagonal_scatter(x[0, :4]),
+    "iteration": lambda x: torch.stack([row * 2 for row in x]),
+    "assignment": lambda x: (lambda a, b, *_: a + b)(*x),
+    "named values": lambda x: x.unflatten(1, (3, 2)).max(2).values,
 }
 WRITES = {
     "scatter": lambda x: x.scatter(0, ALONG_ROWS, x[1:]),

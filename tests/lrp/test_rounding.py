@@ -8,11 +8,9 @@ import warnings
 
 import pytest
 import torch
-from networks import Crosswise
 from torch import nn
-from zennit.canonizers import SequentialMergeBatchNorm
 
-from xai_edit import LRP, FunctionalCanonizer
+from xai_edit import LRP
 
 X = torch.rand(2, 2, 5, 5, generator=torch.Generator().manual_seed(3))
 TARGETS = torch.tensor([0, 2])
@@ -35,7 +33,7 @@ def error_of_rounding(model):
 
 
 def test_rounding_is_warned_of_with_its_size_and_float64_is_silent():
-    model = cancelling(1e5)
+    model = cancelling(5e4)
     error = error_of_rounding(model)
     assert 1e-3 < error < 0.05
     for _ in range(2):
@@ -56,13 +54,3 @@ def test_rounding_that_makes_relevance_noise_is_refused_with_what_works(unchange
     with pytest.raises(ValueError, match=r"rounding in float32 .*\.double\(\)"):
         LRP()(model, X, TARGETS, ["0"])
     check()
-
-
-def test_a_wrong_merge_is_refused_or_warned_of_as_such_in_float32(monkeypatch):
-    wrong = [SequentialMergeBatchNorm(), FunctionalCanonizer()]
-    model, x = Crosswise().spoil().eval(), torch.rand(2, 3, 8, 8)
-    with pytest.warns(UserWarning, match="make another network"):
-        LRP(canonizers=wrong)(model, x, TARGETS, ["fc"])
-    monkeypatch.setattr("xai_edit.lrp.lrp.choose_canonizers", lambda *_: wrong)
-    with pytest.raises(ValueError, match="make another network"):
-        LRP()(model, x, TARGETS, ["fc"])

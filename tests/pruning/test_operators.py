@@ -4,7 +4,6 @@ import pytest
 import torch
 from captum.attr import LayerGradientXActivation
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from xai_edit import (
     LRP,
@@ -131,41 +130,6 @@ def test_without_labels_a_target_is_needed(plain, batches):
         assert edit.origin["removed"] == "5 of 10 units"
     with pytest.raises(ValueError, match="no labels"):
         RelevancePruning(0.5).plan(plain, unlabelled)
-
-
-def test_a_residual_network_is_pruned_behind_its_batch_norms(unchanged):
-    torch.manual_seed(0)
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
-    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    for name in norms:
-        nn.init.normal_(model.get_submodule(name).bias, 0, 0.1)  # as after training
-    inputs = torch.randn(4, 3, 32, 32)
-    check = unchanged(model)
-    edit = RelevancePruning(0.3).plan(model, [(inputs, torch.arange(4))])
-    check()
-    assert [*edit.origin["units"]] == convolutions
-    following = dict(zip(convolutions, norms, strict=True))  # they alternate
-    total = sum(model.get_submodule(name).out_channels for name in convolutions)
-    removed = sum(map(len, edit.origin["units"].values()))
-    assert abs(removed - round(0.3 * total)) <= 2 / 2  # up to two channels go together
-    assert edit.origin["removed"] == f"{removed} of {total} units"
-    with edit.applied(model):
-        for layer, units in off(edit).items():
-            assert (output(model, following[layer], inputs)[:, units] == 0).all()
-    check()
-
-
-def test_a_batch_norm_behind_an_activation_goes_with_the_channels_it_would_shift(batches):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)
-    ).eval()
-    torch.nn.init.ones_(model[2].bias)
-    edit = RelevancePruning(0.5).plan(model, batches)
-    assert {*edit.changes} == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    with edit.applied(model):
-        assert (output(model, "2", batches[0][0])[:, edit.origin["units"]["0"]] == 0).all()
 
 
 @pytest.fixture

@@ -145,12 +145,6 @@ def test_a_checkpoint_of_another_plan_is_refused(plain, batches, tmp_path):
             changed.plan(plain, data, checkpoint=path)
 
 
-def test_data_that_can_be_read_once_serve_one_step_only(plain, batches):
-    assert RelevancePruning(0.5).plan(plain, iter(batches)).origin["samples"] == 200
-    with pytest.raises(TypeError, match="2 steps"):
-        RelevancePruning(0.5, steps=2).plan(plain, iter(batches))
-
-
 def marked(batches):
     """Digits, every second one with a bright corner."""
     data = []
@@ -196,12 +190,6 @@ def test_an_ablation_that_is_kept_holds_after_fine_tuning(plain, batches):
         assert reader.abs().max() < 1e-6
         assert (model[2].weight[gone] == 0).all()
         assert (model[2].bias[gone] == 0).all()
-
-
-def test_a_choice_of_given_subspaces_needs_features(plain, batches):
-    subspaces = CAV().fit(collect_features(plain, marked(batches), layer="relu1"))
-    with pytest.raises(ValueError, match="features: none given"):
-        ConceptAwarePruning("relu1", subspaces, "auto", 0.5).plan(plain, batches)
 
 
 def test_auto_takes_the_subspace_of_the_mark_and_leaves_the_network_alone_without_one(

@@ -184,15 +184,6 @@ def test_what_is_left_are_the_weights_of_the_units_left() -> None:
     assert smaller.norm.num_features == 2
 
 
-def test_a_masked_model_needs_no_edit() -> None:
-    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
-    edit = stem_and_inner(model, inputs)
-    expected = to_smaller(model, edit, inputs).state_dict()
-    edit.apply(model)
-    found = to_smaller(model, None, inputs).state_dict()
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
-
-
 def test_one_unit_of_each_group_stays() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
     _, inside, *_ = channel_groups(model, inputs)

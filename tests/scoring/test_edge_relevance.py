@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import without_biases
 from torch import nn
 from zennit import composites as zc
 from zennit import rules as zr
@@ -43,10 +44,7 @@ def test_without_biases_it_sums_over_the_inputs_to_the_relevance_of_the_outputs(
     plain, digits, name
 ):
     images, labels = digits[0][:12].double(), digits[1][:12]
-    model = plain.double()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("bias"):
-            parameter.data.zero_()
+    model = without_biases(plain)
     scorer = LRP("epsilon", epsilon=1e-12)
     edges = edge_relevance(model, [(images, labels)], scorer, layers=name)
     units = score_units(model, [(images, labels)], scorer, layers=name)

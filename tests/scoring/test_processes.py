@@ -235,13 +235,5 @@ def test_in_a_group_of_one_process_each_part_is_joined_with_no_other(alone, tmp_
         dist.destroy_process_group()
 
 
-def test_without_a_process_group_no_samples_stay_an_error():
-    model, _ = model_and_batches()
-    with pytest.raises(ValueError, match="data: no samples"):
-        score_units(model, [], Activation())
-    with pytest.raises(ValueError, match="data: no samples"):
-        collect_features(model, [], **ARGUMENTS)
-
-
 if __name__ == "__main__":
     part_of_a_rank(Path(sys.argv[1]))

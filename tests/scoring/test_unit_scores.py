@@ -73,19 +73,6 @@ def test_each_aggregate_is_its_sum_written_out(table, aggregate, size):
     assert (scores.counts, scores.k) == ({}, None)
 
 
-@pytest.mark.parametrize("aggregate", ["sum", "abs"])
-def test_relevance_is_aggregated_after_the_sum_over_positions(plain, digits, aggregate):
-    images, labels = digits[0][:30].double(), digits[1][:30]
-    scorer = LRP("epsilon")
-    scores = score_units(plain.double(), cut(images, labels, 7), scorer, aggregate=aggregate)
-    full = scorer.relevance(plain, images, labels, scores.layers)
-    for name in scores:
-        values = full[name].flatten(2).sum(2) if full[name].ndim > 2 else full[name]
-        columns = values.T.tolist()
-        expected = torch.tensor([REDUCE[aggregate](column) for column in columns]).double()
-        torch.testing.assert_close(scores[name], expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("k", [1, 3, 6])
 @pytest.mark.parametrize("size", [1, 5, 23])
 @pytest.mark.parametrize("aggregate", ["sum", "abs", "positive"])
@@ -152,15 +139,6 @@ def test_layers_keep_the_order_asked_for(plain, batches):
     assert [len(scores[name]) for name in scores] == [10, 4, 24, 4]
     assert "pool1" in scores
     assert "conv2" not in scores
-
-
-@pytest.mark.parametrize("scorer", [WeightMagnitude(), Random(seed=2)])
-def test_scorers_of_weights_need_no_data(plain, batches, scorer):
-    without = score_units(plain, None, scorer)
-    beside = score_units(plain, batches, scorer)
-    for name in without:
-        assert torch.equal(without[name], beside[name])
-    assert without.samples == 1
 
 
 @pytest.mark.parametrize("scorer", [LRP(), Taylor(), Activation(), echo])

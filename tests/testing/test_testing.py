@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 from torch_pruning import importance as tp
-from zennit.composites import EpsilonGammaBox
+from zennit.canonizers import SequentialMergeBatchNorm
+from zennit.composites import EpsilonGammaBox, EpsilonPlusFlat, LayerMapComposite
+from zennit.rules import Epsilon, Flat, Pass
 
 import xai_edit as xe
 from xai_edit import testing
@@ -37,12 +39,25 @@ def patterns():
     return xe.fit_patterns(small_example().model, small_example().batches(40))
 
 
+class OwnFlat(Flat):
+    """A rule with ways of its own, which runs by Zennit's hooks."""
+
+    def register(self, module):
+        return super().register(module)
+
+
 SCORERS = {
     "epsilon": lambda: xe.LRP("epsilon"),
     "epsilon-plus from one": lambda: xe.LRP("epsilon-plus", initial="one"),
     "gamma+epsilon": lambda: xe.LRP("gamma+epsilon", gamma=0.1),
     "alpha2beta1": lambda: xe.LRP("alpha2beta1"),
     "a composite": lambda: xe.LRP(EpsilonGammaBox(low=0.0, high=6.8)),
+    "a composite with a canonizer": lambda: xe.LRP(
+        EpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()])
+    ),
+    "a user's rule": lambda: xe.LRP(
+        LayerMapComposite([(nn.ReLU, Pass()), (nn.Conv2d, OwnFlat()), (nn.Linear, Epsilon())])
+    ),
     "patterns": lambda: xe.LRP("patternattribution", patterns=patterns()),
     "layer activation": lambda: xe.CaptumLayer(ca.LayerActivation),
     "conductance": lambda: xe.CaptumLayer(ca.LayerConductance, n_steps=4),

@@ -1,4 +1,4 @@
-"""A model's forward pass, traced once and kept until the model changes, and what it shows."""
+"""The trace of a model's forward pass, kept until the model changes."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ class Axes:
         elif name == "scaled_dot_product_attention":
             values = others[1][1]
             self._join_all((*axes[:-1], values[-1]), self.of(made[0]))
-        elif _is_elementwise(name) or (name in ("max", "min") and others):
+        elif is_elementwise(name) or (name in ("max", "min") and others):
             for value in made:
                 for _, numbers, sizes in given:
                     self._join_equal(numbers, sizes, value)
@@ -270,7 +270,7 @@ class Axes:
 
 
 @functools.cache
-def _is_elementwise(name: str) -> bool:
+def is_elementwise(name: str) -> bool:
     """Return whether PyTorch has an elementwise operation of this name."""
     packet = getattr(torch.ops.aten, name, None)
     overloads = packet.overloads() if packet is not None else ()

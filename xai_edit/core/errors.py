@@ -9,8 +9,7 @@ from collections.abc import Iterable
 class UnknownLayerError(ValueError, KeyError):
     """A layer name that the model, or a set of scores, does not have.
 
-    A ``ValueError`` for whoever passes the name as an argument, a ``KeyError`` for whoever looks
-    it up with ``scores[name]``.
+    A ``ValueError`` for a name that is an argument, a ``KeyError`` for ``scores[name]``.
     """
 
     # KeyError would print the message in quotation marks.

@@ -1,4 +1,4 @@
-"""What goes into the softmax or sigmoid that a model ends in, followed through one forward pass."""
+"""The logits before a model's final softmax or sigmoid, followed through a forward pass."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +93,20 @@ def with_first(
     return inputs, {**named, **dict.fromkeys([*named][:1], value)}
 
 
+def require_one_tensor(name: str, value: Any, seen: Container[str]) -> None:
+    """Raise ValueError where a layer's value is no tensor, or the layer is called again."""
+    if name in seen:
+        raise ValueError(
+            f"layer {name!r} is called more than once in a forward pass, so a score of its "
+            "units would mix the calls; use one module for each call"
+        )
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"layer {name!r} passes on a {type(value).__name__}, not one tensor; "
+            "name a layer inside it"
+        )
+
+
 @dataclass
 class Tap:
     """The tensors of the tapped layers in one forward pass, by layer name.
@@ -112,16 +126,7 @@ class Tap:
 
     def record(self, name: str, tensor: Any) -> None:
         """Keep one layer's tensor."""
-        if name in self.values:
-            raise ValueError(
-                f"layer {name!r} is called more than once in a forward pass, so a score of its "
-                "units would mix the calls; use one module for each call"
-            )
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"layer {name!r} passes on a {type(tensor).__name__}, not one tensor; "
-                "name a layer inside it"
-            )
+        require_one_tensor(name, tensor, self.values)
         self.values[name] = tensor.detach().clone()
         if tensor.requires_grad:
             self.edges[name] = get_gradient_edge(tensor)

@@ -1,4 +1,4 @@
-"""What a model returns, as one tensor: its logits, or whatever a function of the target reads."""
+"""The logits in what a model returns, or the tensor that a function of the target reads."""
 
 from __future__ import annotations
 

@@ -93,6 +93,10 @@ class Trace:
         Modules whose input depends on the data; a table of position biases has others.
     unused : set of str
         Modules whose output depends on the data, but does not reach the model's output.
+    bottlenecks : set of str
+        Modules through whose output every path from the data to the model's output leads.
+    weighted : dict
+        How many calls of convolution and linear layers were over when a module was first left.
     values : dict of Value or str
         The output of each layer in its first call, by its name (`INPUT_SUFFIX` for inputs); the
         name of its type where it is no tensor.
@@ -115,6 +119,8 @@ class Trace:
     left: dict[str, int] = field(default_factory=dict)
     fed: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
+    bottlenecks: set[str] = field(default_factory=set)
+    weighted: dict[str, int] = field(default_factory=dict)
     values: dict[str, Value | str] = field(default_factory=dict)
     sample: Any = None
     output: Any = None
@@ -184,12 +190,14 @@ def trace(model: nn.Module, inputs: Inputs, *, axes: Any = None) -> Trace:
             output = run(model, sample)
     found.sample, found.output = sample.detach(), tree_map_only(Tensor, detached, output)
     found.leave_out_final(final_name(tensor_of(output)))
-    found.unused = recorder.unused(output)
-    found.norms = {
-        layer: norm
-        for layer, norm in recorder.norms.items()
-        if recorder.readers[layer] == 1 and found.calls[layer] == 1 == found.calls[norm]
-    }
+    reached = {*_backwards(tree_leaves(output))}
+    on_all_paths = _on_all_paths(_backwards([tensor_of(output)]))
+    for name, nodes in recorder.nodes.items():
+        if reached and nodes and not reached.intersection(nodes):
+            found.unused.add(name)
+        if on_all_paths.intersection(nodes):
+            found.bottlenecks.add(name)
+    found.norms = recorder.norms()
     return found
 
 
@@ -198,14 +206,12 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.found = found
         self.stack: list[str] = []
-        self.made: dict[int, str] = {}  # id of an output of a layer → the layer
-        self.by_own_weight: dict[int, nn.Module] = {}  # id of a linear operation's output → layer
         self.kept: list[Any] = []  # an id is only good while its tensor lives
         self.seen: dict[int, Tensor] = {}  # all that came out of an operation
         self.numbers: dict[tuple[int, int], int] = {}
+        self.made: dict[int, str] = {}  # number of a linear operation's output → its layer
+        self.read: Counter[int] = Counter()  # how many operations read a tensor, by number
         self.nodes: dict[str, list[Any]] = {}
-        self.norms: dict[str, str] = {}
-        self.readers: Counter[str] = Counter()
         self.modules: dict[str, nn.Module] = {}
 
     def followed(self, output: Any) -> Any:
@@ -234,17 +240,33 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(given, Tensor):
             self.found.values[name] = type(given).__name__
             return
-        # In-place operations change the version, not the id.
-        version = 0 if given.is_inference() else given._version
-        number = self.numbers.setdefault((id(given), version), len(self.numbers))
-        self.kept.append(given)
         axes = () if self.found.axes is None else self.found.axes.of(given)
-        self.found.values[name] = Value(number, tuple(given.shape), axes)
+        self.found.values[name] = Value(self.number(given), tuple(given.shape), axes)
+
+    def number(self, tensor: Tensor) -> int:
+        """Return the number of a tensor with its content."""
+        # In-place operations change the version, not the id.
+        version = 0 if tensor.is_inference() else tensor._version
+        self.kept.append(tensor)
+        return self.numbers.setdefault((id(tensor), version), len(self.numbers))
+
+    def norms(self) -> dict[str, str]:
+        """Return, for layers whose output a batch norm alone reads, that norm."""
+        found, norms = self.found, {}
+        for number, layer in self.made.items():
+            value = found.values[layer]
+            alone = self.read[number] == 1 == found.calls[layer]
+            if not (alone and isinstance(value, Value) and value.number == number):
+                continue
+            for reader in found.readers(layer) if _mergeable(self.modules[layer], value) else ():
+                norm = isinstance(self.modules[reader], nn.modules.batchnorm._BatchNorm)
+                if norm and found.calls[reader] == 1:
+                    norms[layer] = reader
+        return norms
 
     def watch(self, name: str, module: nn.Module) -> None:
         weighted = isinstance(module, WEIGHTED)
         self.modules[name] = module
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
 
         def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = tree_leaves((inputs, named))
@@ -256,10 +278,7 @@ class _Recorder(TorchFunctionMode):
                 self.found.fed.add(name)
             if weighted:
                 self.found.order.append(name)
-            first = first_tensor(inputs, named)
-            self.value(name + INPUT_SUFFIX, first)
-            if norm and id(first) in self.made:
-                self.norms[self.made[id(first)]] = name
+            self.value(name + INPUT_SUFFIX, first_tensor(inputs, named))
 
         def leave(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -267,29 +286,14 @@ class _Recorder(TorchFunctionMode):
             self.unseen(tree_leaves(output))
             self.stack.pop()
             self.found.left.setdefault(name, len(self.found.operations))
+            self.found.weighted.setdefault(name, len(self.found.order))
             self.value(name, output)
             self.nodes.setdefault(name, []).extend(
                 value.grad_fn for value in tree_leaves(output) if _depends(value)
             )
-            if self.by_own_weight.get(id(output)) is module and _mergeable(module, output):
-                self.made[id(output)] = name
-                self.kept.append(output)
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
-
-    def unused(self, output: Any) -> set[str]:
-        """Return the modules from whose outputs on the data no path leads to the model's."""
-        ahead = [value.grad_fn for value in tree_leaves(output) if _depends(value)]
-        if not ahead:  # the output has no graph
-            return set()
-        reached = set(ahead)
-        while ahead:
-            for node, _ in ahead.pop().next_functions:
-                if node is not None and node not in reached:
-                    reached.add(node)
-                    ahead.append(node)
-        return {name for name, nodes in self.nodes.items() if nodes and not reached & {*nodes}}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -318,17 +322,46 @@ class _Recorder(TorchFunctionMode):
             module = self.modules[self.stack[-1]]
             own = getattr(module, "weight", None) if isinstance(module, WEIGHTED) else None
             if name in LINEAR and any(value is own for value in given):
-                self.by_own_weight[id(output)] = module
-            for value in given:
-                if id(value) in self.made:
-                    self.readers[self.made[id(value)]] += 1
+                self.made[self.number(output)] = self.stack[-1]
+            self.read.update(self.number(value) for value in given if _depends(value))
         return self.followed(output)
 
 
-def _mergeable(module: nn.Module, output: Any) -> bool:
+def _backwards(tensors: Sequence[Any]) -> list[Any]:
+    """Return the nodes of autograd's graph behind some tensors, each before those it is made of."""
+    ends = [value.grad_fn for value in tensors if _depends(value) and value.grad_fn is not None]
+    ordered: list[Any] = []
+    seen = set()
+    ahead = [(node, False) for node in ends]
+    while ahead:
+        node, done = ahead.pop()
+        if done:
+            ordered.append(node)
+        elif node not in seen:
+            seen.add(node)
+            ahead.append((node, True))
+            ahead += [(one, False) for one, _ in node.next_functions if one is not None]
+    return ordered[::-1]
+
+
+def _on_all_paths(ordered: Sequence[Any]) -> set[Any]:
+    """Return the nodes through which all paths lead, of `_backwards` from one tensor."""
+    ends: Counter[Any] = Counter()  # how many edges of the graph end at a node
+    for node in ordered:
+        ends.update(one for one, _ in node.next_functions if one is not None)
+    found, open_edges = set(), 0  # edges from nodes so far to later ones
+    for node in ordered:
+        open_edges -= ends[node]
+        if not open_edges:
+            found.add(node)
+        open_edges += sum(one is not None for one, _ in node.next_functions) or 1
+    return found
+
+
+def _mergeable(module: nn.Module, output: Value) -> bool:
     """Return whether Zennit could merge a batch norm behind a layer."""
     if isinstance(module, nn.Linear):
-        return isinstance(output, Tensor) and output.ndim == 2  # else its channels are others
+        return len(output.shape) == 2  # else its channels are others
     return not (isinstance(module, TRANSPOSED) and module.groups > 1)
 
 

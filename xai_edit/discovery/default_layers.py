@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import networkx as nx
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from xai_edit.core.analysis import analysed
 from xai_edit.core.axes import axes_by_layer
-from xai_edit.core.guard import preserved
-from xai_edit.core.inputs import Inputs, input_tensors
-from xai_edit.core.layers import (
-    INPUT_SUFFIX,
-    WEIGHTED,
-    differentiable,
-    embeddings_in_graph,
-    run,
-    unit_axis_of,
-)
+from xai_edit.core.inputs import Inputs
+from xai_edit.core.layers import INPUT_SUFFIX
+from xai_edit.core.trace import Value
 from xai_edit.last_layer.find_head import find_head
 
 
 class _Output(NamedTuple):
     name: str
-    node: Any  # of the autograd graph
     positions: int
     stage: int  # weighted layers that ran before
 
@@ -65,68 +54,18 @@ def default_layers(model: nn.Module, inputs: Inputs) -> list[str]:
 
 def _bottlenecks(model: nn.Module, sample: Inputs) -> list[_Output]:
     """Return the modules that are called once and through whose output all paths lead."""
-    outputs: list[_Output] = []
-    calls: Counter[str] = Counter()
-    stage = 0
-    axes = axes_by_layer(model, sample)
-    with torch.inference_mode(False), preserved(model), torch.enable_grad():
-        model.requires_grad_(False)
-        embeddings_in_graph(model)
-
-        def watch(name: str, module: nn.Module) -> None:
-            def leave(_: nn.Module, __: Any, output: Any) -> None:
-                nonlocal stage
-                stage += isinstance(module, WEIGHTED)
-                calls[name] += 1
-                axis = axes.get(name)
-                if isinstance(output, Tensor) and output.requires_grad and isinstance(axis, int):
-                    channels = output.shape[unit_axis_of(output, axis)]
-                    positions = output[0].numel() // channels
-                    outputs.append(_Output(name, output.grad_fn, positions, stage))
-
-            module.register_forward_hook(leave)
-
-        for name, module in model.named_modules():
-            if name:
-                watch(name, module)
-        copy = differentiable(sample)
-        end = next(one for one in tree_leaves(run(model, copy)) if isinstance(one, Tensor))
-        dominators = _dominators(end, copy)
-    modules = dict(model.named_modules())
-    kept: dict[Any, _Output] = {}
-    for one in outputs:
-        if one.positions > 1 and calls[one.name] == 1 and one.node in dominators:
-            before = kept.get(one.node)  # of modules with the same output the innermost with parts
-            if before is None or not [*modules[before.name].children()]:
-                kept[one.node] = one
+    found = analysed(model, sample).trace
+    axes, modules = axes_by_layer(model, sample), dict(model.named_modules())
+    kept: dict[int, _Output] = {}
+    for name, value in found.values.items():
+        axis = axes.get(name)
+        if name not in found.bottlenecks or found.calls[name] > 1:
+            continue
+        if not isinstance(value, Value) or not isinstance(axis, int):
+            continue
+        positions = math.prod(value.shape[1:]) // value.shape[axis]
+        if positions > 1:
+            before = kept.get(value.number)  # of modules with the same output the innermost
+            if before is None or not [*modules[before.name].children()]:  # with parts
+                kept[value.number] = _Output(name, positions, found.weighted[name])
     return [*kept.values()]
-
-
-def _dominators(end: Tensor, inputs: Inputs) -> set[Any]:
-    """Return the nodes of the graph through which every path from the inputs to the end leads."""
-    graph: Any = nx.DiGraph()
-    source = object()
-    ahead: list[Any] = [end.grad_fn]
-    leaves = {id(one) for one in input_tensors(inputs).values()}
-    seen = {end.grad_fn}
-    while ahead:
-        node = ahead.pop()
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            graph.add_edge(node, following)
-            if following not in seen:
-                seen.add(following)
-                ahead.append(following)
-        variable = getattr(node, "variable", None)
-        if variable is not None and (id(variable) in leaves or not node.next_functions):
-            graph.add_edge(node, source)
-    if source not in graph:
-        return set()
-    above = nx.immediate_dominators(graph, end.grad_fn)
-    found: set[Any] = set()
-    at: Any = source
-    while at is not None and at != end.grad_fn:
-        at = above.get(at)
-        found.add(at)
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,6 @@ from xai_edit.edits.model_edit import tensors_of
 from xai_edit.lrp.operation_rules import is_in_place
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-FINAL: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda z: z.softmax(1),
-    "log_softmax": lambda z: z.log_softmax(1),
-    "sigmoid": torch.sigmoid,
-}
 SAME = frozenset(
     [
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
@@ -85,8 +80,8 @@ class AffineMap:
     """A tensor that is a sum of products and biases, and what was done to it since.
 
     ``axis`` holds the classes, ``of`` is their number; ``module`` ran it. ``broken`` says what made
-    it another tensor, ``final`` names a softmax or sigmoid of ``z``. ``slack`` is the size of what
-    a mean was taken of, and ``eps`` the precision of the product.
+    it another tensor. ``slack`` is the size of what a mean was taken of, and ``eps`` the precision
+    of the product.
     """
 
     terms: tuple[Term, ...]
@@ -97,8 +92,6 @@ class AffineMap:
     eps: float
     slack: float = 0.0
     broken: str = ""
-    final: str = ""
-    z: Tensor | None = None
     adapter: Term | None = None
 
     def each(self, function: Callable[[Tensor], Tensor], **changed: Any) -> AffineMap:
@@ -128,6 +121,16 @@ class AffineMap:
         slack, eps = self.slack + other.slack, max(self.eps, other.eps)
         changed = {"biases": biases, "slack": slack, "eps": eps, "adapter": adapter}
         return replace(self, terms=tuple(terms), **changed)  # type: ignore[arg-type]
+
+
+class _Call(NamedTuple):
+    """An operation with its arguments and output."""
+
+    name: str
+    func: Any
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Tensor
 
 
 class AffineMaps(TorchFunctionMode):
@@ -183,7 +186,7 @@ class AffineMaps(TorchFunctionMode):
                 if isinstance(part, Tensor):
                     setattr(part, KEY, self._broken(whole, name))
         if isinstance(output, Tensor) and id(output) not in self.names:
-            found = self._followed(name, func, args, named, output)
+            found = self._followed(_Call(name, func, args, named, output))
             if found is not None:
                 setattr(output, KEY, found)
                 if isinstance(found, AffineMap):
@@ -199,9 +202,8 @@ class AffineMaps(TorchFunctionMode):
                 if x.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
                     x.data = x.clone()
 
-    def _followed(
-        self, name: str, func: Any, args: tuple[Any, ...], named: dict[str, Any], output: Tensor
-    ) -> AffineMap | Factor | None:
+    def _followed(self, call: _Call) -> AffineMap | Factor | None:
+        name, _, args, named, output = call
         values = [*args, *named.values()]
         if name == "linear" or name in CONVOLUTIONS:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | named
@@ -225,7 +227,7 @@ class AffineMaps(TorchFunctionMode):
         maps = [(value, found) for value in values if (found := self.of(value)) is not None]
         if maps:
             value, found = next((one for one in maps if not one[1].broken), maps[-1])
-            return self._moved(name, func, args, named, value, found, output)
+            return self._moved(call, value, found)
         if values and (factor := self.factor(values[0])) is not None:
             return _factor_moved(name, factor, values, output)
         return None
@@ -233,9 +235,9 @@ class AffineMaps(TorchFunctionMode):
     def _stacked(self, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Remember the maps that were stacked on a new first axis, as for a mean of heads."""
         parts = [self.of(value) for value in args[0]] if args else []
-        alike = {(one.of, one.broken, one.final) if one else None for one in parts}
+        alike = {(one.of, one.broken) if one else None for one in parts}
         dim = args[1] if len(args) > 1 else named.get("dim", 0)
-        if dim == 0 and len(alike) == 1 and parts[0] and not (parts[0].broken or parts[0].final):
+        if dim == 0 and len(alike) == 1 and parts[0] and not parts[0].broken:
             setattr(output, PARTS, parts)
 
     def _product(
@@ -247,8 +249,7 @@ class AffineMaps(TorchFunctionMode):
             weight = replace(weight, flipped=not weight.flipped)
         used = w.detach().mT if flip else w.detach()
         before = self.of(x)
-        linear = before is not None and not (before.broken or before.final)
-        through = before.terms[0].x if before is not None and linear else None
+        through = None if before is None or before.broken else before.terms[0].x
         x = x.detach()  # a tensor without the history that is kept as an attribute
         if axis == 1:
             if x.ndim != w.ndim:
@@ -269,34 +270,20 @@ class AffineMaps(TorchFunctionMode):
     def _broken(self, found: AffineMap | None, name: str) -> AffineMap | None:
         if found is None or found.broken:
             return found
-        before = f"{found.final} and " if found.final else ""
         line = source_line()
-        return replace(found, broken=f"{before}{name}" + (f" ({line})" if line else ""))
+        return replace(found, broken=name + (f" ({line})" if line else ""))
 
-    def _moved(
-        self,
-        name: str,
-        func: Any,
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        z: Tensor,
-        found: AffineMap,
-        output: Tensor,
-    ) -> AffineMap | None:
+    def _moved(self, call: _Call, z: Tensor, found: AffineMap) -> AffineMap | None:
         """Return the map after an operation on the tensor z."""
+        name, _, args, named, output = call
         if found.broken or (name in SAME and output.shape == z.shape):
             return found
         n = found.terms[0].x.shape[0]
         rows = z.numel() == n * found.of  # no positions are left
         if rows and name in MOVES and output.numel() == z.numel() and output.shape[0] == n:
             return found.each(lambda x: x.reshape(n, -1), axis=1 if output.ndim > 1 else -1)
-        if found.final:
-            return self._broken(found, name)
-        if name in FINAL and rows and output is not z:
-            return replace(found, final=name, z=z.detach())
         if name in MOVES and args and args[0] is z:
-            replayed = self._replayed(name, func, args, named, found, output)
-            return replayed or self._broken(found, name)
+            return self._replayed(call, found) or self._broken(found, name)
         others = [one for one in (*args, *named.values()) if one is not z]
         if name == "neg":
             return found.scaled(-1.0, -1.0)
@@ -308,23 +295,19 @@ class AffineMaps(TorchFunctionMode):
             return combined or self._broken(found, name)
         return self._broken(found, name)
 
-    def _replayed(
-        self,
-        name: str,
-        func: Any,
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        found: AffineMap,
-        output: Tensor,
-    ) -> AffineMap | None:
+    def _replayed(self, call: _Call, found: AffineMap) -> AffineMap | None:
         """Return the map whose inputs went through the operation that its outputs went through."""
+        name, func, args, named, output = call
         z = args[0]
 
         def again(x: Tensor) -> Tensor:
             rest = args[1:]
             if name in SIZED:
                 sizes = rest[0] if isinstance(rest[0], (tuple, list)) else rest
-                rest = tuple(x.shape[found.axis] if one == found.of else one for one in sizes)
+                width = x.shape[found.axis]
+                rest = tuple(  # the first axis has the samples, perhaps as many as classes
+                    width if at and one == found.of else one for at, one in enumerate(sizes)
+                )
             moved: Tensor = func(x, *rest, **named)
             return moved
 
@@ -365,7 +348,7 @@ def _combined(
     elif name in ("add", "sub"):
         sign = 1.0 if name == "add" else -1.0
         if (second := maps.of(other)) is not None:
-            fits = second.broken == second.final == "" and second.of == found.of
+            fits = not second.broken and second.of == found.of
             return found.plus(second.scaled(sign, sign)) if fits else None
         if number == 0:
             return found

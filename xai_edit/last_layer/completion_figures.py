@@ -1,4 +1,4 @@
-"""Figures by which completed images are judged: do they look real, and does retraining help."""
+"""Figures of completed images: resemblance to real ones, and accuracy after retraining."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ APART = 0.2  # most by which the worst real group may be behind the worst comple
 def resemblance(head: HeadFeatures, with_it: Array, seed: int) -> dict[str, Any]:
     """Return whether images completed with the feature look like real ones at the head's input.
 
-    In the class that has most images of both kinds, a logistic regression tells those with the
-    feature from those without, fitted on a half and asked about the other. ``recognised`` are the
+    In the class that has most images of both kinds, a logistic regression separates those with the
+    feature from those without, fitted on a half and applied to the other. ``recognised`` are the
     shares that it takes to have the feature: of real images without it, of real ones with it, and
     of the completed, which are those without it as they are in ``with_it``. ``reached`` is where
     the last stands between the first, 0, and the second, 1. In place of figures a ``reason`` where
-    no class has ten images of each kind, or the head's inputs do not tell them apart.
+    no class has ten images of each kind, or the head's inputs do not separate them.
     """
     y, has, x = _columns(head)
     classes = np.unique(y)

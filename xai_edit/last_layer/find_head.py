@@ -16,7 +16,7 @@ from xai_edit.core.layers import WEIGHTED, run
 from xai_edit.core.outputs import as_logits, one_logit, outputs_of
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import tensors_of
-from xai_edit.last_layer.affine_maps import FINAL, AffineMap, AffineMaps, Factor
+from xai_edit.last_layer.affine_maps import AffineMap, AffineMaps, Factor
 from xai_edit.last_layer.head_refusals import differs, refusal
 from xai_edit.last_layer.stored_head import StoredHead
 
@@ -36,18 +36,16 @@ class Head:
     stored : StoredHead
     weight, bias : Tensor, shape (classes, d), and Tensor or None, shape (classes,)
     features : Tensor, shape (samples, d)
-        On the CPU, like all else.
-    logits : Tensor, shape (samples, classes)
-        The model's own: what goes into a final softmax or sigmoid; of one logit 0 and z.
+        On the CPU, like the weight and bias.
     outputs : Tensor, shape (samples, classes)
-        What the model gives, by `xai_edit.core.outputs.as_logits`, on the model's device.
+        The model's logits: what goes into a final softmax or sigmoid; of one logit 0 and z. On the
+        model's device.
     """
 
     stored: StoredHead
     weight: Tensor
     bias: Tensor | None
     features: Tensor
-    logits: Tensor
     outputs: Tensor
 
     @property
@@ -115,29 +113,22 @@ class HeadReader:
         self.maps.last = None
         with self.maps:
             output = outputs_of(run(self.model, inputs), inputs)
-        as_logits(output)  # raises if it is no classifier's
+        logits = as_logits(output)  # raises if it is no classifier's
         found = self.maps.of(output)
         stored = self._stored(found, output, one_logit(output))
         assert found is not None
         features = torch.cat([term.x.cpu() for term in found.terms], 1)
-        z = output if found.z is None else found.z
-        z = z.reshape(len(z), -1).cpu()
-        outputs = as_logits(output)
-        if found.final:
-            again = FINAL[found.final](z).reshape(output.shape)
-            if not torch.allclose(again, output.cpu(), rtol=1e-3, atol=1e-5):
-                raise refusal(self.model, self.maps, f"its {found.final} is not over the classes")
-        head = Head(stored, *stored.values(), features, as_logits(z), outputs)
+        head = Head(stored, *stored.values(), features, logits)
         self._compare(head, found)
         return head
 
     def _compare(self, head: Head, found: AffineMap) -> None:
         """Raise ValueError unless W x + b are the model's logits."""
-        x, W, z = head.features.double(), head.weight.double(), head.logits.double()
+        x, W, z = head.features.double(), head.weight.double(), head.outputs.cpu().double()
         expected, size = x @ W.T, x.abs() @ W.abs().T
         if head.bias is not None:
             expected, size = expected + head.bias.double(), size + head.bias.double().abs()
-        eps = max(found.eps, torch.finfo(head.logits.dtype).eps)
+        eps = max(found.eps, torch.finfo(head.outputs.dtype).eps)
         error = (expected - z).abs()
         if not (error <= ROUNDING * eps * (size + found.slack) + 1e-30).all():
             raise refusal(self.model, self.maps, differs(expected, z))

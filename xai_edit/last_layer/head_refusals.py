@@ -1,4 +1,4 @@
-"""What a refused head differs in, and what would make it an affine map."""
+"""Error messages for heads that are no affine map of stored parameters."""
 
 from __future__ import annotations
 

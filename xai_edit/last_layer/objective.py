@@ -1,4 +1,4 @@
-"""What judges edits of the last layer, and the search for one weight in each of several rows."""
+"""The objective of edits of the last layer, and the search for one weight in each row."""
 
 from __future__ import annotations
 

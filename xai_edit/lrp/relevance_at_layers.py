@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.final_operation import run_by_rule
-from xai_edit.core.layers import INPUT_SUFFIX, first_tensor, layer_module, with_first
+from xai_edit.core.layers import (
+    INPUT_SUFFIX,
+    first_tensor,
+    layer_module,
+    require_one_tensor,
+    with_first,
+)
 
 
 class _Ruled(threading.local):
@@ -76,7 +82,7 @@ def beside_modes(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stands_for(value: Tensor, inserted: Tensor) -> None:
-    """Let what is known of a tensor hold for the one that a hook returns instead."""
+    """Report to function modes the tensor that a hook returns in place of another."""
     run_by_rule(Tensor.contiguous, (value,), {}, inserted)
 
 
@@ -112,16 +118,7 @@ class Gather:
     def insert(self, name: str, value: Any) -> Tensor:
         """Return the layer's value, with a leaf in the graph behind it."""
         value = RULED.latest(value)
-        if name in self.leaves:
-            raise ValueError(
-                f"layer {name!r} is called more than once in a forward pass, so a score of its "
-                "units would mix the calls; use one module for each call"
-            )
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"layer {name!r} passes on a {type(value).__name__}, not one tensor; "
-                "name a layer inside it"
-            )
+        require_one_tensor(name, value, self.leaves)
         if not value.is_floating_point():
             raise ValueError(
                 f"layer {name!r} has values of {value.dtype}, such as token ids, which have no "

@@ -1,4 +1,4 @@
-"""Tell rounding in float32 from canonizers that make another network."""
+"""Distinguish float32 rounding from canonizers that change the network."""
 
 from __future__ import annotations
 

@@ -20,8 +20,6 @@ from xai_edit.core.layers import WEIGHTED, run
 from xai_edit.pruning.following import following
 from xai_edit.pruning.unit_flow import NORMS, UnitFlow
 
-LAYERS = WEIGHTED
-
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
@@ -101,7 +99,9 @@ def _explained(model: nn.Module) -> Iterator[None]:
 
 def _shared_or_computed(model: nn.Module, flow: UnitFlow) -> None:
     """Keep the channels of layers whose weights are not theirs alone."""
-    modules = {name: module for name, module in flow.modules.items() if isinstance(module, LAYERS)}
+    modules = {
+        name: module for name, module in flow.modules.items() if isinstance(module, WEIGHTED)
+    }
     owned = [own for module in model.modules() for own in module.parameters(recurse=False)]
     times = Counter(owned)
     for name, module in modules.items():

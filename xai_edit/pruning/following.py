@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from xai_edit.core.axes import is_elementwise
 from xai_edit.core.layers import WEIGHTED
 from xai_edit.core.trace import LINEAR, operation_name
 from xai_edit.pruning.operation_kinds import (
@@ -20,7 +21,6 @@ from xai_edit.pruning.operation_kinds import (
     MOVING,
     PER_CHANNEL,
     REDUCTIONS,
-    is_elementwise,
     reduced_axes,
 )
 from xai_edit.pruning.unit_flow import INPUT, NORMS, UnitFlow
@@ -106,7 +106,7 @@ class _Dispatched(TorchDispatchMode):
             flow.layer(flow.owner(factor) or "", given[-2], made[0])
         elif name in ALIKE:
             flow.set(made[0], flow._of[id(tracked[0])][0], flow.behind_of(tracked[:1]))
-        elif is_elementwise(func, name):
+        elif torch.Tag.pointwise in func.tags or is_elementwise(name):
             for one in made:
                 flow.elementwise(name, given, one)
         elif name in REDUCTIONS:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 PRODUCTS = frozenset(["mul"])
 _ALIKE_NAMES = """
@@ -54,16 +51,6 @@ PER_CHANNEL = {
     "mkldnn_max_pool2d": 2,
 }
 """Operations on the positions of each channel, with the number of axes of positions."""
-
-
-@functools.cache
-def is_elementwise(function: Any, name: str) -> bool:
-    """Return whether an operation computes each value from those at the same place."""
-    if torch.Tag.pointwise in function.tags:
-        return True
-    packet = getattr(torch.ops.aten, name, None)
-    overloads = packet.overloads() if packet is not None else ()
-    return any(torch.Tag.pointwise in getattr(packet, one).tags for one in overloads)
 
 
 def reduced_axes(arguments: Mapping[str, Any], ndim: int) -> list[int]:

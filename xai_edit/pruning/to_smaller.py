@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs, as_inputs
-from xai_edit.core.layers import TRANSPOSED, predict, run
+from xai_edit.core.layers import TRANSPOSED, WEIGHTED, predict, run
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.pruning.coupled_channels import LAYERS, ChannelGroup, Coupling, coupling
+from xai_edit.pruning.coupled_channels import ChannelGroup, Coupling, coupling
 
 TOLERANCE = 1e-5  # of the largest logit, by which logits may differ
 
@@ -125,7 +125,7 @@ def _still_read(
             module = flow.modules[name]
             groups = getattr(module, "groups", 1)
             widths = [len(numbers) // groups, flow.layers.get(name, (0, 0))[1] // groups]
-            if isinstance(module, LAYERS) and (groups == 1 or min(widths) > 1):
+            if isinstance(module, WEIGHTED) and (groups == 1 or min(widths) > 1):
                 axis = -1 if isinstance(module, nn.Linear) else 1
                 hook = module.register_forward_pre_hook(note(name, axis, flow.roots(numbers)))
                 hooks.callback(hook.remove)
@@ -161,7 +161,7 @@ def _remove(model: nn.Module, found: Coupling, lost: list[tuple[ChannelGroup, Te
         if name not in flow.reads:
             continue
         read = ~torch.isin(flow.roots(flow.reads[name]), dead)
-        if isinstance(module, LAYERS):
+        if isinstance(module, WEIGHTED):
             first, width = flow.layers[name]
             made = ~torch.isin(flow.roots(torch.arange(first, first + width)), dead)
             _narrow_layer(module, read, made)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.guard import copied
-from xai_edit.core.layers import predict
+from xai_edit.core.layers import WEIGHTED, predict
 from xai_edit.core.targets import Targets, classes_of
-from xai_edit.pruning.coupled_channels import LAYERS, channel_groups
+from xai_edit.pruning.coupled_channels import channel_groups
 from xai_edit.pruning.unit_flow import PADDED
 
 
@@ -51,7 +51,7 @@ class TorchPruningImportance:
         number per channel.
         """
         for name in layers:
-            if not isinstance(model.get_submodule(name), LAYERS):
+            if not isinstance(model.get_submodule(name), WEIGHTED):
                 raise ValueError(
                     f"layer {name!r}: only linear and convolution layers have an importance"
                 )

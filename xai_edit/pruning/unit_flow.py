@@ -78,7 +78,7 @@ class UnitFlow:
         return first
 
     def stay(self, units: Tensor | Iterable[int], reason: str) -> None:
-        """Keep units for a reason."""
+        """Mark units that cannot be removed, with the reason."""
         found = units.unique().tolist() if isinstance(units, Tensor) else units
         for unit in found:
             if unit and unit not in self._stays.values():

@@ -208,17 +208,15 @@ class Explained:
         outputs = outputs_of(output, inputs)
         final: tuple[str, int] | None = None
         value = targets(outputs) if callable(targets) else targets
-        function = isinstance(value, Tensor) and value.is_floating_point()
-        read: Callable[[Tensor], Tensor] = _same if function else evidence
         if tensor_of(output) is not outputs:
             found = analysed(model, inputs).trace
             if found.final is not None:
                 final = found.final.module, found.calls[found.final.module]
         weights_of(targets, outputs)  # raises if they do not fit, or have no gradient
-        plain = isinstance(inputs, Tensor) and output is read(outputs)
-        module: nn.Module = model if plain else _Called(model, inputs, read)
-        if callable(targets) and function:
-            return cls(_Explained(module, targets), {}, True, final)
+        if callable(targets) and isinstance(value, Tensor) and value.is_floating_point():
+            return cls(_Called(model, inputs, targets), {}, True, final)
+        plain = isinstance(inputs, Tensor) and output is evidence(outputs)
+        module = model if plain else _Called(model, inputs, evidence)
         classes = classes_of(targets, outputs)
         # Captum's LRP would take −z, of which class 0 of one logit is explained, for z.
         negative = one_logit(outputs) is not None and not bool(classes.all())
@@ -240,10 +238,6 @@ def ordered(inputs: Inputs) -> dict[str, Tensor]:
     return dict(sorted(tensors.items(), key=lambda item: item[1] is not first))
 
 
-def _same(outputs: Tensor) -> Tensor:
-    return outputs
-
-
 class _Called(nn.Module):
     """A model called by position that returns what is read from its outputs."""
 
@@ -254,15 +248,3 @@ class _Called(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         inputs = inputs_from(dict(zip(self.names, tensors, strict=True)))
         return self.read(outputs_of(run(self.model, inputs), inputs))
-
-
-class _Explained(nn.Module):
-    """A model whose one output is a function of its logits."""
-
-    def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.function(self.model(*inputs))
-        return outputs
