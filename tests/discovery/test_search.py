@@ -109,7 +109,7 @@ def test_what_is_put_into_samples_goes_through_the_rest_of_the_network(network):
         values = network.stem(donors)
         U = torch.linalg.qr(torch.randn(6, 2)).Q
         recipients = Recipients(network, "stem", 1, inputs, values, seed=0)
-        put = recipients.put(U, values[:1], values[1:2])
+        put = recipients.put(U, values[:1], lambda: values[1:2])
         donated = coefficients_of(values[:1].expand(7, -1, -1, -1), U, 1)
         changed = exchanged(network.stem(inputs), donated, U, 1)
         after = network.fc((changed + network.branch(changed)).mean((2, 3)))
@@ -151,7 +151,7 @@ def test_padding_of_a_donor_is_not_put_into_tokens(side):
     (recipient,) = [batch.inputs for _, batch in search.samples.read(torch.tensor([0]))]
     recipients = Recipients(model, "block", search.axes["block"], recipient, values, seed=0)
     U = torch.linalg.qr(torch.randn(6, 2)).Q
-    put = recipients.put(U, values, values)
+    put = recipients.put(U, values, lambda: values)
     with torch.no_grad():  # each real vector of the donor goes into two of the four places
         mean, donated = (
             model.embedding(torch.tensor(one)).mean(0) for one in ([1, 2, 5, 6], [3, 4])

@@ -50,10 +50,5 @@ def presence(
 
 def pooled_square(a: Tensor, U: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
     """Return `presence` for directions U, shape (channels, directions), in their dtype."""
-    square = squares(a.to(U), U, mean)
+    square = ((a.to(U) - mean.to(U)) @ U).square().sum(-1)
     return square.amax(1) if pooling == "max" else square.mean(1)
-
-
-def squares(a: Tensor, U: Tensor, mean: Tensor) -> Tensor:
-    """Return ‖Uᵀ(a_p − μ)‖² at each position p, shape (samples, positions), in the dtype of a."""
-    return ((a - mean.to(a)) @ U.to(a)).square().sum(-1)

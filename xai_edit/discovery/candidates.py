@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.finders import PRCA, ContrastivePCA
-from xai_edit.concepts.presence import Pooling, squares
+from xai_edit.concepts.presence import Pooling
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.guard import preserved
 from xai_edit.discovery.channel_relevance import Moments, layer_vectors
@@ -103,13 +103,17 @@ def _contrastive(contrast: Tensor, mean: Tensor, samples: int) -> Subspaces | No
     return ContrastivePCA(size).fit_moments(contrast, mean, samples)
 
 
-def presence_of(a: Tensor, real: Tensor, subspaces: Subspaces) -> Tensor:
-    """Return `xai_edit.concepts.presence` by maximum and by mean, shape (2, samples).
+def presence_of(a: Tensor, real: Tensor, subspaces: Sequence[Subspaces]) -> Tensor:
+    """Return `xai_edit.concepts.presence` by maximum and by mean, shape (2, subspaces, samples).
 
     Over the positions ``real``, see `xai_edit.core.inputs.real_positions`.
     """
-    square = squares(a, subspaces.basis, subspaces.mean).where(real, 0)
-    return torch.stack([square.amax(1), square.sum(1) / real.sum(1).clamp_min(1)])
+    U = torch.cat([one.basis for one in subspaces], 1)
+    offset = torch.cat([one.mean.to(one.basis) @ one.basis for one in subspaces])
+    c = (a @ U.to(a) - offset.to(a)).square()  # of all at once: one pass over the positions
+    sizes = [one.basis.shape[1] for one in subspaces]
+    square = torch.stack([part.sum(-1) for part in c.split(sizes, -1)]).where(real, 0)
+    return torch.stack([square.amax(2), square.sum(2) / real.sum(1).clamp_min(1)])
 
 
 def presences(
@@ -128,8 +132,7 @@ def presences(
     with preserved(model):
         for _, batch in samples.read(rows):
             for layer, (a, real) in layer_vectors(model, batch.inputs, own).items():
-                pairs = [presence_of(a, real, one) for one in wanted[layer]]
-                found[layer].append(torch.stack(pairs, 1).double().cpu())
+                found[layer].append(presence_of(a, real, wanted[layer]).double().cpu())
     return {layer: torch.cat(found[layer], -1) for layer in own}
 
 
@@ -168,7 +171,7 @@ def separated(
     at = torch.searchsorted(rows, own)
     rated: list[tuple[Candidate, Any]] = []
     for number, one in enumerate(found):
-        best: tuple[Candidate, Any] | None = None
+        best: tuple[Candidate, Tensor] | None = None
         for pooling, by_pooling in zip(POOLINGS, scores, strict=True):
             s = by_pooling[number]
             if one.part is None:
@@ -182,11 +185,12 @@ def separated(
                 continue
             separation = 2 * float(roc_auc_score(truth.numpy(), seen.numpy())) - 1
             if best is None or separation > best[0].separation:
-                absent = judged[s <= two_means(s, weights)]
-                named: Any = {"pooling": pooling, "separation": separation, "absent": absent}
-                best = replace(one, **named, donors=donors), rankdata(s.numpy())
+                named: Any = {"pooling": pooling, "separation": separation, "donors": donors}
+                best = replace(one, **named), s
         if best is not None and best[0].separation > WORTH:
-            rated.append(best)
+            candidate, s = best
+            absent = judged[s <= two_means(s, weights)]
+            rated.append((replace(candidate, absent=absent), rankdata(s.numpy())))
     # A contrast has directions enough to be ablated, a single one of PRCA comes after it.
     rated.sort(key=lambda pair: (pair[0].part is None, -pair[0].separation))
     kept: list[tuple[Candidate, Any]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -148,9 +149,12 @@ def _judged(
     rated = []
     for candidate in kept:
         assert candidate.absent is not None  # it was separated
-        if int(torch.isin(one.away, candidate.absent).sum()) < SMALLEST:
+        lacking = torch.isin(one.away, candidate.absent)
+        if int(lacking.sum()) < SMALLEST:
             continue  # there is nothing to put it into
         put = _put(search, candidate, recipients)
+        if not put(SIZE).above_chance(one.target, lacking):
+            continue
         finding = _finding(search, one, layer, candidate, SIZE, put(SIZE), divided, cross)
         if finding.evidence.worth_a_look:
             rated.append((finding, candidate, put))
@@ -169,13 +173,14 @@ def _put(
     """Return a function that puts so many leading directions of a candidate into recipients."""
     generator = torch.Generator().manual_seed(search.seed)
     assert candidate.donors is not None  # it was separated
-    with_it, without = (
-        search.values(recipients.layer, some_of(rows, DONORS, generator))
-        for rows in candidate.donors
-    )
+    having, lacking = (some_of(rows, DONORS, generator) for rows in candidate.donors)
+    with_it = search.values(recipients.layer, having)
+    without = cache(partial(search.values, recipients.layer, lacking))
 
+    @cache
     def put(size: int) -> Transferred:
-        return recipients.put(candidate.leading(size).subspaces.basis, with_it, without)
+        U = candidate.leading(size).subspaces.basis
+        return recipients.put(U, with_it, without)
 
     return put
 
@@ -228,9 +233,7 @@ def _smallest(
     """Return the smallest size that has 80 % of the effect of the largest, and what it does."""
     most = candidate.subspaces.basis.shape[1]
     sizes = sorted({min(size, most) for size in SIZES})
-    tried = {size: put(size) for size in sizes}
-    every = torch.ones(len(tried[sizes[0]].before), dtype=torch.bool)
-    effects = {size: float(one.gains(target, every).mean()) for size, one in tried.items()}
-    enough = ENOUGH_EFFECT * effects[sizes[-1]]
-    size = next((size for size in sizes if effects[size] >= enough), sizes[-1])
-    return size, tried[size]
+    enough = ENOUGH_EFFECT * float(put(sizes[-1]).gains(target).mean())
+    fewer = (size for size in sizes if float(put(size).gains(target).mean()) >= enough)
+    size = next(fewer, sizes[-1])
+    return size, put(size)

@@ -96,8 +96,8 @@ class Finding:
             vectors = layer_vectors(model, inputs, {self.layer: self.axis})
         values, real = vectors[self.layer]
         self.subspaces.require_channels(values)
-        both = presence_of(values.double(), real, self.subspaces)
-        return both[POOLINGS.index(self.pooling)].cpu()
+        both = presence_of(values.double(), real, [self.subspaces])
+        return both[POOLINGS.index(self.pooling), 0].cpu()
 
     def attribute(self, model: nn.Module) -> Callable[[Inputs], Tensor]:
         """Return a function that says which inputs of a batch have the feature.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,14 +24,24 @@ BATCH = 64
 class Transferred:
     """Logits of samples before and after coefficients of others were put into them.
 
-    Each of shape (samples, classes): unchanged, from samples with the feature, from samples of the
-    class without it, and in random subspaces from samples with it.
+    Each of shape (samples, classes): unchanged, from samples with the feature, in random subspaces
+    from any of the class, and, computed when it is needed, from samples without the feature.
     """
 
     before: Tensor
     with_it: Tensor
-    without: Tensor
     at_random: Tensor
+    by_others: Callable[[], Tensor]
+
+    @cached_property
+    def without(self) -> Tensor:
+        """The logits with coefficients from samples of the class without the feature."""
+        return self.by_others()
+
+    def above_chance(self, target: int, among: Tensor) -> bool:
+        """Return whether the target's margin grows more than in random subspaces, in the mean."""
+        with_it, at_random = (margins(one, target) for one in (self.with_it, self.at_random))
+        return float((with_it - at_random)[among].mean()) > 0
 
     def turned(
         self, target: int, among: Tensor, *, predicted: bool = True
@@ -49,11 +60,12 @@ class Transferred:
         by_feature, *controls = turned
         return by_feature, max(controls, key=lambda one: float(one.double().mean()))
 
-    def gains(self, target: int, among: Tensor) -> Tensor:
+    def gains(self, target: int, among: Tensor | None = None) -> Tensor:
         """Return how much more the target's margin grows than by the strongest control.
 
-        One number of each sample of the mask ``among``.
+        One number of each sample, or of those of the mask ``among``.
         """
+        among = torch.ones(len(self.before), dtype=torch.bool) if among is None else among
         by_feature, *controls = (
             margins(one, target)[among] for one in (self.with_it, self.at_random, self.without)
         )
@@ -87,13 +99,18 @@ class Recipients:
         U = _random_subspaces(channels, min(SIZE, channels), len(self.inputs), generator)
         return self._logits(U, self._drawn(self.any_donors))
 
-    def put(self, U: Tensor, with_it: Tensor, without: Tensor) -> Transferred:
+    def put(self, U: Tensor, with_it: Tensor, without: Callable[[], Tensor]) -> Transferred:
         """Exchange the coefficients along U, shape (channels, directions), with drawn donors.
 
-        ``with_it`` and ``without`` are the layer's values of donors, shape (donors, ...).
+        ``with_it`` and what ``without`` returns are the layer's values of donors, shape (donors,
+        ...).
         """
-        by_feature, by_others = (self._logits(U, self._drawn(one)) for one in (with_it, without))
-        return Transferred(self.unchanged, by_feature, by_others, self.at_random)
+        by_feature = self._logits(U, self._drawn(with_it))
+
+        def by_others() -> Tensor:
+            return self._logits(U, self._drawn(without()))
+
+        return Transferred(self.unchanged, by_feature, self.at_random, by_others)
 
     def _drawn(self, donors: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
