@@ -19,6 +19,7 @@ from xai_edit.command.config import CONFIG
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.datasets.small_network import small_cnn
+from xai_edit.edits.model_edit import SENTENCES
 from xai_edit.pages.page import write_report
 
 NET = """
@@ -121,6 +122,11 @@ def files(folder):
     """The files of a run but for its options, which every run writes."""
     every = (file for file in Path(folder).rglob("*.*") if file.name != CONFIG)
     return sorted(str(file.relative_to(folder)) for file in every)
+
+
+def as_planned(origin):
+    """What planning wrote into an origin: all but what was measured afterwards."""
+    return {key: value for key, value in origin.items() if key not in SENTENCES}
 
 
 def as_json(value):

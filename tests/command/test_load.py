@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from xai_edit.command.load import IMAGENET, Preprocessing, load_images, load_model, preprocessing_of
+from xai_edit.command.load import (
+    IMAGENET,
+    Preprocessing,
+    by_category,
+    load_images,
+    load_model,
+    preprocessing_of,
+)
 from xai_edit.core.data import batches
 
 TINY = Preprocessing((3, 32, 32))
@@ -355,3 +362,16 @@ def test_a_data_set_without_classes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "FakeData", pairs)
     with pytest.raises(ValueError, match="not a set of images with a class each"):
         load_images("torchvision:FakeData")
+
+
+def test_class_folders_have_the_numbers_of_the_categories_of_their_names(tmp_path):
+    for name in ("Tabby_cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    images = load_images(str(tmp_path))
+    named = by_category(images, ["dog", "fish", "tabby cat"])
+    assert (named.labels, named.classes) == ([2, 0], {2: "Tabby_cat", 0: "dog"})
+    with pytest.raises(ValueError, match="folder 'Tabby_cat' is no class of the weights; did you"):
+        by_category(images, ["dog", "fish", "tabby cats"])
+    assert by_category(images, ["one", "two", "three"]) is images
+    assert by_category(images, ["cat", "dog"]) is images  # a full set of folders

@@ -46,6 +46,36 @@ def everything(label, has, seen):
     return True
 
 
+@pytest.mark.parametrize("header", [[], ["path"], ["path,has"]])
+def test_a_list_of_the_images_with_the_feature_is_enough(here, header):
+    images = images_of()
+    whole = read_attribute("marks.csv", images, "test")
+    having = [line for line in Path("marks.csv").read_text().splitlines() if line.endswith(",1")]
+    if header != ["path,has"]:
+        having = [line.removesuffix(",1") for line in having]
+    Path("having.csv").write_text("\n".join([*header, *having]))
+    assert read_attribute("having.csv", images, "test") == whole
+
+
+@pytest.mark.parametrize(
+    ("how", "labels"),
+    [("--mean 40", "abcd"), ("", "dcba")],
+    ids=["wrong normalisation", "swapped classes"],
+)
+def test_images_that_the_model_does_not_expect_are_told_of_first(here, capsys, how, labels):
+    written(everything)
+    lines = Path("data.csv").read_text().splitlines()
+    Path("data.csv").write_text(
+        "\n".join(f"{line[:-1]}{labels.index(line.split('/')[1])}" for line in lines)
+    )
+    assert main(shlex.split(f"{LINE} {how} --force --out unfit")) == 0
+    printed = capsys.readouterr()
+    assert "images are classified right, near chance (0.250); --mean" in printed.err
+    assert printed.err.index("near chance") < printed.err.index("planning")
+    page = Path("unfit/report.html").read_text(encoding="utf-8")
+    assert "images are classified right, near chance" in page[: page.index("<table")]
+
+
 @pytest.mark.parametrize(
     ("kept", "value", "said"),
     [
@@ -79,7 +109,7 @@ def everything(label, has, seen):
 )
 def test_the_page_and_the_terminal_say_what_is_not_known(here, capsys, kept, value, said):
     written(kept, value)
-    assert main(shlex.split(f"{LINE} --select exact --out fault --quiet")) == 0
+    assert main(shlex.split(f"{LINE} --select exact --out fault --force --quiet")) == 0
     page = Path("fault/report.html").read_text(encoding="utf-8")
     printed, results = capsys.readouterr().out, read("fault")
     for text in said:

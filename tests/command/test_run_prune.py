@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_runs import as_json, files, finished, read, refused
+from command_runs import as_json, as_planned, files, finished, read, refused
 from conftest import trained
 from PIL import Image
 from safetensors.torch import load_file
@@ -210,7 +210,7 @@ def test_a_run_without_a_feature_is_that_of_the_library_beside_other_criteria(pl
         assert row["weights_changed"] == edit.size
         if row["edit"] is not None:
             saved = xe.ModelEdit.load(plain / row["edit"])
-            assert saved.origin == edit.origin
+            assert as_planned(saved.origin) == edit.origin
             for name, change in edit.changes.items():
                 assert torch.equal(saved.changes[name].new, change.new)
     assert [row["edit"] for row in results["rows"]] == [None, FILES[0], None, None]
@@ -242,7 +242,7 @@ def test_with_a_feature_the_filters_that_see_only_it_go(aware, here):
     assert concept["images"] == len(parts.planning)
     operator = ConceptAwarePruning("1", xe.ContrastivePCA(), "auto", 0.4)
     expected = operator.plan(model, references(parts.planning), features=features)
-    assert edit.origin == as_json(expected.origin)
+    assert as_planned(edit.origin) == as_json(expected.origin)
     assert concept["predictiveness"] == edit.origin["predictiveness"]
     subspaces = xe.ContrastivePCA().fit(features)
     with xe.ablated(model, "1", subspaces, [0]):

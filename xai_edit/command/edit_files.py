@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 
 from xai_edit.command.edit_log import write_record
@@ -19,7 +20,8 @@ def show(options: argparse.Namespace) -> int:
     """Run ``xai-edit show``."""
     edit = ModelEdit.load(options.edit)
     if not options.json:
-        print(edit.summary())
+        written = datetime.fromtimestamp(options.edit.stat().st_mtime, timezone.utc)
+        print(f"{edit.summary()}\n  file of {written:%Y-%m-%d %H:%M} UTC")
         return 0
     changes = {
         name: {

@@ -13,7 +13,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
+from xai_edit.command.load import (
+    Images,
+    Preprocessing,
+    by_category,
+    card_of,
+    load_images,
+    load_model,
+    preprocessing_of,
+)
 from xai_edit.command.own_data import is_own, load_own
 from xai_edit.core.checks import one_of
 from xai_edit.core.data import Data
@@ -69,6 +77,8 @@ def images_of(options: argparse.Namespace, spec: str, split: str | None = None) 
     preprocessing = preprocessing_given(options)
     how = {"root": options.data_root, "split": split or options.split, "limit": options.limit}
     images = load_images(spec, preprocessing=preprocessing, **how)
+    if categories := card_of(options.model, options.weights).get("categories"):
+        images = by_category(images, categories)
     note(options, f"data: {spec}, {images}; as inputs {preprocessing}")
     return images
 

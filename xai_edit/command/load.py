@@ -287,6 +287,38 @@ class Images(Dataset[Any]):
         return f"{len(self)} of {len(self.source)} images{listed if named else ''}"
 
 
+def card_of(spec: str, weights: str | None) -> Mapping[str, Any]:
+    """Return what torchvision tells of its weights, such as ``categories``; else nothing."""
+    if weights is None or not spec.startswith(TORCHVISION):
+        return {}
+    known = models.get_model_weights(_torchvision_name(spec)).__members__
+    return known[weights].meta if weights in known else {}
+
+
+def by_category(images: Images, categories: Sequence[str]) -> Images:
+    """Return images of class folders with the numbers of the categories of the same names.
+
+    ValueError if some folders have such names and others have not. Without any, or of a full set
+    of folders, the numbers stay.
+    """
+    names = images.classes
+    if not names or len(names) == len(categories) or not isinstance(images.source, list):
+        return images
+    number = {_plain(name): at for at, name in reversed([*enumerate(categories)])}
+    new = {label: number[_plain(name)] for label, name in names.items() if _plain(name) in number}
+    if not new:
+        return images
+    if unknown := [name for label, name in names.items() if label not in new]:
+        guess = _near(unknown[0], categories)
+        raise ValueError(f"data: folder {unknown[0]!r} is no class of the weights{guess}")
+    source = [(path, new[label]) for path, label in images.source]
+    return replace(images, source=source, classes={new[at]: name for at, name in names.items()})
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ")
+
+
 def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]:
     entries = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
     images = [(str(each), None) for each in entries if is_image_file(each.name)]

@@ -85,7 +85,7 @@ _fractions = _list_of("numbers from 0 to 1", r"0?\.\d+|0|1|[01]\.0*", float)
 
 LABELLED = "class folders, CSV file of path,label, or torchvision:CIFAR10"
 SCORERS = "an LRP rule such as epsilon-plus (a wrong name lists all), random, taylor, …"
-ATTRIBUTE = "has the feature: CSV file of path,1 and path,0, folder of those with it, or marks.json"
+ATTRIBUTE = "which have the feature: CSV file of path,1 (and path,0), a folder, or marks.json"
 
 PLANT = Option(
     "--plant FILE",

@@ -14,18 +14,23 @@ import torch
 from torch import nn
 
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
+from xai_edit.command.load import card_of
 from xai_edit.command.own_data import is_own
 from xai_edit.command.run_parts import marks_in, read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
-from xai_edit.core.data import Data
+from xai_edit.core.data import Data, batches
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
 from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
+from xai_edit.evaluation.accuracy import least_above_chance
+from xai_edit.evaluation.intervals import wilson_intervals
 from xai_edit.pages.page import as_json, write_run
 from xai_edit.pages.verdict import Outcome, verdict, verdict_text, warnings
 
+CHECKED = 64  # images whose accuracy is looked at before the long part
+FAR_BELOW = 0.1
 MODEL = {"name": "model", "weights": "weights", "classes": "outputs"}  # option of each entry
 
 
@@ -49,9 +54,12 @@ class Run:
             folder = data if data.is_dir() else data.parent
             self.attribute = read_attribute(options.attribute, self.images, folder)
             self.marks = marks_in(options.attribute)
+            having = sum(self.attribute)
+            note(options, f"attribute: {having} of {len(self.attribute)} images have it")
         self.edits: dict[str, ModelEdit] = {}
         self.seconds: dict[str, float] = {}
         self.withheld: dict[str, str] = {}
+        self.noticed: list[str] = []
 
     @cached_property
     def model(self) -> nn.Module:
@@ -69,11 +77,37 @@ class Run:
         return Batches(self.options, images, doing, shuffled=shuffled)
 
     def check_labels(self) -> None:
-        """Raise ValueError, before the long part, if a label is not a class of the model."""
-        inputs = self.images[0][0][None].to(self.options.device)
+        """Look, before the long part, at the labels and at the accuracy on a few images.
+
+        ValueError if a label is not a class of the model. An accuracy near chance, or far below
+        that of the weights' card, becomes a warning: the images may not be what the model expects.
+        """
+        count = min(CHECKED, len(self.images))
+        few = self.images.only([at * len(self.images) // count for at in range(count)])
+        right = 0
         with preserved(self.model), torch.no_grad():
-            outputs = predict(self.model, inputs).shape[1]
-        in_range(self.images.labels, outputs, "labels")
+            for batch in batches(self.read(few, "checking"), self.options.device):
+                logits = predict(self.model, batch.inputs)
+                in_range(self.images.labels, logits.shape[1], "labels")
+                assert batch.labels is not None
+                right += int((logits.argmax(1) == batch.labels).sum())
+        least = least_above_chance(logits.shape[1], count)
+        (interval,) = wilson_intervals(torch.tensor([right]), torch.tensor([count]), 0.95)
+        metrics = card_of(self.options.model, self.options.weights).get("_metrics", {})
+        card = next((one["acc@1"] / 100 for one in metrics.values()), 0.0)
+        expected = ""
+        if right / count <= least:
+            expected = f"near chance ({1 / logits.shape[1]:.3f})"
+        elif interval[1] < card - FAR_BELOW:
+            expected = f"far below the {card:.3f} of the weights' card"
+        if expected:
+            message = (
+                f"{right} of {count} images are classified right, {expected}; --mean, --std, "
+                "--resize or the order of the classes may not be those of the training: "
+                f"{self.images}"
+            )
+            self.noticed.append(message)
+            note(self.options, f"warning: {message}")
 
     def plan(
         self, name: str, plan: Callable[[], ModelEdit], *, empty: str | None = None
@@ -143,14 +177,17 @@ class Run:
 
         ``outcome_of`` makes the outcome of the results as they are in ``results.json``.
         """
+        outcome = outcome_of(json.loads(as_json(results)))
+        told = {"warnings": [*self.noticed, *warnings(outcome)], "verdict": verdict(outcome)}
+        results = {**results, **told}
         (self.out / "edits").mkdir(exist_ok=True)
+        judged = self.edits.get(outcome.method)
         for path, edit in edits.items():
             if edit is None:
                 (self.out / path).unlink(missing_ok=True)  # of an earlier run
             else:
-                edit.save(self.out / path)
-        outcome = outcome_of(json.loads(as_json(results)))
-        results = {**results, "warnings": warnings(outcome), "verdict": verdict(outcome)}
+                origin = edit.origin | (told if edit is judged else {})
+                replace(edit, origin=origin).save(self.out / path)
         report = write_run(self.out, results, timing)
         text = f"{report.text()}\n\n{verdict_text(results)}"
         return self.show(results, text, "report.html")

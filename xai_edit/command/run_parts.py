@@ -17,6 +17,7 @@ from xai_edit.core.inputs import Inputs
 from xai_edit.discovery.marks import Marks
 
 SEED = 0  # of the parts
+ZERO_ONE = ("0", "1")
 
 
 class Parts(NamedTuple):
@@ -77,8 +78,9 @@ def watched(data: Data, watch: Callable[[Inputs], None]) -> Iterator[Any]:
 def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list[int]:
     """Return whether each image has the attribute, 1 or 0, in the order of ``images``.
 
-    ``spec`` is a CSV file of ``path,0`` and ``path,1`` lines, with paths relative to ``folder``
-    (that of the images) or to the file; numbers from 0 are the paths of a torchvision data set. A
+    ``spec`` is a CSV file of ``path,0`` and ``path,1`` lines, or of ``path,1`` or ``path`` lines
+    for those that have it, with paths relative to ``folder`` (that of the images) or to the file;
+    numbers from 0 are the paths of a torchvision data set. A
     ``.json`` file of `Marks` has the same names. Or it is a folder with copies of the images that
     have the attribute, at the same relative paths or, where their names are unique, anywhere.
     """
@@ -91,6 +93,8 @@ def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list
         )
     if spec.is_file():
         values = _from_table(spec, images, [folder, spec.parent] if listed else [])
+        if spec.suffix != ".json" and set(values.values()) == {1}:
+            values = {row: values.get(row, 0) for row in images.rows}
     elif listed:
         having = _from_folder(spec, images, folder)
         values = {row: int(row in having) for row in images.rows}
@@ -130,10 +134,14 @@ def _from_table(file: Path, images: Images, folders: Sequence[Path]) -> dict[int
         where = f"attribute: {file}, line {line}"
         names = [os.path.realpath(folder / cells[0]) for folder in folders] or [cells[0].strip()]
         rows = next((known[name] for name in names if name in known), None)
-        value = cells[1].strip() if len(cells) == 2 else None
-        if value not in ("0", "1"):
-            if at == 0 and rows is None and len(cells) == 2:
-                continue  # a header
+        value = cells[1].strip() if len(cells) == 2 else "1" if len(cells) == 1 else None
+        if (
+            at == 0
+            and rows is None
+            and (cells == ["path"] or (cells[1:] and value not in ZERO_ONE))
+        ):
+            continue  # a header
+        if value not in ZERO_ONE:
             raise ValueError(f"{where}: {','.join(cells)!r} given; give path,0 or path,1")
         if rows is None:
             raise ValueError(f"{where}: {cells[0]!r} is not an image of the data")

@@ -19,6 +19,7 @@ from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteErro
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.wrapped import unwrapped
 
+SENTENCES = ("warnings", "verdict")  # entries of an origin that commands add
 FORMAT = 1
 KIND = "xai_edit.edit"
 PARTS = ("index", "old", "new")  # of a change, as tensors of a file
@@ -262,7 +263,9 @@ class ModelEdit:
             if len(change) > 3:
                 lines.append(f"    … and {len(change) - 3} more")
         for key, value in self.origin.items():
-            if key not in ("operator", "versions"):
+            if key in SENTENCES:
+                lines += [f"  {key}:", *(f"    {sentence}" for sentence in value)]
+            elif key not in ("operator", "versions"):
                 lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass
 from functools import partial
 from operator import itemgetter
@@ -23,6 +24,13 @@ from xai_edit.evaluation.intervals import (
 LINES = 20  # groups that the text shows
 FEW = 10  # samples; a group of fewer is marked, since its accuracy says little
 CONFIDENCE, RESAMPLES, SEED = 0.95, 2000, 0
+
+
+def least_above_chance(classes: int, samples: int) -> float:
+    """Return the accuracy two standard errors above 1 / classes, that of guessing."""
+    chance = 1 / classes
+    return chance + 2 * math.sqrt(chance * (1 - chance) / samples)
+
 
 Group: TypeAlias = tuple[int, int]
 """A class and an attribute."""

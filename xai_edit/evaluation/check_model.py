@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from xai_edit.core.layers import run
 from xai_edit.core.outputs import Outputs, as_logits, outputs_as, outputs_of, tensor_of
 from xai_edit.core.targets import Target, checked_target
 from xai_edit.core.trace import trace
+from xai_edit.evaluation.accuracy import least_above_chance
 from xai_edit.evaluation.model_check import ACCEPTED_SHARE, Figure, ModelCheck
 from xai_edit.evaluation.parts_check import PARTS, Tried
 from xai_edit.evaluation.relevance_shares import INPUT, LEAST, relevance_shares, stages_of
@@ -140,8 +140,7 @@ def _accuracy(outputs: Tensor, labels: Tensor, check: ModelCheck) -> None:
         return
     said = logits.argmax(1)
     value, n = float((said == labels).double().mean()), len(labels)
-    chance = 1 / classes
-    least = chance + 2 * math.sqrt(chance * (1 - chance) / n)
+    chance, least = 1 / classes, least_above_chance(classes, n)
     accepted = f"above {least:.3f}: chance is {chance:.3f}, with {n} samples"
     check.figures.append(Figure("accuracy", value, accepted, value > least))
     if value <= least:
