@@ -1,0 +1,78 @@
+"""Every accuracy of a run again from the edited weights, by plain PyTorch and PIL."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_runs import NET, images_of, read
+from PIL import Image
+from safetensors.torch import load_file
+
+from xai_edit.command.main import main
+from xai_edit.command.run_parts import read_attribute, split
+from xai_edit.command.run_unlearn import split as unlearning_parts
+
+
+def right_answers(weights, names):
+    """Which images a network with these weights is right about."""
+    scope: dict = {}
+    exec(NET, scope)
+    model = scope["build"]()
+    model.load_state_dict(weights)
+    pixels = [np.array(Image.open(name), dtype=np.float32) / 255 for name in names]
+    with torch.no_grad():
+        said = model(torch.from_numpy(np.stack(pixels))[:, None]).argmax(1)
+    labels = ["abcd".index(Path(name).parent.name) for name in names]
+    return (said == torch.tensor(labels)).tolist()
+
+
+def edited(edit):
+    """The weights that ``xai-edit apply`` writes."""
+    Path("new.safetensors").unlink(missing_ok=True)
+    line = "--model page_net:build --weights w.pt --quiet --out new.safetensors"
+    assert main(["apply", str(edit), *line.split()]) == 0
+    return load_file("new.safetensors")
+
+
+@pytest.mark.parametrize("command", ["neutralize", "prune"])
+def test_accuracies_by_group_and_the_worst(runs, here, command):
+    results, images = read(runs[command]), images_of()
+    has = read_attribute("marks.csv", images, "test") if command == "neutralize" else None
+    held_out = split(images, has, validation=command == "neutralize").held_out
+    names = [images.source[row][0] for row in held_out.rows]
+    groups = held_out.groups
+    measured = 0
+    for row in results["rows"]:
+        if row["edit"] is None and row["method"] != "before":
+            continue  # its file is not kept
+        weights = torch.load("w.pt", weights_only=True)
+        if row["edit"] is not None:
+            weights = edited(runs[command] / row["edit"])
+        right, figures = right_answers(weights, names), row["figures"]
+        by_group = {group: [] for group in groups}
+        for group, one in zip(groups, right, strict=True):
+            by_group[group].append(one)
+        accuracies = {group: np.mean(each) for group, each in by_group.items()}
+        found = {(one["class"], one["attribute"]): one["accuracy"] for one in figures["groups"]}
+        assert found == pytest.approx(accuracies)
+        assert figures["worst"]["accuracy"] == pytest.approx(min(accuracies.values()))
+        assert figures["average"]["accuracy"] == pytest.approx(np.mean(right))
+        assert figures["balanced"]["accuracy"] == pytest.approx(np.mean([*accuracies.values()]))
+        measured += 1
+    assert measured >= 2
+
+
+def test_accuracies_on_what_is_to_be_forgotten_and_the_rest(runs, here):
+    results = read(runs["unlearn"])
+    weights = edited(runs["unlearn"] / results["edit"]["file"])
+    held_out = unlearning_parts(images_of(), results["forget"], 10).held_out
+    names = [held_out.source[row][0] for row in held_out.rows]
+    labels = np.array(held_out.labels)
+    forgotten = np.isin(labels, results["forget"])
+    state = torch.load("w.pt", weights_only=True)
+    for row, now in zip(results["rows"], (state, weights), strict=False):
+        right = np.array(right_answers(now, names))
+        assert row["forgotten"] == pytest.approx(right[forgotten].mean())
+        assert row["rest"] == pytest.approx(right[~forgotten].mean())
+        assert row["classes"] == pytest.approx([right[labels == one].mean() for one in range(4)])
