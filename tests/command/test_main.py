@@ -85,7 +85,12 @@ def test_score_prints_a_table_and_writes_what_the_library_gives(folder, capsys):
     assert top["units"] == 512
     assert [one["unit"] for one in top["top"]] == expected.top("layer4.1.conv2", count=5).tolist()
     assert top["top"][0]["score"] == float(expected["layer4.1.conv2"].max())
-    assert files("out/scores") == ["results.json", "scores.safetensors"]
+    assert files("out/scores") == ["report.html", "results.json", "scores.safetensors"]
+    page = Path("out/scores/report.html").read_text()
+    assert f"{expected.top('fc', share=0.01)[0]}: " in page
+    Path("out/scores/report.html").unlink()
+    assert main(["report", "out/scores"]) == 0
+    assert Path("out/scores/report.html").read_text() == page
 
 
 def test_two_runs_agree_bit_for_bit_without_weights_given(folder):
@@ -143,7 +148,10 @@ def test_compare_writes_how_alike_the_scorers_are(folder, capsys):
     assert [layer["rank_correlation"][at][at] for at in range(4)] == pytest.approx([1] * 4)
     assert [*layer["deletion"]] == names.split(",")
     pictures = {"rank-correlation.png", "deletion.png", "relevance-maps.png"}
-    assert {*files("out")} == {"comparison.json", *pictures}
+    assert {*files("out")} == {"comparison.json", "report.html", *pictures}
+    page = Path("out/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "rank correlation with " in page
     for name in pictures:
         assert Path("out", name).read_bytes().startswith(b"\x89PNG")
 
@@ -325,7 +333,7 @@ def test_score_and_check_take_a_data_set_of_mappings(texts, capsys):
     torch.testing.assert_close(found["hidden"], expected["hidden"])
     line = f"score {texts} --layers hidden --limit 6 --quiet --compare epsilon,taylor --out both"
     assert main(shlex.split(line)) == 0
-    assert files("both") == ["comparison.json", "rank-correlation.png"]
+    assert files("both") == ["comparison.json", "rank-correlation.png", "report.html"]
     capsys.readouterr()
     assert main(shlex.split(f"check {texts} --layers hidden --json --quiet")) in (0, 1)
     assert "accuracy" in capsys.readouterr().out

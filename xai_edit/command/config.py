@@ -16,7 +16,6 @@ else:
     import tomli as tomllib
 
 CONFIG = "run.toml"
-RESULTS = ("results.json", "comparison.json")
 OF_ONE_RUN = ("out", "config", "force", "quiet")  # not repeated
 
 
@@ -68,6 +67,8 @@ def write_config(folder: Path, arguments: Sequence[str]) -> None:
 
 def require_unused(folder: Path) -> None:
     """Raise FileExistsError if a folder holds a run."""
+    from xai_edit.pages.page import RESULTS  # takes long to import
+
     for name in RESULTS:
         if (folder / name).is_file():
             raise FileExistsError(

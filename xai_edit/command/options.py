@@ -170,8 +170,8 @@ COMMANDS = {
     ),
     "score": Command(
         "Score the units of a model's layers, or compare several scorers. Writes "
-        "scores.safetensors and results.json, or comparison.json and pictures, to the folder of "
-        "--out.",
+        "scores.safetensors and results.json, or comparison.json and pictures, and report.html to "
+        "the folder of --out.",
         (
             COMPOSITE._replace(instead=True),
             Option("--compare NAME,…", "several, and how alike they are", _names, instead=True),

@@ -104,7 +104,7 @@ def score(options: argparse.Namespace) -> int:
         **{name: getattr(options, name) for name in ("target", "aggregate", "share")},
     }
     if options.compare:
-        file, results["run"] = "comparison.json", "compare"
+        results["run"] = "compare"
         texts = []
         for part, images in _parts(run).items():
             data = run.read(images, f"scoring {part}".strip())
@@ -116,7 +116,6 @@ def score(options: argparse.Namespace) -> int:
             texts.append(f"{title}{found}")
         text = "\n\n".join(texts)
     else:
-        file = "results.json"
         scores = score_units(run.model, data, scorers[options.composite], **how)
         results |= {"scorer": scores.origin, "samples": scores.samples, "layers": {}}
         for layer in scores:
@@ -128,8 +127,8 @@ def score(options: argparse.Namespace) -> int:
         text = str(scores)
     if run.out is None:
         return run.show(results, text)
-    write_atomically(run.out / file, as_json(results).encode())
-    return run.show(results, text, file)
+    write_run(run.out, results)
+    return run.show(results, text, "report.html")
 
 
 def _parts(run: Run) -> dict[str, Images]:

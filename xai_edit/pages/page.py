@@ -20,6 +20,7 @@ from xai_edit.pages.demo import demo_page
 from xai_edit.pages.discover import FINDINGS, PICTURES, discovery_page
 from xai_edit.pages.neutralize import neutralizing_page
 from xai_edit.pages.prune import pruning_page
+from xai_edit.pages.score import comparing_page, scoring_page
 from xai_edit.pages.unlearn import unlearning_page
 from xai_edit.pages.verdict import verdict_html
 from xai_edit.report.comparison_figures import map_grid
@@ -27,7 +28,8 @@ from xai_edit.report.html import Report
 from xai_edit.report.table import Table, counted
 
 MAPS = "maps.safetensors"
-RUNS = ("check", "discover", "demo", "unlearn", "neutralize", "prune")  # that have a page
+RUNS = ("check", "score", "compare", "discover", "demo", "unlearn", "neutralize", "prune")
+RESULTS = ("results.json", "comparison.json")  # of `xai-edit score --compare`
 DECIDED = ("unlearn", "neutralize", "prune")  # that begin with a verdict
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
 COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
@@ -43,10 +45,15 @@ def write_report(folder: str | Path) -> Path:
     return Path(folder) / "report.html"
 
 
-def write_run(folder: Path, results: Mapping[str, Any], timing: Mapping[str, Any]) -> Report:
-    """Write ``timing.json``, ``results.json`` and the page of a run, and return the page."""
-    for name, content in (("timing.json", timing), ("results.json", results)):
-        write_atomically(folder / name, f"{as_json(content)}\n".encode())
+def write_run(
+    folder: Path, results: Mapping[str, Any], timing: Mapping[str, Any] | None = None
+) -> Report:
+    """Write ``timing.json``, if given, the results and the page of a run, and return the page."""
+    if timing is not None:
+        write_atomically(folder / "timing.json", f"{as_json(timing)}\n".encode())
+    file, other = RESULTS[:: -1 if results["run"] == "compare" else 1]
+    (folder / other).unlink(missing_ok=True)  # of an earlier run
+    write_atomically(folder / file, f"{as_json(results)}\n".encode())
     return _write(folder)
 
 
@@ -56,12 +63,13 @@ def as_json(results: Mapping[str, Any]) -> str:
 
 
 def _write(folder: Path) -> Report:
-    results = _json(file := folder / "results.json")
+    there = (folder / name for name in RESULTS if (folder / name).is_file())
+    results = _json(file := next(there, folder / RESULTS[0]))
     kind = results.get("run")
     if kind not in RUNS:
         raise ValueError(f"{file}: run {kind!r} has no report page; {', '.join(RUNS)} have")
     try:
-        report = _page(folder, results, _json(folder / "timing.json"))
+        report = _page(folder, results)
         if kind in DECIDED:
             report = replace(report, parts=[verdict_html(results), *report.parts])
         content = report.html()
@@ -88,7 +96,13 @@ def _demo(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Repo
     return demo_page(results, timing, maps, _weights(folder, edits))
 
 
-def _page(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
+def _page(folder: Path, results: dict[str, Any]) -> Report:
+    if results["run"] == "score":
+        return scoring_page(results)
+    if results["run"] == "compare":
+        pictures = {file.stem: file.read_bytes() for file in sorted(folder.glob("*.png"))}
+        return comparing_page(results, pictures)
+    timing = _json(folder / "timing.json")
     if results["run"] == "check":
         return checking_page(results)
     if results["run"] == "discover":
