@@ -410,3 +410,11 @@ def test_options_that_are_none_are_refused(folder, capsys, content, says):
     else:
         assert says in refused(line, capsys, out=None)
     assert not Path("out").exists()
+
+
+def test_images_read_by_other_processes_give_the_same_scores(folder):
+    line = f"score {RESNET} --data photos --quiet --batch-size 2"
+    for out, workers in (("alone", 0), ("helped", 2)):
+        assert main(shlex.split(f"{line} --workers {workers} --out {out}")) == 0
+    alone, helped = (xe.UnitScores.load(f"{one}/scores.safetensors") for one in ("alone", "helped"))
+    assert all(torch.equal(alone[layer], helped[layer]) for layer in alone)

@@ -51,7 +51,8 @@ class Batches(DataLoader[Any]):
         self, options: argparse.Namespace, images: Any, doing: str, *, shuffled: bool = False
     ) -> None:
         generator = torch.Generator().manual_seed(SEED) if shuffled else None
-        super().__init__(images, options.batch_size, shuffle=shuffled, generator=generator)
+        how = {"shuffle": shuffled, "generator": generator, "num_workers": options.workers}
+        super().__init__(images, options.batch_size, **how)
         self.bar: dict[str, Any] = {"desc": doing, "disable": options.quiet, "total": len(self)}
 
     def __iter__(self) -> Any:
