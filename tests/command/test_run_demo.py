@@ -1,5 +1,7 @@
 """``xai-edit demo``: the figures it writes are those of the edits it saves, whatever they are."""
 
+import json
+
 import pytest
 import torch
 from command_runs import DEMO, files, read
@@ -130,3 +132,10 @@ def test_a_wrong_folder_or_seed_is_one_clear_line(tmp_path, capsys, more):
     assert main(["demo", "--out", str(file), "--quiet", *more.split()]) == 2
     assert capsys.readouterr().err.startswith("xai-edit: ")
     assert file.read_text() == "mine"
+
+
+def test_results_are_printed_as_json(folder, monkeypatch, capsys, tmp_path):
+    run_demo = xai_edit.command.run_demo
+    monkeypatch.setattr(run_demo, "run", lambda *_, **__: folder / "report.html")
+    assert main(["demo", "--out", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == read(folder)

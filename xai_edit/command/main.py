@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import shlex
 import sys
@@ -115,7 +116,9 @@ def reproduce(options: argparse.Namespace) -> int:
         command=options.line,
     )
     results = entry.run(asked)
-    if not options.quiet:
+    if options.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    elif not options.quiet:
         print(text(entry.tables(entry.summary(results))))
     note(options, f"written: {asked.out / 'results.json'}")
     return 0

@@ -152,6 +152,7 @@ COMMANDS = {
             Option("--seed N", "of data and training", int, 0),
             Option("--quick", "fewer shares, for a first look"),
             Option("--quiet", "no progress bar and no table"),
+            JSON,
         ),
     ),
     "check": Command(
@@ -332,6 +333,7 @@ COMMANDS = {
             Option("--methods A,B", "default: all; 'A, b; C' where names have commas", _names),
             Option("--device NAME", "such as cuda; default: cuda if there is one, else cpu"),
             Option("--quiet", "no progress bar and no tables"),
+            JSON,
         ),
         example="npp-mnist --data-root data --network all-cnn:0.25 --epochs 2 --target 1",
     ),

@@ -182,7 +182,10 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
 
 def command(options: argparse.Namespace) -> int:
     """Run ``xai-edit demo``."""
-    run(options.out, seed=options.seed, quick=options.quick, quiet=options.quiet)
+    quiet = options.quiet or options.json
+    page = run(options.out, seed=options.seed, quick=options.quick, quiet=quiet)
+    if options.json:
+        print(page.with_name("results.json").read_text(encoding="utf-8"), end="")
     return 0
 
 
