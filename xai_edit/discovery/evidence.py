@@ -155,12 +155,16 @@ def _separation(above: Any, below: Any) -> float:
 
 
 def two_means(scores: Tensor, weights: Tensor) -> float:
-    """Return the threshold that divides scores, shape (samples,), by weighted 2-means."""
+    """Return the threshold that divides presence scores, shape (samples,), by weighted 2-means.
+
+    Of their roots, which are lengths: squares of a feature that is strong vary so much that the
+    threshold between the means is above many of them.
+    """
     from sklearn.cluster import KMeans
 
-    column = scores.double().numpy()[:, None]
+    column = scores.double().sqrt().numpy()[:, None]
     fitted = KMeans(2, n_init=5, random_state=0).fit(column, sample_weight=weights.numpy())
-    return float(fitted.cluster_centers_.mean())
+    return float(fitted.cluster_centers_.mean()) ** 2
 
 
 def balanced_weights(classes: Tensor) -> Tensor:
