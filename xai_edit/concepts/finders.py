@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from scipy.linalg import eigh
@@ -13,6 +13,12 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import one_class_a_sample, one_of, positive, require, whole_number
 
 Kind = Literal["pattern", "logistic", "svm"]
+
+
+class Finder(Protocol):
+    """`PCA`, `PRCA`, `DRSA`, `CAV`, `ContrastivePCA`, or a class of a user's own."""
+
+    def fit(self, features: Features) -> Subspaces: ...  # noqa: D102
 
 
 class _Components:
