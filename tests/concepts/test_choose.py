@@ -115,40 +115,40 @@ def test_a_subspace_that_helps_but_does_not_tell_the_feature_is_not_taken():
 
 def test_figures_are_those_of_samples_that_the_subspaces_were_found_without():
     torch.manual_seed(0)
-    model, x, has = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), None, leaning()
-    x = samples(has) + 0.5 * torch.randn(SAMPLES, 4)
-    a = model[:2](x).detach()
-    features = Features(a, labels=LABELS, attribute=has)
-    data, finder = [(x, LABELS)], xe.ContrastivePCA(2)
+    has, x = leaning(), torch.randn(SAMPLES, 1, 5, 5)
+    x[:, :, 2, 2] += 2 * has[:, None]
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+    data, finder = [(x, LABELS, has)], xe.ContrastivePCA(None)
+    features = xe.collect_features(model, data, layer="1", positions=None)
     found = xe.choose_spurious(model, data, finder, features, layer="1")
     # Brute force: each third of every group, ablated by what the other two give.
-    fold = torch.zeros(SAMPLES, dtype=torch.long)
+    groups, fold = 2 * LABELS + has, torch.zeros(SAMPLES, dtype=torch.long)
     for group in range(4):
-        own = 2 * LABELS + has == group
+        own = groups == group
         fold[own] = torch.arange(int(own.sum())) % 3
+    assert len(found.candidates) > 2
     for one in found.candidates[1:]:
-        right = torch.zeros(SAMPLES, dtype=torch.bool)
-        energy = torch.zeros(SAMPLES).double()
+        right, told, pairs = torch.zeros(SAMPLES, dtype=torch.bool), 0.0, 0
         for held in range(3):
             rest, own = fold != held, fold == held
-            fit = xe.ContrastivePCA(len(one.indices)).fit(
-                Features(a[rest], labels=LABELS[rest], attribute=has[rest])
-            )
-            with torch.no_grad(), xe.ablated(model, "1", fit, [0]):
-                right[own] = model(x[own]).argmax(1) == LABELS[own]
-            centre = a[rest & (has == 0)].double().mean(0)
-            energy[own] = ((a[own] - centre) @ fit.block(0)).square().sum(1)
-        groups = [right[2 * LABELS + has == group].double().mean() for group in range(4)]
-        assert one.worst == pytest.approx(float(min(groups)))
-        assert one.balanced == pytest.approx(float(sum(groups) / 4))
-        wins, pairs = 0.0, 0
-        for label in range(2):
-            for held in range(3):
-                own = (fold == held) & (label == LABELS)
-                number = int(has[own].sum()) * int((1 - has[own]).sum())
-                wins += number * roc_auc_score(has[own], energy[own])
+            part = [(x[rest], LABELS[rest], has[rest])]
+            known = xe.collect_features(model, part, layer="1", positions=None)
+            fit = xe.ContrastivePCA(len(one.indices)).fit(known)
+            with torch.no_grad():
+                a = model[:2](x).flatten(2).mT.double()  # (samples, positions, channels)
+                with xe.ablated(model, "1", fit, [0]):
+                    right[own] = model(x[own]).argmax(1) == LABELS[own]
+            centre = a[rest & (has == 0)].flatten(0, 1).mean(0)
+            energy = ((a - centre) @ fit.block(0)).square().sum((1, 2))
+            for label in range(2):
+                rows = own & (label == LABELS)
+                number = int(has[rows].sum()) * int((1 - has[rows]).sum())
+                told += number * roc_auc_score(has[rows], energy[rows])
                 pairs += number
-        assert one.auc == pytest.approx(wins / pairs)
+        shares = [float(right[groups == group].double().mean()) for group in range(4)]
+        assert one.worst == pytest.approx(min(shares))
+        assert one.balanced == pytest.approx(sum(shares) / 4)
+        assert one.auc == pytest.approx(told / pairs)
 
 
 def test_the_spread_by_chance_is_that_of_mann_and_whitney():

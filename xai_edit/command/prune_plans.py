@@ -44,7 +44,7 @@ OF_A_KIND = 250  # images, of the class or the rest, with or without, that subsp
 POSITIONS = 100  # of an image, at most
 
 FINDERS: dict[str, Callable[[], Finder]] = {
-    "contrastive-pca": ContrastivePCA,
+    "contrastive-pca": partial(ContrastivePCA, None),
     "cav": CAV,
     "prca": partial(PRCA, None),
     "pca": partial(PCA, None),

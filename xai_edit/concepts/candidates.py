@@ -21,7 +21,7 @@ from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict, replaced
 
 FOLDS = 3
-SIZES = (1, 2, 4, 8)  # leading directions of a single subspace that are tried
+SIZES = (1, 2, 4)  # leading directions of a single subspace that are tried
 PLACES = ((0,), (1,), (0, 1))  # of several subspaces, by AUC: the best, the second, both
 
 

@@ -105,7 +105,7 @@ def choose_spurious(
 ) -> Choice:
     """Choose which subspaces of a spurious feature to ablate at a layer, or none.
 
-    Candidates are ablating nothing; of a single subspace its first 1, 2, 4 and 8 directions; of
+    Candidates are ablating nothing; of a single subspace its first 1, 2 and 4 directions; of
     several the one that tells the feature best, the second, and both. The candidate whose ablation
     gives the highest mean of worst-group and balanced accuracy is chosen, the first of equals,
     among those whose AUC is not within chance.

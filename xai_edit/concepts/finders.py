@@ -95,12 +95,13 @@ class ContrastivePCA:
 
     Parameters
     ----------
-    size : int
-        Directions of the subspace.
+    size : int or None
+        Directions of the subspace; None for all along which the contrast is positive, of which
+        `choose_spurious` takes some.
     """
 
-    def __init__(self, size: int = 4) -> None:
-        self.size = whole_number(size, "size", least=1)
+    def __init__(self, size: int | None = 4) -> None:
+        self.size = None if size is None else whole_number(size, "size", least=1)
 
     def fit(self, features: Features, attribute: Tensor | None = None) -> Subspaces:
         """Find the subspace.
@@ -131,10 +132,10 @@ class ContrastivePCA:
         """Find the subspace from moments of the vectors: the contrast, E[a], and their number."""
         values, components = torch.linalg.eigh(contrast)
         values, components = values.flip(0), components.flip(1)
-        _kept(values, self.size, "size", "the activations vary more with the feature in")
-        self.components_ = components[:, : self.size].T.contiguous()
-        self.contrast_ = values[: self.size]
-        return _subspaces(self, vectors, mean, self.components_, (self.size,), **origin)
+        size = _kept(values, self.size, "size", "the activations vary more with the feature in")
+        self.components_ = components[:, :size].T.contiguous()
+        self.contrast_ = values[:size]
+        return _subspaces(self, vectors, mean, self.components_, (size,), **origin)
 
 
 class CAV:
