@@ -59,7 +59,7 @@ LEANS = (1.0, 3.0, 0.0, 0.0)  # with the bias −1.5 the feature alone decides
 @pytest.mark.parametrize("share", [0.9, 0.6])
 def test_the_one_direction_that_the_output_depends_on_is_chosen(share, unchanged):
     model, has, passed = network(*LEANS, bias=-1.5), leaning(share), []
-    model.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
+    model[1].register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
     check = unchanged(model)
     choice = chosen(model, samples(has), has, xe.ContrastivePCA(2))
     check()
@@ -71,7 +71,8 @@ def test_the_one_direction_that_the_output_depends_on_is_chosen(share, unchanged
     assert (both.indices, both.not_taken) == ((0, 1), "no better than subspace 0")
     assert nothing.not_taken == "the mean of both, 0.250, is below 1.000 of subspace 0"
     assert "ablating subspace 0 (AUC 1.00) is best" in choice.reason
-    assert sum(passed) - passed.count(1) == 3 * SAMPLES  # one pass a candidate
+    # One pass a candidate behind the layer; two samples try whether they can be one batch.
+    assert sum(n for n in passed if n > 1) == 3 * (SAMPLES + 2) + 3 * 2
 
 
 def test_of_several_subspaces_the_one_of_the_feature_is_chosen():
@@ -113,11 +114,20 @@ def test_a_subspace_that_helps_but_does_not_tell_the_feature_is_not_taken():
     assert "is within chance" in choice.reason
 
 
-def test_figures_are_those_of_samples_that_the_subspaces_were_found_without():
+class Around(nn.Sequential):
+    """A residual path leads around the second layer."""
+
+    def forward(self, x):
+        h = self[0](x)
+        return self[3](self[2](self[1](h) + h))
+
+
+@pytest.mark.parametrize("network", [nn.Sequential, Around])
+def test_figures_are_those_of_samples_that_the_subspaces_were_found_without(network):
     torch.manual_seed(0)
     has, x = leaning(), torch.randn(SAMPLES, 1, 5, 5)
     x[:, :, 2, 2] += 2 * has[:, None]
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+    model = network(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
     data, finder = [(x, LABELS, has)], xe.ContrastivePCA(None)
     features = xe.collect_features(model, data, layer="1", positions=None)
     found = xe.choose_spurious(model, data, finder, features, layer="1")
@@ -135,7 +145,7 @@ def test_figures_are_those_of_samples_that_the_subspaces_were_found_without():
             known = xe.collect_features(model, part, layer="1", positions=None)
             fit = xe.ContrastivePCA(len(one.indices)).fit(known)
             with torch.no_grad():
-                a = model[:2](x).flatten(2).mT.double()  # (samples, positions, channels)
+                a = model[1](model[0](x)).flatten(2).mT.double()  # (samples, positions, channels)
                 with xe.ablated(model, "1", fit, [0]):
                     right[own] = model(x[own]).argmax(1) == LABELS[own]
             centre = a[rest & (has == 0)].flatten(0, 1).mean(0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from scipy.stats import norm
@@ -18,10 +20,15 @@ from xai_edit.core.checks import with_labels
 from xai_edit.core.counting import add_counts, count_by_group
 from xai_edit.core.data import Data, batches, model_device, together
 from xai_edit.core.guard import preserved
-from xai_edit.core.layers import predict, replaced
+from xai_edit.core.inputs import Inputs, joined
+from xai_edit.core.layers import layer_module, predict, replaced, run
+from xai_edit.core.outputs import logits_of
+from xai_edit.lrp.canonizers import same_values
 
 FOLDS = 3
 SIZES = (1, 2, 4)  # leading directions of a single subspace that are tried
+ROUNDING = 1e-4  # of the largest logit
+Change: TypeAlias = Callable[[Tensor], Tensor]
 PLACES = ((0,), (1,), (0, 1))  # of several subspaces, by AUC: the best, the second, both
 
 
@@ -131,11 +138,11 @@ def ablated_counts(
     counts: list[Tensor] = [torch.zeros(3, 0, 2, dtype=torch.long) for _ in (None, *places)]
     maps: list[list[SubspaceAblation]] = []
     seen: list[Tensor | None] = []
-    start = 0
+    start, at_once = 0, False
     with preserved(model), torch.no_grad():
         device = model_device(model)
         for batch in batches(data, device):
-            if not start:
+            if not seen:
                 axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
                 maps = [
                     [SubspaceAblation(f.subspaces, f.indices(at), axis).to(device) for f in fits]
@@ -149,11 +156,12 @@ def ablated_counts(
                     "same samples in the same order"
                 )
             held = fold[rows].to(device)
-            outputs = [predict(model, batch.inputs)]
-            for own in maps:
-                with replaced(model, layer, partial(_by_fold, own, held, layer)):
-                    outputs.append(predict(model, batch.inputs))
-            for at, logits in enumerate(outputs):
+            if not seen:
+                few = batch.inputs[:2], [partial(_by_fold, own, held[:2], layer) for own in maps]
+                at_once = _passes_on_all(model, layer, *few)
+            changes = [partial(_by_fold, own, held, layer) for own in maps]
+            logits_of_each = _stacked if at_once else _one_by_one
+            for at, logits in enumerate(logits_of_each(model, layer, batch.inputs, changes)):
                 truth = with_labels(batch.labels, logits.shape[1])
                 found = count_by_group(logits.argmax(1), truth, logits.shape[1], has[rows])
                 counts[at] = add_counts(counts[at], found)
@@ -178,3 +186,46 @@ def _by_fold(maps: list[SubspaceAblation], fold: Tensor, layer: str, values: Ten
     for number in fold.unique().tolist():
         changed[fold == number] = maps[number](values[fold == number])
     return changed
+
+
+def _one_by_one(
+    model: nn.Module, layer: str, inputs: Inputs, changes: Sequence[Change]
+) -> list[Tensor]:
+    """Return the logits without a change of a layer's values, and with each."""
+    logits = [predict(model, inputs)]
+    for change in changes:
+        with replaced(model, layer, change):
+            logits.append(predict(model, inputs))
+    return logits
+
+
+def _stacked(
+    model: nn.Module, layer: str, inputs: Inputs, changes: Sequence[Change]
+) -> list[Tensor]:
+    """Return the same from one pass: what follows the layer gets all versions as one batch."""
+    copies = 1 + len(changes)
+
+    def stack(_: nn.Module, __: Any, values: Tensor) -> Tensor:
+        return torch.cat([values, *(change(values) for change in changes)])
+
+    handle = layer_module(model, layer).register_forward_hook(stack)
+    try:
+        logits = logits_of(run(model, inputs), joined([inputs] * copies))
+    finally:
+        handle.remove()
+    return [*logits.chunk(copies)]
+
+
+def _passes_on_all(model: nn.Module, layer: str, inputs: Inputs, changes: Sequence[Change]) -> bool:
+    """Return whether the logits depend on the samples' values at a layer alone, by two samples.
+
+    They do not where a residual path leads around it.
+    """
+    if len(inputs) < 2:  # which would be broadcast
+        return False
+    separate = _one_by_one(model, layer, inputs, changes)
+    try:
+        stacked = _stacked(model, layer, inputs, changes)
+    except ValueError:  # of the number of samples
+        return False
+    return same_values(torch.cat(separate), torch.cat(stacked), ROUNDING)

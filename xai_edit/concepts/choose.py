@@ -116,7 +116,8 @@ def choose_spurious(
 
     All figures are cross-validated: a finder is fitted to two thirds of the samples (of each group)
     and its subspaces are judged on the rest, three times. Given `Subspaces` are judged as they are.
-    This takes one forward pass over the data for each candidate, nothing included.
+    This takes one forward pass over the data, and what follows the layer once more for each
+    candidate; where a residual path leads around the layer, one whole pass for each.
 
     Parameters
     ----------
