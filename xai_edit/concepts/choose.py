@@ -36,8 +36,10 @@ class Candidate(Plain):
         The subspaces; empty for ablating nothing.
     auc : float or None
         With which they tell the feature among samples of a class; None for nothing.
-    worst, balanced : float
-        Accuracy of the worst measured group, and the mean over groups.
+    worst : float
+        Accuracy of the worst measured group, cross-validated.
+    balanced : float
+        Its mean over the measured groups.
     not_taken : str or None
         Why it was not chosen; None of the chosen one.
     """
