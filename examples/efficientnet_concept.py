@@ -215,15 +215,13 @@ for block in BLOCKS:
         table = xe.predictiveness(subspaces, seen, target=CARTON, resamples=RESAMPLES)
         best = max(range(len(table)), key=lambda at: of_rest(table, at).interval[0])
         found[block, name] = subspaces, best
-        choice = xe.choose_spurious(table)
         figures[f"block {block}"][name] = {
             "subspaces": len(subspaces),
             "best": best,
             **entries(table, best),
-            "choose_spurious": {"takes": choice.indices},
         }
         print(f"block {block}, {name}: subspace {best} of {len(subspaces)} tells the watermark "
-              f"among the rest with {of_rest(table, best)}; {choice}", flush=True)  # fmt: skip
+              f"among the rest with {of_rest(table, best)}", flush=True)  # fmt: skip
 
 
 def lower_end(at):
@@ -243,12 +241,10 @@ held = features(measured_on, block)
 held_told = {}
 for name in finders:
     table = xe.predictiveness(found[block, name][0], held, target=CARTON, resamples=RESAMPLES)
-    choice = xe.choose_spurious(table)
-    print(f"\n{name}, of which {found[block, name][1]} is looked at\n{table}\n{choice}", flush=True)
+    print(f"\n{name}, of which {found[block, name][1]} is looked at\n{table}", flush=True)
     held_told[name] = {
         "best": found[block, name][1],
         **entries(table, found[block, name][1]),
-        "choose_spurious": {"takes": choice.indices},
     }
 
 # %% [markdown]

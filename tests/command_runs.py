@@ -184,7 +184,9 @@ def hostile(runs, tmp_path_factory):
             results["edit"]["fixed"] = results["smaller"]["failed"] = {HARMFUL: HARMFUL}
             results["edit"] |= {"epochs": 1, "tuned_on": HARMFUL}
             results["spurious"] = {"with": 1, "without": 1}
-            found = dict.fromkeys(("layer", "finder", "reason"), HARMFUL)
+            found: dict = dict.fromkeys(("layer", "finder", "reason"), HARMFUL)
+            tried = {"indices": [0], "auc": 0.5, "worst": 0.0, "balanced": 0.0}
+            found |= {"candidates": [{**tried, "not_taken": HARMFUL}], "chance": [0.4, 0.6]}
             results["concept"] = {**found, "images": 1, "target": 0, "ablated": [0]}
         (copy / "results.json").write_text(json.dumps(results), encoding="utf-8")
         for file in copy.glob("edits/*"):

@@ -228,24 +228,20 @@ def test_with_a_feature_the_filters_that_see_only_it_go(aware, here):
     assert [*rows] == ["before", "concept-aware pruning", *plain, "ablation alone"]
     concept = results["concept"]
     assert (concept["layer"], concept["finder"]) == ("1", "ContrastivePCA")
-    assert (concept["target"], concept["ablated"], concept["steps"]) == (FAVOURED, [0], [[0]])
     assert results["spurious"]["with"] + results["spurious"]["without"] == 360
 
-    features = xe.collect_features(
-        model,
-        parts.planning,
-        layer="1",
-        scorer=xe.LRP("epsilon-plus", initial="one"),
-        target=FAVOURED,
-        positions=100,
-    )
+    features = xe.collect_features(model, parts.planning, layer="1", positions=100)
     assert concept["images"] == len(parts.planning)
-    operator = ConceptAwarePruning("1", xe.ContrastivePCA(), "auto", 0.4)
-    expected = operator.plan(model, references(parts.planning), features=features)
+    operator = ConceptAwarePruning("1", xe.ContrastivePCA(None), "auto", 0.4)
+    expected = operator.plan(
+        model, references(parts.planning), features=features, planning=parts.planning
+    )
     assert as_planned(edit.origin) == as_json(expected.origin)
-    assert concept["predictiveness"] == edit.origin["predictiveness"]
-    subspaces = xe.ContrastivePCA().fit(features)
-    with xe.ablated(model, "1", subspaces, [0]):
+    choice = xe.choose_spurious(model, parts.planning, xe.ContrastivePCA(None), features, layer="1")
+    assert (concept["target"], concept["ablated"]) == (FAVOURED, [*choice.indices])
+    assert concept["steps"] == [[*choice.indices]]
+    assert {key: concept[key] for key in choice.to_dict()} == as_json(choice.to_dict())
+    with xe.ablated(model, "1", choice.subspaces, choice.indices):
         alone = xe.evaluate_groups(model, parts.held_out)
     assert rows["ablation alone"]["figures"] == as_json(alone.to_dict())
     with edit.applied(model):
@@ -260,10 +256,10 @@ def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     line = AWARE.replace("marks.csv", "chance.csv")
     assert main(shlex.split(f"{line} --out none --force --quiet")) == 0
     printed = capsys.readouterr().out
-    assert printed.count("no subspace predicts the spurious feature") == 1
-    assert "\nsubspaces tried, average precision for " in printed
+    assert printed.count("it does not tell the feature: AUC") == 3
+    assert printed.startswith("ablations tried ")
     assert "\nTo try next: another --layer" in printed
-    assert "\nconcept-aware pruning: none\nablation alone: none\n\nsubspaces tried" in printed
+    assert "\nconcept-aware pruning: none\nablation alone: none\n" in printed
     assert files("none") == MASK_ONLY[1:]
     results = read("none")
     row = results["rows"][1]
@@ -272,7 +268,26 @@ def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     assert results["rows"][-1]["withheld"] == results["concept"]["reason"]
     assert results["rows"][2]["figures"] is not None
     assert (results["sizes"], results["edit"]["removed"]) == (None, 0)
-    assert "): no subspace predicts" in Path("none/report.html").read_text(encoding="utf-8")
+    assert "): no subspace that helps tells" in Path("none/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("source", ["--finder pca", "--subspaces own.safetensors"])
+def test_numbers_of_subspaces_overrule_the_choice(source, here, tmp_path):
+    parts, model = parts_of("marks.csv"), network()
+    subspaces = xe.PCA().fit(xe.collect_features(model, parts.planning, layer="1", positions=100))
+    subspaces.save("own.safetensors")
+    done = finished(Path(), f"{AWARE} {source} --ablate 3,1", str(tmp_path / "out"))
+    results = read(done)
+    concept = results["concept"]
+    assert (concept["ablated"], concept["candidates"]) == ([3, 1], [])
+    assert concept["reason"] == "asked by --ablate"
+    expected = ConceptAwarePruning("1", subspaces, [3, 1], 0.4)
+    edit = xe.ModelEdit.load(done / FILES[0])
+    planned = expected.plan(model, references(parts.planning))
+    assert edit.origin["units"] == planned.origin["units"]
+    with xe.ablated(model, "1", subspaces, [3, 1]):
+        alone = xe.evaluate_groups(model, parts.held_out)
+    assert results["rows"][-1]["figures"] == as_json(alone.to_dict())
 
 
 def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
@@ -394,13 +409,17 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
     [
         (f"{PLAIN} --attribute marks.csv", "layer: none given; --attribute needs"),
         (f"{AWARE} --finder tcav", "finder: 'tcav' given; it is one of 'contrastive-pca', 'cav'"),
+        (f"{AWARE} --finder pca --subspaces x", "finder: 'pca' given beside --subspaces"),
+        (f"{AWARE} --subspaces gone.safetensors", "gone.safetensors"),
+        (f"{AWARE} --ablate 0,99", "subspaces: [0, 99] given; there are"),
+        (f"{PLAIN} --ablate 0", "ablate: given without --attribute"),
         (f"{AWARE} --layer 9", "layer '9' not found"),
         (f"{AWARE} --attribute rare.csv", "class 0 has 1 images with the feature; give 2 or more"),
         (f"{AWARE} --attribute all.csv --fine-tune 1", "fine-tune: class 2 has no images without"),
         (f"{PLAIN} --protect 7", "layer '7' not found"),
         (f"{PLAIN} --protect 0", "the channels of '0' have to stay: '0' is protected"),
         (f"{PLAIN} --data twice", "1 are in the held-out part; take them out there"),
-        (f"{AWARE} {NARROW}", "finder: nothing found at layer '1' (size: 4 given"),
+        (f"{AWARE} {NARROW} --finder drsa", "finder: nothing found at layer '1' ("),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(here, capsys, line, message):

@@ -13,6 +13,7 @@ from xai_edit import (
     ConceptAwarePruning,
     Random,
     RelevancePruning,
+    Subspaces,
     Taylor,
     WeightMagnitude,
     collect_features,
@@ -161,6 +162,26 @@ def test_concept_aware_pruning_scores_the_ablated_network(plain, batches, subspa
     gone = {(layer, unit) for layer, units in off(edit).items() for unit in units}
     assert gone == {(layer, unit) for _, layer, unit in ranked[:5]}
     assert edit.origin["ablated"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "first"),
+    [({}, 1), ({"criterion": "penalized"}, 0), ({"criterion": "penalized", "penalty": 0.2}, 1)],
+)
+def test_the_penalized_criterion_removes_first_what_only_the_concept_needs(criterion, first):
+    # Both inputs are 1; the second is the concept and ablated to 0. Activations, with and without:
+    # (2.5, 0.3, 1) / 3.8 and (0.5, 0.3, 1) / 1.8, so the excess of the first unit is 0.380, and its
+    # score 0.278 or 0.278 − 0.380 λ; that of the second is 0.167.
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2)), model[0].bias.zero_()
+        model[1].weight.copy_(torch.tensor([[0.5, 2], [0.3, 0], [1, 0]])), model[1].bias.zero_()
+    subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
+    operator = ConceptAwarePruning(
+        "0", subspaces, [1], 1 / 3, scorer=Activation(), layers=["1"], **criterion
+    )
+    edit = operator.plan(model, [(torch.ones(4, 2), torch.zeros(4).long())])
+    assert edit.origin["units"]["1"] == [first]
 
 
 def test_subspaces_behind_a_block_whose_own_filters_are_pruned():

@@ -8,15 +8,14 @@ from torch import nn
 
 from xai_edit import (
     CAV,
-    LRP,
     ConceptAwarePruning,
+    ContrastivePCA,
     FineTuning,
     RelevancePruning,
     Taylor,
     WeightMagnitude,
     choose_spurious,
     collect_features,
-    predictiveness,
     score_units,
 )
 from xai_edit.concepts.collect import values_at
@@ -192,25 +191,25 @@ def test_an_ablation_that_is_kept_holds_after_fine_tuning(plain, batches):
         assert (model[2].bias[gone] == 0).all()
 
 
-def test_auto_takes_the_subspace_of_the_mark_and_leaves_the_network_alone_without_one(
+def test_auto_takes_what_is_chosen_and_leaves_the_network_alone_where_that_is_nothing(
     plain, batches
 ):
     data = marked(batches)
-    features = collect_features(
-        plain, data, layer="relu1", scorer=LRP("epsilon"), positions=None, target=3
-    )
-    edit = ConceptAwarePruning("relu1", CAV(), "auto", 0.3).plan(plain, batches, features=features)
-    chosen = choose_spurious(predictiveness(CAV().fit(features), features))
-    assert edit.origin["ablated"] == [*chosen.indices]
-    assert edit.origin["reason"] == chosen.reason
-    coin = torch.randint(2, (200,), generator=torch.Generator().manual_seed(0))
-    coins = coin.split([len(y) for _, y in batches])
-    blind = [(x, y, has) for (x, y), has in zip(batches, coins, strict=True)]
-    features = collect_features(plain, blind, layer="relu1", positions=None)
-    edit = ConceptAwarePruning("relu1", CAV(), "auto", 0.3).plan(plain, batches, features=features)
+    features = collect_features(plain, data, layer="relu1", positions=None)
+    operator = ConceptAwarePruning("relu1", ContrastivePCA(None), "auto", 0.3)
+    edit = operator.plan(plain, batches, features=features, planning=data)
+    choice = choose_spurious(plain, data, ContrastivePCA(None), features, layer="relu1")
+    assert edit.origin["ablated"] == [*choice.indices]
+    assert {key: edit.origin[key] for key in choice.to_dict()} == choice.to_dict()
+    # Where the output is always the same, no ablation is better than none.
+    with torch.no_grad():
+        plain.head.weight.zero_()
+    edit = operator.plan(plain, batches, features=features, planning=data)
     assert edit.changes == {}
     assert edit.origin["ablated"] == []
-    assert "no subspace" in edit.origin["reason"]
+    assert edit.origin["reason"].startswith("ablating nothing is best")
+    with pytest.raises(ValueError, match="planning: none given, and ablate is 'auto'"):
+        operator.plan(plain, batches, features=features)
 
 
 def test_protected_layers_keep_all_units_and_named_layers_have_to_be_prunable(plain, batches):

@@ -275,6 +275,8 @@ COMMANDS = {
             PLANT,
             Option("--layer LAYER", "where the feature's subspaces are; best where it forms"),
             Option("--finder NAME", "contrastive-pca (default), cav, prca, pca or drsa"),
+            Option("--subspaces FILE", "saved subspaces instead of a finder's", Path),
+            Option("--ablate 0,3", "numbers of subspaces, as on the page, not chosen", _classes),
             Option("--steps N", "in which the share is reached, each scored anew", _whole, 1),
             Option("--fine-tune EPOCHS", "after each step, on the planning images", _whole),
             Option("--protect A,B", "layers that keep all units", _names, ()),

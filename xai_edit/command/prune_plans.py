@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
 from xai_edit.command.run_parts import SEED, indices_by
+from xai_edit.concepts.candidates import numbered
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.features import Features
-from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA
+from xai_edit.concepts.finders import CAV, PCA, PRCA, ContrastivePCA, Finder
 from xai_edit.concepts.subspaces import Subspaces
+from xai_edit.core.checks import one_of
 from xai_edit.core.guard import copied
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.lrp.lrp import LRP
 from xai_edit.pruning.fine_tuning import FineTuning
-from xai_edit.pruning.operators import ConceptAwarePruning, Finder, RelevancePruning
+from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.scoring.criteria import Random, WeightMagnitude
 
 Operator: TypeAlias = RelevancePruning | ConceptAwarePruning
@@ -41,7 +44,7 @@ OF_A_KIND = 250  # images, of the class or the rest, with or without, that subsp
 POSITIONS = 100  # of an image, at most
 
 FINDERS: dict[str, Callable[[], Finder]] = {
-    "contrastive-pca": ContrastivePCA,
+    "contrastive-pca": partial(ContrastivePCA, None),
     "cav": CAV,
     "prca": partial(PRCA, None),
     "pca": partial(PCA, None),
@@ -101,10 +104,14 @@ def spread(kinds: Sequence[Hashable], most: int) -> list[int]:
 
 @dataclass(eq=False)
 class FirstKept:
-    """A finder that keeps the first subspaces it finds, which are those of the model itself."""
+    """A finder that keeps the first subspaces it finds, which are those of the model itself.
+
+    They are kept as `choose_spurious` numbers them, and with ``as_numbered`` also returned so.
+    """
 
     finder: Finder
     layer: str
+    as_numbered: bool
     first: Subspaces | None = None
 
     def fit(self, features: Features) -> Subspaces:
@@ -117,8 +124,32 @@ class FirstKept:
                 "another finder"
             ) from problem
         if self.first is None:
-            self.first = subspaces
-        return subspaces
+            self.first = numbered(subspaces)
+        return numbered(subspaces) if self.as_numbered else subspaces
+
+
+def aware(
+    layer: str, finder: str | None, file: Path | None, ablate: Sequence[int] | None, **how: Any
+) -> ConceptAwarePruning:
+    """Return the concept-aware operator, by a finder's subspaces or those of a file.
+
+    ``ablate`` are numbers as in `numbered`; without them `choose_spurious` chooses.
+    """
+    if file is not None and finder is not None:
+        raise ValueError(f"finder: {finder!r} given beside --subspaces; give one of them")
+    subspaces: Subspaces | FirstKept
+    if file is not None:
+        subspaces = Subspaces.load(file) if ablate is None else numbered(Subspaces.load(file))
+    else:
+        found = FINDERS[one_of(finder or "contrastive-pca", FINDERS, "finder")]()
+        subspaces = FirstKept(found, layer, as_numbered=ablate is not None)
+    return ConceptAwarePruning(layer, subspaces, "auto" if ablate is None else ablate, **how)
+
+
+def first_subspaces(operator: ConceptAwarePruning) -> Subspaces:
+    """Return the subspaces in the model before pruning, as they are numbered on the page."""
+    own: Any = operator.subspaces
+    return numbered(own) if isinstance(own, Subspaces) else own.first
 
 
 def methods(
@@ -144,15 +175,21 @@ def methods(
     def pruned(name: str, operator: Operator) -> ModelEdit:
         how: dict[str, Any] = {"fine_tune": fine_tuning(name)}
         if isinstance(operator, ConceptAwarePruning):
-            how["features"] = partial(
-                collect_features,
-                data=run.read(of_concept(planning, target), "collecting features"),
-                layer=operator.layer,
-                scorer=LRP("epsilon-plus", initial="one"),
-                target=target,
-                positions=POSITIONS,
-                seed=SEED,
-            )
+            shown, auto = of_concept(planning, target), operator.ablate == "auto"
+            finder = getattr(operator.subspaces, "finder", None)
+            if finder is not None or auto:
+                contexts = isinstance(finder, (PRCA, DRSA))  # the others need no backward pass
+                how["features"] = partial(
+                    collect_features,
+                    data=run.read(shown, "collecting features"),
+                    layer=operator.layer,
+                    scorer=LRP("epsilon-plus", initial="one") if contexts else None,
+                    target=target,
+                    positions=POSITIONS,
+                    seed=SEED,
+                )
+            if auto:
+                how["planning"] = run.read(shown, "trying ablations")
         data = run.read(references(planning, clean=name == CLEAN), name)
         return operator.plan(run.model, data, **how)
 

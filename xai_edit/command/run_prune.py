@@ -18,10 +18,10 @@ from xai_edit.command.planting import with_planted
 from xai_edit.command.prune_plans import (
     ABLATION,
     ADVICE,
-    FINDERS,
     TUNED,
-    FirstKept,
     Operator,
+    aware,
+    first_subspaces,
     methods,
     of_concept,
     references,
@@ -30,7 +30,6 @@ from xai_edit.command.prune_plans import (
 from xai_edit.command.run import Run
 from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.concepts.ablation import ablated
-from xai_edit.core.checks import one_of
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.core.layers import resolve_layers
 from xai_edit.edits.model_edit import ModelEdit, versions
@@ -97,7 +96,7 @@ def command(options: argparse.Namespace) -> int:
         images = len(of_concept(parts.planning, favoured))
         concept = _concept(operator, edit, {"images": images, "target": favoured})
         if concept["ablated"]:
-            subspaces = operator.subspaces.first  # type: ignore[union-attr]
+            subspaces = first_subspaces(operator)
             with ablated(model, operator.layer, subspaces, concept["ablated"]):
                 alone = evaluate_groups(model, run.read(held_out, ABLATION))
             figures[ABLATION] = {**figures[BEFORE], "figures": alone.to_dict()}
@@ -144,7 +143,10 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         what += f" and keeps {own['parameters'] / first['parameters']:.1%} of the parameters"
     if results["concept"] is not None:
         figure = figure_of(results, "worst", worst_named(results))
-        further = "another --layer, where the feature forms, another --finder, or neutralize"
+        further = (
+            "another --layer, where the feature forms, another --finder, --ablate to overrule the "
+            "choice, or neutralize"
+        )
     else:
         figure = figure_of(results, "average", "average accuracy")
         pruned = {row["method"] for row in results["rows"][1:] if row["method"] != TUNED}
@@ -169,9 +171,8 @@ def _operator(options: argparse.Namespace) -> Operator:
     if options.attribute is not None:
         if options.layer is None:
             raise ValueError("layer: none given; --attribute needs the layer of the subspaces")
-        finder = FINDERS[one_of(options.finder or "contrastive-pca", FINDERS, "finder")]()
-        return ConceptAwarePruning(options.layer, FirstKept(finder, options.layer), "auto", **how)
-    for name in ("layer", "finder", "plant"):
+        return aware(options.layer, options.finder, options.subspaces, options.ablate, **how)
+    for name in ("layer", "finder", "subspaces", "ablate", "plant"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name}: given without --attribute, whose feature it is for")
     return RelevancePruning(**how)
@@ -230,11 +231,15 @@ def _concept(
 ) -> dict[str, Any]:
     """Return the subspaces of the feature in the model before pruning."""
     steps = edit.origin.get("steps", [edit.origin])
+    first = steps[0]
     return {
         "layer": operator.layer,
-        "finder": steps[0]["subspaces"]["finder"],
+        "finder": first["subspaces"].get("finder", "not named"),
         **found_from,
-        **{key: steps[0][key] for key in ("ablated", "reason", "predictiveness")},
+        "ablated": first["ablated"],
+        "reason": first.get("reason", "asked by --ablate"),
+        "candidates": first.get("candidates", []),
+        "chance": first.get("chance"),
         "steps": [step["ablated"] for step in steps],
     }
 

@@ -1,7 +1,7 @@
 """Concept subspaces of a layer: features, finders, ablation."""
 
 from xai_edit.concepts.ablation import ablated, fold_ablation, with_ablation
-from xai_edit.concepts.choose import Choice, choose_spurious
+from xai_edit.concepts.choose import Candidate, Choice, choose_spurious
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.explanations import strongest_samples, subspace_maps
@@ -16,6 +16,7 @@ __all__ = [
     "DRSA",
     "PCA",
     "PRCA",
+    "Candidate",
     "Choice",
     "ContrastivePCA",
     "Features",

@@ -112,6 +112,18 @@ class Features:
         sums = values.new_zeros(self.samples, *values.shape[1:])
         return sums.index_add_(0, self.sample.to(values.device), values)
 
+    def of(self, rows: Tensor) -> Features:
+        """Return the features of some samples, in their order; ``rows`` is bool, (samples,)."""
+        rows = rows.cpu()
+        kept = self.by_vector(rows)
+        parts = {
+            name: part.cpu()[rows if name in ("labels", "attribute") else kept]
+            for name, part in self._tensors().items()
+        }
+        if "sample" in parts:
+            parts["sample"] = (rows.cumsum(0) - 1)[parts["sample"]]
+        return Features(**parts, origin=self.origin)
+
     def merge(self, other: Features) -> Features:
         """Join with another data set, in memory; ValueError if it was collected differently."""
         if not self.samples + other.samples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from scipy.linalg import eigh
@@ -13,6 +13,12 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import one_class_a_sample, one_of, positive, require, whole_number
 
 Kind = Literal["pattern", "logistic", "svm"]
+
+
+class Finder(Protocol):
+    """`PCA`, `PRCA`, `DRSA`, `CAV`, `ContrastivePCA`, or a class of a user's own."""
+
+    def fit(self, features: Features) -> Subspaces: ...  # noqa: D102
 
 
 class _Components:
@@ -89,12 +95,13 @@ class ContrastivePCA:
 
     Parameters
     ----------
-    size : int
-        Directions of the subspace.
+    size : int or None
+        Directions of the subspace; None for all along which the contrast is positive, of which
+        `choose_spurious` takes some.
     """
 
-    def __init__(self, size: int = 4) -> None:
-        self.size = whole_number(size, "size", least=1)
+    def __init__(self, size: int | None = 4) -> None:
+        self.size = None if size is None else whole_number(size, "size", least=1)
 
     def fit(self, features: Features, attribute: Tensor | None = None) -> Subspaces:
         """Find the subspace.
@@ -125,10 +132,10 @@ class ContrastivePCA:
         """Find the subspace from moments of the vectors: the contrast, E[a], and their number."""
         values, components = torch.linalg.eigh(contrast)
         values, components = values.flip(0), components.flip(1)
-        _kept(values, self.size, "size", "the activations vary more with the feature in")
-        self.components_ = components[:, : self.size].T.contiguous()
-        self.contrast_ = values[: self.size]
-        return _subspaces(self, vectors, mean, self.components_, (self.size,), **origin)
+        size = _kept(values, self.size, "size", "the activations vary more with the feature in")
+        self.components_ = components[:, :size].T.contiguous()
+        self.contrast_ = values[:size]
+        return _subspaces(self, vectors, mean, self.components_, (size,), **origin)
 
 
 class CAV:

@@ -48,13 +48,6 @@ class AveragePrecision:
     interval: tuple[float, float]
     chance: float
 
-    @property
-    def over_chance(self) -> AveragePrecision:
-        """The average precision above chance, (AP − chance) / (1 − chance), at most 1."""
-        ends = (self.value, *self.interval)
-        value, low, high = ((end - self.chance) / (1 - self.chance) for end in ends)
-        return AveragePrecision(value, (low, high), 0.0)
-
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.value:.3f} [{low:.2f}, {high:.2f}]"

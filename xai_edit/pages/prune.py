@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from xai_edit.concepts.choose import OF_CLASS, OF_FEATURE
 from xai_edit.pages.neutralize import (
     SMALL,
     completed,
@@ -16,7 +15,7 @@ from xai_edit.pages.neutralize import (
     with_interval,
     worst_named,
 )
-from xai_edit.pages.unlearn import class_name, seconds, withheld
+from xai_edit.pages.unlearn import seconds, withheld
 from xai_edit.report.html import Report, Shown, repeat
 from xai_edit.report.table import Notes, Table, counted
 
@@ -35,6 +34,7 @@ def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed:
             _what(results),
             discovered(results),
             Notes(*_planned(results), listed=True),
+            *_tried(results),
             Notes(
                 f"planned from {cut['planning']} images, {cut['references']} of them to score "
                 f"units on; figures from {cut['held_out']} others"
@@ -45,7 +45,6 @@ def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed:
             "Random is the bar: after fine-tuning, criteria come close to each other.</p>",
             _answers(results, timing),
             withheld(results, edit["reason"]),
-            *_tried(results),
             "<h2>A smaller network</h2>",
             *sizes,
             Notes(*_files(results)),
@@ -74,11 +73,9 @@ def _what(results: Mapping[str, Any]) -> str:
         text += (
             " The network shall also lean less on a feature that goes with a class without being "
             f"part of it; of {marked['with'] + marked['without']} images {marked['with']} have it. "
-            f"In <code>{escape(concept['layer'])}</code> subspaces were found "
-            f"({escape(concept['finder'])}) from {concept['images']} images, by relevance for "
-            f"class {escape(class_name(results, concept['target']))}. Those that predict the "
-            "feature and not the class are taken out of the activations while units are scored, so "
-            "that units which only served them fall to the bottom."
+            f"Subspaces of <code>{escape(concept['layer'])}</code> ({escape(concept['finder'])}) "
+            "are taken out of the activations while units are scored, so that units which only "
+            "served them fall to the bottom."
         )
     if edit["epochs"] is not None:
         epochs = counted(edit["epochs"], "epoch")
@@ -101,18 +98,24 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _tried(results: Mapping[str, Any]) -> list[Table]:
-    """Return how well each subspace predicts the feature and the class, where none was taken."""
-    if results["edit"]["reason"] is None or results["concept"] is None:
+def _tried(results: Mapping[str, Any]) -> list[Table | Notes]:
+    """Return what each ablation did to the planning images, and why it was not taken."""
+    concept = results["concept"]
+    if concept is None or not concept["candidates"]:
         return []
-    found, tried = results["concept"]["predictiveness"], {**OF_FEATURE, **OF_CLASS}
-    rows = [
-        [f"subspace {number}", *(one[key] and one[key]["value"] for key in tried)]
-        for number, one in enumerate(found["subspaces"])
-    ]
-    rows.append(["chance", *(found["chance"][key] for key in tried)])
-    columns = ["subspace", *tried.values()]
-    return [Table("subspaces tried, average precision for", columns, rows)]
+    rows = []
+    for one in concept["candidates"]:
+        listed = ", ".join(map(str, one["indices"])) or "nothing"
+        figures = [one["auc"], one["worst"], one["balanced"]]
+        rows.append([listed, *figures, one["not_taken"] or "taken"])
+    columns = ["subspaces", "AUC", "worst group", "balanced", "why not taken"]
+    low, high = concept["chance"]
+    how = (
+        f"tried on {concept['images']} planning images, cross-validated; the mean of worst group "
+        "and balanced accuracy decides, among subspaces that tell the feature within classes (AUC, "
+        f"by chance {low:.2f} to {high:.2f})"
+    )
+    return [Table("ablations tried", columns, rows), Notes(how)]
 
 
 def _answers(results: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:

@@ -6,17 +6,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from xai_edit.concepts.ablation import ablated, fold_ablation
 from xai_edit.concepts.choose import choose_spurious
 from xai_edit.concepts.features import Features
-from xai_edit.concepts.predictiveness import predictiveness
+from xai_edit.concepts.finders import Finder
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.analysis import following_batch_norms, last_weighted
-from xai_edit.core.checks import fraction, one_of, readable_again, require, whole_number
+from xai_edit.core.checks import (
+    fraction,
+    one_of,
+    positive,
+    readable_again,
+    require,
+    whole_number,
+)
 from xai_edit.core.data import Data, model_device, peek
 from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs
@@ -32,12 +39,7 @@ from xai_edit.scoring.unit_scores import UnitScores, score_units
 DEFAULT_SCORER = partial(LRP, "epsilon-plus", initial="one")
 FeaturesOf = Features | Callable[[nn.Module], Features]
 """Features of samples with and without a concept, or a function that collects them."""
-
-
-class Finder(Protocol):
-    """`PCA`, `PRCA`, `DRSA`, `CAV`, `ContrastivePCA`, or a class of a user's own."""
-
-    def fit(self, features: Features) -> Subspaces: ...  # noqa: D102
+Criterion = Literal["ablated", "penalized"]
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,20 @@ class ConceptAwarePruning:
     subspaces : Subspaces or finder
         A finder such as `DRSA` is fitted to the ``features`` of `plan`.
     ablate : sequence of int or "auto"
-        The subspaces of the spurious concept. "auto" applies `choose_spurious` to the features; if
-        it chooses none at first, the edit is empty; in a later step, nothing is ablated.
+        The subspaces of the spurious concept. "auto" applies `choose_spurious`, which numbers the
+        directions of a single subspace; if it chooses none at first, the edit is empty; in a later
+        step, nothing is ablated.
     share, scorer, layers, ranking, steps, protect
         See `RelevancePruning`.
     keep_ablation : bool
         Whether the edit also ablates the subspaces, folded into weights (`fold_ablation`).
+    criterion : {"ablated", "penalized"}
+        "ablated" ranks units by their scores in the ablated network, R. "penalized" ranks them by
+        R − λ · max(0, R_full − R), with the scores R_full of the network without ablation, so that
+        units which only the concept needs go first. Each layer's R and R_full are divided by their
+        L1 norm; this takes twice the passes over the reference samples.
+    penalty : float
+        λ, 0 or more.
     """
 
     layer: str
@@ -142,9 +152,13 @@ class ConceptAwarePruning:
     keep_ablation: bool = False
     steps: int = 1
     protect: Sequence[str] = ()
+    criterion: Criterion = "ablated"
+    penalty: float = 1.0
 
     def __post_init__(self) -> None:
         _check(self)
+        one_of(self.criterion, get_args(Criterion), "criterion")
+        positive(self.penalty, "penalty", zero=True)
         if not isinstance(self.subspaces, Subspaces) and not hasattr(self.subspaces, "fit"):
             raise TypeError(
                 f"subspaces: {self.subspaces!r} given; give Subspaces, or a finder such as "
@@ -163,6 +177,7 @@ class ConceptAwarePruning:
         *,
         target: Target = "label",
         features: FeaturesOf | None = None,
+        planning: Data | None = None,
         fine_tune: FineTune | None = None,
         checkpoint: str | Path | None = None,
     ) -> ModelEdit:
@@ -173,6 +188,9 @@ class ConceptAwarePruning:
         features : Features or callable, optional
             Of samples with and without the concept, for a finder or ``ablate="auto"``. A function
             that collects them from a network is called in each step.
+        planning : iterable or Dataset, optional
+            The labelled samples of the features, in the same order, on whose groups
+            ``ablate="auto"`` tries each ablation.
         """
         resolve_layers(model, [self.layer])
         search = not isinstance(self.subspaces, Subspaces) or self.ablate == "auto"
@@ -183,20 +201,32 @@ class ConceptAwarePruning:
             )
         if features is not None and not search:
             raise ValueError("features: given, but the subspaces and their indices need none")
+        if (planning is None) == (self.ablate == "auto"):
+            raise ValueError(
+                f"planning: {'given' if planning is not None else 'none given'}, and ablate is "
+                f"{self.ablate!r}; 'auto', and nothing else, needs the samples of the features"
+            )
+        if self.steps > 1:
+            readable_again(planning, f"pruning in {self.steps} steps", "planning")
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         plan.origin |= {"layer": self.layer, "keep_ablation": self.keep_ablation}
-        subspaces, indices, about = self._concept(model, features)
+        if self.criterion == "penalized":
+            plan.origin |= {"criterion": self.criterion, "penalty": self.penalty}
+        subspaces, indices, about = self._concept(model, features, planning)
         if not indices:
             return ModelEdit.between(model, {}, {**plan.origin, **about, "share": self.share})
 
         def score(network: nn.Module, step: int) -> UnitScores:
             nonlocal subspaces, indices, about
             if step > 0 and callable(features):
-                subspaces, indices, about = self._concept(network, features)
+                subspaces, indices, about = self._concept(network, features, planning)
             if not indices:
                 return plan.scores(network)
             with ablated(network, self.layer, subspaces, indices) as inner:
-                return plan.scores(network, self.layer, inner)
+                scores = plan.scores(network, self.layer, inner)
+            if self.criterion == "ablated":
+                return scores
+            return _penalized(scores, plan.scores(network), self.penalty)
 
         def fold(network: nn.Module) -> Mapping[str, Tensor]:
             if not self.keep_ablation or not indices:
@@ -206,21 +236,35 @@ class ConceptAwarePruning:
         return plan.edit(score, fold=fold, step_origin=lambda: about)
 
     def _concept(
-        self, network: nn.Module, source: FeaturesOf | None
+        self, network: nn.Module, source: FeaturesOf | None, planning: Data | None
     ) -> tuple[Subspaces, tuple[int, ...], dict[str, Any]]:
         """Return subspaces, the indices of those to ablate, and both as entries of an origin."""
         features: Any = source(network) if callable(source) else source
         finder = self.subspaces
-        subspaces = finder if isinstance(finder, Subspaces) else finder.fit(features)
-        about: dict[str, Any] = {"subspaces": subspaces.origin}
         if self.ablate == "auto":
-            table = predictiveness(subspaces, features)
-            choice = choose_spurious(table)
-            indices = choice.indices
-            about |= {"predictiveness": table.to_dict(), "reason": choice.reason}
+            assert planning is not None  # `plan` has checked it
+            choice = choose_spurious(network, planning, finder, features, layer=self.layer)
+            subspaces, indices, tried = choice.subspaces, choice.indices, choice.to_dict()
         else:
-            indices = subspaces.checked(self.ablate)
-        return subspaces, indices, {"ablated": [*indices], **about}
+            subspaces = finder if isinstance(finder, Subspaces) else finder.fit(features)
+            indices, tried = subspaces.checked(self.ablate), {}
+        return subspaces, indices, {"ablated": [*indices], "subspaces": subspaces.origin, **tried}
+
+
+class _Normalized(UnitScores):
+    """Scores that are divided by norms already."""
+
+    def normalized(self, layer: str) -> Tensor:
+        return self[layer]
+
+
+def _penalized(ablated: UnitScores, full: UnitScores, penalty: float) -> UnitScores:
+    """Return R − λ · max(0, R_full − R) of the normalized scores of each layer."""
+    sums = {}
+    for layer in ablated:
+        R, R_full = ablated.normalized(layer), full.normalized(layer)
+        sums[layer] = R - penalty * (R_full - R).clamp(min=0)
+    return _Normalized(sums, ablated.samples, ablated.aggregate)
 
 
 class _Plan:
