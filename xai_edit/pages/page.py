@@ -18,6 +18,7 @@ from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.check import checking_page
 from xai_edit.pages.demo import demo_page
 from xai_edit.pages.discover import FINDINGS, PICTURES, discovery_page
+from xai_edit.pages.group_maps import before_and_after, over_shares, strongest
 from xai_edit.pages.neutralize import neutralizing_page
 from xai_edit.pages.prune import pruning_page
 from xai_edit.pages.unlearn import unlearning_page
@@ -103,7 +104,14 @@ def _page(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Repo
         return unlearning_page(results, timing, maps, changed)
     changed = _weights(folder, {row["method"]: row["edit"] for row in results["rows"]})
     page = neutralizing_page if results["run"] == "neutralize" else pruning_page
-    return page(results, timing, changed)
+    return page(results, timing, _pictures(folder, results), changed)
+
+
+def _pictures(folder: Path, results: dict[str, Any]) -> str:
+    """Return the curve over shares, the ablated subspaces and the maps, as HTML."""
+    drawn = results["maps"]["withheld"] is None or results["maps"]["strongest"]
+    maps = load_file(_require(folder / MAPS)) if drawn else {}
+    return over_shares(results) + strongest(results, maps) + before_and_after(results, maps)
 
 
 def _weights(folder: Path, edits: Mapping[str, str | None]) -> str:
