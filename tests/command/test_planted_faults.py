@@ -79,7 +79,7 @@ def everything(label, has, seen):
 )
 def test_the_page_and_the_terminal_say_what_is_not_known(here, capsys, kept, value, said):
     written(kept, value)
-    assert main(shlex.split(f"{LINE} --select exact --out fault --quiet")) == 0
+    assert main(shlex.split(f"{LINE} --select exact --out fault --force --quiet")) == 0
     page = Path("fault/report.html").read_text(encoding="utf-8")
     printed, results = capsys.readouterr().out, read("fault")
     for text in said:
@@ -89,6 +89,10 @@ def test_the_page_and_the_terminal_say_what_is_not_known(here, capsys, kept, val
     table = printed[printed.index("\naccuracy by group") : printed.index("\nThe interval")]
     assert table.count("0     not measured") == len(results["rows"][0]["figures"]["missing"])
     assert printed.rstrip().endswith("\n".join(results["verdict"]))
+    shown = results["maps"]["images"]
+    assert page.count('alt="image 1: class') == (1 if shown else 0)
+    missing = results["rows"][0]["figures"]["missing"]
+    assert not [one for one in missing for own in shown if {**own, **one} == own]
 
 
 @pytest.mark.parametrize(

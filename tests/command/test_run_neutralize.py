@@ -38,7 +38,8 @@ def parts_of():
 
 def test_the_run_writes_its_files_and_a_row_for_each_method(done):
     edits = ["edits/last-layer.safetensors", "edits/neutralize.safetensors"]
-    assert files(done) == [*edits, "report.html", "results.json", "timing.json"]
+    written = ["maps.safetensors", "report.html", "results.json", "timing.json"]
+    assert files(done) == [*edits, *written]
     results = read(done)
     assert results["run"] == "neutralize"
     assert results["command"].startswith("xai-edit neutralize --model page_net:build")

@@ -46,7 +46,8 @@ def before_and_after(results: Mapping[str, Any], maps: Mapping[str, Tensor]) -> 
         "speaks for the class, blue against it; the two maps of a pair share one scale. Held-out "
         f"images: the first two of {which}, and one that the edit corrected and one that it "
         "broke, where there are such. The wrong class is the one predicted before or, where that "
-        f"was right, after.</p>{made}"
+        "was right, after. A map stays as it was where the edit changes nothing that leads to the "
+        f"class.</p>{made}"
     )
 
 
