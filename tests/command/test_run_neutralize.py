@@ -107,9 +107,9 @@ def test_parts_share_no_image_lose_none_and_have_every_group(here):
 
 
 def test_the_tables_are_printed(here, capsys):
-    assert main(shlex.split(f"{LINE} --target c --rate 0.5 --out one")) == 0
+    assert main(shlex.split(f"{LINE} --target c --rate 0.5 --out printed")) == 0
     shown = capsys.readouterr()
-    assert "written: one/report.html" in shown.err
+    assert "written: printed/report.html" in shown.err
     assert "planning: " in shown.err
     for text in ("on held-out images", "one weight (SCA)", "2 (c), with the feature"):
         assert text in shown.out, text

@@ -130,7 +130,7 @@ def _weights(folder: Path, edits: Mapping[str, str | None]) -> str:
                     rows.append([tensor, of, str(change.position(at)), *values])
             tensors = counted(len(edit.changes), "tensor")
             summary = escape(f"{name}: {counted(edit.size, 'weight')} of {tensors}")
-            listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
+            listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).unfolded()
             shown += f"<details><summary>{summary}</summary>{listed}</details>"
     return (
         "<h2>Weight by weight</h2><p>An edit is a list of weights with their old and new values, "

@@ -41,10 +41,10 @@ class Table:
         All of many rows are folded in, below those that the text has.
         """
         if len(self.rows) <= LINES:
-            return self._whole()
+            return self.unfolded()
         summary = escape(f"{self.caption}: all {len(self.rows)} rows")
-        short = "" if self.order is None else self._short()._whole()
-        return f"{short}<details><summary>{summary}</summary>{self._whole()}</details>"
+        short = "" if self.order is None else self._short().unfolded()
+        return f"{short}<details><summary>{summary}</summary>{self.unfolded()}</details>"
 
     def _short(self) -> Table:
         """Return the table with the rows of lowest ``order`` only, if it has many."""
@@ -54,7 +54,8 @@ class Table:
         some = sorted(self.rows, key=self.order)[:LINES]
         return Table(caption, self.columns, [row for row in self.rows if row in some])
 
-    def _whole(self) -> str:
+    def unfolded(self) -> str:
+        """Return the HTML table with all rows in sight."""
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
         body = "".join(
             f'<tr><th scope="row"{_exact(name)}>{escape(cell(name))}</th>'
