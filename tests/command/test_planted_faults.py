@@ -119,6 +119,10 @@ def test_the_page_and_the_terminal_say_what_is_not_known(here, capsys, kept, val
     table = printed[printed.index("\naccuracy by group") : printed.index("\nThe interval")]
     assert table.count("0     not measured") == len(results["rows"][0]["figures"]["missing"])
     assert printed.rstrip().endswith("\n".join(results["verdict"]))
+    shown = results["maps"]["images"]
+    assert page.count('alt="image 1: class') == (1 if shown else 0)
+    missing = results["rows"][0]["figures"]["missing"]
+    assert not [one for one in missing for own in shown if {**own, **one} == own]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def parts_of():
 
 def test_the_run_writes_its_files_and_a_row_for_each_method(done):
     edits = ["edits/last-layer.safetensors", "edits/neutralize.safetensors"]
-    assert files(done) == [*edits, "report.html", "results.json", "timing.json"]
+    written = ["maps.safetensors", "report.html", "results.json", "timing.json"]
+    assert files(done) == [*edits, *written]
     results = read(done)
     assert results["run"] == "neutralize"
     assert results["command"].startswith("xai-edit neutralize --model page_net:build")
@@ -120,9 +121,9 @@ def test_parts_share_no_image_lose_none_and_have_every_group(here):
 
 
 def test_the_tables_are_printed(here, capsys):
-    assert main(shlex.split(f"{LINE} --target c --rate 0.5 --out one")) == 0
+    assert main(shlex.split(f"{LINE} --target c --rate 0.5 --out printed")) == 0
     shown = capsys.readouterr()
-    assert "written: one/report.html" in shown.err
+    assert "written: printed/report.html" in shown.err
     assert "planning: " in shown.err
     for text in ("on held-out images", "one weight (SCA)", "2 (c), with the feature"):
         assert text in shown.out, text

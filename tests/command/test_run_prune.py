@@ -19,6 +19,7 @@ from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.prune_plans import of_concept, references, tuning
 from xai_edit.command.run_parts import read_attribute, split
+from xai_edit.concepts.explanations import subspace_maps
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 
 NET = """
@@ -151,8 +152,9 @@ def inputs(parts, count=32):
 
 
 EDIT, WRITTEN = "edits/prune.safetensors", ["report.html", "results.json"]
-FILES = [EDIT, *WRITTEN, "smaller.pt2", "smaller.safetensors", "timing.json"]
-MASK_ONLY = [EDIT, *WRITTEN, "timing.json"]
+MAPS = "maps.safetensors"
+FILES = [EDIT, MAPS, *WRITTEN, "smaller.pt2", "smaller.safetensors", "timing.json"]
+MASK_ONLY = [EDIT, MAPS, *WRITTEN, "timing.json"]
 
 
 @pytest.mark.parametrize("name", ["plain", "aware"])
@@ -249,6 +251,34 @@ def test_with_a_feature_the_filters_that_see_only_it_go(aware, here):
     assert rows["concept-aware pruning"]["figures"] == as_json(accuracy.to_dict())
 
 
+def test_the_curve_and_the_strongest_images_are_those_of_the_ablated_subspace(aware, here):
+    results, parts, model = read(aware), parts_of("marks.csv"), network()
+    tensors = load_file(aware / MAPS)
+    found = results["maps"]["strongest"]
+    assert (found["layer"], found["target"]) == ("1", FAVOURED)
+    features = xe.collect_features(model, parts.planning, layer="1", positions=100)
+    choice = xe.choose_spurious(model, parts.planning, xe.ContrastivePCA(None), features, layer="1")
+    subspaces, ablated = choice.subspaces, [*choice.indices]
+    kinds = [(one["subspace"], one["attribute"]) for one in found["images"]]
+    assert kinds == [(at, 1) for at in ablated[:3] for _ in range(4)]  # nothing but marked images
+    marked = tensors["strongest_images"][:4, 2, [2, 8], 1]
+    assert (marked > 0.9).all()  # those with the bluest mark
+    how = {"layer": "1", "scorer": xe.LRP("epsilon-plus"), "target": FAVOURED}
+    maps, _ = subspace_maps(model, tensors["strongest_images"], subspaces, **how)
+    through = torch.stack([maps[at, one].sum(0) for at, (one, _) in enumerate(kinds)])
+    torch.testing.assert_close(tensors["strongest"], through)
+    figures = []
+    for share in (0.4 / 3, 0.8 / 3):
+        operator = ConceptAwarePruning("1", subspaces, ablated, share)
+        with operator.plan(model, references(parts.planning)).applied(model):
+            figures.append(xe.evaluate_groups(model, parts.held_out).to_dict())
+    figures = [results["rows"][0]["figures"], *figures, results["rows"][1]["figures"]]
+    curve = results["curve"]
+    assert curve["shares"] == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4])
+    for name in ("worst", "average"):
+        assert curve[name] == [one[name]["accuracy"] for one in figures]
+
+
 def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     Path("none/edits").mkdir(parents=True)
     for name in (*FILES, "smaller.torchscript"):  # of an earlier run
@@ -260,7 +290,7 @@ def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     assert printed.startswith("ablations tried ")
     assert "\nTo try next: another --layer" in printed
     assert "\nconcept-aware pruning: none\nablation alone: none\n" in printed
-    assert files("none") == MASK_ONLY[1:]
+    assert files("none") == MASK_ONLY[2:]
     results = read("none")
     row = results["rows"][1]
     assert (row["figures"], row["edit"], row["parameters"]) == (None, None, None)

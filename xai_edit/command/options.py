@@ -241,7 +241,7 @@ COMMANDS = {
         "Make a model lean less on a spurious feature, and measure every group. Edits one weight "
         "of the last layer for each class that the feature speaks for (fictitious class removal), "
         "planned from a part of the images and measured on another, beside last-layer retraining. "
-        "Writes edits/*.safetensors, results.json, timing.json and report.html.",
+        "Writes edits/*.safetensors, maps.safetensors, results.json, timing.json and report.html.",
         (
             Option("--attribute FILE", ATTRIBUTE, required=True),
             OUT,
@@ -266,8 +266,8 @@ COMMANDS = {
         "the units of lowest relevance; with --attribute, those that matter least once the "
         "subspaces of a spurious feature are taken out (concept-aware pruning). Planned from one "
         "half of the images and measured on the other, beside weight magnitude, random and plain "
-        "LRP. Writes edits/prune.safetensors, smaller.safetensors, smaller.pt2, results.json, "
-        "timing.json and report.html.",
+        "LRP. Writes edits/prune.safetensors, maps.safetensors, smaller.safetensors, smaller.pt2, "
+        "results.json, timing.json and report.html.",
         (
             Option("--share S", "of all units of convolutions (or linear)", float, required=True),
             OUT,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from xai_edit.command.group_maps import group_maps
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run import Run
 from xai_edit.command.run_parts import SEED, split, watched
@@ -86,6 +87,7 @@ def command(options: argparse.Namespace) -> int:
         }
         for name, one in {BEFORE: ModelEdit({}), **run.edits}.items()
     }
+    before, after = (head.edited(one).logits().argmax(1) for one in (ModelEdit({}), edit))
     origin = edit.origin
     results = {
         **run.about(),
@@ -102,6 +104,7 @@ def command(options: argparse.Namespace) -> int:
             "tried": tried,
         },
         "rows": run.rows([*files], figures),
+        "maps": group_maps(run, run.edits.get(method), parts.held_out, before, after),
     }
     timing = {"features": reading.seconds, "plan": run.seconds}
     edits = {path: run.edits.get(name) for name, path in files.items() if path is not None}

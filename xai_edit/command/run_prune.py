@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.command.export import exported
+from xai_edit.command.group_maps import NONE, group_maps, predictions, strongest_images
 from xai_edit.command.planting import with_planted
 from xai_edit.command.prune_plans import (
     ABLATION,
@@ -29,6 +30,7 @@ from xai_edit.command.prune_plans import (
 )
 from xai_edit.command.run import Run
 from xai_edit.command.run_parts import SEED, split, watched
+from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.core.layers import resolve_layers
@@ -67,7 +69,9 @@ def command(options: argparse.Namespace) -> int:
     overlap = Overlap(None)
     planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), overlap.know))
     seen = partial(overlap.add, split="the held-out part")
-    before = evaluate_groups(model, watched(run.read(held_out, "measuring"), seen))
+    with predictions(model) as said:
+        before = evaluate_groups(model, watched(run.read(held_out, "measuring"), seen))
+    answers = {BEFORE: torch.cat(said)}
     overlap.refuse()
 
     scored = references(parts.planning)
@@ -83,14 +87,15 @@ def command(options: argparse.Namespace) -> int:
     network, reason = _smaller(model, edit, example)
     figures = {BEFORE: _figures(before, 0, model, model, example)}
     for name, own in run.edits.items():
-        with own.applied(model):
+        with own.applied(model), predictions(model) as said:
             accuracy = evaluate_groups(model, run.read(held_out, name))
+        answers[name] = torch.cat(said)
         less = model if name == TUNED else _smaller(model, own, example)[0]
         figures[name] = _figures(accuracy, own.size, model, less, example)
     if method in figures:
         figures[method]["edit"] = EDIT
     names = [BEFORE, method, *(name for name, _ in others)]
-    concept = None
+    concept, strongest, cut = None, NONE, operator
     if isinstance(operator, ConceptAwarePruning):
         names.append(ABLATION)
         images = len(of_concept(parts.planning, favoured))
@@ -100,6 +105,9 @@ def command(options: argparse.Namespace) -> int:
             with ablated(model, operator.layer, subspaces, concept["ablated"]):
                 alone = evaluate_groups(model, run.read(held_out, ABLATION))
             figures[ABLATION] = {**figures[BEFORE], "figures": alone.to_dict()}
+            cut = replace(operator, subspaces=subspaces, ablate=concept["ablated"])
+            shown = of_concept(parts.planning, favoured)
+            strongest = strongest_images(run, shown, cut, target=favoured)
         else:
             run.withheld[ABLATION] = concept["reason"]
 
@@ -121,9 +129,16 @@ def command(options: argparse.Namespace) -> int:
         },
         "concept": concept,
         "rows": run.rows(names, figures),
+        "maps": group_maps(
+            run, run.edits.get(method), held_out, answers[BEFORE], answers.get(method), strongest
+        ),
+        "curve": None,
         "smaller": _written(run.out, network, reason, example),
         "sizes": None,
     }
+    if operator.steps == 1 and epochs is None and method in figures:  # else a run of its own each
+        ends = {"before": figures[BEFORE]["figures"], "after": figures[method]["figures"]}
+        results["curve"] = share_curve(run, cut, scored, held_out, **ends)
     latency = None
     if network is not None:
         sizes = compare_sizes(model, network, example, rounds=ROUNDS)

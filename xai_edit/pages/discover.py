@@ -36,6 +36,7 @@ MORE = ("review.css", "review.js")
 HEADING = "What this network's classes depend on"
 FEW = 10  # samples of a group below which its accuracy has an interval
 EMPTY = "0 (empty)"
+BAR = '<p class="bar over"><span>−m, against the class</span><i></i><span>m, for it</span></p>'
 NOT_SHOWN = (
     "<p>The samples are no images, signals or texts, so they are not shown here: they stand by "
     "their names.</p>"
@@ -151,7 +152,7 @@ def _parts(
         "<p>Each finding is a feature that changes the network's answer for a class. "
         f"{LOOK[kind]} Tick what is wrong, set a verdict, and save the marks; "
         "<code>--attribute marks.json</code> of <code>xai-edit neutralize</code> and "
-        "<code>prune</code> takes them.</p>"
+        f"<code>prune</code> takes them.</p>{BAR if 'images' in pictures else ''}"
     )
     return [
         Notes(findings.answer or first),

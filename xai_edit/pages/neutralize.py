@@ -20,9 +20,9 @@ SMALL = (
 
 
 def neutralizing_page(
-    results: Mapping[str, Any], timing: Mapping[str, Any], changed: str
+    results: Mapping[str, Any], timing: Mapping[str, Any], pictures: str, changed: str
 ) -> Report:
-    """Return the page; ``changed`` is HTML, the weights of the edits."""
+    """Return the page; ``pictures`` and ``changed``, the weights of the edits, are HTML."""
     cut, marked, edit = results["split"], results["spurious"], results["edit"]
     worst, average = (
         f"from {edit['validation'][name]['before']:.3f} to {edit['validation'][name]['after']:.3f}"
@@ -54,6 +54,7 @@ def neutralizing_page(
             "<h2>Group by group</h2>",
             groups(results),
             Notes(SMALL),
+            pictures,
             changed,
             "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
             "not prove that knowledge is gone: the feature is still in the inputs of the last "
@@ -119,7 +120,7 @@ def parts_of(results: Mapping[str, Any]) -> list[Part]:
             group["accuracy"],
             tuple(group["interval"]),
             {method: groups[at]["accuracy"] for method, groups in found.items()},
-            planted=_is_planted(results, group),
+            planted=is_planted(results, group),
         )
         for at, group in enumerate(rows[0]["figures"]["groups"])
     ]
@@ -150,7 +151,8 @@ def worst_named(results: Mapping[str, Any]) -> str:
     return f"worst{measured} {'group' if results['spurious'] else 'class'}"
 
 
-def _is_planted(results: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+def is_planted(results: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Return whether the images of a group have a planted mark."""
     planted = results["planted"]
     pair = {name: group[name] for name in ("class", "attribute")}
     return planted is not None and pair in planted["groups"]
@@ -171,7 +173,7 @@ def groups(results: Mapping[str, Any]) -> Table:
     named = []
     for place, row in sorted(cells.items()):
         group = dict(zip(("class", "attribute"), place, strict=True))
-        planted = ", planted" if _is_planted(results, group) else ""
+        planted = ", planted" if is_planted(results, group) else ""
         named.append([part_name(results, group) + planted, *row])
     absent = unmeasured(results)[len(first["missing"]) :]
     named += [[part.name, 0, "not measured", *nothing] for part in absent]

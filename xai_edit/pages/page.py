@@ -18,6 +18,7 @@ from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.check import checking_page
 from xai_edit.pages.demo import demo_page
 from xai_edit.pages.discover import FINDINGS, PICTURES, discovery_page
+from xai_edit.pages.group_maps import before_and_after, over_shares, strongest
 from xai_edit.pages.neutralize import neutralizing_page
 from xai_edit.pages.prune import pruning_page
 from xai_edit.pages.score import comparing_page, scoring_page
@@ -117,7 +118,14 @@ def _page(folder: Path, results: dict[str, Any]) -> Report:
         return unlearning_page(results, timing, maps, changed)
     changed = _weights(folder, {row["method"]: row["edit"] for row in results["rows"]})
     page = neutralizing_page if results["run"] == "neutralize" else pruning_page
-    return page(results, timing, changed)
+    return page(results, timing, _pictures(folder, results), changed)
+
+
+def _pictures(folder: Path, results: dict[str, Any]) -> str:
+    """Return the curve over shares, the ablated subspaces and the maps, as HTML."""
+    drawn = results["maps"]["withheld"] is None or results["maps"]["strongest"]
+    maps = load_file(_require(folder / MAPS)) if drawn else {}
+    return over_shares(results) + strongest(results, maps) + before_and_after(results, maps)
 
 
 def _weights(folder: Path, edits: Mapping[str, str | None]) -> str:
@@ -136,7 +144,7 @@ def _weights(folder: Path, edits: Mapping[str, str | None]) -> str:
                     rows.append([tensor, of, str(change.position(at)), *values])
             tensors = counted(len(edit.changes), "tensor")
             summary = escape(f"{name}: {counted(edit.size, 'weight')} of {tensors}")
-            listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).html()
+            listed = Table(f"{len(rows)} of {edit.size:,}: {file}", COLUMNS, rows).unfolded()
             shown += f"<details><summary>{summary}</summary>{listed}</details>"
     return (
         "<h2>Weight by weight</h2><p>An edit is a list of weights with their old and new values, "

@@ -20,8 +20,10 @@ from xai_edit.report.html import Report, Shown, repeat
 from xai_edit.report.table import Notes, Table, counted
 
 
-def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed: str) -> Report:
-    """Return the page; ``changed`` is HTML, the weights of the edit."""
+def pruning_page(
+    results: Mapping[str, Any], timing: Mapping[str, Any], pictures: str, changed: str
+) -> Report:
+    """Return the page; ``pictures`` and ``changed``, the weights of the edit, are HTML."""
     cut, edit, smaller = results["split"], results["edit"], results["smaller"]
     layers = [[one["layer"], one["units"], one["removed"]] for one in edit["layers"]]
     fixed = Notes(*(f"{layer} keeps its units: {why}" for layer, why in edit["fixed"].items()))
@@ -51,6 +53,7 @@ def pruning_page(results: Mapping[str, Any], timing: Mapping[str, Any], changed:
             "<h2>Group by group</h2>",
             groups(results),
             Notes(SMALL),
+            pictures,
             "<h2>Layer by layer</h2>",
             Table("units", ["layer", "before", "removed"], layers).html() + fixed.html(),
             changed,

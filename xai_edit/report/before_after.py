@@ -17,7 +17,13 @@ from xai_edit.core.outputs import outputs_of
 from xai_edit.core.targets import Targets, classes_of, predicted
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.compare import Scorers
-from xai_edit.report.comparison_figures import as_png, relevance_maps, show_image, show_relevance
+from xai_edit.report.comparison_figures import (
+    as_png,
+    colour_bar,
+    relevance_maps,
+    show_image,
+    show_relevance,
+)
 
 RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
 
@@ -105,6 +111,7 @@ class BeforeAfter:
                         ax.set_title(when + other, fontsize=8)
                     if not pair and not side:
                         ax.set_ylabel(rule, fontsize=8)
+        colour_bar(figure)
         return as_png(figure)
 
 

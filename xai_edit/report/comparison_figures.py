@@ -62,6 +62,7 @@ def map_grid(
                 ax.set_xlabel(notes[title][row], fontsize=8)
     for ax, title in zip(grid[0], ["image", *maps], strict=True):
         ax.set_title(textwrap.fill(title, 16), fontsize=8)
+    colour_bar(figure)
     return as_png(figure)
 
 
@@ -77,6 +78,15 @@ def show_relevance(ax: Any, values: Tensor, *scale: Tensor) -> None:
     limit = max(*(float(one.abs().max()) for one in scale), 1e-12)
     ax.imshow(values.numpy(), cmap="bwr", vmin=-limit, vmax=limit, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
+
+
+def colour_bar(figure: Any) -> None:
+    """Draw the colours of relevance below a figure's maps, from −m to m, the largest of each."""
+    from matplotlib.cm import ScalarMappable
+
+    how = {"orientation": "horizontal", "ticks": [0, 0.5, 1], "shrink": 0.6, "aspect": 40}
+    bar = figure.colorbar(ScalarMappable(cmap="bwr"), ax=figure.axes, **how)
+    bar.ax.set_xticklabels(["−m, against", "0", "m, for"], fontsize=7)
 
 
 def rank_matrices(comparison: Comparison, *, layers: Sequence[str] | None = None) -> bytes:

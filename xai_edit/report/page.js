@@ -87,7 +87,7 @@ for (const wipe of document.querySelectorAll(".wipe")) {
   const slider = wipe.querySelector("input");
   const show = () => {
     wipe.style.setProperty("--shown", `${slider.value}%`);
-    slider.setAttribute("aria-valuetext", `${slider.value}% of the map after the edit`);
+    slider.setAttribute("aria-valuetext", `${slider.value}% of the map before the edit`);
   };
   slider.addEventListener("input", show);
   show();

@@ -13,7 +13,7 @@ from typing import Any
 
 from xai_edit.core.text import aligned, cell
 
-LINES = 20  # rows that the text shows
+LINES = 20  # rows that are shown of many: in the text, and on a page unless it is unfolded
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,30 @@ class Table:
 
     def text(self) -> str:
         """Return lines with aligned columns, the caption as the first head."""
-        caption, rows = self.caption, [*self.rows]
-        if self.order is not None and len(rows) > LINES:
-            caption += f" ({LINES} of {len(rows)}, {self.shown})"
-            some = sorted(rows, key=self.order)[:LINES]
-            rows = [row for row in rows if row in some]
-        return aligned([[caption, *self.columns[1:]], *rows])
+        short = self._short()
+        return aligned([[short.caption, *self.columns[1:]], *short.rows])
 
     def html(self) -> str:
-        """Return a sortable HTML table, escaped, with a link to its CSV, both with all digits."""
+        """Return a sortable HTML table, escaped, with a link to its CSV, both with all digits.
+
+        All of many rows are folded in, below those that the text has.
+        """
+        if len(self.rows) <= LINES:
+            return self.unfolded()
+        summary = escape(f"{self.caption}: all {len(self.rows)} rows")
+        short = "" if self.order is None else self._short().unfolded()
+        return f"{short}<details><summary>{summary}</summary>{self.unfolded()}</details>"
+
+    def _short(self) -> Table:
+        """Return the table with the rows of lowest ``order`` only, if it has many."""
+        if self.order is None or len(self.rows) <= LINES:
+            return self
+        caption = f"{self.caption} ({LINES} of {len(self.rows)}, {self.shown})"
+        some = sorted(self.rows, key=self.order)[:LINES]
+        return Table(caption, self.columns, [row for row in self.rows if row in some])
+
+    def unfolded(self) -> str:
+        """Return the HTML table with all rows in sight."""
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
         body = "".join(
             f'<tr><th scope="row"{_exact(name)}>{escape(cell(name))}</th>'
