@@ -364,7 +364,7 @@ def test_a_function_that_gives_no_data_is_one_clear_line(texts, capsys, name, me
 
 
 def test_a_run_is_repeated_by_its_options_and_given_ones_come_first(folder):
-    line = f"score {RESNET} --data photos --composite=epsilon-plus --share 0.01 --quiet"
+    line = f"score {RESNET} --data photos --target china --composite=epsilon-plus --quiet"
     assert main(shlex.split(f"{line} --out first")) == 0
     assert main(shlex.split("score --config first/run.toml --out again --quiet")) == 0
     read_back, again = (

@@ -11,7 +11,8 @@ from PIL import Image
 
 import xai_edit as xe
 from xai_edit.command.main import main
-from xai_edit.command.run_unlearn import classes_named, split
+from xai_edit.command.run_parts import classes_named
+from xai_edit.command.run_unlearn import split
 
 LINE = f"unlearn {DATA} --samples 10"
 SHARE = f"{LINE} --target d --share 0.2"

@@ -44,10 +44,6 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(mark) if name.strip()]
 
 
-def _target(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
 def _rate(text: str) -> float | str:
     try:
         return float(text)
@@ -182,7 +178,7 @@ COMMANDS = {
             JSON,
             Option("--held-out DATA", "other labelled data, for deletion curves of --compare"),
             Option("--attribute FILE", f"compare with and without: {ATTRIBUTE}"),
-            Option("--target CLASS", "to explain: a number, label, predicted", _target, "label"),
+            Option("--target CLASS", "to explain: number, name, label, predicted", str, "label"),
             Option("--aggregate HOW", "over samples: sum, mean, abs or positive", default="sum"),
             Option("--share S", "of a layer's units that are its top", float, 0.1),
             OUT._replace(required=False),

@@ -12,7 +12,7 @@ from typing import Any
 from xai_edit.command.inputs import preprocessing_given
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
-from xai_edit.command.run_unlearn import classes_named
+from xai_edit.command.run_parts import classes_named
 from xai_edit.core.checks import one_of
 from xai_edit.core.cost import measured
 from xai_edit.core.files import write_safetensors

@@ -13,8 +13,7 @@ import torch
 from xai_edit.command.group_maps import group_maps
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, split, watched
-from xai_edit.command.run_unlearn import classes_named
+from xai_edit.command.run_parts import SEED, classes_named, split, watched
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.checks import require
 from xai_edit.core.cost import measured

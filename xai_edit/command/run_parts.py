@@ -1,9 +1,9 @@
-"""Which images have an attribute, and labelled images divided at random into parts."""
+"""Classes and attributes that options name, and labelled images divided at random into parts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import numpy as np
 from torchvision.datasets.folder import is_image_file
 
 from xai_edit.command.load import Images, csv_rows
+from xai_edit.core.checks import distinct
 from xai_edit.core.data import Data, batches
 from xai_edit.core.inputs import Inputs
 from xai_edit.discovery.marks import Marks
@@ -186,3 +187,24 @@ def _from_folder(folder: Path, images: Images, home: Path) -> set[int]:
     if not having:
         raise ValueError(f"attribute: {folder}: no images")
     return having
+
+
+def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
+    """Return the numbers of different classes that are named by number or by name."""
+    numbers = []
+    for word in words:
+        named = [number for number, name in known.items() if name == word]
+        if word.isdecimal():
+            named = [int(word)]
+        if not named:
+            names = f" or names such as {', '.join([*known.values()][:5])}" if known else ""
+            raise ValueError(f"target: {word!r} given; give numbers{names}")
+        if len(named) > 1:
+            raise ValueError(f"target: {word!r} is the name of {listed(named)}; give a number")
+        numbers += named
+    return distinct(numbers, "target", "give one or several different classes")
+
+
+def listed(classes: Sequence[int]) -> str:
+    """Return the first numbers of classes as a text."""
+    return ", ".join(map(str, classes[:10])) + (", …" if len(classes) > 10 else "")

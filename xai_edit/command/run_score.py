@@ -21,7 +21,7 @@ from xai_edit.command.inputs import (
 from xai_edit.command.load import Images, preprocessing_of
 from xai_edit.command.own_data import is_own
 from xai_edit.command.run import MODEL, Run
-from xai_edit.command.run_parts import indices_by
+from xai_edit.command.run_parts import classes_named, indices_by
 from xai_edit.core.cost import measured
 from xai_edit.core.data import peek
 from xai_edit.core.files import write_atomically
@@ -92,6 +92,8 @@ def score(options: argparse.Namespace) -> int:
     names = options.compare or [options.composite]
     require_known(*names)
     run = Run(options)
+    if options.target not in ("label", "predicted"):
+        (options.target,) = classes_named([options.target], run.images.classes)
     data = run.read(run.images, "scoring")
     curves: dict[str, Any] = {}
     if options.held_out:

@@ -14,9 +14,8 @@ import torch
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import indices_by, watched
+from xai_edit.command.run_parts import classes_named, indices_by, listed, watched
 from xai_edit.comparisons.logit_mask import LogitMask
-from xai_edit.core.checks import distinct
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.accuracy import CONFIDENCE
@@ -59,26 +58,10 @@ class Parts:
     held_out: Images
 
 
-def classes_named(words: Sequence[str], known: Mapping[int, str]) -> list[int]:
-    """Return the numbers of different classes that are named by number or by name."""
-    numbers = []
-    for word in words:
-        named = [number for number, name in known.items() if name == word]
-        if word.isdecimal():
-            named = [int(word)]
-        if not named:
-            names = f" or names such as {', '.join([*known.values()][:5])}" if known else ""
-            raise ValueError(f"target: {word!r} given; give numbers{names}")
-        if len(named) > 1:
-            raise ValueError(f"target: {word!r} is the name of {_listed(named)}; give a number")
-        numbers += named
-    return distinct(numbers, "target", "give one or several different classes")
-
-
 def split(images: Images, target: Sequence[int], samples: int) -> Parts:
     """Divide labelled images into ``samples`` of each class to plan from, and the other parts."""
     by_class = indices_by(images.labels)
-    known = _listed(sorted(by_class))
+    known = listed(sorted(by_class))
     for label in target:
         count = len(by_class.get(label, ()))
         if not count:
@@ -270,7 +253,3 @@ def _maps(
         for label, before, after in zip(shown, *predicted, strict=True)
     ]
     return {"rules": [*RULES], "images": images, "withheld": None}
-
-
-def _listed(classes: Sequence[int]) -> str:
-    return ", ".join(map(str, classes[:10])) + (", …" if len(classes) > 10 else "")
