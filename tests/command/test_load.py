@@ -17,6 +17,7 @@ from xai_edit.command.load import (
     load_images,
     load_model,
     preprocessing_of,
+    spread,
 )
 from xai_edit.core.data import batches
 
@@ -299,7 +300,7 @@ def test_a_torchvision_data_set_is_read(mnist):
     shape = Preprocessing((1, 8, 8), mean=(0.5,), std=(0.25,))
     images = load_images("torchvision:MNIST", root=root, preprocessing=shape, limit=10)
     (batch,) = batches(images)
-    assert batch.labels.tolist() == labels[::2]  # evenly spread
+    assert batch.labels.tolist() == [labels[at] for at in spread(len(labels), 10)]
     torch.testing.assert_close(batch.inputs[:, 0], (pixels[::2] / 255 - 0.5) / 0.25)
     assert "10 of 20 images of 10 classes (0 = 0 - zero, " in str(images)
     training = load_images("torchvision:MNIST", root=root, split="train", preprocessing=shape)
@@ -375,3 +376,11 @@ def test_class_folders_have_the_numbers_of_the_categories_of_their_names(tmp_pat
         by_category(images, ["dog", "fish", "tabby cats"])
     assert by_category(images, ["one", "two", "three"]) is images
     assert by_category(images, ["cat", "dog"]) is images  # a full set of folders
+
+
+def test_what_is_taken_of_the_data_is_no_every_other_sample():
+    taken = np.array(spread(1000, 500))
+    assert (np.diff(taken) > 0).all()
+    assert (taken // 2 == np.arange(500)).all()  # one of each stretch of two
+    assert 0.4 < (taken % 2).mean() < 0.6
+    assert spread(7, 7) == [*range(7)]

@@ -11,9 +11,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -220,8 +222,17 @@ def load_images(
     if not len(source):
         raise ValueError(f"data: {spec}: no images")
     size = len(source) if limit is None else min(len(source), whole_number(limit, "limit", least=1))
-    rows = [number * len(source) // size for number in range(size)]
-    return Images(source, rows, preprocessing, classes)
+    return Images(source, spread(len(source), size), preprocessing, classes)
+
+
+def spread(total: int, size: int) -> list[int]:
+    """Return ``size`` numbers below ``total``, ascending: a random one of each of equal stretches.
+
+    Every n-th would be of one kind where, say, every other image has a mark.
+    """
+    random = np.random.default_rng(0)
+    edges = [at * total // size for at in range(size + 1)]
+    return [int(random.integers(*pair)) for pair in pairwise(edges)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xai_edit.command.load import IMAGENET, TORCHVISION, Images, imported
+from xai_edit.command.load import IMAGENET, TORCHVISION, Images, imported, spread
 from xai_edit.core.checks import whole_number
 
 COMMANDS = ("check", "score")
@@ -48,4 +48,4 @@ def load_own(spec: str, command: str, *, limit: int | None = None) -> OwnData:
     if not len(source):
         raise ValueError(f"data: {spec}: no samples")
     size = len(source) if limit is None else min(len(source), whole_number(limit, "limit", least=1))
-    return OwnData(source, [at * len(source) // size for at in range(size)], IMAGENET, {})
+    return OwnData(source, spread(len(source), size), IMAGENET, {})

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from xai_edit.command.load import Images
+from xai_edit.command.load import Images, spread
 from xai_edit.command.run import Run
 from xai_edit.command.run_parts import SEED, indices_by
 from xai_edit.concepts.candidates import numbered
@@ -56,13 +56,13 @@ def references(planning: Images, *, clean: bool = False) -> Images:
     """Return ten images of each class, or fewer; with ``clean``, of those without the feature."""
     if clean:
         planning = without_feature(planning)
-    return planning.only(spread(planning.labels, REFERENCES))
+    return planning.only(some_of_each(planning.labels, REFERENCES))
 
 
 def of_concept(planning: Images, target: int) -> Images:
     """Return images with and without the feature, of a class and of the rest."""
     kinds = [(label == target, has) for label, has in planning.groups]
-    return planning.only(spread(kinds, OF_A_KIND))
+    return planning.only(some_of_each(kinds, OF_A_KIND))
 
 
 def tuning(planning: Images, *, marked: bool) -> tuple[Images, str]:
@@ -93,12 +93,12 @@ def without_feature(images: Images) -> Images:
     return images.only([index for index, (_, has) in enumerate(images.groups) if not has])
 
 
-def spread(kinds: Sequence[Hashable], most: int) -> list[int]:
-    """Return indices of at most so many of each kind, spread evenly, in rising order."""
+def some_of_each(kinds: Sequence[Hashable], most: int) -> list[int]:
+    """Return indices of at most so many of each kind, spread over them, in rising order."""
     taken = []
     for own in indices_by(kinds).values():
         size = min(len(own), most)
-        taken += [own[number * len(own) // size] for number in range(size)]
+        taken += [own[at] for at in spread(len(own), size)]
     return sorted(taken)
 
 

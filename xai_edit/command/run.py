@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
-from xai_edit.command.load import card_of
+from xai_edit.command.load import card_of, spread
 from xai_edit.command.own_data import is_own
 from xai_edit.command.run_parts import marks_in, read_attribute
 from xai_edit.core.checks import in_range
@@ -83,7 +83,7 @@ class Run:
         that of the weights' card, becomes a warning: the images may not be what the model expects.
         """
         count = min(CHECKED, len(self.images))
-        few = self.images.only([at * len(self.images) // count for at in range(count)])
+        few = self.images.only(spread(len(self.images), count))
         right = 0
         with preserved(self.model), torch.no_grad():
             for batch in batches(self.read(few, "checking"), self.options.device):

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import classes_named, indices_by, listed, watched
+from xai_edit.command.run_parts import SEED, classes_named, indices_by, listed, watched
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
@@ -59,7 +60,10 @@ class Parts:
 
 
 def split(images: Images, target: Sequence[int], samples: int) -> Parts:
-    """Divide labelled images into ``samples`` of each class to plan from, and the other parts."""
+    """Divide labelled images at random into ``samples`` of each class to plan from, and others.
+
+    Not by their order, which may tell of a property, such as copies with a mark beside each image.
+    """
     by_class = indices_by(images.labels)
     known = listed(sorted(by_class))
     for label in target:
@@ -77,7 +81,9 @@ def split(images: Images, target: Sequence[int], samples: int) -> Parts:
         raise ValueError(f"data: only has classes {known}; samples of others too")
     parts: tuple[list[int], ...] = ([], [], [], [])
     planning, others, validation, held_out = parts
-    for label, indices in by_class.items():
+    random = np.random.default_rng(SEED)
+    for label, own in by_class.items():
+        indices = random.permutation(own).tolist()
         if label in target:
             planning += indices[:samples]
             validation += indices[samples::2]
@@ -144,6 +150,7 @@ def command(options: argparse.Namespace) -> int:
         "forget": target,
         "names": run.images.classes,
         "split": {
+            "seed": SEED,
             "planned_from": len(parts.planning),
             "others": len(parts.others),
             "validation": len(parts.validation),
