@@ -11,7 +11,9 @@ from torch import Tensor
 
 from xai_edit.evaluation.intervals import percentile_interval
 
-STANDS_OUT = 0.5  # transfer (lower end) times separation
+# Transfer (lower end) times separation. On networks kept for choosing, the best of a clean one is
+# 0.46, the worst of a marked one 0.80.
+STANDS_OUT = 0.6
 WORTH = 0.5  # the least separation
 CONFIDENCE, RESAMPLES = 0.95, 1000
 GROUPS = ("class with", "class without", "rest with", "rest without")
