@@ -50,7 +50,7 @@ def eye():
 @pytest.mark.parametrize("values", [2, 3, 5])
 def test_no_value_of_the_attribute_is_correlated_with_a_feature_any_more(eye, values):
     x, a = correlated(values=values)
-    w, b = whole(eye, [(x[:150], a[:150], a[:150]), (x[150:], a[150:], a[150:])])
+    w, b = whole(eye, [x[:150], x[150:]], attribute=a)
     before = moments(x, a)[1]
     after = moments(torch.from_numpy(x.numpy() @ w.T + b), a)[1]
     assert np.abs(before).max() > 0.1
@@ -58,6 +58,25 @@ def test_no_value_of_the_attribute_is_correlated_with_a_feature_any_more(eye, va
     assert np.linalg.matrix_rank(np.eye(6) - w) == values - 1
     assert np.allclose(w @ w, w, atol=1e-10)  # a projection: twice is once
     assert np.allclose((x.numpy() @ w.T + b).mean(0), x.numpy().mean(0))
+
+
+def test_the_class_stays_where_the_attribute_goes_with_it(eye):
+    """Feature 0 tells the class, feature 1 the attribute; 1 of 20 samples has the other value."""
+    torch.manual_seed(0)
+    y = torch.arange(2000) % 2
+    a = torch.where(torch.arange(2000) % 40 < 2, 1 - y, y)
+    x = torch.randn(2000, 6).double()
+    x[:, 0] += 6 * y
+    x[:, 1] += 6 * a
+    w, b = whole(eye, [(x, y, a)])
+    after = x.numpy() @ w.T + b
+    groups = [(y == c) & (a == v) for c in (0, 1) for v in (0, 1)]
+    means = np.stack([after[group.numpy()].mean(0) for group in groups])
+    # The groups alike: the attribute moves no feature, the class moves its own.
+    assert np.abs(means[[0, 2]].mean(0) - means[[1, 3]].mean(0)).max() < 1e-9
+    assert means[2:, 0].mean() - means[:2, 0].mean() > 5
+    with pytest.warns(UserWarning, match="2 of 4 groups of class and attribute have no samples"):
+        whole(eye, [(x, y, y)])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

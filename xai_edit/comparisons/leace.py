@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +35,9 @@ class LEACE:
     demo's digits (256 features, 200 samples, five seeds) the balanced accuracy is 0.848 with
     shrinkage and 0.822 without. The erasure on the planning data is exact all the same.
 
-    Labels are not used: where the attribute is correlated with a class in the planning data,
-    features of that class are erased too. Give about as many samples of every (class, attribute)
-    group.
+    With labels, every (class, attribute) group has the same weight in E, Σ_xx and Σ_xz: where the
+    attribute goes with a class, as a shortcut does, the erased direction would else carry the
+    class. Without labels, give about as many samples of every group.
 
     The package ``concept-erasure`` (0.2.4) computes the same map, but drops singular values below
     0.01 whatever their scale, and so does not erase an attribute of 20 in 20,000 samples.
@@ -50,8 +51,9 @@ class LEACE:
         The edit is empty where the features are uncorrelated with the attribute.
 
         ``data`` needs no labels; ``attribute``, see `xai_edit.core.data.Attribute`, may have more
-        than two values. ValueError if the model's logits are not W x + b, or the
-        attribute is missing or the same for all samples.
+        than two values. A UserWarning tells of groups without samples, which no weight makes up
+        for. ValueError if the model's logits are not W x + b, or the attribute is missing or the
+        same for all samples.
         """
         from sklearn.covariance import ledoit_wolf
 
@@ -65,10 +67,12 @@ class LEACE:
                 "and without the feature are needed"
             )
         x, z = head.features.double(), nn.functional.one_hot(column).double()
-        mean = x.mean(0)
-        covariance, shrinkage = ledoit_wolf(x.numpy())
-        cross = (x - mean).T @ (z - z.mean(0)) / len(x)
-        scale = float(z.var(0, correction=0).sum().sqrt())
+        w = _weights(head.labels, column)[:, None]
+        mean, rate = (w * x).sum(0), (w * z).sum(0)
+        centred = (len(w) * w).sqrt() * (x - mean)
+        covariance, shrinkage = ledoit_wolf(centred.numpy(), assume_centered=True)
+        cross = (w * (x - mean)).T @ (z - rate)
+        scale = float((rate - rate.square()).sum().sqrt())
         left, right = erasure(torch.from_numpy(np.asarray(covariance)), cross / scale)
         removed = head.weight.double() @ left @ right  # weight·(I − A)
         new = {"weight": head.weight.double() - removed, "bias": bias.double() + removed @ mean}
@@ -76,6 +80,24 @@ class LEACE:
         origin = {"operator": "LEACE", "samples": len(x), "values": counted}
         origin |= {"directions": left.shape[1], "shrinkage": float(shrinkage)}
         return head.edit(model, origin, **(new if left.shape[1] else {}))
+
+
+def _weights(labels: Tensor | None, column: Tensor) -> Tensor:
+    """Return the weights of samples, float64, of sum 1: the same for each group, or each sample."""
+    if labels is None:
+        return torch.full((len(column),), 1 / len(column), dtype=torch.double)
+    classes, of_class = labels.unique(return_inverse=True)
+    counts = torch.zeros(len(classes), int(column.max()) + 1, dtype=torch.double)
+    counts.index_put_((of_class, column), torch.ones(()).double(), accumulate=True)
+    if missing := int((counts == 0).sum()):
+        warnings.warn(
+            f"attribute: {missing} of {counts.numel()} groups of class and attribute have no "
+            "samples, so that the direction that is erased carries the class too; give samples of "
+            "every group",
+            stacklevel=3,
+        )
+    weights: Tensor = 1 / counts[of_class, column]
+    return weights / weights.sum()
 
 
 def erasure(covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
