@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
+from xai_edit.command.categories import by_category
 from xai_edit.command.load import (
     IMAGENET,
     Preprocessing,
-    by_category,
     load_images,
     load_model,
     preprocessing_of,

@@ -13,15 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from xai_edit.command.load import (
-    Images,
-    Preprocessing,
-    by_category,
-    card_of,
-    load_images,
-    load_model,
-    preprocessing_of,
-)
+from xai_edit.command.categories import by_category, card_of
+from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
 from xai_edit.command.own_data import is_own, load_own
 from xai_edit.core.checks import one_of
 from xai_edit.core.data import Data

@@ -98,7 +98,7 @@ def preprocessing_of(
     """
     usual = IMAGENET
     if spec.startswith(TORCHVISION):
-        known = models.get_model_weights(_torchvision_name(spec)).__members__
+        known = models.get_model_weights(torchvision_name(spec)).__members__
         chosen = [known[weights]] if weights in known else known.values()
         # Of several, the smallest: the size that a network built without weights is made for.
         preset = min((each.transforms() for each in chosen), key=lambda one: one.crop_size[0])
@@ -124,7 +124,7 @@ def load_model(spec: str, *, weights: str | None = None, classes: int | None = N
     config: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     heads: tuple[str, ...] = ()
     if spec.startswith(TORCHVISION):
-        name = _torchvision_name(spec)
+        name = torchvision_name(spec)
         own = weights if weights in models.get_model_weights(name).__members__ else None
         if heads := TRAINING_HEADS.get(name, ()):
             # The published weights, from a file too, were trained with transformed inputs.
@@ -140,10 +140,11 @@ def load_model(spec: str, *, weights: str | None = None, classes: int | None = N
     return model.eval()
 
 
-def _torchvision_name(spec: str) -> str:
+def torchvision_name(spec: str) -> str:
+    """Return the name of torchvision's classifier, or raise ValueError."""
     name, known = spec.removeprefix(TORCHVISION).lower(), models.list_models(module=models)
     if name not in known:
-        raise ValueError(f"model: torchvision has no image classifier {name!r}{_near(name, known)}")
+        raise ValueError(f"model: torchvision has no image classifier {name!r}{near(name, known)}")
     return name
 
 
@@ -159,7 +160,7 @@ def imported(spec: str, what: str, config: Mapping[str, Any]) -> Any:
         module = importlib.import_module(module_name)
     made = getattr(module, name, None)
     if not callable(made):
-        guess = _near(name, vars(module))
+        guess = near(name, vars(module))
         raise ValueError(f"{what}: module {module_name!r} has no function {name!r}{guess}")
     with _one_sentence(f"{what}: {spec} failed"):
         return made(**config)
@@ -298,38 +299,6 @@ class Images(Dataset[Any]):
         return f"{len(self)} of {len(self.source)} images{listed if named else ''}"
 
 
-def card_of(spec: str, weights: str | None) -> Mapping[str, Any]:
-    """Return what torchvision tells of its weights, such as ``categories``; else nothing."""
-    if weights is None or not spec.startswith(TORCHVISION):
-        return {}
-    known = models.get_model_weights(_torchvision_name(spec)).__members__
-    return known[weights].meta if weights in known else {}
-
-
-def by_category(images: Images, categories: Sequence[str]) -> Images:
-    """Return images of class folders with the numbers of the categories of the same names.
-
-    ValueError if some folders have such names and others have not. Without any, or of a full set
-    of folders, the numbers stay.
-    """
-    names = images.classes
-    if not names or len(names) == len(categories) or not isinstance(images.source, list):
-        return images
-    number = {_plain(name): at for at, name in reversed([*enumerate(categories)])}
-    new = {label: number[_plain(name)] for label, name in names.items() if _plain(name) in number}
-    if not new:
-        return images
-    if unknown := [name for label, name in names.items() if label not in new]:
-        guess = _near(unknown[0], categories)
-        raise ValueError(f"data: folder {unknown[0]!r} is no class of the weights{guess}")
-    source = [(path, new[label]) for path, label in images.source]
-    return replace(images, source=source, classes={new[at]: name for at, name in names.items()})
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", " ").replace("-", " ")
-
-
 def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]:
     entries = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
     images = [(str(each), None) for each in entries if is_image_file(each.name)]
@@ -371,7 +340,7 @@ def _table(file: Path) -> list[tuple[str, int | None]]:
 
 def _torchvision_data(name: str, root: str | Path | None, split: str) -> tuple[Any, dict[int, str]]:
     if name not in datasets.__all__:
-        guess = _near(name, datasets.__all__)
+        guess = near(name, datasets.__all__)
         raise ValueError(f"data: torchvision has no data set {name!r}{guess}")
     accepted = inspect.signature(kind := getattr(datasets, name)).parameters
     if "root" in accepted and root is None:
@@ -387,7 +356,7 @@ def _torchvision_data(name: str, root: str | Path | None, split: str) -> tuple[A
     return source, dict(enumerate(names))
 
 
-def _near(name: str, known: Iterable[str]) -> str:
+def near(name: str, known: Iterable[str]) -> str:
     """Return the end of a message with similar names, or an empty one."""
     folded = {each.lower(): each for each in known if not each.startswith("_")}
     close = [folded[each] for each in difflib.get_close_matches(name.lower(), folded)]

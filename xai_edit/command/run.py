@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xai_edit.command.categories import card_of
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
-from xai_edit.command.load import card_of, spread
+from xai_edit.command.load import spread
 from xai_edit.command.own_data import is_own
 from xai_edit.command.run_parts import marks_in, read_attribute
 from xai_edit.core.checks import in_range
