@@ -12,7 +12,7 @@ from PIL import Image
 import xai_edit as xe
 from xai_edit.command.main import main
 from xai_edit.command.run_parts import classes_named
-from xai_edit.command.run_unlearn import split
+from xai_edit.command.run_unlearn import _outcome, split
 
 LINE = f"unlearn {DATA} --samples 10"
 SHARE = f"{LINE} --target d --share 0.2"
@@ -104,6 +104,14 @@ def test_a_kept_class_of_few_samples_gives_half_to_planning(tmp_path):
     parts = split(images_of(tmp_path), [0], 3)
     assert [len(part) for part in (parts.planning, parts.others, parts.validation)] == [3, 2, 1]
     assert parts.held_out.labels == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("forget", "told"), [([2, 3], False), ([0, 2, 3], True)])
+def test_where_one_class_is_left_the_accuracy_on_the_rest_shows_no_harm(done, forget, told):
+    results = read(done) | {"forget": forget}
+    assert len(results["samples"]) == 4
+    said = [one.startswith("harm to the rest") for one in _outcome(results).unmeasured]
+    assert any(said) == told
 
 
 @pytest.mark.usefixtures("_quickly_drawn")

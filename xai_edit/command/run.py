@@ -20,8 +20,10 @@ from xai_edit.command.run_parts import marks_in, read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
 from xai_edit.core.data import Data, batches
+from xai_edit.core.files import checksum
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.evaluation.accuracy import least_above_chance
@@ -180,6 +182,7 @@ class Run:
         outcome = outcome_of(json.loads(as_json(results)))
         told = {"warnings": [*self.noticed, *warnings(outcome)], "verdict": verdict(outcome)}
         results = {**results, **told}
+        told["measured_on"] = checksum(unwrapped(self.model).state_dict(), "")
         (self.out / "edits").mkdir(exist_ok=True)
         judged = self.edits.get(outcome.method)
         for path, edit in edits.items():

@@ -41,6 +41,11 @@ ADVICE = {
     "single weight (SCA)": "use it if the answers are all that counts: it changes one weight",
     "logit mask": "use it if the answers are all that counts: it leaves the rest of the network",
 }
+PROBE = "what a probe finds and relearning brings back"
+ONE_LEFT = (
+    "harm to the rest: one class alone is left to answer, so A_g rises as A_t falls, whatever the "
+    "images show"
+)
 SHOWN_FORGOTTEN, SHOWN_KEPT = 4, 2  # images with maps, at most
 
 
@@ -197,7 +202,9 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     edit = results["edit"]
     what = "switches off" if edit["scope"] == "neuron" else "cuts from the class"
     neurons = sum(one["neurons"] for one in edit["classes"])
-    probed = results["evaluation"] is not None
+    unmeasured = [] if results["evaluation"] else [PROBE]
+    if len(samples) - len(target) == 1:
+        unmeasured.insert(0, ONE_LEFT)
     return Outcome(
         METHOD,
         f"{what} {counted(neurons, 'neuron')} of layer {', '.join(edit['layers'])}",
@@ -206,7 +213,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         kind="class",
         advice=ADVICE,
         further="a larger --share, or other --layers",
-        unmeasured=() if probed else ("what a probe finds and relearning brings back",),
+        unmeasured=unmeasured,
     )
 
 
