@@ -1,6 +1,8 @@
 """Faults planted in the data of ``xai-edit neutralize``: the page and the terminal say each."""
 
+import re
 import shlex
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from xai_edit.command.main import main
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run_parts import read_attribute, split
 
+LISTED = f" {DATA.replace('--data test', '--data data.csv')}"
 LINE = f"neutralize {DATA.replace('--data test', '--data data.csv')} --attribute marked.csv"
 
 
@@ -197,6 +200,7 @@ def test_a_mark_is_planted_into_images_of_a_data_set_without_paths(here):
     [
         (f"{LINE} --plant large.png", "plant: large.png is larger than an image of 8×8; give a"),
         (f"{LINE} --plant clear.png", "plant: clear.png does not change the inputs: it is"),
+        (f"{LINE} --plant full.png", "plant: full.png covers all of the images; give a picture"),
         (f"{LINE} --plant w.pt", "plant: w.pt cannot be read as a picture"),
         (
             f"neutralize {DATA} --attribute marks.csv --plant mark.png",
@@ -210,7 +214,25 @@ def test_a_mark_that_cannot_be_planted_is_one_line(here, capsys, line, message):
     for name, size, colour in (
         ("mark", 2, "white"),
         ("large", 40, "white"),
+        ("full", 8, "white"),
         ("clear", 2, (0, 0, 0, 0)),
     ):
         Image.new("RGBA", (size, size), colour).save(f"{name}.png")
     assert message in refused(line, capsys)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [LINE, f"prune --share 0.3{LISTED}", f"unlearn --target 0 --samples 10{LISTED}"],
+)
+def test_copies_of_an_image_that_would_be_on_both_sides_are_named(here, capsys, tmp_path, line):
+    written(everything)
+    shutil.copytree("test", tmp_path / "copies")
+    for name in ("data.csv", "marked.csv"):
+        lines = Path(name).read_text().splitlines()
+        copied = [one.replace("test/", f"{tmp_path}/copies/", 1) for one in lines]
+        Path(name).write_text("\n".join([*lines, *copied]))
+    said = refused(line, capsys)
+    first, second = re.search(r"the first (\S+) and (\S+); keep one of each", said).groups()
+    assert first != second
+    assert Path(first).read_bytes() == Path(second).read_bytes()

@@ -27,6 +27,10 @@ def with_config(arguments: Sequence[str]) -> list[str]:
     """
     command, *given = arguments
     file = Path(str(paired(given)["config"]))
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"config: {file}: no such file; give run.toml of a run, or your own"
+        )
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as problem:

@@ -47,7 +47,11 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out
         if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as problem:
+                reason = f"no folder can be made ({problem.strerror})"
+                raise type(problem)(f"out: {self.out}: {reason}") from problem
         self.images = images_of(options, options.data)
         self.attribute: list[int] | None = None
         self.marks: Marks | None = None
@@ -182,14 +186,16 @@ class Run:
         outcome = outcome_of(json.loads(as_json(results)))
         told = {"warnings": [*self.noticed, *warnings(outcome)], "verdict": verdict(outcome)}
         results = {**results, **told}
-        told["measured_on"] = checksum(unwrapped(self.model).state_dict(), "")
+        weights = checksum(unwrapped(self.model).state_dict(), "")
         (self.out / "edits").mkdir(exist_ok=True)
         judged = self.edits.get(outcome.method)
         for path, edit in edits.items():
             if edit is None:
                 (self.out / path).unlink(missing_ok=True)  # of an earlier run
             else:
-                origin = edit.origin | (told if edit is judged else {})
+                origin = edit.origin
+                if edit is judged:
+                    origin = {**origin, **told, "measured_on": weights}
                 replace(edit, origin=origin).save(self.out / path)
         report = write_run(self.out, results, timing)
         text = f"{report.text()}\n\n{verdict_text(results)}"

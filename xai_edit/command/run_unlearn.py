@@ -15,7 +15,14 @@ import torch
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, classes_named, indices_by, listed, watched
+from xai_edit.command.run_parts import (
+    SEED,
+    classes_named,
+    indices_by,
+    listed,
+    refuse_copies,
+    watched,
+)
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
@@ -133,7 +140,7 @@ def command(options: argparse.Namespace) -> int:
             data = watched(data, partial(overlap.add, split="the held-out data"))
         with own.applied(run.model):
             accuracy = evaluate_groups(run.model, data)
-        overlap.refuse()
+        refuse_copies(overlap, analysis.joined(parts.validation), held_out)
         figures[name] = {
             "forgotten": accuracy.of(*target),
             "rest": accuracy.rest(*target),
