@@ -1,8 +1,6 @@
 """Faults planted in the data of ``xai-edit neutralize``: the page and the terminal say each."""
 
-import re
 import shlex
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from xai_edit.command.main import main
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run_parts import read_attribute, split
 
-LISTED = f" {DATA.replace('--data test', '--data data.csv')}"
 LINE = f"neutralize {DATA.replace('--data test', '--data data.csv')} --attribute marked.csv"
 
 
@@ -219,20 +216,3 @@ def test_a_mark_that_cannot_be_planted_is_one_line(here, capsys, line, message):
     ):
         Image.new("RGBA", (size, size), colour).save(f"{name}.png")
     assert message in refused(line, capsys)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [LINE, f"prune --share 0.3{LISTED}", f"unlearn --target 0 --samples 10{LISTED}"],
-)
-def test_copies_of_an_image_that_would_be_on_both_sides_are_named(here, capsys, tmp_path, line):
-    written(everything)
-    shutil.copytree("test", tmp_path / "copies")
-    for name in ("data.csv", "marked.csv"):
-        lines = Path(name).read_text().splitlines()
-        copied = [one.replace("test/", f"{tmp_path}/copies/", 1) for one in lines]
-        Path(name).write_text("\n".join([*lines, *copied]))
-    said = refused(line, capsys)
-    first, second = re.search(r"the first (\S+) and (\S+); keep one of each", said).groups()
-    assert first != second
-    assert Path(first).read_bytes() == Path(second).read_bytes()

@@ -200,7 +200,7 @@ def test_report_of_an_incomplete_run_is_one_clear_line(done, tmp_path, capsys, m
         ("--data test/d", "data: has no labels"),
         ("--train-data few", "named otherwise than those of the training"),
         ("--data more.csv --target 6", "labels: class 4 is out of range"),
-        ("--data twice.csv --share 0.2", "1 are in the held-out data; take them out there"),
+        ("--data twice.csv --share 0.2", "as there are copies, the first test/d/"),
         ("--train-data test --share 0.2", "take them out there"),
     ],
 )
