@@ -394,6 +394,8 @@ def test_a_folder_that_holds_a_run_is_written_over_by_force_alone(folder, capsys
     capsys.readouterr()
     assert "out: out holds a run" in refused(f"{line} --share 0.5", capsys, out=None)
     assert Path("out/results.json").read_bytes() == before
+    other = f"check {RESNET} --data photos --quiet --out out --force"
+    assert "out: out holds a run of xai-edit score; --force" in refused(other, capsys, out=None)
     assert main(shlex.split(f"{line} --share 0.5 --force")) == 0
     assert Path("out/results.json").read_bytes() != before
 

@@ -135,7 +135,11 @@ def test_the_tables_are_printed(here, capsys):
 )
 def test_json_alone_is_printed_and_options_are_passed_on(here, capsys, how):
     given = " ".join(f"--{name} {value}" for name, value in how.items())
+    stale = Path("words/edits/counterfactual.safetensors")  # of a run with --findings
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.touch()
     assert main(shlex.split(f"{LINE} {given} --target c --out words --force --json --quiet")) == 0
+    assert not stale.exists()
     printed = capsys.readouterr()
     assert printed.err == ""
     results = json.loads(printed.out)

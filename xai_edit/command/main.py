@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         options.line = shlex.join(["xai-edit", *typed])
         folder = options.out if options.command in RUNS else None
-        if folder is not None and not options.force:
-            require_unused(folder)
+        if folder is not None:
+            require_unused(folder, options.command, force=options.force)
         code = _run(options)
         if folder is not None:
             write_config(folder, given)

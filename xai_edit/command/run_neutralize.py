@@ -106,7 +106,8 @@ def command(options: argparse.Namespace) -> int:
         "maps": group_maps(run, run.edits.get(method), parts.held_out, before, after),
     }
     timing = {"features": reading.seconds, "plan": run.seconds}
-    edits = {path: run.edits.get(name) for name, path in files.items() if path is not None}
+    named = {path: run.edits.get(name) for name, path in files.items() if path is not None}
+    edits = {COMPLETION: None, **named}  # that of an earlier run goes
     return run.finish(results, timing, edits, _outcome)
 
 
