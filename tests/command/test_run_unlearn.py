@@ -13,6 +13,7 @@ import xai_edit as xe
 from xai_edit.command.main import main
 from xai_edit.command.run_parts import classes_named
 from xai_edit.command.run_unlearn import _outcome, split
+from xai_edit.pages.verdict import verdict
 
 LINE = f"unlearn {DATA} --samples 10"
 SHARE = f"{LINE} --target d --share 0.2"
@@ -112,6 +113,19 @@ def test_where_one_class_is_left_the_accuracy_on_the_rest_shows_no_harm(done, fo
     assert len(results["samples"]) == 4
     said = [one.startswith("harm to the rest") for one in _outcome(results).unmeasured]
     assert any(said) == told
+
+
+@pytest.mark.parametrize(
+    ("share", "bound", "says"), [(0.3, 0.2, True), (0.2, 0.2, False), (0.3, None, False)]
+)
+def test_a_bound_that_held_out_samples_miss_is_told(done, share, bound, says):
+    results = read(done)
+    assert results["edit"]["bound"] == 0.05  # of --share auto
+    results["edit"]["bound"] = bound
+    results["rows"][1]["classes"][2:] = [0.0, share]
+    line = "The bound is missed: at most 20.0% of a class was to be predicted, and on held-out "
+    line += "samples it is 30.0% of class 3 (d)"
+    assert verdict(_outcome(results))[1].startswith(line) == says
 
 
 @pytest.mark.usefixtures("_quickly_drawn")

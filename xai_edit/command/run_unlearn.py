@@ -212,6 +212,17 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     unmeasured = [] if results["evaluation"] else [PROBE]
     if len(samples) - len(target) == 1:
         unmeasured.insert(0, ONE_LEFT)
+    missed, bound = "", edit["bound"]
+    own = next(row["classes"] for row in rows if row["method"] == METHOD)
+    over = [label for label in target if bound is not None and (own[label] or 0) > bound]
+    if over:
+        named = ", ".join(
+            f"{own[label]:.1%} of class {class_name(results, label)}" for label in over
+        )
+        missed = (
+            f"The bound is missed: at most {bound:.1%} of a class was to be predicted, and on "
+            f"held-out samples it is {named}; give a smaller --bound or a larger --share."
+        )
     return Outcome(
         METHOD,
         f"{what} {counted(neurons, 'neuron')} of layer {', '.join(edit['layers'])}",
@@ -221,6 +232,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         advice=ADVICE,
         further="a larger --share, or other --layers",
         unmeasured=unmeasured,
+        missed=missed,
     )
 
 

@@ -83,6 +83,8 @@ class Outcome:
         The edit makes the network smaller: it need not raise the figure.
     unmeasured : sequence of str
         What else is not known.
+    missed : str
+        A sentence on what was asked for and not reached.
     """
 
     method: str
@@ -95,6 +97,7 @@ class Outcome:
     further: str = ""
     smaller: bool = False
     unmeasured: Sequence[str] = ()
+    missed: str = ""
 
     @property
     def better(self) -> bool:
@@ -106,8 +109,8 @@ class Outcome:
 
 def verdict(outcome: Outcome) -> list[str]:
     """Return the sentences: the change, harm, what is unknown, comparisons, and what to try."""
-    sentences = [_change(outcome), _harm(outcome), *_unknown(outcome), _comparison(outcome)]
-    sentences += _harmless(outcome)
+    sentences = [_change(outcome), *filter(None, [outcome.missed]), _harm(outcome)]
+    sentences += [*_unknown(outcome), _comparison(outcome), *_harmless(outcome)]
     if not outcome.better and outcome.further:
         sentences.append(f"To try next: {outcome.further}.")
     return sentences
