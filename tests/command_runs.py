@@ -126,7 +126,7 @@ def files(folder):
 
 def as_planned(origin):
     """What planning wrote into an origin: all but what was measured afterwards."""
-    return {key: value for key, value in origin.items() if key not in SENTENCES}
+    return {key: value for key, value in origin.items() if key not in (*SENTENCES, "measured_on")}
 
 
 def as_json(value):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from xai_edit import ModelEdit
 from xai_edit.command.main import main
+from xai_edit.core.files import checksum
 
 
 @pytest.fixture
@@ -81,6 +83,27 @@ def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
     assert (change["shape"], change["entries"], change["zero"]) == ([5, 1024], 2, 1)
     largest = max(abs(weight.flatten()[3]), abs(2.5 - weight.flatten()[1030]))
     assert change["largest"] == pytest.approx(float(largest))
+
+
+def test_other_weights_than_the_verdict_was_measured_on_are_told(files, capsys):
+    folder, _ = files
+    own = load_file(folder / "own.safetensors")
+    edit = ModelEdit.load(folder / "edit.safetensors")
+    told = {"verdict": ["It helps."], "measured_on": checksum(own, "")}
+    replace(edit, origin=edit.origin | told).save(folder / "edit.safetensors")
+    own["features.0.0.weight"] *= -1  # no weight of the edit
+    save_file(own, folder / "other.safetensors")
+    line = f"DIR/edit.safetensors {MODEL} --weights DIR/%s.safetensors --out DIR/%s.safetensors"
+    line = line.replace(" --quiet", "")
+    for source, new, warned in (("own", "one", False), ("other", "two", True)):
+        assert run("apply " + line % (source, new), folder) == 0
+        assert run("undo " + line % (new, f"{new}-undone"), folder) == 0
+        said = capsys.readouterr().err.count("warning: the weights differ elsewhere from those")
+        assert said == 2 * warned
+    assert run("log DIR", folder) == 0
+    log = capsys.readouterr().out
+    assert log.count("Warning: the weights differ elsewhere") == 3  # two, and both of its undoing
+    assert log.count("It helps.") == 4  # not of what is undone
 
 
 @pytest.mark.parametrize(

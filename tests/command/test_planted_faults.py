@@ -197,6 +197,7 @@ def test_a_mark_is_planted_into_images_of_a_data_set_without_paths(here):
     [
         (f"{LINE} --plant large.png", "plant: large.png is larger than an image of 8×8; give a"),
         (f"{LINE} --plant clear.png", "plant: clear.png does not change the inputs: it is"),
+        (f"{LINE} --plant full.png", "plant: full.png covers all of the images; give a picture"),
         (f"{LINE} --plant w.pt", "plant: w.pt cannot be read as a picture"),
         (
             f"neutralize {DATA} --attribute marks.csv --plant mark.png",
@@ -210,6 +211,7 @@ def test_a_mark_that_cannot_be_planted_is_one_line(here, capsys, line, message):
     for name, size, colour in (
         ("mark", 2, "white"),
         ("large", 40, "white"),
+        ("full", 8, "white"),
         ("clear", 2, (0, 0, 0, 0)),
     ):
         Image.new("RGBA", (size, size), colour).save(f"{name}.png")

@@ -135,7 +135,11 @@ def test_the_tables_are_printed(here, capsys):
 )
 def test_json_alone_is_printed_and_options_are_passed_on(here, capsys, how):
     given = " ".join(f"--{name} {value}" for name, value in how.items())
+    stale = Path("words/edits/counterfactual.safetensors")  # of a run with --findings
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.touch()
     assert main(shlex.split(f"{LINE} {given} --target c --out words --force --json --quiet")) == 0
+    assert not stale.exists()
     printed = capsys.readouterr()
     assert printed.err == ""
     results = json.loads(printed.out)
@@ -258,7 +262,10 @@ def test_an_edit_that_fails_on_the_held_out_images_is_called_so(here, capsys, mo
         ("--attribute rare.csv", "class 0 has 1 images with the feature; give 3 or more"),
         ("--data test/a --attribute bare.csv", "data: has no labels"),
         ("--model page_net:scaled --weights scaled.pt", "a final linear layer is needed"),
-        ("--data copies.csv --attribute copied.csv", "1 are in the held-out part; take them out"),
+        (
+            "--data copies.csv --attribute copied.csv",
+            "as there are copies, the first copy1.png and test/a/{first}; keep one",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(here, capsys, more, message):

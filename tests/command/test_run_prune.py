@@ -448,7 +448,7 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
         (f"{AWARE} --attribute all.csv --fine-tune 1", "fine-tune: class 2 has no images without"),
         (f"{PLAIN} --protect 7", "layer '7' not found"),
         (f"{PLAIN} --protect 0", "the channels of '0' have to stay: '0' is protected"),
-        (f"{PLAIN} --data twice", "1 are in the held-out part; take them out there"),
+        (f"{PLAIN} --data twice", "as there are copies, the first twice/a/copy"),
         (f"{AWARE} {NARROW} --finder drsa", "finder: nothing found at layer '1' ("),
     ],
 )

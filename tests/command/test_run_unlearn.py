@@ -12,7 +12,8 @@ from PIL import Image
 import xai_edit as xe
 from xai_edit.command.main import main
 from xai_edit.command.run_parts import classes_named
-from xai_edit.command.run_unlearn import split
+from xai_edit.command.run_unlearn import _outcome, split
+from xai_edit.pages.verdict import verdict
 
 LINE = f"unlearn {DATA} --samples 10"
 SHARE = f"{LINE} --target d --share 0.2"
@@ -106,6 +107,27 @@ def test_a_kept_class_of_few_samples_gives_half_to_planning(tmp_path):
     assert parts.held_out.labels == [0, 1, 2, 2]
 
 
+@pytest.mark.parametrize(("forget", "told"), [([2, 3], False), ([0, 2, 3], True)])
+def test_where_one_class_is_left_the_accuracy_on_the_rest_shows_no_harm(done, forget, told):
+    results = read(done) | {"forget": forget}
+    assert len(results["samples"]) == 4
+    said = [one.startswith("harm to the rest") for one in _outcome(results).unmeasured]
+    assert any(said) == told
+
+
+@pytest.mark.parametrize(
+    ("share", "bound", "says"), [(0.3, 0.2, True), (0.2, 0.2, False), (0.3, None, False)]
+)
+def test_a_bound_that_held_out_samples_miss_is_told(done, share, bound, says):
+    results = read(done)
+    assert results["edit"]["bound"] == 0.05  # of --share auto
+    results["edit"]["bound"] = bound
+    results["rows"][1]["classes"][2:] = [0.0, share]
+    line = "The bound is missed: at most 20.0% of a class was to be predicted, and on held-out "
+    line += "samples it is 30.0% of class 3 (d)"
+    assert verdict(_outcome(results))[1].startswith(line) == says
+
+
 @pytest.mark.usefixtures("_quickly_drawn")
 def test_two_runs_agree_and_the_tables_are_printed(here, capsys):
     for out in ("one", "two"):
@@ -192,7 +214,7 @@ def test_report_of_an_incomplete_run_is_one_clear_line(done, tmp_path, capsys, m
         ("--data test/d", "data: has no labels"),
         ("--train-data few", "named otherwise than those of the training"),
         ("--data more.csv --target 6", "labels: class 4 is out of range"),
-        ("--data twice.csv --share 0.2", "1 are in the held-out data; take them out there"),
+        ("--data twice.csv --share 0.2", "as there are copies, the first test/d/"),
         ("--train-data test --share 0.2", "take them out there"),
     ],
 )

@@ -145,6 +145,23 @@ def test_intervals_of_all_figures_are_those_of_scipys_bootstrap():
     assert np.allclose(own, np.transpose(scipys), rtol=0, atol=0.011)
 
 
+@pytest.mark.parametrize(
+    ("right", "samples"),
+    [([[0, 29], [16, 30]], [[1, 30], [30, 30]]), ([[0, 10]], [[30, 30]]), ([[7, 19]], [[7, 20]])],
+)
+def test_a_group_all_right_or_all_wrong_leaves_the_worst_unsure(right, samples):
+    """The draws of such a group are binomial with the mean of Beta(k + 1/2, n - k + 1/2)."""
+    right, samples = torch.tensor(right), torch.tensor(samples)
+    at = scipy.stats.beta(right + 0.5, samples - right + 0.5).mean()
+    k, n = right.numpy(), samples.numpy()
+    rates = np.where((k == 0) | (k == n), at, k / n)
+    drawn = np.random.default_rng(9).binomial(n, rates, size=(40_000, *n.shape)) / n
+    expected = np.quantile(drawn.min((1, 2)), [0.025, 0.975])
+    found = Accuracy(right, samples).intervals(resamples=40_000).worst
+    assert found == pytest.approx(expected, abs=0.034)  # both drawn; shares come in steps of 1/30
+    assert found[0] < found[1]
+
+
 def test_intervals_repeat_with_the_seed_and_widen_with_the_confidence():
     accuracy = Accuracy(RIGHT, SAMPLES)
     assert accuracy.intervals(seed=3) == accuracy.intervals(seed=3)

@@ -31,6 +31,7 @@ GAIN = (
     "(0.400–0.600)."
 )
 NOT_BETTER = "No comparison method does better here; the best, DFR, has 0.600 against 0.700."
+SAFE = "Without harm to any group that was measured: DFR (0.600)."
 NEXT = "To try next: more images."
 
 
@@ -38,7 +39,14 @@ NEXT = "To try next: more images."
     ("case", "sentences"),
     [
         (outcome(), [GAIN, NO_HARM, ALL, NOT_BETTER]),
-        (outcome(parts=[replace(GOOD, after={"edit": 0.82}), BAD]), [GAIN, HARM, ALL, NOT_BETTER]),
+        (
+            outcome(parts=[replace(GOOD, after={"edit": 0.82}), BAD]),
+            [GAIN, HARM, ALL, NOT_BETTER, SAFE],
+        ),
+        (
+            outcome(parts=[replace(GOOD, after={"edit": 0.82, "DFR": 0.7}), BAD]),
+            [GAIN, HARM, ALL, NOT_BETTER],
+        ),
         (
             outcome(0.55),
             [
@@ -153,6 +161,7 @@ NEXT = "To try next: more images."
     ids=[
         "gain",
         "harm to a group",
+        "harm to a group by each method",
         "gain within the interval",
         "nothing better",
         "worse, and so is the comparison",

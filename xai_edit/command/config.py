@@ -27,6 +27,10 @@ def with_config(arguments: Sequence[str]) -> list[str]:
     """
     command, *given = arguments
     file = Path(str(paired(given)["config"]))
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"config: {file}: no such file; give run.toml of a run, or your own"
+        )
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as problem:
@@ -65,16 +69,34 @@ def write_config(folder: Path, arguments: Sequence[str]) -> None:
     write_atomically(folder / CONFIG, "\n".join([*lines, ""]).encode())
 
 
-def require_unused(folder: Path) -> None:
-    """Raise FileExistsError if a folder holds a run."""
+def require_unused(folder: Path, command: str, *, force: bool) -> None:
+    """Raise FileExistsError if a folder holds a run; with ``force``, one of another command.
+
+    Its other files, such as a smaller network, would stay beside the new page.
+    """
     from xai_edit.pages.page import RESULTS  # takes long to import
 
     for name in RESULTS:
-        if (folder / name).is_file():
+        file = folder / name
+        if file.is_file() and not force:
             raise FileExistsError(
                 f"out: {folder} holds a run ({name}); give another folder, or --force to write "
                 "over it"
             )
+        if file.is_file() and (of := _command(file)) not in (command, None):
+            raise FileExistsError(
+                f"out: {folder} holds a run of xai-edit {of}; --force writes over one of the same "
+                "command alone; give another folder"
+            )
+
+
+def _command(results: Path) -> str | None:
+    """Return the command that wrote a file of results; None of a damaged file."""
+    try:
+        kind = json.loads(results.read_text(encoding="utf-8"))["run"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return "score" if kind == "compare" else str(kind)
 
 
 def _arguments(file: Path, name: str, value: Any) -> list[str]:

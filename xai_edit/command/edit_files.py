@@ -7,9 +7,9 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
-from xai_edit.command.edit_log import write_record
+from xai_edit.command.edit_log import OTHER, write_record
 from xai_edit.command.inputs import model_of, note
-from xai_edit.core.files import require_folder, write_safetensors
+from xai_edit.core.files import checksum, require_folder, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.page import as_json
 
@@ -44,11 +44,17 @@ def apply(options: argparse.Namespace) -> int:
     if require_folder(out).exists():
         raise FileExistsError(f"out: {out} is there already; give another name")
     edit, model = ModelEdit.load(options.edit), model_of(options)
-    change, done = (edit.undo, "undone") if options.command == "undo" else (edit.apply, "applied")
+    undo = options.command == "undo"
+    change, done = (edit.undo, "undone") if undo else (edit.apply, "applied")
+    before = None if undo else checksum(model.state_dict(), "")
     change(model)
     header = json.dumps({done: edit.origin.get("operator", "edit")})
     state = model.state_dict()
+    without = before or checksum(state, "")
+    same = edit.origin.get("measured_on", without) == without
     write_safetensors(out, state, KIND, header)
-    write_record(out, state, options.weights, done, options.edit)
+    write_record(out, state, options.weights, done, options.edit, same=same)
+    if not same:
+        note(options, f"warning: {OTHER}; measure it on these before you rely on it")
     note(options, f"written: {out}")
     return 0

@@ -17,12 +17,22 @@ from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.page import as_json
 
 RECORD = ".edits.json"
+OTHER = "the weights differ elsewhere from those that the edit's verdict was measured on"
 
 
 def write_record(
-    weights: Path, state: Mapping[str, Tensor], source: str | None, done: str, edit: Path
+    weights: Path,
+    state: Mapping[str, Tensor],
+    source: str | None,
+    done: str,
+    edit: Path,
+    *,
+    same: bool,
 ) -> None:
-    """Write the record of new weights: that of the weights they were made from, and one edit."""
+    """Write the record of new weights: that of the weights they were made from, and one edit.
+
+    ``same``: without the edit the weights are those that its verdict was measured on.
+    """
     origin = ModelEdit.load(edit).origin
     earlier = read_record(Path(source)) if source is not None else None
     entry = {
@@ -30,6 +40,7 @@ def write_record(
         "edit": str(edit),
         "operator": origin.get("operator"),
         "verdict": origin.get("verdict", []),
+        "same_weights": same,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     entries = [*(earlier["edits"] if earlier else []), entry]
@@ -76,7 +87,9 @@ def log(options: argparse.Namespace) -> int:
         print(f"{name}, from {record['from'] or 'weights as built'}{since}")
         for number, one in enumerate(record["edits"], start=1):
             print(f"  {number}. {one['time']} {one['done']} {one['edit']} ({one['operator']})")
-            for sentence in one["verdict"]:
+            if not one.get("same_weights", True):
+                print(f"     Warning: {OTHER}.")
+            for sentence in one["verdict"] if one["done"] == "applied" else ():
                 print(f"     {sentence}")
     return 0
 

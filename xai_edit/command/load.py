@@ -295,7 +295,8 @@ class Images(Dataset[Any]):
 
     def __str__(self) -> str:
         named = [f"{label} = {name}" for label, name in self.classes.items()]
-        listed = f" of {len(named)} classes ({', '.join(named[:10])}{', …' * (len(named) > 10)})"
+        es, more = "es" * (len(named) != 1), ", …" * (len(named) > 10)
+        listed = f" of {len(named)} class{es} ({', '.join(named[:10])}{more})"
         return f"{len(self)} of {len(self.source)} images{listed if named else ''}"
 
 

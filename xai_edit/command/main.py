@@ -41,11 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = sys.argv[1:] if arguments is None else [*arguments]
     try:
         given = with_config(typed) if "config" in paired(typed) else typed
-        options = parser().parse_args(given)
+        options, unknown = parser().parse_known_args(given)
+        if unknown:
+            where = "" if unknown[0] in typed else f"config: {paired(typed)['config']}: "
+            raise ValueError(
+                f"{where}unrecognized arguments: {' '.join(unknown)}; see xai-edit "
+                f"{options.command} --help"
+            )
         options.line = shlex.join(["xai-edit", *typed])
         folder = options.out if options.command in RUNS else None
-        if folder is not None and not options.force:
-            require_unused(folder)
+        if folder is not None:
+            require_unused(folder, options.command, force=options.force)
         code = _run(options)
         if folder is not None:
             write_config(folder, given)

@@ -57,6 +57,12 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def _outputs(text: str) -> int | str:
     return text if text.isidentifier() else _whole(text)
 
@@ -112,7 +118,7 @@ INPUTS = (
     Option("--split NAME", "of torchvision's data set", default="test"),
     Option("--limit N", "at most N samples, spread over the data", _whole),
     Option("--batch-size N", "samples at a time", _whole, 32),
-    Option("--workers N", "processes that read images beside this one", int, 0),
+    Option("--workers N", "processes that read images beside this one", _count, 0),
     Option("--input-size CxHxW", "such as 3x224x224; 1 channel is grey", _size),
     Option("--resize N", "shorter side before the centre is cut out", _whole),
     Option("--mean R,G,B", "subtracted from values in [0, 1]", _numbers),

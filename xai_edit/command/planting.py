@@ -15,6 +15,8 @@ from xai_edit.command.load import Images
 from xai_edit.command.run_parts import Parts
 from xai_edit.datasets.shortcuts import Mark
 
+SEVERAL = 4  # planted images that are to differ
+
 
 @dataclass(frozen=True, eq=False)
 class WithPlanted:
@@ -82,10 +84,17 @@ def _completed(part: Images, source: WithPlanted, classes: Sequence[int]) -> Ima
 
 
 def _check_visible(part: Images, picture: Path) -> None:
-    """Raise ValueError if the first planted image of a part is as an input what it was before."""
+    """Raise ValueError if the first planted images of a part are inputs as before, or all alike."""
     size = len(part.source.source)
-    row = next(row for row in part.rows if row >= size)
+    planted = [row for row in part.rows if row >= size]
+    row = planted[0]
     pair = replace(part, rows=[row - size, row])
+    inputs = [replace(part, rows=[row])[0][0] for row in planted[:SEVERAL]]
+    if len(inputs) > 1 and all(torch.equal(inputs[0], one) for one in inputs[1:]):
+        raise ValueError(
+            f"plant: {picture} covers all of the images; give a picture of the feature alone, "
+            "transparent around it"
+        )
     if torch.equal(pair[0][0], pair[1][0]):
         raise ValueError(
             f"plant: {picture} does not change the inputs: it is transparent, or lies outside what "

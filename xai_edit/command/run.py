@@ -21,8 +21,10 @@ from xai_edit.command.run_parts import marks_in, read_attribute
 from xai_edit.core.checks import in_range
 from xai_edit.core.cost import measured
 from xai_edit.core.data import Data, batches
+from xai_edit.core.files import checksum
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.evaluation.accuracy import least_above_chance
@@ -46,7 +48,11 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out
         if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as problem:
+                reason = f"no folder can be made ({problem.strerror})"
+                raise type(problem)(f"out: {self.out}: {reason}") from problem
         self.images = images_of(options, options.data)
         self.attribute: list[int] | None = None
         self.marks: Marks | None = None
@@ -181,13 +187,16 @@ class Run:
         outcome = outcome_of(json.loads(as_json(results)))
         told = {"warnings": [*self.noticed, *warnings(outcome)], "verdict": verdict(outcome)}
         results = {**results, **told}
+        weights = checksum(unwrapped(self.model).state_dict(), "")
         (self.out / "edits").mkdir(exist_ok=True)
         judged = self.edits.get(outcome.method)
         for path, edit in edits.items():
             if edit is None:
                 (self.out / path).unlink(missing_ok=True)  # of an earlier run
             else:
-                origin = edit.origin | (told if edit is judged else {})
+                origin = edit.origin
+                if edit is judged:
+                    origin = {**origin, **told, "measured_on": weights}
                 replace(edit, origin=origin).save(self.out / path)
         report = write_run(self.out, results, timing)
         text = f"{report.text()}\n\n{verdict_text(results)}"

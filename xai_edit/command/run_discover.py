@@ -52,7 +52,8 @@ def command(options: argparse.Namespace) -> int:
     found = replace(found, names=_names(run.images, Path(options.data)))
     with measured() as drawing:
         pixels = preprocessing_given(options).pixels
-        drawn = pictures(run.model, run.images, found, pixels=pixels)
+        quiet = options.quiet
+        drawn = pictures(run.model, run.images, found, pixels=pixels, progress=not quiet)
     found.save(run.out / FINDINGS)
     write_safetensors(run.out / PICTURES, drawn, KIND, "")
     results = {**run.about(), "names": names, **_results(found, names)}

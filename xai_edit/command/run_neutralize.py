@@ -13,7 +13,7 @@ import torch
 from xai_edit.command.group_maps import group_maps
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, classes_named, split, watched
+from xai_edit.command.run_parts import SEED, classes_named, refuse_copies, split, watched
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.checks import require
 from xai_edit.core.cost import measured
@@ -77,7 +77,7 @@ def command(options: argparse.Namespace) -> int:
     add = partial(overlap.add, split="the held-out part")
     held_out = watched(run.read(parts.held_out, "measuring"), add)
     head = collect_head_features(run.model, held_out, with_attribute=True)
-    overlap.refuse()
+    refuse_copies(overlap, parts.planning.joined(parts.validation), parts.held_out)
     figures = {
         name: {
             "figures": evaluate_head(head.edited(one)).to_dict(),
@@ -106,7 +106,8 @@ def command(options: argparse.Namespace) -> int:
         "maps": group_maps(run, run.edits.get(method), parts.held_out, before, after),
     }
     timing = {"features": reading.seconds, "plan": run.seconds}
-    edits = {path: run.edits.get(name) for name, path in files.items() if path is not None}
+    named = {path: run.edits.get(name) for name, path in files.items() if path is not None}
+    edits = {COMPLETION: None, **named}  # that of an earlier run goes
     return run.finish(results, timing, edits, _outcome)
 
 

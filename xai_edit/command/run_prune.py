@@ -29,7 +29,7 @@ from xai_edit.command.prune_plans import (
     tuning,
 )
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, split, watched
+from xai_edit.command.run_parts import SEED, refuse_copies, split, watched
 from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.files import write_atomically, write_safetensors
@@ -72,7 +72,7 @@ def command(options: argparse.Namespace) -> int:
     with predictions(model) as said:
         before = evaluate_groups(model, watched(run.read(held_out, "measuring"), seen))
     answers = {BEFORE: torch.cat(said)}
-    overlap.refuse()
+    refuse_copies(overlap, parts.planning, held_out)
 
     scored = references(parts.planning)
     example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])

@@ -15,7 +15,14 @@ import torch
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, classes_named, indices_by, listed, watched
+from xai_edit.command.run_parts import (
+    SEED,
+    classes_named,
+    indices_by,
+    listed,
+    refuse_copies,
+    watched,
+)
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
@@ -41,6 +48,11 @@ ADVICE = {
     "single weight (SCA)": "use it if the answers are all that counts: it changes one weight",
     "logit mask": "use it if the answers are all that counts: it leaves the rest of the network",
 }
+PROBE = "what a probe finds and relearning brings back"
+ONE_LEFT = (
+    "harm to the rest: one class alone is left to answer, so A_g rises as A_t falls, whatever the "
+    "images show"
+)
 SHOWN_FORGOTTEN, SHOWN_KEPT = 4, 2  # images with maps, at most
 
 
@@ -128,7 +140,7 @@ def command(options: argparse.Namespace) -> int:
             data = watched(data, partial(overlap.add, split="the held-out data"))
         with own.applied(run.model):
             accuracy = evaluate_groups(run.model, data)
-        overlap.refuse()
+        refuse_copies(overlap, analysis.joined(parts.validation), held_out)
         figures[name] = {
             "forgotten": accuracy.of(*target),
             "rest": accuracy.rest(*target),
@@ -197,7 +209,20 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     edit = results["edit"]
     what = "switches off" if edit["scope"] == "neuron" else "cuts from the class"
     neurons = sum(one["neurons"] for one in edit["classes"])
-    probed = results["evaluation"] is not None
+    unmeasured = [] if results["evaluation"] else [PROBE]
+    if len(samples) - len(target) == 1:
+        unmeasured.insert(0, ONE_LEFT)
+    missed, bound = "", edit["bound"]
+    own = next(row["classes"] for row in rows if row["method"] == METHOD)
+    over = [label for label in target if bound is not None and (own[label] or 0) > bound]
+    if over:
+        named = ", ".join(
+            f"{own[label]:.1%} of class {class_name(results, label)}" for label in over
+        )
+        missed = (
+            f"The bound is missed: at most {bound:.1%} of a class was to be predicted, and on "
+            f"held-out samples it is {named}; give a smaller --bound or a larger --share."
+        )
     return Outcome(
         METHOD,
         f"{what} {counted(neurons, 'neuron')} of layer {', '.join(edit['layers'])}",
@@ -206,7 +231,8 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         kind="class",
         advice=ADVICE,
         further="a larger --share, or other --layers",
-        unmeasured=() if probed else ("what a probe finds and relearning brings back",),
+        unmeasured=unmeasured,
+        missed=missed,
     )
 
 

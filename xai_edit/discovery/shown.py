@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from xai_edit.concepts.collect import require_same_values, values_at
 from xai_edit.concepts.explanations import subspace_maps
@@ -66,6 +67,7 @@ def pictures(
     findings: Findings,
     *,
     pixels: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Return the shown samples as pictures, and for each the relevance through the subspace.
 
@@ -81,6 +83,8 @@ def pictures(
     pixels : callable, optional
         Makes images in [0, 1], shape (samples, 1 or 3, height, width), of inputs that are images;
         by default they are stretched to their extremes.
+    progress : bool
+        Show a bar on stderr.
 
     Returns
     -------
@@ -116,7 +120,8 @@ def pictures(
     ((kind, picture),) = drawn.items()
     size = picture.shape[1:] if kind == "tokens" else picture.shape[2 + (kind == "signals") :]
     made = {"samples": wanted, **drawn}
-    for number, (finding, own) in enumerate(zip(findings, rows, strict=True)):
+    shown = zip(tqdm(findings, "pictures", disable=not progress, leave=False), rows, strict=True)
+    for number, (finding, own) in enumerate(shown):
         at = torch.searchsorted(wanted, own)
         try:
             R = _relevance(model, inputs[at.to(inputs.device)], finding)

@@ -47,9 +47,10 @@ AVERAGES: dict[Average, str] = {
 class GroupIntervals:
     """Intervals of the figures of an `Accuracy`.
 
-    ``groups`` are Wilson score intervals, which have a width also where no answer is wrong; the
-    others percentile bootstrap intervals. ``worst`` is that of the lowest accuracy, whichever group
-    has it in a resample; ``gaps`` are those of each average less the worst.
+    ``groups`` are Wilson score intervals, the others percentile bootstrap intervals of
+    `resampled_shares`; both have a width also where no answer is wrong. ``worst`` is that of the
+    lowest accuracy, whichever group has it in a resample; ``gaps`` are those of each average less
+    the worst.
     """
 
     confidence: float

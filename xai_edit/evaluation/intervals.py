@@ -19,13 +19,16 @@ def resampled_shares(
     """Return the share of hits in each group, in each of many resamples; float64, (resamples, G).
 
     The bootstrap within groups (Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, ch.
-    8). The number of hits in n draws from n samples with k hits is binomial. ``hits`` and
+    8). The number of hits in n draws from n samples with k hits is binomial, of probability k / n.
+    Where k is 0 or n every draw would be the same, as if one sample showed a rate for sure; there
+    it is (k + 1/2) / (n + 1), the mean of the rate's posterior under Jeffreys' prior. ``hits`` and
     ``samples`` are int64, shape (G,); every group has samples.
     """
-    total = samples.numpy()[:, None]
+    k, total = hits.numpy()[:, None], samples.numpy()[:, None]
+    rate = np.where((k == 0) | (k == total), (k + 0.5) / (total + 1), k / total)
     random = np.random.default_rng(seed)
     # Group by group, since NumPy prepares each anew where the probability changes.
-    drawn = random.binomial(total, hits.numpy()[:, None] / total, size=(len(total), resamples))
+    drawn = random.binomial(total, rate, size=(len(total), resamples))
     return np.asarray((drawn / total).T, dtype=np.float64)
 
 

@@ -175,13 +175,18 @@ class Overlap:
 
     def know(self, inputs: Inputs) -> None:
         """Add one batch that an edit was planned from."""
-        self._analysis.update(_digests(inputs))
+        self._analysis.update(digests(inputs))
 
     def add(self, inputs: Inputs, split: str) -> None:
         """Compare one batch of a split."""
         if self._analysis:
             found = self._found.setdefault(split, set())
-            found.update(self._analysis.intersection(_digests(inputs)))
+            found.update(self._analysis.intersection(digests(inputs)))
+
+    @property
+    def found(self) -> bool:
+        """Whether there is an overlap."""
+        return any(self._found.values())
 
     def refuse(self) -> None:
         """Raise ValueError with the counts where there is an overlap."""
@@ -193,7 +198,8 @@ class Overlap:
             )
 
 
-def _digests(inputs: Inputs) -> list[bytes]:
+def digests(inputs: Inputs) -> list[bytes]:
+    """Return a digest of each sample's bytes."""
     hashes = [hashlib.blake2b(digest_size=16) for _ in range(len(inputs))]
     for values in input_tensors(inputs).values():
         kind = f"{values.dtype} {tuple(values.shape[1:])}".encode()

@@ -56,7 +56,7 @@ def comparing_page(results: Mapping[str, Any], pictures: Mapping[str, bytes]) ->
                 parts.append(f'<h3>{title}</h3><div class="scroll">')
                 parts.append(f'<img alt="{title}" src="data:image/png;base64,{uri}"></div>')
     files = [f"{name}.png" for name in pictures]
-    return Report("How alike scorers are", [*parts, repeat(results, files)])
+    return Report("How alike scorers are", [*parts, repeat(results, files, name="comparison.json")])
 
 
 def _about(results: Mapping[str, Any], data: str) -> str:

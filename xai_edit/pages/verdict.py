@@ -83,6 +83,8 @@ class Outcome:
         The edit makes the network smaller: it need not raise the figure.
     unmeasured : sequence of str
         What else is not known.
+    missed : str
+        A sentence on what was asked for and not reached.
     """
 
     method: str
@@ -95,6 +97,7 @@ class Outcome:
     further: str = ""
     smaller: bool = False
     unmeasured: Sequence[str] = ()
+    missed: str = ""
 
     @property
     def better(self) -> bool:
@@ -106,7 +109,8 @@ class Outcome:
 
 def verdict(outcome: Outcome) -> list[str]:
     """Return the sentences: the change, harm, what is unknown, comparisons, and what to try."""
-    sentences = [_change(outcome), _harm(outcome), *_unknown(outcome), _comparison(outcome)]
+    sentences = [_change(outcome), *filter(None, [outcome.missed]), _harm(outcome)]
+    sentences += [*_unknown(outcome), _comparison(outcome), *_harmless(outcome)]
     if not outcome.better and outcome.further:
         sentences.append(f"To try next: {outcome.further}.")
     return sentences
@@ -260,6 +264,21 @@ def _comparison(outcome: Outcome) -> str:
     else:
         how, sure = "better", ""
     return f"{_start(best)} does {how} {where} ({against}){sure}{harm}{advice}."
+
+
+def _harmless(outcome: Outcome) -> list[str]:
+    """Return which comparison methods harm nothing and lose nothing, where the edit does harm."""
+    if outcome.reason is not None or not _harmed(outcome, outcome.method):
+        return []
+    figures = outcome.figures
+    safe = [
+        f"{name} ({figures[0].values[name]:.3f})"
+        for name in figures[0].values
+        if name not in (BEFORE, outcome.method)
+        and not _harmed(outcome, name)
+        and min(one.gain(name, BEFORE) for one in figures) >= 0
+    ]
+    return [f"Without harm to any {outcome.kind} that was measured: {named(safe)}."] if safe else []
 
 
 def _start(text: str) -> str:

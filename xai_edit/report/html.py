@@ -71,11 +71,10 @@ def _text(name: str) -> str:
     return _HERE.joinpath(name).read_text(encoding="utf-8")
 
 
-def repeat(results: Mapping[str, Any], edits: Iterable[str]) -> str:
-    """Return HTML on how to repeat the run: command, versions, ``results.json``, files."""
+def repeat(results: Mapping[str, Any], edits: Iterable[str], *, name: str = "results.json") -> str:
+    """Return HTML on how to repeat the run: command, versions, figures (file ``name``), files."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    name = "results.json"
     link = download(name, name, "application/json", content, f"{name}: save all figures")
     listed = ", ".join(f"<code>{escape(file)}</code>" for file in edits)
     return (
