@@ -32,6 +32,7 @@ from xai_edit.report.table import counted
 RETRAINED, COMPLETED = "last-layer retraining (DFR)", "counterfactual retraining"
 EDIT, HEAD = "edits/neutralize.safetensors", "edits/last-layer.safetensors"
 COMPLETION = "edits/counterfactual.safetensors"
+LARGE = 10  # times the largest weight of the last layer: a new weight that is told of
 ADVICE = {
     RETRAINED: "use it if you have labels of every group",
     COMPLETED: "use it if the completed images are credible, which its edit says",
@@ -131,6 +132,9 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     if edit["select"] != "exact":
         further.insert(0, "--select exact, which tries every weight at every dose")
     changes = f"changes {counted(own['weights_changed'] or 0, 'weight')} of the last layer"
+    largest = max((one["times_largest"] for one in edit["rows"]), default=0.0)
+    if largest > LARGE:
+        changes += f" (to up to {largest:.0f} times the largest weight there was)"
     return Outcome(
         own["method"],
         changes,

@@ -157,20 +157,23 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     if own["parameters"]:
         what += f" and keeps {own['parameters'] / first['parameters']:.1%} of the parameters"
     if results["concept"] is not None:
-        figure = figure_of(results, "worst", worst_named(results))
+        figures = [figure_of(results, "worst", worst_named(results))]
         further = (
             "another --layer, where the feature forms, another --finder, --ablate to overrule the "
             "choice, or neutralize"
         )
     else:
-        figure = figure_of(results, "average", "average accuracy")
-        pruned = {row["method"] for row in results["rows"][1:] if row["method"] != TUNED}
-        values = {name: figure.values[name] for name in figure.values if name in {BEFORE, *pruned}}
-        figure, further = replace(figure, values=values), "a larger --share, or fewer in --protect"
+        both = {"average": "average accuracy", "worst": worst_named(results)}
+        pruned = {BEFORE, *(row["method"] for row in results["rows"] if row["method"] != TUNED)}
+        figures = [
+            replace(one, values={name: one.values[name] for name in one.values if name in pruned})
+            for one in (figure_of(results, key, name) for key, name in both.items())
+        ]
+        further = "a larger --share, or fewer in --protect"
     return Outcome(
         own["method"],
         what,
-        [figure],
+        figures,
         parts_of(results),
         kind="group" if results["spurious"] else "class",
         reason=edit["reason"],
