@@ -39,6 +39,10 @@ class ColourDiscovery(NeutralizingColours):
     summary = staticmethod(summaries.discovery)
     tables = staticmethod(tables.discovery)
 
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return what is measured at each strength."""
+        return {f"ρ = {key}": one for key, one in super().one_seed(seed, *images).items()}
+
     def compared(self, seed: int, *images: ImageSet) -> dict[str, Any]:
         """Return what is found in the network of one seed and strength, and edits by it."""
         train, planning, held = images
