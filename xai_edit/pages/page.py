@@ -75,7 +75,9 @@ def _write(folder: Path) -> Report:
             report = replace(report, parts=[verdict_html(results), *report.parts])
         content = report.html()
     except KeyError as problem:
-        raise ValueError(f"{file}: damaged ({problem} is missing)") from None
+        raise ValueError(
+            f"{file}: damaged, or of another version ({problem} is missing); run the command anew"
+        ) from None
     write_atomically(folder / "report.html", content.encode())
     return report
 
