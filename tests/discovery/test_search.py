@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import Tokens
 from torch import nn
 
 import xai_edit as xe
@@ -118,21 +119,6 @@ def test_what_is_put_into_samples_goes_through_the_rest_of_the_network(network):
     by_feature, _ = put.turned(0, torch.ones(7, dtype=torch.bool))
     was, now = margins(put.before, 0) > 0, margins(put.with_it, 0) > 0
     assert torch.equal(by_feature, now & ~was)
-
-
-class Tokens(nn.Module):
-    """The mean of the vectors of tokens that are no padding, and a last layer."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding, self.block, self.fc = nn.Embedding(9, 6), nn.Identity(), nn.Linear(6, 3)
-        with torch.no_grad():
-            self.embedding.weight[0] = 100  # of padding
-
-    def forward(self, input_ids, attention_mask):
-        mask = attention_mask[..., None].float()
-        return self.fc((self.block(self.embedding(input_ids)) * mask).sum(1) / mask.sum(1))
 
 
 # A donor of two tokens and one of four, with padding at its end or beginning.

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from networks import Tokens
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -321,21 +322,6 @@ def test_planning_depends_on_the_seed_alone(plain, digits, tmp_path):
     assert not torch.allclose(new[0], new[3], rtol=1e-4)
     first.save(tmp_path / "edit.safetensors")
     assert ModelEdit.load(tmp_path / "edit.safetensors").origin == first.origin
-
-
-class Tokens(nn.Module):
-    """The mean of the vectors of tokens that are no padding, and a last layer."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding, self.block, self.fc = nn.Embedding(9, 6), nn.Identity(), nn.Linear(6, 3)
-        with torch.no_grad():
-            self.embedding.weight[0] = 100  # of padding
-
-    def forward(self, input_ids, attention_mask):
-        mask = attention_mask[..., None].float()
-        return self.fc((self.block(self.embedding(input_ids)) * mask).sum(1) / mask.sum(1))
 
 
 def test_texts_are_completed_from_the_tokens_of_a_donor_and_not_from_its_padding():
