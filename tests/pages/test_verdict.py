@@ -48,6 +48,17 @@ NEXT = "To try next: more images."
             [GAIN, HARM, ALL, NOT_BETTER],
         ),
         (
+            outcome(other=0.75, apart=frozenset({"DFR"})),
+            [
+                GAIN,
+                NO_HARM,
+                ALL,
+                "No comparison method was measured.",
+                "DFR does a little better here (0.750 against 0.700), within the interval, which "
+                "does not tell the two apart.",
+            ],
+        ),
+        (
             outcome(0.55),
             [
                 "Edit changes 1 weight: worst group goes from 0.500 to 0.550, within the interval "
@@ -162,6 +173,7 @@ NEXT = "To try next: more images."
         "gain",
         "harm to a group",
         "harm to a group by each method",
+        "a comparison of another kind",
         "gain within the interval",
         "nothing better",
         "worse, and so is the comparison",

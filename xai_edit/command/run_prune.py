@@ -179,6 +179,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         reason=edit["reason"],
         advice=ADVICE,
         further=further,
+        apart=frozenset({ABLATION}),
         smaller=results["concept"] is None and results["smaller"]["file"] is not None,
     )
 

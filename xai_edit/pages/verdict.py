@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -81,6 +81,9 @@ class Outcome:
         What to try where the edit is none or made nothing better.
     smaller : bool
         The edit makes the network smaller: it need not raise the figure.
+    apart : set of str
+        Comparison methods that do not do all that the edit is for, such as make the network
+        smaller: the best of the others has a sentence of its own.
     unmeasured : sequence of str
         What else is not known.
     missed : str
@@ -98,6 +101,7 @@ class Outcome:
     smaller: bool = False
     unmeasured: Sequence[str] = ()
     missed: str = ""
+    apart: frozenset[str] = frozenset()
 
     @property
     def better(self) -> bool:
@@ -110,7 +114,12 @@ class Outcome:
 def verdict(outcome: Outcome) -> list[str]:
     """Return the sentences: the change, harm, what is unknown, comparisons, and what to try."""
     sentences = [_change(outcome), *filter(None, [outcome.missed]), _harm(outcome)]
-    sentences += [*_unknown(outcome), _comparison(outcome), *_harmless(outcome)]
+    alike = [
+        replace(one, values={k: v for k, v in one.values.items() if k not in outcome.apart})
+        for one in outcome.figures
+    ]
+    compared = (_comparison(one) for one in (replace(outcome, figures=alike), outcome))
+    sentences += [*_unknown(outcome), *dict.fromkeys(compared), *_harmless(outcome)]
     if not outcome.better and outcome.further:
         sentences.append(f"To try next: {outcome.further}.")
     return sentences
