@@ -39,6 +39,7 @@ from .evaluation.evaluate_unlearning import evaluate_unlearning
 from .evaluation.sizes import compare_sizes
 from .forgetting.path_perturbation import PathPerturbation
 from .last_layer.counterfactual import CounterfactualRetraining
+from .last_layer.counterfactual_tuning import CounterfactualTuning
 from .last_layer.fictitious_class import FictitiousClass
 from .last_layer.head import collect_head_features
 from .last_layer.single_weight import SingleWeight
@@ -65,6 +66,7 @@ __all__ = [
     "ConceptAwarePruning",
     "ContrastivePCA",
     "CounterfactualRetraining",
+    "CounterfactualTuning",
     "FictitiousClass",
     "Findings",
     "FineTuning",

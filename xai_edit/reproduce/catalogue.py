@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from xai_edit.reproduce.backdoors import BackdoorDiscovery
+from xai_edit.reproduce.corrected_pruning import CorrectedPairPruning
 from xai_edit.reproduce.discovered_groups import ColourDiscovery
 from xai_edit.reproduce.discovery import ClassDiscovery, PairDiscovery
 from xai_edit.reproduce.experiments import Reproduction
@@ -144,6 +145,16 @@ PRUNING = (  # Concept-aware network pruning
     PairPruning(name="cnp-cifar10", title=f"{CNP}: CIFAR-10, trucks with a planted mark", **TRUCKS),
     TunedPairPruning(
         name="cnp-fine-tuned", title=f"{CNP}: the same in steps, with fine-tuning", **TRUCKS
+    ),
+    CorrectedPairPruning(
+        name="cnp-corrected",
+        title=f"{CNP}: by a discovered subspace, then a retrained last layer",
+        **TRUCKS,
+    ),
+    CorrectedPairPruning(
+        name="cnp-corrected-checkerboard",
+        title=f"{CNP}: the same, dogs with another mark",
+        **TRUCKS | {"classes": (3, 5), "pattern": "checkerboard"},
     ),
     PairPruning(
         name="cnp-mnist",

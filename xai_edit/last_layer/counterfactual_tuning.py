@@ -1,0 +1,65 @@
+"""Retraining of a pruned network's last layer on completed images, as a step of pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from xai_edit.concepts.collect import collect_features
+from xai_edit.concepts.finders import ContrastivePCA
+from xai_edit.core.checks import readable_again, whole_number
+from xai_edit.core.data import Attribute, Data
+from xai_edit.last_layer.counterfactual import SIZES, CounterfactualRetraining
+
+POSITIONS = 100  # of a sample, at most, that the subspace is found from
+
+
+@dataclass(frozen=True)
+class CounterfactualTuning:
+    """Retrain the last layer of a pruned network on each sample with and without a feature.
+
+    Give it as ``fine_tune`` to an operator that prunes: the network is made smaller and corrected
+    in one edit, with no sample of the groups that are missing. Pruning changes the activations, so
+    the subspace of the feature is found anew in the pruned network, by `ContrastivePCA`; then
+    `CounterfactualRetraining` completes the samples and fits the last layer. Ours; no paper.
+
+    Parameters
+    ----------
+    data : iterable or Dataset
+        Labelled samples of every class that can be read several times.
+    layer : str
+        Where the feature forms; see `CounterfactualRetraining`.
+    attribute : callable, Tensor or Marks, optional
+        Which samples have the feature; the third element of the data's batches when left out.
+    size : int, optional
+        Directions that are exchanged; chosen when left out, see `CounterfactualRetraining`.
+    seed : int
+        Of the donors, and of the positions that the subspace is found from.
+    """
+
+    data: Data = field(repr=False)
+    layer: str
+    attribute: Attribute = field(default=None, repr=False)
+    size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        readable_again(self.data, "counterfactual retraining")
+        if self.size is not None:
+            whole_number(self.size, "size", least=1, most=SIZES[-1])
+        whole_number(self.seed, "seed")
+
+    def __call__(self, network: nn.Module) -> None:
+        """Retrain the last layer in place; ValueError as of `CounterfactualRetraining.plan`."""
+        features = collect_features(
+            network,
+            self.data,
+            layer=self.layer,
+            positions=POSITIONS,
+            attribute=self.attribute,
+            seed=self.seed,
+        )
+        subspaces = ContrastivePCA(None).fit(features)
+        operator = CounterfactualRetraining(self.layer, subspaces, size=self.size, seed=self.seed)
+        operator.plan(network, self.data, attribute=self.attribute).apply(network)
