@@ -17,7 +17,7 @@ import xai_edit as xe
 from xai_edit.command.export import exported
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
-from xai_edit.command.prune_plans import of_concept, references, tuning
+from xai_edit.command.prune_plans import of_concept, references, tuned_on
 from xai_edit.command.run_parts import read_attribute, split
 from xai_edit.concepts.explanations import subspace_maps
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
@@ -328,8 +328,9 @@ def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
     results = json.loads(printed.out)
     assert results == read("tuned")
     edit = results["edit"]
-    assert (edit["steps"], edit["epochs"], edit["removed"]) == (2, 1, 5)
-    assert edit["tuned_on"] == "planning images, as many of each group"
+    assert (edit["steps"], edit["removed"]) == (2, 5)
+    on = "planning images, as many of each group"
+    assert edit["tuned_by"] == f"1 epoch of fine-tuning on {on}"
     assert results["rows"][-2]["method"] == "fine-tuning alone"
     whole = results["rows"][0]["parameters"]
     smaller = [row["parameters"] < whole for row in results["rows"]]
@@ -337,6 +338,34 @@ def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
     assert len(results["concept"]["steps"]) == 2
     origin = xe.ModelEdit.load(Path("tuned", FILES[0])).origin
     assert origin["fine_tune"].startswith("FineTuning(epochs=1")
+
+
+def test_pruned_and_corrected_is_counterfactual_retraining_of_the_pruned_network(
+    aware, here, tmp_path
+):
+    done = finished(Path(), f"{AWARE} --correct", str(tmp_path / "out"))
+    results, planning = read(done), parts_of("marks.csv").planning
+    batch = tuple(torch.stack([planning[at][0] for at in range(len(planning))]).split(50))
+    labels, has = (torch.tensor(column) for column in zip(*planning.groups, strict=True))
+    data = [*zip(batch, labels.split(50), has.split(50), strict=True)]
+    pruned = network()
+    xe.ModelEdit.load(aware / EDIT).apply(pruned)
+    features = xe.collect_features(pruned, data, layer="1", positions=100)
+    found = xe.ContrastivePCA(None).fit(features)
+    xe.CounterfactualRetraining("1", found).plan(pruned, data).apply(pruned)
+    with xe.ModelEdit.load(done / EDIT).applied(model := network()):
+        same_state(pruned, model)
+        worst = xe.evaluate_groups(model, parts_of("marks.csv").held_out).worst
+    rows = {row["method"]: row for row in results["rows"]}
+    assert rows["concept-aware pruning"]["figures"]["worst"]["accuracy"] == worst
+    assert [*rows][-2:] == ["counterfactual retraining alone", "ablation alone"]
+    page = (done / "report.html").read_text(encoding="utf-8")
+    assert f"retraining the last layer on {len(planning)} planning images, each with and" in page
+
+
+def same_state(one, other):
+    for name, values in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], values, msg=name)
 
 
 def test_two_runs_agree_but_for_the_seconds(here, plain, capsys):
@@ -414,7 +443,7 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
         return np.bincount([2 * label + has for label, has in part.groups], minlength=8)
 
     assert set(counts(parts.planning) - counts(parts.held_out)) <= {0, 1}
-    drawn, which = tuning(parts.planning, marked=True)
+    drawn, which = tuned_on(parts.planning, marked=True)
     assert counts(drawn).tolist() == [counts(parts.planning).max()] * 8
     assert which == "planning images, as many of each group"
     assert set(drawn.rows) == set(parts.planning.rows)
@@ -422,16 +451,16 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
     assert counts(clean).tolist() == [10, 0] * 4
     assert of_concept(parts.planning, FAVOURED).rows == parts.planning.rows
     plain = parts_of().planning
-    assert tuning(plain, marked=False)[0].rows == plain.rows
+    assert tuned_on(plain, marked=False)[0].rows == plain.rows
 
     images = images_of()
     some = [int(label == FAVOURED and at % 2) for at, label in enumerate(images.labels)]
-    drawn, which = tuning(split(images, some, validation=False).planning, marked=True)
+    drawn, which = tuned_on(split(images, some, validation=False).planning, marked=True)
     assert not any(has for _, has in drawn.groups)
     assert which == "planning images without the feature"
     only = split(images, [int(label == FAVOURED) for label in images.labels], validation=False)
     with pytest.raises(ValueError, match="fine-tune: class 2 has no images without the feature"):
-        tuning(only.planning, marked=True)
+        tuned_on(only.planning, marked=True)
 
 
 @pytest.mark.parametrize(
@@ -443,6 +472,8 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
         (f"{AWARE} --subspaces gone.safetensors", "gone.safetensors"),
         (f"{AWARE} --ablate 0,99", "subspaces: [0, 99] given; there are"),
         (f"{PLAIN} --ablate 0", "ablate: given without --attribute"),
+        (f"{PLAIN} --correct", "correct: given without --attribute"),
+        (f"{AWARE} --correct --fine-tune 1", "fine-tune: given beside --correct"),
         (f"{AWARE} --layer 9", "layer '9' not found"),
         (f"{AWARE} --attribute rare.csv", "class 0 has 1 images with the feature; give 2 or more"),
         (f"{AWARE} --attribute all.csv --fine-tune 1", "fine-tune: class 2 has no images without"),

@@ -60,6 +60,7 @@ CONVOLVED = {  # operations on six channels, rows and columns, and the axis of t
     "part of them": (lambda x: x[:, [4, 1, 2]], 1),
     "half of them": (lambda x: x.chunk(2, 1)[1], 1),
     "cat of channels": (lambda x: torch.cat([x, x], 1), 1),
+    "some set to zero": (lambda x: x.index_fill(1, torch.tensor([2]), 0), 1),
     "pool": (lambda x: F.max_pool2d(x, 2), 1),
     "gate": (lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(), 1),
 }

@@ -281,6 +281,7 @@ COMMANDS = {
             Option("--ablate 0,3", "numbers of subspaces, as on the page, not chosen", _classes),
             Option("--steps N", "in which the share is reached, each scored anew", _whole, 1),
             Option("--fine-tune EPOCHS", "after each step, on the planning images", _whole),
+            Option("--correct", "with --attribute: then retrain the last layer, groups completed"),
             Option("--protect A,B", "layers that keep all units", _names, ()),
             *MODEL,
             JSON,

@@ -20,9 +20,12 @@ from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import one_of
 from xai_edit.core.guard import copied
 from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.last_layer.counterfactual_tuning import CounterfactualTuning
 from xai_edit.lrp.lrp import LRP
 from xai_edit.pruning.fine_tuning import FineTuning
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
+from xai_edit.pruning.schedule import FineTune
+from xai_edit.report.table import counted
 from xai_edit.scoring.criteria import Random, WeightMagnitude
 
 Operator: TypeAlias = RelevancePruning | ConceptAwarePruning
@@ -30,13 +33,14 @@ Operator: TypeAlias = RelevancePruning | ConceptAwarePruning
 BY_RELEVANCE, AWARE = "pruning by relevance (LRP)", "concept-aware pruning"
 PLAIN, CLEAN = "plain LRP", "plain LRP, images without the feature"
 MAGNITUDE, RANDOM = "weight magnitude", "random"
-TUNED, ABLATION = "fine-tuning alone", "ablation alone"
+TUNED, CORRECTED = "fine-tuning alone", "counterfactual retraining alone"
+ABLATION = "ablation alone"
 ADVICE = {
     PLAIN: "use it: it needs no labels of the feature",
     CLEAN: "use it if you have images without the feature",
     MAGNITUDE: "use it: it needs no images",
     RANDOM: "so nothing speaks for choosing units by relevance here",
-    TUNED: "use it if the network need not be smaller",
+    **dict.fromkeys((TUNED, CORRECTED), "use it if the network need not be smaller"),
     ABLATION: "use it if the network need not be smaller: it prunes nothing",
 }
 REFERENCES = 10  # images of a class that units are scored on
@@ -65,7 +69,55 @@ def of_concept(planning: Images, target: int) -> Images:
     return planning.only(some_of_each(kinds, OF_A_KIND))
 
 
-def tuning(planning: Images, *, marked: bool) -> tuple[Images, str]:
+@dataclass(frozen=True)
+class Tuning:
+    """What trains the network after each step.
+
+    Attributes
+    ----------
+    alone : str
+        The method of training without pruning.
+    doing : str
+        For the page: the training, and the images.
+    of : callable
+        The training of a method, by its name.
+    """
+
+    alone: str
+    doing: str
+    of: Callable[[str], FineTune]
+
+
+def tuning(
+    run: Run, planning: Images, epochs: int | None, *, corrected: str | None
+) -> Tuning | None:
+    """Return the fine-tuning for so many epochs, the retraining of the last layer, or None.
+
+    ``corrected`` is the layer where the feature is exchanged for the retraining.
+    """
+    if corrected is not None:
+
+        def retraining(name: str) -> FineTune:
+            data = run.read(planning, f"{name}: counterfactual retraining")
+            return CounterfactualTuning(data, corrected, seed=SEED)
+
+        doing = (
+            f"retraining the last layer on {counted(len(planning), 'planning image')}, each with "
+            "and without the feature (completed at that layer)"
+        )
+        return Tuning(CORRECTED, doing, retraining)
+    if epochs is None:
+        return None
+    images, which = tuned_on(planning, marked=run.attribute is not None)
+
+    def fine_tuning(name: str) -> FineTune:
+        data = run.read(images, f"{name}: fine-tuning", shuffled=True)
+        return FineTuning(data, epochs, seed=SEED)
+
+    return Tuning(TUNED, f"{counted(epochs, 'epoch')} of fine-tuning on {which}", fine_tuning)
+
+
+def tuned_on(planning: Images, *, marked: bool) -> tuple[Images, str]:
     """Return images to fine-tune with, in which the feature predicts no class, and their name.
 
     All planning images, each (class, feature) group repeated up to the size of the largest where
@@ -153,27 +205,16 @@ def first_subspaces(operator: ConceptAwarePruning) -> Subspaces:
 
 
 def methods(
-    run: Run,
-    own: Operator,
-    planning: Images,
-    target: int,
-    epochs: int | None,
-    tuned_on: Images | None,
+    run: Run, own: Operator, planning: Images, target: int, tune: Tuning | None
 ) -> dict[str, Callable[[], ModelEdit]]:
     """Return the function that plans each edit, by method; that of the operator itself is first.
 
-    All take as many steps with the same fine-tuning, ``epochs`` after each step on ``tuned_on`` or
-    none. ``target`` is the class whose output contexts explain, which the feature is to speak for.
+    All take as many steps, with the same training after each. ``target`` is the class whose output
+    contexts explain, which the feature is to speak for.
     """
 
-    def fine_tuning(name: str) -> FineTuning | None:
-        if epochs is None:
-            return None
-        data = run.read(tuned_on, f"{name}: fine-tuning", shuffled=True)
-        return FineTuning(data, epochs, seed=SEED)
-
     def pruned(name: str, operator: Operator) -> ModelEdit:
-        how: dict[str, Any] = {"fine_tune": fine_tuning(name)}
+        how: dict[str, Any] = {"fine_tune": None if tune is None else tune.of(name)}
         if isinstance(operator, ConceptAwarePruning):
             shown, auto = of_concept(planning, target), operator.ablate == "auto"
             finder = getattr(operator.subspaces, "finder", None)
@@ -193,12 +234,11 @@ def methods(
         data = run.read(references(planning, clean=name == CLEAN), name)
         return operator.plan(run.model, data, **how)
 
-    def tuned() -> ModelEdit:
-        tune, network = fine_tuning(TUNED), copied(run.model)
-        assert tune is not None  # there are epochs
+    def tuned(tune: Tuning) -> ModelEdit:
+        train, network = tune.of(tune.alone), copied(run.model)
         for _ in range(own.steps):
-            tune(network)
-        return ModelEdit.to_copy(run.model, network, {"operator": repr(tune)})
+            train(network)
+        return ModelEdit.to_copy(run.model, network, {"operator": repr(train)})
 
     plain = RelevancePruning(own.share, own.scorer, steps=own.steps, protect=own.protect)
     operators: dict[str, Operator] = {BY_RELEVANCE: plain}
@@ -208,4 +248,4 @@ def methods(
     operators[RANDOM] = replace(plain, scorer=Random(SEED))
     made: dict[str, Callable[[], ModelEdit]]
     made = {name: partial(pruned, name, operator) for name, operator in operators.items()}
-    return made if epochs is None else {**made, TUNED: tuned}
+    return made if tune is None else {**made, tune.alone: partial(tuned, tune)}

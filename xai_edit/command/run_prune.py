@@ -54,7 +54,7 @@ EXAMPLES, ROUNDS = 8, 20  # images that both networks are timed on, and how ofte
 
 def command(options: argparse.Namespace) -> int:
     """Run ``xai-edit prune``."""
-    operator, epochs = _operator(options), options.fine_tune
+    operator = _operator(options)
     run = Run(options)
     parts, planted = split(run.images, run.attribute, validation=False), None
     if options.plant is not None:
@@ -63,9 +63,9 @@ def command(options: argparse.Namespace) -> int:
     for layer in filter(None, (*operator.protect, options.layer)):
         resolve_layers(model, [layer])  # before the long part
     run.check_labels()
-    tuned_on, which = None, None
-    if epochs is not None:
-        tuned_on, which = tuning(parts.planning, marked=run.attribute is not None)
+    corrected = options.layer if options.correct else None
+    tune = tuning(run, parts.planning, options.fine_tune, corrected=corrected)
+    alone = None if tune is None else tune.alone
     overlap = Overlap(None)
     planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), overlap.know))
     seen = partial(overlap.add, split="the held-out part")
@@ -79,7 +79,7 @@ def command(options: argparse.Namespace) -> int:
     assert planning.predicted is not None  # counted
     shares = planning.predicted / planning.samples.sum(0)
     favoured = int((shares[:, -1] - shares[:, 0]).argmax())  # predicted more with the feature
-    plans = methods(run, operator, parts.planning, favoured, epochs, tuned_on)
+    plans = methods(run, operator, parts.planning, favoured, tune)
     (method, plan), *others = plans.items()
     edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
@@ -90,7 +90,7 @@ def command(options: argparse.Namespace) -> int:
         with own.applied(model), predictions(model) as said:
             accuracy = evaluate_groups(model, run.read(held_out, name))
         answers[name] = torch.cat(said)
-        less = model if name == TUNED else _smaller(model, own, example)[0]
+        less = model if name == alone else _smaller(model, own, example)[0]
         figures[name] = _figures(accuracy, own.size, model, less, example)
     if method in figures:
         figures[method]["edit"] = EDIT
@@ -103,8 +103,8 @@ def command(options: argparse.Namespace) -> int:
         if concept["ablated"]:
             subspaces = first_subspaces(operator)
             with ablated(model, operator.layer, subspaces, concept["ablated"]):
-                alone = evaluate_groups(model, run.read(held_out, ABLATION))
-            figures[ABLATION] = {**figures[BEFORE], "figures": alone.to_dict()}
+                without = evaluate_groups(model, run.read(held_out, ABLATION))
+            figures[ABLATION] = {**figures[BEFORE], "figures": without.to_dict()}
             cut = replace(operator, subspaces=subspaces, ablate=concept["ablated"])
             shown = of_concept(parts.planning, favoured)
             strongest = strongest_images(run, shown, cut, target=favoured)
@@ -123,8 +123,7 @@ def command(options: argparse.Namespace) -> int:
         },
         "edit": {
             **_edited(model, operator, edit),
-            "epochs": epochs,
-            "tuned_on": which,
+            "tuned_by": None if tune is None else tune.doing,
             "reason": None if edit.size else reason,
         },
         "concept": concept,
@@ -136,7 +135,7 @@ def command(options: argparse.Namespace) -> int:
         "smaller": _written(run.out, network, reason, example),
         "sizes": None,
     }
-    if operator.steps == 1 and epochs is None and method in figures:  # else a run of its own each
+    if operator.steps == 1 and tune is None and method in figures:  # else a run of its own each
         ends = {"before": figures[BEFORE]["figures"], "after": figures[method]["figures"]}
         results["curve"] = share_curve(run, cut, scored, held_out, **ends)
     latency = None
@@ -186,13 +185,15 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
 
 def _operator(options: argparse.Namespace) -> Operator:
     """Return the operator, which is concept-aware with ``--attribute``."""
+    if options.correct and options.fine_tune is not None:
+        raise ValueError("fine-tune: given beside --correct; give one of them")
     how = {"share": options.share, "steps": options.steps, "protect": tuple(options.protect)}
     if options.attribute is not None:
         if options.layer is None:
             raise ValueError("layer: none given; --attribute needs the layer of the subspaces")
         return aware(options.layer, options.finder, options.subspaces, options.ablate, **how)
-    for name in ("layer", "finder", "subspaces", "ablate", "plant"):
-        if getattr(options, name) is not None:
+    for name in ("layer", "finder", "subspaces", "ablate", "plant", "correct"):
+        if getattr(options, name) not in (None, False):
             raise ValueError(f"{name}: given without --attribute, whose feature it is for")
     return RelevancePruning(**how)
 

@@ -144,7 +144,8 @@ _ALIGNED_NAMES = """
     avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d lp_pool3d max_pool1d max_pool2d max_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
     adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d
-    boolean_dispatch interpolate upsample setitem
+    boolean_dispatch interpolate upsample setitem index_fill index_add index_copy masked_scatter
+    scatter scatter_add
 """
 _ALIGNED = frozenset(_ALIGNED_NAMES.split())
 """Operations that keep the order of the axes, whatever their sizes."""

@@ -43,8 +43,8 @@ def pruning_page(
             ),
             completed(results),
             "<h2>Before and after</h2><p>Every method takes the same share of units in as many "
-            "steps, with the same fine-tuning, but for those that stand alone and take none. "
-            "Random is the bar: after fine-tuning, criteria come close to each other.</p>",
+            "steps, with the same training, but for those that stand alone and take none. "
+            "Random is the bar: after training, criteria come close to each other.</p>",
             _answers(results, timing),
             withheld(results, edit["reason"]),
             "<h2>A smaller network</h2>",
@@ -80,9 +80,8 @@ def _what(results: Mapping[str, Any]) -> str:
             "are taken out of the activations while units are scored, so that units which only "
             "served them fall to the bottom."
         )
-    if edit["epochs"] is not None:
-        epochs = counted(edit["epochs"], "epoch")
-        text += f" Each step ends with {epochs} of fine-tuning on {escape(edit['tuned_on'])}."
+    if edit["tuned_by"] is not None:
+        text += f" Each step ends with {escape(edit['tuned_by'])}."
     return f"{text}</p>"
 
 
