@@ -64,7 +64,7 @@ def test_tables_count_networks():
     assert row[-1] == "2"
     assert row[3].startswith("0.990")
     assert tables["edits, ρ = 0.9, 3 networks"][1][1].startswith("0.250")
-    assert "mark first" in text(tables)
+    assert "feature first" in text(tables)
 
 
 def test_discovered_values_are_judged_by_the_worse_group_in_either_numbering():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.core.checks import with_labels
+from xai_edit.core.inputs import Inputs
 from xai_edit.discovery.channel_relevance import POOLINGS
 from xai_edit.discovery.samples import Samples
 from xai_edit.discovery.strategies import (
@@ -62,7 +63,8 @@ def proposals(
             for layer, values in shares.items()
         }
     if method == "spray":
-        one = spectral(_maps(model, samples, rows, target, scorer), fit, seed)
+        inputs = (batch.inputs for _, batch in samples.read(rows))
+        one = spectral(relevance_maps(model, inputs, target, scorer), fit, seed)
     elif method == "errors":
         wrong = with_labels(labels)[rows] != target
         one = two_parts(wrong, next(iter(shares.values()))[:, 0], fit)
@@ -77,12 +79,11 @@ def proposals(
     return {layer: {method: one} for layer in shares}
 
 
-def _maps(model: nn.Module, samples: Samples, rows: Tensor, target: int, scorer: LRP) -> Tensor:
-    """Return relevance maps of the input, summed over channels, shape (samples, pixels)."""
+def relevance_maps(model: nn.Module, inputs: Iterable[Inputs], target: int, scorer: LRP) -> Tensor:
+    """Return relevance maps of batches of inputs, summed over channels, shape (samples, pixels)."""
     maps = []
-    for _, batch in samples.read(rows):
-        chosen = torch.full((len(batch),), target, device=batch.inputs.device)
-        heat = scorer.heatmap(model, batch.inputs, chosen)
+    for batch in inputs:
+        heat = scorer.heatmap(model, batch, torch.full((len(batch),), target))
         if heat.ndim == 4:
             heat = heat.sum(1, keepdim=True)
             height, width = (min(SIDE, size) for size in heat.shape[2:])

@@ -12,9 +12,10 @@ from xai_edit.reproduce.discovery import ClassDiscovery, PairDiscovery
 from xai_edit.reproduce.experiments import Reproduction
 from xai_edit.reproduce.few_shot import FewShotPruning
 from xai_edit.reproduce.group_data import celeba, metashift, parity_mnist, waterbirds
-from xai_edit.reproduce.groups import Neutralizing, NeutralizingColours
+from xai_edit.reproduce.groups import NeutralizingColours
 from xai_edit.reproduce.image_data import cifar10, cifar100, imagenet, mnist
-from xai_edit.reproduce.photographs import PhotographDiscovery
+from xai_edit.reproduce.neutralized_photographs import NeutralizingPhotographs
+from xai_edit.reproduce.photographs import LITE0
 from xai_edit.reproduce.pruning import PairPruning, TunedPairPruning
 from xai_edit.reproduce.removal import ClassRemoval, DigitRemoval, SeveralClassesRemoval
 from xai_edit.reproduce.unlearning import PATTERNS, RULES, Unlearning
@@ -75,7 +76,6 @@ DIGITS: dict[str, Any] = {
     **{"group_dro": {"learning_rate": 1e-2, "weight_decay": 1e-2}},
     **{"first_epochs": 1, "upweight": 10},
 }
-NeutralizingPhotographs = partial(Neutralizing, side=224, network="resnet50")
 HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and Table 1
     ClassRemoval(name="fcr-cifar10", title="one class removed by one weight", **SMALL),
     SeveralClassesRemoval(name="fcr-multi", title="several of ten classes removed", **SMALL),
@@ -99,7 +99,9 @@ HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and T
         name="fcr-waterbirds",
         title="a spurious feature neutralised: Waterbirds",
         read=waterbirds,
-        epochs=300,
+        network=LITE0,
+        side=128,
+        epochs=5,
         erm={"learning_rate": 1e-3},
         group_dro={"learning_rate": 1e-5, "weight_decay": 1.0},
         jtt={"learning_rate": 1e-5, "weight_decay": 1.0},
@@ -110,7 +112,9 @@ HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and T
         name="fcr-celeba",
         title="a spurious feature neutralised: CelebA, hair and gender",
         read=celeba,
-        epochs=50,
+        network=LITE0,
+        side=89,
+        epochs=4,
         erm={"learning_rate": 1e-4},
         group_dro={"learning_rate": 1e-5, "weight_decay": 0.1},
         jtt={"learning_rate": 1e-5, "weight_decay": 0.1},
@@ -122,7 +126,9 @@ HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and T
         name="fcr-metashift",
         title="a spurious feature neutralised: MetaShift, cats and dogs",
         read=metashift,
-        epochs=100,
+        network=LITE0,
+        side=128,
+        epochs=5,
         batch_size=16,
         erm={"learning_rate": 1e-4},
         group_dro={"learning_rate": 1e-5, "weight_decay": 1.0},
@@ -207,22 +213,6 @@ DISCOVERY = (
     ),
     ClassDiscovery(
         name="discover-ten", title="discovery: ten classes, one with a planted mark", **OF_TEN
-    ),
-    PhotographDiscovery(
-        name="discover-waterbirds",
-        title="discovery: Waterbirds, backgrounds that nobody labels",
-        read=waterbirds,
-        side=128,
-        network="efficientnet-lite0",
-        epochs=5,
-    ),
-    PhotographDiscovery(
-        name="discover-celeba",
-        title="discovery: CelebA, blond hair and gender",
-        read=celeba,
-        side=89,
-        network="efficientnet-lite0",
-        epochs=4,
     ),
     BackdoorDiscovery(
         name="discover-backdoor",

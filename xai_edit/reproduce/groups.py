@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.comparisons.leace import LEACE
@@ -22,7 +22,7 @@ from xai_edit.evaluation.evaluate_groups import evaluate_groups, evaluate_head
 from xai_edit.last_layer.fictitious_class import FictitiousClass
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.reproduce import summaries, tables
-from xai_edit.reproduce.experiments import Reproduction, Results, refusals
+from xai_edit.reproduce.experiments import Options, Reproduction, Results, refusals
 from xai_edit.reproduce.group_training import Training
 from xai_edit.reproduce.networks import load_weights
 
@@ -72,16 +72,9 @@ class Neutralizing(Reproduction):
         one_kind = planning.attribute is not None and len(planning.attribute.unique()) < 2
         # MetaShift: all validation images are on shelves, so backgrounds are learned from training.
         source = collect_head_features(model, train, with_attribute=True) if one_kind else planning
-        before = _figures(evaluate_head(held, train_samples=counts))
+        before = figures_of(evaluate_head(held, train_samples=counts))
         rows: list[Results] = [{"method": "unedited (ERM)", **before}]
-        for method, plan in _plans(model, source, planning).items():
-            if not self.options.wants(method):
-                continue
-            with refusals(rows, {"method": method}):
-                edit = plan()
-                figures = _figures(evaluate_head(held.edited(edit), train_samples=counts))
-                row = {"method": method, **figures, "weights_changed": edit.size}
-                rows.append(row | {k: v for k, v in edit.origin.items() if k in ("rows", "reason")})
+        rows += edited_rows(self.options, model, source, planning, held, counts)
         dro, jtt = (training(**one, validation=validation) for one in (self.group_dro, self.jtt))
         first = min(self.first_epochs, self.epochs)
         trained: dict[str, Callable[..., ModelEdit]] = {
@@ -91,9 +84,9 @@ class Neutralizing(Reproduction):
         for method, train_it in trained.items():
             if trains and self.options.wants(method):
                 other = _edited(start, train_it(start, train))
-                figures = _figures(evaluate_groups(other, test, train_samples=counts))
+                figures = figures_of(evaluate_groups(other, test, train_samples=counts))
                 rows.append({"method": method, **figures})
-        return {"rows": rows, "sweeps": _sweeps(model, source, planning)}
+        return {"rows": rows, "sweeps": sweeps(model, source, planning)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +133,27 @@ def _load_fitting(model: nn.Module, network: str) -> None:
     model.load_state_dict(own | fitting)
 
 
+def edited_rows(
+    options: Options,
+    model: nn.Module,
+    source: HeadFeatures,
+    planning: HeadFeatures,
+    held: HeadFeatures,
+    counts: Tensor,
+) -> list[Results]:
+    """Return the accuracies on held-out images after each edit of the last layer."""
+    rows: list[Results] = []
+    for method, plan in _plans(model, source, planning).items():
+        if not options.wants(method):
+            continue
+        with refusals(rows, {"method": method}):
+            edit = plan()
+            figures = figures_of(evaluate_head(held.edited(edit), train_samples=counts))
+            row = {"method": method, **figures, "weights_changed": edit.size}
+            rows.append(row | {k: v for k, v in edit.origin.items() if k in ("rows", "reason")})
+    return rows
+
+
 def _plans(
     model: nn.Module, source: HeadFeatures, planning: HeadFeatures
 ) -> dict[str, Callable[[], ModelEdit]]:
@@ -162,7 +176,7 @@ def _plans(
     }
 
 
-def _sweeps(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> list[Results]:
+def sweeps(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> list[Results]:
     """Return worst group and average over rates (Fig. 9) of the class that is favoured most."""
     found: list[Results] = []
     with refusals(found, {}):
@@ -173,7 +187,8 @@ def _sweeps(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> l
     return found
 
 
-def _figures(accuracy: Accuracy) -> dict[str, Any]:
+def figures_of(accuracy: Accuracy) -> dict[str, Any]:
+    """Return what is kept of accuracies by group."""
     return {
         "worst": accuracy.worst,
         "average": accuracy.train_weighted,

@@ -1,34 +1,26 @@
-"""EfficientNet-Lite0 trained on photographs with a spurious attribute, which is searched for."""
+"""EfficientNet-Lite0 fine-tuned on photographs with a spurious attribute."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.datasets.image_set import Epochs, ImageSet
-from xai_edit.discovery.discover import discover
-from xai_edit.discovery.findings import Findings
-from xai_edit.evaluation.evaluate_groups import evaluate_groups, evaluate_head
-from xai_edit.last_layer.head import HeadFeatures, collect_head_features
-from xai_edit.reproduce import summaries, tables
-from xai_edit.reproduce.discovery import OURS, described, without_attribute, without_finding
-from xai_edit.reproduce.experiments import Reproduction, Results
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
 
+LITE0 = "efficientnet-lite0"
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x − 127) / 128 of x in 0…255
 FROZEN = 6  # the stem and blocks 0 to 4
 VIEWS = 2  # random moves and mirrorings of each image whose frozen part is computed
 SHIFT = 8  # pixels
 BATCH, RATE, DECAY, WARM_UP = 64, 4e-4, 1e-2, 50
-PENALTY = 1e-4  # C: the head fits training images, a weak penalty changes little
 
 
 def efficientnet_lite0(classes: int) -> nn.Sequential:
@@ -109,72 +101,15 @@ def fine_tuned(
     return network.eval()
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhotographDiscovery(Reproduction):
-    """A network that learned an attribute of photographs, searched without labels of it.
-
-    Edits are planned on the training images, of which every group is as rare as in training: a
-    validation set that is balanced in place would tell the attribute without a label.
-    """
-
-    summary = staticmethod(summaries.discovery)
-    tables = staticmethod(tables.discovery)
-    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
-
-    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
-        """Return what is found in the network of one seed, and edits by it."""
-        train, validation, test = (replace(one, mean=MEAN, std=STD) for one in images)
-        model = self._network(seed, train, validation)
-        findings = discover(model, without_attribute(train))
-        found = described(model, findings, test, within=True)
-        return {"all": {"rows": _rows(model, train, test, findings), "found": {OURS: found}}}
-
-    def _network(self, seed: int, train: ImageSet, validation: ImageSet) -> nn.Sequential:
-        """Return the network of a seed, from the run's folder if it was trained before."""
-        torch.manual_seed(seed)
-        network = efficientnet_lite0(int(train.labels.max()) + 1)
-        file = self.options.out / f"network-{seed}.safetensors"
-        if file.is_file():
-            network.load_state_dict(load_file(file))
-            return network
-        fine_tuned(network, train, validation, epochs=self.epochs, seed=seed)
-        save_file(network.state_dict(), file)
+def trained_once(
+    file: Path, train: ImageSet, validation: ImageSet, *, epochs: int, seed: int
+) -> nn.Sequential:
+    """Return the network of a seed, from the file if it was trained before, else written to it."""
+    torch.manual_seed(seed)
+    network = efficientnet_lite0(int(train.labels.max()) + 1)
+    if file.is_file():
+        network.load_state_dict(load_file(file))
         return network
-
-
-def _rows(model: nn.Module, train: ImageSet, test: ImageSet, findings: Findings) -> list[Results]:
-    """Return the worst group before and after edits, by true, known and discovered groups."""
-    counts = train.counts()
-    rows: list[Results] = []
-
-    def add(method: str, pair: Sequence[HeadFeatures], groups: Tensor) -> None:
-        head, test_head = pair
-        edit = LastLayerRetraining(C=PENALTY).plan(model, replace(head, attribute=groups))
-        rows.append(_row(method, test_head.edited(edit), counts))
-
-    heads = [collect_head_features(model, one, with_attribute=True) for one in (train, test)]
-    rows.append(_row("unedited", heads[1], counts))
-    assert train.attribute is not None
-    known = {
-        "true groups": train.attribute,
-        "classes": torch.zeros_like(train.labels),
-        "class and prediction": heads[0].logits().argmax(1),
-    }
-    if len(findings):
-        known["discovered groups"] = findings[0].has.long()
-    for name, groups in known.items():
-        add(f"last-layer retraining: {name}", heads, groups)
-    if len(findings):
-        with without_finding(model, findings[0]):
-            heads = [
-                collect_head_features(model, one, with_attribute=True) for one in (train, test)
-            ]
-            rows.append(_row("ablation", heads[1], counts))
-            for name in ("true groups", "discovered groups"):
-                add(f"ablation and last-layer retraining: {name}", heads, known[name])
-    return rows
-
-
-def _row(method: str, head: HeadFeatures, counts: Tensor) -> Results:
-    accuracy = evaluate_head(head, train_samples=counts)
-    return {"method": method, "worst": accuracy.worst, "average": accuracy.train_weighted}
+    fine_tuned(network, train, validation, epochs=epochs, seed=seed)
+    save_file(network.state_dict(), file)
+    return network

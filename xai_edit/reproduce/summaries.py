@@ -106,7 +106,8 @@ def digit_removal(results: Row) -> Results:
 
 def neutralizing(results: Row) -> Results:
     """Summarise Table 1 of Hakemi et al. over seeds, with the sweep of the first seed."""
-    runs = [*results["seeds"].values()]
+    runs = [dict(run) for run in results["seeds"].values()]
+    found = [run.pop("found") for run in runs if "found" in run]
     if "rows" in runs[0]:
         runs = [{"": run} for run in runs]
     parts = {}
@@ -119,12 +120,14 @@ def neutralizing(results: Row) -> Results:
         for one, mine in zip(summed, _grouped(rows, "method").values(), strict=True):
             if weights := {row["weights_changed"] for row in mine if "weights_changed" in row}:
                 one["weights_changed"] = sorted({min(weights), max(weights)})
+        swept = next(iter(first["sweeps"]), {})
         sweep = {
-            key: [float(f"{value:.4g}") for value in first["sweeps"][0].get(key, [])]
+            key: [float(f"{value:.4g}") for value in swept.get(key, [])]
             for key in ("rates", "worst", "average")
         }
         parts[strength] = {"rows": summed, "sweep": sweep}
-    return {**_setting(results), "parts": parts}
+    summary = {**_setting(results), "parts": parts}
+    return summary if not found else {**summary, "found": _findings(found)}
 
 
 def pair_pruning(results: Row) -> Results:
@@ -161,23 +164,24 @@ def discovery(results: Row) -> Results:
     for name in runs[0]:
         found = [run[name] for run in runs if name in run]
         rows = [row for one in found for row in one["rows"]]
-        methods = dict.fromkeys(method for one in found for method in one["found"])
-        figures = ("rank", "auroc", "score", "other", "standing_out")
         parts[name] = {
             "networks": len(found),
             "edits": {
                 method: {figure: [row.get(figure) for row in mine] for figure in _numbers(mine)}
                 for (method,), mine in _grouped(rows, "method").items()
             },
-            "found": {
-                method: {
-                    figure: [one["found"].get(method, {}).get(figure) for one in found]
-                    for figure in figures
-                }
-                for method in methods
-            },
+            "found": _findings([one["found"] for one in found]),
         }
     return {**_setting(results), "parts": parts}
+
+
+def _findings(found: Sequence[Row]) -> Results:
+    """Return by method the figures of findings, network by network."""
+    figures = ("rank", "auroc", "score", "other", "standing_out")
+    return {
+        method: {figure: [one.get(method, {}).get(figure) for one in found] for figure in figures}
+        for method in dict.fromkeys(method for one in found for method in one)
+    }
 
 
 def _numbers(rows: Sequence[Row]) -> list[str]:

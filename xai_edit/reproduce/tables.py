@@ -115,8 +115,9 @@ def neutralizing(summary: Summary) -> dict[str, Table]:
             published = [value / 100 for value in paper.get(row["method"], ())]
             beside = [", ".join(_decimals(published))] if paper else []
             table.append([row["method"], *cells, *beside])
-        tables[f"coloured digits, ρ = {strength}" if strength else "groups (Table 1)"] = table
-    return tables
+        title = f"coloured digits, ρ = {strength}" if len(strength) < 5 else strength
+        tables[title if strength else "groups (Table 1)"] = table
+    return tables | ({"findings": _findings(summary["found"])} if "found" in summary else {})
 
 
 def pair_pruning(summary: Summary) -> dict[str, Table]:
@@ -140,15 +141,7 @@ def discovery(summary: Summary) -> dict[str, Table]:
     tables: dict[str, Table] = {}
     for name, part in summary["parts"].items():
         title = f"{name}, {part['networks']} networks"
-        rows = [["method", "mark first", "among three", "AUROC of the first", "its score"]]
-        rows[0] += ["best score of another", "networks where one stands out"]
-        for method, figures in part["found"].items():
-            ranks = [rank for rank in figures["rank"] if rank is not None]
-            counts = [sum(rank < most for rank in ranks) for most in (1, 3)]
-            standing = sum(bool(count) for count in figures["standing_out"])
-            cells = [_each(figures[figure]) for figure in ("auroc", "score", "other")]
-            rows.append([method, *map(str, counts), *cells, str(standing)])
-        tables[f"findings, {title}"] = rows
+        tables[f"findings, {title}"] = _findings(part["found"])
         columns = [*dict.fromkeys(figure for one in part["edits"].values() for figure in one)]
         edits = [["edit", *columns]]
         edits += [
@@ -157,6 +150,18 @@ def discovery(summary: Summary) -> dict[str, Table]:
         ]
         tables[f"edits, {title}"] = edits
     return tables
+
+
+def _findings(found: Summary) -> Table:
+    rows = [["method", "feature first", "among three", "AUROC of the first", "its score"]]
+    rows[0] += ["best score of another", "networks where one stands out"]
+    for method, figures in found.items():
+        ranks = [rank for rank in figures["rank"] if rank is not None]
+        counts = [sum(rank < most for rank in ranks) for most in (1, 3)]
+        standing = sum(bool(count) for count in figures["standing_out"])
+        cells = [_each(figures[figure]) for figure in ("auroc", "score", "other")]
+        rows.append([method, *map(str, counts), *cells, str(standing)])
+    return rows
 
 
 def _of_pair(part: Summary, shares: Sequence[float]) -> dict[str, Table]:

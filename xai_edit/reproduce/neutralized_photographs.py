@@ -1,0 +1,158 @@
+"""Table 1 of Hakemi et al. on EfficientNet-Lite0, with labels of the attribute and without any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
+from xai_edit.comparisons.leace import LEACE
+from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.presence import Presence
+from xai_edit.datasets.image_set import ImageSet
+from xai_edit.discovery.discover import discover
+from xai_edit.discovery.findings import Finding
+from xai_edit.discovery.proposals import relevance_maps
+from xai_edit.discovery.strategies import mixture, spectral
+from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.evaluation.evaluate_groups import evaluate_groups, evaluate_head
+from xai_edit.last_layer.head import HeadFeatures, collect_head_features
+from xai_edit.lrp.lrp import LRP
+from xai_edit.reproduce.discovery import OURS, described, without_attribute, without_finding
+from xai_edit.reproduce.experiments import Results, refusals
+from xai_edit.reproduce.groups import Neutralizing, edited_rows, figures_of, sweeps
+from xai_edit.reproduce.photographs import LITE0, MEAN, STD, trained_once
+
+BY_LABELS = "planned on validation images, whose attribute is labelled"
+WITHOUT = "planned on training images, whose attribute nobody labels"
+TRUE = "true groups, for comparison"
+PENALTY = 1e-4  # C: the head fits training images, a weak penalty changes little
+Heads = tuple[HeadFeatures, HeadFeatures]
+"""The head's inputs for the images that edits are planned on, and for test images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeutralizingPhotographs(Neutralizing):
+    """EfficientNet-Lite0 fine-tuned on photographs, and edited with labels and without.
+
+    By labels of the attribute edits are planned on validation images, as in the paper. Without
+    labels they are planned on training images: a validation set that is balanced within each class
+    would tell the attribute by itself. Another ``network`` is trained and edited as in the paper.
+    """
+
+    methods: ClassVar[tuple[str, ...]] = ("threshold shift", *Neutralizing.methods)
+
+    def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
+        """Return what is measured on the network of one seed."""
+        if self.network != LITE0:
+            return super().one_seed(seed, *images)
+        train, validation, test = (replace(one, mean=MEAN, std=STD) for one in images)
+        file = self.options.out / f"network-{seed}.safetensors"
+        model = trained_once(file, train, validation, epochs=self.epochs, seed=seed)
+        source, planning, held = (
+            collect_head_features(model, one, with_attribute=True)
+            for one in (train, validation, test)
+        )
+        counts = train.counts()
+        before = {"method": "unedited (ERM)"}
+        before |= figures_of(evaluate_head(held, train_samples=counts))
+        rows = [before]
+        if self.options.wants("threshold shift"):
+            shifted = held.edited(threshold_shift(model, planning))
+            figures = figures_of(evaluate_head(shifted, train_samples=counts))
+            rows.append({"method": "threshold shift", **figures})
+        rows += edited_rows(self.options, model, planning, planning, held, counts)
+        findings = discover(model, without_attribute(train))
+        first = findings[0] if len(findings) else None
+        own = [before, *_without_labels(model, train, test, (source, held), first)]
+        return {
+            BY_LABELS: {"rows": rows, "sweeps": sweeps(model, planning, planning)},
+            WITHOUT: {"rows": own, "sweeps": []},
+            "found": {OURS: described(model, findings, test, within=True)},
+        }
+
+
+def _without_labels(
+    model: nn.Module, train: ImageSet, test: ImageSet, heads: Heads, first: Finding | None
+) -> list[Results]:
+    """Return the accuracies after edits by groups that need no labels, and by true groups."""
+    counts = train.counts()
+    rows: list[Results] = []
+
+    def add(method: str, operator: Any, pair: Heads, attribute: Tensor) -> None:
+        source, held = pair
+        with refusals(rows, {"method": method}):
+            edit = operator.plan(model, replace(source, attribute=attribute))
+            figures = figures_of(evaluate_head(held.edited(edit), train_samples=counts))
+            rows.append({"method": method, **figures, "weights_changed": edit.size})
+
+    retraining = LastLayerRetraining(C=PENALTY)
+    groups = dict(_groups(model, train, heads[0]))
+    if first is not None:
+        groups["discovered groups"] = first.has.long()
+    for name, attribute in groups.items():
+        add(f"last-layer retraining: {name}", retraining, heads, attribute)
+    if first is None:
+        return rows
+    add("LEACE: discovered groups", LEACE(), heads, first.has.long())
+    present = Presence(first.threshold, first.pooling)
+    where: Any = {"when": present, "unit_axis": first.axis}
+    with ablated(model, first.layer, first.subspaces, [0], **where):
+        accuracy = evaluate_groups(model, test, train_samples=counts)
+    rows.append({"method": "reactive ablation", **figures_of(accuracy)})
+    with without_finding(model, first):
+        both = [collect_head_features(model, one, with_attribute=True) for one in (train, test)]
+        heads = both[0], both[1]
+        accuracy = evaluate_head(heads[1], train_samples=counts)
+        rows.append({"method": "ablation", **figures_of(accuracy)})
+        for name in (TRUE, "discovered groups"):
+            method = f"ablation and last-layer retraining: {name}"
+            add(method, retraining, heads, groups[name])
+    return rows
+
+
+def _groups(
+    model: nn.Module, train: ImageSet, source: HeadFeatures
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield values of an attribute by which last-layer retraining balances."""
+    assert source.attribute is not None
+    yield TRUE, source.attribute
+    yield "classes", torch.zeros_like(train.labels)
+    predicted = source.logits().argmax(1)
+    yield "class and prediction (JTT's errors)", predicted
+    every = torch.ones(len(train), dtype=torch.bool)
+    relevance = LRP("epsilon-plus", initial="one")
+    clusters: dict[str, Tensor] = {}
+    for label in train.labels.unique().tolist():
+        own = train.labels == label
+        fit = every[own]
+        maps = relevance_maps(model, (x for x, *_ in train[own]), label, relevance)
+        divided = {
+            "clusters of the head's inputs (GEORGE)": mixture(source.features[own], fit),
+            "clusters of relevance maps (ExMap)": spectral(maps, fit),
+        }
+        for name, strategies in divided.items():
+            clusters.setdefault(name, torch.zeros_like(train.labels))[own] = strategies.cluster
+    yield from clusters.items()
+
+
+def threshold_shift(model: nn.Module, planning: HeadFeatures) -> ModelEdit:
+    """Plan the change of class 1's bias after which the worst group is the best."""
+    labels, attribute = planning.require_labels(), planning.attribute
+    assert attribute is not None
+    margin = planning.logits() @ torch.tensor([-1.0, 1.0], dtype=torch.double)  # for class 1
+    order = margin.sort().values
+    thresholds = (order[1:] + order[:-1]) / 2
+    shares = []
+    for label, value in torch.stack([labels, attribute], 1).unique(dim=0).tolist():
+        own = margin[(labels == label) & (attribute == value)].sort().values
+        below = torch.searchsorted(own, thresholds, right=True) / len(own)
+        shares.append(1 - below if label else below)
+    threshold = thresholds[torch.stack(shares).amin(0).argmax()]
+    assert planning.bias is not None
+    bias = planning.bias.double() - torch.stack([torch.zeros_like(threshold), threshold])
+    return planning.edit(model, {"operator": "threshold shift"}, bias=bias.to(planning.bias))
