@@ -22,14 +22,13 @@ def test_there_is_a_block_of_about_ten_lines():
 
 def test_the_readme_runs(tmp_path, monkeypatch, digits, capsys):
     images, labels = digits
-    for label in range(5):
+    for label in range(2):
         folder = tmp_path / "photos" / f"class{label}"
         folder.mkdir(parents=True)
         for at, image in enumerate(images[labels == label][:4]):
             torchvision.utils.save_image(image.expand(3, -1, -1), folder / f"{at}.png")
     torch.manual_seed(0)
     weights = torchvision.models.resnet18().state_dict()  # no network here: random weights
-    weights["fc.bias"][3] = 10.0  # predicted, so that it can be forgotten
     monkeypatch.setattr(
         torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: weights
     )
@@ -37,7 +36,7 @@ def test_the_readme_runs(tmp_path, monkeypatch, digits, capsys):
     scope: dict = {}
     for block in blocks():
         exec(compile(block, str(README), "exec"), scope)
-    assert (tmp_path / "forget-3.safetensors").is_file()
+    assert (tmp_path / "forget.safetensors").is_file()
     assert "PathPerturbation" in capsys.readouterr().out
 
 
