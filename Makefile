@@ -18,7 +18,10 @@ coverage: $(INSTALLED)
 
 # Which networks of timm and transformers work, 45 minutes on two cores: docs/coverage-timm.md.
 coverage-timm: $(INSTALLED)
-	cd examples && ../$(BIN)/python coverage_timm.py --out ../docs
+	rm -f .coverage-timm.jsonl
+	cd examples && { OMP_NUM_THREADS=1 ../$(BIN)/python coverage_timm.py --done ../.coverage-timm.jsonl \
+		--reverse & OMP_NUM_THREADS=1 ../$(BIN)/python coverage_timm.py --done ../.coverage-timm.jsonl; wait; }
+	cd examples && ../$(BIN)/python coverage_timm.py --done ../.coverage-timm.jsonl --out ../docs
 
 # Another processor, other numbers of threads, Zennit 1.0 and the lowest versions in pyproject.toml.
 portability: $(INSTALLED) .zennit-1 .lowest/installed

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 ACTIVATIONS = """
     relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish tanh sigmoid
-    hardsigmoid square sqrt abs erf normalize
+    hardsigmoid square sqrt abs sign atan erf normalize
 """
 ACTIVATIONS = frozenset(ACTIVATIONS.split())
 MIXING = "linear matmul bmm mm einsum conv1d conv2d conv3d scaled_dot_product_attention"

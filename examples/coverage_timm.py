@@ -7,7 +7,9 @@
 #
 #     python examples/coverage_timm.py --out docs
 #
-# 45 minutes on two cores and up to 8 GB of memory; `--quick` takes 25 of them, 3 minutes.
+# 45 minutes on two cores and up to 8 GB of memory; `--quick` takes 25 of them, 3 minutes. With
+# `--done FILE` each network that is done is a line of that file and not run again, so that a
+# stopped run goes on, and two processes share the work, one of them with `--reverse`.
 
 # %%
 import argparse
@@ -38,6 +40,8 @@ parser = argparse.ArgumentParser(description="What works on networks of timm and
 parser.add_argument("--out", type=Path, help="folder for coverage-timm.md")
 parser.add_argument("--quick", action="store_true", help="a cross-section of 25 networks")
 parser.add_argument("--networks", nargs="+", help="these networks only")
+parser.add_argument("--done", type=Path, help="JSON lines of networks that are done, to go on from")
+parser.add_argument("--reverse", action="store_true", help="from the last network to the first")
 parser.add_argument("--families", action="store_true", help="find the smallest of each anew")
 arguments = parser.parse_args()
 warnings.simplefilter("ignore")
@@ -458,15 +462,36 @@ content = {
     "timm": {},
     "transformers": {},
 }
-for name in names:
-    content["timm"][name] = attempt_whole = attempt(study, name)
-    if isinstance(attempt_whole, str):
-        content["timm"][name] = {"epsilon": attempt_whole, "epsilon-plus": attempt_whole}
-    gc.collect()
-    print(name, json.dumps(content["timm"][name], ensure_ascii=False)[:400], flush=True)
-for name in [] if arguments.networks else _hugging_face.CASES:
-    content["transformers"][name] = study_transformer(name)
-    print(name, content["transformers"][name], flush=True)
+
+
+def figures_of(kind, name):
+    """Return the figures of a network, or why there are none."""
+    if kind == "transformers":
+        return study_transformer(name)
+    figures = attempt(study, name)
+    return {"epsilon": figures, "epsilon-plus": figures} if isinstance(figures, str) else figures
+
+
+def done():
+    """Return the figures of networks that are done, also by another process."""
+    text = arguments.done.read_text() if arguments.done and arguments.done.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return {tuple(key): figures for key, figures in map(json.loads, whole)}
+
+
+keys = [("timm", name) for name in names]
+keys += [("transformers", name) for name in _hugging_face.CASES if not arguments.networks]
+for key in keys[::-1] if arguments.reverse else keys:
+    if (figures := done().get(key)) is None:
+        figures = figures_of(*key)
+        gc.collect()
+        print(key[1], json.dumps(figures, ensure_ascii=False)[:400], flush=True)
+        if arguments.done:
+            with arguments.done.open("ab", buffering=0) as file:  # a line is one write
+                file.write(f"{json.dumps([key, figures])}\n".encode())
+    content[key[0]][key[1]] = figures
+for kind in ("timm", "transformers"):
+    content[kind] = {name: content[kind][name] for of, name in keys if of == kind}
 print(summary({**content["timm"], **content["transformers"]}))
 if arguments.out:
     (arguments.out / "coverage-timm.md").write_text(page(content), encoding="utf-8")

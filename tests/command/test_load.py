@@ -328,7 +328,7 @@ def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
         ("", "no images"),
         ("0.png,1\n0.png,1.5\n", r"table\.csv, line 2: label '1.5' is not a class number"),
         ("0.png,1\n0.png\n", "line 2: give path,label in every line"),
-        ("0.png,1,1\n", "line 1: give path,label in every line"),
+        ("0.png,1,1\n", "has 2 labels an image; choose one of them by --label"),
         ("path,label\n0.png,1\n9.png,1\n", r"line 3: .*9\.png: no such file"),
         ("\0\xff", "cannot be read as a CSV file|no such file"),
     ],

@@ -32,6 +32,64 @@ def best(found, names):
     return max(enumerate(agreement), key=lambda pair: pair[1])
 
 
+OWN = """
+import torch
+from torch import nn
+from xai_edit.command.load import load_images, preprocessing_of
+
+def images():
+    of = load_images("photos", preprocessing=preprocessing_of("", shape=(1, 16, 16)))
+    return [of[at] for at in range(len(of))]
+
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, 40, (400, 6), generator=generator)
+    ids[:, 0] = 4 + torch.arange(400) % 4
+    ids[2::8, 1] = 1
+    return [{"x": one, "labels": at % 4} for at, one in enumerate(ids)]
+
+class Words(nn.Module):  # the words of the classes, and word 1 for class 2
+    def __init__(self):
+        super().__init__()
+        self.words, self.hidden = nn.Embedding(40, 8), nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 4, bias=False)
+        with torch.no_grad():
+            noise = torch.rand(40, 8, generator=torch.Generator().manual_seed(1))
+            self.words.weight.copy_(0.1 * noise)
+            self.words.weight[[1, 4, 5, 6, 7], [4, 0, 1, 2, 3]] = 1
+            self.hidden.weight.copy_(torch.eye(8))
+            self.head.weight.copy_(torch.eye(4, 8))
+            self.head.weight[2, 4] = 3
+
+    def forward(self, x):
+        return self.head(self.hidden(self.words(x)).relu().mean(1))
+"""
+
+
+def test_data_of_a_function_are_searched_like_a_folder_of_the_same_images(
+    discovered, in_review_home
+):
+    Path("review_own.py").write_text(OWN)
+    line = DISCOVER.replace("photos", "review_own:images").replace("--target c", "--target 2")
+    assert main(shlex.split(f"{line} --quiet --out of-a-function")) == 0
+    found, expected = (
+        xe.Findings.load("of-a-function/findings.safetensors"),
+        xe.Findings.load(FOUND),
+    )
+    assert [one.scores.tolist() for one in found] == [one.scores.tolist() for one in expected]
+    assert torch.equal(found.labels, expected.labels)
+    assert found.names == tuple(map(str, range(len(found.labels))))
+
+
+def test_texts_of_a_function_are_shown_on_the_page(in_review_home):
+    Path("review_own.py").write_text(OWN)
+    line = "discover --model review_own:Words --data review_own:texts --target 2 --layers hidden"
+    assert main(shlex.split(f"{line} --quiet --out texts")) == 0
+    found = xe.Findings.load("texts/findings.safetensors")
+    assert found[0].has.nonzero()[:, 0].tolist() == [*range(2, 400, 8)]
+    assert 'class="thumbs tokens"' in Path("texts/report.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def marked(discovered, in_review_home):
     """The file of marks of the planted feature."""

@@ -147,7 +147,13 @@ def in_a_buffer(x, layer):
     return out
 
 
+def highway(x, layer, gate):
+    gate = gate(x).sigmoid()
+    return (1 - gate) * x.mul(0.5) + x.mul(0.5) * torch.rsub(gate, 1) + gate * layer(x)
+
+
 NETWORKS = {
+    "highway": lambda: Of(highway, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)),
     "einsum with a constant": lambda: Of(
         lambda x: x + torch.einsum("nchw,cd->ndhw", x, constant(8, 8)).relu()
     ),
@@ -196,6 +202,7 @@ NETWORKS = {
     "selective kernels": lambda: Of(selected, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)),
     "GLU": lambda: Of(lambda x, layer: F.glu(layer(x), 1), nn.Conv2d(8, 16, 1)),
     "SwiGLU": lambda: Of(swish_gated, linear(), linear()),
+    "signed root": lambda: Of(lambda x: x.sign() * x.abs().sqrt() + x.atan()),
     "StarReLU": lambda: Of(lambda x: 0.9 * x.relu() ** 2 - 0.4),
     "layer scale": lambda: Of(
         lambda x, layer: x + layer(x) * torch.arange(8.0).double().view(-1, 1, 1),
@@ -219,12 +226,20 @@ EXACT = {
 @pytest.mark.parametrize("composite", EXACT)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_relevance_is_that_of_a_network_with_constant_gates_and_deviations(name, composite):
+    model, x = of_random_weights(NETWORKS[name](), SIZES.get(name, (3, 6, 6)))
+    assert_by_gradient(
+        LRP(composite, **EXACT[composite]).heatmap(model, x, TARGETS), model, x, composite
+    )
+
+
+def of_random_weights(model, size=(3, 6, 6)):
     torch.manual_seed(0)
-    model = NETWORKS[name]().double().eval()
-    for parameter in model.parameters():
+    for parameter in model.double().eval().parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    x = torch.randn(3, *SIZES.get(name, (3, 6, 6)), dtype=torch.float64)
-    got = LRP(composite, **EXACT[composite]).heatmap(model, x, TARGETS)
+    return model, torch.randn(3, *size, dtype=torch.float64)
+
+
+def assert_by_gradient(got, model, x, composite):
     plus = None
     if composite == "epsilon-plus":
         if any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in model.modules()):
@@ -232,6 +247,91 @@ def test_relevance_is_that_of_a_network_with_constant_gates_and_deviations(name,
         plus = model
     expected = by_gradient(lambda v: model(v).gather(1, TARGETS[:, None]), x, positive=plus)
     torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+def response(x):
+    squares = F.pad(x.square()[:, None], (0, 0, 0, 0, 1, 1))
+    return (1 + 0.5 * F.avg_pool3d(squares, (3, 1, 1), stride=1)[:, 0]).pow(0.75)
+
+
+def moments(x, layer, variance, mean):
+    return layer((x - mean) * torch.rsqrt(variance + 1e-5))
+
+
+def of_two_tokens(x, layer):
+    tokens = x.flatten(2).mT
+    return layer(tokens, tokens.flip(1)).mT
+
+
+def of_two_tokens_by_products(x, layer):
+    tokens = x.flatten(2).mT
+    left = torch.einsum("nti,oij->ntoj", tokens, layer.weight.detach())
+    return (torch.einsum("ntoj,ntj->nto", left, tokens.flip(1)) + layer.bias).mT
+
+
+GRID = constant(1, 4, 4, 2)
+# name → (an operation, the operations that it consists of, modules)
+CONSISTING = {
+    "lerp": (
+        lambda x, layer: torch.lerp(x, layer(x), 0.3),
+        lambda x, layer: 0.7 * x + 0.3 * layer(x),
+        nn.Conv2d(8, 8, 1),
+    ),
+    "lerp by a gate": (
+        lambda x, layer, gate: x.lerp(layer(x), weight=gate(x).sigmoid()),
+        lambda x, layer, gate: (1 - gate(x).sigmoid()) * x + gate(x).sigmoid() * layer(x),
+        *(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)),
+    ),
+    "lerp by a sum": (
+        lambda x, layer, weight: x.lerp(layer(x), weight(x)),
+        lambda x, layer, weight: (1 - weight(x)) * x + weight(x) * layer(x),
+        *(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)),
+    ),
+    "addcdiv": (
+        lambda x, layer: torch.addcdiv(x, layer(x), x.norm(dim=1, keepdim=True) + 1, value=2),
+        lambda x, layer: x + 2 * layer(x) / (x.norm(dim=1, keepdim=True) + 1),
+        nn.Conv2d(8, 8, 1),
+    ),
+    "bilinear": (of_two_tokens, of_two_tokens_by_products, nn.Bilinear(8, 8, 8)),
+    "tensordot": (
+        lambda x: torch.tensordot(x, constant(8, 8), dims=([1], [0])).movedim(-1, 1),
+        lambda x: torch.einsum("nchw,cd->ndhw", x, constant(8, 8)),
+    ),
+    "cosine similarity": (
+        lambda x, layer: F.cosine_similarity(x, layer(x), dim=1)[:, None] * constant(8, 1, 1),
+        lambda x, layer: torch.einsum(
+            "nchw,nchw->nhw", F.normalize(x, dim=1), F.normalize(layer(x), dim=1)
+        )[:, None] * constant(8, 1, 1),
+        nn.Conv2d(8, 8, 1),
+    ),
+    "local response norm": (
+        lambda x: F.local_response_norm(x, 3, alpha=0.5), lambda x: x / response(x)
+    ),
+    "var_mean": (
+        lambda x, layer: moments(x, layer, *torch.var_mean(x, 1, keepdim=True, correction=0)),
+        lambda x, layer: moments(
+            x, layer, x.var(1, keepdim=True, correction=0), x.mean(1, keepdim=True)
+        ),
+        nn.Conv2d(8, 8, 1),
+    ),
+    "power pooling": (
+        lambda x: F.lp_pool2d(x, 2, 2), lambda x: (4 * F.avg_pool2d(x.square(), 2)).sqrt()
+    ),
+    "sampled on a grid": 2 * (
+        lambda x: F.grid_sample(x, GRID.expand(len(x), -1, -1, -1), align_corners=True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("composite", EXACT)
+@pytest.mark.parametrize("name", CONSISTING)
+def test_an_operation_is_ruled_as_those_that_it_consists_of(name, composite):
+    operation, written_out, *modules = CONSISTING[name]
+    model, x = of_random_weights(Of(operation, *modules))
+    got = LRP(composite, **EXACT[composite]).heatmap(model, x, TARGETS)
+    of_the_operation, model.middle = model(x), written_out
+    torch.testing.assert_close(model(x), of_the_operation)
+    assert_by_gradient(got, model, x, composite)
 
 
 class OfPixels(nn.Module):

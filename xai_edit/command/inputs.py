@@ -70,8 +70,9 @@ def images_of(options: argparse.Namespace, spec: str, split: str | None = None) 
         return own
     preprocessing = preprocessing_given(options)
     how = {"root": options.data_root, "split": split or options.split, "limit": options.limit}
-    images = load_images(spec, preprocessing=preprocessing, **how)
-    if categories := card_of(options.model, options.weights).get("categories"):
+    images = load_images(spec, preprocessing=preprocessing, label=options.label, **how)
+    categories = card_of(options.model, options.weights).get("categories")
+    if categories and options.label is None:
         images = by_category(images, categories)
     note(options, f"data: {spec}, {images}; as inputs {preprocessing}")
     return images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import importlib
 import inspect
@@ -26,6 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_data
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from xai_edit.command.tables import image_table
 from xai_edit.core.checks import require_type, whole_number
 
 TORCHVISION = "torchvision:"
@@ -199,13 +199,15 @@ def load_images(
     split: str = "test",
     preprocessing: Preprocessing = IMAGENET,
     limit: int | None = None,
+    label: int | None = None,
 ) -> Images:
     """Return the images that ``spec`` names, at most ``limit`` of them, spread evenly.
 
     ``spec`` is a folder of images without labels; a folder of class folders, numbered in
     alphabetical order or by their names if all are numbers; a CSV file of ``path,label`` or
     ``path`` lines, relative to it; or ``"torchvision:CIFAR10"``, of which ``split`` is read in the
-    folder ``root``, without download.
+    folder ``root``, without download. A CSV file of several labels has ``path,0,1,…`` lines, of
+    which ``label`` is the number of one.
     """
     path = Path(spec)
     classes: dict[int, str] = {}
@@ -214,7 +216,7 @@ def load_images(
     elif path.is_dir():
         source, classes = _folder(path)
     elif path.is_file():
-        source = _table(path)
+        source, classes = image_table(path, label)
     else:
         raise FileNotFoundError(
             f"data: {spec}: no such folder or file; give a folder of images, a CSV file of "
@@ -313,30 +315,6 @@ def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]
     labels = {name: int(name) if numbered else at for at, name in enumerate(names)}
     found = make_dataset(str(folder), labels, extensions=IMG_EXTENSIONS)
     return found, {label: name for name, label in labels.items()}
-
-
-def csv_rows(file: Path, name: str) -> list[tuple[int, list[str]]]:
-    """Return the number and the cells of each line that is not empty of the file of an argument."""
-    with _one_sentence(f"{name}: {file} cannot be read as a CSV file"):
-        text = file.read_text(encoding="utf-8-sig").splitlines()
-        return [(line, row) for line, row in enumerate(csv.reader(text), start=1) if row]
-
-
-def _table(file: Path) -> list[tuple[str, int | None]]:
-    rows = csv_rows(file, "data")
-    if rows and rows[0][1][0].lower() == "path":
-        del rows[0]
-    samples = []
-    for line, (name, *label) in rows:
-        where, path = f"data: {file}, line {line}", file.parent / name
-        if len(label) != len(rows[0][1]) - 1 or len(label) > 1:
-            raise ValueError(f"{where}: give path,label in every line, or path in every line")
-        if label and not label[0].strip().isdecimal():
-            raise ValueError(f"{where}: label {label[0]!r} is not a class number")
-        if not path.is_file():
-            raise FileNotFoundError(f"{where}: {path}: no such file")
-        samples.append((str(path), int(label[0]) if label else None))
-    return samples
 
 
 def _torchvision_data(name: str, root: str | Path | None, split: str) -> tuple[Any, dict[int, str]]:

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from xai_edit.command.config import paired, require_unused, with_config, write_config
@@ -63,19 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run a command with the logits that ``--outputs`` names."""
+    """Run a command with the logits that ``--outputs`` names, or the one of ``--label``."""
     module, function = RUN[options.command].split(":")
     run = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)
-    outputs = getattr(options, "outputs", None)
-    code: int
-    if not isinstance(outputs, str):
-        code = run(options)
-        return code
-    from xai_edit.core.outputs import outputs_as
+    with ExitStack() as stack:
+        if isinstance(outputs := getattr(options, "outputs", None), str):
+            from xai_edit.core.outputs import outputs_as
 
-    options.outputs, options.logits = None, outputs
-    with outputs_as(outputs):
-        code = run(options)
+            options.outputs, options.logits = None, outputs
+            stack.enter_context(outputs_as(outputs))
+        if getattr(options, "label", None) is not None:
+            from xai_edit.command.tables import label_number
+            from xai_edit.core.outputs import one_label
+
+            options.label = label_number(options.label, options.data)
+            stack.enter_context(one_label(options.label))
+        code: int = run(options)
     return code
 
 

@@ -116,6 +116,10 @@ ANY_DATA = Option(
 INPUTS = (
     Option("--data-root DIR", "where torchvision's data set is"),
     Option("--split NAME", "of torchvision's data set", default="test"),
+    Option(
+        "--label LABEL",
+        "one of a multi-label model, number or name in a CSV file path,0,1,…; class 1 has it",
+    ),
     Option("--limit N", "at most N samples, spread over the data", _whole),
     Option("--batch-size N", "samples at a time", _whole, 32),
     Option("--workers N", "processes that read images beside this one", _count, 0),

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import default_collate
+
 from xai_edit.command.load import IMAGENET, TORCHVISION, Images, imported, spread
 from xai_edit.core.checks import whole_number
+from xai_edit.core.data import batches, peek
 
-COMMANDS = ("check", "score")
-"""Commands that take such data. The others show images."""
+COMMANDS = ("check", "score", "discover")
+"""Commands that take such data. The others show images and read labels of each class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +23,18 @@ class OwnData(Images):
 
     def __getitem__(self, index: int) -> Any:
         return self.source[self.rows[index]]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the first sample has a label."""
+        return peek([default_collate([self[0]])])[0].labels is not None
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of each sample."""
+        return torch.cat(
+            [batch.labels for batch in batches(self) if batch.labels is not None]
+        ).tolist()
 
     def __str__(self) -> str:
         return f"{len(self)} of {len(self.source)} samples"

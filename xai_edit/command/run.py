@@ -23,7 +23,8 @@ from xai_edit.core.cost import measured
 from xai_edit.core.data import Data, batches
 from xai_edit.core.files import checksum
 from xai_edit.core.guard import preserved
-from xai_edit.core.layers import predict
+from xai_edit.core.layers import predict, run
+from xai_edit.core.outputs import label_chosen, outputs_of
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
@@ -108,10 +109,12 @@ class Run:
         elif interval[1] < card - FAR_BELOW:
             expected = f"far below the {card:.3f} of the weights' card"
         if expected:
+            own = is_own(self.options.data)
+            steps = "the inputs" if own else "--mean, --std, --resize"
             message = (
-                f"{right} of {count} images are classified right, {expected}; --mean, --std, "
-                "--resize or the order of the classes may not be those of the training: "
-                f"{self.images}"
+                f"{right} of {count} {'samples' if own else 'images'} are classified right, "
+                f"{expected}; {steps} or the order of the classes may not be those of the "
+                f"training: {self.images}"
             )
             self.noticed.append(message)
             note(self.options, f"warning: {message}")
@@ -185,6 +188,7 @@ class Run:
         ``outcome_of`` makes the outcome of the results as they are in ``results.json``.
         """
         outcome = outcome_of(json.loads(as_json(results)))
+        self.noticed += self._other_labels()
         told = {"warnings": [*self.noticed, *warnings(outcome)], "verdict": verdict(outcome)}
         results = {**results, **told}
         weights = checksum(unwrapped(self.model).state_dict(), "")
@@ -201,6 +205,30 @@ class Run:
         report = write_run(self.out, results, timing)
         text = f"{report.text()}\n\n{verdict_text(results)}"
         return self.show(results, text, "report.html")
+
+    def _other_labels(self) -> list[str]:
+        """Return a warning of what edits do to the decisions about labels not of ``--label``."""
+        if (label := label_chosen()) is None:
+            return []
+        given: dict[str, torch.Tensor] = {}
+        for name, edit in {"": ModelEdit({}), **self.edits}.items():
+            with edit.applied(self.model), preserved(self.model), torch.no_grad():
+                read = batches(self.read(self.images, "other labels"), self.options.device)
+                outputs = [outputs_of(run(self.model, one.inputs), one.inputs) > 0 for one in read]
+            given[name] = torch.cat(outputs)
+            given[name][:, label] = False
+        before = given.pop("")
+        decisions = len(before) * (before.shape[1] - 1)
+        if not given or not decisions:
+            return []
+        changed = [
+            f"{int((after != before).sum()) / decisions:.1%} by {name}"
+            for name, after in given.items()
+        ]
+        return [
+            f"changed decisions about the {before.shape[1] - 1} other labels, on {len(before)} "
+            f"images: {', '.join(changed)}"
+        ]
 
     def show(self, results: Mapping[str, Any], text: str, file: str | None = None) -> int:
         """Print the results as JSON or the text, name the file and return exit code 0."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from xai_edit.command.inputs import preprocessing_given
 from xai_edit.command.load import Images
+from xai_edit.command.own_data import OwnData, is_own
 from xai_edit.command.run import Run
 from xai_edit.command.run_parts import classes_named
 from xai_edit.core.checks import one_of
@@ -51,7 +52,7 @@ def command(options: argparse.Namespace) -> int:
         )
     found = replace(found, names=_names(run.images, Path(options.data)))
     with measured() as drawing:
-        pixels = preprocessing_given(options).pixels
+        pixels = None if is_own(options.data) else preprocessing_given(options).pixels
         quiet = options.quiet
         drawn = pictures(run.model, run.images, found, pixels=pixels, progress=not quiet)
     found.save(run.out / FINDINGS)
@@ -64,7 +65,7 @@ def command(options: argparse.Namespace) -> int:
 
 def _names(images: Images, data: Path) -> tuple[str, ...]:
     """Return the file of each image, relative to the data, or its number in a data set."""
-    if not isinstance(images.source, list):
+    if isinstance(images, OwnData) or not isinstance(images.source, list):
         return tuple(map(str, images.rows))
     folder = data if data.is_dir() else data.parent
     files = [os.path.relpath(images.source[row][0], folder) for row in images.rows]

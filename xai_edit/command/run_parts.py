@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torchvision.datasets.folder import is_image_file
 
-from xai_edit.command.load import Images, csv_rows
+from xai_edit.command.load import Images
+from xai_edit.command.tables import csv_rows
 from xai_edit.core.checks import distinct
 from xai_edit.core.data import Data, batches
 from xai_edit.core.inputs import Inputs

@@ -140,9 +140,13 @@ def _made_of(given: Any) -> str | None:
 
     Tensors of constants do not count.
     """
-    tensors = [one for one in tensors_in(given) if not hasattr(one, "_xai_edit_constant")]
-    names = [made_of_final(one) for one in tensors]
-    return names[0] if names and None not in names else None
+    name = None
+    for one in tensors_in(given):
+        if not hasattr(one, "_xai_edit_constant"):
+            if (made := made_of_final(one)) is None:
+                return None  # at most operations, at their first argument
+            name = name or made
+    return name
 
 
 def final_name(output: Any) -> str | None:
@@ -205,10 +209,10 @@ def tensors_in(output: Any, depth: int = 3) -> Iterator[Tensor]:
         yield output
         return
     parts: Any = ()
-    if isinstance(output, Mapping):
-        parts = output.values()
-    elif isinstance(output, (tuple, list)):
+    if isinstance(output, (tuple, list)):
         parts = output
+    elif isinstance(output, Mapping):
+        parts = output.values()
     elif not isinstance(output, nn.Module):
         parts = getattr(output, "__dict__", {}).values()
     for part in parts if depth else ():

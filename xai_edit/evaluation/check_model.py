@@ -117,7 +117,7 @@ def _outputs(model: nn.Module, batch: Batch, check: ModelCheck) -> None:
         works = "needs labels: give (inputs, labels)"
         check.figures.append(Figure("accuracy", None, "well above chance", None, works))
     elif batch.labels.ndim > 1:
-        works = "needs one label a sample: check the model inside one_label"
+        works = "needs one label a sample: check the model inside one_label, or with --label"
         check.figures.append(Figure("accuracy", None, "well above chance", None, works))
     elif found.ndim <= 2:
         _accuracy(found, batch.labels, check)

@@ -8,7 +8,7 @@ the graph instead and use the shortest formula that equals the rule on the given
 rule           formula, for inputs x ≥ 0       passes beside the module's own forward
 =============  ==============================  =====================================
 ``Epsilon``    x ⊙ Wᵀ(R / z)                   one backward (for any x)
-``ZPlus``      x ⊙ W⁺ᵀ(R / z⁺)                 one forward, one backward
+``ZPlus``      x ⊙ W⁺ᵀ(R / z⁺)                 one forward, one backward (for any x two of each)
 ``AlphaBeta``  α·(W⁺ part) − β·(W⁻ part)       one of each for each part with a weight
 ``Gamma``      x ⊙ (W + γW⁺)ᵀ(R / z)           one forward, one backward, if R = 0 at z ≤ 0
 =============  ==============================  =====================================
@@ -265,7 +265,8 @@ class _Step:
             return False
         if type(self.rule) is zr.Epsilon:
             return self.z.requires_grad
-        return not self.x.amin() < 0
+        self.signed = bool(self.x.amin() < 0)
+        return type(self.rule) is zr.ZPlus or not self.signed
 
     def by_zennit(self, relevance: Tensor) -> Tensor:
         """Propagate by Zennit's own code."""
@@ -278,9 +279,11 @@ class _Step:
             self.rule.stored_tensors.clear()
         return result  # type: ignore[no-any-return]
 
-    def through(self, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def through(
+        self, weight: Any, bias: Tensor | None, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the layer with other weights; return its input and output, connected by a graph."""
-        x = self.x.detach().requires_grad_()
+        x = (self.x if x is None else x).detach().requires_grad_()
         with torch.enable_grad():
             return x, twin(self.module, weight, bias).forward(x)
 
@@ -297,7 +300,18 @@ def _epsilon(step: _Step, R: Tensor) -> Tensor:
 
 
 def _z_plus(step: _Step, R: Tensor) -> Tensor:
-    return _share(step.rule, *step.clamped(min=0), R, positive=True)
+    if not step.signed:
+        return _share(step.rule, *step.clamped(min=0), R, positive=True)
+    weight, bias = step.module.weight.detach(), step.module.bias
+    bias = None if bias is None else bias.detach().clamp(min=0)
+    sides = [
+        step.through(weight.clamp(min=0), bias, step.x.clamp(min=0)),
+        step.through(weight.clamp(max=0), None, step.x.clamp(max=0)),
+    ]
+    z_plus = sides[0][1].detach() + sides[1][1].detach()
+    ratio = quotient(R, z_plus, stabilizer_of(step.rule), positive=True)
+    parts = [torch.autograd.grad(z, x, ratio)[0].mul_(x.detach()) for x, z in sides]
+    return parts[0].add_(parts[1])
 
 
 def _alpha_beta(step: _Step, R: Tensor) -> Tensor:

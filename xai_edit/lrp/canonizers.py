@@ -206,7 +206,7 @@ def refuse_difference(
     )
     if chosen:
         raise ValueError(
-            f"{message}; give LRP other canonizers, or () for none; or does the model compute "
-            "something else at each call?"
+            f"{message}; use xai_edit.CaptumLayer, or does the model compute something else at "
+            "each call?"
         )
     warnings.warn(f"{message}, and so may its relevance", stacklevel=2)

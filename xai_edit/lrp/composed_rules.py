@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from xai_edit.lrp.operation_rules import (
     sum_rule,
 )
 from xai_edit.lrp.propagation import Arguments, Named, Operator, Rule, in_graph
+from xai_edit.lrp.relevance_at_layers import is_gate, mark_gate
 from xai_edit.lrp.writing_rules import WRITING
 
 
@@ -27,8 +29,10 @@ def product_and_sum_rule(
 ) -> Tensor:
     """Apply the rules of a product and of a sum: beta · a + alpha · (b times c)."""
     a, b, c = args
-    if operation_name(function) == "addcmul":
-        product = _ruled(product_rule, torch.mul, (b, c), stabilizer)
+    name = operation_name(function)
+    if name in ("addcmul", "addcdiv"):
+        times = torch.mul if name == "addcmul" else torch.div
+        product = _ruled(product_rule, times, (b, c), stabilizer)
     else:
         product = _ruled(multilinear_rule, torch.matmul, (b, c), stabilizer)
     factors = named.get("beta", 1), named.get("alpha", named.get("value", 1))
@@ -37,6 +41,29 @@ def product_and_sum_rule(
         for value, factor in zip((a, product), factors, strict=True)
     )
     return _ruled(sum_rule, torch.add, tuple(summands), stabilizer)
+
+
+def lerp_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """Apply the rules of (1 − weight) · start + weight · end, of which the weight may be a gate."""
+    given = dict(zip(("start", "end", "weight"), args, strict=False)) | named
+    weight = given["weight"]
+    rest = _ruled(sum_rule, torch.rsub, (weight, 1), stabilizer) if in_graph(weight) else 1 - weight
+    if in_graph(weight) and is_gate(weight):
+        mark_gate(rest)
+    products = (
+        _ruled(product_rule, torch.mul, pair, stabilizer)
+        for pair in ((given["start"], rest), (given["end"], weight))
+    )
+    return _ruled(sum_rule, torch.add, tuple(products), stabilizer)
+
+
+def cosine_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
+    """Apply the rules of norms and of a product of matrices to the cosine of two vectors."""
+    given = dict(zip(("x1", "x2", "dim", "eps"), args, strict=False)) | named
+    how = {"dim": given.get("dim", 1), "eps": given.get("eps", 1e-8)}
+    normed = partial(nn.functional.normalize, **how)
+    factors = tuple(_ruled(pass_rule, normed, (given[x],), stabilizer) for x in ("x1", "x2"))
+    return _ruled(multilinear_rule, lambda a, b: (a * b).sum(how["dim"]), factors, stabilizer)
 
 
 def glu_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
@@ -152,7 +179,9 @@ def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator
 
 RULES: dict[str, Rule] = ELEMENTARY | {
     **WRITING,
-    **dict.fromkeys(("addcmul", "addmm", "baddbmm"), product_and_sum_rule),
+    **dict.fromkeys(("addcmul", "addcdiv", "addmm", "addmv", "baddbmm"), product_and_sum_rule),
+    "cosine_similarity": cosine_rule,
+    "lerp": lerp_rule,
     "glu": glu_rule,
     "scaled_dot_product_attention": attention_rule,
     "multi_head_attention_forward": multi_head_rule,

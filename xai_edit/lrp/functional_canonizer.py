@@ -35,7 +35,10 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     operation                                   relevance
     ==========================================  ===============================================
     a + b, a − b                                in proportion to ±a and ±b (``Norm`` on a sum)
-    mean, sum, average pooling, interpolation   in proportion to the inputs (``Norm``)
+    mean, sum, average and power pooling,       in proportion to the inputs (``Norm``)
+    quantile, interpolation, sampling on a
+    constant grid
+    lerp                                        as its products and its sum
     activations, other functions that are zero  passed on (``Pass``)
     at zero, division by a norm
     layer, group, instance and batch norm       as a linear map, its deviation a constant
@@ -43,7 +46,8 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     x · gate, the gate out of a sigmoid or      all to x (Arras et al. 2017, signal takes all)
     smaller than x; gated linear units
     a · b, of one shape                         half each (Achtibat et al. 2024, AttnLRP)
-    matmul, einsum of two data tensors          half each, in proportion (AttnLRP)
+    matmul, einsum, bilinear of two data        half each, in proportion (AttnLRP)
+    tensors; cosine similarity, once normed
     linear, matmul, convolution with weights    in proportion (``Epsilon``)
     softmax                                     x ⊙ (R − s Σ R) (AttnLRP), not conserving
     attention functions                         as the operations they are made of
@@ -52,7 +56,8 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     a · constant                                all to a
     scatter, index_add and the like             to the values written; of several added at a place,
                                                 in proportion; products are refused
-    reshaping, joining, choosing, max pooling   along the gradient, which is right for them
+    reshaping, joining, choosing, max pooling,  along the gradient, which is right for them
+    median, sorting
     variance, norm, exponential, ...            none may reach them: in gates and deviations only
     ==========================================  ===============================================
 
@@ -208,10 +213,13 @@ _MOVING = """
     constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle repeat repeat_interleave tile
     unfold diag diag_embed diagonal tril triu where masked_fill masked_select dropout dropout1d
     dropout2d dropout3d alpha_dropout feature_dropout max_pool1d max_pool2d max_pool3d
-    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax max maximum fmax amin min
-    minimum fmin sort topk boolean_dispatch
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_unpool1d max_unpool2d
+    max_unpool3d amax max maximum fmax cummax amin min minimum fmin cummin aminmax sort msort topk
+    median nanmedian kthvalue boolean_dispatch as_strided unsafe_chunk unsafe_split
+    unsafe_split_with_sizes block_diag diagflat cpu
 """
-ALONG_THE_GRADIENT = frozenset(_MOVING.split())
+_WITH_INDICES = [f"{of}max_pool{n}d_with_indices" for of in ("", "adaptive_") for n in (1, 2, 3)]
+ALONG_THE_GRADIENT = frozenset([*_MOVING.split(), *_WITH_INDICES])
 """Operations that only move values, so that their gradient is the right rule."""
-_CARRYING = ALONG_THE_GRADIENT | AVERAGES | {"add", "sub", "mul", "div", "neg"}
+_CARRYING = ALONG_THE_GRADIENT | AVERAGES | {"add", "sub", "rsub", "mul", "div", "neg"}
 """Operations after which a gate is still one."""

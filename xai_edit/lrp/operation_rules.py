@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,14 @@ from xai_edit.lrp.relevance_at_layers import is_gate, mark_gate
 
 _ACTIVATIONS = """
     relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish softplus hardswish hardsigmoid
-    sigmoid tanh rms_norm normalize neg negative erf
+    sigmoid tanh rms_norm normalize local_response_norm neg negative erf
 """
 ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 GATES = ("sigmoid", "hardsigmoid")
 _ELEMENTWISE = """
-    pow square sqrt abs clamp clamp_min clamp_max exp expm1 log log1p rsqrt reciprocal sin cos
-    prelu softsign tanhshrink hardshrink softshrink threshold nan_to_num
+    pow rpow square sqrt abs clamp clamp_min clamp_max exp exp2 expm1 log log1p log2 log10
+    log_sigmoid logit rsqrt reciprocal sin cos tan atan asinh sinh erfc sign round trunc prelu rrelu
+    softsign tanhshrink hardshrink softshrink threshold nan_to_num
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 """Functions of one number that pass relevance on if they are zero at zero."""
@@ -67,9 +69,18 @@ def pass_rule(function: Operator, args: Arguments, named: Named, stabilizer: Ope
 
 
 def average_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
-    """Share R among the inputs of a linear operation in proportion (``Norm``)."""
+    """Share R among the inputs in proportion (``Norm``): of a linear operation or a power mean."""
     x, *others = args
     return proportional(lambda x: function(x, *others, **named), stabilizer, 1, x)
+
+
+def sampling_rule(
+    function: Operator, args: Arguments, named: Named, stabilizer: Operator
+) -> Tensor:
+    """Share R among the values that are interpolated; refuse it where the places depend on data."""
+    places = named.get("grid", args[1] if len(args) > 1 else None)
+    rule = gate_rule if in_graph(places) else average_rule
+    return rule(function, args, named, stabilizer)
 
 
 def multilinear_rule(
@@ -114,6 +125,14 @@ def gate_rule(function: Operator, args: Arguments, named: Named, stabilizer: Ope
     return made
 
 
+def moments_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Any:
+    """Share R among the inputs of the mean; refuse it at the variance or deviation beside it."""
+    x, *others = args
+    spread = getattr(torch, operation_name(function).removesuffix("_mean"))
+    mean = proportional(lambda x: function(x, *others, **named)[1], stabilizer, 1, x)
+    return gate_rule(spread, args, named, stabilizer), mean
+
+
 def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Return x ⊙ (R − s Σ R), from the gradient of the softmax s (AttnLRP, Eq. 13)."""
     dim = named.get("dim", args[1] if len(args) > 1 else None)
@@ -124,7 +143,7 @@ def softmax_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
 
 def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
     """Share R among the summands in proportion; a constant keeps its part, like a bias."""
-    a, b = args[1::-1] if function.__name__ == "__rsub__" else args[:2]
+    a, b = args[1::-1] if operation_name(function) == "rsub" else args[:2]
     if any(not isinstance(value, Tensor) and value == 0 for value in (a, b)):  # as `sum` begins
         return pass_rule(function, args, named, stabilizer)
     factor = named.get("alpha", 1) * (-1 if operation_name(function) in ("sub", "rsub") else 1)
@@ -158,11 +177,14 @@ def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
 
 
 _MULTILINEAR = """
-    matmul bmm mm linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    matmul rmatmul linalg_matmul bmm mm mv dot inner outer tensordot linalg_vecdot cross
+    linalg_cross bilinear linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d
 """
 _AVERAGES = """
-    mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d interpolate cumsum fold diff
+    mean sum nanmean nansum sum_to_size avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate cumsum fold
+    diff trapezoid trapz quantile
 """
 AVERAGES = frozenset(_AVERAGES.split())
 ELEMENTARY: dict[str, Rule] = {
@@ -174,6 +196,8 @@ ELEMENTARY: dict[str, Rule] = {
     **dict.fromkeys(NORMS, norm_rule),
     **dict.fromkeys(ELEMENTWISE, elementwise_rule),
     **dict.fromkeys(ONLY_IN_GATES, gate_rule),
+    **dict.fromkeys(("grid_sample", "grid_sampler"), sampling_rule),
+    **dict.fromkeys(("var_mean", "std_mean"), moments_rule),
     "einsum": einsum_rule,
     "softmax": softmax_rule,
 }
