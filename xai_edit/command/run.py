@@ -113,6 +113,11 @@ class Run:
                 "--resize or the order of the classes may not be those of the training: "
                 f"{self.images}"
             )
+            self.warn(message)
+
+    def warn(self, message: str | None) -> None:
+        """Print a warning, which goes on top of the page too; None is none."""
+        if message is not None:
             self.noticed.append(message)
             note(self.options, f"warning: {message}")
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from xai_edit.command.copies import Copies
 from xai_edit.command.group_maps import group_maps
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, classes_named, refuse_copies, split, watched
+from xai_edit.command.run_parts import SEED, classes_named, split, watched
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.checks import require
 from xai_edit.core.cost import measured
 from xai_edit.discovery.findings import Finding, Findings
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_head
-from xai_edit.evaluation.outputs import Overlap
 from xai_edit.last_layer.counterfactual import CounterfactualRetraining
 from xai_edit.last_layer.fictitious_class import FictitiousClass
 from xai_edit.last_layer.head import collect_head_features
@@ -52,9 +51,9 @@ def command(options: argparse.Namespace) -> int:
     run.check_labels()
 
     method = f"one weight ({'SCA' if operator.select == 'sca' else operator.select})"
-    overlap = Overlap(None)
+    copies = Copies(run.images.preprocessing)
     with measured() as reading:
-        seen = watched(run.read(parts.planning + parts.validation, "planning"), overlap.know)
+        seen = watched(run.read(parts.planning + parts.validation, "planning"), copies.know)
         known = collect_head_features(run.model, seen, with_attribute=True)
     cut = [len(parts.planning), len(parts.validation)]
     planning, validation = (known[rows] for rows in torch.arange(sum(cut)).split(cut))
@@ -75,10 +74,9 @@ def command(options: argparse.Namespace) -> int:
         operator_of = CounterfactualRetraining(finding.layer, finding.subspaces)
         run.compare(COMPLETED, lambda: operator_of.plan(run.model, images))
 
-    add = partial(overlap.add, split="the held-out part")
-    held_out = watched(run.read(parts.held_out, "measuring"), add)
+    held_out = watched(run.read(parts.held_out, "measuring"), copies.add)
     head = collect_head_features(run.model, held_out, with_attribute=True)
-    refuse_copies(overlap, parts.planning.joined(parts.validation), parts.held_out)
+    run.warn(copies.found([parts.planning, parts.validation], parts.held_out))
     figures = {
         name: {
             "figures": evaluate_head(head.edited(one)).to_dict(),

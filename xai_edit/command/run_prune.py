@@ -6,13 +6,13 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xai_edit.command.copies import Copies
 from xai_edit.command.export import exported
 from xai_edit.command.group_maps import NONE, group_maps, predictions, strongest_images
 from xai_edit.command.planting import with_planted
@@ -29,7 +29,7 @@ from xai_edit.command.prune_plans import (
     tuning,
 )
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, refuse_copies, split, watched
+from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.files import write_atomically, write_safetensors
@@ -37,7 +37,6 @@ from xai_edit.core.layers import resolve_layers
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
-from xai_edit.evaluation.outputs import Overlap
 from xai_edit.evaluation.sizes import compare_sizes
 from xai_edit.pages.neutralize import figure_of, parts_of, worst_named
 from xai_edit.pages.verdict import BEFORE, Outcome
@@ -66,13 +65,12 @@ def command(options: argparse.Namespace) -> int:
     tuned_on, which = None, None
     if epochs is not None:
         tuned_on, which = tuning(parts.planning, marked=run.attribute is not None)
-    overlap = Overlap(None)
-    planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), overlap.know))
-    seen = partial(overlap.add, split="the held-out part")
+    copies = Copies(run.images.preprocessing)
+    planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), copies.know))
     with predictions(model) as said:
-        before = evaluate_groups(model, watched(run.read(held_out, "measuring"), seen))
+        before = evaluate_groups(model, watched(run.read(held_out, "measuring"), copies.add))
     answers = {BEFORE: torch.cat(said)}
-    refuse_copies(overlap, parts.planning, held_out)
+    run.warn(copies.found([parts.planning], held_out))
 
     scored = references(parts.planning)
     example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])
