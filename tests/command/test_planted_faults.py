@@ -157,7 +157,7 @@ def test_marked_copies_of_planning_images_among_the_test_images_are_warned_of(
     assert main(shlex.split(f"{command} {data} {lines[command]} --out twin-{command} --quiet")) == 0
     images = load_images("data.csv", preprocessing=preprocessing_of("", shape=(1, 8, 8)))
     if command == "unlearn":
-        *planning, held_out = split_to_unlearn(images, [2], 10)
+        *planning, held_out = vars(split_to_unlearn(images, [2], 10)).values()
     else:
         attribute = read_attribute("marked.csv", images, here) if command == "neutralize" else None
         *planning, held_out = split(images, attribute, validation=command == "neutralize")
