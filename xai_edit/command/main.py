@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     """Run a command with the logits that ``--outputs`` names."""
     module, function = RUN[options.command].split(":")
+    quiet = getattr(options, "quiet", False)
+    if "torch" not in sys.modules and sys.stderr.isatty() and not quiet:
+        print("loading PyTorch …", file=sys.stderr)  # some seconds
     run = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)
     outputs = getattr(options, "outputs", None)
     code: int

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from xai_edit.core.analysis import last_weighted
@@ -153,6 +152,8 @@ def rank_correlation(rows: Tensor) -> Tensor:
 
     ``rows`` has shape (rows, units). Tied scores share their mean rank.
     """
+    from scipy.stats import rankdata  # takes long to import
+
     ranks: Tensor = torch.from_numpy(rankdata(rows.numpy(), axis=1))
     ranks = ranks - ranks.mean(1, keepdim=True)
     ranks = ranks / ranks.norm(dim=1, keepdim=True)  # 0/0 = NaN where all scores are equal

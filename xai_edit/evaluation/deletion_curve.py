@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
-from scipy.integrate import trapezoid
 from torch import Tensor, nn
 
 from xai_edit.core.analysis import following_batch_norms, last_weighted
@@ -61,7 +60,8 @@ class DeletionCurve(Plain):
     @property
     def area(self) -> float:
         """Mean accuracy over the shares; lower is better, higher with ``order="least"``."""
-        return float(trapezoid(self.accuracy, self.shares)) / (self.shares[-1] - self.shares[0])
+        heights, at = torch.tensor([self.accuracy, self.shares], dtype=torch.float64)
+        return float(torch.trapezoid(heights, at) / (at[-1] - at[0]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, the area too, as JSON values."""
