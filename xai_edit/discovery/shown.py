@@ -104,7 +104,8 @@ def pictures(
     """
     model = unwrapped(model)
     samples = Samples(data, model_device(model))
-    for _ in samples.first_pass():
+    batches = tqdm(samples.first_pass(), "reading", disable=not progress, leave=False)
+    for _ in batches:
         pass
     same = checksum({"samples": torch.from_numpy(samples.contents.view("i8"))}, "")
     if same != findings.origin["data"]:
