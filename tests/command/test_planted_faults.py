@@ -1,4 +1,9 @@
-"""Faults planted in the data of ``xai-edit neutralize``: the page and the terminal say each."""
+"""Faults planted in the data of ``xai-edit neutralize``: the page and the terminal say each.
+
+An empty group, a group of 3, an attribute equal to the class, a constant one, a wrong
+normalisation, swapped classes, an edit that does harm, and test images that are near copies of
+planning images. Exact copies are refused: ``copies.csv`` in ``test_run_neutralize.py``.
+"""
 
 import shlex
 from collections import Counter
@@ -10,6 +15,7 @@ import torch
 from command_runs import DATA, images_of, network, read, refused
 from PIL import Image
 
+import xai_edit as xe
 from xai_edit.command.copies import names_of
 from xai_edit.command.load import Images, load_images, preprocessing_of
 from xai_edit.command.main import main
@@ -89,6 +95,7 @@ def test_images_that_the_model_does_not_expect_are_told_of_first(here, capsys, h
                 "Warning: 0 images, not measured: class 0, with the feature. The worst group may",
                 "Ways out: --plant mark.png",
                 "worst measured group goes from",
+                "; not measured, 0 images: class 0, with the feature.",
                 "Not measured, 0 images: class 0, with the feature; harm there would not be seen.",
                 " on what was measured",
             ],
@@ -126,6 +133,25 @@ def test_the_page_and_the_terminal_say_what_is_not_known(here, capsys, kept, val
     assert page.count('alt="image 1: class') == (1 if shown else 0)
     missing = results["rows"][0]["figures"]["missing"]
     assert not [one for one in missing for own in shown if {**own, **one} == own]
+
+
+def test_an_edit_that_fails_on_the_held_out_images_is_called_so(here, capsys, monkeypatch):
+    plan = xe.FictitiousClass.plan
+
+    def harmful(self, model, *arguments, **more):
+        edit = plan(self, model, *arguments, **more)
+        zeros = torch.zeros(model[3].weight.numel())
+        values = {"3.weight": (torch.arange(len(zeros)), zeros)}
+        return xe.ModelEdit.between(model, values, edit.origin)
+
+    written(everything)
+    monkeypatch.setattr(xe.FictitiousClass, "plan", harmful)
+    assert main(shlex.split(f"{LINE} --target 2 --rate 0.5 --out worse --quiet")) == 0
+    assert read("worse")["rows"][1]["figures"]["worst"]["accuracy"] == 0.0
+    page, out = Path("worse/report.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    for text in ("made nothing better: worst group goes from", "It did harm, below the 95%"):
+        assert text in out
+        assert text in page
 
 
 @pytest.mark.parametrize("command", ["unlearn", "neutralize", "prune"])

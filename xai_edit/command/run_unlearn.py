@@ -233,6 +233,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         [forgotten, rest],
         parts + absent_classes(results, absent, len(samples)),
         kind="class",
+        which=" to keep",
         advice=ADVICE,
         further="a larger --share, or other --layers",
         unmeasured=unmeasured,
