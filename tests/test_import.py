@@ -84,9 +84,12 @@ print(xai_edit.__version__)
 
 def test_import_help_and_wrong_options_wait_for_no_heavy_package():
     code = """
-import sys
+import pathlib, sys, tempfile
 import xai_edit, xai_edit.command.main
-for given in ("--help", "--version", "prune --bad"):
+used = pathlib.Path(tempfile.mkdtemp(), "results.json")
+used.write_text("{}")
+prune = f"prune --model a:b --data c --share 0.3 --out {used.parent}"
+for given in ("--help", "--version", "prune --bad", prune):
     try:
         xai_edit.command.main.main(given.split())
     except SystemExit:
@@ -101,14 +104,13 @@ assert "LRP" in dir(xai_edit)
 
 def test_a_terminal_is_told_that_pytorch_is_loaded_and_commands_load_no_more_than_they_need():
     code = """
-import io, sys
+import io, sys, tempfile
 from xai_edit.command.main import main
 sys.stderr = io.StringIO()
 sys.stderr.isatty = lambda: True
-main(["show", "nowhere.safetensors"])
+main(f"prune --model a:b --data nowhere --share 0.3 --out {tempfile.mkdtemp()}".split())
 lines, sys.stderr = sys.stderr.getvalue().splitlines(), sys.__stderr__
-assert lines[0] == "loading PyTorch …" and lines[1].startswith("xai-edit: nowhere"), lines
-import xai_edit.command.run_prune
+assert lines[0] == "loading PyTorch …" and lines[1].startswith("xai-edit: data: nowhere"), lines
 more = {"scipy.stats", "sklearn", "captum", "matplotlib.pyplot"} & set(sys.modules)
 assert not more, more
 main(["show", "nowhere.safetensors"])  # no line: it is loaded, and this is no terminal
