@@ -82,7 +82,8 @@ def command(options: argparse.Namespace) -> int:
     edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
         run.compare(name, plan)
-    network, reason = _smaller(model, edit, example)
+    with run.doing("taking the units out"):
+        network, reason = _smaller(model, edit, example)
     figures = {BEFORE: _figures(before, 0, model, model, example)}
     for name, own in run.edits.items():
         with own.applied(model), predictions(model) as said:
@@ -105,10 +106,16 @@ def command(options: argparse.Namespace) -> int:
             figures[ABLATION] = {**figures[BEFORE], "figures": alone.to_dict()}
             cut = replace(operator, subspaces=subspaces, ablate=concept["ablated"])
             shown = of_concept(parts.planning, favoured)
-            strongest = strongest_images(run, shown, cut, target=favoured)
+            with run.doing("drawing the strongest images"):
+                strongest = strongest_images(run, shown, cut, target=favoured)
         else:
             run.withheld[ABLATION] = concept["reason"]
 
+    with run.doing("drawing relevance maps"):
+        pruned, after = run.edits.get(method), answers.get(method)
+        maps = group_maps(run, pruned, held_out, answers[BEFORE], after, strongest)
+    with run.doing("exporting the smaller network"):
+        written = _written(run.out, network, reason, example)
     results = {
         **run.about(),
         "names": run.images.classes,
@@ -127,11 +134,9 @@ def command(options: argparse.Namespace) -> int:
         },
         "concept": concept,
         "rows": run.rows(names, figures),
-        "maps": group_maps(
-            run, run.edits.get(method), held_out, answers[BEFORE], answers.get(method), strongest
-        ),
+        "maps": maps,
         "curve": None,
-        "smaller": _written(run.out, network, reason, example),
+        "smaller": written,
         "sizes": None,
     }
     if operator.steps == 1 and epochs is None and method in figures:  # else a run of its own each
@@ -139,7 +144,8 @@ def command(options: argparse.Namespace) -> int:
         results["curve"] = share_curve(run, cut, scored, held_out, **ends)
     latency = None
     if network is not None:
-        sizes = compare_sizes(model, network, example, rounds=ROUNDS)
+        with run.doing("timing both networks"):
+            sizes = compare_sizes(model, network, example, rounds=ROUNDS)
         found: dict[str, Any] = {**asdict(sizes), "ratios": sizes.ratios}
         # Seconds differ between runs.
         latency = {part: found[part].pop("seconds") for part in ("before", "after", "ratios")}

@@ -160,6 +160,8 @@ def command(options: argparse.Namespace) -> int:
         found[name] = one.to_dict()
         del found[name]["cost"], found[name]["evaluation"]  # which differ between runs
         seconds[name] = {part: cost.seconds for part, cost in one.evaluation.items()}
+    with run.doing("drawing relevance maps"):
+        maps = _maps(run, edit, held_out, labels, target)
     samples = Counter(labels)
     results = {
         **run.about(train=options.train_data),
@@ -178,7 +180,7 @@ def command(options: argparse.Namespace) -> int:
         "samples": [samples[label] for label in range(len(figures[BEFORE]["classes"]))],
         "rows": run.rows([BEFORE, METHOD, *BASELINES], figures),
         "evaluation": found or None,
-        "maps": _maps(run, edit, held_out, labels, target),
+        "maps": maps,
     }
     timing = {"plan": run.seconds, "evaluation": seconds}
     return run.finish(results, timing, {EDIT: edit}, _outcome)

@@ -259,7 +259,7 @@ class ModelEdit:
                 lines.append(f"    … and {len(change) - 3} more")
         for key, value in self.origin.items():
             if key in SENTENCES:
-                lines += [f"  {key}:", *(f"    {sentence}" for sentence in value)]
+                lines += [f"  {key}:", *(f"    {sentence}" for sentence in value)] if value else []
             elif key not in ("operator", "versions"):
                 lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(lines)
