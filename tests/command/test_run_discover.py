@@ -69,7 +69,7 @@ def test_nothing_that_stands_out_is_an_answer(in_review_home, capsys):
     assert main(shlex.split(line)) == 0
     out, error = capsys.readouterr()
     assert out.startswith("nothing stands out\n")
-    assert "classes: 100%" in error
+    assert "class 0 (1 of 1): " in error
     page = Path("nothing/report.html").read_text(encoding="utf-8")
     assert "<p>nothing stands out</p>" in page
     assert read("nothing")["standing_out"] == 0
