@@ -82,17 +82,39 @@ print(xai_edit.__version__)
     assert result.stdout.strip() == xai_edit.__version__
 
 
-def test_import_and_help_wait_for_no_heavy_package():
+def test_import_help_and_wrong_options_wait_for_no_heavy_package():
     code = """
-import sys
+import pathlib, sys, tempfile
 import xai_edit, xai_edit.command.main
-try:
-    xai_edit.command.main.main(["--help"])
-except SystemExit:
-    pass
+used = pathlib.Path(tempfile.mkdtemp(), "results.json")
+used.write_text("{}")
+prune = f"prune --model a:b --data c --share 0.3 --out {used.parent}"
+for given in ("--help", "--version", "prune --bad", prune):
+    try:
+        xai_edit.command.main.main(given.split())
+    except SystemExit:
+        pass
 heavy = {"torch", "numpy", "scipy", "matplotlib", "sklearn", "captum", "zennit"} & set(sys.modules)
 assert not heavy, heavy
 assert "LRP" in dir(xai_edit)
 """
     result = python(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_terminal_is_told_that_pytorch_is_loaded_and_commands_load_no_more_than_they_need():
+    code = """
+import io, sys, tempfile
+from xai_edit.command.main import main
+sys.stderr = io.StringIO()
+sys.stderr.isatty = lambda: True
+main(f"prune --model a:b --data nowhere --share 0.3 --out {tempfile.mkdtemp()}".split())
+lines, sys.stderr = sys.stderr.getvalue().splitlines(), sys.__stderr__
+assert lines[0] == "loading PyTorch …" and lines[1].startswith("xai-edit: data: nowhere"), lines
+more = {"scipy.stats", "sklearn", "captum", "matplotlib.pyplot"} & set(sys.modules)
+assert not more, more
+main(["show", "nowhere.safetensors"])  # no line: it is loaded, and this is no terminal
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == 1

@@ -1,18 +1,27 @@
-"""Faults planted in the data of ``xai-edit neutralize``: the page and the terminal say each."""
+"""Faults planted in the data of ``xai-edit neutralize``: the page and the terminal say each.
+
+An empty group, a group of 3, an attribute equal to the class, a constant one, a wrong
+normalisation, swapped classes, an edit that does harm, and test images that are near copies of
+planning images. Exact copies are refused: ``copies.csv`` in ``test_run_neutralize.py``.
+"""
 
 import shlex
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_runs import DATA, images_of, network, read, refused
 from PIL import Image
 
+import xai_edit as xe
+from xai_edit.command.copies import names_of
 from xai_edit.command.load import Images, load_images, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run_parts import read_attribute, split
+from xai_edit.command.run_unlearn import split as split_to_unlearn
 
 LINE = f"neutralize {DATA.replace('--data test', '--data data.csv')} --attribute marked.csv"
 
@@ -86,6 +95,7 @@ def test_images_that_the_model_does_not_expect_are_told_of_first(here, capsys, h
                 "Warning: 0 images, not measured: class 0, with the feature. The worst group may",
                 "Ways out: --plant mark.png",
                 "worst measured group goes from",
+                "; not measured, 0 images: class 0, with the feature.",
                 "Not measured, 0 images: class 0, with the feature; harm there would not be seen.",
                 " on what was measured",
             ],
@@ -123,6 +133,72 @@ def test_the_page_and_the_terminal_say_what_is_not_known(here, capsys, kept, val
     assert page.count('alt="image 1: class') == (1 if shown else 0)
     missing = results["rows"][0]["figures"]["missing"]
     assert not [one for one in missing for own in shown if {**own, **one} == own]
+
+
+def test_an_edit_that_fails_on_the_held_out_images_is_called_so(here, capsys, monkeypatch):
+    plan = xe.FictitiousClass.plan
+
+    def harmful(self, model, *arguments, **more):
+        edit = plan(self, model, *arguments, **more)
+        zeros = torch.zeros(model[3].weight.numel())
+        values = {"3.weight": (torch.arange(len(zeros)), zeros)}
+        return xe.ModelEdit.between(model, values, edit.origin)
+
+    written(everything)
+    monkeypatch.setattr(xe.FictitiousClass, "plan", harmful)
+    assert main(shlex.split(f"{LINE} --target 2 --rate 0.5 --out worse --quiet")) == 0
+    assert read("worse")["rows"][1]["figures"]["worst"]["accuracy"] == 0.0
+    page, out = Path("worse/report.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    for text in ("made nothing better: worst group goes from", "It did harm, below the 95%"):
+        assert text in out
+        assert text in page
+
+
+@pytest.mark.parametrize("command", ["unlearn", "neutralize", "prune"])
+def test_marked_copies_of_planning_images_among_the_test_images_are_warned_of(
+    here, capsys, command
+):
+    """Every third image is written anew, brighter and with a mark in a corner."""
+    written(everything)
+    listed, marks = (Path(f"{name}.csv").read_text().splitlines() for name in ("data", "marked"))
+    Path("twins").mkdir(exist_ok=True)
+    twin_of = {}
+    for at, line in enumerate(listed[::3]):
+        name, label = line.split(",")
+        pixels = np.asarray(Image.open(name)).astype(float)
+        pixels = np.clip(1.02 * pixels + 1, 0, 255)
+        pixels[-2:, -2:] = 255
+        Image.fromarray(pixels.astype(np.uint8)).save(f"twins/{at}.png")
+        twin_of[f"twins/{at}.png"] = name
+        listed.append(f"twins/{at}.png,{label}")
+        marks.append(f"twins/{at}.png,{marks[3 * at][-1]}")
+    Path("data.csv").write_text("\n".join(listed))
+    Path("marked.csv").write_text("\n".join(marks))
+    lines = {
+        "unlearn": "--target 2 --samples 10",
+        "neutralize": "--attribute marked.csv --select exact",
+        "prune": "--share 0.3",
+    }
+    data = DATA.replace("--data test", "--data data.csv")
+    assert main(shlex.split(f"{command} {data} {lines[command]} --out twin-{command} --quiet")) == 0
+    images = load_images("data.csv", preprocessing=preprocessing_of("", shape=(1, 8, 8)))
+    if command == "unlearn":
+        *planning, held_out = vars(split_to_unlearn(images, [2], 10)).values()
+    else:
+        attribute = read_attribute("marked.csv", images, here) if command == "neutralize" else None
+        *planning, held_out = split(images, attribute, validation=command == "neutralize")
+    known = {name for part in planning for name in names_of(part)}
+    both = {**twin_of, **{name: twin for twin, name in twin_of.items()}}
+    pairs = [(name, both[name]) for name in names_of(held_out) if both.get(name) in known]
+    assert 20 < len(pairs) < len(held_out)
+    warning = (
+        f"{len(pairs)} held-out images of {len(held_out)} may be near copies of images that the "
+        "edit is planned from, such as one picture with and without a mark, the first "
+        f"{pairs[0][0]} and {pairs[0][1]}; look at them"
+    )
+    assert f"\nWarning: {warning}" in capsys.readouterr().out
+    page = Path(f"twin-{command}/report.html").read_text(encoding="utf-8")
+    assert warning in page[: page.index("<table")]
 
 
 @pytest.mark.parametrize(

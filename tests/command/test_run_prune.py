@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.prune_plans import of_concept, references, tuned_on
 from xai_edit.command.run_parts import read_attribute, split
+from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.explanations import subspace_maps
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 
@@ -277,6 +279,21 @@ def test_the_curve_and_the_strongest_images_are_those_of_the_ablated_subspace(aw
     assert curve["shares"] == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4])
     for name in ("worst", "average"):
         assert curve[name] == [one[name]["accuracy"] for one in figures]
+
+
+def test_held_out_images_are_read_once_for_all_smaller_shares(here):
+    parts, model = parts_of("marks.csv"), network()
+    figures, read = xe.evaluate_groups(model, parts.held_out).to_dict(), []
+
+    def reading(images, doing):
+        read.append(images)
+        return images
+
+    run = SimpleNamespace(model=model, read=reading)
+    pruning = RelevancePruning(share=0.4)
+    scored = references(parts.planning)
+    share_curve(run, pruning, scored, parts.held_out, before=figures, after=figures)
+    assert read == [scored, scored, parts.held_out]
 
 
 def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
 import xai_edit as xe
 from xai_edit.discovery import Findings
@@ -93,6 +95,32 @@ def test_the_batch_size_does_not_matter_and_the_model_is_untouched(planted):
     for one, other in zip(found, again, strict=True):
         assert torch.equal(one.has, other.has)
         assert one.evidence.score == pytest.approx(other.evidence.score)
+
+
+def test_the_bar_moves_with_each_batch_and_tells_the_time_left(planted, monkeypatch):
+    model, x, labels, *_ = planted
+    since, most, left = 0, 0, []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            nonlocal since
+            since = 0
+            left.append(self.total - self.n - n)
+            return super().update(n)
+
+    def passed(module, inputs):
+        nonlocal since, most
+        since += len(inputs[0])
+        most = max(most, since)
+
+    monkeypatch.setattr("xai_edit.discovery.progress.tqdm", Bar)
+    handle = model.register_forward_pre_hook(passed)
+    data = TensorDataset(x, labels)
+    xe.discover(model, data, layers=["relu"], progress=True)
+    handle.remove()
+    assert most <= 2 * 64  # the next batch is the first that is analysed, too
+    assert left[0] == len(x) - 64  # of the first pass, whose length is known
+    assert min(left) == 0
 
 
 def test_labels_are_not_needed(planted):

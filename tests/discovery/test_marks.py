@@ -87,8 +87,8 @@ def test_a_file_holds_all_and_says_nothing_else(tmp_path, names):
             {"finding": 1, **about, "ticks": {"2": True}, "separation": 0.5, "unsure": 0},
         ],
         "samples": [
-            {"sample": name, "attribute": has}
-            for name, has in zip(called, (True, False, True, True), strict=True)
+            {"sample": name, "attribute": has, "present": at in (0, 3)}
+            for at, (name, has) in enumerate(zip(called, (True, False, True, True), strict=True))
         ],
     }
     again = xe.Marks.load(tmp_path / "marks.json")
@@ -105,7 +105,8 @@ def test_a_file_holds_all_and_says_nothing_else(tmp_path, names):
     [
         (Mark("spurious"), 0, 0),  # threshold 1.5: none within 0.15
         (Mark("spurious", threshold=1.1), 1, 0),  # the second
-        (Mark("spurious", threshold=1.1, ticks={1: False, 3: True}), 0, 2),
+        (Mark("spurious", threshold=1.1, ticks={1: True, 3: True}), 0, 1),  # the fourth has it
+        (Mark("spurious", threshold=1.1, ticks={1: True, 3: False}), 0, 2),
     ],
 )
 def test_an_edit_is_told_how_sure_its_marks_are(mark, unsure, corrected):
@@ -113,13 +114,29 @@ def test_an_edit_is_told_how_sure_its_marks_are(mark, unsure, corrected):
     (one,) = marks.about()["spurious"]
     assert one.pop("finding") == 0
     assert (one["verdict"], one["separation"]) == ("spurious", 0.5)
-    assert (one["unsure"], one["corrected"]) == (unsure, corrected)
+    assert (one["unsure"], marks.about()["corrected"]) == (unsure, corrected)
     other = findings(*SCORES).mark({0: replace(mark, note="seen"), 1: "unsure"})
     assert other.about()["marks"] != marks.about()["marks"]
 
 
+@pytest.mark.parametrize(("by_hand", "corrected"), [([0, 2], 3), ([0, 3], 1), ([3], 0)])
+def test_values_changed_in_the_file_count_as_corrected(tmp_path, by_hand, corrected):
+    """Scores 0, 1, 2, 3 with the threshold 1.5 and a tick on the last, which has the feature."""
+    file = tmp_path / "marks.json"
+    findings(*SCORES).mark({0: Mark("spurious", ticks={3: False})}).save(file)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for at in by_hand:
+        content["samples"][at]["attribute"] ^= True
+    file.write_text(json.dumps(content))
+    assert xe.Marks.load(file).about()["corrected"] == corrected
+
+
 def without(content, name):
     return {key: value for key, value in content.items() if key != name}
+
+
+def sampled(sample, **other):
+    return {"sample": sample, "attribute": True, "present": True, **other}
 
 
 NONSENSE = {
@@ -132,12 +149,10 @@ NONSENSE = {
     "kind": lambda file: {**file, "kind": "xai_edit.edit"},
     "newer": lambda file: {**file, "format": 2},
     "boolean format": lambda file: {**file, "format": True},
-    "attribute": lambda file: {**file, "samples": [{"sample": "a", "attribute": "yes"}]},
-    "number": lambda file: {**file, "samples": [{"sample": 7, "attribute": True}]},
-    "mixed": lambda file: {
-        **file,
-        "samples": [{"sample": 0, "attribute": True}, {"sample": "b", "attribute": True}],
-    },
+    "attribute": lambda file: {**file, "samples": [sampled("a", attribute="yes")]},
+    "presence": lambda file: {**file, "samples": [sampled("a", present="yes")]},
+    "number": lambda file: {**file, "samples": [sampled(7)]},
+    "mixed": lambda file: {**file, "samples": [sampled(0), sampled("b")]},
     "no entries": lambda file: {**file, "findings": [3]},
     **{
         f"{key} {value}": lambda file, key=key, value=value: {

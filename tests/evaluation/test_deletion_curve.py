@@ -134,14 +134,26 @@ def test_lrp_finds_the_units_of_a_class_and_the_order_matters(plain, digits):
     assert mean["least"] > mean["random"] + 0.1
 
 
-def test_a_loader_and_a_dataset_are_read_anew_at_each_share(plain, batches):
+def test_a_loader_a_dataset_and_an_iterator_are_read_once(plain, batches):
     scores = scores_of(plain, ["fc1"])
     data = torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*batches, strict=True)))
+    read = []
+
+    class Counted(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, index):
+            read.append(index)
+            return data[index]
+
     expected = deletion_curve(plain, batches, scores, shares=SHARES)
-    for given in (data, torch.utils.data.DataLoader(data, batch_size=70, shuffle=True)):
+    shuffled = torch.utils.data.DataLoader(data, batch_size=70, shuffle=True)
+    for given in (Counted(), shuffled, iter(batches)):
         curve = deletion_curve(plain, given, scores, shares=SHARES)
         assert curve.accuracy == pytest.approx(expected.accuracy)
         assert curve.logit == pytest.approx(expected.logit, rel=1e-5)
+    assert read == [*range(len(data))]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +188,6 @@ def test_bad_data_is_refused(plain, norm, batches, unchanged):
     scores = scores_of(plain, ["fc1"])
     short = xe.UnitScores({"fc1": torch.zeros(11)}, 1)
     for data, given, error, message in (
-        (iter(batches), scores, TypeError, "only once"),
         ([x for x, _ in batches], scores, ValueError, "no labels"),
         ([(x[y != 4], y[y != 4]) for x, y in batches], scores, ValueError, "no samples of class 4"),
         ([], scores, ValueError, "no samples"),
@@ -189,17 +200,12 @@ def test_bad_data_is_refused(plain, norm, batches, unchanged):
 
 
 def test_the_model_is_whole_again_when_the_data_fails_in_the_middle(plain, batches, unchanged):
-    class Failing:
-        reads = 0
-
-        def __iter__(self):
-            self.reads += 1
-            yield batches[0]
-            if self.reads == 4:
-                raise OSError("the disk is gone")
+    def failing():
+        yield batches[0]
+        raise OSError("the disk is gone")
 
     plain.train()
     check = unchanged(plain)
     with pytest.raises(OSError, match="disk"):
-        deletion_curve(plain, Failing(), scores_of(plain, ["fc1"]), shares=SHARES)
+        deletion_curve(plain, failing(), scores_of(plain, ["fc1"]), shares=SHARES)
     check()

@@ -110,18 +110,21 @@ NEXT = "To try next: more images."
         (
             outcome(parts=[GOOD, BAD, Part("class 2", 0)], other=0.87),
             [
-                GAIN,
+                f"{GAIN[:-1]}; not measured, 0 images: class 2.",
                 NO_HARM,
                 "Not measured, 0 images: class 2; harm there would not be seen.",
                 "DFR does better on what was measured (0.870 against 0.700); use it with labels.",
             ],
         ),
         (
-            outcome(parts=[GOOD, replace(BAD, samples=3, interval=(0.21, 0.94))]),
+            outcome(
+                parts=[GOOD, replace(BAD, samples=3, interval=(0.21, 0.94))],
+                unmeasured=["what a probe finds"],
+            ),
             [
                 GAIN,
                 NO_HARM,
-                ALL,
+                "Not measured: what a probe finds.",
                 "Hardly measured, fewer than 10 images, with the interval before: class 1 "
                 "(3 images, 0.210–0.940).",
                 NOT_BETTER,
@@ -139,19 +142,22 @@ NEXT = "To try next: more images."
         ),
         (
             replace(
-                outcome(), figures=[Figure("worst group", {"before": 0.5})], reason="none fits"
+                outcome(parts=[BAD, Part("class 2", 0)]),
+                figures=[Figure("worst measured group", {"before": 0.5})],
+                reason="none fits",
             ),
             [
-                "No edit, the network is as it was (worst group 0.500): none fits.",
+                "No edit, the network is as it was (worst measured group 0.500; not measured, 0 "
+                "images: class 2): none fits.",
                 "Nothing was changed, so nothing was harmed.",
-                ALL,
+                "Not measured, 0 images: class 2; harm there would not be seen.",
                 "No comparison method was measured.",
                 NEXT,
             ],
         ),
         (
             replace(
-                outcome(kind="class", unmeasured=["what a probe finds"]),
+                outcome(kind="class", which=" to keep"),
                 figures=[
                     Figure(
                         "A_t (of the class)", {"before": 0.9, "edit": 0.1, "mask": 0.0}, lower=True
@@ -162,8 +168,8 @@ NEXT = "To try next: more images."
             [
                 "Edit changes 1 weight: A_t (of the class) goes from 0.900 to 0.100 and A_g stays "
                 "at 0.800.",
-                "No class that was measured fell below its 95% interval before the edit.",
-                "Not measured: what a probe finds.",
+                "No class to keep that was measured fell below its 95% interval before the edit.",
+                "All 2 classes to keep were measured.",
                 "No comparison method does better here; the best, mask, has A_t 0.000, A_g 0.700 "
                 "against A_t 0.100, A_g 0.800.",
             ],

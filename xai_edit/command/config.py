@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xai_edit._version import __version__
+from xai_edit.pages import RESULTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,8 +75,6 @@ def require_unused(folder: Path, command: str, *, force: bool) -> None:
 
     Its other files, such as a smaller network, would stay beside the new page.
     """
-    from xai_edit.pages.page import RESULTS  # takes long to import
-
     for name in RESULTS:
         file = folder / name
         if file.is_file() and not force:

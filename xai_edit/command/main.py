@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     """Run a command with the logits that ``--outputs`` names, or the one of ``--label``."""
     module, function = RUN[options.command].split(":")
+    quiet = getattr(options, "quiet", False)
+    if "torch" not in sys.modules and sys.stderr.isatty() and not quiet:
+        print("loading PyTorch …", file=sys.stderr)  # some seconds
     run = getattr(importlib.import_module(f"xai_edit.command.{module}"), function)
     with ExitStack() as stack:
         if isinstance(outputs := getattr(options, "outputs", None), str):

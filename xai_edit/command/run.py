@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from xai_edit.command.categories import card_of
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
@@ -84,6 +86,13 @@ class Run:
         """Return images as batches; ``doing`` is the text of the progress bar."""
         return Batches(self.options, images, doing, shuffled=shuffled)
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Name on stderr what is done without a bar, for the length of a ``with`` block."""
+        how: dict[str, Any] = {"bar_format": "{desc}", "leave": False}
+        with tqdm(desc=f"{what} …", disable=self.options.quiet, **how):
+            yield
+
     def check_labels(self) -> None:
         """Look, before the long part, at the labels and at the accuracy on a few images.
 
@@ -116,6 +125,11 @@ class Run:
                 f"{expected}; {steps} or the order of the classes may not be those of the "
                 f"training: {self.images}"
             )
+            self.warn(message)
+
+    def warn(self, message: str | None) -> None:
+        """Print a warning, which goes on top of the page too; None is none."""
+        if message is not None:
             self.noticed.append(message)
             note(self.options, f"warning: {message}")
 

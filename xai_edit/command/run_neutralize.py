@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
+from xai_edit.command.copies import Copies
 from xai_edit.command.group_maps import group_maps
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, classes_named, refuse_copies, split, watched
+from xai_edit.command.run_parts import SEED, classes_named, split, watched
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.checks import require
 from xai_edit.core.cost import measured
+from xai_edit.core.errors import UnmovedError
 from xai_edit.discovery.findings import Finding, Findings
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_head
-from xai_edit.evaluation.outputs import Overlap
 from xai_edit.last_layer.counterfactual import CounterfactualRetraining
 from xai_edit.last_layer.fictitious_class import FictitiousClass
-from xai_edit.last_layer.head import collect_head_features
+from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.last_layer.rate_sweep import RateSweep
 from xai_edit.pages.neutralize import figure_of, parts_of, worst_named
 from xai_edit.pages.verdict import BEFORE, Outcome
@@ -52,20 +53,23 @@ def command(options: argparse.Namespace) -> int:
     run.check_labels()
 
     method = f"one weight ({'SCA' if operator.select == 'sca' else operator.select})"
-    overlap = Overlap(None)
+    copies = Copies(run.images.preprocessing)
     with measured() as reading:
-        seen = watched(run.read(parts.planning + parts.validation, "planning"), overlap.know)
+        seen = watched(run.read(parts.planning + parts.validation, "planning"), copies.know)
         known = collect_head_features(run.model, seen, with_attribute=True)
     cut = [len(parts.planning), len(parts.validation)]
     planning, validation = (known[rows] for rows in torch.arange(sum(cut)).split(cut))
-    edit = run.plan(
-        method,
-        lambda: operator.plan(run.model, planning, target=target, validation=validation),
-        empty="the edit found changes no weight",
-    )
+    how: dict[str, Any] = {"target": target, "validation": validation}
+    try:
+        plan = partial(operator.plan, run.model, planning, **how)
+        edit = run.plan(method, plan, empty="the edit found changes no weight")
+        moved = True
+    except UnmovedError as problem:  # a finding, no mistake: the page says so
+        edit = run.plan(method, partial(_unmoved, validation, problem), empty="")
+        moved = False
     tried = None
-    if not edit.size and operator.select != "exact":  # which tries every weight
-        sweeps = operator.sweep(run.model, planning, target=target, validation=validation)
+    if moved and not edit.size and operator.select != "exact":  # which tries every weight
+        sweeps = operator.sweep(run.model, planning, **how)
         tried = [_best(sweep) for sweep in sweeps]
     run.compare(RETRAINED, lambda: LastLayerRetraining().plan(run.model, known))
     files = {BEFORE: None, method: EDIT, RETRAINED: HEAD}
@@ -75,10 +79,9 @@ def command(options: argparse.Namespace) -> int:
         operator_of = CounterfactualRetraining(finding.layer, finding.subspaces)
         run.compare(COMPLETED, lambda: operator_of.plan(run.model, images))
 
-    add = partial(overlap.add, split="the held-out part")
-    held_out = watched(run.read(parts.held_out, "measuring"), add)
+    held_out = watched(run.read(parts.held_out, "measuring"), copies.add)
     head = collect_head_features(run.model, held_out, with_attribute=True)
-    refuse_copies(overlap, parts.planning.joined(parts.validation), parts.held_out)
+    run.warn(copies.found([parts.planning, parts.validation], parts.held_out))
     figures = {
         name: {
             "figures": evaluate_head(head.edited(one)).to_dict(),
@@ -88,6 +91,8 @@ def command(options: argparse.Namespace) -> int:
         for name, one in {BEFORE: ModelEdit({}), **run.edits}.items()
     }
     before, after = (head.edited(one).logits().argmax(1) for one in (ModelEdit({}), edit))
+    with run.doing("drawing relevance maps"):
+        maps = group_maps(run, run.edits.get(method), parts.held_out, before, after)
     origin = edit.origin
     results = {
         **run.about(),
@@ -104,12 +109,21 @@ def command(options: argparse.Namespace) -> int:
             "tried": tried,
         },
         "rows": run.rows([*files], figures),
-        "maps": group_maps(run, run.edits.get(method), parts.held_out, before, after),
+        "maps": maps,
     }
     timing = {"features": reading.seconds, "plan": run.seconds}
     named = {path: run.edits.get(name) for name, path in files.items() if path is not None}
     edits = {COMPLETION: None, **named}  # that of an earlier run goes
     return run.finish(results, timing, edits, _outcome)
+
+
+def _unmoved(validation: HeadFeatures, problem: UnmovedError) -> ModelEdit:
+    """Return an edit without changes, with the reason and the figures that stay as they are."""
+    found = evaluate_head(validation)
+    same = {"worst_group": found.worst, "average": found.average}
+    figures = {name: {"before": value, "after": value} for name, value in same.items()}
+    reason = str(problem).removeprefix("attribute: ")
+    return ModelEdit({}, {"rows": [], **figures, "reason": reason})
 
 
 def _best(sweep: RateSweep) -> dict[str, Any]:
@@ -131,6 +145,8 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     further = ["more images of the worst group", "--findings for counterfactual retraining"]
     if edit["select"] != "exact":
         further.insert(0, "--select exact, which tries every weight at every dose")
+    if not own["weights_changed"] and edit["tried"] is None and edit["select"] != "exact":
+        further.insert(0, "--target, if you know the class that the feature should speak for")
     changes = f"changes {counted(own['weights_changed'] or 0, 'weight')} of the last layer"
     largest = max((one["times_largest"] for one in edit["rows"]), default=0.0)
     if largest > LARGE:

@@ -17,8 +17,6 @@ from xai_edit.core.checks import distinct
 from xai_edit.core.data import Data, batches
 from xai_edit.core.inputs import Inputs
 from xai_edit.discovery.marks import Marks
-from xai_edit.evaluation.outputs import Overlap, digests
-from xai_edit.report.table import counted
 
 SEED = 0  # of the parts
 ZERO_ONE = ("0", "1")
@@ -77,36 +75,6 @@ def watched(data: Data, watch: Callable[[Inputs], None]) -> Iterator[Any]:
     for batch in batches(data):
         watch(batch.inputs)
         yield batch.inputs, batch.labels, batch.groups
-
-
-def refuse_copies(overlap: Overlap, known: Images, held_out: Images) -> None:
-    """Raise ValueError with the names of two copies where ``overlap`` has found some.
-
-    ``known`` are the images that an edit was planned from.
-    """
-    if not overlap.found:
-        return
-    first: dict[bytes, str] = {}
-    for index in range(len(known)):
-        (digest,) = digests(known[index][0][None])
-        first.setdefault(digest, _name(known, index))
-    pairs = [
-        (first[digest], _name(held_out, index))
-        for index in range(len(held_out))
-        for digest in digests(held_out[index][0][None])
-        if digest in first
-    ]
-    one, other = pairs[0]
-    raise ValueError(
-        f"data: {counted(len(pairs), 'held-out image')} would also be planned from, as there are "
-        f"copies, the first {other} and {one}; keep one of each, or the figures flatter"
-    )
-
-
-def _name(images: Images, index: int) -> str:
-    """Return the path of an image, or its number in a data set without paths."""
-    row = images.rows[index]
-    return str(images.source[row][0]) if isinstance(images.source, list) else f"number {row}"
 
 
 def read_attribute(spec: str | Path, images: Images, folder: str | Path) -> list[int]:

@@ -6,13 +6,13 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xai_edit.command.copies import Copies
 from xai_edit.command.export import exported
 from xai_edit.command.group_maps import NONE, group_maps, predictions, strongest_images
 from xai_edit.command.planting import with_planted
@@ -29,7 +29,7 @@ from xai_edit.command.prune_plans import (
     tuning,
 )
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, refuse_copies, split, watched
+from xai_edit.command.run_parts import SEED, split, watched
 from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.files import write_atomically, write_safetensors
@@ -37,7 +37,6 @@ from xai_edit.core.layers import resolve_layers
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
-from xai_edit.evaluation.outputs import Overlap
 from xai_edit.evaluation.sizes import compare_sizes
 from xai_edit.pages.neutralize import figure_of, parts_of, worst_named
 from xai_edit.pages.verdict import BEFORE, Outcome
@@ -66,13 +65,12 @@ def command(options: argparse.Namespace) -> int:
     corrected = options.layer if options.correct else None
     tune = tuning(run, parts.planning, options.fine_tune, corrected=corrected)
     alone = None if tune is None else tune.alone
-    overlap = Overlap(None)
-    planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), overlap.know))
-    seen = partial(overlap.add, split="the held-out part")
+    copies = Copies(run.images.preprocessing)
+    planning = evaluate_groups(model, watched(run.read(parts.planning, "planning"), copies.know))
     with predictions(model) as said:
-        before = evaluate_groups(model, watched(run.read(held_out, "measuring"), seen))
+        before = evaluate_groups(model, watched(run.read(held_out, "measuring"), copies.add))
     answers = {BEFORE: torch.cat(said)}
-    refuse_copies(overlap, parts.planning, held_out)
+    run.warn(copies.found([parts.planning], held_out))
 
     scored = references(parts.planning)
     example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])
@@ -84,7 +82,8 @@ def command(options: argparse.Namespace) -> int:
     edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
         run.compare(name, plan)
-    network, reason = _smaller(model, edit, example)
+    with run.doing("taking the units out"):
+        network, reason = _smaller(model, edit, example)
     figures = {BEFORE: _figures(before, 0, model, model, example)}
     for name, own in run.edits.items():
         with own.applied(model), predictions(model) as said:
@@ -107,10 +106,16 @@ def command(options: argparse.Namespace) -> int:
             figures[ABLATION] = {**figures[BEFORE], "figures": without.to_dict()}
             cut = replace(operator, subspaces=subspaces, ablate=concept["ablated"])
             shown = of_concept(parts.planning, favoured)
-            strongest = strongest_images(run, shown, cut, target=favoured)
+            with run.doing("drawing the strongest images"):
+                strongest = strongest_images(run, shown, cut, target=favoured)
         else:
             run.withheld[ABLATION] = concept["reason"]
 
+    with run.doing("drawing relevance maps"):
+        pruned, after = run.edits.get(method), answers.get(method)
+        maps = group_maps(run, pruned, held_out, answers[BEFORE], after, strongest)
+    with run.doing("exporting the smaller network"):
+        written = _written(run.out, network, reason, example)
     results = {
         **run.about(),
         "names": run.images.classes,
@@ -128,11 +133,9 @@ def command(options: argparse.Namespace) -> int:
         },
         "concept": concept,
         "rows": run.rows(names, figures),
-        "maps": group_maps(
-            run, run.edits.get(method), held_out, answers[BEFORE], answers.get(method), strongest
-        ),
+        "maps": maps,
         "curve": None,
-        "smaller": _written(run.out, network, reason, example),
+        "smaller": written,
         "sizes": None,
     }
     if operator.steps == 1 and tune is None and method in figures:  # else a run of its own each
@@ -140,7 +143,8 @@ def command(options: argparse.Namespace) -> int:
         results["curve"] = share_curve(run, cut, scored, held_out, **ends)
     latency = None
     if network is not None:
-        sizes = compare_sizes(model, network, example, rounds=ROUNDS)
+        with run.doing("timing both networks"):
+            sizes = compare_sizes(model, network, example, rounds=ROUNDS)
         found: dict[str, Any] = {**asdict(sizes), "ratios": sizes.ratios}
         # Seconds differ between runs.
         latency = {part: found[part].pop("seconds") for part in ("before", "after", "ratios")}

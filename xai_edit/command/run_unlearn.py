@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xai_edit.command.copies import Copies
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
@@ -20,17 +21,16 @@ from xai_edit.command.run_parts import (
     classes_named,
     indices_by,
     listed,
-    refuse_copies,
     watched,
 )
 from xai_edit.comparisons.logit_mask import LogitMask
+from xai_edit.core.data import batches
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.accuracy import CONFIDENCE
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning
 from xai_edit.evaluation.intervals import wilson_intervals
-from xai_edit.evaluation.outputs import Overlap
 from xai_edit.forgetting.path_perturbation import PathPerturbation
 from xai_edit.last_layer.single_weight import SingleWeight
 from xai_edit.pages.unlearn import absent_classes, class_name
@@ -131,16 +131,20 @@ def command(options: argparse.Namespace) -> int:
     for name, baseline in BASELINES.items():
         plan = partial(baseline.plan, run.model, run.read(analysis, name), target=target)
         run.compare(name, plan)
-    known = run.read(analysis.joined(parts.validation), "planning data")
-    overlap = Overlap(known)
+    used = analysis.joined(parts.validation)
+    known = run.read(used, "planning data")
+    copies = Copies(run.images.preprocessing)
+    for batch in batches(known):
+        copies.know(batch.inputs)
     figures: dict[str, dict[str, Any]] = {}
     for name, own in {BEFORE: ModelEdit({}), **run.edits}.items():
         data: Any = run.read(held_out, f"measuring: {name}")
         if name == BEFORE:
-            data = watched(data, partial(overlap.add, split="the held-out data"))
+            data = watched(data, copies.add)
         with own.applied(run.model):
             accuracy = evaluate_groups(run.model, data)
-        refuse_copies(overlap, analysis.joined(parts.validation), held_out)
+        if name == BEFORE:
+            run.warn(copies.found([used], held_out))
         figures[name] = {
             "forgotten": accuracy.of(*target),
             "rest": accuracy.rest(*target),
@@ -156,6 +160,8 @@ def command(options: argparse.Namespace) -> int:
         found[name] = one.to_dict()
         del found[name]["cost"], found[name]["evaluation"]  # which differ between runs
         seconds[name] = {part: cost.seconds for part, cost in one.evaluation.items()}
+    with run.doing("drawing relevance maps"):
+        maps = _maps(run, edit, held_out, labels, target)
     samples = Counter(labels)
     results = {
         **run.about(train=options.train_data),
@@ -174,7 +180,7 @@ def command(options: argparse.Namespace) -> int:
         "samples": [samples[label] for label in range(len(figures[BEFORE]["classes"]))],
         "rows": run.rows([BEFORE, METHOD, *BASELINES], figures),
         "evaluation": found or None,
-        "maps": _maps(run, edit, held_out, labels, target),
+        "maps": maps,
     }
     timing = {"plan": run.seconds, "evaluation": seconds}
     return run.finish(results, timing, {EDIT: edit}, _outcome)
@@ -229,6 +235,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         [forgotten, rest],
         parts + absent_classes(results, absent, len(samples)),
         kind="class",
+        which=" to keep",
         advice=ADVICE,
         further="a larger --share, or other --layers",
         unmeasured=unmeasured,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor, nn
 
 from xai_edit.concepts.ablation import SubspaceAblation
@@ -106,7 +106,7 @@ def within_strata_auc(scores: Tensor, has: Tensor, strata: Tensor) -> tuple[Tens
             variance += number * (above.shape[1] + below.shape[1] + 1) / 12
     if not pairs:
         return torch.full_like(wins, 0.5), 0.5
-    width = float(norm.ppf((1 + CONFIDENCE) / 2)) * variance**0.5 / pairs
+    width = float(ndtri((1 + CONFIDENCE) / 2)) * variance**0.5 / pairs
     return wins / pairs, min(width, 0.5)
 
 

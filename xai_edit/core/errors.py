@@ -29,6 +29,10 @@ class NonFiniteError(ValueError):
     """A NaN or an infinity where a finite number is needed."""
 
 
+class UnmovedError(ValueError):
+    """A feature that moves no class, so that there is nothing to edit without a named target."""
+
+
 class EditMismatchError(ValueError):
     """An edit that does not fit the model it is applied to or undone on."""
 

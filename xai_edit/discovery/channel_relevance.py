@@ -13,6 +13,7 @@ from xai_edit.concepts.collect import require_same_values, values_at
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, real_positions
 from xai_edit.core.layers import run, tapped, unit_axis_of
+from xai_edit.discovery.progress import BACKWARD
 from xai_edit.discovery.samples import Samples
 from xai_edit.lrp.contexts import ContextGather, Take
 from xai_edit.lrp.lrp import LRP
@@ -98,7 +99,7 @@ def channel_relevance(
     with preserved(model):
         plain = {layer: values_at(model, layer, first.inputs) for layer in layers}
         with scorer.session(model, first.inputs, layers, gather) as (score, canonizers):
-            for _, batch in samples.read(rows):
+            for _, batch in samples.read(rows, cost=BACKWARD):
                 chosen = torch.full((len(batch),), target, device=batch.inputs.device)
                 pairs = score(batch.inputs, chosen)
                 to_find = fit[done : done + len(batch)]

@@ -21,6 +21,7 @@ from xai_edit.discovery.candidates import (
 from xai_edit.discovery.channel_relevance import channel_relevance, moments
 from xai_edit.discovery.evidence import Evidence, PseudoGroup
 from xai_edit.discovery.findings import Finding, Searched
+from xai_edit.discovery.progress import BACKWARD
 from xai_edit.discovery.proposals import Method, proposals
 from xai_edit.discovery.search import Search, some_of
 from xai_edit.discovery.strategies import SMALLEST, Strategies
@@ -32,6 +33,7 @@ DONORS = 24  # that it is taken from
 PER_LAYER = 3  # findings of a class and a layer, at most
 SIZES = (1, 2, 4, 8)  # of a subspace
 ENOUGH_EFFECT = 0.8  # of the effect at the largest size
+TRIED = 1000  # samples of a layer that features are put into, about
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,13 @@ class _Class:
     fit: Tensor  # bool, shape (rows,): those to find with; the others judge
     away: Tensor  # numbers of samples of other classes that a feature is put into
     predicted: bool
+
+
+def estimated_cost(search: Search, target: int, images: str, limit: int) -> int:
+    """Return about how many samples `search_class` passes through the model."""
+    of_class = int((search.predicted == target).sum())
+    samples = min(limit, len(search.predicted) if images == "all" else of_class)
+    return (BACKWARD + 1) * samples + len(search.pool) + TRIED * len(search.axes)
 
 
 def search_class(
@@ -145,7 +154,8 @@ def _judged(
     inputs = joined([batch.inputs for _, batch in search.samples.read(one.away)])
     generator = torch.Generator().manual_seed(search.seed)
     donors = search.values(layer, some_of(one.rows[one.fit], DONORS, generator))
-    recipients = Recipients(search.model, layer, search.axes[layer], inputs, donors, search.seed)
+    how = search.axes[layer], inputs, donors, search.seed, search.samples.passed
+    recipients = Recipients(search.model, layer, *how)
     rated = []
     for candidate in kept:
         assert candidate.absent is not None  # it was separated

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from xai_edit.core.checks import one_of, require, require_type, whole_number, with_labels
 from xai_edit.core.data import Data
@@ -17,11 +17,13 @@ from xai_edit.core.layers import resolve_layers
 from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.datasets.image_set import ImageSet
-from xai_edit.discovery.class_search import search_class
+from xai_edit.discovery.class_search import estimated_cost, search_class
 from xai_edit.discovery.conclude import concluded
 from xai_edit.discovery.findings import Finding, Findings, Searched
 from xai_edit.discovery.marks import Marks
+from xai_edit.discovery.progress import Progress
 from xai_edit.discovery.proposals import METHODS, Method
+from xai_edit.discovery.samples import known_length
 from xai_edit.discovery.search import Search
 from xai_edit.discovery.strategies import SMALLEST
 from xai_edit.lrp.lrp import LRP
@@ -78,7 +80,7 @@ def discover(
     outputs : str or callable, optional
         Where the logits are in what the model returns, see `xai_edit.outputs_as`.
     progress : bool
-        Whether to show a bar on stderr.
+        Whether to show a bar on stderr, with the time left. It moves with each batch.
 
     Raises
     ------
@@ -101,8 +103,8 @@ def discover(
         marks.require_model(model)
     if layers is not None:
         layers = resolve_layers(model, layers)
-    with outputs_as(outputs):
-        search = Search.begin(model, data, layers, unit_axis, seed)
+    with outputs_as(outputs), closing(Progress(progress, known_length(data))) as bar:
+        search = Search.begin(model, data, layers, unit_axis, seed, bar.add)
         if method == "errors":
             with_labels(search.labels)
         data_sum = checksum({"samples": torch.from_numpy(search.samples.contents.view("i8"))}, "")
@@ -113,10 +115,14 @@ def discover(
         targets = search.targets(target)
         found: list[Finding] = []
         searched: list[Searched] = []
-        for one in tqdm(targets, "classes", disable=not progress):
+        costs = [estimated_cost(search, one, images, limit) for one in targets]
+        bar.plan([*costs, len(search.predicted)])
+        for at, one in enumerate(targets, start=1):
+            bar.begin(f"class {one} ({at} of {len(targets)})")
             more, notes = search_class(search, one, images, method, scorer, limit, marked)
             found += more
             searched += notes
+        bar.begin("presence in all samples")
         finished = concluded(search, found)
     return Findings(
         tuple(finished),

@@ -25,6 +25,7 @@ VERDICTS = (SPURIOUS, "belongs to the class", "not one thing", "unsure")
 SUMS = ("discovery", "model", "data")  # checksums
 ENTRIES = {"kind": str, "format": int, **dict.fromkeys(SUMS, str), "findings": list}
 ENTRIES |= {"samples": list}
+SAMPLE = {"sample": (int, str), "attribute": bool, "present": bool}
 WORKS = "give the file that the review page saved"
 
 
@@ -62,12 +63,16 @@ class Mark:
 
     def of(self, finding: Finding) -> Tensor:
         """Return which samples have the finding's feature, bool, shape (samples,); ticks win."""
-        has = self._moved(finding).has
+        has = self.present(finding)
         for sample, value in self.ticks.items():
             works = f"there are {len(has)} samples, numbered from 0"
             require(sample < len(has), "ticks", sample, works)
             has[sample] = value
         return has
+
+    def present(self, finding: Finding) -> Tensor:
+        """Return in which samples the presence is above the threshold, bool, shape (samples,)."""
+        return self._moved(finding).has
 
     def unsure(self, finding: Finding) -> int:
         """Return how many samples are within 10 % of the threshold and not ticked."""
@@ -97,6 +102,8 @@ class Marks:
         By the number of the finding.
     attribute : Tensor, bool, shape (samples,)
         Which samples of the data have a feature that was marked spurious.
+    present : Tensor, bool, shape (samples,)
+        In which the presence of one is above the threshold, without anyone's corrections.
     names : tuple of str
         The name of each sample, such as its file; may be empty.
     discovery, model, data : str
@@ -107,6 +114,7 @@ class Marks:
 
     marks: Mapping[int, Mark]
     attribute: Tensor
+    present: Tensor
     names: tuple[str, ...]
     discovery: str
     model: str
@@ -126,7 +134,7 @@ class Marks:
         for number in whole:
             works = f"there are {len(findings)}, numbered from 0"
             require(number in range(len(findings)), "finding", number, works)
-        has = torch.zeros_like(findings.predicted, dtype=torch.bool)
+        has, present = torch.zeros(2, len(findings.predicted), dtype=torch.bool)
         sure = {}
         for number, one in sorted(whole.items()):
             finding = findings[number]
@@ -134,10 +142,12 @@ class Marks:
             sure[number] = Sure(finding.evidence.separation.value, one.unsure(finding))
             if one.verdict == SPURIOUS:
                 has |= own
+                present |= one.present(finding)
         origin = findings.origin
         return cls(
             dict(sorted(whole.items())),
             has,
+            present,
             findings.names,
             findings.checksum(),
             origin.get("model", ""),
@@ -164,7 +174,8 @@ class Marks:
                 f"({findings.checksum()[:8]}…); mark these"
             )
         again = Marks.of(findings, self.marks)
-        different = int((again.attribute != self.attribute).sum())
+        both = zip((again.attribute, again.present), (self.attribute, self.present), strict=True)
+        different = sum(int((one != other).sum()) for one, other in both)
         if self.names != again.names:
             raise ValueError(f"marks: the names of the samples differ; {WORKS}")
         if different:
@@ -186,17 +197,20 @@ class Marks:
     def about(self) -> dict[str, Any]:
         """Return checksums of the discovery and of the marks, and what is spurious, as JSON values.
 
-        Of each spurious finding its verdict, how sure it is, and how many samples were corrected.
+        Of each spurious finding its verdict and how sure it is; and in how many samples the
+        attribute is not what presence and threshold give, whoever changed it: on the review page,
+        in code or in the file.
         """
         spurious = [
             {"finding": at, "name": self.marks[at].name, "verdict": self.marks[at].verdict}
-            | {**self.sure[at]._asdict(), "corrected": len(self.marks[at].ticks)}
+            | self.sure[at]._asdict()
             for at in self.spurious
         ]
         digest = checksum(
             {"attribute": self.attribute}, json.dumps(self._findings(), sort_keys=True)
         )
-        return {"discovery": self.discovery, "marks": digest, "spurious": spurious}
+        about = {"discovery": self.discovery, "marks": digest, "spurious": spurious}
+        return about | {"corrected": int((self.attribute != self.present).sum())}
 
     def _findings(self) -> list[dict[str, Any]]:
         """Return the marks and how sure they are, as JSON values."""
@@ -208,13 +222,13 @@ class Marks:
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically."""
         names: Any = self.names or range(len(self))
-        pairs = zip(names, self.attribute.tolist(), strict=True)
+        rows = zip(names, self.attribute.tolist(), self.present.tolist(), strict=True)
         content = {
             "kind": KIND,
             "format": 1,
             **{name: getattr(self, name) for name in SUMS},
             "findings": self._findings(),
-            "samples": [{"sample": name, "attribute": has} for name, has in pairs],
+            "samples": [dict(zip(SAMPLE, row, strict=True)) for row in rows],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_atomically(path, f"{text}\n".encode())
@@ -257,19 +271,21 @@ def _parsed(content: Any) -> Marks:
         require(unsure >= 0, "unsure", unsure, "it is a number of samples")
         sure[number] = Sure(separation, unsure)
         marks[number] = Mark(**one, ticks=ticks)
-    names, has = [], []
+    names, has, present = [], [], []
     for at, one in enumerate(content["samples"]):
-        _require_entries(one, {"sample": (int, str), "attribute": bool})
+        _require_entries(one, SAMPLE)
         numbered = type(one["sample"]) is int
         require(not numbered or one["sample"] == at, "sample", one["sample"], f"it is {at}")
         names.append(one["sample"])
         has.append(one["attribute"])
+        present.append(one["present"])
     kinds_found = {type(name) for name in names}
     require(len(kinds_found) == 1, "samples", names[:3], "all have names, or all numbers")
     named = kinds_found == {str}
     whole = dict(sorted(marks.items()))
     sums = {name: content[name] for name in SUMS}
-    return Marks(whole, torch.tensor(has), tuple(names) if named else (), **sums, sure=sure)
+    values = torch.tensor(has), torch.tensor(present)
+    return Marks(whole, *values, tuple(names) if named else (), **sums, sure=sure)
 
 
 def _require_entries(value: Any, kinds: Mapping[str, Any]) -> None:

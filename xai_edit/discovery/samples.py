@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,15 @@ class Samples:
     """The samples of ``data`` by their number in its order.
 
     ValueError where a later pass gives other inputs than the first, as a shuffled loader does.
+    ``passed`` is called with the number of samples whenever some went through the model.
     """
 
-    def __init__(self, data: Data, device: torch.device) -> None:
+    def __init__(
+        self, data: Data, device: torch.device, passed: Callable[[int], None] = lambda _: None
+    ) -> None:
         readable_again(data, "discover")
         self.data, self.device = data, device
+        self.passed = passed
         self.contents = np.empty(0, np.uint64)  # a hash of each sample, from the first pass
 
     def first_pass(self) -> Iterator[Batch]:
@@ -44,6 +48,7 @@ class Samples:
                 )
             contents.append(hashed(batch.inputs))
             yield batch
+            self.passed(len(batch))
         self.contents = np.concatenate(contents)
 
     def first_copies(self) -> Tensor:
@@ -51,8 +56,10 @@ class Samples:
         _, first, which = np.unique(self.contents, return_index=True, return_inverse=True)
         return torch.from_numpy(first[which])
 
-    def read(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+    def read(self, rows: Tensor, cost: int = 1) -> Iterator[tuple[Tensor, Batch]]:
         """Yield the samples of some numbers, int64 and ascending, with their numbers.
+
+        ``cost`` is in forward passes.
 
         A `Dataset`, an `ImageSet` and a `DataLoader` in the order of its data set are read only
         there, other data from the beginning to the last of them.
@@ -71,6 +78,7 @@ class Samples:
                 if (hashed(batch.inputs) != self.contents[numbers]).any():
                     raise ValueError(CHANGED)
                 yield numbers, batch
+                self.passed(cost * len(batch))
             if start >= len(order):
                 return
         raise ValueError(CHANGED)
@@ -92,3 +100,13 @@ class Samples:
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             return DataLoader(Subset(data, rows.tolist()), batch_size=DATASET_BATCH_SIZE)
         return None
+
+
+def known_length(data: Data) -> int | None:
+    """Return the number of samples of data that says it, else None."""
+    source = data.dataset if isinstance(data, DataLoader) else data
+    return (
+        len(source)
+        if isinstance(source, (Dataset, ImageSet)) and isinstance(source, Sized)
+        else None
+    )

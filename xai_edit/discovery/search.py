@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +45,10 @@ class Search:
         layers: Sequence[str] | None,
         unit_axis: int | None,
         seed: int,
+        passed: Callable[[int], None] = lambda _: None,
     ) -> Search:
-        """Predict all samples, and draw those that judge."""
-        samples = Samples(data, model_device(model))
+        """Predict all samples, and draw those that judge; ``passed`` is that of `Samples`."""
+        samples = Samples(data, model_device(model), passed)
         predicted, labels, classes = [], [], 0
         axes: dict[str, int] = {}
         for batch in samples.first_pass():

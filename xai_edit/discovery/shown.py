@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from xai_edit.core.inputs import Inputs, joined, real_positions
 from xai_edit.core.layers import unit_axis_of
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.findings import Finding, Findings
-from xai_edit.discovery.samples import Samples
+from xai_edit.discovery.samples import Samples, known_length
 from xai_edit.lrp.contexts import ContextGather
 from xai_edit.lrp.lrp import LRP
 
@@ -103,9 +103,11 @@ def pictures(
         If the data are not those of the findings.
     """
     model = unwrapped(model)
-    samples = Samples(data, model_device(model))
-    for _ in samples.first_pass():
-        pass
+    how: dict[str, Any] = {"unit": "sample", "disable": not progress, "leave": False}
+    with tqdm(desc="reading", total=known_length(data), **how) as bar:
+        samples = Samples(data, model_device(model), bar.update)
+        for _ in samples.first_pass():
+            pass
     same = checksum({"samples": torch.from_numpy(samples.contents.view("i8"))}, "")
     if same != findings.origin["data"]:
         raise ValueError("data: other samples than those of the findings; give the same data")

@@ -76,7 +76,8 @@ class Transferred:
 class Recipients:
     """Samples that coefficients of others are put into at a layer.
 
-    ``any_donors`` are values of the layer in samples of the class, for random subspaces.
+    ``any_donors`` are values of the layer in samples of the class, for random subspaces. ``passed``
+    is that of `Samples`.
     """
 
     model: nn.Module
@@ -85,6 +86,7 @@ class Recipients:
     inputs: Inputs
     any_donors: Tensor
     seed: int
+    passed: Callable[[int], None] = lambda _: None
 
     @cached_property
     def unchanged(self) -> Tensor:
@@ -129,6 +131,7 @@ class Recipients:
                         change = partial(exchanged, coefficients=c, U=part, axis=self.axis)
                         stack.enter_context(replaced(self.model, self.layer, change))
                     logits.append(predict(self.model, self.inputs[now]).double().cpu())
+                self.passed(len(logits[-1]))
         return torch.cat(logits)
 
 

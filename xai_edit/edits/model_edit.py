@@ -109,12 +109,7 @@ class ModelEdit:
         parameters = tensors_of(model)
         changes = {}
         for name, (index, new) in values.items():
-            if name not in parameters:
-                raise ValueError(
-                    f"model: {name!r} is not a plain parameter or buffer; a parametrization or a "
-                    "pruning hook computes it. Make that permanent first"
-                )
-            parameter = parameters[name].detach()
+            parameter = plain(parameters, name).detach()
             entries = parameter.numel()
             other = index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
             if (other and index.numel()) or index.ndim != 1 or index.shape != new.shape:
@@ -264,7 +259,7 @@ class ModelEdit:
                 lines.append(f"    … and {len(change) - 3} more")
         for key, value in self.origin.items():
             if key in SENTENCES:
-                lines += [f"  {key}:", *(f"    {sentence}" for sentence in value)]
+                lines += [f"  {key}:", *(f"    {sentence}" for sentence in value)] if value else []
             elif key not in ("operator", "versions"):
                 lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(lines)
@@ -337,6 +332,16 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     model = unwrapped(model)
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def plain(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return one of `tensors_of` a model; ValueError if the model computes it from others."""
+    if name not in tensors:
+        raise ValueError(
+            f"model: {name!r} is not a plain parameter or buffer; a parametrization or a pruning "
+            "hook computes it. Make that permanent first"
+        )
+    return tensors[name]
 
 
 def versions() -> dict[str, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.core.layers import INPUT_SUFFIX, TRANSPOSED, WEIGHTED, layer_module
+from xai_edit.edits.model_edit import plain, tensors_of
 
 Noise = Literal["gaussian", "laplacian"]
 
@@ -22,6 +24,41 @@ def silencing_entries(
     shape (n,); of ``"fc:input"``, the weights that read them; of a ``batch_norm`` that follows the
     layer directly, the scale and shift. ValueError for other layers.
     """
+    entries, tensors = {}, tensors_of(model)
+    for name, axis in _axes(model, layer, batch_norm).items():
+        positions = torch.zeros(1, dtype=torch.long)  # flat, of the units along their axis
+        for at, length in enumerate(plain(tensors, name).shape):
+            along = units.cpu() if at == axis else torch.arange(length)
+            positions = (positions[:, None] * length + along).flatten()
+        entries[name] = positions
+    return entries
+
+
+@contextmanager
+def switched_off(
+    model: nn.Module, units: Mapping[str, Tensor], batch_norms: Mapping[str, str]
+) -> Iterator[None]:
+    """Set the `all_silencing_entries` to zero for a ``with`` block, then restore every bit.
+
+    Whole rows at once, which is quick enough to be done for each batch.
+    """
+    tensors = tensors_of(model)
+    kept: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    try:
+        for layer, off in units.items():
+            for name, axis in _axes(model, layer, batch_norms.get(layer)).items():
+                tensor = plain(tensors, name).detach()
+                rows = off.to(tensor.device)
+                kept.append((tensor, axis, rows, tensor.index_select(axis, rows)))
+                tensor.index_fill_(axis, rows, 0)
+        yield
+    finally:
+        for tensor, axis, rows, values in reversed(kept):  # two layers may share a weight
+            tensor.index_copy_(axis, rows, values)
+
+
+def _axes(model: nn.Module, layer: str, batch_norm: str | None) -> dict[str, int]:
+    """Return the axis of a layer's units in each tensor that `silencing_entries` names."""
     module = layer_module(model, layer)
     name = layer.removesuffix(INPUT_SUFFIX)
     if not isinstance(module, WEIGHTED):
@@ -33,18 +70,13 @@ def silencing_entries(
     reads = layer.endswith(INPUT_SUFFIX)
     if getattr(module, "groups", 1) > 1 and transposed != reads:
         raise ValueError(f"layer {layer!r} is grouped; its units cannot be switched off one by one")
-    axis = 1 if transposed != reads else 0
-    positions = torch.zeros(1, dtype=torch.long)  # flat, of the units along their axis
-    for at, length in enumerate(module.weight.shape):
-        along = units.cpu() if at == axis else torch.arange(length)
-        positions = (positions[:, None] * length + along).flatten()
     prefix = f"{name}." if name else ""  # the model itself may be the layer
-    entries = {f"{prefix}weight": positions}
+    axes = {f"{prefix}weight": 1 if transposed != reads else 0}
     if not reads and module.bias is not None:
-        entries[f"{prefix}bias"] = units
+        axes[f"{prefix}bias"] = 0
     if batch_norm is not None:
-        entries |= {f"{batch_norm}.weight": units, f"{batch_norm}.bias": units}
-    return entries
+        axes |= {f"{batch_norm}.weight": 0, f"{batch_norm}.bias": 0}
+    return axes
 
 
 def all_silencing_entries(

@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from xai_edit.core.analysis import last_weighted
-from xai_edit.core.checks import distinct, fraction, readable_again
+from xai_edit.core.checks import distinct, fraction
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.layers import resolve_layers
 from xai_edit.core.targets import Target, checked_target
 from xai_edit.core.text import aligned
-from xai_edit.evaluation.deletion_curve import DeletionCurve, checked_shares, deletion_curve
+from xai_edit.evaluation.deletion_curve import DeletionCurve, checked_shares, curves_of
 from xai_edit.lrp.lrp import LRP, Scorer, describe
 from xai_edit.scoring.unit_scores import Aggregate, UnitScores, score_units, share_of
 
@@ -119,7 +118,8 @@ def compare_scorers(
     deletion_layers : sequence of str, optional
         Layers that get a curve, one each. Default: all but the output.
     held_out : iterable or Dataset, optional
-        Labelled samples for the curves, other than ``data``. Errors as for `deletion_curve`.
+        Labelled samples for the curves, other than ``data``, read once. Errors as for
+        `deletion_curve`.
     """
     named = named_scorers(scorers)
     fraction(share, "share")
@@ -128,8 +128,6 @@ def compare_scorers(
     if (deletion is None) != (held_out is None) or (deletion is None and deletion_layers):
         raise ValueError("deletion: a curve needs its shares and held_out data; give both or none")
     shares = () if deletion is None else checked_shares(deletion)
-    if held_out is not None:
-        readable_again(held_out, "a curve", "held_out")  # before the long part
     chosen = None if deletion_layers is None else resolve_layers(model, deletion_layers)
     for name in chosen or ():
         if name not in known:
@@ -137,12 +135,13 @@ def compare_scorers(
     scores = _scored(model, data, named, layers, {"target": target, "aggregate": aggregate})
     names = next(iter(scores.values())).layers
     rows = {layer: torch.stack([one[layer] for one in scores.values()]) for layer in names}
-    curves = {}
+    curves: dict[str, dict[str, DeletionCurve]] = {}
     if held_out is not None:
-        output = last_weighted(model, peek(held_out, model_device(model))[0].inputs[:1])
+        first, held_out = peek(held_out, model_device(model))
+        output = last_weighted(model, first.inputs[:1])
         measured = {"target": target if isinstance(target, int) else None, "shares": shares}
-        for layer in chosen or [name for name in names if name != output]:
-            curves[layer] = _curves(model, held_out, scores, layer, measured)
+        found = chosen or [name for name in names if name != output]
+        curves = _curves(model, held_out, scores, found, measured)
     correlation = {layer: rank_correlation(rows[layer]) for layer in names}
     overlap = {layer: top_overlap(rows[layer], share) for layer in names}
     return Comparison(scores, share, correlation, overlap, curves)
@@ -153,6 +152,8 @@ def rank_correlation(rows: Tensor) -> Tensor:
 
     ``rows`` has shape (rows, units). Tied scores share their mean rank.
     """
+    from scipy.stats import rankdata  # takes long to import
+
     ranks: Tensor = torch.from_numpy(rankdata(rows.numpy(), axis=1))
     ranks = ranks - ranks.mean(1, keepdim=True)
     ranks = ranks / ranks.norm(dim=1, keepdim=True)  # 0/0 = NaN where all scores are equal
@@ -204,15 +205,22 @@ def _scored(
 
 
 def _curves(
-    model: nn.Module, data: Data, scores: dict[str, UnitScores], layer: str, options: dict[str, Any]
-) -> dict[str, DeletionCurve]:
-    """Measure the curve of each different ranking once; return them by scorer."""
-    curves: dict[tuple[int, ...], DeletionCurve] = {}
-    orders = {name: tuple(one.rank(layer).tolist()) for name, one in scores.items()}
-    for name, order in orders.items():
-        if order not in curves:
-            curves[order] = deletion_curve(model, data, scores[name], layers=layer, **options)
-    return {name: curves[order] for name, order in orders.items()}
+    model: nn.Module,
+    data: Data,
+    scores: dict[str, UnitScores],
+    layers: Sequence[str],
+    options: dict[str, Any],
+) -> dict[str, dict[str, DeletionCurve]]:
+    """Measure the curve of each different ranking once; return them by layer and scorer."""
+    orders = {
+        (layer, name): (layer, *one.rank(layer).tolist())
+        for layer in layers
+        for name, one in scores.items()
+    }
+    different = {order: (scores[name], layer) for (layer, name), order in orders.items()}
+    found = curves_of(model, data, [*different.values()], **options)
+    curves = dict(zip(different, found, strict=True))
+    return {layer: {name: curves[orders[layer, name]] for name in scores} for layer in layers}
 
 
 def _json(matrix: Tensor) -> list[list[float | None]]:

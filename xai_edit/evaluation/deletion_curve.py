@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from scipy.integrate import trapezoid
-from torch import nn
+from torch import Tensor, nn
 
 from xai_edit.core.analysis import following_batch_norms, last_weighted
-from xai_edit.core.checks import ascending, fraction, one_of, readable_again, with_labels
+from xai_edit.core.checks import ascending, fraction, one_of, with_labels
 from xai_edit.core.data import Data, batches, model_device, peek
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict, resolve_layers, run
 from xai_edit.core.outputs import as_logits, evidence, outputs_of
 from xai_edit.core.targets import class_list
 from xai_edit.core.text import Plain
-from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.edits.switching_off import all_silencing_entries
+from xai_edit.edits.switching_off import switched_off
 from xai_edit.scoring.criteria import unit_weights
 from xai_edit.scoring.unit_scores import UnitScores, share_of
 
@@ -62,7 +60,8 @@ class DeletionCurve(Plain):
     @property
     def area(self) -> float:
         """Mean accuracy over the shares; lower is better, higher with ``order="least"``."""
-        return float(trapezoid(self.accuracy, self.shares)) / (self.shares[-1] - self.shares[0])
+        heights, at = torch.tensor([self.accuracy, self.shares], dtype=torch.float64)
+        return float(torch.trapezoid(heights, at) / (at[-1] - at[0]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, the area too, as JSON values."""
@@ -88,10 +87,9 @@ def deletion_curve(
     Parameters
     ----------
     model : nn.Module
-        A classifier. Each share is applied as a `ModelEdit` and undone, bit for bit.
+        A classifier. Its units are off during a batch, then it is as it was, bit for bit.
     data : iterable or Dataset
-        Labelled batches, read once a share; other samples than those that were scored. TypeError
-        if they can be read only once.
+        Labelled batches, read once; other samples than those that were scored.
     layers : sequence of str, optional
         Scored layers whose units are switched off, a share of each. Default: all but the output.
     target : int, optional
@@ -101,36 +99,42 @@ def deletion_curve(
     order : {"most", "least"}
         Highest score first, or lowest: with signed scores, units that speak against the target.
     """
+    return curves_of(model, data, [(scores, layers)], target=target, shares=shares, order=order)[0]
+
+
+def curves_of(
+    model: nn.Module,
+    data: Data,
+    rankings: Sequence[tuple[UnitScores, Sequence[str] | str | None]],
+    *,
+    target: int | None,
+    shares: Sequence[float],
+    order: Literal["most", "least"] = "most",
+) -> list[DeletionCurve]:
+    """Return the `deletion_curve` of the scores and layers of each ranking, from one pass."""
     shares = checked_shares(shares)
     one_of(order, ("most", "least"), "order")
-    readable_again(data, "a curve")
-    sample = peek(data, model_device(model))[0].inputs[:1]
+    first, data = peek(data, model_device(model))
+    sample = first.inputs[:1]
     if target is not None:
         with preserved(model), torch.no_grad():
             (target,) = class_list(target, predict(model, sample).shape[1])
     output = last_weighted(model, sample)
-    scored = [name for name in scores if name != output]
-    names = resolve_layers(model, scored if layers is None else layers)
-    if output in names:
-        raise ValueError(f"layers: {output!r} gives the output; its units are the classes")
-    for name in names:
-        if len(scores[name]) != (width := len(unit_weights(model, name))):
-            raise ValueError(f"scores: {len(scores[name])} for the {width} units of layer {name!r}")
-    norms = following_batch_norms(model, sample, names)
-    ranked = {name: scores.rank(name) for name in names}
-    if order == "least":
-        ranked = {name: units.flip(0) for name, units in ranked.items()}
-    points = []
-    for share in shares:
-        counts = {name: share_of(len(units), share) for name, units in ranked.items() if share}
-        off = {name: units[: counts.get(name, 0)] for name, units in ranked.items()}
-        entries = all_silencing_entries(model, off, norms)
-        values = {name: (at, torch.zeros(len(at))) for name, at in entries.items()}
-        with ModelEdit.between(model, values, {}).applied(model):
-            points.append((sum(map(len, off.values())), *_measure(model, data, target)))
-    units, accuracy, logit, probability, rest = zip(*points, strict=True)
-    figures = units, accuracy, logit, probability, None if None in rest else rest
-    return DeletionCurve(tuple(names), target, order, shares, *figures)
+    ranked = [_ranked(model, scores, layers, output, order) for scores, layers in rankings]
+    off = [
+        {name: units[: share_of(len(units), share) if share else 0] for name, units in one.items()}
+        for one in ranked
+        for share in shares
+    ]
+    norms = following_batch_norms(model, sample, [*{name: 0 for one in ranked for name in one}])
+    points = _points(model, data, off, norms, target)
+    curves = []
+    for one in ranked:
+        own = [(sum(map(len, off.pop(0).values())), *points.pop(0)) for _ in shares]
+        units, accuracy, logit, probability, rest = zip(*own, strict=True)
+        figures = units, accuracy, logit, probability, None if None in rest else rest
+        curves.append(DeletionCurve(tuple(one), target, order, shares, *figures))
+    return curves
 
 
 def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
@@ -139,23 +143,55 @@ def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
     return ascending(shares, "shares", partial(fraction, zero=True), works, least=2)
 
 
-def _measure(
-    model: nn.Module, data: Data, target: int | None
-) -> tuple[float, float, float, float | None]:
-    """Return accuracy, mean logit and probability of the samples measured, accuracy of the rest."""
-    own, rest = torch.zeros(2, 4, dtype=torch.float64)
+def _ranked(
+    model: nn.Module,
+    scores: UnitScores,
+    layers: Sequence[str] | str | None,
+    output: str | None,
+    order: Literal["most", "least"],
+) -> dict[str, Tensor]:
+    """Return the units of each layer in the order in which they are switched off."""
+    scored = [name for name in scores if name != output]
+    names = resolve_layers(model, scored if layers is None else layers)
+    if output in names:
+        raise ValueError(f"layers: {output!r} gives the output; its units are the classes")
+    for name in names:
+        if len(scores[name]) != (width := len(unit_weights(model, name))):
+            raise ValueError(f"scores: {len(scores[name])} for the {width} units of layer {name!r}")
+    ranked = {name: scores.rank(name) for name in names}
+    return ranked if order == "most" else {name: one.flip(0) for name, one in ranked.items()}
+
+
+Point: TypeAlias = tuple[float, float, float, float | None]
+"""Accuracy, mean logit and probability of the samples measured, accuracy of the rest."""
+
+
+def _points(
+    model: nn.Module,
+    data: Data,
+    off: Sequence[Mapping[str, Tensor]],
+    norms: Mapping[str, str],
+    target: int | None,
+) -> list[Point]:
+    """Return what is measured with each of several choices of units off; data is read once."""
+    own, rest = torch.zeros(2, len(off), 4, dtype=torch.float64)
     with preserved(model), torch.no_grad():
         for batch in batches(data, model_device(model)):
-            outputs = outputs_of(run(model, batch.inputs), batch.inputs)
-            logits, explained = (one(outputs).cpu().double() for one in (as_logits, evidence))
-            labels = with_labels(batch.labels, logits.shape[1]).cpu()
-            right, at = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
-            rows = [torch.ones_like(right), right, explained[at], logits.softmax(1)[at]]
-            figures = torch.stack([row.double() for row in rows])  # (4, samples)
-            of_target = labels == (labels if target is None else target)
-            own += figures[:, of_target].sum(1)
-            rest += figures[:, ~of_target].sum(1)
-    if not own[0]:
+            for at, units in enumerate(off):
+                with switched_off(model, units, norms):
+                    outputs = outputs_of(run(model, batch.inputs), batch.inputs)
+                logits, explained = (one(outputs).cpu().double() for one in (as_logits, evidence))
+                labels = with_labels(batch.labels, logits.shape[1]).cpu()
+                right, row = logits.argmax(1) == labels, (torch.arange(len(labels)), labels)
+                rows = [torch.ones_like(right), right, explained[row], logits.softmax(1)[row]]
+                figures = torch.stack([one.double() for one in rows])  # (4, samples)
+                of_target = labels == (labels if target is None else target)
+                own[at] += figures[:, of_target].sum(1)
+                rest[at] += figures[:, ~of_target].sum(1)
+    if not own[0, 0]:
         raise ValueError(f"data: no samples of class {target}")
-    accuracy, logit, probability = (own[1:] / own[0]).tolist()
-    return accuracy, logit, probability, float(rest[1] / rest[0]) if rest[0] else None
+    points: list[Point] = []
+    for mine, other in zip(own.tolist(), rest.tolist(), strict=True):
+        accuracy, logit, probability = (figure / mine[0] for figure in mine[1:])
+        points.append((accuracy, logit, probability, other[1] / other[0] if other[0] else None))
+    return points

@@ -81,12 +81,14 @@ def discovered(results: Mapping[str, Any]) -> Notes:
         f"finding {one['finding']}"
         + (f" ({one['name']})" if one["name"] else "")
         + f", whose presence separates the class by {one['separation']:.2f} (2·AUC − 1), with "
-        f"{counted(one['unsure'], 'image')} unsure and {one['corrected']} corrected by hand"
+        f"{counted(one['unsure'], 'image')} unsure"
         for one in marks["spurious"]
     )
+    corrected = counted(marks["corrected"], "image")
     return Notes(
         f"Which images have the feature was discovered, not labelled: {found}. A person marked it "
-        f"spurious (discovery {marks['discovery'][:12]}, marks {marks['marks'][:12]}). Figures by "
+        f"spurious (discovery {marks['discovery'][:12]}, marks {marks['marks'][:12]}); by hand "
+        f"{corrected} got another value than presence and threshold give. Figures by "
         "group are no surer than that; tick more images on the review page where they are unsure."
     )
 

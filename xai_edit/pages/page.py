@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from xai_edit.core.files import write_atomically
 from xai_edit.discovery.findings import Findings
 from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.pages import RESULTS
 from xai_edit.pages.check import checking_page
 from xai_edit.pages.demo import demo_page
 from xai_edit.pages.discover import FINDINGS, PICTURES, discovery_page
@@ -30,7 +31,6 @@ from xai_edit.report.table import Table, counted
 
 MAPS = "maps.safetensors"
 RUNS = ("check", "score", "compare", "discover", "demo", "unlearn", "neutralize", "prune")
-RESULTS = ("results.json", "comparison.json")  # of `xai-edit score --compare`
 DECIDED = ("unlearn", "neutralize", "prune")  # that begin with a verdict
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
 COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]

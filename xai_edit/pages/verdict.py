@@ -73,6 +73,8 @@ class Outcome:
         All groups, or all classes, that could be harmed.
     kind : {"group", "class"}
         What the parts are.
+    which : str
+        Which of these the parts are, such as " to keep" where others are to be forgotten.
     reason : str or None
         Why there is no edit.
     advice : dict of str
@@ -95,6 +97,7 @@ class Outcome:
     figures: Sequence[Figure]
     parts: Sequence[Part]
     kind: str = "group"
+    which: str = ""
     reason: str | None = None
     advice: Mapping[str, str] = field(default_factory=dict)
     further: str = ""
@@ -175,8 +178,13 @@ def named(texts: Sequence[str]) -> str:
 def _change(outcome: Outcome) -> str:
     first, method = outcome.figures[0], outcome.method
     before = first.values[BEFORE]
+    missing = [part.name for part in outcome.parts if not part.samples]
+    without = f"; not measured, 0 images: {named(missing)}" if missing else ""
     if outcome.reason is not None:
-        return f"No edit, the network is as it was ({first.name} {before:.3f}): {outcome.reason}."
+        return (
+            f"No edit, the network is as it was ({first.name} {before:.3f}{without}): "
+            f"{outcome.reason}."
+        )
     moves = []
     for figure in outcome.figures:
         start, end = figure.values[BEFORE], figure.values[method]
@@ -185,15 +193,15 @@ def _change(outcome: Outcome) -> str:
     moved = " and ".join(moves)
     if not outcome.better:
         return (
-            f"{_start(method)} made nothing better: {moved}. Nothing speaks for this edit, though "
-            f"it {outcome.what}."
+            f"{_start(method)} made nothing better: {moved}{without}. Nothing speaks for this "
+            f"edit, though it {outcome.what}."
         )
     sure = ""
     if first.values[method] != before and first.intervals:
         low, high = first.intervals[BEFORE]
         within = first.within(method, BEFORE)
         sure = f", {'within' if within else 'beyond'} the interval before ({low:.3f}–{high:.3f})"
-    return f"{_start(method)} {outcome.what}: {moved}{sure}."
+    return f"{_start(method)} {outcome.what}: {moved}{sure}{without}."
 
 
 def _harm(outcome: Outcome) -> str:
@@ -202,7 +210,7 @@ def _harm(outcome: Outcome) -> str:
     interval = f"{CONFIDENCE:.0%} interval before the edit"
     if harmed := _harmed(outcome, outcome.method):
         return f"It did harm, below the {interval}, to {harmed}."
-    return f"No {outcome.kind} that was measured fell below its {interval}."
+    return f"No {outcome.kind}{outcome.which} that was measured fell below its {interval}."
 
 
 def _harmed(outcome: Outcome, method: str) -> str:
@@ -220,7 +228,7 @@ def _unknown(outcome: Outcome) -> list[str]:
         sentences.append(f"Not measured, 0 images: {named(missing)}; {UNSEEN}.")
     elif not outcome.unmeasured:
         plural = "classes" if outcome.kind == "class" else "groups"
-        sentences.append(f"All {len(parts)} {plural} were measured.")
+        sentences.append(f"All {len(parts)} {plural}{outcome.which} were measured.")
     sentences += [f"Not measured: {one}." for one in outcome.unmeasured]
     few = [
         f"{part.name} ({counted(part.samples, 'image')}, {low:.3f}–{high:.3f})"
@@ -287,7 +295,8 @@ def _harmless(outcome: Outcome) -> list[str]:
         and not _harmed(outcome, name)
         and min(one.gain(name, BEFORE) for one in figures) >= 0
     ]
-    return [f"Without harm to any {outcome.kind} that was measured: {named(safe)}."] if safe else []
+    kind = f"{outcome.kind}{outcome.which}"
+    return [f"Without harm to any {kind} that was measured: {named(safe)}."] if safe else []
 
 
 def _start(text: str) -> str:

@@ -45,11 +45,15 @@ if (review) {
     const mark = () =>
       (state[number] ??= { verdict: null, threshold: null, name: "", note: "", ticks: {} });
 
+    function present() {
+      const threshold = state[number]?.threshold ?? original;
+      return Array.from(scores, (score) => score > threshold);
+    }
+
     function has() {
-      const own = state[number];
-      const threshold = own?.threshold ?? original;
-      const found = Array.from(scores, (score) => score > threshold);
-      for (const [sample, value] of Object.entries(own?.ticks ?? {})) found[sample] = value;
+      const found = present();
+      for (const [sample, value] of Object.entries(state[number]?.ticks ?? {}))
+        found[sample] = value;
       return found;
     }
 
@@ -136,15 +140,17 @@ if (review) {
       });
     }
     draw();
-    return { number, has, unsure, separation: Number(card.dataset.separation) };
+    return { number, has, present, unsure, separation: Number(card.dataset.separation) };
   });
 
   function marks() {
     const spurious = cards.filter(({ number }) => state[number]?.verdict === "spurious");
     const found = spurious.map(({ has }) => has());
+    const present = spurious.map((one) => one.present());
     const samples = Array.from(truth, (_, sample) => ({
       sample: about.names[sample] ?? sample,
       attribute: found.some((one) => one[sample]),
+      present: present.some((one) => one[sample]),
     }));
     const findings = cards.filter(({ number }) => state[number]?.verdict).map((card) => ({
       finding: Number(card.number), ...state[card.number], separation: card.separation,

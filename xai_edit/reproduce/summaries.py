@@ -120,7 +120,7 @@ def neutralizing(results: Row) -> Results:
         for one, mine in zip(summed, _grouped(rows, "method").values(), strict=True):
             if weights := {row["weights_changed"] for row in mine if "weights_changed" in row}:
                 one["weights_changed"] = sorted({min(weights), max(weights)})
-        swept = next(iter(first["sweeps"]), {})
+        swept: Row = next(iter(first["sweeps"]), {})
         sweep = {
             key: [float(f"{value:.4g}") for value in swept.get(key, [])]
             for key in ("rates", "worst", "average")
