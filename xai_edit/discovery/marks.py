@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.checks import one_of, real_number, require
 from xai_edit.core.files import checksum, write_atomically
+from xai_edit.core.text import printable_lines
 from xai_edit.core.wrapped import unwrapped
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class Marks:
             "findings": self._findings(),
             "samples": [{"sample": name, "attribute": has} for name, has in pairs],
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False)
+        text = printable_lines(json.dumps(content, indent=1, ensure_ascii=False))
         write_atomically(path, f"{text}\n".encode())
 
     @classmethod

@@ -19,6 +19,7 @@ from xai_edit._version import __version__
 from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteError
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import require_values
+from xai_edit.core.text import printable
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.shared_memory import placement, require_own_memory
 
@@ -265,7 +266,7 @@ class ModelEdit:
         return model
 
     def summary(self) -> str:
-        """Return a text that names the tensors, the first values and the origin."""
+        """Return a text that names the tensors, the first values and the origin, all printable."""
         lines = [f"{self.origin.get('operator', 'edit')}: changes {self.size} weights"]
         for name, change in self.changes.items():
             total = torch.Size(change.shape).numel()
@@ -280,7 +281,7 @@ class ModelEdit:
                 lines += [f"  {key}:", *(f"    {sentence}" for sentence in value)]
             elif key not in ("operator", "versions"):
                 lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     __str__ = summary
 

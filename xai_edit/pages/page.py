@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from xai_edit.core.files import write_atomically
+from xai_edit.core.text import escape, printable_lines
 from xai_edit.discovery.findings import Findings
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.check import checking_page
@@ -60,7 +60,7 @@ def write_run(
 
 def as_json(results: Mapping[str, Any]) -> str:
     """Return the text of ``results.json``."""
-    return json.dumps(results, indent=2, ensure_ascii=False)
+    return printable_lines(json.dumps(results, indent=2, ensure_ascii=False))
 
 
 def _write(folder: Path) -> Report:
