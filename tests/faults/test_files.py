@@ -382,7 +382,7 @@ def test_what_is_no_regular_file_is_neither_replaced_nor_waited_for(
 ):
     pipe = tmp_path / "saved.safetensors"
     os.mkfifo(pipe)
-    with pytest.raises((OSError, ValueError), match=r"saved\.safetensors: it is no regular file"):
+    with pytest.raises((OSError, ValueError), match=r"saved\.safetensors: .*it is no regular file"):
         write(pipe, plain, batches)
     assert pipe.is_fifo()
     assert [*tmp_path.iterdir()] == [pipe]
@@ -391,7 +391,7 @@ def test_what_is_no_regular_file_is_neither_replaced_nor_waited_for(
 @every_kind
 def test_a_pipe_is_refused_and_not_waited_for(kind, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(kind.error, match="pipe: it is no regular file"):
+    with pytest.raises(kind.error, match="pipe: cannot be read; it is no regular file"):
         kind.load(tmp_path / "pipe")
 
 

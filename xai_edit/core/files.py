@@ -30,11 +30,12 @@ def require_folder(path: str | Path) -> Path:
 
     FileNotFoundError without its folder, OSError for what is no regular file, such as a device.
     """
-    path = Path(os.path.realpath(path))
+    given, path = Path(path), Path(os.path.realpath(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {str(path.parent)!r} does not exist")
+        folder = path.parent if given.is_symlink() else given.parent
+        raise FileNotFoundError(f"{given}: the folder {str(folder)!r} does not exist")
     if path.exists() and not path.is_file():
-        raise OSError(f"{path}: it is no regular file, and would be replaced; give another name")
+        raise OSError(f"{given}: it is no regular file, and would be replaced; give another name")
     return path
 
 
@@ -120,7 +121,7 @@ def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], st
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not Path(path).is_file():  # a pipe would be waited for
-        raise ValueError(f"{path}: it is no regular file; give the name of one")
+        raise ValueError(f"{path}: cannot be read; it is no regular file")
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(kind)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from xai_edit.core.checks import finite
+from xai_edit.core.errors import out_of_memory
 from xai_edit.core.wrapped import run_eagerly
 
 _REGISTRIES = (dict, set, list)  # attributes of a module whose content is restored too
@@ -141,6 +142,8 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         return deepcopy(model)
     except (RuntimeError, TypeError) as problem:
+        if out_of_memory(problem):
+            raise
         raise ValueError(
             f"model: it cannot be copied ({problem}), and this works on a copy; take off what "
             "computes its weights, such as weight_norm"
