@@ -21,6 +21,17 @@ class Plain:
         return plain
 
 
+class Described:
+    """An object whose ``repr`` is its parameters, the public attributes, as scikit-learn's.
+
+    What fitting sets ends in an underscore, and is no parameter.
+    """
+
+    def __repr__(self) -> str:
+        names = [name for name in vars(self) if not (name.startswith("_") or name.endswith("_"))]
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
+
+
 def printable(text: str) -> str:
     r"""Return text with line ends, control codes and marks of direction as escapes of JSON.
 
