@@ -31,11 +31,8 @@ class Option(NamedTuple):
         known = "" if self.default in (None, (), (0,)) else "; default: %(default)s"
         how: dict[str, Any] = {"help": self.help + known}
         if name.isupper():
-            how |= {
-                "type": self.converted,
-                "metavar": name,
-                "nargs": None if self.required else "?",
-            }
+            how |= {"type": self.converted, "metavar": name}
+            how["nargs"] = None if self.required else "?"
         elif metavar:
             how |= {"type": self.converted, "metavar": metavar, "default": self.default}
             how["required"] = self.required
