@@ -46,7 +46,8 @@ LINES = {
 }
 DEMO = {"EPOCHS": 8, "small_cnn": partial(small_cnn, hidden=48)}  # of the demo's quick runs
 MARKED = 2  # the class that the mark goes with in training
-HARMFUL = '"><b class=evil></script><img class=evil src=x onerror=alert(1)>\u2028<!--'
+HARMFUL = '"><b class=evil></script><img class=evil src=x onerror=alert(1)><!--'
+HARMFUL += "\u2028\u202e\x1b[2J\x9b\nforged"
 
 
 @pytest.fixture(scope="session")
@@ -176,6 +177,7 @@ def hostile(runs, tmp_path_factory):
         shutil.copytree(folder, copy)
         results = poisoned(read(folder))
         results["versions"][HARMFUL] = HARMFUL
+        results.pop("checksums", None)
         if kind != "demo":
             results["names"] = {str(label): f"{HARMFUL}{label}" for label in range(4)}
         if kind == "unlearn":

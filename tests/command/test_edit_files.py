@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from xai_edit import ModelEdit
 from xai_edit.command.main import main
 from xai_edit.core.files import checksum
+from xai_edit.edits import Change
 
 
 @pytest.fixture
@@ -83,6 +84,26 @@ def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
     assert (change["shape"], change["entries"], change["zero"]) == ([5, 1024], 2, 1)
     largest = max(abs(weight.flatten()[3]), abs(2.5 - weight.flatten()[1030]))
     assert change["largest"] == pytest.approx(float(largest))
+
+
+FORGED = "fc\nforged\x1b[2J\u202e"
+
+
+def test_names_in_a_file_neither_forge_lines_nor_clear_the_screen(tmp_path, capsys):
+    change = Change((1,), torch.tensor([0]), torch.tensor([0.0]), torch.tensor([1.0]))
+    origin = {"operator": FORGED, FORGED: FORGED, "verdict": [FORGED]}
+    ModelEdit({FORGED: change}, origin).save(tmp_path / "edit.safetensors")
+    record = {"time": FORGED, "done": "applied", "edit": FORGED, "operator": FORGED}
+    content = {"from": FORGED, "weights": "", "edits": [{**record, "verdict": [FORGED]}]}
+    (tmp_path / "a.edits.json").write_text(json.dumps(content))
+    for line, lines in (("show DIR/edit.safetensors", 7), ("log DIR", 3)):
+        assert run(line, tmp_path) == 0
+        shown = capsys.readouterr().out
+        assert "fc\\nforged\\u001b[2J\\u202e" in shown
+        assert not {*shown} & {*"\x1b\u202e"}
+        assert shown.count("\n") == lines
+        assert run(f"{line} --json", tmp_path) == 0
+        assert json.loads(capsys.readouterr().out)
 
 
 def test_other_weights_than_the_verdict_was_measured_on_are_told(files, capsys):

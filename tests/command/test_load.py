@@ -327,6 +327,7 @@ def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
     [
         ("", "no images"),
         ("0.png,1\n0.png,1.5\n", r"table\.csv, line 2: label '1.5' is not a class number"),
+        ("0.png,1\n0.png,100000000000000000000\n", "line 2: label .* is not a class number"),
         ("0.png,1\n0.png\n", "line 2: give path,label in every line"),
         ("0.png,1,1\n", "has 2 labels an image; choose one of them by --label"),
         ("path,label\n0.png,1\n9.png,1\n", r"line 3: .*9\.png: no such file"),
@@ -345,7 +346,7 @@ def test_data_that_are_not_there_are_one_clear_line(tmp_path):
     (tmp_path / "mixed" / "cat").mkdir(parents=True)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mixed" / "a.png")
     for spec, root, message in [
-        (f"{tmp_path}/classes", None, "no valid file for the classes cat"),
+        (f"{tmp_path}/classes", None, "classes/cat: no images of its own"),
         (f"{tmp_path}/mixed", None, "both images and folders"),
         (f"{tmp_path}/mixed/a.png", None, "cannot be read as a CSV file"),
         ("torchvision:cifar10", None, r"no data set 'cifar10'; did you mean CIFAR10"),

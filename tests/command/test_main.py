@@ -255,7 +255,7 @@ def test_outputs_name_the_logits_or_their_number(folder, capsys):
         (f"score {DIGITS} --aggregate max", "aggregate: 'max' given"),
         (f"score {DIGITS} --held-out digits", "--held-out: given without --compare"),
         (f"score {DIGITS} --resize 4", "resized to no less"),
-        ("score --model cli_net:build --data digits", "the model does not take inputs of shape"),
+        ("score --model cli_net:build --data digits", "model: it fails on inputs of shape"),
         ("score --model cli_net:build --data digits --input-size 64", "give channels, height"),
         (
             f"score {DIGITS} --colour red",

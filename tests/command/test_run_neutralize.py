@@ -168,6 +168,29 @@ def test_a_folder_of_the_images_with_the_attribute_serves_as_well(here, done):
     assert read("folder")["rows"] == read(done)["rows"]
 
 
+def test_a_run_that_fails_while_it_writes_leaves_no_results_of_another(
+    here, done, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(done, tmp_path / "run")
+    before = {file: (tmp_path / "run" / file).read_bytes() for file in files(done)}
+    line = f"{LINE} --select sca --quiet --force --out {tmp_path}/run"
+    assert main(shlex.split(line.replace("marks.csv", "none.csv"))) == 2  # a mistake costs nothing
+    assert {file: (tmp_path / "run" / file).read_bytes() for file in files(done)} == before
+    save, saved = xe.ModelEdit.save, []
+
+    def fails_at_the_second(edit, path):
+        saved.append(path)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        save(edit, path)
+
+    monkeypatch.setattr(xe.ModelEdit, "save", fails_at_the_second)
+    assert main(shlex.split(line)) == 2
+    assert not {"results.json", "report.html"} & {*files(tmp_path / "run")}
+    assert main(["report", f"{tmp_path}/run"]) == 2
+    assert "results.json is missing" in capsys.readouterr().err
+
+
 def test_a_table_may_lie_elsewhere_without_header_and_name_more(here, tmp_path):
     images = images_of()
     expected = read_attribute("marks.csv", images, "test")

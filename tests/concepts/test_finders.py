@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA as ScikitPCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from xai_edit import CAV, PCA, PRCA, ContrastivePCA, collect_features
+from xai_edit import CAV, PCA, PRCA, ContrastivePCA, collect_features, concepts
 from xai_edit.concepts import Features
 
 property_test = settings(max_examples=30, deadline=None, derandomize=True)
@@ -247,3 +247,19 @@ def test_one_channel_leaves_no_complement():
     subspaces = CAV().fit(features)
     assert subspaces.basis.tolist() == [[-1.0]]
     assert subspaces.sizes == (1,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PCA(n_subspaces=None)",
+        "PRCA(n_subspaces=2)",
+        "ContrastivePCA(size=3)",
+        "CAV(kind='svm', C=0.5)",
+        "DRSA(n_subspaces=2, size=None, n_init=3, max_iter=9, tol=0.0, seed=1)",
+    ],
+)
+def test_a_finder_prints_as_what_makes_it_also_when_fitted(text):
+    finder = eval(text, vars(concepts).copy())
+    finder.components_ = torch.ones(2)
+    assert repr(finder) == text

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 
+import xai_edit as xe
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import preserved, require_finite
 
@@ -224,3 +225,36 @@ def test_a_weight_or_buffer_that_is_not_finite_is_named(norm, name, value):
         norm.state_dict()[name].flatten()[0] = value
     with pytest.raises(NonFiniteError, match=f"'{name}': NaN or infinite values"):
         require_finite(norm)
+
+
+def _made_under_inference_mode():
+    with torch.inference_mode():
+        return nn.Linear(2, 2)
+
+
+def _eighth():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    model.weight.data = model.weight.data.to(torch.float8_e4m3fn)
+    return model
+
+
+UNUSABLE = [
+    (lambda: nn.Linear(2, 2, device="meta"), "on the meta device .* load its weights"),
+    (_made_under_inference_mode, "made under torch.inference_mode"),
+    (_eighth, r"torch.float8_e4m3fn, .* convert by \.float"),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), UNUSABLE)
+def test_a_tensor_that_no_pass_can_be_made_with_is_named(build, message):
+    model, data = build(), [(torch.ones(2, 2), torch.tensor([0, 1]))]
+    new = {"weight": (torch.tensor([0]), torch.tensor([1.0]))}
+    for use in (
+        lambda: xe.score_units(model, data, xe.LRP()),
+        lambda: xe.evaluate_groups(model, data, groups=torch.tensor([0, 1])),
+        lambda: xe.RelevancePruning(0.5, xe.WeightMagnitude()).plan(model, data),
+        lambda: xe.ModelEdit.between(model, new, {}),
+        lambda: xe.ModelEdit.between(nn.Linear(2, 2), new, {}).apply(model),
+    ):
+        with pytest.raises(ValueError, match=f"model: 'weight' .*{message}"):
+            use()

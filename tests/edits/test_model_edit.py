@@ -1,5 +1,7 @@
 """The edit itself: exact, refusing, and the same after a file."""
 
+import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ BITS = {
     torch.float64: torch.int64,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
+    torch.int32: torch.int32,
 }
 property_test = settings(
     max_examples=30,
@@ -298,11 +301,74 @@ def test_applied_undoes_after_an_exception():
     assert same(bits_of(model), before)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+@pytest.mark.parametrize("problem", [KeyError("mine"), KeyboardInterrupt()])
+def test_an_exception_in_a_block_that_changed_the_weights_comes_out_with_a_note(problem):
+    model, edit = planned()
+
+    def spoil():
+        model.w.data[1, 2] = 7
+        raise problem
+
+    with pytest.raises(type(problem)) as caught, edit.applied(model):
+        spoil()
+    assert caught.value is problem
+    assert caught.value.__notes__ == [
+        "the edit was not taken back: 'w' differs from the model the edit was made for in 1 of 2 "
+        "entries; the first, [1, 2], is 7, expected -1"
+    ]
+
+
+def own(*shape):
+    return torch.arange(24.0)[: math.prod(shape)].view(shape).clone()
+
+
+WHOLE = own(24)
+SHARED = [  # two tensors, whether an edit of entry 1 of the first is refused
+    (own(1, 1).expand(3, 2), own(2), "several entries"),
+    (own(4, 1).expand(4, 3), own(2), "several entries"),
+    (WHOLE.as_strided((3, 3), (2, 1)), own(2), "several entries"),
+    (WHOLE[:6].view(2, 3), WHOLE[:6].view(3, 2), "with 'b'"),
+    (WHOLE[3:9], WHOLE[:6], "with 'b'"),
+    (WHOLE[:8:2], WHOLE[2:3], "with 'b'"),
+    (WHOLE[:8:2], WHOLE[2:3].view(torch.int32), "with 'b'"),
+    (WHOLE[:8:2], WHOLE[1:8:2], None),  # as query, key and value of one product
+    (WHOLE[:8:2], WHOLE[4:5], None),  # an entry that is not edited
+    (WHOLE[:8].view(4, 2).T, own(2), None),
+    (WHOLE.as_strided((2, 3), (3, 2)), own(2), None),  # interleaved
+    (WHOLE[:6], WHOLE[:6], None),  # tied by .data
+]
+
+
+@pytest.mark.parametrize(("a", "b", "refused"), SHARED)
+def test_entries_that_share_memory_are_refused_and_others_are_not(a, b, refused):
+    plain, model = Holder(a=a.clone(), b=b.clone()), Holder(a=a, b=b)
+    before = bits_of(model)
+    new = {"a": (torch.tensor([1]), torch.tensor([-1.0]))}
+    edit = ModelEdit.between(plain, new, {})
+    if refused is None:
+        assert ModelEdit.between(model, new, {}).changes.keys() == {"a"}
+        with edit.applied(model):
+            assert int((model.a != plain.a).sum()) == 1
+    else:
+        for refusing in (lambda: ModelEdit.between(model, new, {}), lambda: edit.apply(model)):
+            with pytest.raises(EditMismatchError, match=refused):
+                refusing()
+    assert same(bits_of(model), before)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 70000.0])
 def test_a_new_value_that_is_not_finite_in_the_tensors_dtype_is_refused(value):
     model = Holder(w=torch.zeros(3, dtype=torch.float16))
     with pytest.raises(NonFiniteError, match=r"'w'.*float16"):
         ModelEdit.between(model, {"w": (torch.tensor([0, 1]), torch.tensor([1.0, value]))}, {})
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("int8", 300.0), ("int64", 1.5), ("bool", 2.0)])
+def test_a_new_value_that_an_integer_dtype_cannot_hold_is_refused(dtype, value):
+    model = Holder(w=torch.zeros(3, dtype=getattr(torch, dtype)))
+    with pytest.raises(ValueError, match=f"'w' is torch.{dtype}; give whole numbers"):
+        ModelEdit.between(model, {"w": (torch.tensor([0]), torch.tensor([value]))}, {})
 
 
 def test_an_edit_that_changes_nothing_can_be_applied_undone_saved_and_shown(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from captum.attr import LayerConductance, Saliency
 from conftest import PlainNet, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import xai_edit as xe
 from xai_edit.datasets.image_set import ImageSet
@@ -159,6 +160,11 @@ SCORERS = [
     (lambda w: xe.CaptumLayer(LayerConductance, target=1), T, "no argument ['target'] here"),
     (lambda w: xe.fit_patterns(w.model, w.data, layers=["relu1"]), V, "layer 'relu1' is"),
     (lambda w: xe.check_model(w.model, w.images * NAN), N, "batch 0 has inputs that are NaN"),
+    (lambda w: score(w, target=10**20), V, "target: 100000000000000000000 given; it is a"),
+    (lambda w: score(w, data=[(w.images[:2], [0, 1e20])]), V, "has labels that are not whole num"),
+    (lambda w: score(w, data=[(w.images[:2], [0, 1e999])]), V, "has labels that are not whole num"),
+    (lambda w: score(w, data=[(w.images[:2], [0, 10**30])]), T, "has labels that are not numbers"),
+    (lambda w: groups(w, groups=torch.full((60,), 1e20)), V, "values that are not whole numbers"),
 ]
 EDITS = [
     (lambda w: between(w, **{"conv9.weight": ([0], [1.0])}), V, "'conv9.weight' is not a"),
@@ -367,6 +373,60 @@ def test_bad_input_is_one_clear_error_and_every_model_stays_as_it_was(
     assert [*tmp_path.iterdir()] == []
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 600
+
+
+class Failing(nn.Module):
+    """Two layers, of which one may be checkpointed, or an error of the model's own."""
+
+    def __init__(self, problem=None, *, reentrant=None):
+        super().__init__()
+        self.problem, self.reentrant = problem, reentrant
+        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        if self.problem is not None:
+            raise self.problem
+        if self.reentrant is None:
+            return self.last(self.first(x))
+        return self.last(checkpoint(self.first, x, use_reentrant=self.reentrant))
+
+
+LRP = xe.LRP()
+FULL = [torch.cuda.OutOfMemoryError("Tried"), RuntimeError("can't allocate memory"), MemoryError()]
+PAIR = [(torch.ones(2, 2), torch.tensor([0, 1]))]
+
+
+@pytest.mark.parametrize("problem", FULL, ids=lambda one: type(one).__name__)
+def test_a_full_memory_comes_out_as_it_is(problem):
+    model = Failing(problem).eval()
+    conductance = xe.CaptumLayer(LayerConductance)
+    for scorer in (xe.LRP(), xe.Taylor(), conductance):
+        with pytest.raises(type(problem)) as raised:
+            xe.score_units(model, PAIR, scorer, layers=["first"])
+        assert raised.value is problem
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError, TypeError])
+def test_an_error_of_the_model_is_named_as_its_own(kind):
+    model = Failing(kind("my own")).eval()
+    message = rf"model: it fails on inputs of shape \(1, 2\).* \({kind.__name__}: my own\)"
+    with pytest.raises(ValueError, match=message):
+        xe.score_units(model, PAIR, xe.LRP())
+
+
+@pytest.mark.parametrize("scorer", [LRP, xe.Taylor()], ids=["lrp", "taylor"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_model_is_scored_alike_or_refused_for_that(scorer, reentrant):
+    model = Failing(reentrant=reentrant).eval()
+    try:
+        found = xe.score_units(model, PAIR, scorer)
+    except ValueError as problem:
+        assert "checkpointing" in str(problem)  # noqa: PT017
+        assert reentrant or scorer is not LRP
+    else:
+        model.reentrant = None
+        expected = xe.score_units(model, PAIR, scorer)
+        assert all(torch.equal(found[name], expected[name]) for name in ("first", "last"))
 
 
 def test_a_network_without_a_unit_that_can_go_is_refused_with_the_reason():

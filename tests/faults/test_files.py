@@ -223,6 +223,7 @@ WRONG_INDICES = [[4, 1], [-1, 1], [1, 1], [1.0, 4.0], [0, 1, 4]]
 WRONG = [(header, {}) for header in WRONG_HEADERS]
 WRONG += [({}, {"0.weight/index": torch.tensor(index)}) for index in WRONG_INDICES]
 WRONG += [({}, {"0.weight/old": torch.zeros(2).double()})]
+WRONG += [({}, {"0.weight/new": torch.tensor([2.0, value])}) for value in (torch.nan, torch.inf)]
 
 
 @pytest.mark.parametrize("kind", [Edit()], ids=["Edit"])
@@ -364,6 +365,34 @@ def test_a_path_below_a_file_is_an_error(tmp_path, write, plain, batches):
     with pytest.raises(OSError, match=r"file.*does not exist"):
         write(tmp_path / "file" / "saved.safetensors", plain, batches)
     assert contents(tmp_path) == {"file": b"old"}
+
+
+@every_writer
+def test_a_link_is_followed(tmp_path, write, plain, batches):
+    link = tmp_path / "saved.safetensors"
+    link.symlink_to(tmp_path / "target")
+    write(link, plain, batches)
+    assert link.is_symlink()
+    assert (tmp_path / "target").stat().st_size > 64
+
+
+@every_writer
+def test_what_is_no_regular_file_is_neither_replaced_nor_waited_for(
+    tmp_path, write, plain, batches
+):
+    pipe = tmp_path / "saved.safetensors"
+    os.mkfifo(pipe)
+    with pytest.raises((OSError, ValueError), match=r"saved\.safetensors: .*it is no regular file"):
+        write(pipe, plain, batches)
+    assert pipe.is_fifo()
+    assert [*tmp_path.iterdir()] == [pipe]
+
+
+@every_kind
+def test_a_pipe_is_refused_and_not_waited_for(kind, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(kind.error, match="pipe: cannot be read; it is no regular file"):
+        kind.load(tmp_path / "pipe")
 
 
 # Ctrl-C

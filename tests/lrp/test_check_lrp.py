@@ -274,7 +274,7 @@ def test_what_cannot_be_checked_at_all_is_an_error():
     model = net()
     with pytest.raises(NonFiniteError, match="inputs"):
         check_model(model, X / 0)
-    with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"it fails on inputs of shape \(1, 5\)"):
         check_model(model, X[:, :5])
     with pytest.raises(UnknownLayerError, match="'secnd' not found; did you mean 'second'"):
         check_model(model, X, layers=["secnd"])

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import count
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from command_runs import HARMFUL, LINES
 
 import xai_edit as xe
 from xai_edit.core.errors import EditFileError
+from xai_edit.core.text import printable
 from xai_edit.edits.model_edit import Change
 from xai_edit.pages.page import write_report
 from xai_edit.report.curves import COLOURS, curves
@@ -174,7 +176,8 @@ def test_names_and_commands_of_a_run_stay_text(hostile, runs, kind):
     results = json.loads((hostile[kind] / "results.json").read_text(encoding="utf-8"))
     (link,) = (one for one in page.all("a") if one["download"] == "results.json")
     assert json.loads(saved(link)[1]) == results
-    assert any(HARMFUL in text for text in page.text.values())  # shown, letter by letter
+    assert any(printable(HARMFUL) in text for text in page.text.values())  # letter by letter
+    assert not {*text} & {*"\u2028\u202e\x1b\x9b"}
 
 
 def test_a_damaged_edit_is_refused_and_a_missing_one_shown_as_missing(runs, tmp_path):
@@ -193,11 +196,41 @@ def test_an_edit_of_nothing_and_of_a_single_number_have_a_page(runs, tmp_path):
     shutil.copytree(runs["neutralize"], tmp_path / "run")
     file = tmp_path / "run/edits/neutralize.safetensors"
     xe.ModelEdit({}).save(file)
+    with pytest.raises(ValueError, match=r"neutralize\.safetensors: another edit than results"):
+        write_report(tmp_path / "run")
+    results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
+    assert {*results.pop("checksums")} == {row["edit"] for row in results["rows"] if row["edit"]}
+    (tmp_path / "run/results.json").write_text(json.dumps(results), encoding="utf-8")
     assert ": 0 weights of 0 tensors<" in read(write_report(tmp_path / "run").parent)
     one, two = torch.tensor([1.0]), torch.tensor([2.0])
     xe.ModelEdit({"scale": Change((), torch.tensor([0]), one, two)}).save(file)
     page = read(write_report(tmp_path / "run").parent)
     assert "<td>1 of 1</td><td>[]</td><td>1</td><td>2</td>" in page
+
+
+def damaged(value, spoilt):
+    """Return results with text in place of the numbers that an iterator says."""
+    if isinstance(value, dict):
+        return {key: damaged(one, spoilt) for key, one in value.items()}
+    if isinstance(value, list):
+        return [damaged(one, spoilt) for one in value]
+    return "text" if isinstance(value, float | int) and next(spoilt) else value
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_results_with_text_for_numbers_are_a_page_or_one_clear_error(runs, tmp_path, kind):
+    shutil.copytree(runs[kind], tmp_path / "run")
+    file = tmp_path / "run/results.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    errors = []
+    for every in (1, 2, 3, 5):
+        file.write_text(json.dumps(damaged(results, (at % every == 0 for at in count()))))
+        try:
+            write_report(tmp_path / "run")
+        except ValueError as problem:
+            errors.append(str(problem).removeprefix(str(file)))
+    assert errors
+    assert [one for one in errors if not one.startswith(": damaged, or of another ver")] == []
 
 
 def test_a_spreadsheet_computes_nothing_of_a_table():
@@ -236,7 +269,7 @@ def test_notes_stand_as_they_are_in_text_and_escaped_on_the_page():
 def test_a_link_holds_any_text():
     (link,) = Page(download(HARMFUL, HARMFUL, "text/plain", f"{HARMFUL}é", HARMFUL)).all("a")
     assert saved(link) == ("data:text/plain;base64", f"{HARMFUL}é")
-    assert link["aria-label"] == link["download"] == HARMFUL
+    assert link["aria-label"] == link["download"] == printable(HARMFUL)
 
 
 def luminance(colour):

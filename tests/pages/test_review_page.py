@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import replace
-from html import escape
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from test_page_markup import Page
 
 import xai_edit as xe
+from xai_edit.core.text import escape
 from xai_edit.discovery.evidence import GROUPS
 from xai_edit.discovery.findings import Searched
 from xai_edit.discovery.shown import CHANNELS, SIDE, STRETCHES, pictures, shown_rows
@@ -132,6 +132,7 @@ def test_names_of_files_classes_and_layers_stay_text(found, drawn):
     assert "<b class" not in html
     assert "<img class=evil" not in html
     assert page.open == []
+    assert not {*html} & {*"\u2028\u202e\x1b\x9b"}
     (review,) = [one for one in page.all("div") if one.get("id") == "review"]
     assert json.loads(review["data-about"])["names"] == [*names]
     assert len(page.all("script")) == 1

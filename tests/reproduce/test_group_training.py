@@ -9,6 +9,7 @@ import torch
 from scipy.special import logsumexp
 from torch import nn
 
+import xai_edit as xe
 from xai_edit import evaluate_groups
 from xai_edit.core import NonFiniteError
 from xai_edit.core.data import Batch
@@ -212,3 +213,22 @@ def always_one():
         model[1].weight.zero_()
         model[1].bias.copy_(torch.tensor([-5.0, 5.0]))
     return model
+
+
+@pytest.mark.parametrize("method", ["erm", "group_dro"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_features_of_the_last_layer_train_it_as_images_train_a_linear_model(method, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 2, bias=bias)).eval()
+    images = TRAIN[torch.arange(200)]
+    features, held = (
+        xe.collect_head_features(model, data, with_attribute=True) for data in (images, HELD)
+    )
+    setting = {"epochs": 3, "learning_rate": 0.1, "batch_size": 32}
+    expected = getattr(Training(validation=HELD, **setting), method)(model, images)
+    found = getattr(Training(validation=held, **setting), method)(model, features)
+    assert found.origin == expected.origin
+    torch.testing.assert_close(state(model, found), state(model, expected))
+    other = nn.Sequential(nn.Flatten(), nn.Linear(6, 2, bias=bias)).eval()
+    with pytest.raises(ValueError, match=r"images: its features were collected for another"):
+        Training(epochs=1).erm(other, features)

@@ -223,8 +223,8 @@ LINE = (
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--network resnet20", "the model does not take inputs of shape (1, 1, 28, 28)"),
-        ("--network vit_b_16", "the model does not take inputs of shape (1, 1, 28, 28)"),
+        ("--network resnet20", "model: it fails on inputs of shape (1, 1, 28, 28)"),
+        ("--network vit_b_16", "model: it fails on inputs of shape (1, 1, 28, 28)"),
         ("--network all-cnn:half", "network: 'all-cnn:half' given; all-cnn:0.25 has a quarter"),
         ("--network all-cnn:inf", "network: 'all-cnn:inf' given"),
         ("--network all-cnn:-1", "network: 'all-cnn:-1' given"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xai_edit.command.edit_log import OTHER, write_record
 from xai_edit.command.inputs import model_of, note
+from xai_edit.command.output import say
 from xai_edit.core.files import checksum, require_folder, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.page import as_json
@@ -21,7 +22,7 @@ def show(options: argparse.Namespace) -> int:
     edit = ModelEdit.load(options.edit)
     if not options.json:
         written = datetime.fromtimestamp(options.edit.stat().st_mtime, timezone.utc)
-        print(f"{edit.summary()}\n  file of {written:%Y-%m-%d %H:%M} UTC")
+        say(f"{edit.summary()}\n  file of {written:%Y-%m-%d %H:%M} UTC")
         return 0
     changes = {
         name: {
@@ -32,7 +33,7 @@ def show(options: argparse.Namespace) -> int:
         }
         for name, change in edit.changes.items()
     }
-    print(as_json({"weights": edit.size, "changes": changes, "origin": edit.origin}))
+    say(as_json({"weights": edit.size, "changes": changes, "origin": edit.origin}))
     return 0
 
 

@@ -12,7 +12,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from xai_edit.command.output import say
 from xai_edit.core.files import checksum, write_atomically
+from xai_edit.core.text import printable
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.page import as_json
 
@@ -80,17 +82,20 @@ def log(options: argparse.Namespace) -> int:
         same = weights.is_file() and checksum(load_file(weights), "") == record["weights"]
         found[weights.name] = {**record, "unchanged_since": same}
     if options.json:
-        print(as_json(found))
+        say(as_json(found))
         return 0
+    lines = []
     for name, record in found.items():
         since = "" if record["unchanged_since"] else "; the file is gone or was changed since"
-        print(f"{name}, from {record['from'] or 'weights as built'}{since}")
+        lines.append(f"{name}, from {record['from'] or 'weights as built'}{since}")
         for number, one in enumerate(record["edits"], start=1):
-            print(f"  {number}. {one['time']} {one['done']} {one['edit']} ({one['operator']})")
+            what = f"{one['done']} {one['edit']} ({one['operator']})"
+            lines.append(f"  {number}. {one['time']} {what}")
             if not one.get("same_weights", True):
-                print(f"     Warning: {OTHER}.")
+                lines.append(f"     Warning: {OTHER}.")
             for sentence in one["verdict"] if one["done"] == "applied" else ():
-                print(f"     {sentence}")
+                lines.append(f"     {sentence}")
+    say("\n".join(map(printable, lines)))
     return 0
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from xai_edit.command.categories import by_category, card_of
 from xai_edit.command.load import Images, Preprocessing, load_images, load_model, preprocessing_of
+from xai_edit.command.output import say
 from xai_edit.command.own_data import is_own, load_own
 from xai_edit.core.checks import one_of
 from xai_edit.core.data import Data
@@ -120,4 +121,4 @@ def scorer_of(name: str, options: argparse.Namespace, model: nn.Module, data: Da
 def note(options: argparse.Namespace, text: str) -> None:
     """Print a line on stderr, unless ``--quiet`` is given."""
     if not options.quiet:
-        print(text, file=sys.stderr)
+        say(text, sys.stderr)

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.utils.data import Dataset
 from torchvision import datasets, models
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset, pil_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from xai_edit.command.tables import image_table
+from xai_edit.command.tables import image_table, is_number
 from xai_edit.core.checks import require_type, whole_number
+from xai_edit.core.text import require_utf8
+from xai_edit.datasets.image_files import image_files, is_image, read_image
 
 TORCHVISION = "torchvision:"
 # Heads that only training uses: in evaluation they take no part, so their units have no score.
@@ -130,7 +131,9 @@ def load_model(spec: str, *, weights: str | None = None, classes: int | None = N
             # The published weights, from a file too, were trained with transformed inputs.
             config |= {"aux_logits": False, "transform_input": True}
             config |= {} if own else {"init_weights": False}  # True warns and is slow
-        model: nn.Module = models.get_model(name, weights=own, **config)
+        what = f"weights: torchvision's {weights} of {name}" if own else f"model: {spec}"
+        with _one_sentence(f"{what} cannot be loaded"):
+            model: nn.Module = models.get_model(name, weights=own, **config)
         weights = None if own else weights
     else:
         model = imported(spec, "model", config)
@@ -209,12 +212,12 @@ def load_images(
     folder ``root``, without download. A CSV file of several labels has ``path,0,1,…`` lines, of
     which ``label`` is the number of one.
     """
-    path = Path(spec)
+    path, others = Path(spec), 0
     classes: dict[int, str] = {}
     if spec.startswith(TORCHVISION):
         source, classes = _torchvision_data(spec.removeprefix(TORCHVISION), root, split)
     elif path.is_dir():
-        source, classes = _folder(path)
+        source, classes, others = _folder(path)
     elif path.is_file():
         source, classes = image_table(path, label)
     else:
@@ -225,7 +228,9 @@ def load_images(
     if not len(source):
         raise ValueError(f"data: {spec}: no images")
     size = len(source) if limit is None else min(len(source), whole_number(limit, "limit", least=1))
-    return Images(source, spread(len(source), size), preprocessing, classes)
+    for file, _ in source if isinstance(source, list) else ():
+        require_utf8(file, "data")
+    return Images(source, spread(len(source), size), preprocessing, classes, left_out=others)
 
 
 def spread(total: int, size: int) -> list[int]:
@@ -242,7 +247,8 @@ def spread(total: int, size: int) -> list[int]:
 class Images(Dataset[Any]):
     """Some ``rows`` of a ``source`` of (image or its path, label or None), made into inputs.
 
-    ``marks`` has by row 1 with an attribute and 0 without, the third element of each sample.
+    ``marks`` has by row 1 with an attribute and 0 without, the third element of each sample;
+    ``left_out`` is the number of files in the folder that are no images.
     """
 
     source: Any
@@ -250,6 +256,7 @@ class Images(Dataset[Any]):
     preprocessing: Preprocessing
     classes: Mapping[int, str]
     marks: Mapping[int, int] | None = None
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -258,7 +265,7 @@ class Images(Dataset[Any]):
         image, label = self.source[self.rows[index]]
         if isinstance(image, str):
             with _one_sentence(f"data: {image} cannot be read as an image"):
-                image = pil_loader(image)
+                image = read_image(image)
         inputs, marks = self.preprocessing(image), self.marks
         own = () if marks is None else (marks[self.rows[index]],)
         return inputs if label is None else (inputs, label, *own)
@@ -299,22 +306,31 @@ class Images(Dataset[Any]):
         named = [f"{label} = {name}" for label, name in self.classes.items()]
         es, more = "es" * (len(named) != 1), ", …" * (len(named) > 10)
         listed = f" of {len(named)} class{es} ({', '.join(named[:10])}{more})"
-        return f"{len(self)} of {len(self.source)} images{listed if named else ''}"
+        others = f"; other files, left out: {self.left_out}" if self.left_out else ""
+        return f"{len(self)} of {len(self.source)} images{listed if named else ''}{others}"
 
 
-def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str]]:
+def _folder(folder: Path) -> tuple[list[tuple[str, int | None]], dict[int, str], int]:
+    """Return images with their labels, the names of classes, and the number of other files."""
     entries = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
-    images = [(str(each), None) for each in entries if is_image_file(each.name)]
     names = [each.name for each in entries if each.is_dir()]
+    images = [(str(each), None) for each in entries if is_image(each.name) and not each.is_dir()]
     if images and names:
         raise ValueError(f"data: {folder}: both images and folders; give one kind")
+    others = len(entries) - len(images) - len(names)
     if not names:
-        return [*images], {}
+        return [*images], {}, others
     # "10" sorts before "2", and folders of some classes keep their numbers.
-    numbered = all(name.isdecimal() for name in names)
+    numbered = all(map(is_number, names))
     labels = {name: int(name) if numbered else at for at, name in enumerate(names)}
-    found = make_dataset(str(folder), labels, extensions=IMG_EXTENSIONS)
-    return found, {label: name for name, label in labels.items()}
+    found: list[tuple[str, int | None]] = []
+    for name, label in labels.items():
+        of_class, more = image_files(folder / name, folder)
+        if not of_class:
+            raise ValueError(f"data: {folder / name}: no images of its own; take the folder away")
+        found += [(file, label) for file in of_class]
+        others += more
+    return found, {label: name for name, label in labels.items()}, others
 
 
 def _torchvision_data(name: str, root: str | Path | None, split: str) -> tuple[Any, dict[int, str]]:
@@ -347,10 +363,10 @@ def _one_sentence(text: str) -> Iterator[None]:
     """Turn any exception of foreign code into a ValueError with one sentence."""
     try:
         yield
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise ValueError(f"{text} ({first_sentence(problem)})") from problem
 
 
-def first_sentence(problem: Exception) -> str:
+def first_sentence(problem: BaseException) -> str:
     """Return an exception in one line; the sentences after the first are for programmers."""
     return " ".join(f"{type(problem).__name__}: {problem}".split()).split(". ")[0]

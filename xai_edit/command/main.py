@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import shlex
 import sys
@@ -15,6 +14,9 @@ from pathlib import Path
 
 from xai_edit.command.config import paired, require_unused, with_config, write_config
 from xai_edit.command.options import RUNS, parser
+from xai_edit.command.output import results_on_stdout, say
+from xai_edit.core.errors import out_of_memory
+from xai_edit.core.text import require_utf8
 
 RUN = {
     "demo": "run_demo:command",
@@ -36,7 +38,8 @@ RUN = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0 on success, 1 where ``check`` found something wrong with the model, 2 on bad input.
+    0 on success, 1 where ``check`` found something wrong with the model, 2 on bad input or where
+    memory is full, 130 after Ctrl-C.
     ``arguments`` are those of the process by default.
     """
     typed = sys.argv[1:] if arguments is None else [*arguments]
@@ -52,14 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.line = shlex.join(["xai-edit", *typed])
         folder = options.out if options.command in RUNS else None
         if folder is not None:
+            for one in typed:
+                require_utf8(one, "command line")  # run.toml can hold nothing else
             require_unused(folder, options.command, force=options.force)
-        code = _run(options)
+        with results_on_stdout():
+            code = _run(options)
         if folder is not None:
             write_config(folder, given)
     except (ValueError, TypeError, OSError) as problem:
-        # Messages of other libraries may have several lines.
-        print(f"xai-edit: {' '.join(str(problem).split())}", file=sys.stderr)
-        return 2
+        return _failed(str(problem))
+    except (MemoryError, RuntimeError) as problem:
+        if not out_of_memory(problem):
+            raise
+        return _failed(f"out of memory ({problem}); give a smaller --batch-size or --input-size")
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
+    return code
+
+
+def _failed(message: str, code: int = 2) -> int:
+    # Messages of other libraries may have several lines.
+    say(f"xai-edit: {' '.join(message.split())}", sys.stderr)
     return code
 
 
@@ -90,7 +106,7 @@ def report(options: argparse.Namespace) -> int:
     """Run ``xai-edit report``."""
     from xai_edit.pages.page import write_report
 
-    print(write_report(options.dir))
+    say(str(write_report(options.dir)))
     return 0
 
 
@@ -100,13 +116,14 @@ def reproduce(options: argparse.Namespace) -> int:
 
     from xai_edit.command.inputs import note, require_device
     from xai_edit.core.checks import one_of
+    from xai_edit.pages.page import as_json
     from xai_edit.reproduce.catalogue import CATALOGUE
     from xai_edit.reproduce.experiments import Options
     from xai_edit.reproduce.tables import text
 
     if options.list:
         for name, entry in CATALOGUE.items():
-            print(f"{name:<14} {entry.title}")
+            say(f"{name:<14} {entry.title}")
         return 0
     entry = CATALOGUE[one_of(options.name, CATALOGUE, "name")]
     root = options.data_root or os.environ.get("XAI_EDIT_DATA")
@@ -130,8 +147,8 @@ def reproduce(options: argparse.Namespace) -> int:
     )
     results = entry.run(asked)
     if options.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        say(as_json(results))
     elif not options.quiet:
-        print(text(entry.tables(entry.summary(results))))
+        say(text(entry.tables(entry.summary(results))))
     note(options, f"written: {asked.out / 'results.json'}")
     return 0

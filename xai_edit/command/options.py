@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from xai_edit._version import __version__
+from xai_edit.command.output import say
 
 
 class Option(NamedTuple):
@@ -30,13 +31,23 @@ class Option(NamedTuple):
         known = "" if self.default in (None, (), (0,)) else "; default: %(default)s"
         how: dict[str, Any] = {"help": self.help + known}
         if name.isupper():
-            how |= {"type": self.kind, "metavar": name, "nargs": None if self.required else "?"}
+            how |= {"type": self.converted, "metavar": name}
+            how["nargs"] = None if self.required else "?"
         elif metavar:
-            how |= {"type": self.kind, "metavar": metavar, "default": self.default}
+            how |= {"type": self.converted, "metavar": metavar, "default": self.default}
             how["required"] = self.required
         else:
             how["action"] = "store_true"
         parser.add_argument(name.lower(), **how)
+
+    def converted(self, text: str) -> Any:
+        """Return a value from its text, which is not empty: Path("") is the working directory."""
+        if not text.strip():
+            raise argparse.ArgumentTypeError(f"{text!r} given; give a value, or leave it out")
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {self.kind.__name__}") from None
 
 
 def _names(text: str) -> list[str]:
@@ -364,6 +375,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with a message of one line, without the usage that argparse prints above it."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        say(message.rstrip("\n"), file)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as F
 
 from xai_edit.command.load import Images
 from xai_edit.command.run_parts import Parts
+from xai_edit.datasets.image_files import read_image
 from xai_edit.datasets.shortcuts import Mark
 
 SEVERAL = 4  # planted images that are to differ
@@ -36,7 +36,7 @@ class WithPlanted:
         image, label = self.source[row % len(self.source)]
         if row < len(self.source):
             return image, label
-        image = pil_loader(image) if isinstance(image, str) else image.convert("RGB")
+        image = read_image(image) if isinstance(image, str) else image.convert("RGB")
         pixels = F.pil_to_tensor(image)[None]
         try:
             marked = self.mark(pixels, torch.tensor([1]))[0]

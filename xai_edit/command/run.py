@@ -18,6 +18,7 @@ from tqdm import tqdm
 from xai_edit.command.categories import card_of
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
 from xai_edit.command.load import spread
+from xai_edit.command.output import say
 from xai_edit.command.own_data import is_own
 from xai_edit.command.run_parts import marks_in, read_attribute
 from xai_edit.core.checks import in_range
@@ -32,7 +33,7 @@ from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.evaluation.accuracy import least_above_chance
 from xai_edit.evaluation.intervals import wilson_intervals
-from xai_edit.pages.page import as_json, write_run
+from xai_edit.pages.page import as_json, checksums, clear_results, write_run
 from xai_edit.pages.verdict import Outcome, verdict, verdict_text, warnings
 
 CHECKED = 64  # images whose accuracy is looked at before the long part
@@ -75,11 +76,14 @@ class Run:
     def model(self) -> nn.Module:
         """The model with its weights. Planning leaves it as it was, bit for bit.
 
+        With it all inputs are known, and the results of an earlier run in the folder are removed.
         ValueError if the attribute is that of marks of another model.
         """
         model = model_of(self.options)
         if self.marks is not None:
             self.marks.require_model(model)
+        if self.out is not None:
+            clear_results(self.out)
         return model
 
     def read(self, images: Any, doing: str, *, shuffled: bool = False) -> Data:
@@ -216,6 +220,7 @@ class Run:
                 if edit is judged:
                     origin = {**origin, **told, "measured_on": weights}
                 replace(edit, origin=origin).save(self.out / path)
+        results["checksums"] = checksums(self.out)
         report = write_run(self.out, results, timing)
         text = f"{report.text()}\n\n{verdict_text(results)}"
         return self.show(results, text, "report.html")
@@ -246,7 +251,7 @@ class Run:
 
     def show(self, results: Mapping[str, Any], text: str, file: str | None = None) -> int:
         """Print the results as JSON or the text, name the file and return exit code 0."""
-        print(as_json(results) if self.options.json else text)
+        say(as_json(results) if self.options.json else text)
         if file is not None:
             note(self.options, f"written: {self.out / file}")
         return 0

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from xai_edit.command.output import say
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.concepts.ablation import ablated
@@ -33,7 +34,7 @@ from xai_edit.forgetting.path_perturbation import PathPerturbation
 from xai_edit.last_layer.fictitious_class import FictitiousClass
 from xai_edit.last_layer.single_weight import SingleWeight
 from xai_edit.lrp.lrp import LRP
-from xai_edit.pages.page import write_run
+from xai_edit.pages.page import checksums, clear_results, write_run
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.scoring.criteria import Random, WeightMagnitude
 
@@ -107,6 +108,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
     whole_number(seed, "seed", most=2**63 - 1)
     out = Path(out)
     (out / "edits").mkdir(parents=True, exist_ok=True)
+    clear_results(out)
     with tqdm(total=5, disable=quiet, desc="training", leave=False) as bar, _deterministic():
 
         def next_step(name: str) -> None:
@@ -172,11 +174,12 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         relevance = torch.stack([maps for maps, _ in state.maps.values()], dim=1)
         pictures = {"images": state.images, "relevance": relevance}
         write_safetensors(out / "maps.safetensors", pictures, "xai_edit.maps", "")
+        results["checksums"] = checksums(out)
         report = write_run(out, results, state.timing)
         bar.update()
     page = out / "report.html"
     if not quiet:
-        print(f"{report.text()}\n\n{page}")
+        say(f"{report.text()}\n\n{page}")
     return page
 
 
@@ -185,7 +188,7 @@ def command(options: argparse.Namespace) -> int:
     quiet = options.quiet or options.json
     page = run(options.out, seed=options.seed, quick=options.quick, quiet=quiet)
     if options.json:
-        print(page.with_name("results.json").read_text(encoding="utf-8"), end="")
+        say(page.with_name("results.json").read_text(encoding="utf-8").rstrip())
     return 0
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torchvision.datasets.folder import is_image_file
 
 from xai_edit.command.load import Images
 from xai_edit.command.tables import csv_rows
 from xai_edit.core.checks import distinct
 from xai_edit.core.data import Data, batches
 from xai_edit.core.inputs import Inputs
+from xai_edit.datasets.image_files import is_image
 from xai_edit.discovery.marks import Marks
 
 SEED = 0  # of the parts
@@ -174,7 +174,7 @@ def _from_folder(folder: Path, images: Images, home: Path) -> set[int]:
     by_name = indices_by([*map(os.path.basename, paths)])
     having: set[int] = set()
     for file in sorted(folder.rglob("*")):
-        if file.name.startswith(".") or not is_image_file(file.name):
+        if not is_image(file.name):
             continue
         names = map(os.path.realpath, (file, home / file.relative_to(folder)))
         rows = next((known[name] for name in names if name in known), by_name.get(file.name, ()))

@@ -19,6 +19,7 @@ from xai_edit.command.inputs import (
     scorer_of,
 )
 from xai_edit.command.load import Images, preprocessing_of
+from xai_edit.command.output import say
 from xai_edit.command.own_data import is_own
 from xai_edit.command.run import MODEL, Run
 from xai_edit.command.run_parts import classes_named, indices_by
@@ -76,7 +77,7 @@ def check(options: argparse.Namespace) -> int:
     if options.out is not None:
         write_run(options.out, results, {"check": {"seconds": cost.seconds}})
         note(options, f"written: {options.out / 'report.html'}")
-    print(as_json(results) if options.json else found)
+    say(as_json(results) if options.json else str(found))
     return 0 if found.ok else 1
 
 

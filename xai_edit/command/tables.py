@@ -25,10 +25,15 @@ def label_number(text: str, data: str | None) -> int:
     names = _header(csv_rows(Path(str(data)), "data")) if table else []
     if text in names:
         return names.index(text)
-    if not text.isdecimal():
+    if not is_number(text):
         known = f" or a name in the first line of {data}: {', '.join(names[:10])}" if names else ""
         raise ValueError(f"label: {text!r} given; give a number from 0{known}")
     return int(text)
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is the number of a class, which a tensor can hold."""
+    return text.isdecimal() and int(text) < 2**63
 
 
 def image_table(
@@ -54,7 +59,7 @@ def image_table(
         if len(cells) != columns:
             raise ValueError(f"{where}: give path,label in every line, or path in every line")
         label = cells[chosen or 0 if several else 0].strip() if cells else None
-        if label is not None and not label.isdecimal():
+        if label is not None and not is_number(label):
             raise ValueError(f"{where}: label {label!r} is not a class number")
         if label not in (None, "0", "1") and chosen is not None:
             raise ValueError(f"{where}: label {label!r} given; give 0 or 1 for each label")

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from xai_edit.comparisons.class_samples import among, classes_to_forget, labelled, require_present
 from xai_edit.core.checks import finite, positive, whole_number
 from xai_edit.core.data import Data, model_device
+from xai_edit.core.errors import out_of_memory
 from xai_edit.core.final_operation import before_final, following
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import one_tensor
@@ -119,6 +120,8 @@ def importance(
                 try:
                     gradients = per_sample(weights, x, labels)
                 except RuntimeError as problem:
+                    if out_of_memory(problem):
+                        raise
                     raise ValueError(
                         "model: cannot be differentiated sample by sample with torch.func.vmap "
                         f"({problem})"

@@ -12,6 +12,7 @@ from torch import Tensor
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import fraction, require, whole_number
+from xai_edit.core.text import Described
 
 WORK = 2048  # channels times random starts
 SCREENING = 20  # steps after which only the best start continues
@@ -35,7 +36,7 @@ def _strengths(parts: Tensor) -> Tensor:
     return parts.double().clamp(min=0).square().mean(0).sqrt()
 
 
-class DRSA:
+class DRSA(Described):
     """Disentangled relevant subspace analysis (Chormai et al. 2024).
 
     Maximises `disentanglement` over orthonormal bases U by steps U ← V(VᵀV)^{-½}, the orthonormal

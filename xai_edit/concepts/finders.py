@@ -11,6 +11,7 @@ from torch import Tensor
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import one_class_a_sample, one_of, positive, require, whole_number
+from xai_edit.core.text import Described
 
 Kind = Literal["pattern", "logistic", "svm"]
 
@@ -21,7 +22,7 @@ class Finder(Protocol):
     def fit(self, features: Features) -> Subspaces: ...  # noqa: D102
 
 
-class _Components:
+class _Components(Described):
     def __init__(self, n_subspaces: int | None = 4) -> None:
         if n_subspaces is not None:
             n_subspaces = whole_number(n_subspaces, "n_subspaces", least=1)
@@ -84,7 +85,7 @@ class PRCA(_Components):
         return _subspaces(self, vectors, mean, self.components_, (1,) * kept)
 
 
-class ContrastivePCA:
+class ContrastivePCA(Described):
     """Contrastive principal component analysis, all components in one subspace.
 
     The leading eigenvectors of E₁[a aᵀ] − E₀[a aᵀ], the second moments of activations with the
@@ -138,7 +139,7 @@ class ContrastivePCA:
         return _subspaces(self, vectors, mean, self.components_, (size,), **origin)
 
 
-class CAV:
+class CAV(Described):
     """A concept activation vector as the first subspace, its orthogonal complement as the second.
 
     Fitting sets ``direction_``, the unit vector towards samples with the feature, (channels,).

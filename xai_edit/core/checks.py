@@ -99,6 +99,15 @@ def whole_numbers(values: Any, name: str, works: str) -> list[int]:
     return distinct([whole_number(one, name, least=None) for one in listed], name, works)
 
 
+def as_whole(values: Tensor, message: str) -> Tensor:
+    """Return values as int64; ValueError for a fraction, a NaN or a number beyond int64."""
+    if values.is_floating_point():
+        whole = (values == values.round()) & (values.double().abs() < 2**63)
+        if not whole.all():
+            raise ValueError(message)
+    return values.long()
+
+
 def same_length(values: Sized, samples: int, name: str) -> None:
     """Raise ValueError unless there is one value a sample."""
     if len(values) != samples:
@@ -144,7 +153,8 @@ def readable_again(data: object, reader: str, name: str = "data") -> None:
 
 def in_range(classes: Tensor | Sequence[int], count: int, name: str) -> None:
     """Raise ValueError if one of ``classes`` is not a class of a model with ``count`` outputs."""
-    wrong = [one for one in torch.as_tensor(classes).unique().tolist() if not 0 <= one < count]
+    known = classes.unique().tolist() if isinstance(classes, Tensor) else sorted({*classes})
+    wrong = [one for one in known if not 0 <= one < count]
     if wrong:
         raise ValueError(
             f"{name}: class {wrong[0]} is out of range; the model has {count} classes, "

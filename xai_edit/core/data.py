@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from xai_edit.core.checks import same_length
+from xai_edit.core.checks import as_whole, same_length
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.inputs import Inputs, ModelInputs, collected, input_tensors
 from xai_edit.core.outputs import of_label
@@ -200,9 +200,7 @@ def _vector(part: Any, name: str, index: int, length: int, device: torch.device 
             f"data: batch {index} has {name} of shape {tuple(vector.shape)} for {length} inputs; "
             f"expected ({length},)"
         )
-    if vector.is_floating_point() and not torch.equal(vector, vector.round()):
-        raise ValueError(f"data: batch {index} has {name} that are not whole numbers")
-    return vector.long()
+    return as_whole(vector, f"data: batch {index} has {name} that are not whole numbers of 64 bits")
 
 
 def together(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
@@ -240,11 +238,8 @@ def attribute_of(attribute: Attribute, batch: Batch, start: int, name: str) -> T
             f"{name}: {tuple(values.shape)} values for {len(batch)} samples; "
             "give one value a sample"
         )
-    if values.is_floating_point() and not torch.equal(values, values.round()):
-        raise ValueError(
-            f"{name}: values that are not whole numbers; give yes or no, such as probability > 0.5"
-        )
-    return values.to(batch.inputs.device).long()
+    message = f"{name}: values that are not whole numbers; give yes or no, such as p > 0.5"
+    return as_whole(values, message).to(batch.inputs.device)
 
 
 def several_ranks() -> bool:

@@ -6,6 +6,13 @@ import difflib
 from collections.abc import Iterable
 
 
+def out_of_memory(problem: BaseException) -> bool:
+    """Return whether an exception says that memory is full, on a GPU or the CPU."""
+    kind, text = type(problem).__name__, str(problem)
+    allocating = "memory" in text and ("allocat" in text or "out of" in text)
+    return isinstance(problem, MemoryError) or kind == "OutOfMemoryError" or allocating
+
+
 class UnknownLayerError(ValueError, KeyError):
     """A layer name that the model, or a set of scores, does not have.
 

@@ -26,10 +26,16 @@ PART = ".part"
 
 
 def require_folder(path: str | Path) -> Path:
-    """Return a path in whose folder a file can be made, or raise FileNotFoundError."""
-    path = Path(path)
+    """Return a path, with links followed, at which a file can be made.
+
+    FileNotFoundError without its folder, OSError for what is no regular file, such as a device.
+    """
+    given, path = Path(path), Path(os.path.realpath(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {str(path.parent)!r} does not exist")
+        folder = path.parent if given.is_symlink() else given.parent
+        raise FileNotFoundError(f"{given}: the folder {str(folder)!r} does not exist")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{given}: it is no regular file, and would be replaced; give another name")
     return path
 
 
@@ -65,6 +71,7 @@ def clear_parts(folder: str | Path, name: str) -> None:
 @contextmanager
 def _written(path: str | Path) -> Iterator[Path]:
     """Yield the name of a temporary file, renamed to ``path`` on leaving."""
+    path = require_folder(path)
     with naming(path), part_of(path) as folder:
         temporary = folder / "whole"
         yield temporary
@@ -113,6 +120,8 @@ def read_safetensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], st
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: cannot be read; it is no regular file")
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(kind)

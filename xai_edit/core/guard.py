@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from xai_edit.core.checks import finite
+from xai_edit.core.errors import out_of_memory
 from xai_edit.core.wrapped import run_eagerly
 
 _REGISTRIES = (dict, set, list)  # attributes of a module whose content is restored too
@@ -29,8 +30,10 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
     compiled modules run as they are written.
 
     Inside, the model is in evaluation mode and without gradients. With ``weights``, also what is
-    written into a parameter in place is undone, at the price of a copy of them all.
+    written into a parameter in place is undone, at the price of a copy of them all. ValueError as
+    by `require_values`.
     """
+    require_values(model)
     before = Snapshot(model)
     kept = (*model.parameters(), *model.buffers()) if weights else tuple(model.buffers())
     values = [(tensor, tensor.detach().clone()) for tensor in kept]
@@ -134,18 +137,39 @@ def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy, or say in a ValueError that the model cannot be copied."""
+    """Return a deep copy, or say in a ValueError that the model cannot be copied or run."""
+    require_values(model)
     try:
         return deepcopy(model)
     except (RuntimeError, TypeError) as problem:
+        if out_of_memory(problem):
+            raise
         raise ValueError(
             f"model: it cannot be copied ({problem}), and this works on a copy; take off what "
             "computes its weights, such as weight_norm"
         ) from problem
 
 
+def require_values(model: nn.Module) -> None:
+    """Raise ValueError naming the first tensor of a kind that no pass can be made with."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            trouble = "is on the meta device and has no values; load its weights"
+        elif tensor.is_floating_point() and tensor.element_size() < 2:
+            trouble = f"is {tensor.dtype}, in which PyTorch cannot calculate; convert by .float()"
+        elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+            trouble = "was made under torch.inference_mode(); make the model outside of it"
+        else:
+            continue
+        raise ValueError(f"model: {name!r} {trouble}")
+
+
 def require_finite(model: nn.Module) -> None:
-    """Raise `NonFiniteError` naming the first parameter or buffer with a NaN or an infinity."""
+    """Raise `NonFiniteError` naming the first parameter or buffer with a NaN or an infinity.
+
+    ValueError as by `require_values`.
+    """
+    require_values(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():
             finite(tensor, f"model: {name!r}")

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from xai_edit.core.checks import require_type
-from xai_edit.core.errors import UnknownLayerError
+from xai_edit.core.errors import UnknownLayerError, out_of_memory
 from xai_edit.core.final_operation import following, is_compiled, mark_unfollowed
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
 from xai_edit.core.outputs import logits_of
@@ -98,7 +98,8 @@ def require_one_tensor(name: str, value: Any, seen: Container[str]) -> None:
     if name in seen:
         raise ValueError(
             f"layer {name!r} is called more than once in a forward pass, so a score of its "
-            "units would mix the calls; use one module for each call"
+            "units would mix the calls; use one module for each call, and no checkpointing, which "
+            "calls it again for the gradient"
         )
     if not isinstance(value, Tensor):
         raise ValueError(
@@ -192,8 +193,9 @@ def gradients_at(
     for name in layers:
         if name not in tap.edges:
             raise ValueError(
-                f"layer {name!r} passes no gradient on; is it run under torch.no_grad() or "
-                "torch.inference_mode(), or is nothing before it differentiable?"
+                f"layer {name!r} passes no gradient on; is it run under torch.no_grad(), "
+                "torch.inference_mode() or checkpointing (switch it off), or is nothing before it "
+                "differentiable?"
             )
     gradients = torch.autograd.grad(
         outputs, [tap.edges[name] for name in layers], grad_outputs=grad_outputs, allow_unused=True
@@ -248,7 +250,10 @@ class _StartsAtFloats(TorchFunctionMode):
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Return the model's output; raise ValueError if it does not take such inputs."""
+    """Return the model's output; raise ValueError with the model's own error if it fails.
+
+    It may be of the inputs' shape, or a fault of the model; that of a full memory is left as it is.
+    """
     try:
         copy = inputs.clone()  # a model may overwrite its input, but not the user's data
         floats = _StartsAtFloats(copy)
@@ -261,8 +266,11 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         mark_unfollowed(model, output)
         return output
     except (RuntimeError, AssertionError, TypeError) as problem:  # torchvision's ViT asserts
+        if out_of_memory(problem):
+            raise
         raise ValueError(
-            f"data: the model does not take inputs of {described(inputs)}: {problem}"
+            f"model: it fails on inputs of {described(inputs)} ({type(problem).__name__}: "
+            f"{problem}); are they those that it takes?"
         ) from problem
 
 

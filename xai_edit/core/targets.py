@@ -58,7 +58,8 @@ def targets_of(batch: Batch, target: Target) -> Targets:
                 "target: 'label' given, but the data has no labels; give a class or 'predicted'"
             )
         return with_labels(batch.labels)
-    return torch.full((len(batch),), int(target), device=batch.inputs.device)
+    number = whole_number(target, "target", least=None, most=2**63 - 1)
+    return torch.full((len(batch),), number, device=batch.inputs.device)
 
 
 def predicted(outputs: Tensor) -> Tensor:

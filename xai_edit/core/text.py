@@ -1,8 +1,10 @@
-"""Rows of figures as aligned lines of text, for the ``__str__`` of results."""
+"""Text that is safe to show whatever it holds, and rows of figures as aligned lines."""
 
 from __future__ import annotations
 
+import html
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -17,6 +19,59 @@ class Plain:
         """Return everything as JSON values; keys are the attributes' names, tuples are lists."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
+
+
+class Described:
+    """An object whose ``repr`` is its parameters, the public attributes, as scikit-learn's.
+
+    What fitting sets ends in an underscore, and is no parameter.
+    """
+
+    def __repr__(self) -> str:
+        names = [name for name in vars(self) if not (name.startswith("_") or name.endswith("_"))]
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
+
+
+def printable(text: str) -> str:
+    r"""Return text with line ends, control codes and marks of direction as escapes of JSON.
+
+    Names in a file may forge lines, clear a terminal's screen or turn the order of what follows
+    them; a name that is not UTF-8 could not be printed. So the escape code is ``\u001b``. All that
+    a command prints or a page shows goes through here.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if _seen(one) else json.dumps(one)[1:-1] for one in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return `printable` text that keeps its line ends; JSON stays the same JSON."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def escape(text: str) -> str:
+    """Return `printable` text for HTML, in elements and attributes."""
+    return html.escape(printable(text))
+
+
+def require_utf8(name: str, where: str) -> None:
+    """Raise ValueError for the name of a file that is not UTF-8, which no result can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: the name {printable(name)} is not UTF-8; rename the file or folder"
+        ) from None
+
+
+def _seen(character: str) -> bool:
+    # Joiners are part of Persian and Hindi words.
+    kinds = ("Zs", "Co", "Cn")
+    return (
+        character.isprintable()
+        or character in "\u200c\u200d"
+        or unicodedata.category(character) in kinds
+    )
 
 
 def aligned(rows: Iterable[Sequence[Any]]) -> str:
@@ -35,9 +90,9 @@ def aligned(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value as the text of a cell."""
+    """Return a value as the text of a cell, on one line."""
     if value is None:
         return "–"
     if isinstance(value, tuple):
         return "–".join(map(cell, value))
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torchvision import datasets
 from torchvision.transforms.v2 import functional as transform
 
 from xai_edit.core.checks import whole_number
 from xai_edit.core.counting import count_by_group
+from xai_edit.datasets.image_files import read_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -183,7 +183,7 @@ def windows(top: Tensor, left: Tensor, height: int, width: int) -> tuple[Tensor,
 
 
 def _opened(file: str, side: int) -> Tensor:
-    image = transform.to_image(datasets.folder.pil_loader(file))
+    image = transform.to_image(read_image(file))
     square: Tensor = transform.center_crop(transform.resize(image, [side], antialias=True), [side])
     return square
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.checks import one_of, real_number, require
 from xai_edit.core.files import checksum, write_atomically
+from xai_edit.core.text import printable_lines
 from xai_edit.core.wrapped import unwrapped
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class Marks:
             "findings": self._findings(),
             "samples": [dict(zip(SAMPLE, row, strict=True)) for row in rows],
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False)
+        text = printable_lines(json.dumps(content, indent=1, ensure_ascii=False))
         write_atomically(path, f"{text}\n".encode())
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from xai_edit._version import __version__
 from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteError
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
+from xai_edit.core.guard import require_values
+from xai_edit.core.text import printable
 from xai_edit.core.wrapped import unwrapped
+from xai_edit.edits.shared_memory import placement, require_own_memory
 
 SENTENCES = ("warnings", "verdict")  # entries of an origin that commands add
 FORMAT = 1
@@ -103,9 +107,11 @@ class ModelEdit:
 
         ``values`` maps the name of a parameter or buffer to flat indices (int64) and new values,
         both of shape (entries,). Entries whose value stays the same, bit for bit, are left out.
-        NonFiniteError if a new value is NaN or infinite in the parameter's dtype; ValueError if a
-        name is not of the model, or an index is out of range or repeated.
+        NonFiniteError if a new value is NaN or infinite in the parameter's dtype; ValueError if it
+        is no whole number of an integer dtype's range, a name is not of the model, or an index is
+        out of range or repeated; EditMismatchError where entries share memory.
         """
+        require_values(model)
         parameters = tensors_of(model)
         changes = {}
         for name, (index, new) in values.items():
@@ -121,22 +127,18 @@ class ModelEdit:
                 raise ValueError(
                     f"values: {name!r} has no entry {int(outside[0])}; it has {entries}, from 0 on"
                 )
-            index, new = index.to(parameter.device).long(), new.detach().to(parameter)
+            index, new = index.to(parameter.device).long(), _held(new.detach(), name, parameter)
             if not (index[1:] > index[:-1]).all():  # a compared copy's are in order already
                 index, order = torch.sort(index)
                 new = new[order]
             if len(again := index[1:][index[1:] == index[:-1]]):
                 raise ValueError(f"values: {name!r} has entry {int(again[0])} more than once")
-            if not torch.isfinite(new).all():
-                raise NonFiniteError(
-                    f"the edit would set entries of {name!r} to values that {parameter.dtype} "
-                    "cannot hold; choose a smaller rate"
-                )
             old = torch.take(parameter, index)
             differs = ~_same_bits(old, new)
             if differs.any():
                 kept = (tensor[differs].cpu() for tensor in (index, old, new))
                 changes[name] = Change(tuple(parameter.shape), *kept)
+        require_own_memory(parameters, {name: one.index for name, one in changes.items()})
         origin = {**origin, "versions": versions()}
         try:
             json.dumps(origin)
@@ -190,22 +192,33 @@ class ModelEdit:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Apply for the length of a ``with`` block, undo after it, also after an exception."""
+        """Apply for the length of a ``with`` block, undo after it, also after an exception.
+
+        Where that cannot be undone, as the weights were changed before it, it has a note that says
+        so.
+        """
         self.apply(model)
         try:
             yield model
-        finally:
-            self.undo(model)
+        except BaseException as problem:
+            try:
+                self.undo(model)
+            except EditMismatchError as changed:
+                note = getattr(problem, "add_note", warnings.warn)  # Python 3.10 has no notes
+                note(f"the edit was not taken back: {changed}")
+            raise
+        self.undo(model)
 
     def check(self, model: nn.Module, *, undo: bool = False) -> None:
         """Raise `EditMismatchError` unless the edit can be applied (or undone) on ``model``."""
+        require_values(model)
         parameters = tensors_of(model)
-        named: dict[int, str] = {}
+        named: dict[tuple[object, ...], str] = {}
         for name, change in self.changes.items():
             if name not in parameters:
                 raise EditMismatchError(f"the edit changes {name!r}, which the model does not have")
             parameter = parameters[name].detach()
-            twin = named.setdefault(id(parameters[name]), name)  # tied: one under two names
+            twin = named.setdefault(placement(parameter), name)  # tied: one under two names
             if twin != name:
                 self.changes[twin].joined(name, change)
             if tuple(parameter.shape) != change.shape:
@@ -230,6 +243,7 @@ class ModelEdit:
                     f"of {len(change)} entries; the first, {change.position(at)}, is "
                     f"{values[at].item():.6g}, expected {expected[at].item():.6g}"
                 )
+        require_own_memory(parameters, {name: one.index for name, one in self.changes.items()})
 
     def _write(self, model: nn.Module, *, undo: bool) -> nn.Module:
         self.check(model, undo=undo)
@@ -247,7 +261,7 @@ class ModelEdit:
         return model
 
     def summary(self) -> str:
-        """Return a text that names the tensors, the first values and the origin."""
+        """Return a text that names the tensors, the first values and the origin, all printable."""
         lines = [f"{self.origin.get('operator', 'edit')}: changes {self.size} weights"]
         for name, change in self.changes.items():
             total = torch.Size(change.shape).numel()
@@ -262,7 +276,7 @@ class ModelEdit:
                 lines += [f"  {key}:", *(f"    {sentence}" for sentence in value)] if value else []
             elif key not in ("operator", "versions"):
                 lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     __str__ = summary
 
@@ -283,7 +297,7 @@ class ModelEdit:
         """Read a file that `save` wrote.
 
         Raises FileNotFoundError where there is none, EditFileError where it is not an edit, is cut
-        short, was changed or has a newer format.
+        short, was changed, has a newer format or new values that are NaN or infinite.
         """
         try:
             entries = {"shapes": dict, "origin": dict}
@@ -313,8 +327,29 @@ def _read_change(path: str | Path, tensors: Mapping[str, Tensor], name: str, sha
         and index[-1] < entries
         and (index[1:] > index[:-1]).all()
     ):
+        if not _finite(new):
+            raise ValueError(f"{path}: the new values of {name!r} are NaN or infinite")
         return Change(tuple(shape), index.long(), old, new)
     raise ValueError(f"{path}: the entries of {name!r} are not a change of a tensor of {shape}")
+
+
+def _held(new: Tensor, name: str, parameter: Tensor) -> Tensor:
+    """Return new values as a parameter holds them; ValueError for those that it cannot hold."""
+    held = new.to(parameter)
+    if not _finite(held):
+        raise NonFiniteError(
+            f"the edit would set entries of {name!r} to values that {held.dtype} cannot hold; "
+            "choose a smaller rate"
+        )
+    whole = not (held.is_floating_point() or held.is_complex())
+    if whole and not torch.equal(held.double(), new.double()):
+        raise ValueError(f"values: {name!r} is {held.dtype}; give whole numbers of its range")
+    return held
+
+
+def _finite(values: Tensor) -> bool:
+    one_byte = values.element_size() == 1  # isfinite takes no float8
+    return bool(torch.isfinite(values.float() if one_byte else values).all())
 
 
 def _same_bits(left: Tensor, right: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.analysis import analysed
 from xai_edit.core.axes import axes_by_layer
+from xai_edit.core.errors import out_of_memory
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import predict, run
@@ -130,6 +131,8 @@ def of_captum(tried: Tried) -> Iterator[Part]:
         try:
             found = error(ca.DeepLift)
         except (AssertionError, AttributeError, RuntimeError) as problem:
+            if out_of_memory(problem):
+                raise
             raise ValueError(f"Captum's DeepLift cannot explain this model: {problem}") from problem
         CaptumLayer(ca.LayerDeepLift)(model, few, targets, [layer])
         if found is None and (first := next(iter(tried.check.shares), None)):

@@ -110,6 +110,13 @@ def of_the_forward_pass(
     return findings
 
 
+WORKS = (
+    "use xai_edit.CaptumLayer, give the module a rule as its attribute lrp_rule, or score only "
+    "layers behind it"
+)
+CHECKPOINT = "switch the model's checkpointing off"
+
+
 def _without_rule(operations: list[Operation], model: nn.Module) -> list[Diagnosis]:
     """Return one finding for each kind of module and operation."""
     modules: dict[tuple[str, str, str], dict[str, None]] = {}
@@ -121,8 +128,8 @@ def _without_rule(operations: list[Operation], model: nn.Module) -> list[Diagnos
             "error",
             next(iter(paths)),
             f"{kind} runs {name!r} ({line}), for which there is no relevance rule, and its plain "
-            "gradient would be taken for relevance; use xai_edit.CaptumLayer, give the module a "
-            "rule as its attribute lrp_rule, or score only layers behind it"
+            "gradient would be taken for relevance; "
+            + (CHECKPOINT if "Checkpoint" in name else WORKS)
             + (f" ({len(paths)} modules alike)" if len(paths) > 1 else ""),
         )
         for (kind, name, line), paths in modules.items()

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from xai_edit.core.errors import out_of_memory
+
 SAME_IN_DOUBLE = 1e-5
 """Tolerance for float64 logits under canonizers, as a share of the largest."""
 TOLERATED = 0.05
@@ -34,7 +36,9 @@ def rounding(
         return None
     try:
         exact, again = in_double()
-    except (RuntimeError, TypeError, ValueError):  # the model cannot run in float64
+    except (RuntimeError, TypeError, ValueError) as problem:  # the model cannot run in float64
+        if out_of_memory(problem):
+            raise
         return None
     largest = exact.abs().max()
     if not (again - exact).abs().max() <= SAME_IN_DOUBLE * largest:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
+from xai_edit.core.text import escape
 from xai_edit.report.curves import curves
 from xai_edit.report.html import Report, Shown, repeat
 from xai_edit.report.map_slider import Maps, cards, wipe

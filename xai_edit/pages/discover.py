@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xai_edit.core.files import write_atomically
+from xai_edit.core.text import escape
 from xai_edit.discovery.conclude import GROUP
 from xai_edit.discovery.evidence import GROUPS
 from xai_edit.discovery.findings import UNSURE, Finding, Findings, sentence

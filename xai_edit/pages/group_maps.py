@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from torch import Tensor
 
+from xai_edit.core.text import escape
 from xai_edit.pages.neutralize import is_planted, part_name, worst_named
 from xai_edit.pages.unlearn import class_name
 from xai_edit.report.curves import curves

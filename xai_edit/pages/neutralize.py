@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from xai_edit.core.text import escape
 from xai_edit.evaluation.accuracy import FEW
 from xai_edit.pages.unlearn import absent_classes, class_name, seconds, withheld
 from xai_edit.pages.verdict import Figure, Part

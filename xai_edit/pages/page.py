@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from html import escape
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from xai_edit.core.files import write_atomically
+from xai_edit.core.text import escape, printable_lines
 from xai_edit.discovery.findings import Findings
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages import RESULTS
@@ -29,6 +30,7 @@ from xai_edit.report.comparison_figures import map_grid
 from xai_edit.report.html import Report
 from xai_edit.report.table import Table, counted
 
+PAGE = "report.html"
 MAPS = "maps.safetensors"
 RUNS = ("check", "score", "compare", "discover", "demo", "unlearn", "neutralize", "prune")
 DECIDED = ("unlearn", "neutralize", "prune")  # that begin with a verdict
@@ -43,7 +45,7 @@ def write_report(folder: str | Path) -> Path:
     if another file of the run is missing, ValueError if it is damaged or of a run without a page.
     """
     _write(Path(folder))
-    return Path(folder) / "report.html"
+    return Path(folder) / PAGE
 
 
 def write_run(
@@ -58,9 +60,21 @@ def write_run(
     return _write(folder)
 
 
+def clear_results(folder: Path) -> None:
+    """Remove the results of an earlier run, before its other files are written over."""
+    for name in (*RESULTS, PAGE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return a digest of each edit of a run, by its path in the folder, for ``results.json``."""
+    files = sorted((folder / "edits").glob("*.safetensors"))
+    return {f"edits/{one.name}": sha256(one.read_bytes()).hexdigest() for one in files}
+
+
 def as_json(results: Mapping[str, Any]) -> str:
     """Return the text of ``results.json``."""
-    return json.dumps(results, indent=2, ensure_ascii=False)
+    return printable_lines(json.dumps(results, indent=2, ensure_ascii=False))
 
 
 def _write(folder: Path) -> Report:
@@ -74,11 +88,14 @@ def _write(folder: Path) -> Report:
         if kind in DECIDED:
             report = replace(report, parts=[verdict_html(results), *report.parts])
         content = report.html()
-    except KeyError as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as problem:
+        if str(problem).startswith(str(folder)):  # another file of the run
+            raise
+        what = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
         raise ValueError(
-            f"{file}: damaged, or of another version ({problem} is missing); run the command anew"
+            f"{file}: damaged, or of another version ({what}); run the command anew"
         ) from None
-    write_atomically(folder / "report.html", content.encode())
+    write_atomically(folder / PAGE, content.encode())
     return report
 
 
@@ -96,7 +113,7 @@ def _demo(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Repo
         for row in results[part]["rows"]:
             share = f", {row['share']:.0%}" if "share" in row else ""
             edits[f"{part}: {row['method']}{share}"] = row["edit"]
-    return demo_page(results, timing, maps, _weights(folder, edits))
+    return demo_page(results, timing, maps, _weights(folder, results, edits))
 
 
 def _page(folder: Path, results: dict[str, Any]) -> Report:
@@ -114,11 +131,11 @@ def _page(folder: Path, results: dict[str, Any]) -> Report:
     if results["run"] == "demo":
         return _demo(folder, results, timing)
     if results["run"] == "unlearn":
-        changed = _weights(folder, {"path perturbation": results["edit"]["file"]})
+        changed = _weights(folder, results, {"path perturbation": results["edit"]["file"]})
         withheld = results["maps"]["withheld"] is not None
         maps = None if withheld else load_file(_require(folder / MAPS))
         return unlearning_page(results, timing, maps, changed)
-    changed = _weights(folder, {row["method"]: row["edit"] for row in results["rows"]})
+    changed = _weights(folder, results, {row["method"]: row["edit"] for row in results["rows"]})
     page = neutralizing_page if results["run"] == "neutralize" else pruning_page
     return page(results, timing, _pictures(folder, results), changed)
 
@@ -130,14 +147,21 @@ def _pictures(folder: Path, results: dict[str, Any]) -> str:
     return over_shares(results) + strongest(results, maps) + before_and_after(results, maps)
 
 
-def _weights(folder: Path, edits: Mapping[str, str | None]) -> str:
-    """Return the first weights that each edit changes, as HTML; ``edits`` has paths by method."""
-    shown = ""
+def _weights(folder: Path, results: Mapping[str, Any], edits: Mapping[str, str | None]) -> str:
+    """Return the first weights that each edit changes, as HTML; ``edits`` has paths by method.
+
+    ValueError for the edit of another run.
+    """
+    shown, digests = "", checksums(folder)
+    known = results.get("checksums", digests)  # the first versions wrote none
     for name, file in edits.items():
         if file is not None and not (folder / file).is_file():
             shown += f"<p>{escape(name)}: <code>{escape(file)}</code> is not beside this page</p>"
         elif file is not None:
             edit = ModelEdit.load(folder / file)
+            if known[file] != digests[file]:
+                other = f"another edit than {RESULTS[0]} is about"
+                raise ValueError(f"{folder / file}: {other}; run the command anew")
             rows = []
             for tensor, change in [*edit.changes.items()][:TENSORS]:
                 of = f"{len(change):,} of {torch.Size(change.shape).numel():,}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
+from xai_edit.core.text import escape
 from xai_edit.pages.neutralize import (
     SMALL,
     completed,

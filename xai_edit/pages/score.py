@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
+from xai_edit.core.text import escape
 from xai_edit.report.html import Report, repeat
 from xai_edit.report.table import Notes, Table
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from torch import Tensor
 
+from xai_edit.core.text import escape
 from xai_edit.pages.verdict import NAMED, Part
 from xai_edit.report.curves import curves
 from xai_edit.report.html import Report, Shown, repeat

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from typing import Any
 
+from xai_edit.core.text import escape, printable
 from xai_edit.evaluation.accuracy import CONFIDENCE, FEW
 from xai_edit.evaluation.intervals import Interval
 from xai_edit.report.table import counted
@@ -166,7 +166,8 @@ def verdict_html(results: Mapping[str, Any]) -> str:
 
 def verdict_text(results: Mapping[str, Any]) -> str:
     """Return the same as lines for a terminal."""
-    return "\n".join([*(f"Warning: {one}" for one in results["warnings"]), *results["verdict"]])
+    lines = [*(f"Warning: {one}" for one in results["warnings"]), *results["verdict"]]
+    return "\n".join(map(printable, lines))
 
 
 def named(texts: Sequence[str]) -> str:

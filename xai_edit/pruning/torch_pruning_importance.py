@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.errors import out_of_memory
 from xai_edit.core.guard import copied
 from xai_edit.core.layers import WEIGHTED, predict
 from xai_edit.core.targets import Targets, classes_of
@@ -83,6 +84,8 @@ class TorchPruningImportance:
         try:
             scores = self.importance(graph.get_pruning_group(module, prune, [*range(width)]))
         except (IndexError, RuntimeError) as problem:
+            if out_of_memory(problem):
+                raise
             raise ValueError(
                 f"layer {name!r}: Torch-Pruning cannot follow its channels "
                 f"({type(problem).__name__}: {problem}); name other layers"

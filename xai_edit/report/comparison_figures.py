@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xai_edit.core.targets import Targets
+from xai_edit.core.text import printable_lines
 from xai_edit.evaluation.compare import Comparison, Scorers, named_scorers
 from xai_edit.evaluation.deletion_curve import DeletionCurve
 
@@ -153,6 +154,8 @@ def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 def as_png(figure: Any) -> bytes:
     """Return a figure as a PNG file, the same for the same figure."""
+    for text in figure.findobj(lambda part: hasattr(part, "set_text")):
+        text.set_text(printable_lines(text.get_text()))  # no font has control codes
     target = io.BytesIO()
     metadata = {"Software": None}  # the version of Matplotlib
     # "tight", since labels of a square matrix reach beyond its panel.

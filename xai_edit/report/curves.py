@@ -6,7 +6,8 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from xai_edit.core.text import escape, printable
 
 # Each is at least three times as bright, or as dark, as a white and as a black page.
 COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#d62728", "#9467bd", "#a0614f", "#7f7f7f")
@@ -37,12 +38,14 @@ def curves(
         axes = figure.add_subplot()
         for at, (name, values) in enumerate(lines.items()):
             marker = "os^Dvph"[at % 7] if len(x) <= 20 else None
-            axes.plot(x, values, label=name, marker=marker, linewidth=2, color=COLOURS[at % 7])
+            axes.plot(
+                x, values, label=printable(name), marker=marker, linewidth=2, color=COLOURS[at % 7]
+            )
         if log_x:
             axes.set_xscale("symlog", linthresh=min(value for value in x if value > 0))
         if mark is not None:
             axes.axvline(mark, linestyle=":", color="#000000")
-        axes.set(xlabel=x_label, ylabel=y_label, ylim=(-0.02, 1.02))
+        axes.set(xlabel=printable(x_label), ylabel=printable(y_label), ylim=(-0.02, 1.02))
         axes.grid(color="#808080", alpha=0.4)
         figure.legend(loc="outside lower left", frameon=False)
         target = io.StringIO()

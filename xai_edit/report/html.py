@@ -7,10 +7,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from typing import Any, TypeAlias
 
+from xai_edit.core.text import escape, printable_lines
 from xai_edit.report.table import Notes, Table, download
 
 _HERE = files("xai_edit.report")
@@ -74,7 +74,7 @@ def _text(name: str) -> str:
 def repeat(results: Mapping[str, Any], edits: Iterable[str], *, name: str = "results.json") -> str:
     """Return HTML on how to repeat the run: command, versions, figures (file ``name``), files."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    content = printable_lines(json.dumps(results, indent=1, ensure_ascii=False)) + "\n"
     link = download(name, name, "application/json", content, f"{name}: save all figures")
     listed = ", ".join(f"<code>{escape(file)}</code>" for file in edits)
     return (

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
+
+from xai_edit.core.text import escape
 
 SMALL = 64  # images of fewer pixels a side are not smoothed, and stored without loss
 QUALITY = 70  # of a WebP file

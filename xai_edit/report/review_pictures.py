@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
-from html import escape
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from xai_edit.core.text import escape
 from xai_edit.report.curves import COLOURS
 
 WIDTH, HEIGHT = 320, 120  # of a chart

@@ -8,10 +8,9 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from xai_edit.core.text import aligned, cell
+from xai_edit.core.text import aligned, cell, escape, printable
 
 LINES = 20  # rows that are shown of many: in the text, and on a page unless it is unfolded
 
@@ -87,7 +86,7 @@ class Notes:
 
     def text(self) -> str:
         """Return the lines."""
-        return "\n".join(self.lines)
+        return "\n".join(map(printable, self.lines))
 
     def html(self) -> str:
         """Return the lines, escaped."""
@@ -98,7 +97,7 @@ class Notes:
 
 def download(text: str, name: str, kind: str, content: str, label: str) -> str:
     """Return a link that saves ``content`` as the file ``name``; ``label`` describes it."""
-    data = base64.b64encode(content.encode()).decode()
+    data = base64.b64encode(content.encode("utf-8", "backslashreplace")).decode()
     return (
         f'<a class="download" download="{escape(name)}" aria-label="{escape(label)}" '
         f'href="data:{kind};base64,{data}">{escape(text)}</a>'

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.checks import positive, require, whole_number
+from xai_edit.core.checks import positive, require, require_type, whole_number
 from xai_edit.core.data import Batch
 from xai_edit.core.training import cross_entropy, fine_tuned, seeded
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
+from xai_edit.last_layer.head import HeadFeatures, head_features
 from xai_edit.reproduce.training import logits_of
 
+Images = ImageSet | HeadFeatures
 Draw = Callable[[torch.Generator], Tensor]  # of the images of an epoch, as indices
 
 
@@ -25,8 +27,9 @@ class Training:
     """How a network is trained, whatever the method; each method gives a `ModelEdit`.
 
     Stochastic gradient descent with momentum 0.9 at a fixed rate; batch norms follow the batches.
-    The model is only read. The edit's origin has the settings, and ``worst_groups``: the
-    worst-group accuracy on the validation images after each epoch.
+    The model is only read. Of cached `HeadFeatures`, which `erm` and `group_dro` take in place of
+    images, its last layer alone is trained. The edit's origin has the settings, and
+    ``worst_groups``: the worst-group accuracy on the validation images after each epoch.
 
     Parameters
     ----------
@@ -36,9 +39,9 @@ class Training:
         L2 penalty.
     batch_size, seed : int
         The seed orders the images; the same seed gives the same bits.
-    validation : ImageSet, optional
-        With the attribute. The network is kept as it was after the epoch of the highest
-        worst-group accuracy; after the last epoch without it.
+    validation : ImageSet or HeadFeatures, optional
+        As the training data, with the attribute. The network is kept as it was after the epoch of
+        the highest worst-group accuracy; after the last epoch without it.
     """
 
     epochs: int
@@ -46,7 +49,7 @@ class Training:
     weight_decay: float = 1e-4
     batch_size: int = 64
     seed: int = 0
-    validation: ImageSet | None = None
+    validation: Images | None = None
 
     def __post_init__(self) -> None:
         whole_number(self.epochs, "epochs", least=1)
@@ -56,15 +59,15 @@ class Training:
         if self.validation is not None:
             _cells(self.validation, "validation")
 
-    def erm(self, model: nn.Module, images: ImageSet) -> ModelEdit:
+    def erm(self, model: nn.Module, images: Images) -> ModelEdit:
         """Train on the mean loss of all images: empirical risk minimisation (Vapnik 1992)."""
         made, origin = self._trained(model, images)
-        return ModelEdit.to_copy(model, made, {"operator": "erm", **origin})
+        return _edit(model, images, made, {"operator": "erm", **origin})
 
     def group_dro(
         self,
         model: nn.Module,
-        images: ImageSet,
+        images: Images,
         *,
         step_size: float = 0.01,
         adjustment: float = 0.0,
@@ -78,7 +81,7 @@ class Training:
         """
         positive(step_size, "step_size", zero=True)
         positive(adjustment, "adjustment", zero=True)
-        cells = _cells(images)
+        groups, cells = _cells(images)
         sizes = cells.bincount()
         chances = 1 / sizes[cells].double()
 
@@ -88,8 +91,8 @@ class Training:
         weights = GroupWeights(sizes, step_size, adjustment)
         made, origin = self._trained(model, images, balanced, loss=weights, cells=cells)
         origin |= {"step_size": step_size, "adjustment": adjustment, "weights": weights.q.tolist()}
-        origin |= {"groups": images.counts().nonzero().tolist(), "sizes": sizes.tolist()}
-        return ModelEdit.to_copy(model, made, {"operator": "group_dro", **origin})
+        origin |= {"groups": groups.tolist(), "sizes": sizes.tolist()}
+        return _edit(model, images, made, {"operator": "group_dro", **origin})
 
     def jtt(
         self, model: nn.Module, images: ImageSet, *, first_epochs: int, upweight: int
@@ -123,26 +126,34 @@ class Training:
     def _trained(
         self,
         model: nn.Module,
-        images: ImageSet,
+        images: Images,
         draw: Draw | None = None,
         *,
         loss: Callable[[Tensor, Batch], Tensor] = cross_entropy,
         cells: Tensor | None = None,
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Train a copy on all images, or on those drawn; return it and its origin."""
+        if self.validation is not None:
+            kind = type(images)
+            require_type(self.validation, kind, "validation", f"the training has {kind.__name__}")
+        network, samples = model, len(images.labels if images.labels is not None else ())
+        if isinstance(images, HeadFeatures):
+            network = _head(model, images)
         worst: list[float] = []
         best: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(self.seed)
 
         def epoch(number: int) -> Iterator[Batch]:
-            order = draw(generator) if draw else torch.randperm(len(images), generator=generator)
+            order = draw(generator) if draw else torch.randperm(samples, generator=generator)
             for rows in order.split(self.batch_size):
-                inputs, labels, *_ = images.batch(rows)
+                inputs, labels, *_ = _batch(images, rows)
                 yield Batch(inputs, labels, None if cells is None else cells[rows])
 
         def validate(network: nn.Module) -> None:
             if self.validation is not None:
-                worst.append(evaluate_groups(network, self.validation).worst)
+                held = self.validation
+                data = [_batch(held, ...)] if isinstance(held, HeadFeatures) else held
+                worst.append(evaluate_groups(network, data).worst)
                 if worst[-1] > max(worst[:-1], default=-1.0):
                     best.update({k: v.clone() for k, v in network.state_dict().items()})
 
@@ -150,11 +161,11 @@ class Training:
         given: Any = {name: own[name] for name in own if name != "batch_size"}
         with seeded(self.seed):
             made, steps = fine_tuned(
-                model, epoch, statistics=True, loss=loss, after_epoch=validate, **given
+                network, epoch, statistics=True, loss=loss, after_epoch=validate, **given
             )
         if best:
             made.load_state_dict(best)
-        return made, {**own, "samples": len(images), "steps": steps, "worst_groups": worst}
+        return made, {**own, "samples": samples, "steps": steps, "worst_groups": worst}
 
 
 @dataclass(eq=False)
@@ -205,10 +216,38 @@ class GroupWeights:
         return (self.q[present].to(of_group) * of_group).sum()
 
 
-def _cells(images: ImageSet, name: str = "images") -> Tensor:
-    """Return each image's (class, attribute) group, numbered over the groups that have images."""
-    if images.attribute is None:
+def _batch(images: Images, rows: Any) -> tuple[Tensor, ...]:
+    """Return inputs, labels and attribute of some samples."""
+    if isinstance(images, ImageSet):
+        return images.batch(rows)
+    columns = (images.features, images.labels, images.attribute)
+    return tuple(column[rows] for column in columns if column is not None)
+
+
+def _head(model: nn.Module, features: HeadFeatures) -> nn.Module:
+    """Return the last layer of a model, checked against the features of its inputs."""
+    features = head_features(model, features, name="images")
+    features.require_labels()
+    if features.one_output:
+        raise ValueError("model: has one output; give two for training on features, or images")
+    classes, units = features.weight.shape
+    head = nn.Linear(units, classes, bias=features.bias is not None).to(features.weight)
+    values = {"weight": features.weight, "bias": features.bias}
+    head.load_state_dict({name: one for name, one in values.items() if one is not None})
+    return head.eval()
+
+
+def _edit(model: nn.Module, images: Images, made: nn.Module, origin: dict[str, Any]) -> ModelEdit:
+    """Return the edit after which a model, or its last layer, is as it was trained."""
+    if isinstance(images, ImageSet):
+        return ModelEdit.to_copy(model, made, origin)
+    return images.edit(model, origin, **{k: v.detach() for k, v in made.named_parameters()})
+
+
+def _cells(images: Images, name: str = "images") -> tuple[Tensor, Tensor]:
+    """Return the (class, attribute) groups that have images, and each image's number of these."""
+    if images.attribute is None or images.labels is None:
         raise ValueError(f"{name}: has no attribute, and groups need one; give an ImageSet with it")
     pairs = torch.stack([images.labels, images.attribute], 1)
-    cells: Tensor = pairs.unique(dim=0, return_inverse=True)[1]
-    return cells
+    groups, cells = pairs.unique(dim=0, return_inverse=True)
+    return groups, cells

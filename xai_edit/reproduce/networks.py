@@ -50,6 +50,8 @@ def load_weights(model: nn.Module, network: str, weights: str) -> nn.Module:
         else:
             state = load_file(weights)
         model.load_state_dict(state)
+    except OSError as problem:  # no such file, or no network to load from
+        raise ValueError(f"weights: {weights} of {network} cannot be loaded ({problem})") from None
     except (RuntimeError, SafetensorError) as problem:
         raise ValueError(f"weights: {weights} do not fit {network}: {problem}") from None
     return model.eval()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xai_edit.core.analysis import analysed
 from xai_edit.core.axes import unit_axes
+from xai_edit.core.errors import out_of_memory
 from xai_edit.core.final_operation import without_final_module
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, input_tensors, inputs_from
@@ -154,6 +155,8 @@ class CaptumLayer:
                     arguments["additional_forward_args"] = tuple(rest)
                 values = method.attribute(first, **arguments)
             except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as problem:
+                if out_of_memory(problem):
+                    raise
                 raise ValueError(
                     f"Captum's {self.method.__name__} cannot explain layer {name!r} of this "
                     f"model: {problem}"
