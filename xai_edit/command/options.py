@@ -3,98 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from xai_edit._version import __version__
+from xai_edit.command.option import (
+    Option,
+    classes,
+    count,
+    fractions,
+    names,
+    numbers,
+    outputs,
+    rate,
+    size,
+    whole,
+)
 from xai_edit.command.output import say
-
-
-class Option(NamedTuple):
-    """One option: ``"--share S"`` has a value, ``"--json"`` is a switch, ``"EDIT"`` a plain word.
-
-    Options of ``score`` with ``instead`` exclude each other.
-    """
-
-    names: str
-    help: str
-    kind: Callable[[str], Any] = str
-    default: Any = None
-    required: bool = False
-    instead: bool = False
-
-    def add_to(self, parser: argparse._ActionsContainer) -> None:
-        """Add the option to a parser."""
-        name, _, metavar = self.names.partition(" ")
-        known = "" if self.default in (None, (), (0,)) else "; default: %(default)s"
-        how: dict[str, Any] = {"help": self.help + known}
-        if name.isupper():
-            how |= {"type": self.converted, "metavar": name}
-            how["nargs"] = None if self.required else "?"
-        elif metavar:
-            how |= {"type": self.converted, "metavar": metavar, "default": self.default}
-            how["required"] = self.required
-        else:
-            how["action"] = "store_true"
-        parser.add_argument(name.lower(), **how)
-
-    def converted(self, text: str) -> Any:
-        """Return a value from its text, which is not empty: Path("") is the working directory."""
-        if not text.strip():
-            raise argparse.ArgumentTypeError(f"{text!r} given; give a value, or leave it out")
-        try:
-            return self.kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {self.kind.__name__}") from None
-
-
-def _names(text: str) -> list[str]:
-    mark = ";" if ";" in text else ","
-    return [name.strip() for name in text.split(mark) if name.strip()]
-
-
-def _rate(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text  # one of the operator's words
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def _outputs(text: str) -> int | str:
-    return text if text.isidentifier() else _whole(text)
-
-
-def _size(text: str) -> tuple[int, ...]:
-    return tuple(_whole(part) for part in text.split("x"))
-
-
-def _list_of(what: str, pattern: str, kind: type) -> Callable[[str], tuple[Any, ...]]:
-    def convert(text: str) -> tuple[Any, ...]:
-        parts = text.split(",")
-        if not all(re.fullmatch(pattern, part.strip()) for part in parts):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} between commas")
-        return tuple(kind(part) for part in parts)
-
-    return convert
-
-
-_classes = _list_of("whole numbers", r"\d+", int)
-_numbers = _list_of("numbers", r"[+-]?(\d+\.?\d*|\.\d+)", float)
-_fractions = _list_of("numbers from 0 to 1", r"0?\.\d+|0|1|[01]\.0*", float)
 
 LABELLED = "class folders, CSV file of path,label, or torchvision:CIFAR10"
 SCORERS = "an LRP rule such as epsilon-plus (a wrong name lists all), random, taylor, …"
@@ -111,11 +36,11 @@ EDIT = Option("EDIT", "file of an edit", Path, required=True)
 OUT = Option("--out DIR", "where to write; made if missing", Path, required=True)
 COMPOSITE = Option("--composite NAME", SCORERS, default="epsilon")
 JSON = Option("--json", "print JSON instead of text")
-LAYERS = Option("--layers A,B", "default: all convolution and linear layers", _names)
+LAYERS = Option("--layers A,B", "default: all convolution and linear layers", names)
 MODEL = (
     Option("--model NAME", "torchvision:NAME, or package.module:function", required=True),
     Option("--weights FILE", "safetensors or checkpoint; torchvision's own: DEFAULT"),
-    Option("--outputs N", "their number, or the name of the logits in what it returns", _outputs),
+    Option("--outputs N", "their number, or the name of the logits in what it returns", outputs),
     Option("--device NAME", "such as cuda", default="cpu"),
     Option("--quiet", "no progress bar and no notes"),
 )
@@ -131,13 +56,13 @@ INPUTS = (
         "--label LABEL",
         "one of a multi-label model, number or name in a CSV file path,0,1,…; class 1 has it",
     ),
-    Option("--limit N", "at most N samples, spread over the data", _whole),
-    Option("--batch-size N", "samples at a time", _whole, 32),
-    Option("--workers N", "processes that read images beside this one", _count, 0),
-    Option("--input-size CxHxW", "such as 3x224x224; 1 channel is grey", _size),
-    Option("--resize N", "shorter side before the centre is cut out", _whole),
-    Option("--mean R,G,B", "subtracted from values in [0, 1]", _numbers),
-    Option("--std R,G,B", "then divided by", _numbers),
+    Option("--limit N", "at most N samples, spread over the data", whole),
+    Option("--batch-size N", "samples at a time", whole, 32),
+    Option("--workers N", "processes that read images beside this one", count, 0),
+    Option("--input-size CxHxW", "such as 3x224x224; 1 channel is grey", size),
+    Option("--resize N", "shorter side before the centre is cut out", whole),
+    Option("--mean R,G,B", "subtracted from values in [0, 1]", numbers),
+    Option("--std R,G,B", "then divided by", numbers),
 )
 IMAGES = (Option("--data DATA", LABELLED, required=True), *INPUTS)
 RESNET = "--model torchvision:resnet18 --weights DEFAULT --data photos/"
@@ -193,7 +118,7 @@ COMMANDS = {
         "the folder of --out.",
         (
             COMPOSITE._replace(instead=True),
-            Option("--compare NAME,…", "several, and how alike they are", _names, instead=True),
+            Option("--compare NAME,…", "several, and how alike they are", names, instead=True),
             *MODEL,
             LAYERS,
             JSON,
@@ -215,7 +140,7 @@ COMMANDS = {
         "results.json, timing.json and report.html. Exit code 0 also where nothing stands out.",
         (
             OUT,
-            Option("--target A,B", "classes to look at, numbers or names; default: all", _names),
+            Option("--target A,B", "classes to look at, numbers or names; default: all", names),
             Option(
                 "--images WHICH", "to explain a class on: predicted as it, or all", str, "predicted"
             ),
@@ -237,14 +162,14 @@ COMMANDS = {
         "measures it on others beside a single weight and a masked logit. Writes "
         "edits/unlearn.safetensors, results.json, timing.json, maps.png and report.html.",
         (
-            Option("--target A,B", "classes to forget, numbers or names", _names, required=True),
+            Option("--target A,B", "classes to forget, numbers or names", names, required=True),
             OUT,
-            Option("--share S", "of each layer's neurons, or auto: just enough", _rate, "auto"),
+            Option("--share S", "of each layer's neurons, or auto: just enough", rate, "auto"),
             Option("--bound B", "with auto: share of a class still predicted", float, 0.05),
-            Option("--samples N", "of each class to plan from", _whole, 36),
+            Option("--samples N", "of each class to plan from", whole, 36),
             COMPOSITE,
             Option("--rank HOW", "sum of relevance, or count of samples in --k", default="sum"),
-            Option("--k N", "for --rank count: a sample counts for its first N neurons", _whole),
+            Option("--k N", "for --rank count: a sample counts for its first N neurons", whole),
             Option("--scope HOW", "neuron, or class_row: its weight to the class", str, "neuron"),
             *MODEL,
             LAYERS._replace(help="default: the last hidden linear layer, or the output's inputs"),
@@ -264,8 +189,8 @@ COMMANDS = {
             OUT,
             PLANT,
             Option("--select HOW", "sca (the paper's), exact (for the worst group), …", str, "sca"),
-            Option("--rate R", "in [0, 1], auto or least-gap (the paper's)", _rate, "auto"),
-            Option("--target A,B", "classes the feature speaks for; default: found", _names),
+            Option("--rate R", "in [0, 1], auto or least-gap (the paper's)", rate, "auto"),
+            Option("--target A,B", "classes the feature speaks for; default: found", names),
             Option(
                 "--findings FILE",
                 "findings.safetensors that marks.json is about: adds "
@@ -293,11 +218,11 @@ COMMANDS = {
             Option("--layer LAYER", "where the feature's subspaces are; best where it forms"),
             Option("--finder NAME", "contrastive-pca (default), cav, prca, pca or drsa"),
             Option("--subspaces FILE", "saved subspaces instead of a finder's", Path),
-            Option("--ablate 0,3", "numbers of subspaces, as on the page, not chosen", _classes),
-            Option("--steps N", "in which the share is reached, each scored anew", _whole, 1),
-            Option("--fine-tune EPOCHS", "after each step, on the planning images", _whole),
+            Option("--ablate 0,3", "numbers of subspaces, as on the page, not chosen", classes),
+            Option("--steps N", "in which the share is reached, each scored anew", whole, 1),
+            Option("--fine-tune EPOCHS", "after each step, on the planning images", whole),
             Option("--correct", "with --attribute: then retrain the last layer, groups completed"),
-            Option("--protect A,B", "layers that keep all units", _names, ()),
+            Option("--protect A,B", "layers that keep all units", names, ()),
             *MODEL,
             JSON,
         ),
@@ -339,18 +264,18 @@ COMMANDS = {
             Option("--out DIR", "where to write; default: the name", Path),
             Option("--network NAME", "such as all-cnn, vgg-like:0.25 (filters), resnet18"),
             Option("--weights FILE", "of a trained network, or torchvision's own: DEFAULT"),
-            Option("--epochs N", "of training", _whole),
-            Option("--limit N", "at most N images a class", _whole),
-            Option("--side N", "pixels of an input's side", _whole),
-            Option("--target A,B", "classes to forget", _classes),
+            Option("--epochs N", "of training", whole),
+            Option("--limit N", "at most N images a class", whole),
+            Option("--side N", "pixels of an input's side", whole),
+            Option("--target A,B", "classes to forget", classes),
             Option(
                 "--only-classes A,B",
                 "of cnp-*, discover-*: the pair, watermarked one last",
-                _classes,
+                classes,
             ),
-            Option("--strengths A,B", "shares with the watermark of cnp-*, discover-*", _fractions),
-            Option("--seeds A,B", "default: 0", _classes, (0,)),
-            Option("--methods A,B", "default: all; 'A, b; C' where names have commas", _names),
+            Option("--strengths A,B", "shares with the watermark of cnp-*, discover-*", fractions),
+            Option("--seeds A,B", "default: 0", classes, (0,)),
+            Option("--methods A,B", "default: all; 'A, b; C' where names have commas", names),
             Option("--device NAME", "such as cuda; default: cuda if there is one, else cpu"),
             Option("--quiet", "no progress bar and no tables"),
             JSON,
