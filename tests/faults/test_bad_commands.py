@@ -30,7 +30,7 @@ LINES = [
     (f"score {MODEL}", "the following arguments are required: --data"),
     (f"score {MODEL} --data nowhere", "data: nowhere: no such folder or file"),
     (f"score {MODEL} --data empty", "data: empty: no images"),
-    (f"score {MODEL} --data words.pt", "data: words.pt, line 1: label ' not tensors' is not a"),
+    (f"score {MODEL} --data words.pt", "data: words.pt, line 1: label 'not tensors' is not a"),
     (f"score {MODEL} --data torchvision:MNIS", "no data set 'MNIS'"),
     (f"score {MODEL} --data empty --share 2", "share: 2.0 given; it is a fraction in (0, 1]"),
     (f"score {MODEL} --data empty --limit 0", "'0' is not a whole number from 1"),
