@@ -14,18 +14,18 @@ from tqdm import tqdm
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.concepts.ablation import with_identity
 from xai_edit.core.checks import distinct, one_of, require, whole_number
-from xai_edit.datasets.image_set import ImageSet
-from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.datasets.image_set import Epochs, ImageSet
 from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_head
 from xai_edit.evaluation.recovery import fitted_probe
 from xai_edit.forgetting.class_subspace import ClassSubspaceRemoval
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.reproduce import summaries, tables
-from xai_edit.reproduce.experiments import Reproduction, Results
+from xai_edit.reproduce.experiments import BATCH, Reproduction, Results
+from xai_edit.reproduce.training import fit
 
 PLANNED, VALIDATED = 36, 64  # test images a class: to plan from, and for the number of directions
-PROBED, JUDGED = 200, 200  # test images a class: to fit the new probe on, and for all figures
+PROBED, JUDGED = 200, 150  # test images a class: to fit the new probe on, and for all figures
 STAGES = {  # of networks, in order
     "resnet20": ("layer1", "layer2", "layer3"),
     "vgg-like": ("pool1", "pool2", "pool3"),
@@ -33,10 +33,9 @@ STAGES = {  # of networks, in order
 }
 REMOVALS = {
     "ESC, all positions": ClassSubspaceRemoval(method="esc"),
-    "ESC, mean over positions": ClassSubspaceRemoval(method="esc", vectors="mean"),
     "LEACE, all positions": ClassSubspaceRemoval(method="leace"),
 }
-LEACE_AT_HEAD = "LEACE"
+FOLDED, EVERY_STAGE = "LEACE, last layer folded", "LEACE, every stage in turn"
 NOTHING, MASK, RETRAINED = "not edited", "logit mask", "retrained without the class"
 
 
@@ -49,6 +48,7 @@ class SubspaceRemoval(Reproduction):
     """
 
     classes: tuple[int, ...]
+    methods = (NOTHING, MASK, FOLDED, *REMOVALS, EVERY_STAGE, RETRAINED)
     choices = (*Reproduction.choices, "classes")
     summary = staticmethod(summaries.subspace_removal)
     tables = staticmethod(tables.subspace_removal)
@@ -87,43 +87,67 @@ class OneNetwork:
         starts = [sum(counts[:at]) for at in range(len(counts))]
         parts = [mixed.first(n, start=at) for n, at in zip(counts, starts, strict=True)]
         self.planning, self.validation, self.probing, self.judging = parts
+        self.stages = STAGES[run.network.partition(":")[0]]
         self.model = run.trained(seed, train)
         self.unedited = self._features(self.model)
 
     def rows(self, target: int) -> list[Results]:
-        """Return the figures of each removal of one class."""
-        where = {"seed": self.seed, "class": target}
-        found = [{"method": NOTHING} | self._figures(target, *self.unedited)]
-        edit = LogitMask().plan(self.model, self.planning, target=target)
-        features = [one.edited(edit) for one in self.unedited]
-        found.append({"method": MASK} | self._figures(target, *features))
-        for layer in (None, *STAGES[self.run.network.partition(":")[0]]):
-            for name, removal in REMOVALS.items():
-                if layer is not None:
-                    found.append(self._removed(replace(removal, layer=layer), name, target))
-                elif name.startswith(LEACE_AT_HEAD):  # one vector a sample, so of one kind
-                    found.append(self._removed(removal, LEACE_AT_HEAD, target))
-        if self.run.options.weights is None:
-            without = self.run.trained(self.seed, self.train[self.train.labels != target])
-            found.append({"method": RETRAINED} | self._figures(target, *self._features(without)))
-        return [where | row for row in found]
+        """Return the figures of each method for one class."""
+        wants, rows = self.run.options.wants, []
 
-    def _removed(self, removal: ClassSubspaceRemoval, name: str, target: int) -> Results:
-        """Remove with the smallest number of directions that silences, at whatever cost."""
-        model, layer = self.model, removal.layer
-        if layer is not None:
-            model = with_identity(model, layer, next(iter(self.planning))[0])
-        *_, chosen = removal.sweep(model, self.planning, target=target, validation=self.validation)
-        number = int(chosen["directions"])
-        edit = replace(removal, directions=number).plan(model, self.planning, target=target)
-        row: Results = {"method": name, "layer": layer or "last layer, folded"}
-        row |= {"directions": number}
-        return row | self._figures(target, *self._features(model, edit))
+        def add(method: str, features: list[HeadFeatures], **more: Any) -> None:
+            where = {"seed": self.seed, "class": target, "method": method, **more}
+            rows.append(where | self._figures(target, *features))
 
-    def _features(self, model: nn.Module, edit: ModelEdit | None = None) -> list[HeadFeatures]:
+        if wants(NOTHING):
+            add(NOTHING, self.unedited)
+        if wants(MASK):
+            edit = LogitMask().plan(self.model, self.planning, target=target)
+            add(MASK, [one.edited(edit) for one in self.unedited])
+        if wants(FOLDED):
+            operator = ClassSubspaceRemoval(directions=1)
+            edit = operator.plan(self.model, self.planning, target=target)
+            add(FOLDED, [one.edited(edit) for one in self.unedited], directions=1)
+        for layer, (name, removal) in product(self.stages, REMOVALS.items()):
+            if wants(name):
+                network, number = self._removed(replace(removal, layer=layer), target)
+                add(name, self._features(network), layer=layer, directions=number)
+        if wants(EVERY_STAGE):
+            network = self.model
+            for layer in self.stages:
+                network = self._place(network, layer)
+                operator = ClassSubspaceRemoval(layer, directions=1)
+                operator.plan(network, self.planning, target=target).apply(network)
+            add(EVERY_STAGE, self._features(network), directions=1)
+        if wants(RETRAINED) and self.run.options.weights is None:
+            add(RETRAINED, self._features(self._retrained(target)))
+        return rows
+
+    def _retrained(self, target: int) -> nn.Module:
+        """Return a network that was trained as the first, on the images of the other classes."""
+        run, others = self.run, self.train[self.train.labels != target]
+        batches = Epochs(others, 1000 * self.seed, BATCH, flip=run.flip)
+        return fit(run.built(self.seed, self.train), batches, **run.schedule(others))
+
+    def _place(self, network: nn.Module, layer: str) -> nn.Module:
+        """Return a copy with a place for a removal."""
+        return with_identity(network, layer, next(iter(self.planning))[0])
+
+    def _removed(self, removal: ClassSubspaceRemoval, target: int) -> tuple[nn.Module, int]:
+        """Remove with the smallest number of directions that silences, at whatever cost.
+
+        Where none does, with the most that were tried.
+        """
+        assert removal.layer is not None
+        network = self._place(self.model, removal.layer)
+        *_, last = removal.sweep(network, self.planning, target=target, validation=self.validation)
+        number = int(last["directions"])
+        chosen = replace(removal, directions=number)
+        return chosen.plan(network, self.planning, target=target).apply(network), number
+
+    def _features(self, network: nn.Module) -> list[HeadFeatures]:
         """Return the inputs of the last layer on the images for the probe and for the figures."""
-        with (edit or ModelEdit({})).applied(model):
-            return [collect_head_features(model, one) for one in (self.probing, self.judging)]
+        return [collect_head_features(network, one) for one in (self.probing, self.judging)]
 
     def _figures(self, target: int, probing: HeadFeatures, judging: HeadFeatures) -> Results:
         """Return A_t and A_g of the network and of a new probe of all classes."""
