@@ -177,10 +177,11 @@ def with_identity(
     """
     _require_outputs(model, layer)
     copy = copied(model)
+    one = inputs[:1].to(model_device(copy))
     with preserved(copy), torch.no_grad():
-        axis = unit_axes(copy, inputs[:1], [layer], unit_axis)[layer]
+        axis = unit_axes(copy, one, [layer], unit_axis)[layer]
         with tapped(copy, [layer]) as tap:
-            run(copy, inputs[:1])
+            run(copy, one)
     channels = tap.values[layer].shape[unit_axis_of(tap.values[layer], axis)]
     zeros = torch.zeros(channels, channels, dtype=torch.double)
     _insert(copy, layer, SubspaceAblation(zeros, zeros[0], axis, readers=zeros.clone()))

@@ -120,15 +120,14 @@ class Unlearning(Plain):
         """
         reference = self.retrained or self.before
         then, now = reference.recovered, self.after.recovered
-        over = {}
+        over = []
         for name in now.keys() & then.keys():
             p, q = now[name], then[name]
             error = 2 * ((p * (1 - p) + q * (1 - q)) / self.before.test.forgotten_samples) ** 0.5
-            excess = p - q - error if self.retrained else p - q + error
-            if excess >= 0 and (p > q or not self.retrained):
-                over[name] = excess
+            if p > q + error if self.retrained else 0 < q <= p + error:
+                over.append(name)
         if over:
-            name = max(sorted(over), key=over.__getitem__)
+            name = max(sorted(over), key=now.__getitem__)
             which = "the retrained network" if self.retrained else "before"
             return f"silences only: {name} {now[name]:.3f}, {which} {then[name]:.3f}"
         if not now:

@@ -44,6 +44,8 @@ def in_head(model: nn.Module, head: HeadFeatures) -> Place:
     W, bias = head.weight.double(), head.bias
 
     def write(removal: Removal) -> ModelEdit:
+        if W.shape[1] != len(removal.mean):
+            raise ValueError(f"it reads {W.shape[1]} values, not {len(removal.mean)} channels")
         removed = W @ removal.matrix
         new = {"weight": W - removed}
         if bias is not None:
@@ -80,7 +82,7 @@ def place_at(model: nn.Module, layer: str, inputs: Inputs) -> Place:
         works = f"works: xai_edit.with_identity(model, {layer!r}, inputs), a copy to plan on"
         try:
             edit = found.write(removal)
-        except (ValueError, RuntimeError) as problem:
+        except ValueError as problem:
             raise ValueError(
                 f"layer: {layer!r} cannot be {found.kept} ({problem}); {works}"
             ) from None
