@@ -45,11 +45,9 @@ def test_the_goal_is_counted_beside_the_retrained_network_of_the_same_run():
             {**where, "method": name, "layer": "layer2", "A_g": 0.879, "probe": 0.1},
         ]
     summary = RUN.summary({"run": RUN.name, "rows": rows})
-    goals = {(row["method"], row["layer"]): row["goal"] for row in summary["rows"]}
-    assert goals[name, "layer1"][0] == 0.5
-    assert goals[name, "layer2"][0] == 0
+    assert [row["goal"][0] for row in summary["rows"] if "goal" in row] == [0.5, 0]
     table = RUN.tables(summary)["classes removed by a subspace"]
-    assert [row[-1] for row in table] == ["goal", "0 of 2", "2 of 2", "1 of 2", "0 of 2"]
+    assert [row[-1] for row in table] == ["goal", "", "", "1 of 2", "0 of 2"]
 
 
 @pytest.mark.parametrize(

@@ -67,14 +67,12 @@ def subspace_removal(results: Row) -> Results:
     ``goal`` counts the runs in which the new probe finds no more of the class than in the
     retrained network, at 2 points or less of the others' accuracy.
     """
+    names = "not edited", "retrained without the class"
     rows = [dict(row) for row in results["rows"]]
-    methods = {(r["seed"], r["class"], r["method"]): r for r in rows}
+    methods = {(row["seed"], row["class"], row["method"]): row for row in rows}
     for row in rows:
-        before, retrained = (
-            methods.get((row["seed"], row["class"], name))
-            for name in ("not edited", "retrained without the class")
-        )
-        if before is not None and retrained is not None:
+        before, retrained = (methods.get((row["seed"], row["class"], name)) for name in names)
+        if before is not None and retrained is not None and row["method"] not in names:
             found = row["probe"] <= retrained["probe"] and row["A_g"] >= before["A_g"] - 0.02
             row["goal"] = int(found)
     figures = ["directions", "A_t", "A_g", "probe", "probe_rest", "goal"]

@@ -61,10 +61,10 @@ def subspace_removal(summary: Summary) -> dict[str, Table]:
         cells = [row["method"], row["layer"] or ""]
         cells.append(f"{row['directions'][0]:.1f}" if "directions" in row else "")
         cells += [_deviation(row, key) for key in ("A_t", "A_g", "probe", "probe_rest")]
-        if compared:
+        if "goal" in row:
             mean, _, number = row["goal"]
             cells.append(f"{round(mean * number)} of {number}")
-        table.append(cells)
+        table.append(cells + [""] * (len(table[0]) - len(cells)))
     return {"classes removed by a subspace": table}
 
 
