@@ -18,7 +18,7 @@ from . import (
 from ._version import __version__
 from .comparisons.last_layer_retraining import LastLayerRetraining
 from .comparisons.logit_mask import LogitMask
-from .concepts.ablation import ablated, fold_ablation, with_ablation
+from .concepts.ablation import ablated, fold_ablation, with_ablation, with_identity
 from .concepts.choose import choose_spurious
 from .concepts.collect import collect_features
 from .concepts.drsa import DRSA
@@ -37,6 +37,7 @@ from .evaluation.deletion_curve import deletion_curve
 from .evaluation.evaluate_groups import evaluate_groups, evaluate_head
 from .evaluation.evaluate_unlearning import evaluate_unlearning
 from .evaluation.sizes import compare_sizes
+from .forgetting.class_subspace import ClassSubspaceRemoval
 from .forgetting.path_perturbation import PathPerturbation
 from .last_layer.counterfactual import CounterfactualRetraining
 from .last_layer.counterfactual_tuning import CounterfactualTuning
@@ -63,6 +64,7 @@ __all__ = [
     "PRCA",
     "Activation",
     "CaptumLayer",
+    "ClassSubspaceRemoval",
     "ConceptAwarePruning",
     "ContrastivePCA",
     "CounterfactualRetraining",
@@ -121,4 +123,5 @@ __all__ = [
     "testing",
     "to_smaller",
     "with_ablation",
+    "with_identity",
 ]

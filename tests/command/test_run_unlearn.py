@@ -17,7 +17,12 @@ from xai_edit.pages.verdict import verdict
 
 LINE = f"unlearn {DATA} --samples 10"
 SHARE = f"{LINE} --target d --share 0.2"
-METHODS = ["path perturbation", "single weight (SCA)", "logit mask"]
+METHODS = [
+    "path perturbation",
+    "single weight (SCA)",
+    "class subspace (LEACE)",
+    "logit mask",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def test_the_run_writes_its_files_and_a_row_for_each_method(done):
     assert [*results["evaluation"]] == [*timing["plan"]] == [*timing["evaluation"]] == METHODS
     mask = results["evaluation"]["logit mask"]
     assert mask["after"]["probe_test"] == mask["before"]["probe_test"]  # it forgets nothing
-    assert results["rows"][3]["forgotten"] == 0.0
+    assert results["rows"][4]["forgotten"] == 0.0
     assert "cost" not in mask
     page = (done / "report.html").read_text(encoding="utf-8")
     for text in ("logit mask", "single weight (SCA)", "probe", "step 20", "3 (d), to forget"):
@@ -66,7 +71,14 @@ def test_figures_are_those_of_the_librarys_edits_on_the_samples_held_out(done, h
     edits = [
         xe.ModelEdit({}),
         saved,
-        *(o.plan(model, analysis, target=[2, 3]) for o in (xe.SingleWeight(), xe.LogitMask())),
+        *(
+            operator.plan(model, analysis, target=[2, 3])
+            for operator in (
+                xe.SingleWeight(),
+                xe.ClassSubspaceRemoval(directions=2),
+                xe.LogitMask(),
+            )
+        ),
     ]
     for row, edit in zip(results["rows"], edits, strict=True):
         with edit.applied(model):

@@ -9,7 +9,7 @@ from torch import nn
 
 from xai_edit import collect_head_features
 from xai_edit.comparisons import LEACE
-from xai_edit.comparisons.leace import erasure
+from xai_edit.concepts.erasure import erasure
 
 
 def correlated(samples=400, d=6, values=2, seed=0):

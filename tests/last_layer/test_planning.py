@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xai_edit import (
+    ClassSubspaceRemoval,
     ConceptAwarePruning,
     FictitiousClass,
     LastLayerRetraining,
@@ -33,6 +34,10 @@ OPERATORS = {
     "mask": lambda m, d: LogitMask().plan(m, d, target=3),
     "last layer": lambda m, d: LastLayerRetraining(repeats=2).plan(m, d),
     "last layer tuned": lambda m, d: LastLayerRetraining(repeats=1, C="auto").plan(m, d),
+    "class subspace": lambda m, d: ClassSubspaceRemoval(directions=1).plan(m, d, target=3),
+    "class subspace at a layer": lambda m, d: ClassSubspaceRemoval(
+        "conv2", "esc", directions=1, vectors="mean"
+    ).plan(m, d, target=3),
     "leace": lambda m, d: LEACE().plan(m, d),
 }
 SUBSPACES = Subspaces(torch.eye(4).double()[:, :2], (1, 1), torch.zeros(4).double())

@@ -99,6 +99,8 @@ OPERATORS = {
     "counterfactual": xe.CounterfactualRetraining("conv1", axes(6, 3)),
     "mask": xe.LogitMask(),
     "last layer": xe.LastLayerRetraining(repeats=1, C="auto"),
+    "class subspace": xe.ClassSubspaceRemoval(directions=1),
+    "class subspace auto": xe.ClassSubspaceRemoval("fc1", bound=0.7),
     "leace": xe.comparisons.LEACE(),
     "dampening": xe.comparisons.SelectiveSynapticDampening(alpha=2),
 }

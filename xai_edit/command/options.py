@@ -253,10 +253,11 @@ COMMANDS = {
     ),
     "reproduce": Command(
         "Run a table of a paper anew, with the paper's figures beside it. npp-* forget one class "
-        "at a time by every method of the paper. fcr-* remove classes, or what a spurious feature "
-        "adds, by one weight. cnp-* prune networks that learned a watermark, discover-* look for "
-        "it without labels. Nothing is downloaded. A run cut short goes on where it stopped. "
-        "Writes results.json to the folder of --out. Each default is the table's.",
+        "at a time by every method of the paper, subspace-removal by a subspace of the class. "
+        "fcr-* remove classes, or what a spurious feature adds, by one weight. cnp-* prune "
+        "networks that learned a watermark, discover-* look for it without labels. Nothing is "
+        "downloaded. A run cut short goes on where it stopped. Writes results.json to the folder "
+        "of --out. Each default is the table's.",
         (
             Option("NAME", "of the table; --list shows all"),
             Option("--list", "show what can be run"),

@@ -31,6 +31,7 @@ from xai_edit.evaluation.accuracy import CONFIDENCE
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning
 from xai_edit.evaluation.intervals import wilson_intervals
+from xai_edit.forgetting.class_subspace import ClassSubspaceRemoval
 from xai_edit.forgetting.path_perturbation import PathPerturbation
 from xai_edit.last_layer.single_weight import SingleWeight
 from xai_edit.pages.unlearn import absent_classes, class_name
@@ -40,12 +41,14 @@ from xai_edit.report.table import counted
 
 EDIT, MAPS = "edits/unlearn.safetensors", ("maps.safetensors", "maps.png")
 METHOD = "path perturbation"
-BASELINES: dict[str, SingleWeight | LogitMask] = {
+BASELINES: dict[str, SingleWeight | ClassSubspaceRemoval | LogitMask] = {
     "single weight (SCA)": SingleWeight(),
+    "class subspace (LEACE)": ClassSubspaceRemoval(),
     "logit mask": LogitMask(),
 }
 ADVICE = {
     "single weight (SCA)": "use it if the answers are all that counts: it changes one weight",
+    "class subspace (LEACE)": "use it if the answers are all that counts: only the head changes",
     "logit mask": "use it if the answers are all that counts: it leaves the rest of the network",
 }
 PROBE = "what a probe finds and relearning brings back"
@@ -129,6 +132,8 @@ def command(options: argparse.Namespace) -> int:
     edit = run.plan(METHOD, plan)
     analysis = parts.planning.joined(parts.others)
     for name, baseline in BASELINES.items():
+        if isinstance(baseline, ClassSubspaceRemoval):
+            baseline = replace(baseline, directions=len(target))  # one a class, as it is
         plan = partial(baseline.plan, run.model, run.read(analysis, name), target=target)
         run.compare(name, plan)
     used = analysis.joined(parts.validation)

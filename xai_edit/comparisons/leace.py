@@ -5,16 +5,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xai_edit.concepts.erasure import fitted_erasure
 from xai_edit.core.data import Attribute, Data
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import HeadFeatures, head_features
-
-# Singular values below this share of the attribute's own scale are rounding.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,6 @@ class LEACE:
         for. ValueError if the model's logits are not W x + b, or the attribute is missing or the
         same for all samples.
         """
-        from sklearn.covariance import ledoit_wolf
-
         head = head_features(model, data, attribute=attribute, with_attribute=True)
         assert head.attribute is not None  # with_attribute
         bias = head.require_bias()
@@ -67,18 +62,16 @@ class LEACE:
                 "and without the feature are needed"
             )
         x, z = head.features.double(), nn.functional.one_hot(column).double()
-        w = _weights(head.labels, column)[:, None]
-        mean, rate = (w * x).sum(0), (w * z).sum(0)
-        centred = (len(w) * w).sqrt() * (x - mean)
-        covariance, shrinkage = ledoit_wolf(centred.numpy(), assume_centered=True)
-        cross = (w * (x - mean)).T @ (z - rate)
-        scale = float((rate - rate.square()).sum().sqrt())
-        left, right = erasure(torch.from_numpy(np.asarray(covariance)), cross / scale)
+        erased = fitted_erasure(x, z, _weights(head.labels, column))
+        left, right = erased.left, erased.right
         removed = head.weight.double() @ left @ right  # weight·(I − A)
-        new = {"weight": head.weight.double() - removed, "bias": bias.double() + removed @ mean}
+        new = {
+            "weight": head.weight.double() - removed,
+            "bias": bias.double() + removed @ erased.mean,
+        }
         counted = dict(zip(map(str, values.tolist()), counts.tolist(), strict=True))
         origin = {"operator": "LEACE", "samples": len(x), "values": counted}
-        origin |= {"directions": left.shape[1], "shrinkage": float(shrinkage)}
+        origin |= {"directions": left.shape[1], "shrinkage": erased.shrinkage}
         return head.edit(model, origin, **(new if left.shape[1] else {}))
 
 
@@ -98,18 +91,3 @@ def _weights(labels: Tensor | None, column: Tensor) -> Tensor:
         )
     weights: Tensor = 1 / counts[of_class, column]
     return weights / weights.sum()
-
-
-def erasure(covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors W⁺ U and Uᵀ W of the projection I − A = W⁺ P W (Thm. 4.3).
-
-    The columns of U span those of W Σ_xz; float64, shapes (d, directions) and (directions, d).
-    ``covariance`` is Σ_xx, (d, d), ``cross`` Σ_xz, (d, k), of an attribute of about unit scale.
-    Directions without variance are not changed.
-    """
-    variances, v = torch.linalg.eigh(covariance)
-    kept = variances > variances[-1].clamp(min=0) * len(variances) * torch.finfo(torch.double).eps
-    deviations, v = variances[kept].sqrt(), v[:, kept]
-    u, s, _ = torch.linalg.svd((v.T @ cross) / deviations[:, None], full_matrices=False)
-    u = u[:, s > ROUNDING]
-    return v @ (deviations[:, None] * u), (u / deviations[:, None]).T @ v.T

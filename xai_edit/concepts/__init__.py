@@ -1,6 +1,6 @@
 """Concept subspaces of a layer: features, finders, ablation."""
 
-from xai_edit.concepts.ablation import ablated, fold_ablation, with_ablation
+from xai_edit.concepts.ablation import ablated, fold_ablation, with_ablation, with_identity
 from xai_edit.concepts.choose import Candidate, Choice, choose_spurious
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
@@ -32,4 +32,5 @@ __all__ = [
     "strongest_samples",
     "subspace_maps",
     "with_ablation",
+    "with_identity",
 ]

@@ -26,6 +26,8 @@ from xai_edit.core.layers import (
     first_tensor,
     layer_module,
     resolve_layers,
+    run,
+    tapped,
     unit_axis_of,
 )
 from xai_edit.core.trace import trace
@@ -37,26 +39,30 @@ ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
 class SubspaceAblation(nn.Module):
     """The map a ↦ a − U Uᵀ(a − μ) over the channels, with the epsilon rule for relevance.
 
-    With ``when`` it is the identity for samples in which the subspaces are not present.
+    With ``when`` it is the identity for samples in which the subspaces are not present. With
+    ``readers`` V, of the shape of U, it is the oblique a ↦ a − U Vᵀ(a − μ).
     """
 
     directions: Tensor
     mean: Tensor
+    readers: Tensor | None
     threshold: Tensor | None
 
     def __init__(
         self,
-        subspaces: Subspaces,
-        indices: Sequence[int],
+        directions: Tensor,
+        mean: Tensor,
         axis: int | None,
         when: Presence | None = None,
+        readers: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.pooling = None if when is None else when.pooling
         # None before the first forward pass; an object, so that `preserved` keeps what it holds.
         self.axis = SimpleNamespace(number=axis)
-        self.register_buffer("directions", subspaces.directions(indices))
-        self.register_buffer("mean", subspaces.mean.clone())  # `load_state_dict` writes into it
+        self.register_buffer("directions", directions)
+        self.register_buffer("mean", mean.clone())  # `load_state_dict` writes into it
+        self.register_buffer("readers", readers)
         threshold = None if when is None else self.directions.new_tensor(when.threshold)
         self.register_buffer("threshold", threshold)
         self.lrp_rule = Epsilon()
@@ -80,9 +86,12 @@ class SubspaceAblation(nn.Module):
         a = activations.movedim(axis, -1)
         if a.shape[-1] != len(U):
             raise ValueError(f"subspaces: of {len(U)} channels, but the layer has {a.shape[-1]}")
-        ablated = a - (a - self.mean.to(a)) @ U @ U.T
+        V = U if self.readers is None else self.readers.to(activations)
+        ablated = (a - (a - self.mean.to(a)) @ V @ U.T).movedim(-1, axis)
+        if self.readers is not None:
+            return torch.empty_like(activations).copy_(ablated)  # in their memory layout, as below
         # Not a view, so that an in-place activation may follow.
-        ablated = ablated.movedim(-1, axis).clone()
+        ablated = ablated.clone()
         if self.threshold is None or self.pooling is None:
             return ablated
         # `shape[0]`, which an exported program keeps open, where `len` would fix the batch size.
@@ -128,7 +137,7 @@ def ablated(
         The name of the original layer inside the block, such as for a Zennit name map.
     """
     with preserved(model):
-        _insert(model, layer, subspaces, indices, when, unit_axis)
+        _insert_subspaces(model, layer, subspaces, indices, when, unit_axis)
         yield f"{layer}.layer"
 
 
@@ -149,8 +158,41 @@ def with_ablation(
     ``when`` also ``threshold``, a single number; they stay so in a copy made half precision.
     """
     copy = copied(model)
-    _insert(copy, layer, subspaces, indices, when, unit_axis)
+    _insert_subspaces(copy, layer, subspaces, indices, when, unit_axis)
     return copy
+
+
+def with_identity(
+    model: nn.Module, layer: str, inputs: Inputs, *, unit_axis: UnitAxis = None
+) -> nn.Module:
+    """Return a copy of a model with a place behind a layer that an edit can write an ablation to.
+
+    The copy gives the same outputs, bit for bit, until an edit such as that of
+    `xai_edit.ClassSubspaceRemoval` writes to its buffers ``directions`` U, ``readers`` V, both
+    float64, shape (channels, channels), and ``mean`` μ, (channels,), of
+    ``{layer}.ablation``: a ↦ a − U Vᵀ(a − μ). All are zero.
+
+    ``inputs`` are one or more samples. Other arguments, names of parameters and errors are those of
+    `with_ablation`.
+    """
+    _require_outputs(model, layer)
+    copy = copied(model)
+    one = inputs[:1].to(model_device(copy))
+    with preserved(copy), torch.no_grad():
+        axis = unit_axes(copy, one, [layer], unit_axis)[layer]
+        with tapped(copy, [layer]) as tap:
+            run(copy, one)
+    channels = tap.values[layer].shape[unit_axis_of(tap.values[layer], axis)]
+    zeros = torch.zeros(channels, channels, dtype=torch.double)
+    _insert(copy, layer, SubspaceAblation(zeros, zeros[0], axis, readers=zeros.clone()))
+    return copy
+
+
+def identity_behind(model: nn.Module, layer: str) -> SubspaceAblation | None:
+    """Return the ablation that `with_identity` has put behind a layer, or None."""
+    module = layer_module(model, layer)
+    place = module.ablation if isinstance(module, _Ablated) else None
+    return place if isinstance(place, SubspaceAblation) and place.readers is not None else None
 
 
 class _Ablated(nn.Module):
@@ -178,7 +220,7 @@ class _Ablated(nn.Module):
         return value
 
 
-def _insert(
+def _insert_subspaces(
     model: nn.Module,
     layer: str,
     subspaces: Subspaces,
@@ -187,14 +229,25 @@ def _insert(
     unit_axis: UnitAxis,
 ) -> None:
     """Replace a layer by the layer followed by its ablation."""
-    resolve_layers(model, [layer])
-    if layer.endswith(INPUT_SUFFIX):
-        raise ValueError(f"layer: {layer!r} given; name the layer whose outputs are ablated")
+    _require_outputs(model, layer)
     if when is not None:
         works = "give xai_edit.Presence(threshold), or leave it out to ablate every sample"
         require_type(when, Presence, "when", works)
     axis = known_axes(model, [layer], unit_axis).get(layer)
-    ablation = SubspaceAblation(subspaces, indices, axis, when).to(model_device(model))
+    directions = subspaces.directions(indices)
+    _insert(model, layer, SubspaceAblation(directions, subspaces.mean, axis, when))
+
+
+def _require_outputs(model: nn.Module, layer: str) -> None:
+    """Raise UnknownLayerError or ValueError unless an ablation can be put behind the layer."""
+    resolve_layers(model, [layer])
+    if layer.endswith(INPUT_SUFFIX):
+        raise ValueError(f"layer: {layer!r} given; name the layer whose outputs are ablated")
+
+
+def _insert(model: nn.Module, layer: str, ablation: SubspaceAblation) -> None:
+    """Replace a layer by the layer followed by an ablation."""
+    ablation.to(model_device(model))
     parent, _, name = layer.rpartition(".")
     module = layer_module(model, layer)
     for path, outer in model.named_modules():
@@ -202,7 +255,7 @@ def _insert(
         if around and isinstance(outer, nn.TransformerEncoderLayer):
             outer.activation_relu_or_gelu = 0  # else its fast path reads weights, calls no layer
     model.get_submodule(parent)._modules[name] = _Ablated(module, ablation)
-    if axis is None:
+    if ablation.axis.number is None:
         model.register_forward_pre_hook(partial(_find_axis, layer), with_kwargs=True)
 
 

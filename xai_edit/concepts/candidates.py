@@ -73,6 +73,11 @@ class Fit:
             and self.subspaces.directions(self.indices(at)).shape[1] < len(centre)
         ]
 
+    def ablation(self, places: tuple[int, ...], axis: int) -> SubspaceAblation:
+        """Return the ablation of a candidate."""
+        directions = self.subspaces.directions(self.indices(places))
+        return SubspaceAblation(directions, self.subspaces.mean, axis)
+
     def indices(self, places: tuple[int, ...]) -> tuple[int, ...]:
         """Return the subspaces at some places of the order."""
         return tuple(self.order[place] for place in places)
@@ -144,10 +149,7 @@ def ablated_counts(
         for batch in batches(data, device):
             if not seen:
                 axis = unit_axes(model, batch.inputs, [layer], unit_axis)[layer]
-                maps = [
-                    [SubspaceAblation(f.subspaces, f.indices(at), axis).to(device) for f in fits]
-                    for at in places
-                ]
+                maps = [[f.ablation(at, axis).to(device) for f in fits] for at in places]
             rows = slice(start, start + len(batch))
             start += len(batch)
             if start > len(fold):

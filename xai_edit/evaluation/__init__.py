@@ -10,6 +10,7 @@ from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning
 from xai_edit.evaluation.model_check import Figure, ModelCheck, Part
 from xai_edit.evaluation.sizes import Size, SizeComparison, compare_sizes
 from xai_edit.evaluation.unlearning_figures import Unlearning
+from xai_edit.evaluation.unlearning_table import unlearning_table
 
 __all__ = [
     "Accuracy",
@@ -32,4 +33,5 @@ __all__ = [
     "evaluate_head",
     "evaluate_unlearning",
     "measured",
+    "unlearning_table",
 ]

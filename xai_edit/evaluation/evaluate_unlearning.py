@@ -16,12 +16,13 @@ from xai_edit.core.data import Data, model_device, peek
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import copied, preserved
 from xai_edit.core.inputs import Inputs, input_tensors
-from xai_edit.core.layers import predict
+from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.targets import class_list
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.membership import forgetting_rates
 from xai_edit.evaluation.outputs import ClassSample, Overlap, naming, read, split_accuracy
+from xai_edit.evaluation.recovery import Readers, near_boundary
 from xai_edit.evaluation.relearning import STEPS, Relearning, lessons_kept, relearning_curves
 from xai_edit.evaluation.unlearning_figures import Divergence, NetworkFigures, Unlearning
 from xai_edit.last_layer.find_head import Head, find_head
@@ -41,6 +42,7 @@ def evaluate_unlearning(
     retrained: ModelEdit | nn.Module | None = None,
     analysis: Data | None = None,
     relearn: Sequence[int] = STEPS,
+    layers: Sequence[str] = (),
     cost: Cost | None = None,
     seed: int = 0,
     outputs: Outputs = None,
@@ -48,8 +50,10 @@ def evaluate_unlearning(
     """Measure the effect of an edit on the classes to forget and on the rest, before and after.
 
     A_t, A_g and F_r are those of Chang et al., *Zero-shot class unlearning*, Sec. V-B. In addition:
-    a linear probe of the features, a relearning curve, and the divergence from a network retrained
-    without the classes.
+    linear probes of the features, a head fitted anew on 2 % of the training samples, the class mean
+    of ten samples as the head's row (`xai_edit.evaluation.recovery.prototype`), a relearning curve,
+    the accuracy on others' samples near the boundary to the classes, and the divergence from a
+    network retrained without them.
 
     Takes one pass over ``train`` and one over ``test``, and one more over ``test`` for each step of
     the relearning. Holds copies of the network, features and outputs of about 10,000 samples, and
@@ -71,6 +75,8 @@ def evaluate_unlearning(
         Data that the edit was planned from; must not share a sample with ``train`` or ``test``.
     relearn : sequence of int
         Optimiser steps after which the relearning is measured, ascending; empty to leave it out.
+    layers : sequence of str
+        Layers of all networks, at whose outputs, means over positions, a probe is fitted too.
     cost : Cost, optional
         Of the edit itself, to report with the rest.
     seed : int
@@ -105,6 +111,8 @@ def evaluate_unlearning(
         classes = _classes(networks, first)
         targets = tuple(class_list(target, classes))
         heads, headless = _heads(networks, first)
+        for network in networks.values() if layers else ():
+            layers = resolve_layers(network, layers)
         overlap = Overlap(analysis)
         counts: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
         evenly = [max(1, KEPT // classes)] * classes
@@ -114,7 +122,7 @@ def evaluate_unlearning(
             limits = [own if one in targets else rest for one, rest in enumerate(evenly)]
             said, features = ClassSample(limits, seed), ClassSample(evenly, seed)
             lessons = ClassSample(lessons_kept(classes, targets), seed)
-            for batch in read(networks, heads, train, "train", counts["train"]):
+            for batch in read(networks, heads, train, "train", counts["train"], layers):
                 overlap.add(batch.inputs, "train")
                 said.add(batch.labels, {n: p.float() for n, p in batch.probabilities.items()})
                 features.add(batch.labels, batch.features)
@@ -123,21 +131,26 @@ def evaluate_unlearning(
                     lessons.add(batch.labels, columns)
             trained = {n: split_accuracy(c, targets, "train") for n, c in counts["train"].items()}
         with measured() as parts["probe"]:
-            sample = features.rows()
-            probes = {name: _probe(sample[name], sample["labels"]) for name in heads}
+            sample, per_class = features.rows(), counts["train"]["before"][1].tolist()
+            readers = {
+                name: Readers(name, heads.get(name), layers, sample, per_class, targets)
+                for name in networks
+            }
         with measured() as parts["test"]:
             unseen = ClassSample(evenly, seed)
-            hits = dict.fromkeys(probes, 0)
+            near = {name: torch.zeros(2, dtype=torch.long) for name in networks}
             compared = () if retrained is None else ("before", "after")
             divergence = {name: torch.zeros(2, dtype=torch.double) for name in compared}
-            for batch in read(networks, heads, test, "test", counts["test"]):
+            for batch in read(networks, heads, test, "test", counts["test"], layers):
                 overlap.add(batch.inputs, "test")
                 p = batch.probabilities
                 unseen.add(batch.labels, {"before": p["before"].float()})
                 forgotten = torch.isin(batch.labels, torch.tensor(targets))
-                for name, probe in probes.items() if forgotten.any() else ():
-                    answers = probe.predict(batch.features[name][forgotten].double().numpy())
-                    hits[name] += int((answers == batch.labels[forgotten].numpy()).sum())
+                close = near_boundary(p["before"], batch.labels, targets)
+                for name, reader in readers.items():
+                    reader.read(batch.features, batch.labels)
+                    right = p[name].argmax(1) == batch.labels
+                    near[name] += torch.stack([(right & close).sum(), close.sum()])
                 for name, sums in divergence.items():
                     each = jensen_shannon(p[name], p["retrained"])
                     sums += torch.stack([each[forgotten].sum(), each[~forgotten].sum()])
@@ -160,13 +173,27 @@ def evaluate_unlearning(
         if name in divergence:
             own, rest = divergence[name].tolist()
             mean = Divergence(own / samples, rest / on_test.rest_samples)
-        probed = hits[name] / samples if name in probes else None, headless.get(name)
-        measured_on = trained[name], on_test, rates.get(name)
-        figures[name] = NetworkFigures(*measured_on, mean, *probed, curves.get(name))
+        recovered = readers[name].found()
+        probed = recovered.get("probe")
+        right, close_samples = near[name].tolist()
+        figures[name] = NetworkFigures(
+            trained[name],
+            on_test,
+            rates.get(name),
+            mean,
+            None if probed is None else probed.forgotten,
+            headless.get(name),
+            curves.get(name),
+            right / close_samples if close_samples else None,
+            {layer: recovered[layer].forgotten for layer in layers},
+            recovered.get("head_from_few"),
+            recovered.get("prototype"),
+        )
     networks_figures = figures["before"], figures["after"], figures.get("retrained")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    counted = len(sample["labels"]) if probes else 0, changed, parameters
-    return Unlearning(targets, *networks_figures, attack, *counted, seed, cost, parts)
+    counted = len(sample["labels"]) if heads or layers else 0, changed, parameters
+    boundary = int(near["before"][1])
+    return Unlearning(targets, *networks_figures, attack, *counted, boundary, seed, cost, parts)
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
@@ -216,16 +243,6 @@ def _heads(
         except ValueError as problem:  # the outputs themselves were checked before
             headless[name] = str(problem)
     return heads, headless
-
-
-def _probe(features: Tensor, labels: Tensor) -> Any:
-    """Fit a logistic regression on standardised features; shapes (samples, d) and (samples,)."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return probe.fit(features.double().numpy(), labels.numpy())
 
 
 def _weights_changed(model: nn.Module, edit: ModelEdit | nn.Module) -> int | None:

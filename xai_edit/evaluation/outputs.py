@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.axes import unit_axes
 from xai_edit.core.checks import in_range, with_labels
 from xai_edit.core.counting import count_by_group
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.inputs import Inputs, input_tensors
-from xai_edit.core.layers import predict
+from xai_edit.core.layers import predict, run, tapped
 from xai_edit.last_layer.find_head import reading
 
 
@@ -27,7 +28,9 @@ class Outputs:
     inputs: Inputs  # on the device of the first model
     labels: Tensor  # int64, shape (samples,)
     probabilities: dict[str, Tensor]  # float64, shape (samples, classes)
-    features: dict[str, Tensor]  # the inputs of the head, where there is one
+    features: dict[str, Tensor]
+    """The inputs of the head, where there is one, and under ``MODEL:LAYER`` the outputs of layers,
+    means over positions; shape (samples, units)."""
 
 
 def read(
@@ -36,23 +39,31 @@ def read(
     data: Data,
     split: str,
     counts: dict[str, Tensor],
+    layers: Sequence[str] = (),
 ) -> Iterator[Outputs]:
     """Read the data once and yield each batch's outputs of all models.
 
-    Call it inside ``preserved`` and ``no_grad``. ``heads`` names those models whose
-    head is W x + b. Right answers and samples by class, int64, shape (2, classes), are added
-    to ``counts``. Errors on bad data or outputs name ``split`` and the model.
+    Call it inside ``preserved`` and ``no_grad``. ``heads`` names those models whose head is
+    W x + b, ``layers`` those of every model whose outputs are read too. Right answers and samples
+    by class, int64, shape (2, classes), are added to ``counts``. Errors on bad data or outputs name
+    ``split`` and the model.
     """
     device = model_device(next(iter(models.values())))
     with ExitStack() as stack:
         stack.enter_context(naming(split))
         readers = {name: stack.enter_context(reading(models[name])) for name in heads}
+        axes: dict[str, dict[str, int]] = {}
         for batch in batches(data, device):
             labels = with_labels(batch.labels).cpu()
             found = Outputs(batch.inputs, labels, {}, {})
             for name, model in models.items():
                 inputs = batch.inputs.to(model_device(model))
                 with naming(f"network {name!r}"):
+                    if layers:
+                        if name not in axes:
+                            axes[name] = unit_axes(model, inputs, layers)
+                        for layer, rows in _pooled(model, inputs, axes[name]).items():
+                            found.features[f"{name}:{layer}"] = rows
                     if name in readers:
                         head = readers[name].read(inputs)
                         output, found.features[name] = head.outputs.cpu(), head.features.float()
@@ -64,6 +75,18 @@ def read(
                 counts[name] = counts[name] + more if name in counts else more
                 found.probabilities[name] = log_probabilities(output.double()).exp()
             yield found
+
+
+def _pooled(model: nn.Module, inputs: Inputs, axes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return means over positions of layers' outputs, (samples, units), in a pass of their own."""
+    with tapped(model, [*axes]) as tap:
+        run(model, inputs)
+    tap.require([*axes])
+    found = {}
+    for layer, axis in axes.items():
+        values = tap.values[layer].movedim(axis, -1).float()
+        found[layer] = values.reshape(len(values), -1, values.shape[-1]).mean(1).cpu()
+    return found
 
 
 def log_probabilities(output: Tensor) -> Tensor:

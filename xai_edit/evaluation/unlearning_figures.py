@@ -10,10 +10,12 @@ from xai_edit.core.cost import Cost
 from xai_edit.core.text import Plain, aligned
 from xai_edit.evaluation.membership import Attack
 from xai_edit.evaluation.outputs import SplitAccuracy
+from xai_edit.evaluation.recovery import Recovery
 from xai_edit.evaluation.relearning import Relearning
 
 LINES = 20  # classes that the text shows
 
+PROTOTYPE = (("class mean as the head's row", "prototype_test"),)
 CLOSING = (
     "The accuracies show what the network answers. The probe and the relearning curve show how "
     "much of the class is still there."
@@ -37,7 +39,10 @@ class NetworkFigures:
     the recall of the forgotten classes on test samples by a logistic regression on the inputs of
     the last linear layer, fitted on training samples; ``probe_withheld`` says why where it is None.
     ``divergence_test`` is None without a retrained network and for itself, ``relearning_test`` with
-    ``relearn=()`` and before the edit.
+    ``relearn=()`` and before the edit. ``near_boundary_test`` is the accuracy on the others' test
+    samples of which a forgotten class is one of the original network's two likeliest;
+    ``layer_probes_test`` has the recall by a probe of each layer; ``head_from_few_test`` and
+    ``prototype_test`` are of a new head and of a prototype as the head's row, None without a head.
     """
 
     train: SplitAccuracy
@@ -47,6 +52,21 @@ class NetworkFigures:
     probe_test: float | None
     probe_withheld: str | None
     relearning_test: Relearning | None
+    near_boundary_test: float | None = None
+    layer_probes_test: dict[str, float] = field(default_factory=dict)
+    head_from_few_test: Recovery | None = None
+    prototype_test: Recovery | None = None
+
+    @property
+    def recovered(self) -> dict[str, float]:
+        """How much of the classes is found again by each means, apart from relearning."""
+        found = {"probe": self.probe_test}
+        found |= {f"probe at {layer}": one for layer, one in self.layer_probes_test.items()}
+        if self.head_from_few_test is not None:
+            found["head from 2 %"] = self.head_from_few_test.forgotten
+        if self.prototype_test is not None:
+            found["prototype"] = self.prototype_test.forgotten
+        return {name: one for name, one in found.items() if one is not None}
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,8 @@ class Unlearning(Plain):
         Training samples that the probe was fitted on, balanced over the classes as far as possible.
     weights_changed, parameters : int or None, int
         Of the original network; None where the edited one has other parameters.
+    near_boundary_samples : int
+        That ``near_boundary_test`` is over.
     cost, evaluation : Cost or None, dict of Cost
         Of the edit, and of the parts of this evaluation: ``train`` and ``test`` (one pass each),
         ``probe``, ``attack``, ``relearning``. They alone differ from run to run.
@@ -79,6 +101,7 @@ class Unlearning(Plain):
     probe_train_samples: int
     weights_changed: int | None
     parameters: int
+    near_boundary_samples: int
     seed: int
     cost: Cost | None = field(default=None, compare=False)
     evaluation: dict[str, Cost] = field(default_factory=dict, compare=False)
@@ -88,6 +111,30 @@ class Unlearning(Plain):
         """The figures by name: ``before``, ``after`` and, where there is one, ``retrained``."""
         named = {"before": self.before, "after": self.after, "retrained": self.retrained}
         return {name: figures for name, figures in named.items() if figures is not None}
+
+    def left(self) -> str:
+        """Return in one sentence whether only the answers changed, by what is found again.
+
+        The means of `NetworkFigures.recovered` are compared with the retrained network or, without
+        one, with the original: beyond two standard errors of the difference, in test samples.
+        """
+        reference = self.retrained or self.before
+        then, now = reference.recovered, self.after.recovered
+        over = []
+        for name in now.keys() & then.keys():
+            p, q = now[name], then[name]
+            error = 2 * ((p * (1 - p) + q * (1 - q)) / self.before.test.forgotten_samples) ** 0.5
+            if p > q + error if self.retrained else 0 < q <= p + error:
+                over.append(name)
+        if over:
+            name = max(sorted(over), key=now.__getitem__)
+            which = "the retrained network" if self.retrained else "before"
+            return f"silences only: {name} {now[name]:.3f}, {which} {then[name]:.3f}"
+        if not now:
+            return "not known: no means of recovery could be measured"
+        if self.retrained is not None:
+            return "no more is found than in the retrained network"
+        return "less is found than before; a retrained network would say how much is usual"
 
     def __str__(self) -> str:
         classes = "class" if len(self.target) == 1 else "classes"
@@ -120,7 +167,7 @@ class Unlearning(Plain):
         if self.cost is not None:
             lines.append(f"the edit took {self.cost}")
         parts = "; ".join(f"{part} {cost}" for part, cost in self.evaluation.items())
-        return "\n".join([*lines, f"the evaluation took: {parts}", "", CLOSING])
+        return "\n".join([*lines, f"the evaluation took: {parts}", "", self.left(), CLOSING])
 
     def _table(self) -> list[list[Any]]:
         figures = {
@@ -133,6 +180,16 @@ class Unlearning(Plain):
         }
         networks = self.networks
         rows = [[name, *map(attrgetter(at), networks.values())] for name, at in figures.items()]
+        near = [one.near_boundary_test for one in networks.values()]
+        count = self.near_boundary_samples
+        rows.insert(2, [f"A_g near the boundary, test ({count} samples)", *near])
+        for layer in self.before.layer_probes_test:
+            recalls = [one.layer_probes_test[layer] for one in networks.values()]
+            rows.append([f"probe at {layer}, recall of the forgotten, test", *recalls])
+        for name, key in (("head from 2 % of train", "head_from_few_test"), *PROTOTYPE):
+            for sign, part in (("A_t", "forgotten"), ("A_g", "rest")):
+                found = [getattr(getattr(one, key), part, None) for one in networks.values()]
+                rows.append([f"{name}, {sign}, test", *found])
         for part in ("forgotten", "rest") if self.retrained is not None else ():
             distances = [getattr(one.divergence_test, part, None) for one in networks.values()]
             rows.append([f"JS to retrained, {part}, test", *distances])

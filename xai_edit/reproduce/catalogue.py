@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from xai_edit.reproduce.backdoors import BackdoorDiscovery
+from xai_edit.reproduce.class_subspaces import SubspaceRemoval
 from xai_edit.reproduce.corrected_pruning import CorrectedPairPruning
 from xai_edit.reproduce.discovered_groups import ColourDiscovery
 from xai_edit.reproduce.discovery import ClassDiscovery, PairDiscovery
@@ -69,6 +70,12 @@ CHANG = (  # Zero-shot class unlearning, Tables III to X
         ks=(100, 150, 200),
         classes=(0,),
     ),
+)
+SUBSPACES = SubspaceRemoval(
+    name="subspace-removal",
+    title="class unlearning by a subspace at each stage, and what a new probe finds",
+    **SMALL | {"network": "resnet20"},
+    classes=(0, 3, 7),
 )
 DIGITS: dict[str, Any] = {
     **{"read": mnist, "network": "conv-2net", "epochs": 2, "strengths": (0.9, 0.95, 0.97)},
@@ -222,6 +229,6 @@ DISCOVERY = (
     ),
 )
 CATALOGUE: dict[str, Reproduction] = {
-    each.name: each for each in (*CHANG, *HAKEMI, *PRUNING, *DISCOVERY)
+    each.name: each for each in (*CHANG, SUBSPACES, *HAKEMI, *PRUNING, *DISCOVERY)
 }
 """All of them by name."""

@@ -61,6 +61,24 @@ def unlearning(results: Row) -> Results:
     return {**_setting(results, "sweeps", "paper", "table"), "rows": rows, "sweeps": sweeps}
 
 
+def subspace_removal(results: Row) -> Results:
+    """Summarise the removal of subspaces over classes and seeds.
+
+    ``goal`` counts the runs in which the new probe finds no more of the class than in the
+    retrained network, at 2 points or less of the others' accuracy.
+    """
+    names = "not edited", "retrained without the class"
+    rows = [dict(row) for row in results["rows"]]
+    methods = {(row["seed"], row["class"], row["method"]): row for row in rows}
+    for row in rows:
+        before, retrained = (methods.get((row["seed"], row["class"], name)) for name in names)
+        if before is not None and retrained is not None and row["method"] not in names:
+            found = row["probe"] <= retrained["probe"] and row["A_g"] >= before["A_g"] - 0.02
+            row["goal"] = int(found)
+    figures = ["directions", "A_t", "A_g", "probe", "probe_rest", "goal"]
+    return {**_setting(results), "rows": spreads(rows, ["method", "layer"], figures)}
+
+
 def class_removal(results: Row) -> Results:
     """Summarise Fig. 6 of Hakemi et al. over classes and seeds."""
     runs = [*results["seeds"].values()]

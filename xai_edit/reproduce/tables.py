@@ -52,6 +52,22 @@ def unlearning(summary: Summary) -> dict[str, Table]:
     return tables
 
 
+def subspace_removal(summary: Summary) -> dict[str, Table]:
+    """Return accuracies and the recall of a new probe by method and layer."""
+    table = [["method", "layer", "directions", "A_t", "A_g", "probe: class", "probe: others"]]
+    compared = any("goal" in row for row in summary["rows"])
+    table[0] += ["goal"] if compared else []
+    for row in summary["rows"]:
+        cells = [row["method"], row["layer"] or ""]
+        cells.append(f"{row['directions'][0]:.1f}" if "directions" in row else "")
+        cells += [_deviation(row, key) for key in ("A_t", "A_g", "probe", "probe_rest")]
+        if "goal" in row:
+            mean, _, number = row["goal"]
+            cells.append(f"{round(mean * number)} of {number}")
+        table.append(cells + [""] * (len(table[0]) - len(cells)))
+    return {"classes removed by a subspace": table}
+
+
 def class_removal(summary: Summary) -> dict[str, Table]:
     """Return Fig. 6 as tables; "others" is the mean change of the classes that stay."""
     by_selection = [["selection", "weights", "A_t", "highest A_t", "others", "lowest change"]]
