@@ -18,6 +18,7 @@ from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.final_operation import following, is_compiled, mark_unfollowed
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
 from xai_edit.core.outputs import logits_of
+from xai_edit.core.precision import why_no_copy
 
 INPUT_SUFFIX = ":input"
 """``"fc:input"`` names the inputs of layer ``fc``, where ``"fc"`` names its outputs."""
@@ -263,6 +264,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     except (RuntimeError, AssertionError, TypeError) as problem:  # torchvision's ViT asserts
         raise ValueError(
             f"data: the model does not take inputs of {described(inputs)}: {problem}"
+            f"{why_no_copy(model)}"
         ) from problem
 
 
