@@ -12,8 +12,10 @@ from torch.nn.utils import prune
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 
+import xai_edit as xe
+from xai_edit.comparisons import negative_gradient
 from xai_edit.core.errors import NonFiniteError
-from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.guard import preserved, require_finite, require_loaded
 
 
 def first_conv(model):
@@ -224,3 +226,37 @@ def test_a_weight_or_buffer_that_is_not_finite_is_named(norm, name, value):
         norm.state_dict()[name].flatten()[0] = value
     with pytest.raises(NonFiniteError, match=f"'{name}': NaN or infinite values"):
         require_finite(norm)
+
+
+EDIT = xe.ModelEdit({})
+ENTRIES = {
+    "heatmap": lambda model, x, y: xe.LRP().heatmap(model, x, y),
+    "score_units": lambda model, x, y: xe.score_units(model, [(x, y)], xe.WeightMagnitude()),
+    "check_model": lambda model, x, y: xe.check_model(model, (x, y)),
+    "discover": lambda model, x, y: xe.discover(model, [(x, y)]),
+    "evaluate_groups": lambda model, x, y: xe.evaluate_groups(model, [(x, y, y % 2)]),
+    "SingleWeight": lambda model, x, y: xe.SingleWeight().plan(model, [(x, y)], target=0),
+    "PathPerturbation": lambda model, x, y: xe.PathPerturbation().plan(model, [(x, y)], target=0),
+    "negative_gradient": lambda model, x, y: negative_gradient(model, [(x, y)], target=0),
+    "apply": lambda model, x, y: EDIT.apply(model),
+    "to_smaller": lambda model, x, y: xe.to_smaller(model, EDIT, x[:1]),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_model_spread_by_a_device_map_or_without_values_is_refused(plain, name, unchanged):
+    x, y = images(), torch.arange(4)
+    plain.hf_device_map = {"": "cpu"}  # all on one device
+    require_loaded(plain)
+    plain.hf_device_map = {"conv1": 0, "conv2": "cpu", "head": "disk"}
+    wrapped = nn.Sequential(plain)
+    for model, message in ((plain, "it is spread"), (wrapped, "module '0' is spread")):
+        check = unchanged(model)
+        with pytest.raises(ValueError, match=message) as problem:
+            ENTRIES[name](model, x, y)
+        check()
+        assert "['0', 'cpu', 'disk'] by a device map (hf_device_map)" in str(problem.value)
+    plain.hf_device_map = None
+    plain.fc1.to("meta")
+    with pytest.raises(ValueError, match=r"'fc1.weight' is on the meta device.*from_pretrained"):
+        ENTRIES[name](plain, x, y)

@@ -31,6 +31,7 @@ def preserved(model: nn.Module, *, weights: bool = False) -> Iterator[nn.Module]
     Inside, the model is in evaluation mode and without gradients. With ``weights``, also what is
     written into a parameter in place is undone, at the price of a copy of them all.
     """
+    require_loaded(model)
     before = Snapshot(model)
     kept = (*model.parameters(), *model.buffers()) if weights else tuple(model.buffers())
     values = [(tensor, tensor.detach().clone()) for tensor in kept]
@@ -144,8 +145,37 @@ def copied(model: nn.Module) -> nn.Module:
         ) from problem
 
 
+def require_loaded(model: nn.Module) -> None:
+    """Raise ValueError for a model spread over devices by a device map, or without its values.
+
+    The hooks of such a map (Hugging Face's accelerate) move weights during a forward pass, so that
+    neither a rule nor an edit finds them in their place.
+    """
+    remedy = (
+        "load it whole on one device: from_pretrained(...) without device_map, then .to(device)"
+    )
+    for name, module in model.named_modules():
+        places = {str(one) for one in (vars(module).get("hf_device_map") or {}).values()}
+        if len(places) > 1 or "disk" in places:
+            where = f"module {name!r}" if name else "it"
+            raise ValueError(
+                f"model: {where} is spread over {sorted(places)} by a device map (hf_device_map); "
+                f"{remedy}"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device, without values, as weights are that were "
+                f"offloaded or not loaded; {remedy}"
+            )
+
+
 def require_finite(model: nn.Module) -> None:
-    """Raise `NonFiniteError` naming the first parameter or buffer with a NaN or an infinity."""
+    """Raise `NonFiniteError` naming the first parameter or buffer with a NaN or an infinity.
+
+    Before, the model is checked by `require_loaded`.
+    """
+    require_loaded(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():
             finite(tensor, f"model: {name!r}")

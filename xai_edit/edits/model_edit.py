@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xai_edit._version import __version__
 from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteError
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
+from xai_edit.core.guard import require_loaded
 from xai_edit.core.wrapped import unwrapped
 
 SENTENCES = ("warnings", "verdict")  # entries of an origin that commands add
@@ -327,9 +328,11 @@ def _same_bits(left: Tensor, right: Tensor) -> Tensor:
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, tied ones under each of their names.
 
-    Names are those of the model inside a wrapper, such as a compiled one.
+    Names are those of the model inside a wrapper, such as a compiled one. The model is checked by
+    `xai_edit.core.guard.require_loaded`.
     """
     model = unwrapped(model)
+    require_loaded(model)
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
