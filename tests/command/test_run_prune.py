@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import xai_edit as xe
-from xai_edit.command.export import exported
+from xai_edit.command.export import as_onnx, exported
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.prune_plans import of_concept, references, tuned_on
@@ -162,7 +162,8 @@ MASK_ONLY = [EDIT, MAPS, *WRITTEN, "timing.json"]
 @pytest.mark.parametrize("name", ["plain", "aware"])
 def test_the_smaller_network_gives_the_masked_networks_logits(name, request, here):
     done = request.getfixturevalue(name)
-    assert files(done) == FILES
+    onnx = read(done)["smaller"]["onnx"]["file"]
+    assert files(done) == sorted([*FILES, *([onnx] if onnx else [])])
     model, x = network(), inputs(parts_of())
     edit = xe.ModelEdit.load(done / "edits/prune.safetensors")
     smaller = xe.to_smaller(model, edit, x[:1])
@@ -179,7 +180,7 @@ def test_the_smaller_network_gives_the_masked_networks_logits(name, request, her
     results = read(done)
     expected = {"file": "smaller.safetensors", "withheld": None, "program": "smaller.pt2"}
     expected |= {"kind": "torch.export", "batch": None, "failed": {}}
-    assert results["smaller"] == expected
+    assert results["smaller"] == expected | {"onnx": results["smaller"]["onnx"]}
     left = 12 - results["edit"]["removed"]
     expected, whole = (units * 3 * 9 + (units * 36 + 1) * 4 for units in (left, 12))
     assert sum(tensor.numel() for tensor in smaller.parameters()) == expected
@@ -298,7 +299,7 @@ def test_held_out_images_are_read_once_for_all_smaller_shares(here):
 
 def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     Path("none/edits").mkdir(parents=True)
-    for name in (*FILES, "smaller.torchscript"):  # of an earlier run
+    for name in (*FILES, "smaller.torchscript", "smaller.onnx"):  # of an earlier run
         Path("none", name).write_bytes(b"")
     line = AWARE.replace("marks.csv", "chance.csv")
     assert main(shlex.split(f"{line} --out none --force --quiet")) == 0
@@ -448,6 +449,29 @@ def test_the_reason_why_there_is_no_program_is_kept(monkeypatch):
     failed = about["failed"]
     assert len(failed) == 4
     assert "outputs differ" in failed["TorchScript, any number of samples"]
+
+
+def test_onnxruntime_gives_the_networks_logits_from_a_file_without_paths(plain, here):
+    pytest.importorskip("torch", minversion="2.6")  # exports to ONNX for any number of samples
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    model, x = network(), inputs(parts_of())
+    xe.ModelEdit.load(plain / EDIT).apply(model)
+    session = onnxruntime.InferenceSession(plain / "smaller.onnx")
+    (given,) = session.get_inputs()
+    for count in (1, 5, 32):
+        (found,) = session.run(None, {given.name: x[:count].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x[:count]))
+    onnx.checker.check_model(plain / "smaller.onnx")
+    assert b".py" not in (plain / "smaller.onnx").read_bytes()
+
+
+def test_without_the_packages_of_onnx_the_page_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("xai_edit.command.export.NEEDED", ("torch", "no_such_package"))
+    content, about = as_onnx(torch.nn.Linear(3, 2), torch.ones(4, 3))
+    assert content is None
+    assert about["failed"] == {"ONNX": "pip install no_such_package"}
 
 
 def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import null_space
+from scipy.linalg import null_space, sqrtm
 from sklearn.covariance import ledoit_wolf
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from xai_edit import collect_head_features
@@ -58,6 +59,42 @@ def test_no_value_of_the_attribute_is_correlated_with_a_feature_any_more(eye, va
     assert np.linalg.matrix_rank(np.eye(6) - w) == values - 1
     assert np.allclose(w @ w, w, atol=1e-10)  # a projection: twice is once
     assert np.allclose((x.numpy() @ w.T + b).mean(0), x.numpy().mean(0))
+
+
+@pytest.mark.parametrize("values", [2, 3, 5])
+def test_a_linear_classifier_of_the_attribute_can_only_give_its_base_rates(eye, values):
+    x, a = correlated(values=values)
+    w, b = whole(eye, [x], attribute=a)
+    rates = np.bincount(a) / len(a)
+    before, after = (
+        LogisticRegression(C=np.inf, max_iter=1000, tol=1e-8).fit(one, a).predict_proba(one)
+        for one in (x.numpy(), x.numpy() @ w.T + b)
+    )
+    assert np.abs(before - rates).max() > 0.3
+    assert np.abs(after - rates).max() < 1e-5
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_it_is_orthogonal_in_whitened_space_and_goes_with_an_affine_map(columns):
+    """Of several columns at once, here of real numbers."""
+    rng = np.random.default_rng(columns)
+    x = correlated(seed=columns)[0].numpy()
+    z = x @ rng.normal(size=(6, columns)) + rng.normal(size=(len(x), columns))
+
+    def found(features):
+        both = np.cov(features, z, rowvar=False, bias=True)
+        return both[:6, :6], projection(both[:6, :6], both[:6, 6:]), both[:6, 6:]
+
+    covariance, A, cross = found(x)
+    assert np.abs(A @ cross).max() < 1e-10
+    root = sqrtm(covariance).real
+    whitened = np.linalg.solve(root, A @ root)
+    assert np.allclose(whitened, whitened.T, atol=1e-9)
+    assert np.allclose(whitened @ whitened, whitened, atol=1e-9)
+    assert np.trace(whitened) == pytest.approx(6 - columns)
+    # Least change in every norm (Thm. 4.3), so features in other units are erased alike.
+    B = rng.normal(size=(6, 6))
+    assert np.allclose(found(x @ B.T + rng.normal(size=6))[1] @ B, B @ A, atol=1e-8)
 
 
 def test_the_class_stays_where_the_attribute_goes_with_it(eye):

@@ -13,8 +13,9 @@ from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 
 import xai_edit as xe
+from xai_edit.comparisons import negative_gradient
 from xai_edit.core.errors import NonFiniteError
-from xai_edit.core.guard import preserved, require_finite
+from xai_edit.core.guard import preserved, require_finite, require_values
 
 
 def first_conv(model):
@@ -239,7 +240,7 @@ def _eighth():
 
 
 UNUSABLE = [
-    (lambda: nn.Linear(2, 2, device="meta"), "on the meta device .* load its weights"),
+    (lambda: nn.Linear(2, 2, device="meta"), "on the meta device, without values.* load it whole"),
     (_made_under_inference_mode, "made under torch.inference_mode"),
     (_eighth, r"torch.float8_e4m3fn, .* convert by \.float"),
 ]
@@ -258,3 +259,39 @@ def test_a_tensor_that_no_pass_can_be_made_with_is_named(build, message):
     ):
         with pytest.raises(ValueError, match=f"model: 'weight' .*{message}"):
             use()
+
+
+EDIT = xe.ModelEdit({})
+ENTRIES = {
+    "heatmap": lambda model, x, y: xe.LRP().heatmap(model, x, y),
+    "score_units": lambda model, x, y: xe.score_units(model, [(x, y)], xe.WeightMagnitude()),
+    "check_model": lambda model, x, y: xe.check_model(model, (x, y)),
+    "discover": lambda model, x, y: xe.discover(model, [(x, y)]),
+    "evaluate_groups": lambda model, x, y: xe.evaluate_groups(model, [(x, y, y % 2)]),
+    "SingleWeight": lambda model, x, y: xe.SingleWeight().plan(model, [(x, y)], target=0),
+    "PathPerturbation": lambda model, x, y: xe.PathPerturbation().plan(model, [(x, y)], target=0),
+    "negative_gradient": lambda model, x, y: negative_gradient(model, [(x, y)], target=0),
+    "apply": lambda model, x, y: EDIT.apply(model),
+    "to_smaller": lambda model, x, y: xe.to_smaller(model, EDIT, x[:1]),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_model_spread_by_a_device_map_or_without_values_is_refused(plain, name, unchanged):
+    x, y = images(), torch.arange(4)
+    plain.hf_device_map = {"": "cpu"}  # all on one device
+    require_values(plain)
+    plain.hf_device_map = {"conv1": 0, "conv2": "cpu", "head": "disk"}
+    wrapped = nn.Sequential(plain)
+    for model, message in ((plain, "it is spread"), (wrapped, "module '0' is spread")):
+        check = unchanged(model)
+        with pytest.raises(ValueError, match=message) as problem:
+            ENTRIES[name](model, x, y)
+        check()
+        assert "['0', 'cpu', 'disk'] by a device map (hf_device_map)" in str(problem.value)
+    plain.hf_device_map = None
+    plain.fc1.to("meta")
+    with pytest.raises(
+        ValueError, match=r"'fc1.weight' is on the meta device, without values.*from_pretrained"
+    ):
+        ENTRIES[name](plain, x, y)

@@ -77,6 +77,21 @@ def test_a_planted_feature_is_the_first_finding(planted):
     assert groups["rest with"].accuracy is None  # no samples, no figure
 
 
+def test_in_half_precision_the_float32_copy_is_searched():
+    x, labels, _ = images(0.7)
+    x, model = x.bfloat16(), Sums().eval().bfloat16()
+    widened = copy.deepcopy(model).float()
+    found = xe.discover(model, of(x, labels), layers=["relu"])
+    expected = xe.discover(widened, of(x.float(), labels), layers=["relu"])
+    assert found.origin["precision"] == "float32 copy of a torch.bfloat16 model"
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.scores, other.scores)
+        assert torch.equal(one.subspaces.basis, other.subspaces.basis)
+        presence = one.presence(model, x[:50])
+        assert torch.equal(presence, other.presence(widened, x[:50].float()))
+
+
 def test_nothing_stands_out_where_nothing_is_planted():
     x, labels, _ = images(0.0)
     found = xe.discover(Sums().eval(), of(x, labels), layers=["relu"])

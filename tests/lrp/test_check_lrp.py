@@ -251,25 +251,6 @@ def test_an_autograd_function_before_a_layer_with_a_rule_is_an_error():
     assert "AddsBackward" in found.message
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_an_error_that_says_how_to_widen(dtype):
-    model = net().to(dtype)
-    check = check_model(model, X.to(dtype))
-    assert [one.module for one in errors(check)] == ["first"]
-    assert "copy.deepcopy(model).float()" in errors(check)[0].message
-    with pytest.raises(ValueError, match=f"{dtype}.*deepcopy"):
-        score_units(model, [(X.to(dtype), TARGETS)], LRP(), layers=["head"])
-    widened = copy.deepcopy(model).float()
-    assert check_model(widened, X.float()).ok
-
-
-def test_one_layer_in_half_precision_is_found():
-    model = net(lambda m, x: m.extra(x.to(torch.bfloat16)).double(), nn.Linear(8, 8))
-    model.extra.to(torch.bfloat16)
-    (found,) = errors(check_model(model, X))
-    assert found.module == "extra"
-
-
 def test_what_cannot_be_checked_at_all_is_an_error():
     model = net()
     with pytest.raises(NonFiniteError, match="inputs"):

@@ -36,10 +36,10 @@ LAYERS = {
 }
 
 
-def share(parts, bias):
+def share(parts, bias, stabilizer=STABILIZER):
     """Each input's share of each output: parts (outputs, inputs) over their stabilised sum."""
     total = parts.sum(1) + bias
-    return parts / torch.where(total < 0, total - STABILIZER, total + STABILIZER)[:, None]
+    return parts / torch.where(total < 0, total - stabilizer, total + stabilizer)[:, None]
 
 
 def lrp_epsilon(x, W, b):
@@ -55,11 +55,11 @@ def lrp_alpha_beta(alpha, beta):
     return matrix
 
 
-def lrp_gamma(gamma):
+def lrp_gamma(gamma, with_bias=1.0):
     def matrix(x, W, b):
-        z = W * x
-        up = share(z + gamma * z.clamp(min=0), b + gamma * b.clamp(min=0))
-        down = share(z + gamma * z.clamp(max=0), b + gamma * b.clamp(max=0))
+        z, c = W * x, with_bias * b
+        up = share(z + gamma * z.clamp(min=0), c + gamma * c.clamp(min=0))
+        down = share(z + gamma * z.clamp(max=0), c + gamma * c.clamp(max=0))
         return torch.where((z.sum(1) + b > 0)[:, None], up, down)
 
     return matrix
@@ -71,6 +71,14 @@ def lrp_box(x, W, b):
 
 def lrp_w_square(x, W, b):
     return share(W**2, b**2)
+
+
+def lrp_flat(x, W, b):
+    return share((W != 0).double(), torch.zeros_like(b))
+
+
+def without_bias(matrix):
+    return lambda x, W, b: matrix(x, W, torch.zeros_like(b))
 
 
 def by_type(rule):
@@ -99,6 +107,20 @@ RULES = {
         lrp_w_square,
     ),
 }
+OF_ZENNIT = {
+    "Epsilon(0.5)": (zr.Epsilon(0.5), lambda x, W, b: share(W * x, b, 0.5)),
+    "Epsilon, no bias": (zr.Epsilon(zero_params="bias"), without_bias(lrp_epsilon)),
+    "Gamma(2), no bias": (zr.Gamma(2.0, zero_params="bias"), lrp_gamma(2.0, with_bias=0.0)),
+    "ZPlus, no bias": (zr.ZPlus(zero_params="bias"), without_bias(lrp_alpha_beta(1, 0))),
+    "AlphaBeta(3, 2)": (zr.AlphaBeta(3, 2), lrp_alpha_beta(3, 2)),
+    "WSquare, no bias": (zr.WSquare(zero_params="bias"), without_bias(lrp_w_square)),
+    "Flat": (zr.Flat(), lrp_flat),
+    "Norm": (zr.Norm(), lrp_epsilon),
+}
+RULES |= {
+    name: (lambda rule=rule: LRP(by_type(rule)), matrix, matrix)
+    for name, (rule, matrix) in OF_ZENNIT.items()
+}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -107,11 +129,64 @@ def test_a_rule_is_its_dense_matrix(rule, kind):
     make, shape = LAYERS[kind]
     torch.manual_seed(0)
     layer = make().double()
-    model = nn.Sequential(layer, nn.Flatten())
+    assert_dense(rule, nn.Sequential(layer, nn.Flatten()), shape)
+
+
+NORMS = {
+    "linear": nn.BatchNorm1d,
+    "conv2d, grouped": nn.BatchNorm2d,
+    "conv3d": nn.BatchNorm3d,
+    "transposed conv2d": nn.BatchNorm2d,
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("rule", ["epsilon", "AlphaBeta(3, 2)", "Gamma(2), no bias"])
+def test_a_rule_with_a_batch_norm_behind_is_that_of_the_product_of_both(rule, kind, unchanged):
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    layer = make()
+    units = layer(torch.zeros(1, *shape)).shape[1]
+    norm = NORMS[kind](units)
+    with torch.no_grad():
+        for values in (*norm.parameters(), norm.running_var):
+            values.uniform_(0.5, 1.5)
+        norm.running_mean.normal_()
+    model = nn.Sequential(layer, norm, nn.Flatten()).double().eval()
+    check = unchanged(model)
+    assert_dense(rule, model, shape, 1e-9 + 10 * SLACK_OF_A_MERGED_NORM)
+    check()
+
+
+@pytest.mark.parametrize(
+    ("rule", "formula"),
+    [
+        (zr.Pass(), lambda x, R: R),
+        (zr.ReLUDeconvNet(), lambda x, R: R.clamp(min=0)),
+        (zr.ReLUGuidedBackprop(), lambda x, R: R.clamp(min=0) * (x > 0)),
+        (zr.ReLUBetaSmooth(3.0), lambda x, R: R * torch.sigmoid(3 * x)),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_rule_of_an_activation_is_its_formula(rule, formula):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+    x, targets = torch.randn(5, 7).double(), torch.tensor([0, 1, 2, 3, 1])
+    scorer = LRP(zc.LayerMapComposite([(nn.ReLU, rule)]))
+    got = scorer.relevance(model, x, targets, ["1:input", "1"])
+    expected = formula(model[0](x).detach(), got["1"])
+    torch.testing.assert_close(got["1:input"], expected, rtol=1e-12, atol=1e-14)
+
+
+def assert_dense(rule, model, shape, tolerance=1e-9):
+    """Compare the relevance at the first layer with the rule's matrix of the whole, linear model.
+
+    With these rules, relevance at the layer's output is the logit of the target.
+    """
     x = torch.empty(5, *shape, dtype=torch.float64).uniform_(LOW, HIGH)
-    W, b = dense(layer, shape)
+    W, b = dense(model, shape)
     scorer, conv_matrix, linear_matrix = RULES[rule]
-    matrix = linear_matrix if isinstance(layer, nn.Linear) else conv_matrix
+    matrix = linear_matrix if isinstance(model[0], nn.Linear) else conv_matrix
     targets = torch.tensor([0, 1, 2, 3, 1])
     got = scorer().relevance(model, x, targets, ["0:input", "0"])
     logits = x.flatten(1) @ W.T + b
@@ -119,8 +194,9 @@ def test_a_rule_is_its_dense_matrix(rule, kind):
         upper = torch.zeros(len(b), dtype=torch.float64)
         upper[target] = logits[sample, target]
         lower = matrix(x[sample].flatten(), W, b).T @ upper
-        torch.testing.assert_close(got["0"][sample].flatten(), upper, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(got["0:input"][sample].flatten(), lower, rtol=1e-9, atol=1e-12)
+        at_output, at_input = got["0"][sample].flatten(), got["0:input"][sample].flatten()
+        torch.testing.assert_close(at_output, upper, rtol=tolerance, atol=1e-12)
+        torch.testing.assert_close(at_input, lower, rtol=tolerance, atol=1e-12)
 
 
 def test_every_preset_makes_a_new_composite():

@@ -1,4 +1,4 @@
-"""Export of a network to one file that runs without its Python code."""
+"""Export of a network to files that run without its Python code."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,9 +18,16 @@ from xai_edit.command.load import first_sentence
 from xai_edit.core.guard import copied
 
 TOLERANCE = 1e-5  # of the largest logit
+TOLERANCE_ONNX = 1e-4  # whose runtime has its own kernels
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+SIZES = {"any number of samples": None, "one sample at a time": 1}
+
+Made = tuple[bytes | None, dict[str, Any]]
+Program = Callable[[Tensor], Tensor]
+Maker = Callable[[nn.Module, Tensor, Any], tuple[bytes, Program]]
 
 
-def exported(network: nn.Module, sample: Tensor) -> tuple[bytes | None, dict[str, Any]]:
+def exported(network: nn.Module, sample: Tensor) -> Made:
     """Export a network by ``torch.export``, or trace it where that fails.
 
     For any number of samples where PyTorch can, else for one at a time. ``sample`` has the shape
@@ -27,34 +35,73 @@ def exported(network: nn.Module, sample: Tensor) -> tuple[bytes | None, dict[str
     gave the network's outputs; and its ``kind``, "torch.export" or "TorchScript", the number of
     samples at a time, ``batch``, None for any, and each ``failed`` attempt with PyTorch's error.
     """
+    makers = {"torch.export": _torch_export, "TorchScript": _torchscript}
+    return _first_right(network, sample, makers, TOLERANCE)
+
+
+def as_onnx(network: nn.Module, sample: Tensor) -> Made:
+    """Export a network to ONNX, as `exported`; its outputs are those that onnxruntime gives.
+
+    Without the packages that this needs, ``failed`` says how to install them.
+    """
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        failed = {"ONNX": f"pip install {' '.join(missing)}"}
+        return None, {"kind": None, "batch": None, "failed": failed}
+    return _first_right(network, sample, {"ONNX": _onnx}, TOLERANCE_ONNX)
+
+
+def _first_right(
+    network: nn.Module, sample: Tensor, makers: Mapping[str, Maker], tolerance: float
+) -> Made:
+    """Return the first program that gives the network's outputs."""
     network = copied(network).cpu().eval()
     one = sample[:1].detach().cpu()
     failed: dict[str, str] = {}
-    sizes = {"any number of samples": None, "one sample at a time": 1}
-    for kind, (of, batch) in itertools.product(("torch.export", "TorchScript"), sizes.items()):
+    for (kind, make), (of, batch) in itertools.product(makers.items(), SIZES.items()):
         # Two samples, as PyTorch takes the number one for a constant.
         inputs = one if batch else torch.cat([one, one])
-        file = io.BytesIO()
+        shapes = None if batch else ({0: torch.export.Dim("samples")},)
         try:
             with _quiet(), torch.no_grad():
-                if kind == "torch.export":
-                    shapes = None if batch else ({0: torch.export.Dim("samples")},)
-                    made = torch.export.export(network, (inputs,), dynamic_shapes=shapes)
-                    torch.export.save(made, file)
-                    program: Any = made.module()
-                else:
-                    program = torch.jit.trace(network, inputs)
-                    torch.jit.save(program, file)
+                content, program = make(network, inputs, shapes)
                 for given in (inputs, one):
                     found, expected = program(given), network(given)
                     difference = float((found - expected).abs().max())
-                    if not difference <= TOLERANCE * float(expected.abs().max()):
+                    if not difference <= tolerance * float(expected.abs().max()):
                         raise ValueError(f"outputs differ from the network's by {difference:.3g}")
         except Exception as problem:  # of any kind, from the depth of the compiler
             failed[f"{kind}, {of}"] = first_sentence(problem)
         else:
-            return file.getvalue(), {"kind": kind, "batch": batch, "failed": failed}
+            return content, {"kind": kind, "batch": batch, "failed": failed}
     return None, {"kind": None, "batch": None, "failed": failed}
+
+
+def _torch_export(network: nn.Module, inputs: Tensor, shapes: Any) -> tuple[bytes, Program]:
+    file = io.BytesIO()
+    made = torch.export.export(network, (inputs,), dynamic_shapes=shapes)
+    torch.export.save(made, file)
+    return file.getvalue(), made.module()
+
+
+def _torchscript(network: nn.Module, inputs: Tensor, _: Any) -> tuple[bytes, Program]:
+    file = io.BytesIO()
+    program: Any = torch.jit.trace(network, inputs)
+    torch.jit.save(program, file)
+    return file.getvalue(), program
+
+
+def _onnx(network: nn.Module, inputs: Tensor, shapes: Any) -> tuple[bytes, Program]:
+    import onnxruntime
+
+    made: Any = torch.onnx.export(
+        network, (inputs,), dynamo=True, dynamic_shapes=shapes, verbose=False
+    )
+    for node in made.model.graph.all_nodes():
+        node.metadata_props.clear()  # paths of this machine, in traces of the call stack
+    content: bytes = made.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (name,) = (one.name for one in session.get_inputs())
+    return content, lambda given: torch.from_numpy(session.run(None, {name: given.numpy()})[0])
 
 
 @contextmanager

@@ -209,7 +209,8 @@ COMMANDS = {
         "subspaces of a spurious feature are taken out (concept-aware pruning). Planned from one "
         "half of the images and measured on the other, beside weight magnitude, random and plain "
         "LRP. Writes edits/prune.safetensors, maps.safetensors, smaller.safetensors, smaller.pt2, "
-        "results.json, timing.json and report.html.",
+        "results.json, timing.json and report.html; and smaller.onnx where onnx, onnxscript and "
+        "onnxruntime are installed.",
         (
             Option("--share S", "of all units of convolutions (or linear)", float, required=True),
             OUT,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.command.copies import Copies
-from xai_edit.command.export import exported
+from xai_edit.command.export import as_onnx, exported
 from xai_edit.command.group_maps import NONE, group_maps, predictions, strongest_images
 from xai_edit.command.planting import with_planted
 from xai_edit.command.prune_plans import (
@@ -44,7 +44,7 @@ from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.pruning.to_smaller import to_smaller
 from xai_edit.report.table import counted
 
-EDIT, SMALLER = "edits/prune.safetensors", "smaller.safetensors"
+EDIT, SMALLER, ONNX = "edits/prune.safetensors", "smaller.safetensors", "smaller.onnx"
 PROGRAMS = {"torch.export": "smaller.pt2", "TorchScript": "smaller.torchscript"}
 KIND = "xai_edit.smaller"
 NOTHING = "the units to go have no weight other than zero"
@@ -272,10 +272,10 @@ def _written(
     out: Path, network: nn.Module | None, reason: str | None, example: Tensor
 ) -> dict[str, Any]:
     """Write the smaller network and its program, remove those of an earlier run; say which."""
-    for file in (SMALLER, *PROGRAMS.values()):
+    for file in (SMALLER, ONNX, *PROGRAMS.values()):
         (out / file).unlink(missing_ok=True)
     written: dict[str, Any] = {"file": None, "withheld": reason, "program": None}
-    written |= {"kind": None, "batch": None, "failed": {}}
+    written |= {"kind": None, "batch": None, "failed": {}, "onnx": None}
     if network is not None:
         header = json.dumps({"edit": EDIT, "versions": versions()})
         write_safetensors(out / SMALLER, network.state_dict(), KIND, header)
@@ -284,4 +284,9 @@ def _written(
         if content is not None:
             written["program"] = PROGRAMS[about["kind"]]
             write_atomically(out / written["program"], content)
+        content, about = as_onnx(network, example)
+        written["onnx"] = {"file": None, "batch": about["batch"], "failed": about["failed"]}
+        if content is not None:
+            written["onnx"]["file"] = ONNX
+            write_atomically(out / ONNX, content)
     return written

@@ -31,6 +31,7 @@ from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import resolve_layers, run, tapped
 from xai_edit.core.outputs import Outputs, outputs_as
+from xai_edit.core.precision import in_float32, precision_origin
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
 from xai_edit.lrp.canonizers import same_values
 from xai_edit.lrp.contexts import ContextGather, Take
@@ -69,7 +70,8 @@ def collect_features(
     layer : str
         A module's name; ``"fc:input"`` names the inputs of ``fc``.
     scorer : LRP, optional
-        Keep also the contexts under its composite (`xai_edit.lrp.contexts.ContextGather`).
+        Keep also the contexts under its composite (`xai_edit.lrp.contexts.ContextGather`), both in
+        float32 for a model in half precision.
     target : int, "label", "predicted" or callable
         The output that the contexts explain; see `xai_edit.core.targets.Target`.
     positions : int or None
@@ -95,6 +97,8 @@ def collect_features(
     origin: dict[str, Any] = {"layer": layer, "positions": draw.positions, "seed": draw.seed}
     if scorer is not None:
         origin |= {"scorer": describe(scorer), "target": describe_target(target)}
+        origin |= precision_origin(model)
+        model = in_float32(model)
     vectors: dict[str, _Rows] = {}
     labels: list[Tensor | None] = []
     attributes: list[Tensor | None] = []

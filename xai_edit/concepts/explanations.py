@@ -17,6 +17,7 @@ from xai_edit.core.data import batches, model_device
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, unit_axis_of
+from xai_edit.core.precision import in_float32
 from xai_edit.core.targets import Target, Targets, checked_target, targets_of
 from xai_edit.lrp.contexts import ContextGather
 from xai_edit.lrp.lrp import LRP
@@ -79,6 +80,7 @@ def subspace_maps(
         raise ValueError(f"inputs: {inputs.dtype} given; token ids have no relevance")
     resolve_layers(model, [layer])
     require_finite(model)
+    model = in_float32(model)
     (batch,) = batches([inputs], model_device(model))
     if isinstance(target, Tensor) and target.ndim:
         targets: Targets = target.to(batch.inputs.device)

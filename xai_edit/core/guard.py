@@ -151,10 +151,26 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def require_values(model: nn.Module) -> None:
-    """Raise ValueError naming the first tensor of a kind that no pass can be made with."""
+    """Raise ValueError for a model that no pass can be made with, naming the module or the tensor.
+
+    It is spread over devices by a device map, whose hooks (Hugging Face's accelerate) move weights
+    during a forward pass, so that neither a rule nor an edit finds them in their place; or a tensor
+    is without values, of eight bits, or made under inference mode.
+    """
+    remedy = (
+        "load it whole on one device: from_pretrained(...) without device_map, then .to(device)"
+    )
+    for name, module in model.named_modules():
+        places = {str(one) for one in (vars(module).get("hf_device_map") or {}).values()}
+        if len(places) > 1 or "disk" in places:
+            where = f"module {name!r}" if name else "it"
+            raise ValueError(
+                f"model: {where} is spread over {sorted(places)} by a device map (hf_device_map); "
+                f"{remedy}"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            trouble = "is on the meta device and has no values; load its weights"
+            trouble = f"is on the meta device, without values, as offloaded weights are; {remedy}"
         elif tensor.is_floating_point() and tensor.element_size() < 2:
             trouble = f"is {tensor.dtype}, in which PyTorch cannot calculate; convert by .float()"
         elif tensor.is_inference() and not torch.is_inference_mode_enabled():

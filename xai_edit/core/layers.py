@@ -18,6 +18,7 @@ from xai_edit.core.errors import UnknownLayerError, out_of_memory
 from xai_edit.core.final_operation import following, is_compiled, mark_unfollowed
 from xai_edit.core.inputs import Inputs, called, described, input_tensors
 from xai_edit.core.outputs import logits_of
+from xai_edit.core.precision import why_no_copy
 
 INPUT_SUFFIX = ":input"
 """``"fc:input"`` names the inputs of layer ``fc``, where ``"fc"`` names its outputs."""
@@ -270,7 +271,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
             raise
         raise ValueError(
             f"model: it fails on inputs of {described(inputs)} ({type(problem).__name__}: "
-            f"{problem}); are they those that it takes?"
+            f"{problem}); are they those that it takes?{why_no_copy(model)}"
         ) from problem
 
 

@@ -28,8 +28,8 @@ from xai_edit.core.layers import (
     run,
 )
 from xai_edit.core.outputs import tensor_of
+from xai_edit.core.precision import HALF
 
-HALF = (torch.float16, torch.bfloat16)
 LINEAR = frozenset(["linear", *(f"conv{of}{n}d" for of in ("", "_transpose") for n in (1, 2, 3))])
 """Names of the operations that linear and convolution layers run."""
 

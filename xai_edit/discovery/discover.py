@@ -15,6 +15,7 @@ from xai_edit.core.files import checksum
 from xai_edit.core.guard import require_finite
 from xai_edit.core.layers import resolve_layers
 from xai_edit.core.outputs import Outputs, outputs_as
+from xai_edit.core.precision import in_float32, precision_origin
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.discovery.class_search import estimated_cost, search_class
@@ -55,7 +56,7 @@ def discover(
     Parameters
     ----------
     model : nn.Module
-        Not changed.
+        Not changed. In half precision, a float32 copy is searched.
     data : iterable or Dataset
         See `xai_edit.core.data.batches`; read several times, in the same order. Labels are used
         for accuracies alone. Positions where an input ``attention_mask`` is 0 are left out.
@@ -104,7 +105,7 @@ def discover(
     if layers is not None:
         layers = resolve_layers(model, layers)
     with outputs_as(outputs), closing(Progress(progress, known_length(data))) as bar:
-        search = Search.begin(model, data, layers, unit_axis, seed, bar.add)
+        search = Search.begin(in_float32(model), data, layers, unit_axis, seed, bar.add)
         if method == "errors":
             with_labels(search.labels)
         data_sum = checksum({"samples": torch.from_numpy(search.samples.contents.view("i8"))}, "")
@@ -141,6 +142,7 @@ def discover(
             "model": checksum(model.state_dict(), ""),
             "data": data_sum,
             "marks": None if marks is None else marks.discovery,
+            **precision_origin(model),
         },
     )
 

@@ -17,6 +17,7 @@ from xai_edit.core.files import checksum, read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, as_inputs
 from xai_edit.core.layers import resolve_layers
+from xai_edit.core.precision import in_float32
 from xai_edit.core.text import aligned
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.candidates import POOLINGS, presence_of
@@ -90,7 +91,7 @@ class Finding:
         ValueError if it has no such layer, or another number of channels there.
         """
         inputs = as_inputs(inputs, "inputs").to(model_device(model))
-        model = unwrapped(model)
+        model = in_float32(unwrapped(model))
         resolve_layers(model, [self.layer])
         with preserved(model):
             vectors = layer_vectors(model, inputs, {self.layer: self.axis})

@@ -17,6 +17,7 @@ from xai_edit.core.files import checksum
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, joined, real_positions
 from xai_edit.core.layers import unit_axis_of
+from xai_edit.core.precision import in_float32
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.findings import Finding, Findings
 from xai_edit.discovery.samples import Samples, known_length
@@ -102,7 +103,7 @@ def pictures(
     ValueError
         If the data are not those of the findings.
     """
-    model = unwrapped(model)
+    model = in_float32(unwrapped(model))
     how: dict[str, Any] = {"unit": "sample", "disable": not progress, "leave": False}
     with tqdm(desc="reading", total=known_length(data), **how) as bar:
         samples = Samples(data, model_device(model), bar.update)

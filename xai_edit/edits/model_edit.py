@@ -111,7 +111,6 @@ class ModelEdit:
         is no whole number of an integer dtype's range, a name is not of the model, or an index is
         out of range or repeated; EditMismatchError where entries share memory.
         """
-        require_values(model)
         parameters = tensors_of(model)
         changes = {}
         for name, (index, new) in values.items():
@@ -211,7 +210,6 @@ class ModelEdit:
 
     def check(self, model: nn.Module, *, undo: bool = False) -> None:
         """Raise `EditMismatchError` unless the edit can be applied (or undone) on ``model``."""
-        require_values(model)
         parameters = tensors_of(model)
         named: dict[tuple[object, ...], str] = {}
         for name, change in self.changes.items():
@@ -362,9 +360,11 @@ def _same_bits(left: Tensor, right: Tensor) -> Tensor:
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, tied ones under each of their names.
 
-    Names are those of the model inside a wrapper, such as a compiled one.
+    Names are those of the model inside a wrapper, such as a compiled one. The model is checked by
+    `xai_edit.core.guard.require_values`.
     """
     model = unwrapped(model)
+    require_values(model)
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 

@@ -14,7 +14,7 @@ from zennit.core import Composite
 from xai_edit.core.checks import one_of
 from xai_edit.core.data import Batch, batches, model_device, peek
 from xai_edit.core.final_operation import final_name
-from xai_edit.core.guard import preserved
+from xai_edit.core.guard import preserved, require_values
 from xai_edit.core.layers import run
 from xai_edit.core.outputs import Outputs, as_logits, outputs_as, outputs_of, tensor_of
 from xai_edit.core.targets import Target, checked_target
@@ -73,6 +73,7 @@ def check_model(
     """
     for part in parts:
         one_of(part, PARTS, "parts")
+    require_values(model)
     target = checked_target(target)
     scorer = composite if isinstance(composite, LRP) else LRP(composite)
     with outputs_as(outputs):

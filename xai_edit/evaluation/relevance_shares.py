@@ -12,6 +12,7 @@ from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import differentiable, embeddings_in_graph, run
 from xai_edit.core.outputs import outputs_of
+from xai_edit.core.precision import in_float32
 from xai_edit.core.targets import Target
 from xai_edit.core.trace import Trace, Value
 from xai_edit.lrp.check_lrp import explained
@@ -34,6 +35,7 @@ def relevance_shares(
 
     The input has none where it holds whole numbers, such as token ids.
     """
+    model = in_float32(model)
     targets, seed = explained(model, inputs, target)
     start = float(len(seed)) if scorer.initial == "one" else float(seed.double().abs().sum())
     start = start or float("nan")

@@ -17,6 +17,7 @@ from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, run
 from xai_edit.core.outputs import one_logit, outputs_of
+from xai_edit.core.precision import half_dtype, in_float32
 from xai_edit.core.targets import Target, Targets, targets_of, weights_of
 from xai_edit.core.trace import Operation, trace
 from xai_edit.lrp.canonizers import is_lrp, rules_of
@@ -110,13 +111,23 @@ def check_lrp(
     require_finite(model)
     for values in input_tensors(inputs).values():
         finite(values, "inputs")
+    half = half_dtype(model)
+    model = in_float32(model)
     findings = of_the_weights(model)
     findings += [
         Diagnosis("warning", name, "a batch norm in training mode; scored as in evaluation mode")
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
     ][:1]
-    found = trace(model, inputs)
+    try:
+        found = trace(model, inputs)
+    except ValueError as problem:
+        if half is None:
+            raise
+        return LRPCheck(repr(scorer), [], [Diagnosis("error", "", str(problem))], {})
+    if half is not None:
+        message = f"its parameters are {half}; scored in a float32 copy"
+        findings.append(Diagnosis("warning", "", message))
     if layers is None:
         names = [name for name in names if name in found.fed]
     chosen = scorer.canonizers == "auto" and not scorer.composite.canonizers

@@ -12,7 +12,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook
 
 from xai_edit.core.layers import CONVOLUTIONS
-from xai_edit.core.trace import HALF, Operation, Trace
+from xai_edit.core.trace import Operation, Trace
 from xai_edit.lrp.accelerated import DirectHook, direct
 from xai_edit.lrp.canonizers import is_lrp, outside_rules, rules_of
 from xai_edit.lrp.composed_rules import RULES
@@ -39,7 +39,7 @@ class Diagnosis:
 
 
 def of_the_weights(model: nn.Module) -> list[Diagnosis]:
-    """Return the errors that need no data: hooks and half precision."""
+    """Return the errors that need no data: TorchScript and hooks."""
     findings: list[Diagnosis] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -52,13 +52,6 @@ def of_the_weights(model: nn.Module) -> list[Diagnosis]:
                 "call composite.remove() or leave its context first"
             )
             findings.append(Diagnosis("error", name, message))
-    half = [(name, one.dtype) for name, one in model.named_parameters() if one.dtype in HALF]
-    for name, dtype in half[:1]:
-        message = (
-            f"its parameters are {dtype}, in which the quotients of a rule have three digits and "
-            "overflow; score copy.deepcopy(model).float()"
-        )
-        findings.append(Diagnosis("error", name.rpartition(".")[0], message))
     return findings
 
 
@@ -81,9 +74,11 @@ def of_the_forward_pass(
     if composite.module_map({}, "", nn.ReLU()) is None:
         known |= ACTIVATIONS  # they keep their gradient, like their modules
     findings: list[Diagnosis] = []
-    of_parameters = any(one.dtype in HALF for one in model.parameters())  # see `of_the_weights`
-    if found.halved is not None and not of_parameters:
-        message = "it computes in half precision (autocast), where the quotients of a rule overflow"
+    if found.halved is not None:
+        message = (
+            "it computes in half precision (autocast, or a cast), where the quotients of a rule "
+            "overflow"
+        )
         findings.append(Diagnosis("error", found.halved, message))
     if found.final is not None:
         message = f"the output is a {found.final.name}; scores start at what goes into it"

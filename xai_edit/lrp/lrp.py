@@ -21,6 +21,7 @@ from xai_edit.core.guard import Snapshot, copied, preserved
 from xai_edit.core.inputs import Inputs, as_inputs, same_inputs
 from xai_edit.core.layers import differentiable, embeddings_in_graph, run, sum_positions
 from xai_edit.core.outputs import outputs_of, tensor_of
+from xai_edit.core.precision import HALF, in_float32
 from xai_edit.core.targets import Targets, weights_of
 from xai_edit.core.trace import Trace, trace
 from xai_edit.lrp import presets as rules
@@ -92,6 +93,7 @@ class LRP:
     in its attribute ``lrp_rule``, if it has one. The hooks are those of `xai_edit.lrp.accelerated`.
     Scoring raises if an operation has no rule; see `xai_edit.check_model`.
     The stabiliser is Zennit's, 1e-6; that of Captum's ``EpsilonRule`` is 1e-9.
+    A model with float16 or bfloat16 parameters is scored in a float32 copy.
     """
 
     def __init__(
@@ -160,7 +162,10 @@ class LRP:
                 f"inputs: {inputs.dtype}, such as token ids, have no relevance; take that at the "
                 "embedding's output instead"
             )
-        with self._registered(model, inputs, Gather(), ()) as ready:
+        widened = in_float32(model)
+        if widened is not model and inputs.dtype in HALF:
+            inputs = inputs.to(torch.float32)
+        with self._registered(widened, inputs, Gather(), ()) as ready:
             copy = differentiable(inputs)
             pixels = copy if isinstance(copy, Tensor) else copy.first
             outputs = ready.outputs(copy)
@@ -189,6 +194,9 @@ class LRP:
         inputs, if it exists already. Yields ``score(inputs, targets)``, which returns the gathered
         relevance of a batch per layer, and the names of the canonizers in use.
         """
+        widened = in_float32(model)
+        if widened is not model:
+            model, analysis = widened, None
         if gather is None:
             axes = unit_axes(model, sample, layers)
 

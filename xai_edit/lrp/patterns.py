@@ -24,6 +24,7 @@ from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, first_tensor, predict, resolve_layers
+from xai_edit.core.precision import in_float32
 from xai_edit.core.trace import trace
 from xai_edit.lrp.canonizers import canonized, choose_canonizers
 
@@ -95,7 +96,8 @@ def fit_patterns(
     ----------
     model : nn.Module
         A classifier, logits of shape (samples, classes); not changed. Batch norms are merged for
-        the fit as they are for LRP, so w is a layer's weight after the merge.
+        the fit as they are for LRP, so w is a layer's weight after the merge. In half precision,
+        patterns are those of its float32 copy.
     data : iterable or Dataset
         See `xai_edit.core.data.batches`; labels are not needed. The a₊ of a neuron that is barely
         active on a handful of inputs is large: take enough samples.
@@ -118,6 +120,7 @@ def fit_patterns(
     a, and a is w / wᵀw, or zero for a neuron without weights. Memory does not depend on the number
     of samples: four float64 sums for each weight.
     """
+    model = in_float32(model)
     names, modules = resolve_layers(model, layers), dict(model.named_modules())
     for name in names:
         require_weight(name, modules.get(name))

@@ -28,7 +28,8 @@ def pruning_page(
     layers = [[one["layer"], one["units"], one["removed"]] for one in edit["layers"]]
     fixed = Notes(*(f"{layer} keeps its units: {why}" for layer, why in edit["fixed"].items()))
     files = [row["edit"] for row in results["rows"] if row["edit"]]
-    files += [smaller[key] for key in ("file", "program") if smaller[key]]
+    onnx = smaller["onnx"] or {"file": None}
+    files += [one for one in (smaller["file"], smaller["program"], onnx["file"]) if one]
     sizes: list[Shown] = [] if results["sizes"] is None else [_sizes(results, timing)]
     return Report(
         "Prune a network",
@@ -163,7 +164,11 @@ def _files(results: Mapping[str, Any]) -> list[str]:
         "its logits are those of the network with the units off; weights, for what to_smaller "
         f"gives: {smaller['file']}"
     ]
-    if smaller["program"] is not None:
-        batch = "any number of samples" if smaller["batch"] is None else "one sample at a time"
-        lines.append(f"program ({smaller['kind']}), {batch}: {smaller['program']}")
-    return lines + [f"not made: {tried} ({why})" for tried, why in smaller["failed"].items()]
+    programs = [(smaller["kind"], smaller["program"], smaller)]
+    programs.append(("ONNX", smaller["onnx"]["file"], smaller["onnx"]))
+    for kind, file, about in programs:
+        if file is not None:
+            batch = "any number of samples" if about["batch"] is None else "one sample at a time"
+            lines.append(f"program ({kind}), {batch}: {file}")
+        lines += [f"not made: {tried} ({why})" for tried, why in about["failed"].items()]
+    return lines

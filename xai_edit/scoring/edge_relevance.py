@@ -18,6 +18,7 @@ from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.layers import WEIGHTED, first_tensor, resolve_layers
+from xai_edit.core.precision import in_float32, precision_origin
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
 from xai_edit.lrp.accelerated import twin
 from xai_edit.lrp.canonizers import rules_of
@@ -75,6 +76,8 @@ def edge_relevance(
     target = checked_target(target)
     names = resolve_layers(model, layers)
     require_finite(model)
+    precision = precision_origin(model)
+    model = in_float32(model)
     rules = rules_of(scorer.composite, model)
     modules: dict[str, Any] = {name: dict(model.named_modules()).get(name) for name in names}
     for name, module in modules.items():
@@ -113,6 +116,7 @@ def edge_relevance(
             score(batch.inputs, targets_of(batch, target))
             samples += len(batch)
     origin = {"scorer": repr(scorer), "target": describe_target(target), "canonizers": canonizers}
+    origin |= precision
     return EdgeRelevance(sums, samples, origin)
 
 

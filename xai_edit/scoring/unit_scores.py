@@ -24,6 +24,7 @@ from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import resolve_layers, run, tapped
 from xai_edit.core.outputs import Outputs, label_origin, outputs_as, outputs_of
+from xai_edit.core.precision import in_float32, precision_origin
 from xai_edit.core.targets import (
     Target,
     Targets,
@@ -230,6 +231,11 @@ def score_units(
         Where the logits are in what the model returns, see `xai_edit.outputs_as`. Of a model that
         ends in a softmax, sigmoid or softplus, what goes into that is explained, and the origin's
         ``output`` says so.
+
+    Notes
+    -----
+    LRP scores a float16 or bfloat16 model in a float32 copy, and the origin's ``precision`` says
+    so; the other scorers compute in the model's own precision.
     """
     target = checked_target(target)
     if not callable(scorer) or isinstance(scorer, type):
@@ -242,6 +248,9 @@ def score_units(
     require_finite(model)
     origin: dict[str, Any] = {"scorer": describe(scorer), "target": describe_target(target)}
     origin |= label_origin()
+    if isinstance(scorer, LRP):
+        origin |= precision_origin(model)
+        model = in_float32(model)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     windows: dict[str, int] = {}
