@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -10,63 +10,55 @@ from typing import Any, ClassVar
 
 import torch
 
-from xai_edit.concepts.choose import choose_spurious
+from xai_edit.concepts.ablation import ablated
+from xai_edit.concepts.choose import Choice, choose_spurious
+from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.finders import ContrastivePCA
-from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.discovery.discover import discover
-from xai_edit.discovery.findings import Finding
 from xai_edit.last_layer.counterfactual_tuning import CounterfactualTuning
 from xai_edit.lrp.lrp import Scorer
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
-from xai_edit.reproduce.discovery import described, without_attribute, without_finding
+from xai_edit.reproduce.discovery import described, without_attribute
 from xai_edit.reproduce.experiments import Results, refusals
 from xai_edit.reproduce.pruning import PairPruning
-from xai_edit.reproduce.pruning_methods import LRP_PRUNING, Context
+from xai_edit.reproduce.pruning_methods import LRP_PRUNING, POSITIONS, Context
 from xai_edit.scoring.criteria import Random, Taylor, WeightMagnitude
 
-SHARES = (0.1, 0.2, 0.3, 0.6)
+SHARES = (0.2, 0.6)
 CORRECTED = 0.6  # the share after which the last layer is retrained too
-TUNED_ON = 800  # training images that it is retrained on
+TUNED_ON = 800  # training images that subspaces are chosen by and it is retrained on
 SIZE = 2  # directions that are exchanged
+CLEAN = "LRP, clean references"
 PLAIN: dict[str, Callable[[int], Scorer]] = {
     "LRP": lambda _: LRP_PRUNING,
     "Taylor": lambda _: Taylor(),
     "weight magnitude": lambda _: WeightMagnitude(),
     "random": Random,
-    "LRP, clean references": lambda _: LRP_PRUNING,
+    CLEAN: lambda _: LRP_PRUNING,
 }
 CRITERIA: dict[str, Any] = {
     "CNP": {},
     "CNP, penalized, λ = 1": {"criterion": "penalized"},
     "CNP, penalized, λ = 0.5": {"criterion": "penalized", "penalty": 0.5},
 }
-CHOSEN = "by labels and choose_spurious"
 
 
-def _operators(context: Context, finding: Finding) -> dict[str, Callable[[float], Any]]:
+def _operators(context: Context, choice: Choice) -> dict[str, Callable[[float], Any]]:
     """Return what makes the operator of a share, by method.
 
-    Concept-aware ones have the finding's subspace, and once more what labels of the planning
-    images lead to; they are left out where that is to ablate nothing.
+    The concept-aware ones are left out where the choice is to ablate nothing.
     """
     made: dict[str, Callable[[float], Any]] = {
         name: partial(RelevancePruning, scorer=scorer(context.seed))
         for name, scorer in PLAIN.items()
     }
+    for name, how in CRITERIA.items() if choice.indices else ():
 
-    def add(name: str, layer: str, subspaces: Subspaces, indices: Sequence[int]) -> None:
-        for criterion, how in CRITERIA.items():
+        def operator(share: float, how: Any = how) -> ConceptAwarePruning:
+            found = choice.subspaces, choice.indices
+            return ConceptAwarePruning(context.layer, *found, share, LRP_PRUNING, **how)
 
-            def operator(share: float, how: Any = how) -> ConceptAwarePruning:
-                return ConceptAwarePruning(layer, subspaces, indices, share, LRP_PRUNING, **how)
-
-            made[f"{criterion}{name}"] = operator
-
-    add("", finding.layer, finding.subspaces, [0])
-    about = context.model, context.planning, ContrastivePCA(None), context.features
-    choice = choose_spurious(*about, layer=context.layer)
-    if choice.indices:
-        add(f"; {CHOSEN}", context.layer, choice.subspaces, choice.indices)
+        made[name] = operator
     return made
 
 
@@ -74,8 +66,9 @@ def _operators(context: Context, finding: Finding) -> dict[str, Callable[[float]
 class CorrectedPairPruning(PairPruning):
     """Networks that learned a watermark nobody labels: it is found, then they are pruned.
 
-    The subspaces, and for the retraining which images have the mark, are those of the first
-    finding. References are as they come, clean ones aside, which a person has to sort out.
+    Which images have the mark is what the first finding says. By it, in training images, the
+    subspaces of a layer where the mark forms are found and chosen, and the last layer is retrained.
+    References are as they come, clean ones aside, which a person has to sort out.
     """
 
     methods = ()
@@ -93,22 +86,26 @@ class CorrectedPairPruning(PairPruning):
         found = described(model, findings, context.test)
         if not len(findings):
             return {"rows": rows, "predictiveness": {}, "found": found}
-        first = findings[0]
-        with without_finding(model, first):
-            rows.append(context.measured("ablation alone"))
         generator = torch.Generator().manual_seed(context.seed)
         some = torch.randperm(len(context.train), generator=generator)[:TUNED_ON]
-        data, has = without_attribute(context.train[some]), first.has[some].long()
-        tuning = CounterfactualTuning(data, first.layer, has, size=SIZE, seed=context.seed)
+        data = without_attribute(context.train[some])
+        has = findings[0].has[some].long()
+        known: Any = {"attribute": has, "positions": POSITIONS}
+        features = collect_features(model, data, layer=context.layer, **known)
+        choice = choose_spurious(model, data, ContrastivePCA(None), features, layer=context.layer)
+        if choice.indices:
+            with ablated(model, context.layer, choice.subspaces, choice.indices):
+                rows.append(context.measured("ablation alone"))
+        tuning = CounterfactualTuning(data, context.layer, has, size=SIZE, seed=context.seed)
         network = deepcopy(model)
         with refusals(rows, {"method": "unpruned, corrected"}):
             tuning(network)
             rows.append(context.measured("unpruned, corrected", network=network))
-        for name, operator in _operators(context, first).items():
-            references = context.references(clean=name == "LRP, clean references")
+        for name, operator in _operators(context, choice).items():
+            references = context.references(clean=name == CLEAN)
             for share in SHARES:
                 ways: dict[str, Any] = {name: None}
-                if share == CORRECTED and CHOSEN not in name:
+                if share == CORRECTED:
                     ways[f"{name}, corrected"] = tuning
                 for method, tune in ways.items():
                     with refusals(rows, {"method": method, "share": share}):
