@@ -87,7 +87,7 @@ def axes(width, size=1):
 OPERATORS = {
     "path": xe.PathPerturbation(),
     "path auto": xe.PathPerturbation(share="auto"),
-    "path count": xe.PathPerturbation(rank="count", k=2, scope="class_row"),
+    "path count": xe.PathPerturbation(rank="count", k=2, scope="neuron"),
     "path noise": xe.PathPerturbation(noise="gaussian"),
     "sca": xe.SingleWeight(),
     "exact": xe.SingleWeight("exact"),
