@@ -149,6 +149,7 @@ def test_two_runs_agree_and_the_tables_are_printed(here, capsys):
     assert "planning: " in printed.err
     some = (
         "class 3 (d): 6 neurons of 1 cut from the class (20.0%)",
+        "cuts 6 neurons of layer 1 from the class",
         "planned from 10 samples; figures",
     )
     for text in (*some, *METHODS, "3 (d), to forget", "Give --train-data"):

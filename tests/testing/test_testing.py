@@ -86,7 +86,7 @@ def axes(width, size=1):
 
 OPERATORS = {
     "path": xe.PathPerturbation(),
-    "path auto": xe.PathPerturbation(share="auto"),
+    "path auto": xe.PathPerturbation(share="auto", scope="neuron"),
     "path count": xe.PathPerturbation(rank="count", k=2, scope="neuron"),
     "path noise": xe.PathPerturbation(noise="gaussian"),
     "sca": xe.SingleWeight(),

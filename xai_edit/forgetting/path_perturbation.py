@@ -1,4 +1,4 @@
-"""Neuronal path perturbation: switch off the neurons that are most relevant to a class."""
+"""Neuronal path perturbation: cut or switch off the neurons most relevant to a class."""
 
 from __future__ import annotations
 
