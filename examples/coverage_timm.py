@@ -311,7 +311,7 @@ def two_classes(predicted, logits):
 
 EDITS = {
     "single_weight": xe.SingleWeight(select="exact"),
-    "path": xe.PathPerturbation(share=0.3),
+    "path": xe.PathPerturbation(share=0.3, scope="neuron"),
 }
 
 
@@ -374,7 +374,7 @@ at a time; batch norms have the statistics of four such inputs, and what starts 
   logits, as a share of the largest logit, in float32.
 - **`SingleWeight`** (of transformers: weights that it changes): after the edit, the difference
   between the model's logits and those of the edited head, as a share of the largest.
-  **`PathPerturbation`**: weights that it changes.
+  **`PathPerturbation`** (`scope="neuron"`): weights that it changes.
 - **smaller by pruning**: difference between the network without the pruned channels and the masked
   one, as a share of the largest logit, and the share of the parameters that is left.
 """

@@ -301,7 +301,7 @@ def study(name):
         "lrp": (lrp, model, images),
         "captum": (captum, model, images, [last, *(one for one in tokens if one != last)]),
         "single_weight": (edit, xe.SingleWeight(), *planning),
-        "path": (edit, xe.PathPerturbation(), *planning),
+        "path": (edit, xe.PathPerturbation(scope="neuron"), *planning),
     }
     for part, given in parts.items():
         figures[part] = attempt(*given)
@@ -424,8 +424,8 @@ ViT's last layer is drawn at random, where torchvision has 10⁻⁶ and zero. Th
   ε = 10⁻¹⁴; float32 has the default ε = 10⁻⁶, which keeps the more, the smaller the logits are.
 - **Captum units**: units of the last layer before the output, and of the last linear layer on
   tokens where that is another one, scored by `LayerGradientXActivation`.
-- **`SingleWeight`**, **`PathPerturbation`**: numbers of weights that the edit changes. Each was
-  planned, applied, seen to change the outputs, and undone.
+- **`SingleWeight`**, **`PathPerturbation`** (`scope="neuron"`): numbers of weights that the edit
+  changes. Each was planned, applied, seen to change the outputs, and undone.
 - **s**: seconds of one CPU core.
 
 {unchanged}

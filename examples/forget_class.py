@@ -2,10 +2,11 @@
 # # Forget a class: neuronal path perturbation
 #
 # Chang et al., *Zero-shot Class Unlearning via Layer-wise Relevance Analysis and Neuronal Path
-# Perturbation*: the neurons most relevant for a class are switched off. Here on a ResNet-20 with
-# published weights and CIFAR-10, from 36 images of the class, by several rules and a method of
-# Captum, beside the simplest thing that does as well. Then what is still there: a probe in the
-# features, and a few steps of training.
+# Perturbation*: the neurons most relevant for a class are cut from it, that is their weights to
+# the class become zero (the paper switches them off for every class, `scope="neuron"`). Here on a
+# ResNet-20 with published weights and CIFAR-10, from 36 images of the class, by several rules and
+# a method of Captum, beside the simplest thing that does as well. Then what is still there: a probe
+# in the features, and a few steps of training.
 #
 # The network and the images are in the folder that `XAI_EDIT_DATA` names; without it a small
 # network learns scikit-learn's digits and forgets one of those.

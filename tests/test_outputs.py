@@ -242,8 +242,8 @@ ROWS = {
         lambda m, d, t: xe.FictitiousClass("exact", aim="removal").plan(m, d, target=t)
     ),
     "`PathPerturbation`": edited(lambda m, d, t: xe.PathPerturbation().plan(m, d, target=t)),
-    '`PathPerturbation(scope="class_row")`': edited(
-        lambda m, d, t: xe.PathPerturbation(scope="class_row").plan(m, d, target=t)
+    '`PathPerturbation(scope="neuron")`': edited(
+        lambda m, d, t: xe.PathPerturbation(scope="neuron").plan(m, d, target=t)
     ),
     "`LogitMask`": edited(lambda m, d, t: xe.LogitMask().plan(m, d, target=t)),
     "`LEACE`": edited(lambda m, d, t: comparisons.LEACE().plan(m, d)),

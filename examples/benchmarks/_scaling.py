@@ -135,7 +135,7 @@ def forgetting(samples: int) -> Task:
     with torch.no_grad():
         target = int(model(images).argmax(1).mode().values)
     data = Batches(samples, images, torch.full((len(images),), target))
-    return lambda: xe.PathPerturbation().plan(model, data, target=target)
+    return lambda: xe.PathPerturbation(scope="neuron").plan(model, data, target=target)
 
 
 def pruning(samples: int, filters: int) -> Task:

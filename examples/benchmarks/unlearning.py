@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ epochs = 8 if arguments.quick else 2
 training, _ = seconds(lambda: fit(model, batches, epochs=epochs, steps=steps), times=1)
 own = test[test.labels == TARGET]
 planning, held = [next(iter(own[torch.arange(36)]))], test.first(len(test), start=36)
-operator = xe.PathPerturbation()
+operator = xe.PathPerturbation(scope="neuron")
 planned, _ = seconds(lambda: operator.plan(model, planning, target=TARGET))
 
 
@@ -79,7 +80,7 @@ def one_by_one():
     """Plan once, and evaluate each share by a pass of its own."""
     found = []
     for share in SHARES:
-        edit = xe.PathPerturbation(share=share).plan(model, planning, target=TARGET)
+        edit = replace(operator, share=share).plan(model, planning, target=TARGET)
         with edit.applied(model):
             found.append(xe.evaluate_groups(model, held).of(TARGET))
     return found

@@ -175,7 +175,7 @@ def test_marked_copies_of_planning_images_among_the_test_images_are_warned_of(
     Path("data.csv").write_text("\n".join(listed))
     Path("marked.csv").write_text("\n".join(marks))
     lines = {
-        "unlearn": "--target 2 --samples 10",
+        "unlearn": "--target 2 --samples 10 --scope neuron",
         "neutralize": "--attribute marked.csv --select exact",
         "prune": "--share 0.3",
     }

@@ -13,7 +13,8 @@ from xai_edit.command.main import main
 from xai_edit.command.run_demo import DIGITS, FORGET, run
 
 METHODS = {
-    "forget": "before; NPP: neurons switched off; SCA: one weight; logit mask",
+    "forget": "before; NPP: neurons cut from the class; NPP: neurons switched off; "
+    "SCA: one weight; logit mask",
     "neutralize": "before; FCR: SCA, best rate; FCR: exact selection; last-layer retraining (DFR)",
     "prune": "concept-aware, ablation kept; concept-aware; plain LRP; "
     "plain LRP, references without watermark; weight magnitude; random",

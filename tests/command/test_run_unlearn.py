@@ -63,7 +63,7 @@ def test_figures_are_those_of_the_librarys_edits_on_the_samples_held_out(done, h
     parts = split(images_of(), [2, 3], 10)
     saved = xe.ModelEdit.load(done / "edits/unlearn.safetensors")
     analysis = images_of().only(sorted([*parts.planning.rows, *parts.others.rows]))
-    planned = xe.PathPerturbation(share="auto").plan(
+    planned = xe.PathPerturbation(share="auto", scope="neuron").plan(
         model, parts.planning, target=[2, 3], validation=parts.validation
     )
     assert as_planned(saved.origin) == as_json(planned.origin)
@@ -132,7 +132,7 @@ def test_where_one_class_is_left_the_accuracy_on_the_rest_shows_no_harm(done, fo
 )
 def test_a_bound_that_held_out_samples_miss_is_told(done, share, bound, says):
     results = read(done)
-    assert results["edit"]["bound"] == 0.05  # of --share auto
+    assert results["edit"]["bound"] == 0.05
     results["edit"]["bound"] = bound
     results["rows"][1]["classes"][2:] = [0.0, share]
     line = "The bound is missed: at most 20.0% of a class was to be predicted, and on held-out "
@@ -147,7 +147,11 @@ def test_two_runs_agree_and_the_tables_are_printed(here, capsys):
     printed = capsys.readouterr()
     assert "written: one/report.html" in printed.err
     assert "planning: " in printed.err
-    some = ("class 3 (d): 6 neurons of 1 switched off (20.0%)", "planned from 10 samples; figures")
+    some = (
+        "class 3 (d): 6 neurons of 1 cut from the class (20.0%)",
+        "cuts 6 neurons of layer 1 from the class",
+        "planned from 10 samples; figures",
+    )
     for text in (*some, *METHODS, "3 (d), to forget", "Give --train-data"):
         assert text in printed.out, text
     for name in ("maps.safetensors", "edits/unlearn.safetensors"):
@@ -162,14 +166,14 @@ def test_two_runs_agree_and_the_tables_are_printed(here, capsys):
 
 @pytest.mark.usefixtures("_quickly_drawn")
 def test_json_alone_is_printed_and_options_are_passed_on(here, capsys):
-    line = f"{SHARE} --rank count --k 4 --scope class_row --composite activation --layers 1"
+    line = f"{SHARE} --rank count --k 4 --scope neuron --composite activation --layers 1"
     assert main(shlex.split(f"{line} --out row --json --quiet")) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     results = json.loads(printed.out)
     assert results == read("row")
     edit = results["edit"]
-    assert (edit["rank"], edit["k"], edit["scope"]) == ("count", 4, "class_row")
+    assert (edit["rank"], edit["k"], edit["scope"]) == ("count", 4, "neuron")
     assert (edit["bound"], edit["layers"], edit["scorer"]) == (None, ["1"], "Activation()")
     assert edit["classes"] == [{"class": 3, "share": 0.2, "neurons": 6}]
 

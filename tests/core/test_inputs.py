@@ -73,7 +73,7 @@ def test_edits_and_figures_are_those_of_one_input(form):
     target = int(said[0])
     for operator in (
         xe.SingleWeight(select="exact"),
-        xe.PathPerturbation(layer="first", share=0.4),
+        xe.PathPerturbation(layer="first", share=0.4, scope="neuron"),
     ):
         got = operator.plan(Scaled(), data, target=target)
         expected = operator.plan(OfOneInput(), whole, target=target)

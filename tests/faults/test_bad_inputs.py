@@ -203,7 +203,7 @@ OPERATORS = [
     (lambda w: path(w, share=2), V, "share: 2 given; it is a fraction in (0, 1]"),
     (lambda w: path(w, rank="max"), V, "rank: 'max' given; it is one of 'sum'"),
     (lambda w: path(w, k=3), V, "k: 3 given with rank='sum'; k goes with 'count'"),
-    (lambda w: path(w, scope="row"), V, "scope: 'row' given; it is one of 'neuron'"),
+    (lambda w: path(w, scope="row"), V, "scope: 'row' given; it is one of 'class_row'"),
     (lambda w: path(w, bound=1), V, "bound: 1 given; it is a fraction in [0, 1)"),
     (lambda w: path(w, noise="pink"), V, "noise: 'pink' given; it is one of None, "),
     (lambda w: path(w, scale=0), V, "scale: 0 given; it is a finite number above"),

@@ -1,6 +1,7 @@
 """Neuronal path perturbation: which neurons, and that they are really off."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from xai_edit.forgetting.feeding_layer import feeding_layer
 from xai_edit.last_layer.head import collect_head_features
 
 TARGET = 3
+Paper = partial(PathPerturbation, scope="neuron")
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_the_neurons_switched_off_give_zero_and_the_others_are_as_before(
     with torch.no_grad():
         plain.get_submodule(layer).bias.add_(0.5)
     before = outputs(plain, layer, digits[0])
-    edit = PathPerturbation(layer, share=share).plan(plain, batches, target=TARGET)
+    edit = Paper(layer, share=share).plan(plain, batches, target=TARGET)
     off = edit.origin["neurons"]
     width = before.shape[1]
     assert len(off) == max(1, round(share * width))
@@ -67,7 +69,7 @@ def test_the_neurons_switched_off_give_zero_and_the_others_are_as_before(
 
 
 def test_a_neuron_before_batch_norm_gives_nothing_on(norm, digits, batches):
-    edit = PathPerturbation("body.0", share=0.5).plan(norm, batches, target=TARGET)
+    edit = Paper("body.0", share=0.5).plan(norm, batches, target=TARGET)
     off = edit.origin["neurons"]
     with edit.applied(norm):
         after = outputs(norm, "body.1", digits[0])
@@ -77,7 +79,7 @@ def test_a_neuron_before_batch_norm_gives_nothing_on(norm, digits, batches):
 @pytest.mark.parametrize("layer", [None, "fc1", "head:input"])
 def test_class_row_changes_the_logit_of_that_class_only(plain, digits, batches, layer):
     before = plain(digits[0])
-    edit = PathPerturbation(layer, scope="class_row").plan(plain, batches, target=TARGET)
+    edit = PathPerturbation(layer).plan(plain, batches, target=TARGET)
     off = edit.origin["neurons"]
     assert [*edit.changes] == ["head.weight"]
     assert edit.changes["head.weight"].index.tolist() == [TARGET * 12 + unit for unit in off]
@@ -115,7 +117,7 @@ def test_the_neurons_are_those_of_most_relevance_or_most_often_in_the_top_k(
         for unit in sorted(range(width), key=lambda unit: -row[unit])[: k or 0]:
             count[unit] += 1
     order = sorted(range(width), key=lambda unit: (-count[unit], -float(relevance[:, unit].sum())))
-    operator = PathPerturbation(layer, share=share, rank="count" if k else "sum", k=k)
+    operator = Paper(layer, share=share, rank="count" if k else "sum", k=k)
     edit = operator.plan(plain, batches, target=TARGET)
     assert edit.origin["neurons"] == sorted(order[: max(1, round(share * width))])
     assert edit.origin["samples"] == len(relevance)
@@ -146,7 +148,10 @@ REFUSED = {
     "unknown layer": ({"layer": "fcl"}, "did you mean 'fc1'"),
     "activation": ({"layer": "relu3"}, "'relu3'"),
     "the output": ({"layer": "head"}, "layer: 'head' is the output; name 'head:input'"),
-    "row of inputs": ({"layer": "fc1:input", "scope": "class_row"}, "class_row"),
+    "row of inputs": (
+        {"layer": "fc1:input"},
+        "'class_row' needs .*'fc1:input' give scope='neuron'",
+    ),
 }
 
 
@@ -171,8 +176,8 @@ def test_a_grouped_convolutions_inputs_are_refused(batches):
     )
     nn.init.ones_(model[4].bias[TARGET:][:1])
     with pytest.raises(ValueError, match="grouped"):
-        PathPerturbation("2:input").plan(model, batches, target=TARGET)
-    assert PathPerturbation("2", share=0.5).plan(model, batches, target=TARGET).size == 20
+        Paper("2:input").plan(model, batches, target=TARGET)
+    assert Paper("2", share=0.5).plan(model, batches, target=TARGET).size == 20
 
 
 def test_samples_of_which_none_is_predicted_as_the_class_are_refused(plain, digits):
@@ -281,7 +286,7 @@ def test_the_gate_of_pooled_maps_is_no_hidden_layer(digits):
         PathPerturbation().plan(model, [digits], target=TARGET)
     assert PathPerturbation("head:input").plan(model, [digits], target=TARGET).size > 0
     with pytest.raises(ValueError, match="class_row"):
-        PathPerturbation("gate", scope="class_row").plan(model, [digits], target=TARGET)
+        PathPerturbation("gate").plan(model, [digits], target=TARGET)
 
 
 @pytest.mark.parametrize("scope", ["neuron", "class_row"])
@@ -347,13 +352,13 @@ def test_several_layers_each_lose_their_share(plain, batches, layers, scope):
 
 
 def test_several_classes_are_forgotten_at_once(plain, digits, batches):
-    operator = PathPerturbation(share=0.2)
+    operator = Paper(share=0.2)
     edit = operator.plan(plain, batches, target=[TARGET, 0])
     alone = [operator.plan(plain, batches, target=target) for target in (TARGET, 0)]
     assert changed(edit) == changed(alone[0] | alone[1])
     assert edit.origin["target"] == [TARGET, 0]
     assert edit.origin["neurons"] == [one.origin["neurons"] for one in alone]
-    before, rows = plain(digits[0]), PathPerturbation(scope="class_row")
+    before, rows = plain(digits[0]), PathPerturbation()
     with rows.plan(plain, batches, target=[TARGET, 0]).applied(plain):
         changed_classes = (before != plain(digits[0])).any(0).nonzero().flatten().tolist()
     assert changed_classes == [0, TARGET]
@@ -361,8 +366,8 @@ def test_several_classes_are_forgotten_at_once(plain, digits, batches):
 
 def test_two_classes_with_the_same_neurons_are_refused(plain, batches):
     with pytest.raises(ValueError, match="classes 3 and 0 have the same neurons"):
-        PathPerturbation(share=1.0).plan(plain, batches, target=[TARGET, 0])
-    rows = PathPerturbation(share=1.0, scope="class_row")
+        Paper(share=1.0).plan(plain, batches, target=[TARGET, 0])
+    rows = PathPerturbation(share=1.0)
     assert rows.plan(plain, batches, target=[TARGET, 0]).size > 0
 
 
@@ -378,8 +383,8 @@ def test_several_classes_need_labels_and_data_that_can_be_read_again(plain, batc
 
 @pytest.mark.parametrize("noise", ["gaussian", "laplacian"])
 def test_noise_goes_where_zeros_would_and_has_the_scale_asked_for(plain, batches, noise):
-    zeros = PathPerturbation("fc1", share=0.5).plan(plain, batches, target=TARGET)
-    operator = PathPerturbation("fc1", share=0.5, noise=noise, scale=0.7, seed=1)
+    zeros = Paper("fc1", share=0.5).plan(plain, batches, target=TARGET)
+    operator = Paper("fc1", share=0.5, noise=noise, scale=0.7, seed=1)
     edit = operator.plan(plain, batches, target=TARGET)
     assert edit.origin["neurons"] == zeros.origin["neurons"]
     assert (edit.origin["noise"], edit.origin["scale"]) == (noise, 0.7)
@@ -392,7 +397,7 @@ def test_noise_goes_where_zeros_would_and_has_the_scale_asked_for(plain, batches
 
 
 def test_noise_leaves_the_batch_norm_behind_the_neurons_alone(norm, batches):
-    operator = PathPerturbation("body.0", share=0.5, noise="gaussian")
+    operator = Paper("body.0", share=0.5, noise="gaussian")
     edit = operator.plan(norm, batches, target=TARGET)
     assert {*edit.changes} == {"body.0.weight"}
 
@@ -465,7 +470,7 @@ def test_what_is_read_of_a_neuron_that_is_off_is_found_out(plain, digits, batche
     model = Shifted(plain, mixed)
     torch.nn.init.zeros_(plain.head.bias)
     held = held_out(digits)
-    operator = PathPerturbation("net.fc1", scorer=Activation())
+    operator = Paper("net.fc1", scorer=Activation())
     with torch.no_grad():
         target = int(model(held[0][0]).argmax(1).mode().values)
         planning = [digits[0][:1000][model(digits[0][:1000]).argmax(1) == target]]
@@ -477,7 +482,8 @@ def test_what_is_read_of_a_neuron_that_is_off_is_found_out(plain, digits, batche
 
 
 @pytest.mark.parametrize(
-    ("bound", "scope"), [(0.0, "neuron"), (0.3, "neuron"), (0.05, "class_row")]
+    ("bound", "scope"),
+    [(0.0, "neuron"), (0.3, "neuron"), (None, "neuron"), (0.05, "class_row"), (None, "class_row")],
 )
 def test_auto_takes_the_smallest_number_of_neurons_that_reaches_the_bound(
     plain, digits, batches, bound, scope
@@ -485,6 +491,7 @@ def test_auto_takes_the_smallest_number_of_neurons_that_reaches_the_bound(
     held = held_out(digits)
     operator = PathPerturbation(share="auto", bound=bound, scope=scope)
     edit = operator.plan(plain, batches, target=TARGET, validation=held)
+    bound = {"neuron": 0.05, "class_row": 0.01}[scope] if bound is None else bound
     off = len(edit.origin["neurons"])
     left = [by_hand(plain, operator, batches, held, (m or 1) / 12)[0] for m in range(off + 1)]
     assert left[off] <= bound
@@ -494,20 +501,22 @@ def test_auto_takes_the_smallest_number_of_neurons_that_reaches_the_bound(
 
 def test_auto_tries_shares_where_neurons_do_not_feed_the_output(plain, digits, batches):
     own = of_target(batches)
-    edit = PathPerturbation("conv2", share="auto").plan(plain, own, target=TARGET)
+    edit = Paper("conv2", share="auto").plan(plain, own, target=TARGET)
     with edit.applied(plain):
         assert evaluate_groups(plain, own).of(TARGET) <= 0.05
     assert 1 <= len(edit.origin["neurons"]) < 6
     # Of six neurons one is a sixth, and there are no more than six shares to try.
     assert edit.origin["share"] == len(edit.origin["neurons"]) / 6
-    found = PathPerturbation("conv2").sweep(plain, own, target=TARGET, validation=own)
+    found = Paper("conv2").sweep(plain, own, target=TARGET, validation=own)
     assert found.neurons == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_bound_that_cannot_be_reached_is_refused(plain, batches):
     with torch.no_grad():
         plain.head.bias[TARGET] += 1000
-    with pytest.raises(ValueError, match=r"A_t is 1\.000 at best.*another layer$"):
+    with pytest.raises(
+        ValueError, match=r"A_t is 1\.000 at best.*give another layer with scope='neuron'$"
+    ):
         PathPerturbation(share="auto").plan(plain, batches, target=TARGET)
 
 
@@ -526,13 +535,13 @@ def shared_path():
 
 def test_what_auto_cannot_reach_is_said_with_what_would_reach_it(shared_path):
     model, data = shared_path
-    operator = PathPerturbation(share="auto", bound=0.4)
+    operator = Paper(share="auto", bound=0.4)
     with pytest.raises(ValueError, match="share: ") as refusal:
         operator.plan(model, data, target=0)
     for part in (
         "A_t is 1.000 at best, with 50.0% of the neurons of ['0'] off",
         "0.600 above the bound of 0.4",
-        "scope='class_row' reaches it with 100.0%",
+        "scope='class_row', which reaches it with 100.0% (bound=0.4)",
     ):
         assert part in str(refusal.value)
     rows = dataclasses.replace(operator, scope="class_row")
@@ -540,7 +549,13 @@ def test_what_auto_cannot_reach_is_said_with_what_would_reach_it(shared_path):
     with pytest.raises(ValueError, match=r"A_t is 0\.333 at best, with 100\.0% .*bound=0\.334"):
         dataclasses.replace(rows, bound=0.1).plan(model, data, target=0)
     with pytest.raises(ValueError, match=r"class_row' comes to 0\.333"):
-        PathPerturbation(share="auto", bound=0.1).plan(model, data, target=0)
+        Paper(share="auto", bound=0.1).plan(model, data, target=0)
+    with torch.no_grad():  # without neuron 0, which inhibits it, class 1 wins
+        model[2].weight.copy_(torch.tensor([[1.0, 0.0], [-3.0, 3.0]]))
+        model[2].bias.copy_(torch.tensor([2.0, 0.0]))
+    inhibited = [(torch.ones(1, 2), torch.zeros(1, dtype=torch.long))]
+    with pytest.raises(ValueError, match=r"give scope='neuron', which .* 50\.0%"):
+        PathPerturbation(share="auto").plan(model, inhibited, target=0)
 
 
 def test_cached_features_spare_the_pass(plain, digits, batches):
@@ -552,7 +567,7 @@ def test_cached_features_spare_the_pass(plain, digits, batches):
     assert (found.passes, expected.passes) == (0, 1)
     assert (found.forgotten, found.rest) == (expected.forgotten, expected.rest)
     with pytest.raises(ValueError, match="cached inputs of 'head'"):
-        PathPerturbation("conv2").sweep(plain, batches, validation=cached, **settings)
+        Paper("conv2").sweep(plain, batches, validation=cached, **settings)
 
 
 @pytest.mark.parametrize("layer", ["fc1", "conv2"])
@@ -561,4 +576,4 @@ def test_labels_to_measure_on_that_are_no_class_are_refused(plain, batches, laye
     beyond = [(x, y + 1) for x, y in batches]
     for data, wrong in ((ignored, -100), (beyond, 10)):
         with pytest.raises(ValueError, match=f"labels: class {wrong} is out of range"):
-            PathPerturbation(layer).sweep(plain, batches, target=TARGET, validation=data)
+            Paper(layer).sweep(plain, batches, target=TARGET, validation=data)

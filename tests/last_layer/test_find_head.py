@@ -390,9 +390,15 @@ def test_path_perturbation_takes_what_feeds_the_head(name, layer, scope):
 def test_inputs_of_no_layer_are_no_default_for_path_perturbation(name):
     model, x = made(SUPPORTED[name]), samples(40)
     target = int(model(x).argmax(1).mode().values)
-    with pytest.raises(ValueError, match=r"not one by one those.*name a hidden layer"):
+    with pytest.raises(
+        ValueError, match=r"not one by one those.*hidden layer, with scope='neuron'"
+    ):
         xe.PathPerturbation().plan(model, [x], target=target)
-    edit = xe.PathPerturbation(layer="body.0").plan(model, [x], target=target)
+    with pytest.raises(
+        ValueError, match=r"feed the output; for layer 'body.0' give scope='neuron'"
+    ):
+        xe.PathPerturbation(layer="body.0").plan(model, [x], target=target)
+    edit = xe.PathPerturbation("body.0", scope="neuron").plan(model, [x], target=target)
     assert edit.changes.keys() == {"body.0.weight", "body.0.bias"}
 
 

@@ -26,7 +26,7 @@ OPERATORS = {
     "fictitious": lambda m, d: FictitiousClass().plan(m, d, target=3),
     "fictitious exact": lambda m, d: FictitiousClass("exact").plan(m, d, target=3),
     "path": lambda m, d: PathPerturbation().plan(m, d, target=3),
-    "path count": lambda m, d: PathPerturbation(rank="count", k=3, scope="class_row").plan(
+    "path count": lambda m, d: PathPerturbation(rank="count", k=3, scope="neuron").plan(
         m, d, target=3
     ),
     "pruning": lambda m, d: RelevancePruning(0.3).plan(m, d),

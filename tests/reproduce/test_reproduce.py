@@ -109,7 +109,7 @@ def test_figures_are_of_the_edited_network_on_images_that_nothing_was_planned_on
     planned = collect_head_features(table.model, table.analysis).features
     for part in ("validation", "test"):
         assert torch.cdist(table.features[part].features, planned).min() > 1e-3
-    deep = PathPerturbation("conv1").plan(table.model, table.analysis, target=1)
+    deep = PathPerturbation("conv1", scope="neuron").plan(table.model, table.analysis, target=1)
     head = PathPerturbation().plan(table.model, table.analysis, target=1)
     for edit in (deep, head, LogitMask().plan(table.model, table.analysis, target=1)):
         found = table.of_edit(edit)

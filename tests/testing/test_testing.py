@@ -86,8 +86,8 @@ def axes(width, size=1):
 
 OPERATORS = {
     "path": xe.PathPerturbation(),
-    "path auto": xe.PathPerturbation(share="auto"),
-    "path count": xe.PathPerturbation(rank="count", k=2, scope="class_row"),
+    "path auto": xe.PathPerturbation(share="auto", scope="neuron"),
+    "path count": xe.PathPerturbation(rank="count", k=2, scope="neuron"),
     "path noise": xe.PathPerturbation(noise="gaussian"),
     "sca": xe.SingleWeight(),
     "exact": xe.SingleWeight("exact"),

@@ -157,22 +157,29 @@ COMMANDS = {
         f"{RESNET} --target 3,7 --out found",
     ),
     "unlearn": Command(
-        "Make a model stop predicting classes, and measure what that did. Switches off the neurons "
-        "most relevant for classes (neuronal path perturbation), planned from a few samples, and "
-        "measures it on others beside a single weight and a masked logit. Writes "
+        "Make a model stop predicting classes, and measure what that did. Cuts the neurons most "
+        "relevant for classes from them (neuronal path perturbation), planned from a few samples, "
+        "and measures it on others beside a single weight and a masked logit. Writes "
         "edits/unlearn.safetensors, results.json, timing.json, maps.png and report.html.",
         (
             Option("--target A,B", "classes to forget, numbers or names", names, required=True),
             OUT,
             Option("--share S", "of each layer's neurons, or auto: just enough", rate, "auto"),
-            Option("--bound B", "with auto: share of a class still predicted", float, 0.05),
+            Option(
+                "--bound B",
+                "with auto: share of a class still predicted; default: 0.01; of neurons 0.05",
+                float,
+            ),
             Option("--samples N", "of each class to plan from", whole, 36),
             COMPOSITE,
             Option("--rank HOW", "sum of relevance, or count of samples in --k", default="sum"),
             Option("--k N", "for --rank count: a sample counts for its first N neurons", whole),
-            Option("--scope HOW", "neuron, or class_row: its weight to the class", str, "neuron"),
+            Option("--scope HOW", "class_row, or neuron: off for all classes", str, "class_row"),
             *MODEL,
-            LAYERS._replace(help="default: the last hidden linear layer, or the output's inputs"),
+            LAYERS._replace(
+                help="default: the last hidden linear layer, or the output's inputs; others need "
+                "--scope neuron"
+            ),
             JSON,
             Option("--train-data DATA", "labelled training data, for a probe and relearning"),
         ),

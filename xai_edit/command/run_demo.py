@@ -195,15 +195,17 @@ def command(options: argparse.Namespace) -> int:
 def _forget(state: _Run, before: Accuracy, validation: Samples) -> dict[str, Any]:
     clean = validation[validation.watermark == 0]
     of_class = clean[clean.labels == FORGET][torch.arange(SAMPLES_TO_FORGET)]
-    npp, single = PathPerturbation(share=FORGET_SHARE), SingleWeight(select="sca")
+    npp = PathPerturbation(share=FORGET_SHARE)
+    neurons, single = replace(npp, scope="neuron"), SingleWeight(select="sca")
     rows = [{"method": "before", **_forgotten(before), **UNEDITED}]
     for name, method, operator, samples in (
-        ("path-perturbation", "NPP: neurons switched off", npp, of_class),
+        ("path-perturbation", "NPP: neurons cut from the class", npp, of_class),
+        ("neurons", "NPP: neurons switched off", neurons, of_class),
         ("single-weight", "SCA: one weight", single, clean),
         ("logit-mask", "logit mask", LogitMask(), clean),
     ):
         plan = partial(operator.plan, state.model, samples.batches, target=FORGET)
-        show = None if name == "logit-mask" else f"forget: {method}"
+        show = None if name in ("neurons", "logit-mask") else f"forget: {method}"
         rows.append(state.row(method, f"forget-{name}", plan, _forgotten, show))
     return {"class": FORGET, "rows": rows}
 

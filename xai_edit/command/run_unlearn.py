@@ -218,8 +218,12 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         )
     )
     edit = results["edit"]
-    what = "switches off" if edit["scope"] == "neuron" else "cuts from the class"
-    neurons = sum(one["neurons"] for one in edit["classes"])
+    neurons = counted(sum(one["neurons"] for one in edit["classes"]), "neuron")
+    what = f"{neurons} of layer {', '.join(edit['layers'])}"
+    if edit["scope"] == "neuron":
+        what = f"switches off {what}"
+    else:
+        what = f"cuts {what} from {'the class' if len(target) == 1 else 'their classes'}"
     unmeasured = [] if results["evaluation"] else [PROBE]
     if len(samples) - len(target) == 1:
         unmeasured.insert(0, ONE_LEFT)
@@ -236,13 +240,13 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         )
     return Outcome(
         METHOD,
-        f"{what} {counted(neurons, 'neuron')} of layer {', '.join(edit['layers'])}",
+        what,
         [forgotten, rest],
         parts + absent_classes(results, absent, len(samples)),
         kind="class",
         which=" to keep",
         advice=ADVICE,
-        further="a larger --share, or other --layers",
+        further="a larger --share, or other --layers with --scope neuron",
         unmeasured=unmeasured,
         missed=missed,
     )

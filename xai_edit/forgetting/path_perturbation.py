@@ -1,4 +1,4 @@
-"""Neuronal path perturbation: switch off the neurons that are most relevant to a class."""
+"""Neuronal path perturbation: cut or switch off the neurons most relevant to a class."""
 
 from __future__ import annotations
 
@@ -38,10 +38,13 @@ from xai_edit.last_layer.head import HeadFeatures, find_head
 from xai_edit.lrp.lrp import LRP, Scorer, describe
 from xai_edit.scoring.unit_scores import score_units
 
+BOUNDS = {"class_row": 0.01, "neuron": 0.05}
+"""Scope → accuracy on the class that ``share="auto"`` leaves at most."""
+
 
 @dataclass(frozen=True)
 class PathPerturbation:
-    """Make a classifier stop predicting a class: switch off the neurons most relevant to it.
+    """Make a classifier stop predicting a class: cut the neurons most relevant to it from it.
 
     Chang et al., *Zero-shot Class Unlearning via Layer-wise Relevance Analysis and Neuronal Path
     Perturbation*. One sample is enough; samples need neither labels nor to be training data.
@@ -49,23 +52,26 @@ class PathPerturbation:
     Parameters
     ----------
     layer : str or sequence of str, optional
-        Linear or convolution layers whose neurons are switched off, or ``"fc:input"`` for the
-        inputs of ``fc``. Default: the hidden linear layer before the output or, where there is none
-        (ResNet), the inputs of the last layer.
+        Linear or convolution layers with the neurons, or ``"fc:input"`` for the inputs of ``fc``.
+        Default: the hidden linear layer before the output or, where there is none (ResNet), the
+        inputs of the last layer. Others need ``scope="neuron"``.
     share : float in (0, 1] or "auto"
-        Share of each layer's neurons to switch off (the paper's m_p). "auto" takes the smallest
-        with which A_t, the accuracy on the class, is at most ``bound``, in [0, 1).
+        Share of each layer's neurons to take (the paper's m_p). "auto" takes the smallest with
+        which A_t, the accuracy on the class, is at most ``bound``.
     rank : {"sum", "count"}
         "sum" ranks by relevance summed over the samples. "count", the paper's, by how many samples
         have the neuron among their ``k`` most relevant (Eq. 8–10), ties by summed relevance.
-    scope : {"neuron", "class_row"}
-        "neuron", the paper's, switches the neuron off for every class (Eq. 12–13). "class_row"
-        only sets its weight to the class to zero.
+    scope : {"class_row", "neuron"}
+        "class_row" only sets the neuron's weight to the class to zero, so that no other logit
+        changes. "neuron", the paper's, switches it off for every class (Eq. 12–13).
     scorer : callable
         Any scorer; LRP with the epsilon rule by default.
+    bound : float in [0, 1), optional
+        Of ``share="auto"``. Default: 0.01, and 0.05 with ``scope="neuron"``, where more neurons
+        cost other classes accuracy.
     noise : {"gaussian", "laplacian"}, optional
-        Add noise to the same weights (and biases) instead of zeroing them: the paper's neuronal
-        path noise, a comparison.
+        Add noise to the same weights (and biases) instead of zeroing them: with
+        ``scope="neuron"`` the paper's neuronal path noise, a comparison.
     scale, seed
         Of the noise: its standard deviation, in standard deviations of the layer's weights, and
         its seed.
@@ -75,9 +81,9 @@ class PathPerturbation:
     share: float | Literal["auto"] = 0.2
     rank: Literal["sum", "count"] = "sum"
     k: int | None = None
-    scope: Literal["neuron", "class_row"] = "neuron"
+    scope: Literal["class_row", "neuron"] = "class_row"
     scorer: Scorer = field(default_factory=LRP)
-    bound: float = 0.05
+    bound: float | None = None
     noise: Noise | None = None
     scale: float = 1.0
     seed: int = 0
@@ -86,13 +92,14 @@ class PathPerturbation:
         auto = isinstance(self.share, str) and self.share == "auto"
         if auto and self.noise is not None:
             raise ValueError("share: 'auto' is for neurons switched off; give a number with noise")
+        bound = self.bound
         vars(self).update(  # plain numbers, since the edit's origin is JSON
             share=self.share if auto else fraction(self.share, "share"),
-            bound=fraction(self.bound, "bound", zero=True, one=False),
+            bound=None if bound is None else fraction(bound, "bound", zero=True, one=False),
             scale=positive(self.scale, "scale"),
         )
         one_of(self.rank, ("sum", "count"), "rank")
-        one_of(self.scope, ("neuron", "class_row"), "scope")
+        one_of(self.scope, ("class_row", "neuron"), "scope")
         one_of(self.noise, (None, "gaussian", "laplacian"), "noise")
         if (self.rank == "count") != (self.k is not None):
             raise ValueError(f"k: {self.k!r} given with rank={self.rank!r}; k goes with 'count'")
@@ -160,7 +167,7 @@ class PathPerturbation:
         origin |= {"share": _one(shares), "rank": self.rank, "k": self.k, "scope": self.scope}
         origin |= {"scorer": describe(self.scorer), "samples": _one(samples)}
         if self.share == "auto":
-            origin["bound"] = self.bound
+            origin["bound"] = plans.bound
         if self.noise is not None:
             origin |= {"noise": self.noise, "scale": self.scale, "seed": self.seed}
         return ModelEdit(edit.changes, {**origin, "versions": versions()})
@@ -196,6 +203,7 @@ class _Plans:
         first, whole = peek(data, model_device(model))
         self.data = whole if isinstance(data, Iterator) else data
         self.operator, self.model, self.sample = operator, unwrapped(model), first.inputs
+        self.bound = BOUNDS[operator.scope] if operator.bound is None else operator.bound
         model, layers = self.model, operator.layer
         self.found = find_head(model, self.sample[:1])
         self.head = self.found.layer
@@ -218,7 +226,7 @@ class _Plans:
         if feeding is None and layers is None:
             raise ValueError(
                 f"layer: the inputs of the head {self.head!r} are not one by one those of one "
-                "layer, whose name they would have; name a hidden layer"
+                "layer, whose name they would have; name a hidden layer, with scope='neuron'"
             )
         self.layers = [feeding] if feeding and layers is None else resolve_layers(model, layers)
         for layer in self.layers:
@@ -227,9 +235,10 @@ class _Plans:
                     f"layer: {layer!r} is the output; name {inputs!r} or a hidden layer"
                 )
             if operator.scope == "class_row" and layer not in self.feeding:
+                those = f", those of {sorted(self.feeding)}" if self.feeding else ""
                 raise ValueError(
-                    "scope: 'class_row' needs neurons that feed the output, those of "
-                    f"{sorted(self.feeding)}; layer {layer!r} was given"
+                    f"scope: 'class_row' needs neurons that feed the output{those}; for layer "
+                    f"{layer!r} give scope='neuron', which switches neurons off for all classes"
                 )
             silencing_entries(model, layer, torch.tensor([0]))  # raises where it cannot be done
         self.norms = following_batch_norms(model, self.sample[:1], self.layers)
@@ -305,7 +314,7 @@ class _Plans:
         self, ranked: dict[str, Tensor], held_out: Data | HeadFeatures, target: int
     ) -> float:
         """Return the smallest share with an A_t of at most the bound; ValueError without one."""
-        bound, scope = self.operator.bound, self.operator.scope
+        bound, scope = self.bound, self.operator.scope
         path = self.path(ranked, target, scope)
         own = sweep(self.model, path, held_out, target, bound=bound)
         if own.forgotten[-1] <= bound:
@@ -315,15 +324,18 @@ class _Plans:
             f"share: with scope={scope!r} A_t is {best:.3f} at best, with {share:.1%} of the "
             f"neurons of {self.layers} off, {best - bound:.3f} above the bound of {bound:g}"
         )
-        if scope == "neuron" and path.feeding:
-            row = self.path(ranked, target, "class_row")
-            share, left = sweep(self.model, row, held_out, target, bound=bound).lowest()
+        give = "another layer" if scope == "neuron" else "another layer with scope='neuron'"
+        if path.feeding:
+            other = "class_row" if scope == "neuron" else "neuron"
+            path = self.path(ranked, target, other)
+            share, left = sweep(self.model, path, held_out, target, bound=bound).lowest()
             if left <= bound:
-                raise ValueError(f"{text}; scope='class_row' reaches it with {share:.1%}")
-            best, text = min(best, left), f"{text}; scope='class_row' comes to {left:.3f}"
+                give = f"scope={other!r}, which reaches it with {share:.1%} (bound={bound:g})"
+            else:
+                text += f"; scope={other!r} comes to {left:.3f}"
         least = math.ceil(best * 1000) / 1000
         works = f", or bound={least:g}" if least < 1 else ""
-        raise ValueError(f"{text}; give another layer{works}")
+        raise ValueError(f"{text}; give {give}{works}")
 
 
 def _one(values: list[Any]) -> Any:

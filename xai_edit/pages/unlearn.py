@@ -42,12 +42,16 @@ def unlearning_page(
             f"predicted on {cut['validation']} other samples of it"
         )
     names = ", ".join(class_name(results, label) for label in target)
+    how = "switches off the neurons that are most relevant for the class"
+    if edit["scope"] == "class_row":
+        how = "cuts the neurons that are most relevant for the class from it, so that no other "
+        how += "logit changes"
     return Report(
         f"Forget {'class' if len(target) == 1 else 'classes'} {names}",
         [
             "<p>The network shall stop predicting what is to be forgotten and keep the rest. "
-            "Neuronal path perturbation switches off the neurons that are most relevant for the "
-            f"class, by <code>{escape(edit['scorer'])}</code>.</p>",
+            f"Neuronal path perturbation {how}; relevance is by "
+            f"<code>{escape(edit['scorer'])}</code>.</p>",
             Notes(*_planned(results), listed=True),
             Notes(*split),
             "<h2>What the network answers</h2><p>Masking the logit changes one number for each "
@@ -97,7 +101,7 @@ def seconds(timing: Mapping[str, Any], method: str) -> str | None:
 
 
 def _planned(results: Mapping[str, Any]) -> list[str]:
-    """Return one line for each class: how many neurons of which layers the edit switches off."""
+    """Return one line for each class: how many neurons of which layers the edit takes."""
     edit = results["edit"]
     where = ", ".join(edit["layers"])
     what = "switched off" if edit["scope"] == "neuron" else "cut from the class"

@@ -170,8 +170,8 @@ class OneNetwork:
     def methods(self, target: int) -> dict[str, Method]:
         """Return the methods of the paper and other comparisons, by name."""
         own = self.analysis[self.analysis.labels == target]
-        path = partial(PathPerturbation, share=self.run.share)
-        smallest = partial(PathPerturbation, share="auto")
+        path = partial(PathPerturbation, share=self.run.share, scope="neuron")
+        smallest = partial(PathPerturbation, share="auto", scope="neuron", bound=0.05)
         found = {"validation": self.features["validation"]}
         tuned: dict[str, Any] = {"target": target, "seed": self.seed}
         edge: dict[str, Any] = {"epochs": 5, "learning_rate": 1e-4}
@@ -243,7 +243,8 @@ class OneNetwork:
             rank: Any = {"rank": "sum"} if k is None else {"rank": "count", "k": k}
             row: Results = {"seed": self.seed, "class": target, "rule": rule, "k": k}
             with refusals(found, row):
-                sweep = PathPerturbation(scorer=scorer, **rank).sweep(self.model, own, **given)
+                path = PathPerturbation(scope="neuron", scorer=scorer, **rank)
+                sweep = path.sweep(self.model, own, **given)
                 row["shares"] = sweep.shares
                 row["forgotten_test"] = [round(value, 5) for value in sweep.forgotten]
                 row["rest_test"] = [None if one is None else round(one, 5) for one in sweep.rest]
