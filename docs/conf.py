@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 from statistics import mean
@@ -16,7 +17,7 @@ copyright = f"2026, {author}"
 release = version = __version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
@@ -33,6 +34,18 @@ napoleon_google_docstring = False
 napoleon_use_ivar = True
 
 HERE = Path(__file__).parent
+
+# Pages with code cells are run at build; what they write stays out of the repository.
+nb_execution_mode = "auto"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds a cell
+nb_merge_streams = True
+nb_output_stderr = "remove"
+os.environ["PYTHONPATH"] = os.pathsep.join(  # of the kernels: pages import network.py
+    filter(None, (str(HERE / "how-to"), os.environ.get("PYTHONPATH")))
+)
+os.environ.pop("MPLBACKEND", None)  # the kernel's own shows figures
 
 
 def write_tables(_app):
