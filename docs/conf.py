@@ -27,6 +27,7 @@ html_theme = "furo"
 html_title = f"xai_edit {release}"
 exclude_patterns = ["_build", "_tables"]
 default_role = "code"
+templates_path = ["_templates"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"

@@ -230,6 +230,16 @@ def score_units(
         Where the logits are in what the model returns, see `xai_edit.outputs_as`. Of a model that
         ends in a softmax, sigmoid or softplus, what goes into that is explained, and the origin's
         ``output`` says so.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+    >>> for parameter in model.parameters():
+    ...     _ = torch.nn.init.ones_(parameter)
+    >>> batch = torch.tensor([[3.0, 1.0]])
+    >>> scores = score_units(model, [batch], Activation(), layers=["0"], target=0)
+    >>> scores["0"].tolist()
+    [5.0, 5.0]
     """
     target = checked_target(target)
     if not callable(scorer) or isinstance(scorer, type):
