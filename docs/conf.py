@@ -1,6 +1,8 @@
 import json
 import os
 import re
+import sys
+from html import escape
 from pathlib import Path
 from statistics import mean
 
@@ -10,6 +12,9 @@ from matplotlib.ticker import NullFormatter
 from xai_edit import __version__
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.tables import markdown
+
+sys.path.insert(0, str(Path(__file__).parent))
+from which_method import WHICH_METHOD, compared
 
 project = "xai_edit"
 author = "the xai_edit authors"
@@ -60,13 +65,15 @@ def write_tables(_app):
         if path.stem.startswith("npp-"):
             write(f"{path.stem}-methods", markdown(tables.pop("methods")))
         name = f"{path.stem}-shares" if path.stem.startswith("npp-") else path.stem
-        write(name, "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables.items()))
+        write(name, "\n\n".join(titled(n, t) for n, t in tables.items()))
         if path.stem in FIGURES:
             axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
             FIGURES[path.stem](summary, axes)
             axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
     for name, settings in WHICH_METHOD.items():
-        write(name, "\n\n".join(compared(*setting) for setting in settings))
+        parts = [(title, read(result)) for result, title in settings]
+        made = (f"{titled(t, compared(r))}\n\nMade by `{r['command']}`." for t, r in parts)
+        write(name, "\n\n".join(made))
     write("watermark", markdown(watermark_table(read("watermark"))))
     write("discover-watermark", markdown(discovered_table(read("discover-watermark"))))
     for name in ("scoring", "selection", "smaller"):
@@ -76,6 +83,13 @@ def write_tables(_app):
     write("speed-drsa", markdown(drsa_table(read("drsa"))))
     write("scaling", markdown(scaling_table(read("scaling"))))
     scaling_figure(read("scaling")).savefig(HERE / "_tables" / "scaling.svg")
+
+
+def titled(title, table):
+    """Return a table below its title; one of more than ten rows is folded."""
+    if len(table) <= 11:
+        return f"**{title}**\n\n{markdown(table)}"
+    return f"<details>\n<summary>{escape(title)}</summary>\n\n{markdown(table)}\n\n</details>"
 
 
 def read(name):
@@ -178,88 +192,6 @@ FIGURES = {
     **dict.fromkeys(("cnp-cifar10", "cnp-cifar10-ships", "cnp-cifar10-resnet20"), pruned),
     "cnp-mnist": pruned,
 }
-
-
-CLASS, FEATURE = "the class", "the class and the feature"
-MARKED = "the class; the feature is discovered"
-ONE, OTHERS, ALL = "images of the class only", "the class, of images of all", "training images"
-GROUPS = {  # method in a result -> operator, and the labels that planning needs
-    "unedited (ERM)": ("before", "–"),
-    "unedited": ("before", "–"),
-    "unpruned": ("before", "–"),
-    "FCR: SCA": ("`FictitiousClass()`", FEATURE),
-    "FCR: exact": ('`FictitiousClass("exact")`', FEATURE),
-    "LEACE": ("`comparisons.LEACE`", FEATURE),
-    "DFR": ("`LastLayerRetraining`", FEATURE),
-    "DFR, true values": ("`LastLayerRetraining`", FEATURE),
-    "LEACE, discovered values": ("`comparisons.LEACE`", MARKED),
-    "FCR: exact, discovered values": ('`FictitiousClass("exact")`', MARKED),
-    "DFR, discovered values": ("`LastLayerRetraining`", MARKED),
-    "ablation: relevance": ("`ablated`", MARKED),
-    "last-layer retraining: relevance": ("`LastLayerRetraining`", MARKED),
-    "counterfactual retraining: relevance": ("`CounterfactualRetraining`", MARKED),
-    "last-layer retraining on each image without and with the mark": (
-        "`LastLayerRetraining`, on each image without and with the mark",
-        "every image both ways",
-    ),
-    "LRP": ("`RelevancePruning`", CLASS),
-    "LRP, clean references": ("`RelevancePruning`, references without the mark", FEATURE),
-    "weight magnitude": ("`RelevancePruning`, `WeightMagnitude()`", "none"),
-    "Taylor": ("`RelevancePruning`, `Taylor()`", CLASS),
-    "random": ("`RelevancePruning`, `Random()`", "none"),
-    "CNP: contrastive PCA": ("`ConceptAwarePruning`", FEATURE),
-    "CNP, ablation kept: contrastive PCA": ("`ConceptAwarePruning`, ablation kept", FEATURE),
-    "ablation alone: contrastive PCA": ("`ablated`, nothing pruned", FEATURE),
-}
-CLASSES = {
-    **{"before": "–", "path perturbation": ONE, "path perturbation (auto)": ONE},
-    **{"path perturbation (class row)": ONE, "path noise (Gaussian)": ONE},
-    **{"path perturbation (auto class row)": ONE, "path noise (Laplacian)": ONE},
-    **{"one weight (SCA)": OTHERS, "logit mask": "none"},
-}  # the other methods train on, or weigh, training images
-SHARE = 0.3  # pruned
-WHICH_METHOD = {
-    "which-groups": (
-        ("fcr-colored", "coloured digits, the colour right for 97 %"),
-        ("discover-colored", "the same, the colour discovered"),
-        ("discover-cifar10", "trucks of CIFAR-10 with a mark, discovered"),
-    ),
-    "which-pruned": (
-        ("cnp-cifar10", "trucks of CIFAR-10 with a mark, 30 % of the filters pruned"),
-        ("cnp-cifar10-ships", "ships with a mark, 30 % pruned"),
-        ("cnp-cifar10-resnet20", "trucks, ResNet-20, 30 % pruned"),
-    ),
-    "which-classes": (
-        ("npp-mnist", "a digit of MNIST, all-cnn"),
-        ("npp-cifar10-resnet20", "a class of CIFAR-10, ResNet-20"),
-        ("npp-cifar10-conv2net", "a class of CIFAR-10, a small network"),
-    ),
-}
-
-
-def compared(name, title):
-    """Return one setting of the decision page: its command, and a row a method."""
-    results = read(name)
-    if name.startswith("npp-"):
-        rows = [
-            ["method", "labels needed", "the class", "the others", "weights changed", "seconds"]
-        ]
-        for row in results["rows"]:
-            cells = [row["method"], CLASSES.get(row["method"], ALL)]
-            figures = (("forgotten_test", ".3f"), ("rest_test", ".3f"))
-            figures += (("weights_changed", ",.0f"), ("seconds", ",.2f"))
-            rows.append(cells + [format(row[k][0], f) if k in row else "–" for k, f in figures])
-    else:
-        part = [*results["parts"].values()][-1]  # the strongest shortcut
-        found = part.get("rows") or [{"method": key} | one for key, one in part["edits"].items()]
-        rows = [["operator", "labels needed", "worst group", "balanced", "weights changed"]]
-        for row in found:
-            if row["method"] in GROUPS and row.get("share") in (None, SHARE):
-                worst = row["worst"] if name.startswith("fcr-") else [mean(row["worst"])]
-                balanced = f"{row['balanced'][0]:.3f}" if "balanced" in row else "–"
-                weights = "–".join(map(str, row.get("weights_changed", ()))) or "–"
-                rows.append([*GROUPS[row["method"]], f"{worst[0]:.3f}", balanced, weights])
-    return f"**{title}** (`{results['command']}`)\n\n{markdown(rows)}"
 
 
 def speed_table(results):
