@@ -86,8 +86,8 @@ def write_tables(_app):
 
 
 def titled(title, table):
-    """Return a table below its title; one of more than ten rows is folded."""
-    if len(table) <= 11:
+    """Return a table below its title; one of more than six rows is folded."""
+    if len(table) <= 7:
         return f"**{title}**\n\n{markdown(table)}"
     return f"<details>\n<summary>{escape(title)}</summary>\n\n{markdown(table)}\n\n</details>"
 

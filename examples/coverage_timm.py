@@ -447,7 +447,12 @@ def page(content):
         *table(of_transformers, short, reasons),
         "## Refused or failed",
         "",
+        "<details>",
+        f"<summary>{len(reasons)} reasons</summary>",
+        "",
         *(f"- ({number}) {reason}" for reason, number in reasons.items()),
+        "",
+        "</details>",
         "",
     ]
     return "\n".join(text)
