@@ -74,4 +74,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .zennit-1 .lowest .margins .coverage docs/_build docs/_tables xai-edit-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .zennit-1 .lowest .margins .coverage docs/_build docs/_tables docs/generated docs/how-to/network.safetensors xai-edit-demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,8 @@
 import json
+import os
 import re
+import sys
+from html import escape
 from pathlib import Path
 from statistics import mean
 
@@ -10,13 +13,16 @@ from xai_edit import __version__
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.tables import markdown
 
+sys.path.insert(0, str(Path(__file__).parent))
+from which_method import WHICH_METHOD, compared
+
 project = "xai_edit"
 author = "the xai_edit authors"
 copyright = f"2026, {author}"
 release = version = __version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
@@ -26,6 +32,7 @@ html_theme = "furo"
 html_title = f"xai_edit {release}"
 exclude_patterns = ["_build", "_tables"]
 default_role = "code"
+templates_path = ["_templates"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
@@ -33,6 +40,18 @@ napoleon_google_docstring = False
 napoleon_use_ivar = True
 
 HERE = Path(__file__).parent
+
+# Pages with code cells are run at build; what they write stays out of the repository.
+nb_execution_mode = "auto"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds a cell
+nb_merge_streams = True
+nb_output_stderr = "remove"
+os.environ["PYTHONPATH"] = os.pathsep.join(  # of the kernels: pages import network.py
+    filter(None, (str(HERE / "how-to"), os.environ.get("PYTHONPATH")))
+)
+os.environ.pop("MPLBACKEND", None)  # the kernel's own shows figures
 
 
 def write_tables(_app):
@@ -46,11 +65,15 @@ def write_tables(_app):
         if path.stem.startswith("npp-"):
             write(f"{path.stem}-methods", markdown(tables.pop("methods")))
         name = f"{path.stem}-shares" if path.stem.startswith("npp-") else path.stem
-        write(name, "\n\n".join(f"**{n}**\n\n{markdown(t)}" for n, t in tables.items()))
+        write(name, "\n\n".join(titled(n, t) for n, t in tables.items()))
         if path.stem in FIGURES:
             axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
             FIGURES[path.stem](summary, axes)
             axes.figure.savefig(HERE / "_tables" / f"{path.stem}.svg")
+    for name, settings in WHICH_METHOD.items():
+        parts = [(title, read(result)) for result, title in settings]
+        made = (f"{titled(t, compared(r))}\n\nMade by `{r['command']}`." for t, r in parts)
+        write(name, "\n\n".join(made))
     write("watermark", markdown(watermark_table(read("watermark"))))
     write("discover-watermark", markdown(discovered_table(read("discover-watermark"))))
     for name in ("scoring", "selection", "smaller"):
@@ -60,6 +83,13 @@ def write_tables(_app):
     write("speed-drsa", markdown(drsa_table(read("drsa"))))
     write("scaling", markdown(scaling_table(read("scaling"))))
     scaling_figure(read("scaling")).savefig(HERE / "_tables" / "scaling.svg")
+
+
+def titled(title, table):
+    """Return a table below its title; one of more than six rows is folded."""
+    if len(table) <= 7:
+        return f"**{title}**\n\n{markdown(table)}"
+    return f"<details>\n<summary>{escape(title)}</summary>\n\n{markdown(table)}\n\n</details>"
 
 
 def read(name):

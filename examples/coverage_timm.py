@@ -403,7 +403,8 @@ def table(networks, columns, reasons):
         for name, one in networks.items()
     ]
     head = "| network | " + " | ".join(columns.values()) + " |"
-    return [head, "|---" * (len(columns) + 1) + "|", *rows, ""]
+    folded = ["<details>", f"<summary>{len(rows)} networks</summary>", ""]
+    return [*folded, head, "|---" * (len(columns) + 1) + "|", *rows, "", "</details>", ""]
 
 
 def right(figures, part):
@@ -446,7 +447,12 @@ def page(content):
         *table(of_transformers, short, reasons),
         "## Refused or failed",
         "",
+        "<details>",
+        f"<summary>{len(reasons)} reasons</summary>",
+        "",
         *(f"- ({number}) {reason}" for reason, number in reasons.items()),
+        "",
+        "</details>",
         "",
     ]
     return "\n".join(text)

@@ -626,3 +626,19 @@ def test_torchscript_into_which_no_hook_reaches_is_refused(make, whole):
     model = scripted if whole else nn.Sequential(scripted, nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"TorchScript|ScriptModule"):
         LRP("epsilon").heatmap(model, X.float(), TARGETS)
+
+
+class Named(nn.Module):
+    """A classifier whose input has a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, pixels):
+        return self.head(pixels)
+
+
+def test_inputs_by_name_are_checked_as_one_tensor():
+    model, x = Named(), torch.randn(2, 4)
+    assert str(check_model(model, {"pixels": x})) == str(check_model(model, x))

@@ -99,7 +99,7 @@ def test_the_maps_of_a_pair_share_a_scale_that_has_no_unit(plain, images, edit):
         maps_by_rule = {side: {"epsilon": values} for side, values in scaled.items()}
         return dataclasses.replace(maps, **maps_by_rule).png()
 
-    assert times(8, 8) == maps.png()
+    assert times(8, 8) == maps.png() == maps._repr_png_()
     assert times(1, 0.25) != maps.png() != times(0.25, 1)
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import runpy
-import sys
-from pathlib import Path
-
 import captum.attr as ca
 import pytest
 import torch
@@ -20,8 +15,6 @@ import xai_edit as xe
 from xai_edit import testing
 from xai_edit.pruning import TorchPruningImportance
 from xai_edit.testing import Example, check_operator, check_scorer, small_example
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -494,21 +487,3 @@ def test_the_message_names_the_promise_that_an_operator_breaks(operator, sentenc
 def test_an_operator_without_a_plan_is_an_error():
     with pytest.raises(TypeError, match="operator: 3 has no method plan; give plan="):
         check_operator(3)
-
-
-# The pages.
-
-
-@pytest.mark.parametrize("kind", ["scorer", "operator"])
-def test_the_code_of_a_page_is_that_of_its_example_which_runs(kind, monkeypatch, capsys):
-    example = ROOT / "examples" / f"own_{kind}.py"
-    page = (ROOT / "docs" / "how-to" / f"own-{kind}.md").read_text(encoding="utf-8")
-    code = example.read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) >= 2
-    assert all(block in code for block in blocks)
-    monkeypatch.setattr(sys, "argv", [str(example), "--quick"])
-    runpy.run_path(str(example), run_name="__main__")
-    printed = capsys.readouterr().out
-    sentences = re.findall(r"^    (\w+: .*)$", page, re.M)
-    assert any(sentence in printed for sentence in sentences)

@@ -135,6 +135,15 @@ def ablated(
     ------
     str
         The name of the original layer inside the block, such as for a Zennit name map.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU())
+    >>> basis = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    >>> subspaces = Subspaces(basis, (1,), mean=torch.zeros(2, dtype=torch.float64))
+    >>> with ablated(model, "0", subspaces, [0]):
+    ...     model(torch.tensor([[3.0, 4.0]]))
+    tensor([[0., 4.]])
     """
     with preserved(model):
         _insert_subspaces(model, layer, subspaces, indices, when, unit_axis)

@@ -33,6 +33,13 @@ class Subspaces:
         The activation that replaces ablated ones.
     origin : dict
         The finder and its data, as JSON values.
+
+    Examples
+    --------
+    >>> basis = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    >>> subspaces = Subspaces(basis, (1,), mean=torch.zeros(2, dtype=torch.float64))
+    >>> subspaces.ablate(torch.tensor([3.0, 4.0]), [0])
+    tensor([0., 4.])
     """
 
     basis: Tensor

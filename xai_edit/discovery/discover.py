@@ -87,6 +87,17 @@ def discover(
     ------
     UnknownLayerError, NonFiniteError, TypeError, ValueError
         On bad input, before anything is looked for.
+
+    Examples
+    --------
+    A network that looks at nothing but what makes the class:
+
+    >>> images = torch.rand(120, 2, generator=torch.Generator().manual_seed(0))
+    >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 2, bias=False)).eval()
+    >>> _ = torch.nn.init.eye_(model[1].weight)
+    >>> found = discover(model, [(images, images.argmax(1))], target=1)
+    >>> print(found.answer)
+    nothing stands out
     """
     one_of(images, ("predicted", "all"), "images")
     one_of(method, METHODS, "method")

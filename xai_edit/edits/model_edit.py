@@ -91,6 +91,18 @@ class ModelEdit:
         By name of the parameter or buffer, as in ``model.named_parameters()``.
     origin : dict
         JSON values that describe how the edit was planned: ``operator``, arguments, figures.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(2, 2)
+    >>> old = model.bias.detach().clone()
+    >>> values = {"bias": (torch.tensor([0]), torch.tensor([5.0]))}
+    >>> edit = ModelEdit.between(model, values, {"operator": "by hand"})
+    >>> with edit.applied(model):
+    ...     print(model.bias[0].item())
+    5.0
+    >>> torch.equal(model.bias, old)
+    True
     """
 
     changes: dict[str, Change]

@@ -42,6 +42,16 @@ def evaluate_groups(
     ValueError, NonFiniteError
         If labels are missing, a class or an attribute is out of range, or ``train_samples`` does
         not fit the data; if an input or a logit is NaN or infinite.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [1.0, 2.0], [3.0, 0.0]])
+    >>> labels, attribute = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    >>> accuracy = evaluate_groups(torch.nn.Identity(), [(logits, labels, attribute)])
+    >>> accuracy.groups
+    {(0, 0): 1.0, (0, 1): 0.0, (1, 0): 1.0, (1, 1): 0.0}
+    >>> accuracy.worst
+    0.0
     """
     if train_samples is not None:
         check_train_samples(train_samples)

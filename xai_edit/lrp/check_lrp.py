@@ -14,7 +14,7 @@ from zennit.core import Composite
 from xai_edit.core.checks import finite
 from xai_edit.core.data import Batch
 from xai_edit.core.guard import preserved, require_finite
-from xai_edit.core.inputs import Inputs, input_tensors
+from xai_edit.core.inputs import Inputs, as_inputs, input_tensors
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, run
 from xai_edit.core.outputs import one_logit, outputs_of
 from xai_edit.core.precision import half_dtype, in_float32
@@ -107,6 +107,7 @@ def check_lrp(
         If a layer is unknown, weights are not finite or the model does not take the inputs.
     """
     scorer = composite if isinstance(composite, LRP) else LRP(composite)
+    inputs = as_inputs(inputs, "inputs")
     names = resolve_layers(model, layers)
     require_finite(model)
     for values in input_tensors(inputs).values():

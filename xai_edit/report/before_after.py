@@ -114,6 +114,8 @@ class BeforeAfter:
         colour_bar(figure)
         return as_png(figure)
 
+    _repr_png_ = png  # notebooks draw it
+
 
 def before_after_maps(
     model: nn.Module,

@@ -236,6 +236,16 @@ def score_units(
     -----
     LRP scores a float16 or bfloat16 model in a float32 copy, and the origin's ``precision`` says
     so; the other scorers compute in the model's own precision.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+    >>> for parameter in model.parameters():
+    ...     _ = torch.nn.init.ones_(parameter)
+    >>> batch = torch.tensor([[3.0, 1.0]])
+    >>> scores = score_units(model, [batch], Activation(), layers=["0"], target=0)
+    >>> scores["0"].tolist()
+    [5.0, 5.0]
     """
     target = checked_target(target)
     if not callable(scorer) or isinstance(scorer, type):
