@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 
 from xai_edit.concepts.ablation import ablated
-from xai_edit.concepts.choose import Choice, choose_spurious
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.finders import ContrastivePCA
+from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.discovery.discover import discover
 from xai_edit.last_layer.counterfactual_tuning import CounterfactualTuning
 from xai_edit.lrp.lrp import Scorer
@@ -21,12 +21,12 @@ from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.reproduce.discovery import described, without_attribute
 from xai_edit.reproduce.experiments import Results, refusals
 from xai_edit.reproduce.pruning import PairPruning
-from xai_edit.reproduce.pruning_methods import LRP_PRUNING, POSITIONS, Context
+from xai_edit.reproduce.pruning_methods import LRP_PRUNING, POSITIONS, RANK, Context
 from xai_edit.scoring.criteria import Random, Taylor, WeightMagnitude
 
 SHARES = (0.2, 0.6)
 CORRECTED = 0.6  # the share after which the last layer is retrained too
-TUNED_ON = 800  # training images that subspaces are chosen by and it is retrained on
+TUNED_ON = 800  # training images that the subspace is found in and it is retrained on
 SIZE = 2  # directions that are exchanged
 CLEAN = "LRP, clean references"
 PLAIN: dict[str, Callable[[int], Scorer]] = {
@@ -38,25 +38,20 @@ PLAIN: dict[str, Callable[[int], Scorer]] = {
 }
 CRITERIA: dict[str, Any] = {
     "CNP": {},
-    "CNP, penalized, λ = 1": {"criterion": "penalized"},
-    "CNP, penalized, λ = 0.5": {"criterion": "penalized", "penalty": 0.5},
+    "CNP, penalized": {"criterion": "penalized"},
 }
 
 
-def _operators(context: Context, choice: Choice) -> dict[str, Callable[[float], Any]]:
-    """Return what makes the operator of a share, by method.
-
-    The concept-aware ones are left out where the choice is to ablate nothing.
-    """
+def _operators(context: Context, subspaces: Subspaces) -> dict[str, Callable[[float], Any]]:
+    """Return what makes the operator of a share, by method."""
     made: dict[str, Callable[[float], Any]] = {
         name: partial(RelevancePruning, scorer=scorer(context.seed))
         for name, scorer in PLAIN.items()
     }
-    for name, how in CRITERIA.items() if choice.indices else ():
+    for name, how in CRITERIA.items():
 
         def operator(share: float, how: Any = how) -> ConceptAwarePruning:
-            found = choice.subspaces, choice.indices
-            return ConceptAwarePruning(context.layer, *found, share, LRP_PRUNING, **how)
+            return ConceptAwarePruning(context.layer, subspaces, [0], share, LRP_PRUNING, **how)
 
         made[name] = operator
     return made
@@ -67,8 +62,7 @@ class CorrectedPairPruning(PairPruning):
     """Networks that learned a watermark nobody labels: it is found, then they are pruned.
 
     Which images have the mark is what the first finding says. By it, in training images, the
-    subspaces of a layer where the mark forms are found and chosen, and the last layer is retrained.
-    References are as they come, clean ones aside, which a person has to sort out.
+    subspace of a layer where the mark forms is found, and the last layer is retrained. References are as they come, clean ones aside, which a person has to sort out.
     """
 
     methods = ()
@@ -92,16 +86,15 @@ class CorrectedPairPruning(PairPruning):
         has = findings[0].has[some].long()
         known: Any = {"attribute": has, "positions": POSITIONS}
         features = collect_features(model, data, layer=context.layer, **known)
-        choice = choose_spurious(model, data, ContrastivePCA(None), features, layer=context.layer)
-        if choice.indices:
-            with ablated(model, context.layer, choice.subspaces, choice.indices):
-                rows.append(context.measured("ablation alone"))
+        subspaces = ContrastivePCA(RANK).fit(features)
+        with ablated(model, context.layer, subspaces, [0]):
+            rows.append(context.measured("ablation alone"))
         tuning = CounterfactualTuning(data, context.layer, has, size=SIZE, seed=context.seed)
         network = deepcopy(model)
         with refusals(rows, {"method": "unpruned, corrected"}):
             tuning(network)
             rows.append(context.measured("unpruned, corrected", network=network))
-        for name, operator in _operators(context, choice).items():
+        for name, operator in _operators(context, subspaces).items():
             references = context.references(clean=name == CLEAN)
             for share in SHARES:
                 ways: dict[str, Any] = {name: None}
