@@ -62,7 +62,8 @@ class CorrectedPairPruning(PairPruning):
     """Networks that learned a watermark nobody labels: it is found, then they are pruned.
 
     Which images have the mark is what the first finding says. By it, in training images, the
-    subspace of a layer where the mark forms is found, and the last layer is retrained. References are as they come, clean ones aside, which a person has to sort out.
+    subspace of a layer where the mark forms is found, and the last layer is retrained. References
+    are as they come, clean ones aside, which a person has to sort out.
     """
 
     methods = ()
