@@ -38,8 +38,8 @@ def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed
 
     A person marks findings by their pictures. Training again on another machine gives other
     weights, which a committed file of marks would not fit, so the demo gives the verdict from the
-    true watermark: the first finding is spurious whose strongest samples in the class all have it
-    while none of those least like it has.
+    true watermark. Of the findings whose strongest samples in the class all have it while none of
+    those least like it has, the one that divides the class best is spurious.
     """
     with torch.no_grad():
         predicted = model(samples.images).argmax(1)
@@ -52,8 +52,8 @@ def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed
     write_safetensors(out / PICTURES, drawn, "xai_edit.pictures", "")
     has = samples.watermark.bool()
     shown = [[has[rows].tolist() for rows in shown_rows(one, found)] for one in found]
-    alike = [all(strongest) and not any(least) for strongest, _, least in shown]
-    number = alike.index(True) if any(alike) else None
+    alike = [at for at, (most, _, least) in enumerate(shown) if all(most) and not any(least)]
+    number = max(alike, key=lambda at: found[at].evidence.separation.value, default=None)
     results: dict[str, Any] = {
         "class": target,
         "wrong": int(wrong.sum()),

@@ -91,11 +91,12 @@ def _found(
     return [
         "<h2>1. Found</h2><p>A small convolutional network learned ten handwritten digits. In its "
         f"training data {data['watermarked_share']:.0%} of the images of digit {marked} carry a "
-        f"watermark, and {data['other_share']:.0%} of the others. Of its "
-        f"{review['wrong']} wrong answers on {review['samples']} other images "
-        f"{review['wrong_as_class']} are digit {target}. So <code>xai_edit.discover</code> looked "
-        f"for features that speak for digit {target}, with the labels of digits alone: nobody told "
-        f"it of a watermark. Its answer: {escape(nothing if review['answer'] else 'see below')}."
+        f"watermark, and {data['other_share']:.0%} of the others. On {review['samples']} other "
+        "images, every digit once without and once with the watermark, it gave "
+        f"{review['wrong']} wrong answers, of which {review['wrong_as_class']} are digit {target}. "
+        f"So <code>xai_edit.discover</code> looked for features that speak for digit {target} in "
+        "these images, with the labels of digits alone: nobody told it of a watermark. Its answer: "
+        f"{escape(nothing if review['answer'] else 'see below')}."
         "</p>",
         _thumbs(title, [*map(overlaid, shown["strongest"], shown["relevance"])]) if shown else "",
         Table(f"1. what speaks for digit {target}", columns, rows) if rows else "",
@@ -110,9 +111,9 @@ def _reviewed(
     person = (
         "<p>This step is a person's: look at the pictures of <code>review.html</code> beside this "
         "page, say of each finding what it is, and save <code>marks.json</code>. Here the demo "
-        "stands in for the person, with its true labels: it calls the first finding spurious whose "
+        "stands in for the person, with its true labels: of the findings whose "
         f"{SHOWN} strongest images of digit {target} all have the watermark, while none of the "
-        f"{SHOWN} least like it has.</p>"
+        f"{SHOWN} least like it has, it calls that of the highest separation spurious.</p>"
     )
     if number is None:
         return [
@@ -143,11 +144,16 @@ def _edited(
                 name = f"{what}: {row['method']}"
                 rows.append([name, row["weights_changed"], f"{timing[row['edit']]:.2f}"])
     columns = ["edit", "weights changed", "seconds to plan"]
+    completed = (
+        ", and by counterfactual retraining, which takes the finding and the training images, "
+        "where no other digit has the watermark, and completes each with and without the finding"
+    )
+    if results["review"]["finding"] is None:
+        completed = ""
     return [
-        "<h2>3. Edited</h2><p>In the ways of three papers, and by counterfactual retraining, which "
-        "needs no image of another digit with the watermark: it completes every training image "
-        "with and without the finding. Each edit is a file, saved, loaded, applied and undone. "
-        f"Below: the network before and after {escape(results['proof'])}.</p>{EXPLAINED}{wiped}",
+        f"<h2>3. Edited</h2><p>In the ways of three papers{completed}. Each edit is a file, saved, "
+        "loaded, applied and undone. Below: the network before and after "
+        f"{escape(results['proof'])}.</p>{EXPLAINED}{wiped}",
         Table(f"3. edits, pruning at {SHARE:.0%}", columns, rows),
     ]
 

@@ -14,6 +14,7 @@ from xai_edit.discovery.shown import shown_rows
 from xai_edit.report.comparison_figures import as_png, show_image, show_relevance
 
 ACROSS = 10  # pictures of a finding
+WIDTH = 48  # characters of a name
 
 
 def story(
@@ -52,7 +53,7 @@ def story(
     bands[3].suptitle("proven: accuracy on test images, worst of 20 groups (dark) and average")
     ax = bands[3].subplots()
     rows = results["neutralize"]["rows"][::-1]
-    names = [printable(row["method"]) for row in rows]
+    names = [printable(row["method"])[:WIDTH] for row in rows]
     ax.barh(names, [row["average"] for row in rows], color="#c9d6e2")
     worst = ax.barh(names, [row["worst"] for row in rows], color="#2f5d8a", height=0.5)
     ax.bar_label(worst, fmt="%.2f", padding=3)
