@@ -100,8 +100,9 @@ def test_every_method_has_its_row_and_its_figures_are_those_of_its_saved_edit(
                 assert edit.size == row["weights_changed"]
                 with edit.applied(model):
                     expected = figures()
-                with pytest.raises(ValueError, match="differs from the model"):
-                    edit.apply(DEMO["small_cnn"](DIGITS.size))  # untrained
+                if edit.size:  # the best rate may be none
+                    with pytest.raises(ValueError, match="differs from the model"):
+                        edit.apply(DEMO["small_cnn"](DIGITS.size))  # untrained
             shown = {name: row[name] for name in expected if name in row}
             assert len(shown) == (2 if part == "forget" else 4)
             assert shown == pytest.approx({name: expected[name] for name in shown}), row
