@@ -39,7 +39,7 @@ def without_bias():
 MODEL = "--model page_net:build --weights w.pt --input-size 1x8x8"
 DATA = f"{MODEL} --data test"
 LINES = {
-    "demo": "demo --quick",
+    "demo": "demo --quick --seed 1",
     "unlearn": f"unlearn {DATA} --target c,d --samples 10 --scope neuron --train-data train",
     "neutralize": f"neutralize {DATA} --attribute marks.csv --select exact",
     "prune": f"prune {DATA} --share 0.3 --steps 1",

@@ -19,30 +19,31 @@ from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages import RESULTS
 from xai_edit.pages.check import checking_page
 from xai_edit.pages.demo import demo_page
-from xai_edit.pages.discover import FINDINGS, PICTURES, discovery_page
+from xai_edit.pages.demo_story import story
+from xai_edit.pages.discover import FINDINGS, PICTURES, discovery_page, write_review
 from xai_edit.pages.group_maps import before_and_after, over_shares, strongest
 from xai_edit.pages.neutralize import neutralizing_page
 from xai_edit.pages.prune import pruning_page
 from xai_edit.pages.score import comparing_page, scoring_page
 from xai_edit.pages.unlearn import unlearning_page
 from xai_edit.pages.verdict import verdict_html
-from xai_edit.report.comparison_figures import map_grid
 from xai_edit.report.html import Report
 from xai_edit.report.table import Table, counted
 
 PAGE = "report.html"
 MAPS = "maps.safetensors"
 RUNS = ("check", "score", "compare", "discover", "demo", "unlearn", "neutralize", "prune")
-DECIDED = ("unlearn", "neutralize", "prune")  # that begin with a verdict
+DECIDED = ("demo", "unlearn", "neutralize", "prune")  # that begin with a verdict
 TENSORS, ENTRIES = 8, 3  # shown of an edit, and of each tensor
 COLUMNS = ["tensor", "weights changed", "entry", "before", "after"]
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` (and ``overview.png`` of the demo) from the results in ``folder``.
+    """Write ``report.html`` from the results in ``folder``.
 
-    Shows those edits that are in the folder. Returns the path of the page. Raises FileNotFoundError
-    if another file of the run is missing, ValueError if it is damaged or of a run without a page.
+    And of the demo ``overview.png`` and ``review.html``. Shows those edits that are in the folder.
+    Returns the path of the page. Raises FileNotFoundError if another file of the run is missing,
+    ValueError if it is damaged or of a run without a page.
     """
     _write(Path(folder))
     return Path(folder) / PAGE
@@ -100,20 +101,17 @@ def _write(folder: Path) -> Report:
 
 
 def _demo(folder: Path, results: dict[str, Any], timing: dict[str, Any]) -> Report:
-    maps = load_file(_require(folder / MAPS))
-    shown, notes = {}, {}
-    for title in results["overview"]:
-        at = results["map_columns"].index(title)
-        shown[title] = maps["relevance"][:4, at]
-        notes[title] = [f"says {one['predicted'][at]}" for one in results["maps"][:4]]
-    drawn = map_grid(maps["images"][:4], shown, notes=notes, one_scale=True)
-    write_atomically(folder / "overview.png", drawn)
+    maps, pictures = (load_file(_require(folder / name)) for name in (MAPS, PICTURES))
+    found = Findings.load(_require(folder / FINDINGS))
+    write_atomically(folder / "overview.png", story(results, maps, found, pictures))
+    write_review(found, pictures, folder / "review.html")
     edits = {}
     for part in ("forget", "neutralize", "prune"):
         for row in results[part]["rows"]:
             share = f", {row['share']:.0%}" if "share" in row else ""
             edits[f"{part}: {row['method']}{share}"] = row["edit"]
-    return demo_page(results, timing, maps, _weights(folder, results, edits))
+    changed = _weights(folder, results, edits)
+    return demo_page(results, timing, maps, found, pictures, changed)
 
 
 def _page(folder: Path, results: dict[str, Any]) -> Report:

@@ -1,0 +1,80 @@
+"""The first half of the demo: its watermark found without labels of it, and reviewed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xai_edit.core.files import write_safetensors
+from xai_edit.datasets.watermarked_digits import Samples
+from xai_edit.discovery.discover import discover
+from xai_edit.discovery.findings import Finding
+from xai_edit.discovery.marks import SPURIOUS
+from xai_edit.discovery.shown import pictures, shown_rows
+from xai_edit.pages.discover import FINDINGS, PICTURES
+
+MARKS = "marks.json"
+
+
+@dataclass(frozen=True)
+class Reviewed:
+    """What was found and marked; ``finding`` is None where no finding is the watermark.
+
+    ``known`` are the samples that were searched, their watermark as marked; without a finding it
+    is the true one.
+    """
+
+    finding: Finding | None
+    known: Samples
+    results: dict[str, Any]
+
+
+def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed:
+    """Search the class that most wrong answers name, and mark the finding that is the watermark.
+
+    A person marks findings by their pictures. Training again on another machine gives other
+    weights, which a committed file of marks would not fit, so the demo gives the verdict from the
+    true watermark. Of the findings whose strongest samples in the class all have it while none of
+    those least like it has, the one that divides the class best is spurious.
+    """
+    with torch.no_grad():
+        predicted = model(samples.images).argmax(1)
+    wrong = predicted[predicted != samples.labels].bincount()
+    target = int(wrong.argmax()) if len(wrong) else 0
+    unmarked = [batch[:2] for batch in samples.batches]
+    found = discover(model, unmarked, target, seed=seed)
+    found.save(out / FINDINGS)
+    drawn = pictures(model, unmarked, found, pixels=lambda images: images)
+    write_safetensors(out / PICTURES, drawn, "xai_edit.pictures", "")
+    has = samples.watermark.bool()
+    shown = [[has[rows].tolist() for rows in shown_rows(one, found)] for one in found]
+    alike = [at for at, (most, _, least) in enumerate(shown) if all(most) and not any(least)]
+    number = max(alike, key=lambda at: found[at].evidence.separation.value, default=None)
+    results: dict[str, Any] = {
+        "class": target,
+        "wrong": int(wrong.sum()),
+        "wrong_as_class": int(wrong[target]) if len(wrong) else 0,
+        "samples": len(samples),
+        "answer": found.answer,
+        "with_watermark": [[*map(sum, rows)] for rows in shown],
+        "finding": number,
+        "agreement": None,
+    }
+    if number is None:
+        (out / MARKS).unlink(missing_ok=True)  # of an earlier run
+        return Reviewed(None, samples, results)
+    marks = found.mark({number: SPURIOUS})
+    marks.save(out / MARKS)
+    results["agreement"] = float((marks.attribute == has).double().mean())
+    known = Samples(samples.images, samples.labels, marks.attribute.long())
+    return Reviewed(found[number], known, results)
+
+
+def as_marked(finding: Finding, model: nn.Module, samples: Samples) -> Samples:
+    """Return other samples with the watermark where the finding is present."""
+    has = finding.attribute(model)(samples.images)
+    return Samples(samples.images, samples.labels, has.long())
