@@ -246,6 +246,8 @@ def _deviation(row: Summary, figure: str, *, of_sample: bool = True) -> str:
     if figure not in row:
         return "–"
     mean, deviation, number = row[figure]
+    if number == 1:
+        return f"{mean:.3f}"
     if not of_sample:
         deviation *= math.sqrt((number - 1) / number)
     return f"{mean:.3f} ± {deviation:.3f}"
