@@ -286,7 +286,9 @@ def test_cached_features_without_attribute_are_counted_by_class(plain, batches):
 
 def test_cached_features_know_nothing_of_other_layers(plain, batches):
     head = xe.collect_head_features(plain, batches)
-    edit = xe.PathPerturbation(layer="fc1", share=0.2).plan(plain, batches, target=3)
+    edit = xe.PathPerturbation(layer="fc1", share=0.2, scope="neuron").plan(
+        plain, batches, target=3
+    )
     with pytest.raises(ValueError, match=r"edit: changes 'fc1.*inputs of the layer 'head'"):
         head.edited(edit)
     planned = xe.SingleWeight().plan(plain, batches, target=3)

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from xai_edit.concepts.ablation import identity_behind
@@ -259,6 +258,8 @@ class _Prepared:
 
     def smallest(self) -> tuple[ModelEdit, int, list[dict[str, Any]]]:
         """Return the edit of the fewest directions that silences the classes at no cost."""
+        from scipy.stats import binomtest  # takes long to import
+
         operator, before = self.operator, self.before
         samples = before["rest"]
         right = round(before["A_g"] * samples)
