@@ -194,15 +194,16 @@ def test_the_smaller_network_gives_the_masked_networks_logits(name, request, her
 
 def test_a_run_without_a_feature_is_that_of_the_library_beside_other_criteria(plain, here):
     results, parts = read(plain), parts_of()
-    names = ["before", "pruning by relevance (LRP)", "weight magnitude", "random"]
+    names = ["before", "pruning by relevance (LRP)", "Taylor", "weight magnitude", "random"]
     assert [row["method"] for row in results["rows"]] == names
     assert (results["run"], results["spurious"], results["concept"]) == ("prune", None, None)
     scored = references(parts.planning)
     assert len(scored) == 40
     scorers = {
         names[1]: xe.LRP("epsilon-plus", initial="one"),
-        names[2]: xe.WeightMagnitude(),
-        names[3]: xe.Random(0),
+        names[2]: xe.Taylor(),
+        names[3]: xe.WeightMagnitude(),
+        names[4]: xe.Random(0),
     }
     model = network()
     for row in results["rows"]:
@@ -218,7 +219,7 @@ def test_a_run_without_a_feature_is_that_of_the_library_beside_other_criteria(pl
             assert as_planned(saved.origin) == edit.origin
             for name, change in edit.changes.items():
                 assert torch.equal(saved.changes[name].new, change.new)
-    assert [row["edit"] for row in results["rows"]] == [None, FILES[0], None, None]
+    assert [row["edit"] for row in results["rows"]] == [None, FILES[0], None, None, None]
     assert results["edit"]["layers"] == [{"layer": "0", "units": 12, "removed": 5}]
     assert {group["attribute"] for group in results["rows"][0]["figures"]["groups"]} == {0}
     assert [*read(plain, "timing.json")["plan"]] == names[1:]
@@ -229,7 +230,8 @@ def test_with_a_feature_the_filters_that_see_only_it_go(aware, here):
     edit = xe.ModelEdit.load(aware / FILES[0])
     assert set(MARKED) < set(edit.origin["units"]["0"])
     rows = {row["method"]: row for row in results["rows"]}
-    plain = ["plain LRP", "plain LRP, images without the feature", "weight magnitude", "random"]
+    plain = ["plain LRP", "plain LRP, images without the feature", "Taylor"]
+    plain += ["weight magnitude", "random"]
     assert [*rows] == ["before", "concept-aware pruning", *plain, "ablation alone"]
     concept = results["concept"]
     assert (concept["layer"], concept["finder"]) == ("1", "ContrastivePCA")
@@ -352,7 +354,7 @@ def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
     assert results["rows"][-2]["method"] == "fine-tuning alone"
     whole = results["rows"][0]["parameters"]
     smaller = [row["parameters"] < whole for row in results["rows"]]
-    assert smaller == [False, *[True] * 5, False, False]
+    assert smaller == [False, *[True] * 6, False, False]
     assert len(results["concept"]["steps"]) == 2
     origin = xe.ModelEdit.load(Path("tuned", FILES[0])).origin
     assert origin["fine_tune"].startswith("FineTuning(epochs=1")

@@ -214,8 +214,9 @@ COMMANDS = {
         "Make a model smaller by the relevance of its units, and measure what that did. Removes "
         "the units of lowest relevance; with --attribute, those that matter least once the "
         "subspaces of a spurious feature are taken out (concept-aware pruning). Planned from one "
-        "half of the images and measured on the other, beside weight magnitude, random and plain "
-        "LRP. Writes edits/prune.safetensors, maps.safetensors, smaller.safetensors, smaller.pt2, "
+        "half of the images and measured on the other, beside Taylor, weight magnitude, random and "
+        "plain LRP. Writes edits/prune.safetensors, maps.safetensors, smaller.safetensors, "
+        "smaller.pt2, "
         "results.json, timing.json and report.html; and smaller.onnx where onnx, onnxscript and "
         "onnxruntime are installed.",
         (

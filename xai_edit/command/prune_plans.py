@@ -26,18 +26,19 @@ from xai_edit.pruning.fine_tuning import FineTuning
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.pruning.schedule import FineTune
 from xai_edit.report.table import counted
-from xai_edit.scoring.criteria import Random, WeightMagnitude
+from xai_edit.scoring.criteria import Random, Taylor, WeightMagnitude
 
 Operator: TypeAlias = RelevancePruning | ConceptAwarePruning
 
 BY_RELEVANCE, AWARE = "pruning by relevance (LRP)", "concept-aware pruning"
 PLAIN, CLEAN = "plain LRP", "plain LRP, images without the feature"
-MAGNITUDE, RANDOM = "weight magnitude", "random"
+TAYLOR, MAGNITUDE, RANDOM = "Taylor", "weight magnitude", "random"
 TUNED, CORRECTED = "fine-tuning alone", "counterfactual retraining alone"
 ABLATION = "ablation alone"
 ADVICE = {
     PLAIN: "use it: it needs no labels of the feature",
     CLEAN: "use it if you have images without the feature",
+    TAYLOR: "use it: it needs no labels of the feature",
     MAGNITUDE: "use it: it needs no images",
     RANDOM: "so nothing speaks for choosing units by relevance here",
     **dict.fromkeys((TUNED, CORRECTED), "use it if the network need not be smaller"),
@@ -244,6 +245,7 @@ def methods(
     operators: dict[str, Operator] = {BY_RELEVANCE: plain}
     if isinstance(own, ConceptAwarePruning):
         operators = {AWARE: own, PLAIN: plain, CLEAN: plain}
+    operators[TAYLOR] = replace(plain, scorer=Taylor())
     operators[MAGNITUDE] = replace(plain, scorer=WeightMagnitude())
     operators[RANDOM] = replace(plain, scorer=Random(SEED))
     made: dict[str, Callable[[], ModelEdit]]
