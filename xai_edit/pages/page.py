@@ -160,6 +160,9 @@ def _weights(folder: Path, results: Mapping[str, Any], edits: Mapping[str, str |
             if known[file] != digests[file]:
                 other = f"another edit than {RESULTS[0]} is about"
                 raise ValueError(f"{folder / file}: {other}; run the command anew")
+            if not edit.size:
+                shown += f"<p>{escape(name)}: no weight</p>"
+                continue
             rows = []
             for tensor, change in [*edit.changes.items()][:TENSORS]:
                 of = f"{len(change):,} of {torch.Size(change.shape).numel():,}"
