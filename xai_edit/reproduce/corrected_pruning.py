@@ -44,17 +44,16 @@ CRITERIA: dict[str, Any] = {
 
 def _operators(context: Context, subspaces: Subspaces) -> dict[str, Callable[[float], Any]]:
     """Return what makes the operator of a share, by method."""
-    made: dict[str, Callable[[float], Any]] = {
+    plain = {
         name: partial(RelevancePruning, scorer=scorer(context.seed))
         for name, scorer in PLAIN.items()
     }
-    for name, how in CRITERIA.items():
-
-        def operator(share: float, how: Any = how) -> ConceptAwarePruning:
-            return ConceptAwarePruning(context.layer, subspaces, [0], share, LRP_PRUNING, **how)
-
-        made[name] = operator
-    return made
+    found = context.layer, subspaces, [0]
+    aware = {
+        name: partial(ConceptAwarePruning, *found, scorer=LRP_PRUNING, **how)
+        for name, how in CRITERIA.items()
+    }
+    return {**plain, **aware}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,12 +124,11 @@ def _groups(
     yield "classes", torch.zeros_like(train.labels)
     predicted = source.logits().argmax(1)
     yield "class and prediction (JTT's errors)", predicted
-    every = torch.ones(len(train), dtype=torch.bool)
     relevance = LRP("epsilon-plus", initial="one")
     clusters: dict[str, Tensor] = {}
     for label in train.labels.unique().tolist():
         own = train.labels == label
-        fit = every[own]
+        fit = torch.ones(int(own.sum()), dtype=torch.bool)
         maps = relevance_maps(model, (x for x, *_ in train[own]), label, relevance)
         divided = {
             "clusters of the head's inputs (GEORGE)": mixture(source.features[own], fit),
