@@ -128,7 +128,7 @@ def watermark_table(results):
 
 def several_classes(summary, axes):
     """Draw Fig. 7: accuracy by the number of classes removed."""
-    for select, style in (("sca", "-"), ("exact", "--")):
+    for select, style in (("sca", "-"), ("exact", "--"), ("logit mask", ":")):
         rows = [row for row in summary["rows"] if row["select"] == select]
         for key in ("removed", "retained"):
             means = [row[key][0] for row in rows]

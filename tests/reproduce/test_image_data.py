@@ -67,6 +67,20 @@ def test_cifar_reads_torchvisions_files(tmp_path, random, monkeypatch, read, fol
     assert inputs.shape[1:] == (3, 48, 48)
 
 
+def test_cifar100_reads_a_folder_of_images_a_class(tmp_path, random):
+    pixels = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
+    for name, count in {"apple": 2, "bear": 1}.items():
+        folder = tmp_path / "cifar100" / "train" / name
+        folder.mkdir(parents=True)
+        for at in range(count):
+            Image.fromarray(pixels + np.uint8(at)).save(folder / f"{at}.png")
+    found = cifar100(tmp_path, "train")
+    assert found.labels.tolist() == [0, 0, 1]
+    assert found.source[1].movedim(0, 2).tolist() == (pixels + np.uint8(1)).tolist()
+    with pytest.raises(FileNotFoundError, match="no CIFAR100"):
+        cifar100(tmp_path, "test")
+
+
 def test_imagenet_opens_a_folder_a_class(tmp_path, random):
     for name, count in {"n01": 2, "n02": 1}.items():
         folder = tmp_path / "val" / name

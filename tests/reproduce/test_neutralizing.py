@@ -70,6 +70,10 @@ def test_several_classes_are_removed(coloured, tmp_path, monkeypatch):
         assert row["retained_before"] == np.delete(before, row["classes"]).mean()
         if row["select"] == "sca":
             assert row["removed"] <= before[row["classes"]].mean()
+        if row["select"] == "logit mask":
+            assert row["removed"] == row["answered"] == 0
+            assert row["retained"] >= row["retained_before"]
+        assert row["retained"] <= 1 - row["answered"]  # each class has as many images
     assert "several classes removed" in told
 
 

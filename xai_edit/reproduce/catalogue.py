@@ -85,10 +85,13 @@ DIGITS: dict[str, Any] = {
 }
 HAKEMI = (  # Post-hoc spurious correlation neutralization, Figures 6 to 9 and Table 1
     ClassRemoval(name="fcr-cifar10", title="one class removed by one weight", **SMALL),
-    SeveralClassesRemoval(name="fcr-multi", title="several of ten classes removed", **SMALL),
+    SeveralClassesRemoval(
+        name="fcr-multi", title="several of ten classes removed", counts=(2, 4, 6, 8), **SMALL
+    ),
     SeveralClassesRemoval(
         name="fcr-multi-100",
         title="several of CIFAR-100's classes removed",
+        counts=(1, 10, 50, 98),
         **SMALL | {"read": cifar100, "network": "resnet18"},
     ),
     DigitRemoval(

@@ -19,7 +19,7 @@ from xai_edit.core.files import clear_parts, write_atomically
 from xai_edit.datasets.image_set import Epochs, ImageSet
 from xai_edit.edits.model_edit import versions
 from xai_edit.reproduce.networks import build, load_weights
-from xai_edit.reproduce.training import fit
+from xai_edit.reproduce.training import fit, trained_once
 
 Results: TypeAlias = dict[str, Any]
 Table: TypeAlias = list[list[str]]
@@ -160,13 +160,20 @@ class Reproduction(ABC):
         model = build(self.network, len(images.mean), classes, images.side)
         return model.to(self.options.device)
 
-    def trained(self, seed: int, images: ImageSet) -> nn.Module:
-        """Return a network with the user's weights, else trained on the images."""
+    def trained(self, seed: int, images: ImageSet, file: Path | None = None) -> nn.Module:
+        """Return a network with the user's weights, else trained on the images.
+
+        With a ``file`` it is trained once and kept there.
+        """
         model = self.built(seed, images)
         if self.options.weights is not None:
             return load_weights(model, self.network, self.options.weights)
         batches = Epochs(images, 1000 * seed, BATCH, flip=self.flip)
-        return fit(model, batches, **self.schedule(images))
+
+        def train(model: nn.Module) -> nn.Module:
+            return fit(model, batches, **self.schedule(images))
+
+        return train(model) if file is None else trained_once(file, model, train)
 
     def schedule(self, images: ImageSet, batch_size: int = BATCH) -> Any:
         """Return the arguments of `fit` for batches of these images."""

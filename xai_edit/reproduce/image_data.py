@@ -61,8 +61,18 @@ def cifar10(folder: str | Path, split: str, side: int = 32) -> ImageSet:
 
 
 def cifar100(folder: str | Path, split: str, side: int = 32) -> ImageSet:
-    """Read CIFAR-100 from torchvision's ``cifar-100-python``; see `cifar10`."""
-    return _of_torchvision(datasets.CIFAR100, folder, split, side)
+    """Read CIFAR-100: colour images of 32×32, resized to ``side``.
+
+    The folder has torchvision's ``cifar-100-python``, or ``cifar100/train`` and ``cifar100/test``
+    with a folder of images a class. The images are read at once.
+    """
+    place = Path(folder, "cifar100", split)
+    if not place.is_dir():
+        return _of_torchvision(datasets.CIFAR100, folder, split, side)
+    source = datasets.ImageFolder(place)
+    images = torch.stack([torch.from_numpy(np.array(image)) for image, _ in source])
+    labels = torch.tensor(source.targets)
+    return ImageSet(images.movedim(3, 1).contiguous(), labels, IMAGENET_MEAN, IMAGENET_STD, side)
 
 
 def _of_torchvision(kind: type, folder: str | Path, split: str, side: int) -> ImageSet:

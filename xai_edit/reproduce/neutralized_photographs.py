@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,8 @@ from xai_edit.lrp.lrp import LRP
 from xai_edit.reproduce.discovery import OURS, described, without_attribute, without_finding
 from xai_edit.reproduce.experiments import Results, refusals
 from xai_edit.reproduce.groups import Neutralizing, edited_rows, figures_of, sweeps
-from xai_edit.reproduce.photographs import LITE0, MEAN, STD, trained_once
+from xai_edit.reproduce.photographs import LITE0, MEAN, STD, efficientnet_lite0, fine_tuned
+from xai_edit.reproduce.training import trained_once
 
 BY_LABELS = "planned on validation images, whose attribute is labelled"
 WITHOUT = "planned on training images, whose attribute nobody labels"
@@ -52,7 +54,12 @@ class NeutralizingPhotographs(Neutralizing):
             return super().one_seed(seed, *images)
         train, validation, test = (replace(one, mean=MEAN, std=STD) for one in images)
         file = self.options.out / f"network-{seed}.safetensors"
-        model = trained_once(file, train, validation, epochs=self.epochs, seed=seed)
+        torch.manual_seed(seed)
+        network = efficientnet_lite0(int(train.labels.max()) + 1)
+        tuned = partial(
+            fine_tuned, train=train, validation=validation, epochs=self.epochs, seed=seed
+        )
+        model = trained_once(file, network, tuned)
         source, planning, held = (
             collect_head_features(model, one, with_attribute=True)
             for one in (train, validation, test)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -99,17 +97,3 @@ def fine_tuned(
     optimizer.zero_grad(set_to_none=True)
     back.load_state_dict(kept)
     return network.eval()
-
-
-def trained_once(
-    file: Path, train: ImageSet, validation: ImageSet, *, epochs: int, seed: int
-) -> nn.Sequential:
-    """Return the network of a seed, from the file if it was trained before, else written to it."""
-    torch.manual_seed(seed)
-    network = efficientnet_lite0(int(train.labels.max()) + 1)
-    if file.is_file():
-        network.load_state_dict(load_file(file))
-        return network
-    fine_tuned(network, train, validation, epochs=epochs, seed=seed)
-    save_file(network.state_dict(), file)
-    return network

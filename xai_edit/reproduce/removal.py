@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_head
@@ -38,7 +39,7 @@ class Removal(Reproduction):
         self, seed: int, train: ImageSet, test: ImageSet
     ) -> tuple[nn.Module, HeadFeatures, HeadFeatures]:
         """Return a network with the features of test images to plan on and to measure on."""
-        model = self.trained(seed, train)
+        model = self.trained(seed, train, self.options.out / f"network-{seed}.safetensors")
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
         mixed, grouped = test[order], test.attribute is not None
         least = int((test.labels if test.attribute is None else test.attribute).bincount().min())
@@ -74,26 +75,38 @@ class ClassRemoval(Removal):
 
 @dataclass(frozen=True, kw_only=True)
 class SeveralClassesRemoval(Removal):
-    """Fig. 7: several classes at once, drawn at random, removed by one weight each."""
+    """Fig. 7: several classes at once, drawn at random, removed by one weight each.
 
+    A mask of their logits stands beside it. ``counts`` are numbers of classes to remove.
+    """
+
+    counts: tuple[int, ...]
     summary = staticmethod(summaries.several_classes_removal)
     tables = staticmethod(tables.several_classes_removal)
 
     def one_seed(self, seed: int, *images: ImageSet) -> dict[str, Any]:
-        """Return mean accuracies of removed and retained classes by draw and selection."""
+        """Return mean accuracies of removed and retained classes by draw and method.
+
+        ``answered`` is the share of images of the other classes that still are predicted as one of
+        the removed.
+        """
         model, planning, held = self.prepared(seed, *images)
         before = np.array(_by_class(held))
         generator = np.random.default_rng(seed)
-        counts = {round(held.classes * share) for share in (0.2, 0.4, 0.6, 0.8, 0.98)}
+        operators: dict[str, Any] = {select: SingleWeight(select) for select in CHOSEN}
+        operators["logit mask"] = LogitMask()
         rows = []
-        for count in np.repeat(sorted(counts - {held.classes}), DRAWS).tolist():
+        for count, _ in product(self.counts, range(DRAWS)):
             gone = sorted(generator.choice(held.classes, count, replace=False).tolist())
             stay = [at for at in range(held.classes) if at not in gone]
-            for select in CHOSEN:
-                edit = SingleWeight(select).plan(model, planning, target=gone)
-                after = np.array(_by_class(held.edited(edit)))
+            others = ~torch.isin(held.require_labels(), torch.tensor(gone))
+            for select, operator in operators.items():
+                edited = held.edited(operator.plan(model, planning, target=gone))
+                after = np.array(_by_class(edited))
+                answers = edited.logits()[others].argmax(1)
                 row = {"count": count, "select": select, "classes": gone}
                 row |= {"removed": after[gone].mean(), "retained": after[stay].mean()}
+                row["answered"] = float(torch.isin(answers, torch.tensor(gone)).double().mean())
                 rows.append(row | {"retained_before": before[stay].mean()})
         return {"before": before.tolist(), "rows": rows}
 

@@ -105,7 +105,7 @@ def class_removal(results: Row) -> Results:
 def several_classes_removal(results: Row) -> Results:
     """Summarise Fig. 7 over draws and seeds."""
     rows = [row for run in results["seeds"].values() for row in run["rows"]]
-    figures = ["removed", "retained", "retained_before"]
+    figures = ["removed", "retained", "answered", "retained_before"]
     return {**_setting(results), "rows": spreads(rows, ["count", "select"], figures)}
 
 

@@ -84,10 +84,14 @@ def class_removal(summary: Summary) -> dict[str, Table]:
 
 
 def several_classes_removal(summary: Summary) -> dict[str, Table]:
-    """Return Fig. 7 as a table: mean accuracy on the removed classes and on the others."""
-    table = [["classes removed", "selection", "removed", "retained", "retained before"]]
+    """Return Fig. 7 as a table: mean accuracy on the removed classes and on the others.
+
+    "Others as removed" is the share of the other classes' images predicted as a removed class.
+    """
+    head = ["classes removed", "method", "removed", "retained", "others as removed"]
+    table = [[*head, "retained before"]]
     for row in summary["rows"]:
-        means = [row[key][0] for key in ("removed", "retained", "retained_before")]
+        means = [row[key][0] for key in ("removed", "retained", "answered", "retained_before")]
         table.append([str(row["count"]), row["select"], *_decimals(means)])
     return {"several classes removed (Fig. 7)": table}
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from xai_edit.core.data import model_device
+from xai_edit.core.files import write_atomically
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
 from xai_edit.datasets.image_set import ImageSet
@@ -50,6 +53,16 @@ def fit(
                 optimizer.step()
             schedule.step()
     optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def trained_once(
+    file: Path, model: nn.Module, train: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """Return the model with the weights in the file; where there is none, train and write it."""
+    if not file.is_file():
+        write_atomically(file, save(train(model).state_dict()))
+    model.load_state_dict(load_file(file))
     return model.eval()
 
 

@@ -39,7 +39,7 @@ from xai_edit.lrp.patterns import fit_patterns
 from xai_edit.reproduce import summaries, tables
 from xai_edit.reproduce.experiments import BATCH, Reproduction, Results, refusals
 from xai_edit.reproduce.networks import load_weights
-from xai_edit.reproduce.training import fit, logits_of
+from xai_edit.reproduce.training import fit, logits_of, trained_once
 
 RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
 PATTERNS = ("patternnet", "patternnet+-", "patternattribution", "patternattribution+-")
@@ -155,8 +155,10 @@ class OneNetwork:
             predict(model, inputs.to(self.options.device))  # one that does not fit is refused now
         if weights is not None:
             return load_weights(model, self.run.network, weights)
-        recording = self.log.recording if self.options.wants("amnesiac") else None
-        return self._fit(model, self._batches(), recording=recording)
+        if self.options.wants("amnesiac"):  # which needs the updates
+            return self._fit(model, self._batches(), recording=self.log.recording)
+        file = self.options.out / f"network-{self.seed}.safetensors"
+        return trained_once(file, model, partial(self._fit, batches=self._batches()))
 
     def _built(self) -> nn.Module:
         return self.run.built(self.seed, self.train)
