@@ -10,7 +10,8 @@ from torch import nn
 from xai_edit.core.data import Data, model_device, peek
 from xai_edit.core.targets import classes_to_remove
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.last_layer.head import find_head
+from xai_edit.last_layer.find_head import Head, find_head
+from xai_edit.last_layer.head import HeadFeatures, head_features
 
 # Below any logit of a trained network, and a number that half precision can hold.
 MASKED = -1e4
@@ -26,14 +27,21 @@ class LogitMask:
     def __repr__(self) -> str:
         return "LogitMask()"
 
-    def plan(self, model: nn.Module, data: Data, *, target: int | Sequence[int]) -> ModelEdit:
+    def plan(
+        self, model: nn.Module, data: Data | HeadFeatures, *, target: int | Sequence[int]
+    ) -> ModelEdit:
         """Plan the mask; the model is only read, and one batch of the data, to find the layer.
 
         Of one logit, class 1 is masked by a low bias and class 0 by a high one. ValueError if the
         head has no bias, or a class of ``target`` is out of range, or no other is left.
         """
-        first, _ = peek(data, model_device(model))
-        head = find_head(model, first.inputs[:1])
+        head: HeadFeatures | Head
+        if isinstance(data, HeadFeatures):
+            head, stored = head_features(model, data), data.parameters
+        else:
+            first, _ = peek(data, model_device(model))
+            head = find_head(model, first.inputs[:1])
+            stored = head.stored
         classes = classes_to_remove(target, head.classes)
         if head.bias is None:
             raise ValueError(
@@ -41,4 +49,4 @@ class LogitMask:
             )
         bias = head.bias.double().index_fill(0, torch.tensor(classes), MASKED)
         origin = {"operator": "LogitMask", "target": classes, "layer": head.layer}
-        return head.stored.edit(model, origin, bias=bias)
+        return stored.edit(model, origin, bias=bias)
