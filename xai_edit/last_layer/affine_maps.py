@@ -291,7 +291,8 @@ class AffineMaps(TorchFunctionMode):
             ordered = args[0] is z or name in ("add", "mul")
             combined = _combined(self, name, found, others[0], z) if ordered else None
             if combined is None and (other := self.of(others[0])) is not None and other.broken:
-                name += f" of the output of {other.module!r} after {other.broken}"
+                by = other.broken.partition(" (")[0]  # its line is this one's, or near it
+                name += f" of the output of {other.module!r} after {by}"
             return combined or self._broken(found, name)
         return self._broken(found, name)
 
