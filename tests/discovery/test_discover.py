@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -97,6 +98,28 @@ def test_nothing_stands_out_where_nothing_is_planted():
     found = xe.discover(Sums().eval(), of(x, labels), layers=["relu"])
     assert not found.standing_out
     assert "nothing stands out" in str(found)
+
+
+def test_a_feature_that_nearly_all_of_a_class_have_is_present_where_it_is():
+    """A background that varies smoothly, so that the class has one strategy."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(900) % 2
+    has = (labels == 1) ^ (torch.rand(900, generator=generator) < 0.1)
+    background = torch.where(has, 2.5, 1.0) + 0.5 * torch.randn(900, generator=generator)
+    x = torch.rand(900, 6, 4, 4, generator=generator)
+    x[:, 0] += background[:, None, None]
+    x[:, 1] += labels[:, None, None] / 2
+    model = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)).eval()
+    with torch.no_grad():
+        model[3].weight.zero_()
+        model[3].weight[1, :2] = torch.tensor([2.0, 1.0])
+        model[3].bias.copy_(torch.tensor([5.5, 0.0]))
+    found = xe.discover(model, of(x, labels), layers=["0"])
+    assert {one.strategies for one in found.searched} == {1}
+    (finding,) = found
+    for label in (0, 1):
+        own = labels == label
+        assert roc_auc_score(has[own], finding.scores[own]) > 0.9
 
 
 def test_the_batch_size_does_not_matter_and_the_model_is_untouched(planted):

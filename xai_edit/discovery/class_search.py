@@ -72,8 +72,9 @@ def search_class(
     if min(samples - judging, judging) < 2 * SMALLEST:
         note = f"too few samples ({samples}) to tell"
         return [], [Searched(target, layer, samples, 0, note) for layer in search.axes]
-    if len(one.away) < SMALLEST:
-        note = f"too few samples of other classes ({len(one.away)}) to try a feature on"
+    others = min(len(one.away), int((search.predicted[search.others] != target).sum()))
+    if others < SMALLEST:
+        note = f"too few samples of other classes ({others}) to try a feature on"
         return [], [Searched(target, layer, samples, 0, note) for layer in search.axes]
     relevance = channel_relevance(
         search.model,
@@ -108,7 +109,9 @@ def search_class(
         found[layer] = candidates(by_part[layer], parts[layer])
         # Of a target explained on all samples none are left to compare a direction with.
         if method == "relevance" and marked is None and one.predicted:
-            vectors, mean = each.vectors * (samples - judging), by_part[layer][0].mean
+            # In its own samples a direction that all have is near the mean: what lacks it would
+            # deviate the most.
+            vectors, mean = each.vectors * (samples - judging), search.mean_without(target, layer)
             found[layer] += relevant_directions(each.cross[0], mean, vectors)
     judged = torch.cat([one.rows[~one.fit], search.pool]).unique()
     of_class = torch.isin(judged, one.rows)

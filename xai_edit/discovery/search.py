@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import padding_refilled, real_positions
 from xai_edit.core.layers import predict, run, tapped, unit_axis_of
 from xai_edit.core.targets import class_list
-from xai_edit.discovery.channel_relevance import vectors_of
+from xai_edit.discovery.channel_relevance import layer_vectors, vectors_of
 from xai_edit.discovery.default_layers import default_layers
 from xai_edit.discovery.samples import Samples
 
@@ -36,6 +37,7 @@ class Search:
     classes: int
     judging: Tensor  # bool, shape (samples,)
     pool: Tensor  # numbers of judging samples of all classes, ascending
+    others: Tensor  # numbers of samples of all classes to find with, ascending
 
     @classmethod
     def begin(
@@ -67,10 +69,12 @@ class Search:
         drawn = torch.rand(len(every), generator=generator) < JUDGING
         judging = drawn[samples.first_copies()]  # copies of a sample are on the same side
         each = max(20, OTHERS // max(1, len(every.unique())))
-        pool = [
-            some_of((judging & (every == one)).nonzero()[:, 0], each, generator)
-            for one in every.unique().tolist()
-        ]
+
+        def drawn_of(which: Tensor) -> Tensor:
+            by_class = [which & (every == one) for one in every.unique().tolist()]
+            rows = [some_of(one.nonzero()[:, 0], each, generator) for one in by_class]
+            return torch.cat(rows).sort().values
+
         return cls(
             model,
             samples,
@@ -80,7 +84,8 @@ class Search:
             known,
             classes,
             judging,
-            torch.cat(pool).sort().values,
+            drawn_of(judging),
+            drawn_of(~judging),
         )
 
     def targets(self, target: int | Sequence[int] | None) -> list[int]:
@@ -90,6 +95,31 @@ class Search:
         counts = self.predicted.bincount(minlength=self.classes)
         order = counts.argsort(stable=True)
         return [one for one in order.tolist() if counts[one]]
+
+    @cached_property
+    def means(self) -> dict[str, Tensor]:
+        """The mean of each layer's vectors in samples to find with of each predicted class.
+
+        Float64, shape (classes, channels); not a number for a class without any.
+        """
+        sums: dict[str, Tensor] = {}
+        counts = {layer: torch.zeros(self.classes, dtype=torch.double) for layer in self.axes}
+        with preserved(self.model):
+            for rows, batch in self.samples.read(self.others):
+                of_class = self.predicted[rows]
+                for layer, (a, real) in layer_vectors(self.model, batch.inputs, self.axes).items():
+                    total = torch.where(real[..., None], a, 0).sum(1).double().cpu()
+                    sums.setdefault(layer, total.new_zeros(self.classes, total.shape[1]))
+                    sums[layer].index_add_(0, of_class, total)
+                    counts[layer].index_add_(0, of_class, real.sum(1).double().cpu())
+        return {layer: sums[layer] / counts[layer][:, None] for layer in sums}
+
+    def mean_without(self, target: int, layer: str) -> Tensor:
+        """Return the mean of a layer's vectors in classes but the target, each class alike."""
+        means = self.means[layer]
+        known = ~means[:, 0].isnan()
+        known[target] = False
+        return means[known].mean(0)
 
     def values(self, layer: str, rows: Tensor) -> Tensor:
         """Return a layer's values in some samples, real positions in place of padding."""
