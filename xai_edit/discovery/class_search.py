@@ -231,6 +231,7 @@ def _finding(
             reliance=figures.reliance(subspaces.basis, cross),
             groups=dict.fromkeys(figures.GROUPS, PseudoGroup(0, None, None)),
             predicted=one.predicted,
+            within=candidate.part is not None,
         ),
         kind=candidate.kind,
         points=shown.points,

@@ -74,6 +74,9 @@ class Evidence:
     groups : dict of PseudoGroup
         By "class with", "class without", "rest with", "rest without"; of all samples, those used
         to find included.
+    within : bool
+        Whether the separation is between samples of the class. Otherwise it is of the class from
+        the others, which its content separates too.
     """
 
     transfer: Figure
@@ -83,6 +86,7 @@ class Evidence:
     reliance: float
     groups: dict[str, PseudoGroup]
     predicted: bool = True
+    within: bool = True
 
     @property
     def score(self) -> float:
@@ -90,14 +94,20 @@ class Evidence:
         return max(0.0, self.transfer.low) * max(0.0, self.separation.value)
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """What findings are ordered by: the score, of equal ones the effect times separation."""
-        return self.score, self.effect.low * self.separation.value
+    def rank(self) -> tuple[bool, float, float]:
+        """What findings are ordered by: the score, of equal ones the effect times separation.
+
+        Those that stand out come first.
+        """
+        return self.stands_out, self.score, self.effect.low * self.separation.value
 
     @property
     def stands_out(self) -> bool:
-        """Whether the score is above what class content reaches in networks without a shortcut."""
-        return self.score >= STANDS_OUT
+        """Whether the score is above what class content reaches in networks without a shortcut.
+
+        What separates the whole class does not stand out by itself.
+        """
+        return self.within and self.score >= STANDS_OUT
 
     @property
     def worth_a_look(self) -> bool:
@@ -119,6 +129,7 @@ class Evidence:
             values["reliance"],
             {name: PseudoGroup(**one) for name, one in values["groups"].items()},
             values["predicted"],
+            values.get("within", True),
         )
 
 

@@ -195,7 +195,9 @@ def _card(
     exact = torch.equal(scores.float().double(), scores)
     encoded = _encoded(scores.float() if exact else scores.double())
     also = ", ".join(f"{class_called(label, names)} at {layer}" for label, layer in finding.also)
-    badge = "stands out" if finding.evidence.stands_out else "does not stand out"
+    evidence = finding.evidence
+    badge = "stands out" if evidence.stands_out else "does not stand out"
+    badge = badge if evidence.within else "separates the whole class"
     titles = (
         f"Strongest in {name} – tick those without it",
         "Strongest in other classes – tick those without it",
@@ -213,10 +215,10 @@ def _card(
         f'<article class="finding" id="finding-{number}" data-finding="{number}" '
         f'data-target="{finding.target}" data-threshold="{finding.threshold!r}" '
         f'data-highest="{float(scores.max())!r}" data-width="{WIDTH}" '
-        f'data-separation="{finding.evidence.separation.value!r}" '
+        f'data-separation="{evidence.separation.value!r}" '
         f'data-bits="{32 if exact else 64}" data-scores="{encoded}">'
         f"<h3>Finding {number}: layer {escape(finding.layer)}"
-        f'<span class="badge">{badge}, score {finding.evidence.score:.2f}</span></h3>'
+        f'<span class="badge">{badge}, score {evidence.score:.2f}</span></h3>'
         f"<p>{escape(sentence(finding, name, 'other classes'))}"
         f"{escape(f' The same feature was found for {also}.') if also else ''}</p>"
         f"{verdicts(number, VERDICTS)}{shown}<div class='charts'>{plots}</div>"
