@@ -116,7 +116,7 @@ class RelevancePruning:
             batch norms. Its origin has the pruned ``units``, layers that keep only their best unit
             (``kept``), those whose units have to stay, with the reason (``fixed``), and those
             that only make a gate (``gates``): without relevance they are not ranked, and lose units
-            only with the layer that they gate.
+            only with the layer that they gate; with ``against`` the number of its samples.
         """
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         if against is None:
