@@ -169,6 +169,7 @@ def pruned(summary, axes):
         ("CNP: CAV", "C2-o"),
         ("LRP", "k-s"),
         ("LRP, clean references", "k--s"),
+        ("LRP, R_diff", "k:s"),
         ("Taylor", "C4-^"),
         ("weight magnitude", "C5-v"),
         ("random", "0.6"),

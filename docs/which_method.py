@@ -26,6 +26,7 @@ GROUPS = {  # method in a result -> operator, and the labels that planning needs
     ),
     "LRP": ("`RelevancePruning`", CLASS),
     "LRP, clean references": ("`RelevancePruning`, references without the mark", FEATURE),
+    "LRP, R_diff": ("`RelevancePruning`, `against=` images with the mark", FEATURE),
     "weight magnitude": ("`RelevancePruning`, `WeightMagnitude()`", "none"),
     "Taylor": ("`RelevancePruning`, `Taylor()`", CLASS),
     "random": ("`RelevancePruning`, `Random()`", "none"),

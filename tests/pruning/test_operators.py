@@ -184,6 +184,32 @@ def test_the_penalized_criterion_removes_first_what_only_the_concept_needs(crite
     assert edit.origin["units"]["1"] == [first]
 
 
+@pytest.mark.parametrize("scorer", SCORERS[:2], ids=repr)
+def test_relevance_on_other_samples_counts_against_a_unit(plain, batches, scorer):
+    """R_diff = R − R_against of each layer's normalized scores, summed over each set alone."""
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    marked = labels == 3
+    against = [(images[marked], labels[marked])]
+    layers, ranked = ["conv1", "conv2"], []
+    both = [
+        score_units(plain, data, scorer, layers=layers, aggregate="abs")
+        for data in (batches, against)
+    ]
+    for layer in layers:
+        R, R_against = (one[layer].numpy() / one[layer].sum().item() for one in both)
+        R_diff = R - R_against
+        order = R_diff.argsort()[:-1]  # the best unit stays
+        ranked += [(R_diff[unit], layer, int(unit)) for unit in order]
+    expected = {(layer, unit) for _, layer, unit in sorted(ranked)[:4]}
+    operator = RelevancePruning(0.4, scorer)
+    edit = operator.plan(plain, batches, against=iter(against))
+    assert {(layer, unit) for layer, units in off(edit).items() for unit in units} == expected
+    assert edit.origin["against"] == int(marked.sum())
+    assert off(edit) != off(operator.plan(plain, batches))
+    with pytest.raises(ValueError, match="against: no samples"):
+        operator.plan(plain, batches, against=[])
+
+
 def test_subspaces_behind_a_block_whose_own_filters_are_pruned():
     torch.manual_seed(0)
     model = ResNet20(classes=3).eval()

@@ -135,13 +135,16 @@ def test_a_checkpoint_of_another_plan_is_refused(plain, batches, tmp_path):
     path = tmp_path / "prune.safetensors"
     RelevancePruning(0.4, steps=2).plan(plain, batches, checkpoint=path)
     other = [(x + 0.01, y) for x, y in batches]
-    for changed, data in (
-        (RelevancePruning(0.5, steps=2), batches),
-        (RelevancePruning(0.4, WeightMagnitude(), steps=2), batches),
-        (RelevancePruning(0.4, steps=2), other),
+    for changed, data, against in (
+        (RelevancePruning(0.5, steps=2), batches, None),
+        (RelevancePruning(0.4, WeightMagnitude(), steps=2), batches, None),
+        (RelevancePruning(0.4, steps=2), other, None),
+        (RelevancePruning(0.4, steps=2), batches, other),
     ):
         with pytest.raises(ValueError, match="another model, data or plan"):
-            changed.plan(plain, data, checkpoint=path)
+            changed.plan(plain, data, against=against, checkpoint=path)
+    with pytest.raises(TypeError, match="against: a list_iterator can be read only once"):
+        RelevancePruning(0.4, steps=2).plan(plain, batches, against=iter(other))
 
 
 def marked(batches):

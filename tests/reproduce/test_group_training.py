@@ -146,6 +146,8 @@ def test_the_errors_of_the_first_training_come_again_in_the_second():
     assert edit.origin["steps"] == 3 * -(-len(rows) // 64)
     by_hand = Training(epochs=3, **setting).erm(start, TRAIN[rows])
     assert same_bits(state(start, edit), state(start, by_hand))
+    own = Training(epochs=1, **setting).jtt(first, TRAIN, first_epochs=0, upweight=5)
+    assert own.origin["errors"] == edit.origin["errors"]  # of the model as it is
 
 
 @every_method
@@ -197,7 +199,7 @@ def test_what_does_not_fit_is_refused():
         "step_size": lambda: one.group_dro(small(), TRAIN, step_size=-0.1),
         "adjustment": lambda: one.group_dro(small(), TRAIN, adjustment=float("inf")),
         "upweight": lambda: one.jtt(small(), TRAIN, first_epochs=1, upweight=0),
-        "first_epochs": lambda: one.jtt(small(), TRAIN, first_epochs=0, upweight=2),
+        "first_epochs": lambda: one.jtt(small(), TRAIN, first_epochs=-1, upweight=2),
         "smaller rate": lambda: Training(epochs=3, learning_rate=1e30).erm(small(), TRAIN),
         f"right about all {len(alike)} images": lambda: one.jtt(always_one(), alike, **brief),
     }
@@ -215,7 +217,7 @@ def always_one():
     return model
 
 
-@pytest.mark.parametrize("method", ["erm", "group_dro"])
+@every_method
 @pytest.mark.parametrize("bias", [True, False])
 def test_features_of_the_last_layer_train_it_as_images_train_a_linear_model(method, bias):
     torch.manual_seed(0)
@@ -225,8 +227,8 @@ def test_features_of_the_last_layer_train_it_as_images_train_a_linear_model(meth
         xe.collect_head_features(model, data, with_attribute=True) for data in (images, HELD)
     )
     setting = {"epochs": 3, "learning_rate": 0.1, "batch_size": 32}
-    expected = getattr(Training(validation=HELD, **setting), method)(model, images)
-    found = getattr(Training(validation=held, **setting), method)(model, features)
+    expected = method(model, images, validation=HELD, **setting)
+    found = method(model, features, validation=held, **setting)
     assert found.origin == expected.origin
     torch.testing.assert_close(state(model, found), state(model, expected))
     other = nn.Sequential(nn.Flatten(), nn.Linear(6, 2, bias=bias)).eval()

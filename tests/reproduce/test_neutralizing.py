@@ -12,7 +12,9 @@ import torch
 
 from xai_edit.command.main import main
 from xai_edit.datasets.image_set import ImageSet
-from xai_edit.reproduce import removal
+from xai_edit.evaluation.evaluate_groups import evaluate_head
+from xai_edit.last_layer.head import collect_head_features
+from xai_edit.reproduce import neutralized_photographs, removal
 from xai_edit.reproduce.catalogue import CATALOGUE
 from xai_edit.reproduce.experiments import Options
 from xai_edit.reproduce.tables import text
@@ -107,6 +109,24 @@ def test_coloured_digits_lean_less_on_their_colour(as_mnist, tmp_path, monkeypat
         assert row["worst"] == pytest.approx(accuracy.min())
         assert row["balanced"] == pytest.approx(accuracy.mean())
     assert "coloured digits, ρ = 0.95" in told
+
+
+def test_heads_are_trained_on_half_of_each_group_and_on_their_own_errors():
+    torch.manual_seed(0)
+    features, model = torch.randn(90, 3), torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+    labels = torch.arange(90).ge(40).long()
+    attribute = (torch.arange(90) % 5 == 0).long()  # groups of 32, 8, 40 and 10
+    planning = collect_head_features(model, [(features, labels, attribute)], with_attribute=True)
+    plans = neutralized_photographs.trained_heads(model, planning, 0)
+    dro, jtt = (plan() for plan in plans.values())
+    assert dro.origin["sizes"] == [16, 4, 20, 5]
+    assert jtt.origin["samples"] == 45
+    (validation,) = {one.func.__self__.validation for one in plans.values()}
+    wrong = [(one.logits().argmax(1) != one.labels).sum() for one in (planning, validation)]
+    assert jtt.origin["errors"] == wrong[0] - wrong[1]
+    for edit in (dro, jtt):  # the epoch that is best on the other half
+        worst = evaluate_head(validation.edited(edit)).worst
+        assert worst == pytest.approx(max(edit.origin["worst_groups"]))
 
 
 @pytest.fixture

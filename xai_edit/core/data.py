@@ -110,15 +110,18 @@ def batches(
         raise ValueError(NO_SAMPLES)
 
 
-def peek(data: Data, device: torch.device | str = "cpu") -> tuple[Batch, Data]:
-    """Return the first batch, and the whole data with it where it can be read only once."""
+def peek(data: Data, device: torch.device | str = "cpu", name: str = "data") -> tuple[Batch, Data]:
+    """Return the first batch, and the whole data with it where it can be read only once.
+
+    ValueError with the argument's ``name`` if there is no sample.
+    """
     iterator = iter(_iterable(data))
     skipped = []
     for raw in iterator:
         skipped.append(raw)
         if len(batch := _batch(raw, len(skipped) - 1, device)):
             return batch, chain(skipped, iterator)
-    raise ValueError(NO_SAMPLES)
+    raise ValueError(NO_SAMPLES.replace("data", name, 1))
 
 
 def _iterable(data: Any) -> Iterable[Any]:

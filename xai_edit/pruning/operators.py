@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from xai_edit.concepts.ablation import ablated, fold_ablation
@@ -84,6 +85,7 @@ class RelevancePruning:
         data: Data,
         *,
         target: Target = "label",
+        against: Data | None = None,
         fine_tune: FineTune | None = None,
         checkpoint: str | Path | None = None,
     ) -> ModelEdit:
@@ -97,6 +99,11 @@ class RelevancePruning:
             Reference samples, 5 to 10 a class; one pass a step.
         target : int, "label", "predicted" or callable
             See `xai_edit.core.targets.Target`.
+        against : iterable or Dataset, optional
+            Samples in which an undesired feature acts, such as those where a `Finding` ``has`` it.
+            Units are ranked by R_diff = R − R_against (Hatefi et al. 2025, *Attribution-guided
+            pruning*, general minus undesired relevance), each layer's R divided by its L1 norm,
+            so that units which only the feature needs go first. One more pass a step.
         fine_tune : callable, optional
             Trains a pruned copy of the model in place after each step, such as `FineTuning`.
         checkpoint : str or Path, optional
@@ -109,10 +116,23 @@ class RelevancePruning:
             batch norms. Its origin has the pruned ``units``, layers that keep only their best unit
             (``kept``), those whose units have to stay, with the reason (``fixed``), and those
             that only make a gate (``gates``): without relevance they are not ranked, and lose units
-            only with the layer that they gate.
+            only with the layer that they gate; with ``against`` the number of its samples.
         """
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
-        return plan.edit(lambda network, step: plan.scores(network))
+        if against is None:
+            return plan.edit(lambda network, step: plan.scores(network))
+        if self.steps > 1:
+            readable_again(against, f"pruning in {self.steps} steps", "against")
+        first, whole = peek(against, model_device(model), "against")
+        undesired = whole if isinstance(against, Iterator) else against
+        about: dict[str, int] = {}
+
+        def score(network: nn.Module, step: int) -> UnitScores:
+            R, R_against = plan.scores(network), plan.scores(network, undesired)
+            about["against"] = R_against.samples
+            return _normalized(R, R_against, torch.sub)
+
+        return plan.edit(score, against=first.inputs, step_origin=lambda: about)
 
 
 @dataclass(frozen=True)
@@ -223,10 +243,14 @@ class ConceptAwarePruning:
             if not indices:
                 return plan.scores(network)
             with ablated(network, self.layer, subspaces, indices) as inner:
-                scores = plan.scores(network, self.layer, inner)
+                scores = plan.scores(network, layer=self.layer, inner=inner)
             if self.criterion == "ablated":
                 return scores
-            return _penalized(scores, plan.scores(network), self.penalty)
+
+            def penalized(R: Tensor, R_full: Tensor) -> Tensor:
+                return R - self.penalty * (R_full - R).clamp(min=0)
+
+            return _normalized(scores, plan.scores(network), penalized)
 
         def fold(network: nn.Module) -> Mapping[str, Tensor]:
             if not self.keep_ablation or not indices:
@@ -258,13 +282,12 @@ class _Normalized(UnitScores):
         return self[layer]
 
 
-def _penalized(ablated: UnitScores, full: UnitScores, penalty: float) -> UnitScores:
-    """Return R − λ · max(0, R_full − R) of the normalized scores of each layer."""
-    sums = {}
-    for layer in ablated:
-        R, R_full = ablated.normalized(layer), full.normalized(layer)
-        sums[layer] = R - penalty * (R_full - R).clamp(min=0)
-    return _Normalized(sums, ablated.samples, ablated.aggregate)
+def _normalized(
+    one: UnitScores, other: UnitScores, criterion: Callable[[Tensor, Tensor], Tensor]
+) -> UnitScores:
+    """Return a criterion of the normalized scores R of each layer in two settings."""
+    sums = {layer: criterion(one.normalized(layer), other.normalized(layer)) for layer in one}
+    return _Normalized(sums, one.samples, one.aggregate)
 
 
 class _Plan:
@@ -306,8 +329,13 @@ class _Plan:
         more |= {"score": score, "origin": self.origin}
         return pruned(self.model, self.inputs, self.found, self.schedule, **more)
 
-    def scores(self, network: nn.Module, layer: str = "", inner: str = "") -> UnitScores:
-        """Score the layers to prune in a network that has ``layer`` under the name ``inner``."""
+    def scores(
+        self, network: nn.Module, data: Data | None = None, layer: str = "", inner: str = ""
+    ) -> UnitScores:
+        """Score the layers to prune in a network that has ``layer`` under the name ``inner``.
+
+        On the reference samples, or on other ``data``.
+        """
         names = [
             inner + name.removeprefix(layer) if f"{name}.".startswith(f"{layer}.") else name
             for name in self.found.layers
@@ -315,8 +343,9 @@ class _Plan:
         if getattr(self.scorer, "behind_norm", False):
             norms = following_batch_norms(network, self.inputs[:1], names)
             names = [norms.get(name, name) for name in names]
+        data, target = self.data if data is None else data, self.target
         scores = score_units(
-            network, self.data, self.scorer, layers=names, target=self.target, aggregate="abs"
+            network, data, self.scorer, layers=names, target=target, aggregate="abs"
         )
         sums = {own: scores.sums[name] for own, name in zip(self.found.layers, names, strict=True)}
         return UnitScores(sums, scores.samples, scores.aggregate)

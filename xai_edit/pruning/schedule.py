@@ -61,12 +61,13 @@ def pruned(
     origin: Mapping[str, Any],
     fold: Callable[[nn.Module], Mapping[str, Tensor]] = lambda network: {},
     step_origin: Callable[[], Mapping[str, Any]] = dict,
+    against: Inputs | None = None,
 ) -> ModelEdit:
     """Prune a copy of a model step by step, and return the change as an edit.
 
-    A checkpoint identifies the data by ``inputs``, the first reference samples. ``fold`` returns
-    values of whole parameters to set in each step, and ``step_origin`` the entries of the edit's
-    origin about a step.
+    A checkpoint identifies the data by ``inputs``, the first reference samples, and ``against``,
+    the first of those that count against a unit. ``fold`` returns values of whole parameters to
+    set in each step, and ``step_origin`` the entries of the edit's origin about a step.
     """
     network = copied(model).eval()
     checkpoint = None
@@ -76,6 +77,8 @@ def pruned(
         plan = [dict(origin), schedule.share, schedule.ranking, schedule.steps]
         text = json.dumps([*plan, repr(schedule.fine_tune)])
         samples = {f"inputs{name}": one.cpu() for name, one in input_tensors(inputs).items()}
+        if against is not None:
+            samples |= {f"against{name}": one.cpu() for name, one in input_tensors(against).items()}
         digest = checksum({**tensors_of(model), **samples}, text)
         checkpoint = _Checkpoint(Path(schedule.checkpoint), digest)
         gone, history = checkpoint.restored(network, gone)

@@ -21,7 +21,7 @@ from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
 from xai_edit.reproduce.discovery import described, without_attribute
 from xai_edit.reproduce.experiments import Results, refusals
 from xai_edit.reproduce.pruning import PairPruning
-from xai_edit.reproduce.pruning_methods import LRP_PRUNING, POSITIONS, RANK, Context
+from xai_edit.reproduce.pruning_methods import LRP_PRUNING, POSITIONS, RANK, REFERENCES, Context
 from xai_edit.scoring.criteria import Random, Taylor, WeightMagnitude
 
 SHARES = (0.2, 0.6)
@@ -29,12 +29,14 @@ CORRECTED = 0.6  # the share after which the last layer is retrained too
 TUNED_ON = 800  # training images that the subspace is found in and it is retrained on
 SIZE = 2  # directions that are exchanged
 CLEAN = "LRP, clean references"
+R_DIFF = "LRP, R_diff"
 PLAIN: dict[str, Callable[[int], Scorer]] = {
     "LRP": lambda _: LRP_PRUNING,
     "Taylor": lambda _: Taylor(),
     "weight magnitude": lambda _: WeightMagnitude(),
     "random": Random,
     CLEAN: lambda _: LRP_PRUNING,
+    R_DIFF: lambda _: LRP_PRUNING,
 }
 CRITERIA: dict[str, Any] = {
     "CNP": {},
@@ -61,8 +63,9 @@ class CorrectedPairPruning(PairPruning):
     """Networks that learned a watermark nobody labels: it is found, then they are pruned.
 
     Which images have the mark is what the first finding says. By it, in training images, the
-    subspace of a layer where the mark forms is found, and the last layer is retrained. References
-    are as they come, clean ones aside, which a person has to sort out.
+    subspace of a layer where the mark forms is found, those that count against a filter in R_diff
+    are chosen, and the last layer is retrained. References are as they come, clean ones aside,
+    which a person has to sort out.
     """
 
     methods = ()
@@ -95,14 +98,16 @@ class CorrectedPairPruning(PairPruning):
             tuning(network)
             rows.append(context.measured("unpruned, corrected", network=network))
         for name, operator in _operators(context, subspaces).items():
-            references = context.references(clean=name == CLEAN)
+            images: dict[str, Any] = {"data": context.references(clean=name == CLEAN)}
+            if name == R_DIFF:
+                images["against"] = data[has.nonzero()[:REFERENCES, 0]]
             for share in SHARES:
                 ways: dict[str, Any] = {name: None}
                 if share == CORRECTED:
                     ways[f"{name}, corrected"] = tuning
                 for method, tune in ways.items():
                     with refusals(rows, {"method": method, "share": share}):
-                        edit = operator(share).plan(model, references, fine_tune=tune)
+                        edit = operator(share).plan(model, **images, fine_tune=tune)
                         with edit.applied(model):
                             rows.append(context.measured(method, share))
         return {"rows": rows, "predictiveness": {}, "found": found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,8 +27,8 @@ class Training:
     """How a network is trained, whatever the method; each method gives a `ModelEdit`.
 
     Stochastic gradient descent with momentum 0.9 at a fixed rate; batch norms follow the batches.
-    The model is only read. Of cached `HeadFeatures`, which `erm` and `group_dro` take in place of
-    images, its last layer alone is trained. The edit's origin has the settings, and
+    The model is only read. Of cached `HeadFeatures`, which may be given in place of images, its
+    last layer alone is trained. The edit's origin has the settings, and
     ``worst_groups``: the worst-group accuracy on the validation images after each epoch.
 
     Parameters
@@ -95,25 +95,29 @@ class Training:
         return _edit(model, images, made, {"operator": "group_dro", **origin})
 
     def jtt(
-        self, model: nn.Module, images: ImageSet, *, first_epochs: int, upweight: int
+        self, model: nn.Module, images: Images, *, first_epochs: int, upweight: int
     ) -> ModelEdit:
         """Train twice: the second time the errors of the first, brief training count more.
 
         Liu et al. 2021, *Just train twice: improving group robustness without training group
         information*, Algorithm 1. Both trainings start from the same network: the first has T
-        epochs (``first_epochs``), which the paper tunes by worst-group accuracy; in each epoch of
-        the second an error comes λ_up times (``upweight``). Only validation needs groups.
-        ValueError if the first network makes no errors.
+        epochs (``first_epochs``), which the paper tunes by worst-group accuracy; with 0 the errors
+        are those of the model as it is. In each epoch of the second an error comes λ_up times
+        (``upweight``). Only validation needs groups. ValueError if the first network makes no
+        errors.
         """
-        whole_number(first_epochs, "first_epochs", least=1)
+        whole_number(first_epochs, "first_epochs", least=0)
         whole_number(upweight, "upweight", least=1)
-        brief = replace(self, epochs=first_epochs, validation=None)
-        first, _ = brief._trained(model, images)
-        errors = logits_of(first, images).argmax(1) != images.labels
-        works = f"the network is right about all {len(images)} images; train for fewer epochs"
+        first = _network(model, images)
+        if first_epochs > 0:
+            brief = replace(self, epochs=first_epochs, validation=None)
+            first, _ = brief._trained(model, images)
+        assert images.labels is not None
+        errors = logits_of(first, _batches(images)).argmax(1) != images.labels
+        works = f"the network is right about all {len(errors)} images; train for fewer epochs"
         require(bool(errors.any()), "first_epochs", first_epochs, works)
         often = torch.where(errors, upweight, 1)
-        repeated = torch.arange(len(images)).repeat_interleave(often)
+        repeated = torch.arange(len(errors)).repeat_interleave(often)
 
         def shuffled(generator: torch.Generator) -> Tensor:
             return repeated[torch.randperm(len(repeated), generator=generator)]
@@ -121,7 +125,7 @@ class Training:
         made, origin = self._trained(model, images, shuffled)
         origin |= {"first_epochs": first_epochs, "upweight": upweight}
         origin["errors"] = int(errors.sum())
-        return ModelEdit.to_copy(model, made, {"operator": "jtt", **origin})
+        return _edit(model, images, made, {"operator": "jtt", **origin})
 
     def _trained(
         self,
@@ -136,9 +140,8 @@ class Training:
         if self.validation is not None:
             kind = type(images)
             require_type(self.validation, kind, "validation", f"the training has {kind.__name__}")
-        network, samples = model, len(images.labels if images.labels is not None else ())
-        if isinstance(images, HeadFeatures):
-            network = _head(model, images)
+        network = _network(model, images)
+        samples = len(images.labels if images.labels is not None else ())
         worst: list[float] = []
         best: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(self.seed)
@@ -151,9 +154,7 @@ class Training:
 
         def validate(network: nn.Module) -> None:
             if self.validation is not None:
-                held = self.validation
-                data = [_batch(held, ...)] if isinstance(held, HeadFeatures) else held
-                worst.append(evaluate_groups(network, data).worst)
+                worst.append(evaluate_groups(network, _batches(self.validation)).worst)
                 if worst[-1] > max(worst[:-1], default=-1.0):
                     best.update({k: v.clone() for k, v in network.state_dict().items()})
 
@@ -224,9 +225,16 @@ def _batch(images: Images, rows: Any) -> tuple[Tensor, ...]:
     return tuple(column[rows] for column in columns if column is not None)
 
 
-def _head(model: nn.Module, features: HeadFeatures) -> nn.Module:
-    """Return the last layer of a model, checked against the features of its inputs."""
-    features = head_features(model, features, name="images")
+def _batches(images: Images) -> Iterable[tuple[Tensor, ...]]:
+    """Return the samples in batches."""
+    return images if isinstance(images, ImageSet) else [_batch(images, ...)]
+
+
+def _network(model: nn.Module, images: Images) -> nn.Module:
+    """Return what is trained: the model, or its last layer, checked against the features."""
+    if isinstance(images, ImageSet):
+        return model
+    features = head_features(model, images, name="images")
     features.require_labels()
     if features.one_output:
         raise ValueError("model: has one output; give two for training on features, or images")

@@ -27,6 +27,8 @@ from xai_edit.reproduce.group_training import Training
 from xai_edit.reproduce.networks import load_weights
 
 LABELLED = 100  # images of each group that coloured digits are edited from
+Plans = Mapping[str, Callable[[], ModelEdit]]
+"""What plans an edit of the last layer, by method."""
 RED_OR_GREEN = Colours([(255, 0, 0), (0, 255, 0)])
 
 
@@ -74,7 +76,8 @@ class Neutralizing(Reproduction):
         source = collect_head_features(model, train, with_attribute=True) if one_kind else planning
         before = figures_of(evaluate_head(held, train_samples=counts))
         rows: list[Results] = [{"method": "unedited (ERM)", **before}]
-        rows += edited_rows(self.options, model, source, planning, held, counts)
+        plans = head_plans(model, source, planning)
+        rows += edited_rows(self.options, plans, held, counts)
         dro, jtt = (training(**one, validation=validation) for one in (self.group_dro, self.jtt))
         first = min(self.first_epochs, self.epochs)
         trained: dict[str, Callable[..., ModelEdit]] = {
@@ -134,16 +137,11 @@ def _load_fitting(model: nn.Module, network: str) -> None:
 
 
 def edited_rows(
-    options: Options,
-    model: nn.Module,
-    source: HeadFeatures,
-    planning: HeadFeatures,
-    held: HeadFeatures,
-    counts: Tensor,
+    options: Options, plans: Plans, held: HeadFeatures, counts: Tensor
 ) -> list[Results]:
     """Return the accuracies on held-out images after each edit of the last layer."""
     rows: list[Results] = []
-    for method, plan in _plans(model, source, planning).items():
+    for method, plan in plans.items():
         if not options.wants(method):
             continue
         with refusals(rows, {"method": method}):
@@ -154,9 +152,7 @@ def edited_rows(
     return rows
 
 
-def _plans(
-    model: nn.Module, source: HeadFeatures, planning: HeadFeatures
-) -> dict[str, Callable[[], ModelEdit]]:
+def head_plans(model: nn.Module, source: HeadFeatures, planning: HeadFeatures) -> Plans:
     """Return what plans each edit of the last layer."""
 
     def removal(operator: FictitiousClass, **more: Any) -> Callable[[], ModelEdit]:

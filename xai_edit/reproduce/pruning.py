@@ -103,7 +103,7 @@ class PairPruning(Reproduction):
         precisions = {}
         for method in filter(self.options.wants, METHODS):
             try:
-                found, operator, data = METHODS[method](context)
+                found, operator, images = METHODS[method](context)
             except ValueError as problem:
                 rows.append({"method": method, "refused": str(problem)})
                 continue
@@ -113,7 +113,7 @@ class PairPruning(Reproduction):
                     rows.append(context.measured(f"ablation alone: {finder}"))
                 precisions[finder] = context.precisions(found)
             for share in SHARES:
-                with operator(share).plan(model, data).applied(model):
+                with operator(share).plan(model, **images).applied(model):
                     rows.append(context.measured(method, share))
                     if found is not None:
                         kept = method.replace("CNP", "CNP, ablation kept")

@@ -59,6 +59,11 @@ class Context:
         both = [(images.labels == label).nonzero()[:REFERENCES, 0] for label in (0, 1)]
         return images[torch.cat(both)]
 
+    def marked_references(self) -> ImageSet:
+        """Return as many images from training that have the mark."""
+        assert self.train.attribute is not None
+        return self.train[self.train.attribute.nonzero()[:REFERENCES, 0]]
+
     @cached_property
     def features(self) -> Features:
         """The features of the planning images, relevance being that for class 1."""
@@ -137,15 +142,20 @@ FINDERS: dict[str, Callable[[Context], Found]] = {
     "PRCA": partial(_by_precision, PRCA(None), count=RANK),
     "DRSA": lambda context: _by_precision(DRSA(4, seed=context.seed), context, 1),
 }
-Made = tuple[Found | None, Callable[[float], Any], ImageSet]
-"""The subspaces that are ablated, the operator of each share, and the reference images."""
+Made = tuple[Found | None, Callable[[float], Any], dict[str, ImageSet]]
+"""The subspaces that are ablated, the operator of each share, and the images that it plans on."""
 
 
-def _plain(scorer: Callable[[int], Any], context: Context, *, clean: bool = False) -> Made:
+def _plain(
+    scorer: Callable[[int], Any], context: Context, *, clean: bool = False, against: bool = False
+) -> Made:
     def operator(share: float) -> RelevancePruning:
         return RelevancePruning(share, scorer(context.seed))
 
-    return None, operator, context.references(clean=clean)
+    images = {"data": context.references(clean=clean)}
+    if against:
+        images["against"] = context.marked_references()
+    return None, operator, images
 
 
 def _aware(finder: str, context: Context, *, clean: bool = False) -> Made:
@@ -154,7 +164,7 @@ def _aware(finder: str, context: Context, *, clean: bool = False) -> Made:
     def operator(share: float) -> ConceptAwarePruning:
         return ConceptAwarePruning(context.layer, *found, share, LRP_PRUNING)
 
-    return found, operator, context.references(clean=clean)
+    return found, operator, {"data": context.references(clean=clean)}
 
 
 SCORERS: dict[str, Callable[[int], Any]] = {
@@ -173,6 +183,7 @@ SCORERS: dict[str, Callable[[int], Any]] = {
 METHODS: dict[str, Callable[[Context], Made]] = {
     "LRP": partial(_plain, SCORERS["LRP"]),
     "LRP, clean references": partial(_plain, SCORERS["LRP"], clean=True),
+    "LRP, R_diff": partial(_plain, SCORERS["LRP"], against=True),
     **{name: partial(_plain, scorer) for name, scorer in SCORERS.items() if name != "LRP"},
     **{f"CNP: {finder}": partial(_aware, finder) for finder in FINDERS},
     "CNP, clean references: paired differences": partial(_aware, "paired differences", clean=True),

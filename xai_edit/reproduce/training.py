@@ -15,7 +15,6 @@ from xai_edit.core.data import model_device
 from xai_edit.core.files import write_atomically
 from xai_edit.core.guard import preserved
 from xai_edit.core.layers import predict
-from xai_edit.datasets.image_set import ImageSet
 
 Recording = Callable[[nn.Module, Tensor], AbstractContextManager[None]]
 
@@ -66,8 +65,8 @@ def trained_once(
     return model.eval()
 
 
-def logits_of(model: nn.Module, images: ImageSet) -> Tensor:
-    """Return the logits of images on the CPU, shape (samples, classes)."""
+def logits_of(model: nn.Module, images: Iterable[tuple[Tensor, ...]]) -> Tensor:
+    """Return the logits of batches of images on the CPU, shape (samples, classes)."""
     device = model_device(model)
     with preserved(model), torch.no_grad():
         return torch.cat([predict(model, inputs.to(device)).cpu() for inputs, *_ in images])
