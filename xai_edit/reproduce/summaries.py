@@ -195,7 +195,9 @@ def discovery(results: Row) -> Results:
 
 def _findings(found: Sequence[Row]) -> Results:
     """Return by method the figures of findings, network by network."""
-    figures = ("rank", "auroc", "score", "other", "standing_out")
+    figures = ["rank", "auroc", "score", "other", "standing_out"]
+    if any("marked" in method for one in found for method in one.values()):
+        figures += ["marked", "marked_auroc"]
     return {
         method: {figure: [one.get(method, {}).get(figure) for one in found] for figure in figures}
         for method in dict.fromkeys(method for one in found for method in one)
