@@ -185,7 +185,7 @@ def evaluate_unlearning(
             headless.get(name),
             curves.get(name),
             right / close_samples if close_samples else None,
-            {layer: recovered[layer].forgotten for layer in layers},
+            {layer: recovered[f"probe:{layer}"].forgotten for layer in layers},
             recovered.get("head_from_few"),
             recovered.get("prototype"),
         )
