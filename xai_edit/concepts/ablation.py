@@ -18,7 +18,7 @@ from xai_edit.core.axes import known_axes, unit_axes
 from xai_edit.core.checks import require_type
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied, preserved
-from xai_edit.core.inputs import Inputs
+from xai_edit.core.inputs import Inputs, as_inputs
 from xai_edit.core.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
@@ -30,6 +30,7 @@ from xai_edit.core.layers import (
     tapped,
     unit_axis_of,
 )
+from xai_edit.core.outputs import relative_error
 from xai_edit.core.trace import trace
 
 UnitAxis = int | Mapping[str, int] | None
@@ -181,16 +182,17 @@ def with_identity(
     float64, shape (channels, channels), and ``mean`` μ, (channels,), of
     ``{layer}.ablation``: a ↦ a − U Vᵀ(a − μ). All are zero.
 
-    ``inputs`` are one or more samples. Other arguments, names of parameters and errors are those of
-    `with_ablation`.
+    ``inputs`` are one or more samples: a tensor, or a tuple or mapping of tensors. Other arguments,
+    names of parameters and errors are those of `with_ablation`.
     """
     _require_outputs(model, layer)
     copy = copied(model)
-    one = inputs[:1].to(model_device(copy))
+    one = as_inputs(inputs, "inputs")[:1].to(model_device(copy))
     with preserved(copy), torch.no_grad():
         axis = unit_axes(copy, one, [layer], unit_axis)[layer]
         with tapped(copy, [layer]) as tap:
             run(copy, one)
+    tap.require([layer])
     channels = tap.values[layer].shape[unit_axis_of(tap.values[layer], axis)]
     zeros = torch.zeros(channels, channels, dtype=torch.double)
     _insert(copy, layer, SubspaceAblation(zeros, zeros[0], axis, readers=zeros.clone()))
@@ -324,7 +326,7 @@ def fold_ablation(
             expected = model(inputs)
         with preserved(model):
             outputs = torch.func.functional_call(model, values, (inputs,))
-    difference = float((outputs - expected).abs().max() / expected.abs().max())
+    difference = relative_error(outputs, expected)
     if not difference <= ROUNDING:
         raise ValueError(
             f"layer {layer!r}: folding its ablation into {name!r} is not exact, the outputs differ "
