@@ -316,6 +316,9 @@ def texts():
 
 def nothing():
     return 3
+
+def batch():
+    return {"labels": torch.zeros(2)}
 """
 
 
@@ -361,7 +364,11 @@ def test_what_needs_images_refuses_other_data(texts, capsys, line, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nothing", "gives int; it returns a list or Dataset"), ("no", "has no function 'no'")],
+    [
+        ("nothing", "gives int; it returns a list or Dataset"),
+        ("batch", "gives dict; it returns a list or Dataset"),
+        ("no", "has no function 'no'"),
+    ],
 )
 def test_a_function_that_gives_no_data_is_one_clear_line(texts, capsys, name, message):
     line = texts.replace("cli_texts:texts", f"cli_texts:{name}")

@@ -32,6 +32,7 @@ from xai_edit.core.layers import (
 )
 from xai_edit.core.outputs import relative_error
 from xai_edit.core.trace import trace
+from xai_edit.core.wrapped import unwrapped
 
 UnitAxis = int | Mapping[str, int] | None
 ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
@@ -147,7 +148,7 @@ def ablated(
     tensor([[0., 4.]])
     """
     with preserved(model):
-        _insert_subspaces(model, layer, subspaces, indices, when, unit_axis)
+        _insert_subspaces(unwrapped(model), layer, subspaces, indices, when, unit_axis)
         yield f"{layer}.layer"
 
 
@@ -163,11 +164,12 @@ def with_ablation(
     """Return a copy of a model with the ablation as a layer, which can be pruned and exported.
 
     Arguments and errors are those of `ablated`. Pruning keeps the channels that the ablation mixes.
+    It is a copy of the model inside a wrapper, such as a compiled one.
     The copy has the layer's parameters under ``{layer}.layer``, and under ``{layer}.ablation`` the
     buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,); with
     ``when`` also ``threshold``, a single number; they stay so in a copy made half precision.
     """
-    copy = copied(model)
+    copy = copied(unwrapped(model))
     _insert_subspaces(copy, layer, subspaces, indices, when, unit_axis)
     return copy
 
@@ -185,8 +187,8 @@ def with_identity(
     ``inputs`` are one or more samples: a tensor, or a tuple or mapping of tensors. Other arguments,
     names of parameters and errors are those of `with_ablation`.
     """
-    _require_outputs(model, layer)
-    copy = copied(model)
+    copy = copied(unwrapped(model))
+    _require_outputs(copy, layer)
     one = as_inputs(inputs, "inputs")[:1].to(model_device(copy))
     with preserved(copy), torch.no_grad():
         axis = unit_axes(copy, one, [layer], unit_axis)[layer]

@@ -14,6 +14,7 @@ from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs, as_inputs
 from xai_edit.core.layers import TRANSPOSED, WEIGHTED, predict, run
 from xai_edit.core.outputs import relative_error
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pruning.coupled_channels import ChannelGroup, Coupling, coupling
 
@@ -21,7 +22,7 @@ TOLERANCE = 1e-5  # of the largest logit, by which logits may differ
 
 
 def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) -> nn.Module:
-    """Return a copy of a model without the units that are switched off.
+    """Return a copy of a model without the units that are switched off, of that inside a wrapper.
 
     A unit is switched off when its weights and biases in all layers that share it and the scale and
     shift of its norms are zero. One unit of each group stays, and with a warning those that an
@@ -39,6 +40,7 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) 
     example_input : Tensor, shape (samples, ...), or several
         Inputs to trace the network with and to compare outputs on.
     """
+    model = unwrapped(model)
     inputs = as_inputs(example_input, "example_input").to(model_device(model))
     with torch.inference_mode(False):
         masked = copied(model)
