@@ -156,6 +156,29 @@ def test_an_identity_takes_what_the_model_takes():
         with_identity(model, "attention.out_proj", (x, y))
 
 
+def test_a_layer_that_is_called_by_another_reference_is_refused(plain, batches):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = plain
+            self.stages = [plain]  # no ModuleList
+
+        def forward(self, x):
+            return self.stages[0](x)
+
+    with pytest.raises(ValueError, match="'network' given, which the model calls by another"):
+        with_identity(Listed(), "network", batches[0][0])
+
+
+def test_no_more_directions_are_taken_than_the_class_has(plain, batches):
+    x, y = joined(batches)
+    kept = (y != TARGET) | ((y == TARGET).cumsum(0) <= 3)  # three samples of the class
+    data = [(x[kept], y[kept])]
+    operator = ClassSubspaceRemoval("fc1", "esc", directions=4, vectors="mean")
+    with pytest.raises(ValueError, match="directions: 4 given; it is a whole number from 1 to 3"):
+        operator.plan(plain, data, target=TARGET)
+
+
 def test_at_the_inputs_of_the_last_layer_the_fold_is_that_of_the_layer_before(plain, batches):
     named = ClassSubspaceRemoval("relu3", "esc", directions=2).plan(plain, batches, target=TARGET)
     for data in (batches, collect_head_features(plain, batches)):

@@ -198,6 +198,13 @@ def with_identity(
     channels = tap.values[layer].shape[unit_axis_of(tap.values[layer], axis)]
     zeros = torch.zeros(channels, channels, dtype=torch.double)
     _insert(copy, layer, SubspaceAblation(zeros, zeros[0], axis, readers=zeros.clone()))
+    with preserved(copy), torch.no_grad(), tapped(copy, [f"{layer}.ablation"]) as tap:
+        run(copy, one)
+    if not tap.values:
+        raise ValueError(
+            f"layer: {layer!r} given, which the model calls by another reference, such as in a "
+            "list, so that nothing put behind it would be called; name a module around it"
+        )
     return copy
 
 
