@@ -70,6 +70,21 @@ def test_edits_are_recorded_beside_the_weights_in_order(files, capsys):
     assert "old.edits.json: no record of edits" in capsys.readouterr().err
 
 
+def test_a_record_of_other_weights_is_not_continued(files, capsys):
+    folder, _ = files
+    line = f"DIR/edit.safetensors {MODEL} --weights DIR/%s.safetensors --out DIR/%s.safetensors"
+    assert run("apply " + line % ("own", "new"), folder) == 0
+    other = load_file(folder / "own.safetensors")
+    other["classifier.3.bias"] += 1
+    save_file(other, folder / "new.safetensors")  # the edit is not in it
+    line = line.replace(" --quiet", "")
+    assert run("apply " + line % ("new", "last"), folder) == 0
+    assert "the record beside" in capsys.readouterr().err
+    assert run("log DIR --json", folder) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [len(one["edits"]) for one in found.values()] == [1, 1]
+
+
 def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
     folder, weight = files
     assert run("show DIR/edit.safetensors", folder) == 0

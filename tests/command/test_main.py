@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torchvision import models
 
 import xai_edit as xe
+from xai_edit.command.config import with_config
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.options import COMMANDS
@@ -315,6 +316,9 @@ def texts():
 
 def nothing():
     return 3
+
+def batch():
+    return {"labels": torch.zeros(2)}
 """
 
 
@@ -360,7 +364,11 @@ def test_what_needs_images_refuses_other_data(texts, capsys, line, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nothing", "gives int; it returns a list or Dataset"), ("no", "has no function 'no'")],
+    [
+        ("nothing", "gives int; it returns a list or Dataset"),
+        ("batch", "gives dict; it returns a list or Dataset"),
+        ("no", "has no function 'no'"),
+    ],
 )
 def test_a_function_that_gives_no_data_is_one_clear_line(texts, capsys, name, message):
     line = texts.replace("cli_texts:texts", f"cli_texts:{name}")
@@ -385,6 +393,27 @@ def test_a_run_is_repeated_by_its_options_and_given_ones_come_first(folder):
     assert main(shlex.split(f"{given} --out own --quiet")) == 0
     assert [*read("own")["layers"]] == ["fc"]
     assert read("own")["share"] == 0.25
+
+
+def test_an_option_that_excludes_one_of_the_file_comes_first(folder):
+    Path("own.toml").write_text('command = "score"\ncomposite = "epsilon"\nshare = 0.5\n')
+    given = ["--config", "own.toml", "--compare", "epsilon,random"]
+    assert with_config(["score", *given]) == ["score", "--share=0.5", *given]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("score --config --out out", "argument --config: expected one argument"),
+        ("--config own.toml score", "invalid choice: 'own.toml'"),
+        (f"score --conf own.toml {RESNET} --data photos --out out", "unrecognized arguments"),
+    ],
+)
+def test_a_file_of_options_is_read_or_refused(folder, capsys, line, says):
+    Path("own.toml").write_text("share = 0.5\n")
+    with pytest.raises(SystemExit, match="2"):
+        raise SystemExit(main(shlex.split(line)))
+    assert says in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_is_written_over_by_force_alone(folder, capsys):

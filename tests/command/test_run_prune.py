@@ -13,6 +13,7 @@ from command_runs import as_json, as_planned, files, finished, read, refused
 from conftest import trained
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 import xai_edit as xe
 from xai_edit.command.export import as_onnx, exported
@@ -420,6 +421,24 @@ def test_what_cannot_be_exported_is_traced_and_protected_layers_stay(here, capsy
         torch.testing.assert_close(script(x[:count]), model(x[:count]))
     assert main(shlex.split(f"{line} --share 0.25 --protect body.0 --out bad --quiet")) == 2
     assert "'body.0' is protected" in capsys.readouterr().err
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(x if x.mean() > 0 else x.abs())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_program_that_is_right_for_the_first_sample_alone_is_not_kept():
+    x = torch.ones(2, 4)
+    x[1] = -1
+    content, about = exported(Branching(), x)
+    assert content is None
+    assert "of the largest" in about["failed"]["TorchScript, one sample at a time"]
 
 
 def test_where_units_cannot_be_removed_the_mask_is_kept_and_the_reason_told(here, capsys):

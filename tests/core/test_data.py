@@ -133,7 +133,7 @@ def test_no_sample_at_all_is_an_error(empty, read):
         (nn.Linear(2, 2), "Linear is not iterable"),
         ([(X.numpy(), Y)], r"batch 0 is tuple of ['ndarray', 'Tensor']; expected inputs,"),
         ({"x": X, "labels": Y}, "one dict of tensors was given; give an iterable of batches"),
-        ([{"x": X.numpy()}], "batch 0 is dict of ['dict', 'NoneType', 'NoneType']; expected in"),
+        ([{"x": X.numpy()}], "batch 0 is dict of {'x': 'ndarray'}; expected inputs"),
         ([(X, Y, G, G)], "batch 0 is tuple of ['Tensor', 'Tensor', 'Tensor', 'Tensor']"),
         ([()], "batch 0 is tuple of []"),
         ([1.0, 2.0], "batch 0 is float of ['float']"),

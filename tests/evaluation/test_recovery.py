@@ -116,6 +116,43 @@ def test_a_mask_is_shown_to_silence_only_and_a_new_network_is_not(plain, splits)
         unlearning_table({"none": account, "mask": beside})
 
 
+def test_what_cannot_be_compared_is_not_said_to_be_gone(plain, splits):
+    mask = xe.LogitMask().plan(plain, splits["train"], target=FORGET)
+
+    class Cubed(nn.Module):  # without a head W x + b
+        def __init__(self):
+            super().__init__()
+            self.network = copy.deepcopy(plain)
+
+        def forward(self, x):
+            return self.network(x) ** 3
+
+    given = {**splits, "target": FORGET}
+    account = evaluate_unlearning(plain, mask, **given, relearn=(), retrained=Cubed())
+    assert account.left().startswith("not known: no means of recovery")
+    results = {n: evaluate_unlearning(plain, mask, **given, relearn=(n,)) for n in (1, 2)}
+    with pytest.raises(ValueError, match="all are relearned for as many steps"):
+        unlearning_table(results)
+
+
+def test_a_layer_may_have_the_name_of_a_reader(plain, splits):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.probe = copy.deepcopy(plain), nn.Linear(10, 2)
+
+        def forward(self, x):
+            self.probe(x.new_zeros(len(x), 10))  # nothing can be read there
+            return self.network(x)
+
+    model = Named()
+    mask = xe.LogitMask().plan(model, splits["train"], target=FORGET)
+    given = {**splits, "target": FORGET, "relearn": (), "layers": ["probe"]}
+    before = evaluate_unlearning(model, mask, **given).before
+    assert before.probe_test > 0.5
+    assert before.layer_probes_test["probe"] in (0, 1)  # one class for all
+
+
 def test_an_unknown_layer_is_refused(plain, splits):
     mask = xe.LogitMask().plan(plain, splits["train"], target=FORGET)
     with pytest.raises(xe.core.UnknownLayerError, match="fc9"):

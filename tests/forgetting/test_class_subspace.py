@@ -112,6 +112,73 @@ def test_folded_into_weights_it_gives_the_logits_of_the_layer(
         assert torch.allclose(model(x), place(x), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer", ["fc1", "relu3"])
+def test_in_half_precision_it_is_folded_as_in_float32(plain, batches, layer, dtype):
+    operator = ClassSubspaceRemoval(layer, directions=1)
+    expected = operator.plan(plain, batches, target=TARGET)
+    half = copy.deepcopy(plain).to(dtype)
+    edit = operator.plan(half, [(x.to(dtype), y) for x, y in batches], target=TARGET)
+    edited = edit.apply(copy.deepcopy(half))
+    for name, change in expected.changes.items():
+        old, new = (one.get_parameter(name).flatten()[change.index] for one in (half, edited))
+        moved, found = change.new - change.old, (new.double() - old.double()).float()
+        assert (found - moved).norm() < 0.1 * moved.norm()
+
+
+@pytest.mark.parametrize("bias", [0.0, -1e4])
+def test_a_masked_class_does_not_hide_that_a_fold_is_not_exact(bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.ReLU(), nn.Linear(5, 3)).eval()
+    with torch.no_grad():
+        model[3].bias[2] = bias  # as of LogitMask
+    data = [(torch.randn(60, 6), torch.arange(60) % 3)]
+    operator = ClassSubspaceRemoval("1", "esc", directions=1)
+    with pytest.raises(ValueError, match="'1' cannot be folded into '3' exactly"):
+        operator.plan(model, data, target=0)  # ReLU is between
+
+
+def test_an_identity_takes_what_the_model_takes():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.attention = nn.MultiheadAttention(4, 1)
+
+        def forward(self, x=None, y=None):
+            return self.fc(self.a(x) * y + self.attention(x, x, x)[0])
+
+    x, y = torch.randn(2, 6, 4)
+    model = Two().eval()
+    for given in ((x, y), {"x": x, "y": y}):
+        assert torch.equal(with_identity(model, "a", given)(x, y), model(x, y))
+    with pytest.raises(ValueError, match=r"'attention\.out_proj' takes no part"):
+        with_identity(model, "attention.out_proj", (x, y))
+
+
+def test_a_layer_that_is_called_by_another_reference_is_refused(plain, batches):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = plain
+            self.stages = [plain]  # no ModuleList
+
+        def forward(self, x):
+            return self.stages[0](x)
+
+    with pytest.raises(ValueError, match="'network' given, which the model calls by another"):
+        with_identity(Listed(), "network", batches[0][0])
+
+
+def test_no_more_directions_are_taken_than_the_class_has(plain, batches):
+    x, y = joined(batches)
+    kept = (y != TARGET) | ((y == TARGET).cumsum(0) <= 3)  # three samples of the class
+    data = [(x[kept], y[kept])]
+    operator = ClassSubspaceRemoval("fc1", "esc", directions=4, vectors="mean")
+    with pytest.raises(ValueError, match="directions: 4 given; it is a whole number from 1 to 3"):
+        operator.plan(plain, data, target=TARGET)
+
+
 def test_at_the_inputs_of_the_last_layer_the_fold_is_that_of_the_layer_before(plain, batches):
     named = ClassSubspaceRemoval("relu3", "esc", directions=2).plan(plain, batches, target=TARGET)
     for data in (batches, collect_head_features(plain, batches)):

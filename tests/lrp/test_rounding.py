@@ -9,6 +9,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from zennit.canonizers import Canonizer
+from zennit.composites import EpsilonPlus
 
 from xai_edit import LRP
 
@@ -54,3 +56,27 @@ def test_rounding_that_makes_relevance_noise_is_refused_with_what_works(unchange
     with pytest.raises(ValueError, match=r"rounding in float32 .*\.double\(\)"):
         LRP()(model, X, TARGETS, ["0"])
     check()
+
+
+def test_a_masked_class_does_not_hide_that_canonizers_make_another_network():
+    class Doubling(Canonizer):
+        def apply(self, root_module):
+            root_module[1].weight.data *= 2
+            return [self]
+
+        def register(self):
+            """Nothing is undone, as the guard does it."""
+
+        def remove(self):
+            """Nothing is undone."""
+
+        def copy(self):
+            return Doubling()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3)).eval()
+    composite = EpsilonPlus(canonizers=[Doubling()])
+    for bias in (0.0, -1e4):
+        model[1].bias.data[1] = bias
+        with pytest.warns(UserWarning, match="make another network of the model"):
+            LRP(composite).heatmap(model, X, TARGETS)

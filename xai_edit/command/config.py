@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xai_edit._version import __version__
+from xai_edit.command.options import COMMANDS
 from xai_edit.pages import RESULTS
 
 if sys.version_info >= (3, 11):
@@ -38,9 +39,13 @@ def with_config(arguments: Sequence[str]) -> list[str]:
         raise ValueError(f"config: {file} is no TOML file ({problem})") from None
     if (of := content.pop("command", command)) != command:
         raise ValueError(f"config: {file} is of xai-edit {of}, not of xai-edit {command}")
+    own = COMMANDS[command].options if command in COMMANDS else ()
+    either = {one.name for one in own if one.instead}
+    instead = not either.isdisjoint(paired(given))
     read: list[str] = []
     for name, value in content.items():
-        read += _arguments(file, name, value)
+        if not (instead and name in either):
+            read += _arguments(file, name, value)
     return [command, *read, *given]
 
 

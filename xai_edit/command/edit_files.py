@@ -47,14 +47,16 @@ def apply(options: argparse.Namespace) -> int:
     edit, model = ModelEdit.load(options.edit), model_of(options)
     undo = options.command == "undo"
     change, done = (edit.undo, "undone") if undo else (edit.apply, "applied")
-    before = None if undo else checksum(model.state_dict(), "")
+    before = checksum(model.state_dict(), "")
     change(model)
     header = json.dumps({done: edit.origin.get("operator", "edit")})
     state = model.state_dict()
-    without = before or checksum(state, "")
+    without = checksum(state, "") if undo else before
     same = edit.origin.get("measured_on", without) == without
     write_safetensors(out, state, KIND, header)
-    write_record(out, state, options.weights, done, options.edit, same=same)
+    given = options.weights, done, options.edit
+    if not write_record(out, state, *given, before=before, same=same):
+        note(options, f"warning: the record beside {options.weights} is of other weights; not used")
     if not same:
         note(options, f"warning: {OTHER}; measure it on these before you rely on it")
     note(options, f"written: {out}")

@@ -29,14 +29,18 @@ def write_record(
     done: str,
     edit: Path,
     *,
+    before: str,
     same: bool,
-) -> None:
+) -> bool:
     """Write the record of new weights: that of the weights they were made from, and one edit.
 
-    ``same``: without the edit the weights are those that its verdict was measured on.
+    ``before`` is the checksum of those; a record of others, which were written over since, is not
+    continued. ``same``: without the edit the weights are those that its verdict was measured on.
+    Returns whether there is no record of others.
     """
     origin = ModelEdit.load(edit).origin
     earlier = read_record(Path(source)) if source is not None else None
+    continued = earlier is None or earlier["weights"] == before
     entry = {
         "done": done,
         "edit": str(edit),
@@ -45,9 +49,10 @@ def write_record(
         "same_weights": same,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    entries = [*(earlier["edits"] if earlier else []), entry]
+    entries = [*(earlier["edits"] if earlier and continued else []), entry]
     content = {"from": source, "weights": checksum(state, ""), "edits": entries}
     write_atomically(_beside(weights), as_json(content).encode())
+    return continued
 
 
 def read_record(weights: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xai_edit.command.load import first_sentence
 from xai_edit.core.guard import copied
+from xai_edit.core.outputs import relative_error, tensor_of
 
 TOLERANCE = 1e-5  # of the largest logit
 TOLERANCE_ONNX = 1e-4  # whose runtime has its own kernels
@@ -31,8 +32,8 @@ def exported(network: nn.Module, sample: Tensor) -> Made:
     """Export a network by ``torch.export``, or trace it where that fails.
 
     For any number of samples where PyTorch can, else for one at a time. ``sample`` has the shape
-    (samples, ...); its first is used. The content of a file, for the CPU, is returned only if it
-    gave the network's outputs; and its ``kind``, "torch.export" or "TorchScript", the number of
+    (samples, ...). The content of a file, for the CPU, is returned only if it gave the network's
+    outputs for each; and its ``kind``, "torch.export" or "TorchScript", the number of
     samples at a time, ``batch``, None for any, and each ``failed`` attempt with PyTorch's error.
     """
     makers = {"torch.export": _torch_export, "TorchScript": _torchscript}
@@ -55,7 +56,8 @@ def _first_right(
 ) -> Made:
     """Return the first program that gives the network's outputs."""
     network = copied(network).cpu().eval()
-    one = sample[:1].detach().cpu()
+    sample = sample.detach().cpu()
+    one = sample[:1]
     failed: dict[str, str] = {}
     for (kind, make), (of, batch) in itertools.product(makers.items(), SIZES.items()):
         # Two samples, as PyTorch takes the number one for a constant.
@@ -64,11 +66,13 @@ def _first_right(
         try:
             with _quiet(), torch.no_grad():
                 content, program = make(network, inputs, shapes)
-                for given in (inputs, one):
-                    found, expected = program(given), network(given)
-                    difference = float((found - expected).abs().max())
-                    if not difference <= tolerance * float(expected.abs().max()):
-                        raise ValueError(f"outputs differ from the network's by {difference:.3g}")
+                # Each alone, as a trace keeps the branches that the first took.
+                for given in (inputs, *sample.split(1)):
+                    error = relative_error(tensor_of(program(given)), tensor_of(network(given)))
+                    if not error <= tolerance:
+                        raise ValueError(
+                            f"outputs differ from the network's by {error:.3g} of the largest"
+                        )
         except Exception as problem:  # of any kind, from the depth of the compiler
             failed[f"{kind}, {of}"] = first_sentence(problem)
         else:

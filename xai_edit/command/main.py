@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     typed = sys.argv[1:] if arguments is None else [*arguments]
     try:
-        given = with_config(typed) if "config" in paired(typed) else typed
+        file = paired(typed).get("config")
+        given = with_config(typed) if isinstance(file, str) and typed[0] in RUN else typed
         options, unknown = parser().parse_known_args(given)
         if unknown:
             where = "" if unknown[0] in typed else f"config: {paired(typed)['config']}: "

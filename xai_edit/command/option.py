@@ -21,6 +21,11 @@ class Option(NamedTuple):
     required: bool = False
     instead: bool = False
 
+    @property
+    def name(self) -> str:
+        """The name without dashes."""
+        return self.names.partition(" ")[0].removeprefix("--").lower()
+
     def add_to(self, parser: argparse._ActionsContainer) -> None:
         """Add the option to a parser."""
         name, _, metavar = self.names.partition(" ")

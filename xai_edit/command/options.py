@@ -327,7 +327,8 @@ def parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         first = command.help.split(". ")[0]
         example = command.example and f"example: xai-edit {name} {command.example}"
-        own = commands.add_parser(name, help=first, description=command.help, epilog=example)
+        how: dict[str, Any] = {"help": first, "description": command.help, "epilog": example}
+        own = commands.add_parser(name, allow_abbrev=False, **how)  # as --config knows whole names
         either = own.add_mutually_exclusive_group() if name == "score" else own
         for option in (*command.options, *(OF_RUNS if name in RUNS else ())):
             option.add_to(either if option.instead else own)

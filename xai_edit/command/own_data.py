@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def load_own(spec: str, command: str, *, limit: int | None = None) -> OwnData:
             "in Python, where operators take any data"
         )
     source = imported(spec, "data", {})
-    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+    numbered = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    if not numbered or isinstance(source, Mapping):  # a batch, say
         raise TypeError(
             f"data: {spec} gives {type(source).__name__}; it returns a list or Dataset of samples, "
             "such as (inputs, label) or mappings"

@@ -18,7 +18,7 @@ from xai_edit.core.axes import known_axes, unit_axes
 from xai_edit.core.checks import require_type
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied, preserved
-from xai_edit.core.inputs import Inputs
+from xai_edit.core.inputs import Inputs, as_inputs
 from xai_edit.core.layers import (
     INPUT_SUFFIX,
     TRANSPOSED,
@@ -30,7 +30,9 @@ from xai_edit.core.layers import (
     tapped,
     unit_axis_of,
 )
+from xai_edit.core.outputs import relative_error
 from xai_edit.core.trace import trace
+from xai_edit.core.wrapped import unwrapped
 
 UnitAxis = int | Mapping[str, int] | None
 ROUNDING = 1e-4  # of the largest logit, by which a folded model may differ
@@ -146,7 +148,7 @@ def ablated(
     tensor([[0., 4.]])
     """
     with preserved(model):
-        _insert_subspaces(model, layer, subspaces, indices, when, unit_axis)
+        _insert_subspaces(unwrapped(model), layer, subspaces, indices, when, unit_axis)
         yield f"{layer}.layer"
 
 
@@ -162,11 +164,12 @@ def with_ablation(
     """Return a copy of a model with the ablation as a layer, which can be pruned and exported.
 
     Arguments and errors are those of `ablated`. Pruning keeps the channels that the ablation mixes.
+    It is a copy of the model inside a wrapper, such as a compiled one.
     The copy has the layer's parameters under ``{layer}.layer``, and under ``{layer}.ablation`` the
     buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,); with
     ``when`` also ``threshold``, a single number; they stay so in a copy made half precision.
     """
-    copy = copied(model)
+    copy = copied(unwrapped(model))
     _insert_subspaces(copy, layer, subspaces, indices, when, unit_axis)
     return copy
 
@@ -181,19 +184,27 @@ def with_identity(
     float64, shape (channels, channels), and ``mean`` μ, (channels,), of
     ``{layer}.ablation``: a ↦ a − U Vᵀ(a − μ). All are zero.
 
-    ``inputs`` are one or more samples. Other arguments, names of parameters and errors are those of
-    `with_ablation`.
+    ``inputs`` are one or more samples: a tensor, or a tuple or mapping of tensors. Other arguments,
+    names of parameters and errors are those of `with_ablation`.
     """
-    _require_outputs(model, layer)
-    copy = copied(model)
-    one = inputs[:1].to(model_device(copy))
+    copy = copied(unwrapped(model))
+    _require_outputs(copy, layer)
+    one = as_inputs(inputs, "inputs")[:1].to(model_device(copy))
     with preserved(copy), torch.no_grad():
         axis = unit_axes(copy, one, [layer], unit_axis)[layer]
         with tapped(copy, [layer]) as tap:
             run(copy, one)
+    tap.require([layer])
     channels = tap.values[layer].shape[unit_axis_of(tap.values[layer], axis)]
     zeros = torch.zeros(channels, channels, dtype=torch.double)
     _insert(copy, layer, SubspaceAblation(zeros, zeros[0], axis, readers=zeros.clone()))
+    with preserved(copy), torch.no_grad(), tapped(copy, [f"{layer}.ablation"]) as tap:
+        run(copy, one)
+    if not tap.values:
+        raise ValueError(
+            f"layer: {layer!r} given, which the model calls by another reference, such as in a "
+            "list, so that nothing put behind it would be called; name a module around it"
+        )
     return copy
 
 
@@ -324,7 +335,7 @@ def fold_ablation(
             expected = model(inputs)
         with preserved(model):
             outputs = torch.func.functional_call(model, values, (inputs,))
-    difference = float((outputs - expected).abs().max() / expected.abs().max())
+    difference = relative_error(outputs, expected)
     if not difference <= ROUNDING:
         raise ValueError(
             f"layer {layer!r}: folding its ablation into {name!r} is not exact, the outputs differ "

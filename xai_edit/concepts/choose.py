@@ -24,6 +24,7 @@ from xai_edit.core.data import Data
 from xai_edit.core.guard import require_finite
 from xai_edit.core.layers import resolve_layers
 from xai_edit.core.text import Plain, aligned
+from xai_edit.core.wrapped import unwrapped
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def choose_spurious(
     unit_axis : int, optional
         The axis of its channels, see `xai_edit.core.axes.unit_axes`.
     """
+    model = unwrapped(model)
     resolve_layers(model, [layer])
     require_finite(model)
     has = features.require_attribute()

@@ -33,6 +33,7 @@ from xai_edit.core.layers import resolve_layers, run, tapped
 from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.precision import in_float32, precision_origin
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.lrp.canonizers import same_values
 from xai_edit.lrp.contexts import ContextGather, Take
 from xai_edit.lrp.lrp import LRP, describe
@@ -91,7 +92,7 @@ def collect_features(
     draw = PositionDraw(positions, seed)
     if scorer is not None:
         require_type(scorer, LRP, "scorer", "contexts need a rule, so an xai_edit.LRP")
-    target = checked_target(target)
+    target, model = checked_target(target), unwrapped(model)
     resolve_layers(model, [layer])
     require_finite(model)
     origin: dict[str, Any] = {"layer": layer, "positions": draw.positions, "seed": draw.seed}

@@ -19,6 +19,7 @@ from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, unit_axis_of
 from xai_edit.core.precision import in_float32
 from xai_edit.core.targets import Target, Targets, checked_target, targets_of
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.lrp.contexts import ContextGather
 from xai_edit.lrp.lrp import LRP
 from xai_edit.lrp.relevance_at_layers import Gather, backward_again
@@ -78,6 +79,7 @@ def subspace_maps(
     require_type(inputs, Tensor, "inputs", "give a batch as one tensor")
     if not inputs.is_floating_point():
         raise ValueError(f"inputs: {inputs.dtype} given; token ids have no relevance")
+    model = unwrapped(model)
     resolve_layers(model, [layer])
     require_finite(model)
     model = in_float32(model)

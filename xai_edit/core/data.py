@@ -156,10 +156,13 @@ def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
     else:
         parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
     if not 1 <= len(parts) <= 3 or (inputs := collected(parts[0])) is None:
+        kinds: Any = [type(part).__name__ for part in parts]
+        if isinstance(raw, Mapping):
+            kinds = {key: type(value).__name__ for key, value in raw.items()}
         raise TypeError(
-            f"data: batch {index} is {type(raw).__name__} of "
-            f"{[type(part).__name__ for part in parts]}; expected inputs, (inputs, labels) or "
-            "(inputs, labels, groups), inputs a tensor, a tuple or a mapping of tensors"
+            f"data: batch {index} is {type(raw).__name__} of {kinds}; expected inputs, "
+            "(inputs, labels) or (inputs, labels, groups), inputs a tensor, a tuple or a mapping "
+            "of tensors"
         )
     tensors = input_tensors(inputs)
     if any(one.ndim == 0 for one in tensors.values()):

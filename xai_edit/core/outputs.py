@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,8 @@ from xai_edit.core.inputs import Inputs
 Outputs: TypeAlias = str | Callable[[Any], Tensor] | None
 """How to take the logits from what a model returns: the name of an attribute or key, or a function
 of it. None takes a tensor itself, ``.logits``, ``["logits"]``, or the first tensor of a tuple."""
+
+OUT_OF_REACH = 100  # times the usual logit, beyond which one is not of the others' size
 
 _CHOSEN: ContextVar[Outputs] = ContextVar("outputs", default=None)
 _LABEL: ContextVar[int | None] = ContextVar("label", default=None)
@@ -207,3 +210,21 @@ def evidence(outputs: Tensor) -> Tensor:
 def logits_of(output: Any, inputs: Inputs) -> Tensor:
     """Return the logits in what a model returned, by `outputs_of` and `as_logits`."""
     return as_logits(outputs_of(output, inputs))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest error of logits as a share of the largest; infinite for another shape.
+
+    Shape (samples, ...). A class with logits of more than 100 times the median size, such as a
+    masked one at −10⁴, is compared with its own: it must not hide errors of the others.
+    """
+    if found.shape != expected.shape:
+        return math.inf
+    error, size = (
+        one.detach().double().abs().reshape(len(one), -1).amax(0)
+        for one in (found - expected, expected)
+    )
+    known = size[size > 0]
+    if len(known):
+        size = size.clamp(min=float(known[known <= OUT_OF_REACH * known.median()].max()))
+    return float(torch.where(error == 0, error, error / size).max())

@@ -16,6 +16,7 @@ from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.layers import resolve_layers
 from xai_edit.core.targets import Target, checked_target
 from xai_edit.core.text import aligned
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.evaluation.deletion_curve import DeletionCurve, checked_shares, curves_of
 from xai_edit.lrp.lrp import LRP, Scorer, describe
 from xai_edit.scoring.unit_scores import Aggregate, UnitScores, score_units, share_of
@@ -123,6 +124,7 @@ def compare_scorers(
     """
     named = named_scorers(scorers)
     fraction(share, "share")
+    model = unwrapped(model)
     known = resolve_layers(model, layers)
     target = checked_target(target)
     if (deletion is None) != (held_out is None) or (deletion is None and deletion_layers):

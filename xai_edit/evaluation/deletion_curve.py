@@ -18,6 +18,7 @@ from xai_edit.core.layers import predict, resolve_layers, run
 from xai_edit.core.outputs import as_logits, evidence, outputs_of
 from xai_edit.core.targets import class_list
 from xai_edit.core.text import Plain
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.switching_off import switched_off
 from xai_edit.scoring.criteria import unit_weights
 from xai_edit.scoring.unit_scores import UnitScores, share_of
@@ -114,6 +115,7 @@ def curves_of(
     """Return the `deletion_curve` of the scores and layers of each ranking, from one pass."""
     shares = checked_shares(shares)
     one_of(order, ("most", "least"), "order")
+    model = unwrapped(model)
     first, data = peek(data, model_device(model))
     sample = first.inputs[:1]
     if target is not None:

@@ -19,6 +19,7 @@ from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.targets import class_list
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.membership import forgetting_rates
 from xai_edit.evaluation.outputs import ClassSample, Overlap, naming, read, split_accuracy
@@ -76,7 +77,8 @@ def evaluate_unlearning(
     relearn : sequence of int
         Optimiser steps after which the relearning is measured, ascending; empty to leave it out.
     layers : sequence of str
-        Layers of all networks, at whose outputs, means over positions, a probe is fitted too.
+        Layers of all networks, at whose outputs, means over positions, a probe is fitted too; of a
+        wrapped network, such as a compiled one, by their names in the model inside.
     cost : Cost, optional
         Of the edit itself, to report with the rest.
     seed : int
@@ -103,6 +105,7 @@ def evaluate_unlearning(
         networks = {"before": model, "after": _edited(model, edit, "edit")}
         if retrained is not None:
             networks["retrained"] = _edited(model, retrained, "retrained")
+        networks = {name: unwrapped(one) for name, one in networks.items()}
         for network in networks.values():
             stack.enter_context(preserved(network))
         stack.enter_context(torch.no_grad())
@@ -185,7 +188,7 @@ def evaluate_unlearning(
             headless.get(name),
             curves.get(name),
             right / close_samples if close_samples else None,
-            {layer: recovered[layer].forgotten for layer in layers},
+            {layer: recovered[f"probe:{layer}"].forgotten for layer in layers},
             recovered.get("head_from_few"),
             recovered.get("prototype"),
         )
@@ -249,7 +252,7 @@ def _weights_changed(model: nn.Module, edit: ModelEdit | nn.Module) -> int | Non
     """Return the number of changed weights; None where the edited network has other parameters."""
     if isinstance(edit, ModelEdit):
         return edit.size
-    old, new = (dict(network.named_parameters()) for network in (model, edit))
+    old, new = (dict(unwrapped(network).named_parameters()) for network in (model, edit))
     if {name: one.shape for name, one in old.items()} != {n: one.shape for n, one in new.items()}:
         return None
     return sum(int((one != new[name].to(one.device)).sum()) for name, one in old.items())

@@ -79,7 +79,7 @@ class Readers:
     """The new readers of one network's features, and their answers on test samples.
 
     They are "probe", "head_from_few" and "prototype" at the inputs of the head, if there is one,
-    and a probe of each layer, under the layer's name. ``sample`` has ``labels`` and, under ``name``
+    and a probe of each layer, under ``probe:LAYER``. ``sample`` has ``labels`` and, under ``name``
     and ``name:LAYER``, features of training samples in random order within each class;
     ``train_samples`` are all of each class.
     """
@@ -98,7 +98,7 @@ class Readers:
         self.readers: dict[str, tuple[str, Reader]] = {}  # with the name of the features
         for layer in layers:
             own = f"{name}:{layer}"
-            self.readers[layer] = own, probe(sample[own], labels)
+            self.readers[f"probe:{layer}"] = own, probe(sample[own], labels)
         if head is not None:
             x = sample[name]
             few = first_of_each(labels, [max(2, round(FEW * count)) for count in train_samples])

@@ -120,18 +120,19 @@ class Unlearning(Plain):
         """
         reference = self.retrained or self.before
         then, now = reference.recovered, self.after.recovered
-        over = []
-        for name in now.keys() & then.keys():
+        over, both = [], sorted(now.keys() & then.keys())
+        for name in both:
             p, q = now[name], then[name]
             error = 2 * ((p * (1 - p) + q * (1 - q)) / self.before.test.forgotten_samples) ** 0.5
             if p > q + error if self.retrained else 0 < q <= p + error:
                 over.append(name)
         if over:
-            name = max(sorted(over), key=now.__getitem__)
+            name = max(over, key=now.__getitem__)
             which = "the retrained network" if self.retrained else "before"
             return f"silences only: {name} {now[name]:.3f}, {which} {then[name]:.3f}"
-        if not now:
-            return "not known: no means of recovery could be measured"
+        if not both:
+            where = "the edited and the retrained network" if self.retrained else "both networks"
+            return f"not known: no means of recovery could be measured in {where}"
         if self.retrained is not None:
             return "no more is found than in the retrained network"
         return "less is found than before; a retrained network would say how much is usual"

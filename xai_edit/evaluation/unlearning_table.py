@@ -14,8 +14,9 @@ def unlearning_table(results: Mapping[str, Unlearning]) -> str:
     """Return a table with a row for each method, and in words which only silence the output.
 
     ``results`` are of `evaluate_unlearning`, by method, with one original and one retrained network
-    in all of them, or none. All figures are of test samples. ValueError if none are given, or they
-    are of other networks, classes or layers.
+    in all of them, or none. All figures are of test samples; "relearned" is A_t after the last step
+    of relearning. ValueError if none are given, or they are of other networks, classes or layers,
+    or were relearned for other numbers of steps.
     """
     given = [*results.values()]
     require(bool(given), "results", [*results], "give one or more, by method")
@@ -24,6 +25,10 @@ def unlearning_table(results: Mapping[str, Unlearning]) -> str:
         same = one.before == first.before and one.retrained == first.retrained
         works = "all are of one network, one split and one retrained network, with the same layers"
         require(same and one.target == first.target, "results", name, works)
+    curves = {name: one.after.relearning_test for name, one in results.items()}
+    steps = {name: curve.steps[-1] for name, curve in curves.items() if curve is not None}
+    works = "all are relearned for as many steps"
+    require(len({*steps.values()}) < 2, "results", steps, works)
     networks = {"not edited": first.before}
     networks |= {name: one.after for name, one in results.items()}
     if first.retrained is not None:

@@ -54,7 +54,8 @@ class ClassSubspaceRemoval:
     directions : int or "auto"
         "auto" takes the smallest number, of "esc" up to 16, with which A_t, the accuracy on each
         class, is at most ``bound``, and refuses where A_g, the accuracy on the others, falls below
-        its 95 % Wilson interval before the edit. A number is taken as it is.
+        its 95 % Wilson interval before the edit. A number is taken as it is, of "esc" at most the
+        rank of the class's vectors.
     vectors : {"positions", "mean"}
         Which vectors of a feature map the subspace is of: all, or one a sample, their mean.
     bound : float in [0, 1)
@@ -202,15 +203,17 @@ class ClassSubspaceRemoval:
                 raise ValueError(f"target: class {one} is absent from the data; give samples of it")
         if self.method == "esc":
             own = rows[z.any(1)]
-            directions = torch.linalg.eigh(own.T @ own).eigenvectors.flip(1)
+            squares, directions = (one.flip(-1) for one in torch.linalg.eigh(own.T @ own))
+            width = len(squares)
+            rounding = width * torch.finfo(squares.dtype).eps * squares[0]
+            rank = int((squares > rounding).sum())  # the directions after it are arbitrary
 
             def leading(count: int) -> Removal:
-                width = len(directions)
-                whole_number(count, "directions", least=1, most=width - 1)
+                whole_number(count, "directions", least=1, most=min(rank, width - 1))
                 U = directions[:, :count]
                 return Removal(U, U, torch.zeros(width, dtype=torch.double))
 
-            return leading, min(MOST, len(directions) - 1)
+            return leading, min(MOST, rank, width - 1)
         if z.any(1).all():
             raise ValueError("data: samples of the target alone; 'leace' needs those of others too")
         weights = torch.full((len(rows),), 1 / len(rows), dtype=torch.double)

@@ -13,6 +13,8 @@ from xai_edit.concepts.ablation import ROUNDING, identity_behind, with_identity
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import TRANSPOSED, WEIGHTED, layer_module, predict
+from xai_edit.core.outputs import relative_error
+from xai_edit.core.precision import in_float32
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 
@@ -69,11 +71,18 @@ def place_at(model: nn.Module, layer: str, inputs: Inputs) -> Place:
         return _behind(model, layer, place)
     module: Any = layer_module(model, layer)
     weighted = isinstance(module, WEIGHTED) and not isinstance(module, TRANSPOSED)
-    if weighted and getattr(module, "groups", 1) == 1:
-        found = _in_layer(model, layer, module)
-    else:
-        found = in_head(model, collect_head_features(model, [inputs]))
-    reference = with_identity(model, layer, inputs)
+    in_layer = weighted and getattr(module, "groups", 1) == 1
+
+    def folded(network: nn.Module) -> Place:
+        if in_layer:
+            return _in_layer(network, layer, layer_module(network, layer))
+        return in_head(network, collect_head_features(network, [inputs]))
+
+    found = folded(model)
+    # Compared in float32, where no rounding of half precision passes for a difference.
+    wide = in_float32(model)
+    in_wide = found if wide is model else folded(wide)
+    reference = with_identity(wide, layer, inputs)
     as_layer = place_at(reference, layer, inputs)
     compared = False
 
@@ -88,8 +97,8 @@ def place_at(model: nn.Module, layer: str, inputs: Inputs) -> Place:
             ) from None
         if not compared:
             expected = _logits(reference, as_layer.write(removal), inputs)
-            difference = (_logits(model, edit, inputs) - expected).abs().max()
-            if not difference <= ROUNDING * expected.abs().max():
+            found_logits = _logits(wide, in_wide.write(removal), inputs)
+            if not relative_error(found_logits, expected) <= ROUNDING:
                 raise ValueError(
                     f"layer: {layer!r} cannot be {found.kept} exactly, since more than averages "
                     f"and reshapes lies between, or its weights are used elsewhere; {works}"

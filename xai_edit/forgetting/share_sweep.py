@@ -20,11 +20,13 @@ from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, predict
+from xai_edit.core.outputs import relative_error
 from xai_edit.core.text import aligned
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features, head_features
 
 STEPS = 100  # the most shares where nothing can be cached
+ROUNDING = 1e-4  # of the largest logit
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +164,7 @@ def _from_features(
             edited = predict(model, path.sample).cpu().double()
         known = collect_head_features(model, [path.sample])
         expected = known.logits() - change(known.features, half)
-        if not torch.allclose(edited, expected, rtol=0, atol=1e-4 * float(expected.abs().max())):
+        if not relative_error(edited, expected) <= ROUNDING:
             return None
     z, done = head.logits(), 0
 

@@ -16,6 +16,7 @@ from zennit.core import BasicHook, Composite, Hook
 from zennit.layer import Sum
 
 from xai_edit.core.layers import first_tensor
+from xai_edit.core.outputs import relative_error
 from xai_edit.core.trace import Operation, Trace, operation_name
 from xai_edit.lrp.accelerated import ruled_as_a_whole, stabilizer_of
 from xai_edit.lrp.composed_rules import RULES
@@ -193,6 +194,12 @@ def same_values(plain: Tensor, canonized: Tensor, tolerance: float) -> bool:
     """Return whether values are the same with and without canonizers, to a share of the largest."""
     allowed = tolerance * plain.abs().max() + torch.finfo(plain.dtype).eps
     return bool((canonized - plain).abs().max() <= allowed)
+
+
+def same_logits(plain: Tensor, canonized: Tensor) -> bool:
+    """Return whether logits are the same with and without canonizers, to a share of the largest."""
+    rounded = (canonized - plain).abs().max() <= torch.finfo(plain.dtype).eps
+    return bool(rounded) or relative_error(canonized, plain) <= SAME_LOGITS
 
 
 def refuse_difference(

@@ -20,6 +20,7 @@ from xai_edit.core.outputs import one_logit, outputs_of
 from xai_edit.core.precision import half_dtype, in_float32
 from xai_edit.core.targets import Target, Targets, targets_of, weights_of
 from xai_edit.core.trace import Operation, trace
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.lrp.canonizers import is_lrp, rules_of
 from xai_edit.lrp.diagnosis import Diagnosis, of_the_forward_pass, of_the_weights
 from xai_edit.lrp.lrp import LRP
@@ -107,7 +108,7 @@ def check_lrp(
         If a layer is unknown, weights are not finite or the model does not take the inputs.
     """
     scorer = composite if isinstance(composite, LRP) else LRP(composite)
-    inputs = as_inputs(inputs, "inputs")
+    inputs, model = as_inputs(inputs, "inputs"), unwrapped(model)
     names = resolve_layers(model, layers)
     require_finite(model)
     for values in input_tensors(inputs).values():

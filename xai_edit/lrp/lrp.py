@@ -27,13 +27,12 @@ from xai_edit.core.trace import Trace, trace
 from xai_edit.lrp import presets as rules
 from xai_edit.lrp.accelerated import DirectHook, accelerated, direct
 from xai_edit.lrp.canonizers import (
-    SAME_LOGITS,
     along_the_data,
     canonized,
     choose_canonizers,
     refuse_difference,
     rules_of,
-    same_values,
+    same_logits,
     unmerged_norms,
     with_own_rules,
 )
@@ -346,11 +345,11 @@ class _Ready:
         self.plain = None
         got = logits[:1].detach()
         # A batch norm may use the statistics of the batch.
-        if not same_values(plain, got, SAME_LOGITS):
+        if not same_logits(plain, got):
             leaves, self.gather.leaves = self.gather.leaves, {}
             got = outputs_of(run(self.model, differentiable(self.sample)), self.sample).detach()
             self.gather.leaves = leaves
-        if same_values(plain, got, SAME_LOGITS):
+        if same_logits(plain, got):
             if self.analysis is not None and self.form is not None:
                 self.analysis.verified.add(self.form)
             return

@@ -26,6 +26,7 @@ from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, TRANSPOSED, first_tensor, predict, resolve_layers
 from xai_edit.core.precision import in_float32
 from xai_edit.core.trace import trace
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.lrp.canonizers import canonized, choose_canonizers
 
 KIND = "xai_edit.patterns"
@@ -120,7 +121,7 @@ def fit_patterns(
     a, and a is w / wᵀw, or zero for a neuron without weights. Memory does not depend on the number
     of samples: four float64 sums for each weight.
     """
-    model = in_float32(model)
+    model = in_float32(unwrapped(model))
     names, modules = resolve_layers(model, layers), dict(model.named_modules())
     for name in names:
         require_weight(name, modules.get(name))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xai_edit.core.errors import out_of_memory
+from xai_edit.core.outputs import relative_error
 
 SAME_IN_DOUBLE = 1e-5
 """Tolerance for float64 logits under canonizers, as a share of the largest."""
@@ -40,10 +41,9 @@ def rounding(
         if out_of_memory(problem):
             raise
         return None
-    largest = exact.abs().max()
-    if not (again - exact).abs().max() <= SAME_IN_DOUBLE * largest:
+    if not relative_error(again, exact) <= SAME_IN_DOUBLE:
         return None
-    return float(max((one - exact).abs().max() for one in (plain, canonized)) / largest)
+    return max(relative_error(one.to(exact), exact) for one in (plain, canonized))
 
 
 def report_rounding(error: float) -> None:

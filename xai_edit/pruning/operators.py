@@ -30,6 +30,7 @@ from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, resolve_layers
 from xai_edit.core.targets import Target, describe_target
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.lrp.lrp import LRP, Scorer, describe
 from xai_edit.pruning.coupled_channels import Coupling, coupling
@@ -118,7 +119,7 @@ class RelevancePruning:
             that only make a gate (``gates``): without relevance they are not ranked, and lose units
             only with the layer that they gate; with ``against`` the number of its samples.
         """
-        plan = _Plan(self, model, data, target, fine_tune, checkpoint)
+        plan = _Plan(self, unwrapped(model), data, target, fine_tune, checkpoint)
         if against is None:
             return plan.edit(lambda network, step: plan.scores(network))
         if self.steps > 1:
@@ -212,6 +213,7 @@ class ConceptAwarePruning:
             The labelled samples of the features, in the same order, on whose groups
             ``ablate="auto"`` tries each ablation.
         """
+        model = unwrapped(model)
         resolve_layers(model, [self.layer])
         search = not isinstance(self.subspaces, Subspaces) or self.ablate == "auto"
         if search and features is None:

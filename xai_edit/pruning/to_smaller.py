@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +13,8 @@ from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied
 from xai_edit.core.inputs import Inputs, as_inputs
 from xai_edit.core.layers import TRANSPOSED, WEIGHTED, predict, run
+from xai_edit.core.outputs import relative_error
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pruning.coupled_channels import ChannelGroup, Coupling, coupling
 
@@ -21,7 +22,7 @@ TOLERANCE = 1e-5  # of the largest logit, by which logits may differ
 
 
 def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) -> nn.Module:
-    """Return a copy of a model without the units that are switched off.
+    """Return a copy of a model without the units that are switched off, of that inside a wrapper.
 
     A unit is switched off when its weights and biases in all layers that share it and the scale and
     shift of its norms are zero. One unit of each group stays, and with a warning those that an
@@ -39,6 +40,7 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) 
     example_input : Tensor, shape (samples, ...), or several
         Inputs to trace the network with and to compare outputs on.
     """
+    model = unwrapped(model)
     inputs = as_inputs(example_input, "example_input").to(model_device(model))
     with torch.inference_mode(False):
         masked = copied(model)
@@ -218,12 +220,9 @@ def _require_same_outputs(masked: nn.Module, smaller: nn.Module, inputs: Inputs)
                 f"model: without the units the network cannot be run ({problem}); does its "
                 "forward pass rely on a number of channels?"
             ) from problem
-    largest = expected.abs().max().item()
-    same = found.shape == expected.shape
-    difference = (found - expected).abs().max().item() if same else math.inf
-    if not difference <= TOLERANCE * largest:
+    error = relative_error(found, expected)
+    if not error <= TOLERANCE:
         raise ValueError(
-            f"model: without the units its logits differ by {difference:.3g} from the masked "
-            f"network's, the largest of which is {largest:.3g}; does its forward pass rely on a "
-            "number of channels?"
+            f"model: without the units its logits differ by {error:.3g} of the largest from the "
+            "masked network's; does its forward pass rely on a number of channels?"
         )

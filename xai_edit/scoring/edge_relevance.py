@@ -20,6 +20,7 @@ from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.layers import WEIGHTED, first_tensor, resolve_layers
 from xai_edit.core.precision import in_float32, precision_origin
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.lrp.accelerated import twin
 from xai_edit.lrp.canonizers import rules_of
 from xai_edit.lrp.lrp import LRP
@@ -73,7 +74,7 @@ def edge_relevance(
     all convolution and linear layers when left out; ``data`` and ``target`` as for `score_units`.
     """
     require_type(scorer, LRP, "scorer", "edge relevance needs a rule, so an xai_edit.LRP")
-    target = checked_target(target)
+    target, model = checked_target(target), unwrapped(model)
     names = resolve_layers(model, layers)
     require_finite(model)
     precision = precision_origin(model)

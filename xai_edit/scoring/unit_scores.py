@@ -34,6 +34,7 @@ from xai_edit.core.targets import (
     targets_of,
 )
 from xai_edit.core.trace import Trace
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.lrp.lrp import LRP, Scorer, describe
 from xai_edit.scoring.captum_layer import CaptumLayer
 from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
@@ -215,8 +216,9 @@ def score_units(
     scorer : callable
         `LRP`, `CaptumLayer`, `Taylor`, `Activation`, `WeightMagnitude`, `Random` or your own.
     layers : sequence of str, optional
-        Module names; ``"fc:input"`` names the inputs of ``fc``. All convolution and linear layers
-        between the data and the output when left out.
+        Module names, of a wrapped model, such as a compiled one, those of the model inside;
+        ``"fc:input"`` names the inputs of ``fc``. All convolution and linear layers between the
+        data and the output when left out.
     target : int, "label", "predicted" or callable
         The output that is explained; see `xai_edit.core.targets.Target`.
     aggregate : {"sum", "mean", "abs", "positive"}
@@ -254,6 +256,7 @@ def score_units(
             "method as xai_edit.CaptumLayer(LayerConductance), or give a function"
         )
     one_of(aggregate, AGGREGATES, "aggregate")
+    model = unwrapped(model)
     names = resolve_layers(model, layers)
     require_finite(model)
     origin: dict[str, Any] = {"scorer": describe(scorer), "target": describe_target(target)}
