@@ -188,6 +188,7 @@ def pruned(summary, axes):
 ALONE = "ablation alone: contrastive PCA"
 FIGURES = {
     "fcr-multi": several_classes,
+    "fcr-multi-100": several_classes,
     "fcr-parity": digits_by_rate,
     "fcr-colored": groups_by_rate,
     **dict.fromkeys(("cnp-cifar10", "cnp-cifar10-ships", "cnp-cifar10-resnet20"), pruned),
