@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from xai_edit import LRP
+from xai_edit import LRP, FunctionalCanonizer
 
 WIDTH, HEADS, TOKENS = 12, 3, 5
 
@@ -190,3 +190,19 @@ def test_attention_that_drops_out_in_evaluation_is_refused():
 
     with pytest.raises(ValueError, match="drops out in evaluation mode"):
         LRP().heatmap(Drops(""), torch.randn(2, 5, 4), torch.tensor([0, 1]))
+
+
+def test_the_forward_pass_keeps_no_shares_of_attention():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    model, kept = Attention(), []
+    x = torch.randn(1, 2, 40, 4, requires_grad=True)
+    [canonizer] = FunctionalCanonizer().apply(model)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda one: kept.append(one.numel()) or one, lambda one: one
+    ):
+        model(x)
+    canonizer.remove()
+    assert max(kept) == x.numel()  # of 2 · 40 · 40 shares

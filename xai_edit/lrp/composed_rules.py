@@ -19,7 +19,7 @@ from xai_edit.lrp.operation_rules import (
     softmax_rule,
     sum_rule,
 )
-from xai_edit.lrp.propagation import Arguments, Named, Operator, Rule, in_graph
+from xai_edit.lrp.propagation import Arguments, Named, Operator, Rule, in_graph, of_data, recomputed
 from xai_edit.lrp.relevance_at_layers import is_gate, mark_gate
 from xai_edit.lrp.writing_rules import WRITING
 
@@ -158,16 +158,26 @@ def _attention(
     scale: float | None,
     stabilizer: Operator,
 ) -> Tensor:
-    """softmax(QKᵀ / √d + mask) V, each operation by its rule."""
+    """softmax(QKᵀ / √d + mask) V, each operation by its rule.
+
+    The scores and shares of attention, of (queries, keys) a head, are not kept for that.
+    """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = _ruled(multilinear_rule, torch.matmul, (query, key.transpose(-2, -1)), stabilizer)
-    logits = _ruled(pass_rule, torch.mul, (logits, scale), stabilizer)
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, -math.inf)
-    elif mask is not None:
-        logits = _ruled(sum_rule, torch.add, (logits, mask), stabilizer)
-    shares = _ruled(softmax_rule, torch.softmax, (logits, -1), stabilizer)
-    return _ruled(multilinear_rule, torch.matmul, (shares, value), stabilizer)
+
+    def by_rules(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        logits = _ruled(multilinear_rule, torch.matmul, (query, key.transpose(-2, -1)), stabilizer)
+        logits = _ruled(pass_rule, torch.mul, (logits, scale), stabilizer)
+        if mask is not None and mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, -math.inf)
+        elif mask is not None:
+            logits = _ruled(sum_rule, torch.add, (logits, mask), stabilizer)
+        shares = _ruled(softmax_rule, torch.softmax, (logits, -1), stabilizer)
+        return _ruled(multilinear_rule, torch.matmul, (shares, value), stabilizer)
+
+    args = query, key, value, mask
+    ruled, operands = of_data(by_rules, args)
+    function, _ = of_data(partial(nn.functional.scaled_dot_product_attention, scale=scale), args)
+    return recomputed(function, ruled, *operands)
 
 
 def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator) -> Tensor:

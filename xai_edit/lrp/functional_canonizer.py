@@ -24,7 +24,7 @@ from xai_edit.lrp.composed_rules import RULES
 from xai_edit.lrp.computed_weights import runs_as_pytorch, with_forward
 from xai_edit.lrp.operation_rules import AVERAGES, is_in_place
 from xai_edit.lrp.propagation import Operator, in_graph
-from xai_edit.lrp.relevance_at_layers import RULED, is_gate, mark_gate
+from xai_edit.lrp.relevance_at_layers import RULED, beside_modes, is_gate, mark_gate
 from xai_edit.lrp.writing_rules import assigned
 
 
@@ -191,7 +191,7 @@ class _Rules(TorchFunctionMode):
             return func(*args, **named)
         if "other" in named:
             args = (*args, named.pop("other"))
-        rule = RULES[name]
+        rule = beside_modes(RULES[name])  # what it runs is reported as one operation
         if not is_in_place(func, args, named):
             return rule(func, args, named, self.stabilizer)
         target, *others = args

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xai_edit.core.trace import operation_name
@@ -35,8 +36,25 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    dims = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
-    return _affine(_normed(x, range(-dims, 0), eps), weight, bias)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    normed: Tensor = _LayerNorm.apply(x, shape, weight, bias, eps)
+    return normed
+
+
+class _LayerNorm(torch.autograd.Function):
+    """PyTorch's kernel, which is one operation instead of eight, with a constant deviation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> Tensor:
+        output, _, over_deviation = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.weight, ctx.over_deviation, ctx.dims = weight, over_deviation, range(-len(shape), 0)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = gradient[0] if ctx.weight is None else gradient[0] * ctx.weight
+        centred = scaled - scaled.mean([*ctx.dims], keepdim=True)
+        return centred * ctx.over_deviation, None, None, None, None
 
 
 def _group_norm(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import compress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from xai_edit.lrp.propagation import (
     Operator,
     Rule,
     in_graph,
+    of_data,
     proportional,
     softmax,
     split,
@@ -87,15 +88,8 @@ def multilinear_rule(
     function: Operator, args: Arguments, named: Named, stabilizer: Operator
 ) -> Tensor:
     """Share R among the factors equally, within a factor in proportion (AttnLRP, Eq. 15)."""
-    varies = [in_graph(value) for value in args]
-    factors = [*compress(args, varies)]
-
-    def of_factors(*factors: Tensor) -> Tensor:
-        rest = iter(factors)
-        operands = (next(rest) if x_varies else x for x, x_varies in zip(args, varies, strict=True))
-        return function(*operands, **named)
-
-    return proportional(of_factors, stabilizer, len(factors), *factors)
+    product, factors = of_data(partial(function, **named), args)
+    return proportional(product, stabilizer, len(factors), *factors)
 
 
 def einsum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:
@@ -147,13 +141,12 @@ def sum_rule(function: Operator, args: Arguments, named: Named, stabilizer: Oper
     if any(not isinstance(value, Tensor) and value == 0 for value in (a, b)):  # as `sum` begins
         return pass_rule(function, args, named, stabilizer)
     factor = named.get("alpha", 1) * (-1 if operation_name(function) in ("sub", "rsub") else 1)
-    summands = [value for value in (a, b) if in_graph(value)]
 
-    def added(*values: Tensor) -> Tensor:
-        x, y = values if len(values) == 2 else ((values[0], b) if in_graph(a) else (a, values[0]))
-        return x + y if factor == 1 else x + factor * y
+    def added(a: Any, b: Any) -> Any:
+        return a + b if factor == 1 else a + factor * b
 
-    return proportional(added, stabilizer, 1, *summands)
+    function, summands = of_data(added, (a, b))
+    return proportional(function, stabilizer, 1, *summands)
 
 
 def product_rule(function: Operator, args: Arguments, named: Named, stabilizer: Operator) -> Tensor:

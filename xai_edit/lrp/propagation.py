@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,19 @@ Rule: TypeAlias = Callable[[Operator, Arguments, Named, Operator], Tensor]
 def in_graph(value: Any) -> bool:
     """Return whether a value depends on the data; parameters are constants."""
     return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
+
+
+def of_data(function: Operator, args: Arguments) -> tuple[Operator, list[Tensor]]:
+    """Return a function of those arguments alone that depend on the data, and these arguments."""
+    varies = [in_graph(value) for value in args]
+    constants = [None if one_varies else one for one, one_varies in zip(args, varies, strict=True)]
+
+    def of_operands(*operands: Tensor) -> Tensor:
+        rest = iter(operands)
+        pairs = zip(constants, varies, strict=True)
+        return function(*(next(rest) if one_varies else one for one, one_varies in pairs))
+
+    return of_operands, [*compress(args, varies)]
 
 
 def adds_a_constant(stabilizer: Any) -> bool:
@@ -98,6 +112,24 @@ def _with_graph(function: Operator, operands: Arguments) -> tuple[list[Tensor], 
         return local, function(*local)
 
 
+class _Recomputed(torch.autograd.Function):
+    """f(x₁, x₂, …), whose operations run by their rules only when relevance comes back to it.
+
+    So none of the values inside it is kept until then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Operator, ruled: Operator, *operands: Tensor) -> Tensor:
+        ctx.ruled = ruled
+        ctx.save_for_backward(*operands)
+        return function(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
+        local, output = _with_graph(ctx.ruled, ctx.saved_tensors)
+        return (None, None, *torch.autograd.grad(output, local, relevance))
+
+
 class _Softmax(torch.autograd.Function):
     """s = softmax(x), with relevance x ⊙ (R − s Σ R)."""
 
@@ -138,4 +170,5 @@ class _WithoutRelevance(torch.autograd.Function):
 split: Operator = _Split.apply
 without_relevance: Operator = _WithoutRelevance.apply
 proportional: Operator = _Proportional.apply
+recomputed: Operator = _Recomputed.apply
 softmax: Operator = _Softmax.apply

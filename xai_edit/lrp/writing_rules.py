@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import compress
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from xai_edit.lrp.propagation import (
     Operator,
     Rule,
     in_graph,
+    of_data,
     proportional,
     without_relevance,
 )
@@ -52,14 +52,8 @@ def writing_rule(function: Operator, args: Arguments, named: Named, stabilizer: 
         how = named.get("reduce", args[4] if len(args) > 4 else None)
         name = f"{operation_name(function)!r} with reduce={how!r} ({source_line()})"
         return without_relevance(once, next(filter(in_graph, values)), name)
-    varies = [in_graph(one) for one in values]
-
-    def of_data(*data: Tensor) -> Tensor:
-        rest = iter(data)
-        pairs = zip(values, varies, strict=True)
-        return written(*(next(rest) if one_varies else one for one, one_varies in pairs))
-
-    return proportional(of_data, stabilizer, 1, *compress(values, varies))
+    added, summands = of_data(written, tuple(values))
+    return proportional(added, stabilizer, 1, *summands)
 
 
 def _overwrites(function: Operator, args: Arguments, named: Named) -> bool:
