@@ -109,10 +109,11 @@ def search_class(
         found[layer] = candidates(by_part[layer], parts[layer])
         # Of a target explained on all samples none are left to compare a direction with.
         if method == "relevance" and marked is None and one.predicted:
-            # In its own samples a direction that all have is near the mean: what lacks it would
-            # deviate the most.
-            vectors, mean = each.vectors * (samples - judging), search.mean_without(target, layer)
-            found[layer] += relevant_directions(each.cross[0], mean, vectors)
+            # A mark in one place differs from the mean of the class. What nearly all samples have
+            # is near that mean, and differs from the mean of the others.
+            vectors = each.vectors * (samples - judging)
+            for mean in (by_part[layer][0].mean, search.mean_without(target, layer)):
+                found[layer] += relevant_directions(each.cross[0], mean, vectors)
     judged = torch.cat([one.rows[~one.fit], search.pool]).unique()
     of_class = torch.isin(judged, one.rows)
     leading = {
