@@ -200,6 +200,12 @@ def functions():
                 yield name, function
 
 
+WRONG_ARGUMENTS = (
+    *(TypeError, RuntimeError, ValueError, IndexError, AssertionError, AttributeError),
+    ZeroDivisionError,
+)
+
+
 def runs(model, x):
     """Whether the operation takes such arguments, and its output depends on the input."""
     try:
@@ -207,7 +213,7 @@ def runs(model, x):
             warnings.simplefilter("ignore")
             output = model(x.clone().requires_grad_())
             return bool(output.any() and output.isfinite().all())
-    except (TypeError, RuntimeError, ValueError, IndexError, AssertionError, AttributeError):
+    except WRONG_ARGUMENTS:
         return False
 
 
