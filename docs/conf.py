@@ -30,6 +30,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"xai_edit {release}"
+html_use_index = False  # pages of the reference and the search list every name
 exclude_patterns = ["_build", "_tables"]
 default_role = "code"
 templates_path = ["_templates"]
