@@ -62,8 +62,11 @@ examples: $(INSTALLED)
 	for example in examples/[!_]*.py examples/benchmarks/[!_]*.py; do $(BIN)/python $$example --quick || exit 1; done
 
 # What docs/speed.md shows; they need XAI_EDIT_DATA and write the committed figures anew.
+# With DEVICE=cuda, images a second and peak memory of scoring on that device alone.
+DEVICE ?= cpu
 benchmarks: $(INSTALLED)
-	for pair in scoring networks selection drsa pruning:smaller unlearning:unlearning-cost scaling; do \
+	$(BIN)/python examples/benchmarks/throughput.py --device $(DEVICE) --out docs/results/throughput-$(DEVICE).json
+	[ $(DEVICE) != cpu ] || for pair in scoring networks selection drsa pruning:smaller unlearning:unlearning-cost scaling; do \
 		OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/benchmarks/$${pair%:*}.py \
 			--out docs/results/$${pair#*:}.json || exit 1; \
 	done

@@ -81,6 +81,7 @@ def write_tables(_app):
         write(name, markdown(speed_table(read(name))))
     write("speed", markdown(speed_summary()))
     write("speed-networks", markdown(networks_table(read("networks"))))
+    write("throughput", markdown(throughput_table(read("throughput-cpu"))))
     write("speed-drsa", markdown(drsa_table(read("drsa"))))
     write("scaling", markdown(scaling_table(read("scaling"))))
     scaling_figure(read("scaling")).savefig(HERE / "_tables" / "scaling.svg")
@@ -253,6 +254,21 @@ def networks_table(results):
             rows.append([name, rule, *cells, "" if far is None else f"{far:.0e}"])
     head = ["network", "rule", "first batch", "later batches", "peak memory", "Zennit", "LXT"]
     return [[*head, "difference from LXT"], *rows]
+
+
+def throughput_table(results):
+    """Return images a second by network, rule and what attributes."""
+    told = results["networks"]
+    methods = [*dict.fromkeys(method for each in told.values() for method in each)]
+    rows = [
+        [name, *(_rate(each[method]) if method in each else "" for method in methods)]
+        for name, each in told.items()
+    ]
+    return [["images a second", *methods], *rows]
+
+
+def _rate(one):
+    return one["refused"] if "refused" in one else f"{one['images a second']:.2f}"
 
 
 def drsa_table(results):

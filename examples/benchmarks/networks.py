@@ -127,9 +127,8 @@ def seconds(task) -> float:
 # %% LXT, in a process of its own
 
 
-def lxt_process(pipe, name: str, samples: int) -> None:
-    """Patch the classes, send logits and relevance of the input, then run whenever asked to."""
-    torch.set_num_threads(1)
+def patched_by_lxt(name: str) -> None:
+    """Replace the methods of transformers' classes by LXT's, in this process."""
     from lxt.efficient import monkey_patch, patches
     from transformers.activations import GELUActivation
     from transformers.models.bert import modeling_bert
@@ -143,6 +142,12 @@ def lxt_process(pipe, name: str, samples: int) -> None:
         of_norms = partial(patch, patches.layer_norm_forward)
         of_all = {modeling_vit: patches.patch_attention, nn.LayerNorm: of_norms}
         monkey_patch(modeling_vit, {**of_all, GELUActivation: of_activations})
+
+
+def lxt_process(pipe, name: str, samples: int) -> None:
+    """Patch the classes, send logits and relevance of the input, then run whenever asked to."""
+    torch.set_num_threads(1)
+    patched_by_lxt(name)
     model, given = network(name), batch(name, samples)
     pipe.send(relevance_by_lxt(model.double(), given))
     model.float()
