@@ -100,7 +100,8 @@ class CorrectedPairPruning(PairPruning):
         for name, operator in _operators(context, subspaces).items():
             images: dict[str, Any] = {"data": context.references(clean=name == CLEAN)}
             if name == R_DIFF:
-                images["against"] = data[has.nonzero()[:REFERENCES, 0]]
+                against = some[has.nonzero()[:REFERENCES, 0]]
+                images["against"] = without_attribute(context.train[against])
             for share in SHARES:
                 ways: dict[str, Any] = {name: None}
                 if share == CORRECTED:
