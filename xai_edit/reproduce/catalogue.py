@@ -159,6 +159,11 @@ CARTONS: dict[str, Any] = {
 CNP = "concept-aware pruning"
 PRUNING = (  # Concept-aware network pruning
     PairPruning(name="cnp-cifar10", title=f"{CNP}: CIFAR-10, trucks with a planted mark", **TRUCKS),
+    PairPruning(
+        name="cnp-checkerboard",
+        title=f"{CNP}: CIFAR-10, dogs with another mark",
+        **TRUCKS | {"classes": (3, 5), "pattern": "checkerboard"},
+    ),
     TunedPairPruning(
         name="cnp-fine-tuned", title=f"{CNP}: the same in steps, with fine-tuning", **TRUCKS
     ),

@@ -13,6 +13,7 @@ from torch import nn
 from torch_pruning import importance
 
 from xai_edit.concepts.ablation import with_ablation
+from xai_edit.concepts.choose import choose_spurious
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.drsa import DRSA
 from xai_edit.concepts.features import Features
@@ -79,6 +80,18 @@ class Context:
         if finder not in self.finders:
             self.finders[finder] = FINDERS[finder](self)
         return self.finders[finder]
+
+    def chosen(self, finder: str) -> Found:
+        """Return the subspaces, and as many of their directions as `choose_spurious` takes.
+
+        ValueError if it takes none.
+        """
+        subspaces, _ = self.found(finder)
+        layer = self.layer
+        choice = choose_spurious(self.model, self.planning, subspaces, self.features, layer=layer)
+        if not choice.indices:
+            raise ValueError(choice.reason)
+        return choice.subspaces, [*choice.indices]
 
     def measured(
         self, method: str, share: float | None = None, network: nn.Module | None = None
@@ -158,11 +171,13 @@ def _plain(
     return None, operator, images
 
 
-def _aware(finder: str, context: Context, *, clean: bool = False) -> Made:
-    found = context.found(finder)
+def _aware(
+    finder: str, context: Context, *, clean: bool = False, chosen: bool = False, **criterion: Any
+) -> Made:
+    found = context.chosen(finder) if chosen else context.found(finder)
 
     def operator(share: float) -> ConceptAwarePruning:
-        return ConceptAwarePruning(context.layer, *found, share, LRP_PRUNING)
+        return ConceptAwarePruning(context.layer, *found, share, LRP_PRUNING, **criterion)
 
     return found, operator, {"data": context.references(clean=clean)}
 
@@ -187,6 +202,10 @@ METHODS: dict[str, Callable[[Context], Made]] = {
     **{name: partial(_plain, scorer) for name, scorer in SCORERS.items() if name != "LRP"},
     **{f"CNP: {finder}": partial(_aware, finder) for finder in FINDERS},
     "CNP, clean references: paired differences": partial(_aware, "paired differences", clean=True),
+    "CNP, penalized: contrastive PCA": partial(_aware, "contrastive PCA", criterion="penalized"),
+    "CNP, penalized, chosen directions: contrastive PCA": partial(
+        _aware, "contrastive PCA", chosen=True, criterion="penalized"
+    ),
 }
 
 
