@@ -142,7 +142,7 @@ def seconds(task, rounds: int) -> float:
 def figures(name: str, model: nn.Module, scored: ImageSet, held: ImageSet, rounds: int) -> dict:
     layer = NETWORKS[name][2]
     trucks = [(x[y == TRUCK], y[y == TRUCK]) for x, y, *_ in scored if (y == TRUCK).any()]
-    scorers = {**{rule: xe.LRP(rule) for rule in RULES}, "random": xe.Random()}
+    scorers = {**{rule: xe.LRP(rule, initial="one") for rule in RULES}, "random": xe.Random()}
     curves = {"deletion": SHARES, "held_out": [(x, y) for x, y, *_ in held]}
     compared = compare_scorers(model, trucks, scorers, layers=[layer], target=TRUCK, **curves)
     own = held[held.labels == TRUCK]
@@ -157,7 +157,7 @@ def figures(name: str, model: nn.Module, scored: ImageSet, held: ImageSet, round
 
     plain, told = seconds(a_pass, rounds), {}
     for number, rule in enumerate(RULES):
-        scorer = xe.LRP(rule)
+        scorer = xe.LRP(rule, initial="one")
         maps = scorer.heatmap(model, inputs, targets)
         again = {k: scorer.heatmap(other, inputs, targets) for k, other in others.items()}
         cost = seconds(lambda one=scorer: one.heatmap(model, inputs, targets), rounds)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,10 +31,10 @@ def closed_form(width: int, side: int) -> tuple[int, int]:
     return weights + linear, weights * side**2 + pooled + linear
 
 
-def test_counts_are_those_of_the_closed_form() -> None:
-    sizes = compare_sizes(
-        convolutions(8), convolutions(4), example_input=torch.randn(5, 3, 6, 6), rounds=1
-    )
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])
+def test_counts_are_those_of_the_closed_form(given: Callable[[Tensor], Any]) -> None:
+    inputs = given(torch.randn(5, 3, 6, 6))
+    sizes = compare_sizes(convolutions(8), convolutions(4), example_input=inputs, rounds=1)
     for size, width in ((sizes.before, 8), (sizes.after, 4)):
         assert (size.parameters, size.operations) == closed_form(width, 6)
     assert sizes.ratios["parameters"] == closed_form(4, 6)[0] / closed_form(8, 6)[0]

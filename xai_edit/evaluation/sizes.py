@@ -6,13 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xai_edit.core.checks import whole_number
 from xai_edit.core.data import model_device
 from xai_edit.core.guard import copied, preserved
+from xai_edit.core.inputs import Inputs, ModelInputs, as_inputs
 from xai_edit.core.layers import run
 from xai_edit.core.text import aligned
 
@@ -66,12 +68,13 @@ class SizeComparison:
 
 
 def compare_sizes(
-    before: nn.Module, after: nn.Module, example_input: Tensor, *, rounds: int = 30
+    before: nn.Module, after: nn.Module, example_input: Any, *, rounds: int = 30
 ) -> SizeComparison:
     """Count and time two networks, such as a pruned one and what `xai_edit.to_smaller` returns.
 
     The two are timed alternately, so that other work of the machine affects both alike: ``rounds``
-    times each, after three passes of warm-up, on ``example_input``, shape (samples, ...).
+    times each, after three passes of warm-up, on ``example_input``: a tensor of shape
+    (samples, ...), a tuple of tensors, or a mapping of them by the names of the model's arguments.
     ValueError if it does not fit, or the networks are on different devices.
     """
     rounds = whole_number(rounds, "rounds", least=1)
@@ -80,7 +83,7 @@ def compare_sizes(
         raise ValueError(
             f"after: the network is on {model_device(after)}, before is on {device}; move one"
         )
-    inputs = example_input.detach().to(device)
+    inputs = as_inputs(example_input, "example_input").detach().to(device)
     with preserved(before), preserved(after), torch.no_grad():
         seconds = [
             [_timed(network, inputs) for network in (before, after)]
@@ -91,16 +94,19 @@ def compare_sizes(
     return SizeComparison(*sizes, len(inputs), rounds, torch.get_num_threads(), str(device))
 
 
-def _size(network: nn.Module, inputs: Tensor, seconds: Sequence[float]) -> Size:
+def _size(network: nn.Module, inputs: Inputs, seconds: Sequence[float]) -> Size:
     import torch_pruning  # slow to import
 
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    operations, _ = torch_pruning.utils.count_ops_and_params(copied(network), inputs[:1])
+    first: Any = inputs[:1]
+    if isinstance(first, ModelInputs):  # as Torch-Pruning takes them
+        first = dict(first.named) or first.positional
+    operations, _ = torch_pruning.utils.count_ops_and_params(copied(network), first)
     return Size(parameters, round(operations), median(seconds))
 
 
-def _timed(network: nn.Module, inputs: Tensor) -> float:
-    wait = torch.cuda.synchronize if inputs.is_cuda else lambda device: None
+def _timed(network: nn.Module, inputs: Inputs) -> float:
+    wait = torch.cuda.synchronize if inputs.device.type == "cuda" else lambda device: None
     wait(inputs.device)
     start = time.perf_counter()
     run(network, inputs)
