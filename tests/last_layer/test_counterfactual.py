@@ -158,6 +158,17 @@ def test_the_size_is_that_after_which_the_worst_held_out_group_is_best():
     assert tried["2"]["effect"] == pytest.approx(expected)
 
 
+def test_few_images_taken_to_have_the_feature_do_not_choose_the_size():
+    model, x, y, has = biased()
+    mistaken = np.flatnonzero((y == 0) & (has == 0))[:6]
+    x[mistaken, 0], has[mistaken] = 2, 1  # of class 0 by what they lack, the mark
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    both = Subspaces(torch.eye(3).double()[:, [2, 1]], (2,), torch.zeros(3).double())
+    edit = CounterfactualRetraining("0", both).plan(model, data)
+    assert edit.origin["size"] == 2
+    assert edit.origin["held_out"]["real"]["after"]["images"] >= 10
+
+
 def test_held_out_figures_are_those_of_a_head_fitted_on_the_other_half():
     model, x, y, has = biased()
     mark = np.array([0.0, 1.0, 0.0])

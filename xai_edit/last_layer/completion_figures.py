@@ -67,9 +67,8 @@ def not_credible(found: dict[str, Any], held: dict[str, Any]) -> str | None:
             f"{shares['with']:.0%} of real images with it are, and {shares['without']:.0%} of "
             f"those without; retraining may gain little, {advice}"
         )
-    after = held["real"]["after"]
-    real, completed = after["worst"], held["completed"]["after"]["worst"]
-    if after["images"] >= ENOUGH and completed - real > APART:  # none have None
+    real, completed = (held[name]["after"]["worst"] for name in ("real", "completed"))
+    if real is not None and completed - real > APART:
         return (
             "completed images are not like real ones: of held-out images, the retrained last layer "
             f"gets {real:.0%} of the worst real group right and {completed:.0%} of the worst "
@@ -88,9 +87,10 @@ def held_out(
     """Return accuracies on half of the images, before and after retraining on the other half.
 
     Retraining is on ``versions`` without and with the feature. Of the worst group and balanced over
-    groups (class × feature): of images as they are, where groups without images do not count, and
-    of the ``judged`` versions; ``images`` are those of the worst group.
-    None where the halves hold too few images to retrain and judge.
+    groups (class × feature): of images as they are, where groups of fewer than ten held-out images
+    do not count, such as those of images taken to have the feature by mistake, and of the
+    ``judged`` versions; ``images`` are those of the worst group. None where no group counts, or
+    too few images are left to retrain on.
     """
     y, has, x = _columns(head)
     fit, held = halves(y * 2 + has, np.random.default_rng([seed, 4]))
@@ -102,13 +102,10 @@ def held_out(
         new = (*standardised_regression(features, np.tile(y[fit], 2), C), classes)
     completed = np.concatenate([one[held] for one in judged])
     twice = np.tile(y[held], 2), np.repeat([0, 1], len(held))
-    sets = {"real": (x[held], y[held], has[held]), "completed": (completed, *twice)}
+    sets = {"real": (x[held], y[held], has[held], ENOUGH), "completed": (completed, *twice, 1)}
     return {
-        name: {
-            when: _accuracies(model, features, labels, kinds)
-            for when, model in (("before", old), ("after", new))
-        }
-        for name, (features, labels, kinds) in sets.items()
+        name: {when: _accuracies(model, *one) for when, model in (("before", old), ("after", new))}
+        for name, one in sets.items()
     }
 
 
@@ -118,14 +115,14 @@ def _columns(head: HeadFeatures) -> tuple[Array, Array, Array]:
 
 
 def _accuracies(
-    model: tuple[Array, Array, Array] | None, x: Array, y: Array, has: Array
+    model: tuple[Array, Array, Array] | None, x: Array, y: Array, has: Array, fewest: int
 ) -> dict[str, Any]:
-    if model is None or not len(y):
+    sizes = np.bincount(y * 2 + has)
+    counted = sizes >= fewest
+    if model is None or not counted.any():
         return {"worst": None, "balanced": None, "images": 0}
     weight, bias, known = model
     right = known[(x @ weight.T + bias).argmax(1)] == y
-    cells = np.unique(y * 2 + has, return_inverse=True)[1].reshape(-1)
-    sizes = np.bincount(cells)
-    each = np.bincount(cells, right) / sizes
+    sizes, each = sizes[counted], np.bincount(y * 2 + has, right)[counted] / sizes[counted]
     worst: dict[str, Any] = {"worst": float(each.min()), "images": int(sizes[each.argmin()])}
     return worst | {"balanced": float(each.mean())}

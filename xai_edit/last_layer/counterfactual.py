@@ -233,10 +233,9 @@ class CounterfactualRetraining:
         for size, versions in versions_of.items():
             held = held_out(head, versions, judged, self.C, self.seed)
             effect = moves[size][row] - np.delete(moves[size], row).mean()
-            figures[size] = {
-                "effect": float(effect),
-                "worst": min(held[name]["after"]["worst"] or 0.0 for name in held),
-            }
+            worst = [each["after"]["worst"] for each in held.values()]
+            known = [one for one in worst if one is not None]
+            figures[size] = {"effect": float(effect), "worst": min(known, default=0.0)}
         return figures
 
     def _completed(
