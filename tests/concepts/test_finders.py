@@ -147,6 +147,9 @@ def test_planted_directions_are_found_although_their_mean_is_zero():
 
 def test_it_maximises_the_difference_of_second_moments_within_classes():
     features, _ = planted(channels=6, size=2)
+    taken = (features.labels == 1) | (features.attribute == 0)
+    taken[(~taken).nonzero()[:2, 0]] = True  # two samples of class 0 have the feature
+    features = features.of(taken)
     finder = ContrastivePCA(3)
     found = finder.fit(features)
     a, sample = features.activations, features.sample
@@ -154,8 +157,11 @@ def test_it_maximises_the_difference_of_second_moments_within_classes():
 
     def contrast(direction):
         energy = (a @ direction).square()
-        means = [energy[(labels == c) & (has == kind)].mean() for c in (0, 1) for kind in (1, 0)]
-        return (means[0] - means[1] + means[2] - means[3]) / 2
+        parts = [[energy[(labels == c) & (has == kind)] for kind in (1, 0)] for c in (0, 1)]
+        # What the inverse variance of a difference of two means is proportional to.
+        weights = [1 / (1 / len(one) + 1 / len(other)) for one, other in parts]
+        each = [one.mean() - other.mean() for one, other in parts]
+        return (weights[0] * each[0] + weights[1] * each[1]) / sum(weights)
 
     for at, direction in enumerate(found.basis.T):
         assert abs(contrast(direction) - finder.contrast_[at]) < 1e-9

@@ -90,9 +90,11 @@ class ContrastivePCA(Described):
 
     The leading eigenvectors of E₁[a aᵀ] − E₀[a aᵀ], the second moments of activations with the
     feature less those without it (Abid et al. 2018, Eq. 2, with α = 1 and uncentred). With labels
-    the difference is the mean over classes, so that a correlation of feature and class does not
-    matter. Suits a feature at few positions, such as a watermark. Fitting sets ``components_``,
-    shape (size, channels), and ``contrast_``, their eigenvalues, shape (size,), descending.
+    the difference is the mean of those within the classes, so that a correlation of feature and
+    class does not matter; of n₁ vectors with the feature and n₀ without it a class has the weight
+    n₁n₀ / (n₁ + n₀), by which few of them, perhaps by mistake, count little. Suits a feature at few
+    positions, such as a watermark. Fitting sets ``components_``, shape (size, channels), and
+    ``contrast_``, their eigenvalues, shape (size,), descending.
 
     Parameters
     ----------
@@ -116,18 +118,19 @@ class ContrastivePCA(Described):
         known = features.labels
         one_class_a_sample(known)
         labels = torch.zeros(len(a)) if known is None else features.by_vector(known)
-        contrasts = []
+        contrast, total = torch.zeros(a.shape[1], a.shape[1], dtype=a.dtype), 0.0
         for label in labels.unique():
             a_1, a_0 = a[(labels == label) & has], a[(labels == label) & ~has]
             if len(a_1) and len(a_0):
-                contrasts.append(a_1.T @ a_1 / len(a_1) - a_0.T @ a_0 / len(a_0))
-        if not contrasts:
+                weight = len(a_1) * len(a_0) / (len(a_1) + len(a_0))
+                contrast += weight * (a_1.T @ a_1 / len(a_1) - a_0.T @ a_0 / len(a_0))
+                total += weight
+        if not total:
             raise ValueError(
                 "features: no class has samples both with and without the feature; add some, or "
                 "leave out the labels"
             )
-        contrast = torch.stack(contrasts).mean(0)
-        return self.fit_moments(contrast, a.mean(0), len(a), **{"with": int(has.sum())})
+        return self.fit_moments(contrast / total, a.mean(0), len(a), **{"with": int(has.sum())})
 
     def fit_moments(self, contrast: Tensor, mean: Tensor, vectors: int, **origin: Any) -> Subspaces:
         """Find the subspace from moments of the vectors: the contrast, E[a], and their number."""
