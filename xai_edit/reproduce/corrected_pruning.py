@@ -27,7 +27,6 @@ from xai_edit.scoring.criteria import Random, Taylor, WeightMagnitude
 SHARES = (0.2, 0.6)
 CORRECTED = 0.6  # the share after which the last layer is retrained too
 TUNED_ON = 800  # training images that the subspace is found in and it is retrained on
-SIZE = 2  # directions that are exchanged
 CLEAN = "LRP, clean references"
 R_DIFF = "LRP, R_diff"
 PLAIN: dict[str, Callable[[int], Scorer]] = {
@@ -92,7 +91,7 @@ class CorrectedPairPruning(PairPruning):
         subspaces = ContrastivePCA(RANK).fit(features)
         with ablated(model, context.layer, subspaces, [0]):
             rows.append(context.measured("ablation alone"))
-        tuning = CounterfactualTuning(data, context.layer, has, size=SIZE, seed=context.seed)
+        tuning = CounterfactualTuning(data, context.layer, has, seed=context.seed)
         network = deepcopy(model)
         with refusals(rows, {"method": "unpruned, corrected"}):
             tuning(network)

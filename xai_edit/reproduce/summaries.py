@@ -277,9 +277,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def compact_json(content: Any) -> str:
-    """Return JSON that fills its lines; an object in a list begins a line."""
+    """Return JSON that fills its lines, of five digits; an object in a list begins a line."""
     lines: list[str] = []
-    for line in json.dumps(content, indent=1, ensure_ascii=False).split("\n"):
+    for line in json.dumps(_short(content), indent=1, ensure_ascii=False).split("\n"):
         part = line.lstrip()
         before = lines[-1] if lines else ""
         gap = "" if before[-1:] in "[{" or part[0] in "]}" else " "
@@ -288,3 +288,11 @@ def compact_json(content: Any) -> str:
         else:
             lines.append(line)
     return "\n".join(lines)
+
+
+def _short(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _short(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_short(value) for value in content]
+    return float(f"{content:.5g}") if isinstance(content, float) else content
