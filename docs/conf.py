@@ -75,6 +75,8 @@ def write_tables(_app):
         parts = [(title, read(result)) for result, title in settings]
         made = (f"{titled(t, compared(r))}\n\nMade by `{r['command']}`." for t, r in parts)
         write(name, "\n\n".join(made))
+    corrected = [path.stem for path in sorted((HERE / "results").glob("cnp-corrected*.json"))]
+    write("cnp-pairs", markdown(pairs_table(list(map(read, corrected)))))
     write("watermark", markdown(watermark_table(read("watermark"))))
     write("discover-watermark", markdown(discovered_table(read("discover-watermark"))))
     for name in ("scoring", "selection", "smaller"):
@@ -113,6 +115,32 @@ def discovered_table(results):
             cells += [f"{one['as_without_before']:.0%}, {one['as_without_after']:.0%}"]
         rows.append(cells + ["–"] * (len(rows[0]) - len(cells)))
     return rows
+
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def pairs_table(results):
+    """Return worst groups after pruning a fifth, and three fifths with a new head, by pair."""
+    parts = [next(iter(each["parts"].values())) for each in results]
+    head = [
+        f"{CIFAR10[each['classes'][0]]}/{CIFAR10[each['classes'][1]]}, {each['pattern']} "
+        f"({part['networks']})"
+        for each, part in zip(results, parts, strict=True)
+    ]
+    worst = [
+        {(row["method"], row["share"]): row["worst"] for row in part["rows"]} for part in parts
+    ]
+    keys = [("unpruned", None), ("ablation alone", None), ("unpruned, corrected", None)]
+    every = dict.fromkeys(key for each in worst for key in each)
+    keys += [key for key in every if key[1] == 0.2]
+    keys += [key for key in every if key[1] == 0.6 and key[0].endswith("corrected")]
+    rows = []
+    for method, share in keys:
+        found = [[v for v in each.get((method, share), []) if v is not None] for each in worst]
+        named = method if share is None else f"{method}, {share:.0%} pruned"
+        rows.append([named, *(f"{mean(one):.3f}" if one else "refused" for one in found)])
+    return [["worst group", *head], *rows]
 
 
 def watermark_table(results):
