@@ -40,13 +40,10 @@ NONE: Strongest = ({}, None)
 def predictions(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the class that the model predicts for each sample, batch by batch."""
     said: list[Tensor] = []
-    hook = model.register_forward_hook(
+    with model.register_forward_hook(
         lambda _, inputs, output: said.append(predicted(outputs_of(output, inputs[0])).cpu())
-    )
-    try:
+    ):
         yield said
-    finally:
-        hook.remove()
 
 
 def shown_images(

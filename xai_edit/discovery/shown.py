@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xai_edit.concepts.collect import require_same_values, values_at
+from xai_edit.concepts.collect import require_same_values
 from xai_edit.concepts.explanations import subspace_maps
 from xai_edit.core.checks import require
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.files import checksum
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, joined, real_positions
-from xai_edit.core.layers import unit_axis_of
+from xai_edit.core.layers import unit_axis_of, values_at
 from xai_edit.core.precision import in_float32
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.findings import Finding, Findings

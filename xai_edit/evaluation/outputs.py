@@ -17,7 +17,7 @@ from xai_edit.core.counting import count_by_group
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.inputs import Inputs, input_tensors
-from xai_edit.core.layers import predict, run, tapped
+from xai_edit.core.layers import predict, values_of
 from xai_edit.last_layer.find_head import reading
 
 
@@ -79,13 +79,10 @@ def read(
 
 def _pooled(model: nn.Module, inputs: Inputs, axes: Mapping[str, int]) -> dict[str, Tensor]:
     """Return means over positions of layers' outputs, (samples, units), in a pass of their own."""
-    with tapped(model, [*axes]) as tap:
-        run(model, inputs)
-    tap.require([*axes])
     found = {}
-    for layer, axis in axes.items():
-        values = tap.values[layer].movedim(axis, -1).float()
-        found[layer] = values.reshape(len(values), -1, values.shape[-1]).mean(1).cpu()
+    for layer, values in values_of(model, [*axes], inputs).items():
+        a = values.movedim(axes[layer], -1).float()
+        found[layer] = a.reshape(len(a), -1, a.shape[-1]).mean(1).cpu()
     return found
 
 

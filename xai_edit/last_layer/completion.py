@@ -8,7 +8,7 @@ from torch import Tensor
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.axes import unit_axes
 from xai_edit.core.inputs import Inputs, joined, padding_refilled, real_positions
-from xai_edit.core.layers import replaced, run, tapped, unit_axis_of
+from xai_edit.core.layers import replaced, unit_axis_of, values_at
 from xai_edit.last_layer.find_head import HeadReader
 from xai_edit.last_layer.head import HeadFeatures
 
@@ -53,11 +53,7 @@ class Exchange:
 
         Padding has those of the sample's real positions in turn: it is no part of a donor.
         """
-        model = self.reader.model
-        with tapped(model, [self.layer]) as tap:
-            run(model, inputs)
-        tap.require([self.layer])
-        values = tap.values[self.layer]
+        values = values_at(self.reader.model, self.layer, inputs)
         self._require_channels(values)
         shape = values.movedim(unit_axis_of(values, self.axis), -1).shape
         positions = tuple(shape[1:-1])

@@ -135,7 +135,7 @@ def kept_off(network: nn.Module, channels: Mapping[str, list[int]]) -> Iterator[
             hook = module.register_forward_hook(
                 lambda _, __, output, at=(axis, gone): output.index_fill(*at, 0)
             )
-            hooks.callback(hook.remove)
+            hooks.enter_context(hook)
         yield
 
 

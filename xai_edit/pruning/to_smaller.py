@@ -129,8 +129,8 @@ def _still_read(
             widths = [len(numbers) // groups, flow.layers.get(name, (0, 0))[1] // groups]
             if isinstance(module, WEIGHTED) and (groups == 1 or min(widths) > 1):
                 axis = -1 if isinstance(module, nn.Linear) else 1
-                hook = module.register_forward_pre_hook(note(name, axis, flow.roots(numbers)))
-                hooks.callback(hook.remove)
+                look = note(name, axis, flow.roots(numbers))
+                hooks.enter_context(module.register_forward_pre_hook(look))
         run(model, inputs)
     return read
 
