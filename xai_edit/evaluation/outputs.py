@@ -1,4 +1,4 @@
-"""Outputs of several models on the same batches, their accuracy, and random samples of them."""
+"""Outputs of several models on the same batches, and their accuracy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -134,49 +133,6 @@ def split_accuracy(counts: Tensor, target: Sequence[int], split: str) -> SplitAc
     pairs = zip(right, samples, strict=True)
     classes = tuple(hits / total if total else None for hits, total in pairs)
     return SplitAccuracy(own_right / own, rest_right / rest, classes, own, rest, tuple(samples))
-
-
-class ClassSample:
-    """A random sample of each class, of bounded size, from a stream (reservoir sampling).
-
-    Every sample draws a key; at most ``limits`` of each class stay, those of lowest key. The choice
-    does not depend on the batches.
-    """
-
-    def __init__(self, limits: Sequence[int], seed: int) -> None:
-        self._limits = torch.tensor(limits)
-        self._bounds = torch.full((len(limits),), torch.inf, dtype=torch.float64)
-        self._random = np.random.default_rng(seed)
-        self._chunks: list[dict[str, Tensor]] = []  # the sample, then what came since
-
-    def add(self, labels: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Add one batch; every column has one row a label, and ``labels`` is on the CPU."""
-        keys = torch.from_numpy(self._random.random(len(labels)))
-        rows = (keys < self._bounds[labels]).nonzero()[:, 0]
-        chunk = {"": keys[rows], "labels": labels[rows]}
-        for name, column in columns.items():
-            chunk[name] = column[rows.to(column.device)].cpu()  # indexing copies: no batch lives on
-        self._chunks.append(chunk)
-        if sum(len(one[""]) for one in self._chunks[1:]) > int(self._limits.sum()):
-            self._compact()
-
-    def rows(self) -> dict[str, Tensor]:
-        """Return the columns of the sample and ``labels``, in random order within each class."""
-        self._compact()
-        return {name: column for name, column in self._chunks[0].items() if name}
-
-    def _compact(self) -> None:
-        joined = {
-            name: torch.cat([chunk[name] for chunk in self._chunks]) for name in self._chunks[0]
-        }
-        order = torch.from_numpy(np.lexsort((joined[""].numpy(), joined["labels"].numpy())))
-        labels = joined["labels"][order]
-        counts = torch.bincount(labels, minlength=len(self._limits))
-        rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels]  # within its class
-        kept = order[rank < self._limits[labels]]
-        self._chunks = [{name: column[kept] for name, column in joined.items()}]
-        last = (rank == self._limits[labels] - 1).nonzero()[:, 0]
-        self._bounds[labels[last]] = joined[""][order[last]]
 
 
 class Overlap:
