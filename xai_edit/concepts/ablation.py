@@ -247,7 +247,6 @@ def _insert_subspaces(
     when: Presence | None,
     unit_axis: UnitAxis,
 ) -> None:
-    """Replace a layer by the layer followed by its ablation."""
     _require_outputs(model, layer)
     if when is not None:
         works = "give xai_edit.Presence(threshold), or leave it out to ablate every sample"

@@ -181,7 +181,6 @@ def choose_spurious(
 def _why_not(
     one: Candidate, taken: Candidate, chance: tuple[float, float], telling: list[Candidate]
 ) -> str:
-    """Return why a candidate was not chosen."""
     if one not in telling:
         low, high = chance
         return f"it does not tell the feature: AUC {one.auc:.2f}, by chance {low:.2f} to {high:.2f}"

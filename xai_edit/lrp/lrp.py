@@ -225,7 +225,6 @@ class LRP:
             return of_the_forward_pass(found, model, self.composite, layers, canonizers)
 
     def _seed(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Return the relevance at the output."""
         weights = weights_of(targets, outputs)
         return weights * outputs.detach() if self.initial == "logit" else weights  # Eq. 3
 

@@ -130,7 +130,6 @@ class OneNetwork:
         return fit(run.built(self.seed, self.train), batches, **run.schedule(others))
 
     def _place(self, network: nn.Module, layer: str) -> nn.Module:
-        """Return a copy with a place for a removal."""
         return with_identity(network, layer, next(iter(self.planning))[0])
 
     def _removed(self, removal: ClassSubspaceRemoval, target: int) -> tuple[nn.Module, int]:
