@@ -67,9 +67,9 @@ def test_a_stage_with_a_path_around_it_is_none():
             return self.head(hidden + self.second(hidden))
 
     model = Around()
-    assert stages_of(model, X, trace(model, X)) == ["first", "act", "head"]
+    assert stages_of(model, trace(model, X)) == ["first", "act", "head"]
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 2))).double()
-    assert stages_of(model, X, trace(model, X)) == ["0", "1.0", "1.1"]
+    assert stages_of(model, trace(model, X)) == ["0", "1.0", "1.1"]
 
 
 @pytest.mark.parametrize("form", ["tuple", "mapping", "loader"])

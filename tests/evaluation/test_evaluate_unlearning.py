@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import xai_edit as xe
 from xai_edit.core.cost import Cost
+from xai_edit.core.sampling import ClassSample
 from xai_edit.datasets.small_network import small_cnn, train
 from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning, jensen_shannon
 from xai_edit.evaluation.membership import attack_rows, forgetting_rates
-from xai_edit.evaluation.outputs import ClassSample, log_probabilities
+from xai_edit.evaluation.outputs import log_probabilities
 
 FORGET = 3
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED
+from xai_edit.command.run_parts import SEED, indices_by
 from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.explanations import strongest_samples, subspace_maps
 from xai_edit.concepts.subspaces import Subspaces
@@ -40,13 +40,10 @@ NONE: Strongest = ({}, None)
 def predictions(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the class that the model predicts for each sample, batch by batch."""
     said: list[Tensor] = []
-    hook = model.register_forward_hook(
+    with model.register_forward_hook(
         lambda _, inputs, output: said.append(predicted(outputs_of(output, inputs[0])).cpu())
-    )
-    try:
+    ):
         yield said
-    finally:
-        hook.remove()
 
 
 def shown_images(
@@ -60,9 +57,7 @@ def shown_images(
     """
     labels = torch.tensor([label for label, _ in groups])
     right, right_after = (said == labels for said in (before, after))
-    by_group: dict[tuple[int, int], list[int]] = {}
-    for index, group in enumerate(groups):
-        by_group.setdefault(group, []).append(index)
+    by_group = indices_by(groups)
 
     def rank(group: tuple[int, int]) -> tuple[float, float, tuple[int, int]]:
         start, end = (float(one[by_group[group]].double().mean()) for one in (right, right_after))

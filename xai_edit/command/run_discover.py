@@ -106,7 +106,6 @@ def _results(found: Findings, names: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _text(found: Findings, names: Mapping[int, str]) -> str:
-    """Return the table of findings, and the evidence for those that stand out."""
     lines = [
         f"{number}: {sentence(one, class_called(one.target, names), 'other classes')}"
         for number, one in enumerate(found)

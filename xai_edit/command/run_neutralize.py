@@ -140,7 +140,6 @@ def _best(sweep: RateSweep) -> dict[str, Any]:
 
 
 def _outcome(results: Mapping[str, Any]) -> Outcome:
-    """Return what the verdict is made from."""
     own, edit = results["rows"][1], results["edit"]
     further = ["more images of the worst group", "--findings for counterfactual retraining"]
     if edit["select"] != "exact":

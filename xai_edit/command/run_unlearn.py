@@ -192,7 +192,6 @@ def command(options: argparse.Namespace) -> int:
 
 
 def _outcome(results: Mapping[str, Any]) -> Outcome:
-    """Return what the verdict is made from."""
     rows = [row for row in results["rows"] if row["forgotten"] is not None]
     before = rows[0]["classes"]
     samples, target = results["samples"], results["forget"]

@@ -29,6 +29,7 @@ from xai_edit.core.layers import (
     run,
     tapped,
     unit_axis_of,
+    values_at,
 )
 from xai_edit.core.outputs import relative_error
 from xai_edit.core.trace import trace
@@ -192,10 +193,8 @@ def with_identity(
     one = as_inputs(inputs, "inputs")[:1].to(model_device(copy))
     with preserved(copy), torch.no_grad():
         axis = unit_axes(copy, one, [layer], unit_axis)[layer]
-        with tapped(copy, [layer]) as tap:
-            run(copy, one)
-    tap.require([layer])
-    channels = tap.values[layer].shape[unit_axis_of(tap.values[layer], axis)]
+        values = values_at(copy, layer, one)
+    channels = values.shape[unit_axis_of(values, axis)]
     zeros = torch.zeros(channels, channels, dtype=torch.double)
     _insert(copy, layer, SubspaceAblation(zeros, zeros[0], axis, readers=zeros.clone()))
     with preserved(copy), torch.no_grad(), tapped(copy, [f"{layer}.ablation"]) as tap:
@@ -248,7 +247,6 @@ def _insert_subspaces(
     when: Presence | None,
     unit_axis: UnitAxis,
 ) -> None:
-    """Replace a layer by the layer followed by its ablation."""
     _require_outputs(model, layer)
     if when is not None:
         works = "give xai_edit.Presence(threshold), or leave it out to ablate every sample"

@@ -210,11 +210,8 @@ def _stacked(
     def stack(_: nn.Module, __: Any, values: Tensor) -> Tensor:
         return torch.cat([values, *(change(values) for change in changes)])
 
-    handle = layer_module(model, layer).register_forward_hook(stack)
-    try:
+    with layer_module(model, layer).register_forward_hook(stack):
         logits = logits_of(run(model, inputs), joined([inputs] * copies))
-    finally:
-        handle.remove()
     return [*logits.chunk(copies)]
 
 

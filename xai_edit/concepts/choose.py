@@ -158,7 +158,9 @@ def choose_spurious(
     energy = energies[fold, torch.arange(len(fold))]  # of each sample, by the fit without it
     told, width = within_strata_auc(energy, has, labels * FOLDS + fold)
     counts = ablated_counts(model, data, layer, unit_axis, fits, places, fold, (labels, has))
-    figures = [(float(share.min()), float(share.mean())) for share in _accuracies(counts)]
+    right, samples = counts[:, 0].double(), counts[0, 1]
+    accuracies = (right / samples)[:, samples > 0]  # (candidates, measured groups)
+    figures = [(float(one.min()), float(one.mean())) for one in accuracies]
     candidates = [
         Candidate(indices, auc, *figure)
         for indices, auc, figure in zip(
@@ -172,20 +174,13 @@ def choose_spurious(
         one if one is taken else replace(one, not_taken=_why_not(one, taken, chance, telling))
         for one in candidates
     )
-    reason = _reason(taken, candidates, counts[0, 1])
+    reason = _reason(taken, candidates, samples)
     return Choice(numbered(whole.subspaces), taken.indices, reason, listed, chance)
-
-
-def _accuracies(counts: Tensor) -> Tensor:
-    """Return the accuracy of each measured group, shape (candidates, groups)."""
-    right, samples = counts[:, 0].double(), counts[0, 1]
-    return (right / samples)[:, samples > 0]
 
 
 def _why_not(
     one: Candidate, taken: Candidate, chance: tuple[float, float], telling: list[Candidate]
 ) -> str:
-    """Return why a candidate was not chosen."""
     if one not in telling:
         low, high = chance
         return f"it does not tell the feature: AUC {one.auc:.2f}, by chance {low:.2f} to {high:.2f}"

@@ -29,7 +29,7 @@ from xai_edit.core.data import (
 from xai_edit.core.files import clear_parts, naming, part_of, require_folder
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import resolve_layers, run, tapped
+from xai_edit.core.layers import resolve_layers, values_at
 from xai_edit.core.outputs import Outputs, outputs_as
 from xai_edit.core.precision import in_float32, precision_origin
 from xai_edit.core.targets import Target, checked_target, describe_target, targets_of
@@ -206,14 +206,6 @@ def _vectors(
             return dict(zip(("activations", "contexts"), pairs.unbind(1), strict=True))
 
         yield pairs_of
-
-
-def values_at(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
-    """Return a layer's values in the model without LRP rules."""
-    with torch.no_grad(), tapped(model, [layer]) as tap:
-        run(model, inputs)
-    tap.require([layer])
-    return tap.values[layer]
 
 
 def require_same_values(

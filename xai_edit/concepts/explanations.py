@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from xai_edit.concepts.collect import require_same_values, values_at
+from xai_edit.concepts.collect import require_same_values
 from xai_edit.concepts.features import Features
 from xai_edit.concepts.predictiveness import sample_scores
 from xai_edit.concepts.subspaces import Subspaces
@@ -16,7 +16,7 @@ from xai_edit.core.checks import require_type, whole_number
 from xai_edit.core.data import batches, model_device
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, unit_axis_of
+from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers, unit_axis_of, values_at
 from xai_edit.core.precision import in_float32
 from xai_edit.core.targets import Target, Targets, checked_target, targets_of
 from xai_edit.core.wrapped import unwrapped

@@ -50,8 +50,8 @@ class PCA(_Components):
         kept = _kept(variance, self.n_subspaces, "n_subspaces", "the activations vary in")
         self.components_ = torch.from_numpy(fitted.components_[:kept])
         self.explained_variance_ = variance[:kept]
-        mean, origin = torch.from_numpy(fitted.mean_), {"finder": "PCA", "vectors": len(a)}
-        return Subspaces(self.components_.T.contiguous(), (1,) * kept, mean, origin)
+        mean = torch.from_numpy(fitted.mean_)
+        return _subspaces(self, len(a), mean, self.components_, (1,) * kept)
 
 
 class PRCA(_Components):

@@ -151,8 +151,9 @@ def _is_one_batch(data: Any) -> bool:
 
 def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
     if isinstance(raw, Mapping):  # labels are no argument of the model's, but Hugging Face's loss
-        named = {key: value for key, value in raw.items() if key not in _NO_INPUTS}
-        parts: tuple[Any, ...] = (named, *_vectors_in(raw))
+        named = {key: value for key, value in raw.items() if key not in (*_LABELS, *_GROUPS)}
+        known = ([raw[key] for key in keys if key in raw] for keys in (_LABELS, _GROUPS))
+        parts: tuple[Any, ...] = (named, *(next(iter(found), None) for found in known))
     else:
         parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
     if not 1 <= len(parts) <= 3 or (inputs := collected(parts[0])) is None:
@@ -182,14 +183,6 @@ def _batch(raw: Any, index: int, device: torch.device | str) -> Batch:
 
 
 _LABELS, _GROUPS = ("labels", "label"), ("groups", "group")
-_NO_INPUTS = (*_LABELS, *_GROUPS)
-
-
-def _vectors_in(raw: Mapping[str, Any]) -> list[Any]:
-    """Return the labels and groups of a batch that is a mapping."""
-    return [
-        next((raw[name] for name in names if name in raw), None) for names in (_LABELS, _GROUPS)
-    ]
 
 
 def _vector(part: Any, name: str, index: int, length: int, device: torch.device | str) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from xai_edit.core.checks import require_type
 from xai_edit.core.errors import UnknownLayerError, out_of_memory
@@ -134,6 +136,22 @@ class Tap:
             self.edges[name] = get_gradient_edge(tensor)
 
 
+def hooked(model: nn.Module, layer: str, change: Callable[[Any], Any]) -> RemovableHandle:
+    """Call a function with a layer's values in each forward pass, until the handle is removed.
+
+    What it returns is passed on in their place; None leaves them as they are.
+    """
+    module = layer_module(model, layer)
+    if not layer.endswith(INPUT_SUFFIX):
+        return module.register_forward_hook(lambda _, __, output: change(output))
+
+    def at_input(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        changed = change(first_tensor(inputs, named))
+        return None if changed is None else with_first(changed, inputs, named)
+
+    return module.register_forward_pre_hook(at_input, with_kwargs=True)
+
+
 @contextmanager
 def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
     """Record the tensors of ``layers`` during a forward pass inside this context.
@@ -141,23 +159,23 @@ def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
     Enter it before a composite registers its hooks, which may replace an input.
     """
     tap = Tap()
-    handles = []
-
-    def watch(name: str, module: nn.Module) -> Any:
-        if not name.endswith(INPUT_SUFFIX):
-            return module.register_forward_hook(lambda _, __, output: tap.record(name, output))
-
-        def record(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            tap.record(name, first_tensor(inputs, named))
-
-        return module.register_forward_pre_hook(record, with_kwargs=True)
-
-    try:
-        handles += [watch(name, layer_module(model, name)) for name in layers]
+    with ExitStack() as hooks:
+        for name in layers:
+            hooks.enter_context(hooked(model, name, partial(tap.record, name)))
         yield tap
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def values_of(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> dict[str, Tensor]:
+    """Return the values of some layers for a batch, from a forward pass without gradients."""
+    with torch.no_grad(), tapped(model, layers) as tap:
+        run(model, inputs)
+    tap.require(layers)
+    return tap.values
+
+
+def values_at(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
+    """Return `values_of` one layer."""
+    return values_of(model, [layer], inputs)[layer]
 
 
 @contextmanager
@@ -166,24 +184,8 @@ def replaced(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -
 
     In a new tensor with the memory layout of the values, as a ``view`` may follow.
     """
-    module = layer_module(model, layer)
-
-    def changed(values: Tensor) -> Tensor:
-        return torch.empty_like(values).copy_(change(values))
-
-    if layer.endswith(INPUT_SUFFIX):
-        handle = module.register_forward_pre_hook(
-            lambda _, inputs, named: with_first(
-                changed(first_tensor(inputs, named)), inputs, named
-            ),
-            with_kwargs=True,
-        )
-    else:
-        handle = module.register_forward_hook(lambda _, __, output: changed(output))
-    try:
+    with hooked(model, layer, lambda values: torch.empty_like(values).copy_(change(values))):
         yield
-    finally:
-        handle.remove()
 
 
 def gradients_at(

@@ -8,9 +8,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside ``torch.compile``, DataParallel or DistributedDataParallel."""
-    while (inner := _inner(model)) is not None:
-        model = inner
-    return model
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif _compiled(model) and (inner := model._modules["_orig_mod"]) is not None:
+            model = inner
+        else:
+            return model
 
 
 def run_eagerly(model: nn.Module) -> None:
@@ -26,10 +30,3 @@ def run_eagerly(model: nn.Module) -> None:
 def _compiled(module: nn.Module) -> bool:
     # Known by name, since importing the class takes seconds.
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
-
-
-def _inner(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
-        inner: nn.Module = model.module
-        return inner
-    return model._modules["_orig_mod"] if _compiled(model) else None

@@ -93,7 +93,6 @@ class WatermarkedDigits:
 
 
 def _both(images: Tensor, labels: Tensor, generator: torch.Generator) -> Samples:
-    """Return each image without and with the mark."""
     marked = torch.arange(2).repeat_interleave(len(images)) == 1
     return _planted(images.repeat(2, 1, 1, 1), labels.repeat(2), marked, generator)
 

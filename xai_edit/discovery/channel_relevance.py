@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xai_edit.concepts.collect import require_same_values, values_at
+from xai_edit.concepts.collect import require_same_values
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, real_positions
-from xai_edit.core.layers import run, tapped, unit_axis_of
+from xai_edit.core.layers import unit_axis_of, values_of
 from xai_edit.discovery.progress import BACKWARD
 from xai_edit.discovery.samples import Samples
 from xai_edit.lrp.contexts import ContextGather, Take
@@ -37,10 +37,8 @@ def layer_vectors(
     From one forward pass; ``axes`` are the layers' unit axes. ValueError for a layer without part
     in it.
     """
-    with torch.no_grad(), tapped(model, [*axes]) as tap:
-        run(model, inputs)
-    tap.require([*axes])
-    vectors = {layer: vectors_of(tap.values[layer], axis) for layer, axis in axes.items()}
+    values = values_of(model, [*axes], inputs)
+    vectors = {layer: vectors_of(values[layer], axis) for layer, axis in axes.items()}
     return {layer: (a, real_positions(inputs, a)) for layer, a in vectors.items()}
 
 
@@ -97,7 +95,7 @@ def channel_relevance(
     gather = ContextGather(draw)
     _, first = next(samples.read(rows[:1]))
     with preserved(model):
-        plain = {layer: values_at(model, layer, first.inputs) for layer in layers}
+        plain = values_of(model, layers, first.inputs)
         with scorer.session(model, first.inputs, layers, gather) as (score, canonizers):
             for _, batch in samples.read(rows, cost=BACKWARD):
                 chosen = torch.full((len(batch),), target, device=batch.inputs.device)

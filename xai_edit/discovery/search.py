@@ -14,7 +14,7 @@ from xai_edit.core.checks import with_labels
 from xai_edit.core.data import Data, model_device, together
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import padding_refilled, real_positions
-from xai_edit.core.layers import predict, run, tapped, unit_axis_of
+from xai_edit.core.layers import predict, unit_axis_of, values_at
 from xai_edit.core.targets import class_list
 from xai_edit.discovery.channel_relevance import layer_vectors, vectors_of
 from xai_edit.discovery.default_layers import default_layers
@@ -124,13 +124,12 @@ class Search:
     def values(self, layer: str, rows: Tensor) -> Tensor:
         """Return a layer's values in some samples, real positions in place of padding."""
         values = []
-        with preserved(self.model), torch.no_grad():
+        with preserved(self.model):
             for _, batch in self.samples.read(rows):
-                with tapped(self.model, [layer]) as tap:
-                    run(self.model, batch.inputs)
-                axis = unit_axis_of(tap.values[layer], self.axes[layer])
-                shape = tap.values[layer].movedim(axis, -1).shape
-                a = vectors_of(tap.values[layer], axis)
+                own = values_at(self.model, layer, batch.inputs)
+                axis = unit_axis_of(own, self.axes[layer])
+                shape = own.movedim(axis, -1).shape
+                a = vectors_of(own, axis)
                 a = padding_refilled(a, real_positions(batch.inputs, a))
                 values.append(a.view(shape).movedim(-1, axis))
         return torch.cat(values)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xai_edit.concepts.collect import require_same_values, values_at
+from xai_edit.concepts.collect import require_same_values
 from xai_edit.concepts.explanations import subspace_maps
 from xai_edit.core.checks import require
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.files import checksum
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs, joined, real_positions
-from xai_edit.core.layers import unit_axis_of
+from xai_edit.core.layers import unit_axis_of, values_at
 from xai_edit.core.precision import in_float32
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.findings import Finding, Findings
@@ -185,8 +185,12 @@ def _relevance(model: nn.Module, inputs: Inputs, finding: Finding) -> Tensor:
             unit_axis=finding.axis,
         )
         return maps[:, 0].sum(1).detach()
+
+    def channels_last(values: Tensor) -> Tensor:
+        return values.movedim(unit_axis_of(values, finding.axis), -1)
+
     layer = finding.layer
-    gather = ContextGather(lambda _, __: _channels_last(finding.axis))
+    gather = ContextGather(lambda _, __: channels_last)
     with preserved(model):
         plain = values_at(model, layer, inputs[:1])
         with scorer.session(model, inputs, [layer], gather) as (score, canonizers):
@@ -195,10 +199,6 @@ def _relevance(model: nn.Module, inputs: Inputs, finding: Finding) -> Tensor:
             require_same_values(layer, plain, gather, canonizers)
     U = finding.subspaces.basis.to(a)
     return ((a @ U) * (c @ U)).sum(-1)  # Σ_i a_i (U Uᵀc)_i
-
-
-def _channels_last(axis: int) -> Callable[[Tensor], Tensor]:
-    return lambda values: values.movedim(unit_axis_of(values, axis), -1)
 
 
 def _stretched(inputs: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.data import model_device
 from xai_edit.core.layers import INPUT_SUFFIX, TRANSPOSED, WEIGHTED, layer_module
 from xai_edit.edits.model_edit import plain, tensors_of
 
@@ -55,6 +56,24 @@ def switched_off(
     finally:
         for tensor, axis, rows, values in reversed(kept):  # two layers may share a weight
             tensor.index_copy_(axis, rows, values)
+
+
+@contextmanager
+def kept_off(model: nn.Module, units: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Set units of layers to zero by hooks for a ``with`` block; no weight is touched.
+
+    In training so no incoming weight of theirs changes.
+    """
+    with ExitStack() as hooks:
+        for name, off in units.items():
+            module = model.get_submodule(name)
+            gone = torch.tensor(off, dtype=torch.long, device=model_device(module))
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            hook = module.register_forward_hook(
+                lambda _, __, output, at=(axis, gone): output.index_fill(*at, 0)
+            )
+            hooks.enter_context(hook)
+        yield
 
 
 def _axes(model: nn.Module, layer: str, batch_norm: str | None) -> dict[str, int]:

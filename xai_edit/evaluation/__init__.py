@@ -9,8 +9,7 @@ from xai_edit.evaluation.evaluate_groups import evaluate_groups, evaluate_head
 from xai_edit.evaluation.evaluate_unlearning import evaluate_unlearning
 from xai_edit.evaluation.model_check import Figure, ModelCheck, Part
 from xai_edit.evaluation.sizes import Size, SizeComparison, compare_sizes
-from xai_edit.evaluation.unlearning_figures import Unlearning
-from xai_edit.evaluation.unlearning_table import unlearning_table
+from xai_edit.evaluation.unlearning_figures import Unlearning, unlearning_table
 
 __all__ = [
     "Accuracy",

@@ -156,7 +156,7 @@ def _accuracy(outputs: Tensor, labels: Tensor, check: ModelCheck) -> None:
 def _shares(model: nn.Module, few: Any, scorer: LRP, target: Target, check: ModelCheck) -> None:
     """Add the relevance that reaches each stage and the input, with a warning where it is lost."""
     try:
-        stages = stages_of(model, few, trace(model, few))
+        stages = stages_of(model, trace(model, few))
         check.shares.update(relevance_shares(model, few, scorer, stages, target=target))
     except ValueError as problem:
         why = str(problem)

@@ -15,14 +15,15 @@ from xai_edit.core.cost import Cost, measured
 from xai_edit.core.data import Data, model_device, peek
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.guard import copied, preserved
-from xai_edit.core.inputs import Inputs, input_tensors
+from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import predict, resolve_layers
 from xai_edit.core.outputs import Outputs, outputs_as
+from xai_edit.core.sampling import ClassSample
 from xai_edit.core.targets import class_list
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.membership import forgetting_rates
-from xai_edit.evaluation.outputs import ClassSample, Overlap, naming, read, split_accuracy
+from xai_edit.evaluation.outputs import Overlap, naming, read, split_accuracy
 from xai_edit.evaluation.recovery import Readers, near_boundary
 from xai_edit.evaluation.relearning import STEPS, Relearning, lessons_kept, relearning_curves
 from xai_edit.evaluation.unlearning_figures import Divergence, NetworkFigures, Unlearning
@@ -130,8 +131,7 @@ def evaluate_unlearning(
                 said.add(batch.labels, {n: p.float() for n, p in batch.probabilities.items()})
                 features.add(batch.labels, batch.features)
                 if steps:
-                    columns = {f"inputs:{k}": one for k, one in input_tensors(batch.inputs).items()}
-                    lessons.add(batch.labels, columns)
+                    lessons.add(batch.labels, {"inputs": batch.inputs})
             trained = {n: split_accuracy(c, targets, "train") for n, c in counts["train"].items()}
         with measured() as parts["probe"]:
             sample, per_class = features.rows(), counts["train"]["before"][1].tolist()

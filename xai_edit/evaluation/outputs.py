@@ -1,4 +1,4 @@
-"""Outputs of several models on the same batches, their accuracy, and random samples of them."""
+"""Outputs of several models on the same batches, and their accuracy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from xai_edit.core.counting import count_by_group
 from xai_edit.core.data import Data, batches, model_device
 from xai_edit.core.errors import NonFiniteError
 from xai_edit.core.inputs import Inputs, input_tensors
-from xai_edit.core.layers import predict, run, tapped
+from xai_edit.core.layers import predict, values_of
 from xai_edit.last_layer.find_head import reading
 
 
@@ -79,13 +78,10 @@ def read(
 
 def _pooled(model: nn.Module, inputs: Inputs, axes: Mapping[str, int]) -> dict[str, Tensor]:
     """Return means over positions of layers' outputs, (samples, units), in a pass of their own."""
-    with tapped(model, [*axes]) as tap:
-        run(model, inputs)
-    tap.require([*axes])
     found = {}
-    for layer, axis in axes.items():
-        values = tap.values[layer].movedim(axis, -1).float()
-        found[layer] = values.reshape(len(values), -1, values.shape[-1]).mean(1).cpu()
+    for layer, values in values_of(model, [*axes], inputs).items():
+        a = values.movedim(axes[layer], -1).float()
+        found[layer] = a.reshape(len(a), -1, a.shape[-1]).mean(1).cpu()
     return found
 
 
@@ -137,49 +133,6 @@ def split_accuracy(counts: Tensor, target: Sequence[int], split: str) -> SplitAc
     pairs = zip(right, samples, strict=True)
     classes = tuple(hits / total if total else None for hits, total in pairs)
     return SplitAccuracy(own_right / own, rest_right / rest, classes, own, rest, tuple(samples))
-
-
-class ClassSample:
-    """A random sample of each class, of bounded size, from a stream (reservoir sampling).
-
-    Every sample draws a key; at most ``limits`` of each class stay, those of lowest key. The choice
-    does not depend on the batches.
-    """
-
-    def __init__(self, limits: Sequence[int], seed: int) -> None:
-        self._limits = torch.tensor(limits)
-        self._bounds = torch.full((len(limits),), torch.inf, dtype=torch.float64)
-        self._random = np.random.default_rng(seed)
-        self._chunks: list[dict[str, Tensor]] = []  # the sample, then what came since
-
-    def add(self, labels: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Add one batch; every column has one row a label, and ``labels`` is on the CPU."""
-        keys = torch.from_numpy(self._random.random(len(labels)))
-        rows = (keys < self._bounds[labels]).nonzero()[:, 0]
-        chunk = {"": keys[rows], "labels": labels[rows]}
-        for name, column in columns.items():
-            chunk[name] = column[rows.to(column.device)].cpu()  # indexing copies: no batch lives on
-        self._chunks.append(chunk)
-        if sum(len(one[""]) for one in self._chunks[1:]) > int(self._limits.sum()):
-            self._compact()
-
-    def rows(self) -> dict[str, Tensor]:
-        """Return the columns of the sample and ``labels``, in random order within each class."""
-        self._compact()
-        return {name: column for name, column in self._chunks[0].items() if name}
-
-    def _compact(self) -> None:
-        joined = {
-            name: torch.cat([chunk[name] for chunk in self._chunks]) for name in self._chunks[0]
-        }
-        order = torch.from_numpy(np.lexsort((joined[""].numpy(), joined["labels"].numpy())))
-        labels = joined["labels"][order]
-        counts = torch.bincount(labels, minlength=len(self._limits))
-        rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels]  # within its class
-        kept = order[rank < self._limits[labels]]
-        self._chunks = [{name: column[kept] for name, column in joined.items()}]
-        last = (rank == self._limits[labels] - 1).nonzero()[:, 0]
-        self._bounds[labels[last]] = joined[""][order[last]]
 
 
 class Overlap:

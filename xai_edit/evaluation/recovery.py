@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,19 +31,14 @@ class Recovery:
 
 
 def probe(features: Tensor, labels: Tensor) -> Reader:
-    """Return `fitted_probe` as a reader."""
-    fitted = fitted_probe(features, labels)
-    return lambda x: torch.from_numpy(fitted.predict(x.double().numpy()))
-
-
-def fitted_probe(features: Tensor, labels: Tensor) -> Any:
     """Fit a logistic regression on standardised features; shapes (samples, d) and (samples,)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return fitted.fit(features.double().numpy(), labels.numpy())
+    fitted.fit(features.double().numpy(), labels.numpy())
+    return lambda x: torch.from_numpy(fitted.predict(x.double().numpy()))
 
 
 def first_of_each(labels: Tensor, counts: Sequence[int]) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xai_edit.core.data import Data, model_device
 from xai_edit.core.guard import copied
-from xai_edit.core.inputs import inputs_from
 from xai_edit.core.layers import predict
 from xai_edit.evaluation.outputs import (
     SplitAccuracy,
@@ -49,7 +49,7 @@ def lessons_kept(classes: int, target: Sequence[int]) -> list[int]:
 def relearning_curves(
     models: Mapping[str, nn.Module],
     heads: Mapping[str, Head],
-    train: Mapping[str, Tensor],
+    train: Mapping[str, Any],
     test: Data,
     *,
     steps: tuple[int, ...],
@@ -69,8 +69,8 @@ def relearning_curves(
     would pass for forgetting although nothing is easier to undo.
 
     ``heads`` has the heads, where there is one, and ``start`` the accuracy at step 0,
-    by the networks' names; ``train`` has ``inputs:`` by name and ``labels``, on the CPU. ``test``
-    is read once for each of the ``steps``, one or more. The seed is that of the order of batches.
+    by the networks' names; ``train`` has ``inputs`` and ``labels``, on the CPU. ``test`` is
+    read once for each of the ``steps``, one or more. The seed is that of the order of batches.
     """
     copies = {name: copied(model) for name, model in models.items()}
     optimizers = {}
@@ -81,14 +81,12 @@ def relearning_curves(
         if name in heads:
             _reset_rows(copy, heads[name], target)
     reached = {name: [start[name]] if 0 in steps else [] for name in copies}
-    named = {k.partition(":")[2]: one for k, one in train.items() if k.startswith("inputs:")}
-    inputs = inputs_from(named)
     lessons = islice(_batches(train["labels"], target, seed), steps[-1])
     for step, rows in enumerate(lessons, start=1):
         with naming(f"relearning, step {step} (relearn=() leaves it out)"):
             for name, copy in copies.items():
                 device = model_device(copy)
-                x, y = inputs[rows].to(device), train["labels"][rows].to(device)
+                x, y = train["inputs"][rows].to(device), train["labels"][rows].to(device)
                 with torch.enable_grad():
                     loss = nn.functional.nll_loss(log_probabilities(predict(copy, x)), y)
                     optimizers[name].zero_grad()

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import differentiable, embeddings_in_graph, run
-from xai_edit.core.outputs import outputs_of
 from xai_edit.core.precision import in_float32
 from xai_edit.core.targets import Target
 from xai_edit.core.trace import Trace, Value
@@ -55,25 +50,14 @@ def _absolute(relevance: Tensor, _: str) -> Tensor:
     return flat.abs().sum(1, keepdim=True)
 
 
-def stages_of(model: nn.Module, inputs: Inputs, found: Trace) -> list[str]:
+def stages_of(model: nn.Module, found: Trace) -> list[str]:
     """Return the outermost modules that all of the data pass through, in the order of their ends.
 
-    Containers are opened; a module is one where no path leads from the data around it.
+    Containers are opened. What follows the logits, such as a softmax, is left out.
     """
     names = sorted(_outermost(model, "", found), key=found.left.__getitem__)
-    nodes: dict[str, Any] = {}
-    with torch.inference_mode(False), preserved(model), torch.enable_grad():
-        model.requires_grad_(False)  # so that the only leaves are data
-        embeddings_in_graph(model)
-        for name in names:
-
-            def record(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                nodes[name] = output.grad_fn
-
-            model.get_submodule(name).register_forward_hook(record)
-        sample = differentiable(inputs[:1])
-        end = outputs_of(run(model, sample), sample).grad_fn
-    return [name for name in names if nodes.get(name) and not _around(end, nodes[name])]
+    end = len(found.operations)
+    return [name for name in names if name in found.bottlenecks and found.left[name] <= end]
 
 
 def _outermost(module: nn.Module, path: str, found: Trace) -> Iterator[str]:
@@ -85,17 +69,3 @@ def _outermost(module: nn.Module, path: str, found: Trace) -> Iterator[str]:
             yield from _outermost(child, name, found)
         elif name not in found.unused:
             yield name
-
-
-def _around(end: Any, node: Any) -> bool:
-    """Return whether a path of the graph leads from the data to the output around a node."""
-    ahead, seen = [end], {node}
-    while ahead:
-        one = ahead.pop()
-        if one is None or one in seen:
-            continue
-        seen.add(one)
-        if one.name().endswith("AccumulateGrad"):
-            return True
-        ahead += [parent for parent, _ in one.next_functions]
-    return False

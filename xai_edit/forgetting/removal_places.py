@@ -144,7 +144,6 @@ def _in_layer(model: nn.Module, layer: str, module: Any) -> Place:
 
 
 def _whole(model: nn.Module, values: dict[str, Tensor]) -> ModelEdit:
-    """Return the edit that writes whole tensors."""
     entries = {name: (torch.arange(new.numel()), new.flatten()) for name, new in values.items()}
     return ModelEdit.between(model, entries, {})
 

@@ -6,8 +6,7 @@ inputs x cached, switching one more neuron off costs a column of W and no forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -23,6 +22,7 @@ from xai_edit.core.layers import INPUT_SUFFIX, predict
 from xai_edit.core.outputs import relative_error
 from xai_edit.core.text import aligned
 from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.edits.switching_off import kept_off
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features, head_features
 
 STEPS = 100  # the most shares where nothing can be cached
@@ -157,10 +157,12 @@ def _from_features(
         return (x[:, neurons].double() - off[neurons]) @ W[:, neurons].T
 
     if path.row is None and not name.endswith(INPUT_SUFFIX):
-        with _silent(model, path.silenced, order):
+        # By hooks, as an edit would be as large as the weights.
+        with kept_off(model, {path.silenced: order.tolist()}):
             off = collect_head_features(model, [path.sample[:1]]).features[0].double()
         half = order[: (len(order) + 1) // 2]
-        with _silent(model, path.silenced, half), torch.no_grad():
+        units = {path.silenced: half.tolist()}
+        with preserved(model), torch.no_grad(), kept_off(model, units):
             edited = predict(model, path.sample).cpu().double()
         known = collect_head_features(model, [path.sample])
         expected = known.logits() - change(known.features, half)
@@ -175,16 +177,6 @@ def _from_features(
         return _counted(z, head.labels, target)
 
     return measure
-
-
-@contextmanager
-def _silent(model: nn.Module, name: str, neurons: Tensor) -> Iterator[None]:
-    """Set outputs of a module to zero by a hook; an edit would be as large as the weights."""
-    with preserved(model):
-        model.get_submodule(name).register_forward_hook(
-            lambda _, __, output: output.index_fill(1, neurons.to(output.device), 0)
-        )
-        yield
 
 
 def _counted(logits: Tensor, labels: Tensor | None, target: int) -> Tensor:

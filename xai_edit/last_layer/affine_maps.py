@@ -262,7 +262,8 @@ class AffineMaps(TorchFunctionMode):
             x, weight = x * weight.scale, replace(weight, scale=1.0)
         biases = () if b is None else (self.factor(b),)
         eps = max(torch.finfo(one.dtype).eps for one in (x, w, output))
-        eps = max(eps, 2**-10) if x.is_cuda and _tf32() and x.dtype == torch.float32 else eps
+        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        eps = max(eps, 2**-10) if x.is_cuda and tf32 and x.dtype == torch.float32 else eps
         terms = (Term(x, weight, used, through),)
         self.last = AffineMap(terms, biases, axis, output.shape[axis], self.module, eps)
         return self.last
@@ -315,19 +316,15 @@ class AffineMaps(TorchFunctionMode):
         slack = float(z.detach().abs().amax()) if name in MEANS else found.slack
         try:
             probe = again(torch.zeros_like(found.terms[0].x))
-            axis = found.axis if probe.ndim == z.ndim else None
-            if axis is None:  # the units are on the axis whose length differs from the output's
-                axis = _unit_axis(probe.shape, output.shape)
+            axis = found.axis
+            if probe.ndim != z.ndim:  # the units' is that whose length differs from the output's
+                pairs = enumerate(zip(probe.shape, output.shape, strict=True))
+                axis = next((at for at, (one, other) in pairs if one != other), -1)
             if output.shape[axis] != found.of:
                 return None
             return found.each(again, axis=axis, slack=slack)
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
-
-
-def _unit_axis(inputs: torch.Size, outputs: torch.Size) -> int:
-    differ = [at for at, sizes in enumerate(zip(inputs, outputs, strict=True)) if len({*sizes}) > 1]
-    return differ[0] if differ else -1
 
 
 def _combined(
@@ -376,7 +373,3 @@ def _factor_moved(name: str, factor: Factor, values: list[Any], output: Tensor) 
     if name in MOVES and output.numel() == values[0].numel() and output.shape[:1] == shape[:1]:
         return factor
     return None
-
-
-def _tf32() -> bool:
-    return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.axes import unit_axes
-from xai_edit.core.inputs import Inputs, joined, padding_refilled, real_positions
-from xai_edit.core.layers import replaced, run, tapped, unit_axis_of
+from xai_edit.core.inputs import Inputs, padding_refilled, real_positions
+from xai_edit.core.layers import replaced, unit_axis_of, values_at
 from xai_edit.last_layer.find_head import HeadReader
 from xai_edit.last_layer.head import HeadFeatures
 
@@ -53,11 +54,7 @@ class Exchange:
 
         Padding has those of the sample's real positions in turn: it is no part of a donor.
         """
-        model = self.reader.model
-        with tapped(model, [self.layer]) as tap:
-            run(model, inputs)
-        tap.require([self.layer])
-        values = tap.values[self.layer]
+        values = values_at(self.reader.model, self.layer, inputs)
         self._require_channels(values)
         shape = values.movedim(unit_axis_of(values, self.axis), -1).shape
         positions = tuple(shape[1:-1])
@@ -126,42 +123,23 @@ def exchanged(values: Tensor, coefficients: Tensor, U: Tensor, axis: int) -> Ten
     return (a - moved.view_as(a)).to(values.dtype).movedim(-1, axis)
 
 
+@dataclass(frozen=True, eq=False)
 class DonorPool:
-    """A random sample of at most ``most`` images, the same in batches of any size.
+    """A random sample of images that give their coefficients, on the CPU.
 
     Attributes
     ----------
-    coefficients : Tensor, float64, shape (images, positions, directions), on the CPU
-    inputs : Tensor or ModelInputs, on the CPU
-    labels : Tensor, int64, shape (images,), on the CPU
+    coefficients : Tensor, float64, shape (images, positions, directions)
+    inputs : Tensor or ModelInputs
+    labels : Tensor, int64, shape (images,)
     """
 
     coefficients: Tensor
     inputs: Inputs
     labels: Tensor
 
-    def __init__(self, most: int) -> None:
-        self.most, self.keys = most, torch.empty(0).double()
-
     def __len__(self) -> int:
-        return len(self.keys)
-
-    def add(self, keys: Tensor, coefficients: Tensor, inputs: Inputs, labels: Tensor) -> None:
-        """Add images with random keys, shape (images,); those of the least keys stay."""
-        if len(self) == self.most:
-            new = keys < self.keys[-1]
-            keys, coefficients, inputs = keys[new], coefficients[new], inputs[new]
-            labels = labels[new]
-        if not len(keys):
-            return
-        coefficients, inputs, labels = coefficients.cpu(), inputs.cpu(), labels.cpu()
-        if len(self):
-            keys = torch.cat([self.keys, keys])
-            coefficients = torch.cat([self.coefficients, coefficients])
-            inputs, labels = joined([self.inputs, inputs]), torch.cat([self.labels, labels])
-        kept = keys.argsort()[: self.most]
-        self.keys, self.coefficients = keys[kept], coefficients[kept]
-        self.inputs, self.labels = inputs[kept], labels[kept]
+        return len(self.labels)
 
     def drawn(self, chance: Tensor) -> Tensor:
         """Return the coefficients of random images for numbers in [0, 1), shape (samples,)."""

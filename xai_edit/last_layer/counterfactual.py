@@ -32,6 +32,7 @@ from xai_edit.core.data import (
 )
 from xai_edit.core.guard import require_finite
 from xai_edit.core.layers import resolve_layers
+from xai_edit.core.sampling import ClassSample
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.completion import DonorPool, Exchange
@@ -159,23 +160,22 @@ class CounterfactualRetraining:
     ) -> tuple[Exchange, list[DonorPool], Tensor]:
         """Return pools of images without and with the feature, and all labels; check all data."""
         exchange: Exchange | None = None
-        pools = [DonorPool(self.donors), DonorPool(self.donors)]
-        keys = np.random.default_rng([self.seed, 0])
+        sample = ClassSample([self.donors] * 2, [self.seed, 0])
         labels: list[Tensor | None] = []
         for batch, has in self._batches(reader, data, attribute):
             if exchange is None:
                 given = self.layer, self.subspaces, self.unit_axis
                 exchange = Exchange(reader, batch.inputs, *given)
             coefficients = exchange.coefficients(batch.inputs, self._sizes[-1])
-            key = torch.from_numpy(keys.random(len(batch)))
-            for value, pool in enumerate(pools):
-                rows = (has == value).nonzero()[:, 0]
-                own = with_labels(batch.labels)[rows]
-                pool.add(key[rows], coefficients[rows], batch.inputs[rows], own)
+            own = {"coefficients": coefficients, "inputs": batch.inputs}
+            sample.add(has, {**own, "classes": with_labels(batch.labels)})
             labels.append(batch.labels)
         assert exchange is not None  # there is no data without samples
-        for pool, what in zip(pools, ("without", "with"), strict=True):
-            if not len(pool):
+        drawn, pools = sample.rows(), []
+        for value, what in enumerate(("without", "with")):
+            columns = (drawn[name] for name in ("coefficients", "inputs", "classes"))
+            pools.append(DonorPool(*(one[drawn["labels"] == value] for one in columns)))
+            if not len(pools[-1]):
                 raise ValueError(
                     f"attribute: no sample {what} the feature; images are completed from samples "
                     "of both kinds"

@@ -181,7 +181,6 @@ def _attention(
 
 
 def _ruled(rule: Rule, function: Operator, args: Arguments, stabilizer: Operator) -> Tensor:
-    """Run an operation by its rule if an operand depends on the data."""
     if any(in_graph(value) for value in args):
         return rule(function, args, {}, stabilizer)
     return function(*args)

@@ -31,6 +31,8 @@ from xai_edit.lrp.canonizers import (
     canonized,
     choose_canonizers,
     refuse_difference,
+    report_rounding,
+    rounding,
     rules_of,
     same_logits,
     unmerged_norms,
@@ -38,7 +40,6 @@ from xai_edit.lrp.canonizers import (
 )
 from xai_edit.lrp.diagnosis import Diagnosis, of_the_forward_pass, of_the_weights, refuse
 from xai_edit.lrp.relevance_at_layers import Gather
-from xai_edit.lrp.rounding import report_rounding, rounding
 
 
 class Scorer(Protocol):
@@ -225,7 +226,6 @@ class LRP:
             return of_the_forward_pass(found, model, self.composite, layers, canonizers)
 
     def _seed(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Return the relevance at the output."""
         weights = weights_of(targets, outputs)
         return weights * outputs.detach() if self.initial == "logit" else weights  # Eq. 3
 

@@ -66,7 +66,7 @@ def _group_norm(
     *_: Any,
 ) -> Tensor:
     groups = x.reshape(len(x), num_groups, -1)
-    return _affine(_normed(groups, (2,), eps).reshape(x.shape), weight, bias, of_channels=True)
+    return _affine(_normed(groups, (2,), eps).reshape(x.shape), weight, bias)
 
 
 def _batch_norm(
@@ -86,7 +86,7 @@ def _batch_norm(
     else:
         mean, deviation = _per_channel(x, running_mean), _per_channel(x, running_var + eps).sqrt()
         normed = (x - mean) / deviation
-    return _affine(normed, weight, bias, of_channels=True)
+    return _affine(normed, weight, bias)
 
 
 def _instance_norm(
@@ -119,12 +119,10 @@ def _normed(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
     return centred / (centred.detach().square().mean([*dims], keepdim=True) + eps).sqrt()
 
 
-def _affine(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, of_channels: bool = False
-) -> Tensor:
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
-        x = x * (_per_channel(x, weight) if of_channels else weight)
-    return x if bias is None else x + (_per_channel(x, bias) if of_channels else bias)
+        x = x * _per_channel(x, weight)
+    return x if bias is None else x + _per_channel(x, bias)
 
 
 def _per_channel(x: Tensor, values: Tensor) -> Tensor:

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.core.final_operation import run_by_rule
-from xai_edit.core.layers import (
-    INPUT_SUFFIX,
-    first_tensor,
-    layer_module,
-    require_one_tensor,
-    with_first,
-)
+from xai_edit.core.layers import INPUT_SUFFIX, hooked, require_one_tensor
 
 
 class _Ruled(threading.local):
@@ -145,18 +139,8 @@ class Gather:
         both lie outside its rules. The guard removes the hooks.
         """
         for name in layers:
-            module = layer_module(model, name)
-            if name.endswith(INPUT_SUFFIX) and inputs:
-                module.register_forward_pre_hook(
-                    lambda _, inputs, named, name=name: with_first(
-                        self.insert(name, first_tensor(inputs, named)), inputs, named
-                    ),
-                    with_kwargs=True,
-                )
-            elif not name.endswith(INPUT_SUFFIX) and not inputs:
-                module.register_forward_hook(
-                    lambda _, __, output, name=name: self.insert(name, output)
-                )
+            if name.endswith(INPUT_SUFFIX) == inputs:
+                hooked(model, name, functools.partial(self.insert, name))
 
     def relevance(self, layers: Sequence[str], outputs: Tensor, seed: Tensor) -> dict[str, Tensor]:
         """Return the reduced relevance per layer by the backward pass of one forward pass.

@@ -61,10 +61,10 @@ def _by_layer(kind: str, values: Mapping[str, Any], accepted: str) -> list[Table
 
 
 def _parts(results: Mapping[str, Any]) -> list[Table | Notes]:
-    rows = [
-        [f"{one['part']}: {one['name']}", "works" if one["works"] else "refused", *_measured(one)]
-        for one in results["parts"]
-    ]
+    rows: list[list[Any]] = []
+    for one in results["parts"]:
+        name, works = f"{one['part']}: {one['name']}", "works" if one["works"] else "refused"
+        rows.append([name, works, one["figure"], one["accepted"] or None])
     reasons = [
         f"{one['part']}: {one['name']}: {one['why']}" for one in results["parts"] if one["why"]
     ]
@@ -72,7 +72,3 @@ def _parts(results: Mapping[str, Any]) -> list[Table | Notes]:
         Table("part", ["part", "", "figure", "acceptable"], rows),
         Notes(*reasons, listed=True),
     ]
-
-
-def _measured(one: Mapping[str, Any]) -> list[Any]:
-    return [one["figure"], one["accepted"] or None]

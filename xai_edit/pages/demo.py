@@ -282,7 +282,6 @@ def _maps(results: Mapping[str, Any], maps: Mapping[str, Tensor], *columns: int)
 
 
 def _thumbs(title: str, images: Iterable[Tensor]) -> str:
-    """Return a row of small pictures."""
     items = "".join(
         f'<li><span class="two">{picture(image, f"{title}: picture {number}", "photo")}</span></li>'
         for number, image in enumerate(images, start=1)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from itertools import repeat as repeated
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from xai_edit.discovery.evidence import GROUPS
 from xai_edit.discovery.findings import UNSURE, Finding, Findings, sentence
 from xai_edit.discovery.marks import VERDICTS
 from xai_edit.discovery.shown import in_class, shown_rows
+from xai_edit.evaluation.accuracy import CONFIDENCE
+from xai_edit.evaluation.intervals import wilson_intervals
 from xai_edit.report.html import Report, repeat
 from xai_edit.report.review_controls import fields, saving, verdicts
 from xai_edit.report.review_pictures import (
@@ -86,7 +91,7 @@ def review_page(
         Returns the word of a token's number, such as ``tokenizer.decode``; by default the number is
         shown.
     """
-    return Report(HEADING, _parts(findings, pictures, names or {}, words), more=MORE)
+    return Report(HEADING, _Review(findings, pictures, names or {}, words).parts(), more=MORE)
 
 
 def write_review(
@@ -108,7 +113,8 @@ def discovery_page(
     """Return the page of a run, with how to repeat it."""
     names = {int(label): name for label, name in results["names"].items()}
     files = [FINDINGS, PICTURES, "timing.json"]
-    return Report(HEADING, [*_parts(findings, pictures, names), repeat(results, files)], more=MORE)
+    parts = _Review(findings, pictures, names).parts()
+    return Report(HEADING, [*parts, repeat(results, files)], more=MORE)
 
 
 def class_called(label: int, names: Mapping[int, str]) -> str:
@@ -117,55 +123,138 @@ def class_called(label: int, names: Mapping[int, str]) -> str:
     return f"class {label}" if name == str(label) else name
 
 
-def _parts(
-    findings: Findings,
-    pictures: Mapping[str, Tensor],
-    names: Mapping[int, str],
-    words: Callable[[int], str] | None = None,
-) -> list[str | Notes]:
-    outstanding, all_ = len(findings.standing_out), len(findings)
-    classes = list(dict.fromkeys(one.target for one in findings))
-    truth = findings.predicted if findings.labels is None else findings.labels
-    about = {
-        **{name: findings.origin[name] for name in ("model", "data")},
-        "discovery": findings.checksum(),
-        "names": findings.names,
-        "unsure": UNSURE,
-    }
-    right = ""
-    if findings.labels is not None:
-        right = _encoded((findings.predicted == findings.labels).byte())
-    kind = next((one for one in LOOK if one in pictures), "images")
-    cards = ""
-    for label in classes:
-        cards += f"<h2>Class {escape(names.get(label, str(label)))}</h2>"
-        for number, finding in enumerate(findings):
-            if finding.target == label:
-                cards += _card(number, finding, findings, pictures, names, words)
-    first = f"findings that stand out: {outstanding} of {all_}"
-    looked = [
-        f"{class_called(one.target, names)}, layer {one.layer}: {one.note}"
-        for one in findings.searched
-        if one.note
-    ]
-    explained = (
-        "<p>Each finding is a feature that changes the network's answer for a class. "
-        f"{LOOK[kind]} Tick what is wrong, set a verdict, and save the marks; "
-        "<code>--attribute marks.json</code> of <code>xai-edit neutralize</code> and "
-        f"<code>prune</code> takes them.</p>{BAR if 'images' in pictures else ''}"
-    )
-    return [
-        Notes(findings.answer or first),
-        explained if all_ else "",
-        NOT_SHOWN if all_ and not pictures else "",
-        _strip(findings, classes, names),
-        f'<div id="review" data-about="{escape(json.dumps(about))}" '
-        f'data-truth="{_encoded(truth.int())}" data-right="{right}">{cards}'
-        f"{saving() if all_ else ''}</div>",
-        "<h2>Classes and layers without a finding of their own</h2>" if looked else "",
-        Notes(*looked, listed=True),
-        f"<h2>Limits</h2>{Notes(*LIMITS, listed=True).html()}",
-    ]
+@dataclass(frozen=True, eq=False)
+class _Review:
+    """What the page shows: its parts, the card of a finding, a row of samples and one of them."""
+
+    findings: Findings
+    pictures: Mapping[str, Tensor]
+    names: Mapping[int, str]
+    words: Callable[[int], str] | None = None
+
+    @property
+    def kind(self) -> str:
+        return next((one for one in LOOK if one in self.pictures), "images")
+
+    def parts(self) -> list[str | Notes]:
+        findings, names = self.findings, self.names
+        outstanding, all_ = len(findings.standing_out), len(findings)
+        classes = list(dict.fromkeys(one.target for one in findings))
+        truth = findings.predicted if findings.labels is None else findings.labels
+        about = {
+            **{name: findings.origin[name] for name in ("model", "data")},
+            "discovery": findings.checksum(),
+            "names": findings.names,
+            "unsure": UNSURE,
+        }
+        right = ""
+        if findings.labels is not None:
+            right = _encoded((findings.predicted == findings.labels).byte())
+        cards = ""
+        for label in classes:
+            cards += f"<h2>Class {escape(names.get(label, str(label)))}</h2>"
+            for number, finding in enumerate(findings):
+                if finding.target == label:
+                    cards += self.card(number, finding)
+        first = f"findings that stand out: {outstanding} of {all_}"
+        looked = [
+            f"{class_called(one.target, names)}, layer {one.layer}: {one.note}"
+            for one in findings.searched
+            if one.note
+        ]
+        explained = (
+            "<p>Each finding is a feature that changes the network's answer for a class. "
+            f"{LOOK[self.kind]} Tick what is wrong, set a verdict, and save the marks; "
+            "<code>--attribute marks.json</code> of <code>xai-edit neutralize</code> and "
+            f"<code>prune</code> takes them.</p>{BAR if 'images' in self.pictures else ''}"
+        )
+        return [
+            Notes(findings.answer or first),
+            explained if all_ else "",
+            NOT_SHOWN if all_ and not self.pictures else "",
+            _strip(findings, classes, names),
+            f'<div id="review" data-about="{escape(json.dumps(about))}" '
+            f'data-truth="{_encoded(truth.int())}" data-right="{right}">{cards}'
+            f"{saving() if all_ else ''}</div>",
+            "<h2>Classes and layers without a finding of their own</h2>" if looked else "",
+            Notes(*looked, listed=True),
+            f"<h2>Limits</h2>{Notes(*LIMITS, listed=True).html()}",
+        ]
+
+    def card(self, number: int, finding: Finding) -> str:
+        name, of_class = class_called(finding.target, self.names), in_class(finding, self.findings)
+        scores = finding.scores
+        exact = torch.equal(scores.float().double(), scores)
+        encoded = _encoded(scores.float() if exact else scores.double())
+        also = ", ".join(
+            f"{class_called(label, self.names)} at {layer}" for label, layer in finding.also
+        )
+        evidence = finding.evidence
+        badge = "stands out" if evidence.stands_out else "does not stand out"
+        badge = badge if evidence.within else "separates the whole class"
+        titles = (
+            f"Strongest in {name} – tick those without it",
+            "Strongest in other classes – tick those without it",
+            f"Least like it in {name if of_class.any() else 'all classes'} – tick those with it",
+        )
+        pair = zip(titles, shown_rows(finding, self.findings), (False, False, True), strict=True)
+        shown, maps = "", iter(self.pictures.get(str(number), repeated(None)))
+        for title, rows, ticked in pair:
+            samples = zip(rows.tolist(), islice(maps, len(rows)), strict=True)
+            shown += self.row(title, samples, ticked, name)
+        plots = histogram(scores, of_class, finding.threshold, (name, "other classes"))
+        plots += scatter(finding.points, finding.cluster, finding.part)
+        unsure = int(finding.unsure.sum())
+        return (
+            f'<article class="finding" id="finding-{number}" data-finding="{number}" '
+            f'data-target="{finding.target}" data-threshold="{finding.threshold!r}" '
+            f'data-highest="{float(scores.max())!r}" data-width="{WIDTH}" '
+            f'data-separation="{evidence.separation.value!r}" '
+            f'data-bits="{32 if exact else 64}" data-scores="{encoded}">'
+            f"<h3>Finding {number}: layer {escape(finding.layer)}"
+            f'<span class="badge">{badge}, score {evidence.score:.2f}</span></h3>'
+            f"<p>{escape(sentence(finding, name, 'other classes'))}"
+            f"{escape(f' The same feature was found for {also}.') if also else ''}</p>"
+            f"{verdicts(number, VERDICTS)}{shown}<div class='charts'>{plots}</div>"
+            f"{_groups(number, finding, self.findings, name)}"
+            f"<p>{counted(unsure, 'sample')} within 10 % of the threshold are unsure. The feature "
+            f"is taken away from at most {GROUP} samples of each group that were not used to find "
+            "it.</p>"
+            f"{fields(number, int(finding.has.sum()), len(scores))}</article>"
+        )
+
+    def row(
+        self, title: str, samples: Iterable[tuple[int, Tensor | None]], ticked: bool, target: str
+    ) -> str:
+        items = ""
+        for at, relevance in samples:
+            called = self.findings.names[at] if self.findings.names else f"sample {at}"
+            seen = self.sample(at, called, relevance, target)
+            label = f"Wrong: {called} {'has' if ticked else 'does not have'} the feature"
+            items += (
+                f'<li title="{escape(called)}"><label><input type="checkbox" data-sample="{at}" '
+                f'data-has="{str(ticked).lower()}" aria-label="{escape(label)}">'
+                f'<span class="two">{seen}</span></label></li>'
+            )
+        items = f'<ul class="thumbs {self.kind}">{items}</ul>' if items else "<p>none</p>"
+        return f'<figure class="shown"><figcaption>{escape(title)}</figcaption>{items}</figure>'
+
+    def sample(self, sample: int, called: str, relevance: Tensor | None, target: str) -> str:
+        """Return one sample with the relevance through a finding, or its name alone."""
+        if not self.pictures:
+            return f'<span class="text">{escape(called)}</span>'
+        at = torch.searchsorted(self.pictures["samples"], sample)
+        if "tokens" in self.pictures:
+            return passage(self.pictures["tokens"][at], relevance, self.words)
+        if "signals" in self.pictures:
+            text = called if relevance is None else f"{called}, with relevance for {target}"
+            return waveform(self.pictures["signals"][at], relevance, text)
+        image = self.pictures["images"][at]
+        seen = picture(image, called, "photo")
+        if relevance is not None:
+            over = overlaid(image, relevance)
+            seen = picture(over, f"relevance for {target}: {called}", "map") + seen
+        return seen
 
 
 def _strip(findings: Findings, classes: Sequence[int], names: Mapping[int, str]) -> str:
@@ -180,105 +269,6 @@ def _strip(findings: Findings, classes: Sequence[int], names: Mapping[int, str])
         )
         lines += f"<li><strong>{escape(class_called(label, names))}</strong>: {links}</li>"
     return f'<ul class="strip">{lines}</ul>' if lines else ""
-
-
-def _card(
-    number: int,
-    finding: Finding,
-    findings: Findings,
-    pictures: Mapping[str, Tensor],
-    names: Mapping[int, str],
-    words: Callable[[int], str] | None,
-) -> str:
-    name, of_class = class_called(finding.target, names), in_class(finding, findings)
-    scores = finding.scores
-    exact = torch.equal(scores.float().double(), scores)
-    encoded = _encoded(scores.float() if exact else scores.double())
-    also = ", ".join(f"{class_called(label, names)} at {layer}" for label, layer in finding.also)
-    evidence = finding.evidence
-    badge = "stands out" if evidence.stands_out else "does not stand out"
-    badge = badge if evidence.within else "separates the whole class"
-    titles = (
-        f"Strongest in {name} – tick those without it",
-        "Strongest in other classes – tick those without it",
-        f"Least like it in {name if of_class.any() else 'all classes'} – tick those with it",
-    )
-    pair = zip(titles, shown_rows(finding, findings), (False, False, True), strict=True)
-    shown, start = "", 0
-    for title, rows, ticked in pair:
-        shown += _row(title, rows, ticked, start, number, findings, pictures, name, words)
-        start += len(rows)
-    plots = histogram(scores, of_class, finding.threshold, (name, "other classes"))
-    plots += scatter(finding.points, finding.cluster, finding.part)
-    unsure = int(finding.unsure.sum())
-    return (
-        f'<article class="finding" id="finding-{number}" data-finding="{number}" '
-        f'data-target="{finding.target}" data-threshold="{finding.threshold!r}" '
-        f'data-highest="{float(scores.max())!r}" data-width="{WIDTH}" '
-        f'data-separation="{evidence.separation.value!r}" '
-        f'data-bits="{32 if exact else 64}" data-scores="{encoded}">'
-        f"<h3>Finding {number}: layer {escape(finding.layer)}"
-        f'<span class="badge">{badge}, score {evidence.score:.2f}</span></h3>'
-        f"<p>{escape(sentence(finding, name, 'other classes'))}"
-        f"{escape(f' The same feature was found for {also}.') if also else ''}</p>"
-        f"{verdicts(number, VERDICTS)}{shown}<div class='charts'>{plots}</div>"
-        f"{_groups(number, finding, findings, name)}"
-        f"<p>{counted(unsure, 'sample')} within 10 % of the threshold are unsure. The feature is "
-        f"taken away from at most {GROUP} samples of each group that were not used to find it.</p>"
-        f"{fields(number, int(finding.has.sum()), len(scores))}</article>"
-    )
-
-
-def _row(
-    title: str,
-    rows: Tensor,
-    ticked: bool,
-    start: int,
-    number: int,
-    findings: Findings,
-    pictures: Mapping[str, Tensor],
-    target: str,
-    words: Callable[[int], str] | None,
-) -> str:
-    items = ""
-    maps = pictures.get(str(number))
-    for at, sample in enumerate(rows.tolist(), start):
-        called = findings.names[sample] if findings.names else f"sample {sample}"
-        seen = _sample(sample, called, pictures, None if maps is None else maps[at], target, words)
-        label = f"Wrong: {called} {'has' if ticked else 'does not have'} the feature"
-        items += (
-            f'<li title="{escape(called)}"><label><input type="checkbox" data-sample="{sample}" '
-            f'data-has="{str(ticked).lower()}" aria-label="{escape(label)}">'
-            f'<span class="two">{seen}</span></label></li>'
-        )
-    kind = next((one for one in LOOK if one in pictures), "images")
-    items = f'<ul class="thumbs {kind}">{items}</ul>' if items else "<p>none</p>"
-    return f'<figure class="shown"><figcaption>{escape(title)}</figcaption>{items}</figure>'
-
-
-def _sample(
-    sample: int,
-    called: str,
-    pictures: Mapping[str, Tensor],
-    relevance: Tensor | None,
-    target: str,
-    words: Callable[[int], str] | None,
-) -> str:
-    """Return one sample with the relevance through a finding, or its name alone."""
-    if not pictures:
-        return f'<span class="text">{escape(called)}</span>'
-    at = torch.searchsorted(pictures["samples"], sample)
-    if "tokens" in pictures:
-        return passage(pictures["tokens"][at], relevance, words)
-    if "signals" in pictures:
-        text = called if relevance is None else f"{called}, with relevance for {target}"
-        return waveform(pictures["signals"][at], relevance, text)
-    image = pictures["images"][at]
-    seen = picture(image, called, "photo")
-    if relevance is not None:
-        over = overlaid(image, relevance)
-        seen = picture(over, f"relevance for {target}: {called}", "map") + seen
-    return seen
 
 
 def _groups(number: int, finding: Finding, findings: Findings, name: str) -> str:
@@ -312,13 +302,12 @@ def _percent(share: float) -> str:
 
 def _accuracy(share: float, samples: int) -> str:
     """Return an accuracy, of few samples with Wilson's 95 % interval."""
-    from scipy.stats import binomtest
-
     text = _percent(share)
     if samples >= FEW:
         return text
-    ends = binomtest(round(share * samples), samples).proportion_ci(method="wilson")
-    return f"{text} [{_percent(ends.low)}, {_percent(ends.high)}]"
+    right = torch.tensor([round(share * samples)])
+    ((low, high),) = wilson_intervals(right, torch.tensor([samples]), CONFIDENCE)
+    return f"{text} [{_percent(low)}, {_percent(high)}]"
 
 
 def _encoded(values: Tensor) -> str:

@@ -164,27 +164,22 @@ def groups(results: Mapping[str, Any]) -> Table:
     """Return the accuracy of each group before and after, also of those without images."""
     rows = shown_rows(results)
     first, nothing = rows[0]["figures"], [None] * len(rows)
-    cells: dict[tuple[int, int], list[Any]] = {}
+    found = [(group, [0, "not measured", *nothing]) for group in first["missing"]]
     for same in zip(*(row["figures"]["groups"] for row in rows), strict=True):
         accuracies = [group["accuracy"] for group in same]
         if same[0]["samples"] < FEW:
             accuracies = ["{:.3f} ({})".format(*with_interval(group)) for group in same]
         interval = with_interval(same[0])[1]
-        cells[_place(same[0])] = [same[0]["samples"], interval, *accuracies]
-    cells |= {_place(group): [0, "not measured", *nothing] for group in first["missing"]}
-    named = []
-    for place, row in sorted(cells.items()):
-        group = dict(zip(("class", "attribute"), place, strict=True))
-        planted = ", planted" if is_planted(results, group) else ""
-        named.append([part_name(results, group) + planted, *row])
+        found.append((same[0], [same[0]["samples"], interval, *accuracies]))
+    found.sort(key=lambda one: (one[0]["class"], one[0]["attribute"]))
+    named = [
+        [part_name(results, group) + ", planted" * is_planted(results, group), *row]
+        for group, row in found
+    ]
     absent = unmeasured(results)[len(first["missing"]) :]
     named += [[part.name, 0, "not measured", *nothing] for part in absent]
     columns = ["group", "images", "interval before", *(row["method"] for row in rows)]
     return Table("accuracy by group", columns, named, _lowest)
-
-
-def _place(group: Mapping[str, Any]) -> tuple[int, int]:
-    return group["class"], group["attribute"]
 
 
 def _lowest(row: Sequence[Any]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +71,14 @@ def coupling(model: nn.Module, inputs: Inputs) -> Coupling:
         run(model, sample)
         flow = UnitFlow(model)
         full = torch.autocast(sample.device.type, enabled=False)
-        with full, _explained(model), following(flow, [*input_tensors(sample).values()]):
-            output = called(model, sample)
+        try:
+            with full, following(flow, [*input_tensors(sample).values()]):
+                output = called(model, sample)
+        except Exception as problem:
+            raise ValueError(
+                f"model: the channels of {type(model).__name__} cannot be followed through its "
+                f"forward pass ({type(problem).__name__}: {problem}), so none can be removed"
+            ) from problem
         for value in tree_leaves(output):
             units = flow.of(value)
             if units is not None:
@@ -84,17 +89,6 @@ def coupling(model: nn.Module, inputs: Inputs) -> Coupling:
     gates = {name for at, name in numbered if name in flow.reads and not flow.behind >> at & 1}
     groups = [*_gathered(model, flow)]
     return Coupling(groups, frozenset(gates), frozenset(flow.positions), flow)
-
-
-@contextmanager
-def _explained(model: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except Exception as problem:
-        raise ValueError(
-            f"model: the channels of {type(model).__name__} cannot be followed through its "
-            f"forward pass ({type(problem).__name__}: {problem}), so none can be removed"
-        ) from problem
 
 
 def _shared_or_computed(model: nn.Module, flow: UnitFlow) -> None:

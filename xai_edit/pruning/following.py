@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -173,23 +173,19 @@ def following(flow: UnitFlow, inputs: Sequence[Tensor]) -> Iterator[None]:
     unit = torch.tensor(flow.fixed_unit(INPUT))
     for one in inputs:
         flow.set(one, unit.expand(one.shape), 0)
-    handles = []
 
     def leave(*_: Any) -> None:
         flow.stack.pop()
 
-    for name, module in flow.modules.items():
+    with ExitStack() as stack:
+        for name, module in flow.modules.items():
 
-        def enter(*_: Any, name: str = name) -> None:
-            flow.stack.append(name)
-            flow.called.setdefault(name)
+            def enter(*_: Any, name: str = name) -> None:
+                flow.stack.append(name)
+                flow.called.setdefault(name)
 
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
-    inside = _Dispatched(flow)
-    try:
-        with inside, _Functions(flow, inside):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            stack.enter_context(module.register_forward_pre_hook(enter))
+            stack.enter_context(module.register_forward_hook(leave))
+        inside = stack.enter_context(_Dispatched(flow))
+        stack.enter_context(_Functions(flow, inside))
+        yield

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,12 +11,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, clear_parts, read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import copied, require_finite
 from xai_edit.core.inputs import Inputs, input_tensors
 from xai_edit.edits.model_edit import ModelEdit, tensors_of
-from xai_edit.edits.switching_off import silencing_entries
+from xai_edit.edits.switching_off import kept_off, silencing_entries
 from xai_edit.pruning.coupled_channels import ChannelGroup
 from xai_edit.pruning.ranking import (
     Prunable,
@@ -122,21 +120,6 @@ def pruned(
     if schedule.fine_tune is not None:
         about["fine_tune"] = repr(schedule.fine_tune)
     return ModelEdit.to_copy(model, network, about)
-
-
-@contextmanager
-def kept_off(network: nn.Module, channels: Mapping[str, list[int]]) -> Iterator[None]:
-    """Set channels to zero by hooks, so that training changes no incoming weight of theirs."""
-    with ExitStack() as hooks:
-        for name, off in channels.items():
-            module = network.get_submodule(name)
-            gone = torch.tensor(off, dtype=torch.long, device=model_device(module))
-            axis = -1 if isinstance(module, nn.Linear) else 1
-            hook = module.register_forward_hook(
-                lambda _, __, output, at=(axis, gone): output.index_fill(*at, 0)
-            )
-            hooks.callback(hook.remove)
-        yield
 
 
 def _switch_off(

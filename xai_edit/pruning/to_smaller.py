@@ -129,8 +129,8 @@ def _still_read(
             widths = [len(numbers) // groups, flow.layers.get(name, (0, 0))[1] // groups]
             if isinstance(module, WEIGHTED) and (groups == 1 or min(widths) > 1):
                 axis = -1 if isinstance(module, nn.Linear) else 1
-                hook = module.register_forward_pre_hook(note(name, axis, flow.roots(numbers)))
-                hooks.callback(hook.remove)
+                look = note(name, axis, flow.roots(numbers))
+                hooks.enter_context(module.register_forward_pre_hook(look))
         run(model, inputs)
     return read
 
@@ -153,12 +153,7 @@ def silent_units(model: nn.Module, group: ChannelGroup) -> Tensor:
 def _remove(model: nn.Module, found: Coupling, lost: list[tuple[ChannelGroup, Tensor]]) -> None:
     """Remove the silent units of each group from all that writes or reads them."""
     flow = found.flow
-    gone: set[int] = set()
-    for group, silent in lost:
-        layer, channels = next(iter(group.layers.items()))
-        first, _ = flow.layers[layer]
-        gone |= {flow.root(first + one) for one in channels[silent].flatten().tolist()}
-    dead = torch.tensor(sorted(gone))
+    dead = torch.cat([_roots(found, group)[silent] for group, silent in lost])
     for name, module in model.named_modules():
         if name not in flow.reads:
             continue

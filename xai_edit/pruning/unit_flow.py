@@ -91,7 +91,7 @@ class UnitFlow:
             self.fixed[self._stays[reason]] = reason
         return self._stays[reason]
 
-    def join(self, one: Tensor, other: Tensor, reason: str = CONSTANT) -> None:
+    def join(self, one: Tensor, other: Tensor) -> None:
         """Join units pair by pair; 0 and units that stay keep those that they are joined with."""
         if one is other:
             return
@@ -103,7 +103,7 @@ class UnitFlow:
             if a in stays or b in stays:
                 self.stay([a, b], stays[a] if a in stays else stays[b])
             elif not a or not b:
-                self.stay([a, b], reason)
+                self.stay([a, b], CONSTANT)
             else:
                 self._joined[self.root(b)] = self.root(a)
 

@@ -33,13 +33,7 @@ def relevance_maps(
     return {name: values.detach().cpu() for name, values in maps.items()}
 
 
-def map_grid(
-    images: Tensor,
-    maps: Mapping[str, Tensor],
-    *,
-    notes: Mapping[str, Sequence[str]] | None = None,
-    one_scale: bool = False,
-) -> bytes:
+def map_grid(images: Tensor, maps: Mapping[str, Tensor]) -> bytes:
     """Draw images beside their relevance maps as a PNG file: red is for the class, blue against.
 
     Parameters
@@ -47,20 +41,13 @@ def map_grid(
     images : Tensor, shape (images, 1 or 3, height, width), in [0, 1]
     maps : mapping
         Title of a column → relevance of the images' shape, summed over channels.
-    notes : mapping, optional
-        Title of a column → a line below each of its maps.
-    one_scale : bool
-        All maps of an image share the scale of the first, instead of one scale each.
     """
-    figure, grid = _panels(len(images), len(maps) + 1, (1.25, 1.35 if notes is None else 1.6))
+    figure, grid = _panels(len(images), len(maps) + 1, (1.25, 1.35))
     for row, (axes, image) in enumerate(zip(grid, images.cpu(), strict=True)):
         show_image(axes[0], image)
-        first = next(iter(maps.values()))[row].sum(0)
-        for ax, (title, relevance) in zip(axes[1:], maps.items(), strict=True):
+        for ax, relevance in zip(axes[1:], maps.values(), strict=True):
             values = relevance[row].sum(0)
-            show_relevance(ax, values, first if one_scale else values)
-            if notes is not None:
-                ax.set_xlabel(notes[title][row], fontsize=8)
+            show_relevance(ax, values, values)
     for ax, title in zip(grid[0], ["image", *maps], strict=True):
         ax.set_title(textwrap.fill(title, 16), fontsize=8)
     colour_bar(figure)

@@ -14,10 +14,11 @@ from tqdm import tqdm
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.concepts.ablation import with_identity
 from xai_edit.core.checks import distinct, one_of, require, whole_number
+from xai_edit.core.counting import count_by_group
 from xai_edit.datasets.image_set import Epochs, ImageSet
 from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_head
-from xai_edit.evaluation.recovery import fitted_probe
+from xai_edit.evaluation.recovery import probe
 from xai_edit.forgetting.class_subspace import ClassSubspaceRemoval
 from xai_edit.last_layer.head import HeadFeatures, collect_head_features
 from xai_edit.reproduce import summaries, tables
@@ -130,7 +131,6 @@ class OneNetwork:
         return fit(run.built(self.seed, self.train), batches, **run.schedule(others))
 
     def _place(self, network: nn.Module, layer: str) -> nn.Module:
-        """Return a copy with a place for a removal."""
         return with_identity(network, layer, next(iter(self.planning))[0])
 
     def _removed(self, removal: ClassSubspaceRemoval, target: int) -> tuple[nn.Module, int]:
@@ -151,11 +151,8 @@ class OneNetwork:
 
     def _figures(self, target: int, probing: HeadFeatures, judging: HeadFeatures) -> Results:
         """Return A_t and A_g of the network and of a new probe of all classes."""
-        probe = fitted_probe(probing.features, probing.require_labels())
-        labels = judging.require_labels()
-        answers = torch.from_numpy(probe.predict(judging.features.double().numpy()))
-        hits = labels[answers == labels]
-        counts = [one.bincount(minlength=judging.classes)[:, None] for one in (hits, labels)]
+        answers = probe(probing.features, probing.require_labels())(judging.features)
+        counts = count_by_group(answers, judging.require_labels(), judging.classes)
         accuracy, probed = evaluate_head(judging), Accuracy(*counts)
         figures = {"A_t": accuracy.of(target), "A_g": accuracy.rest(target)}
         return figures | {"probe": probed.of(target), "probe_rest": probed.rest(target)}

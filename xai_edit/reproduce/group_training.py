@@ -226,7 +226,6 @@ def _batch(images: Images, rows: Any) -> tuple[Tensor, ...]:
 
 
 def _batches(images: Images) -> Iterable[tuple[Tensor, ...]]:
-    """Return the samples in batches."""
     return images if isinstance(images, ImageSet) else [_batch(images, ...)]
 
 

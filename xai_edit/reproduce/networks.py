@@ -124,7 +124,6 @@ def vgg_like(*, channels: int = 3, classes: int = 10, width: float = 1.0) -> nn.
 def _add_convolution(
     body: nn.Module, number: int, channels: int, filters: int, kernel: int = 3, stride: int = 1
 ) -> None:
-    """Add a convolution with batch norm and ReLU."""
     convolution = nn.Conv2d(channels, filters, kernel, stride, kernel // 2, bias=False)
     body.add_module(f"conv{number}", convolution)
     body.add_module(f"norm{number}", nn.BatchNorm2d(filters))
@@ -132,7 +131,6 @@ def _add_convolution(
 
 
 def _with_head(body: nn.Sequential, channels: int, classes: int) -> nn.Sequential:
-    """Add an average over positions and a linear layer."""
     body.add_module("pool", nn.AdaptiveAvgPool2d(1))
     body.add_module("flatten", nn.Flatten())
     body.add_module("fc", nn.Linear(channels, classes))

@@ -145,6 +145,5 @@ class DigitRemoval(Removal):
 
 
 def _by_class(head: HeadFeatures) -> list[float]:
-    """Return the accuracy on each class."""
     accuracy = evaluate_head(head)
     return [round(accuracy.of(label), 5) for label in range(head.classes)]

@@ -185,7 +185,6 @@ def _findings(found: Summary) -> Table:
 
 
 def _of_pair(part: Summary, shares: Sequence[float]) -> dict[str, Table]:
-    """Return the tables of one strength."""
     rows: dict[tuple[str, float | None], Summary]
     rows = {(row["method"], row["share"]): row for row in part["rows"]}
     methods = [*dict.fromkeys(method for method, _ in rows)]

@@ -38,8 +38,7 @@ from xai_edit.lrp.lrp import LRP
 from xai_edit.lrp.patterns import fit_patterns
 from xai_edit.reproduce import summaries, tables
 from xai_edit.reproduce.experiments import BATCH, Reproduction, Results, refusals
-from xai_edit.reproduce.networks import load_weights
-from xai_edit.reproduce.training import fit, logits_of, trained_once
+from xai_edit.reproduce.training import fit, logits_of
 
 RULES = ("epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1")
 PATTERNS = ("patternnet", "patternnet+-", "patternattribution", "patternattribution+-")
@@ -149,16 +148,14 @@ class OneNetwork:
         }
 
     def _trained(self) -> nn.Module:
-        model, weights = self._built(), self.options.weights
+        model, options = self._built(), self.options
         inputs, *_ = self.kept.batch(torch.arange(1))
         with preserved(model), torch.no_grad():
-            predict(model, inputs.to(self.options.device))  # one that does not fit is refused now
-        if weights is not None:
-            return load_weights(model, self.run.network, weights)
-        if self.options.wants("amnesiac"):  # which needs the updates
+            predict(model, inputs.to(options.device))  # one that does not fit is refused now
+        if options.weights is None and options.wants("amnesiac"):  # which needs the updates
             return self._fit(model, self._batches(), recording=self.log.recording)
-        file = self.options.out / f"network-{self.seed}.safetensors"
-        return trained_once(file, model, partial(self._fit, batches=self._batches()))
+        file = options.out / f"network-{self.seed}.safetensors"
+        return self.run.trained(self.seed, self.train, file)
 
     def _built(self) -> nn.Module:
         return self.run.built(self.seed, self.train)

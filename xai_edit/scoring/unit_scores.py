@@ -22,7 +22,7 @@ from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.final_operation import noted_finals
 from xai_edit.core.guard import preserved, require_finite
 from xai_edit.core.inputs import Inputs
-from xai_edit.core.layers import resolve_layers, run, tapped
+from xai_edit.core.layers import resolve_layers, run, values_of
 from xai_edit.core.outputs import Outputs, label_origin, outputs_as, outputs_of
 from xai_edit.core.precision import in_float32, precision_origin
 from xai_edit.core.targets import (
@@ -351,13 +351,10 @@ def _windows(
     windowed = {name: shape[0] for name, shape in shapes.items() if shape[:1] != (1,)}
     if not windowed or len(inputs) < 2:
         return windowed
-    with preserved(model), torch.no_grad():
-        with tapped(model, [*windowed]) as of_one:
-            run(model, inputs[:1])
-        with tapped(model, [*windowed]) as of_two:
-            run(model, inputs[:2])
+    with preserved(model):
+        of_one, of_two = (values_of(model, [*windowed], inputs[:count]) for count in (1, 2))
     for name in windowed:
-        alone, first = of_one.values[name], of_two.values[name][: windowed[name]]
+        alone, first = of_one[name], of_two[name][: windowed[name]]
         scale = alone.abs().max()
         if first.shape != alone.shape or (first - alone).abs().max() > 1e-3 * scale:
             raise ValueError(
