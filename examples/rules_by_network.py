@@ -63,7 +63,7 @@ def convnext() -> nn.Module:
 
 
 NETWORKS = {  # what makes one, its rate of learning, and the layer whose units are ranked
-    "VGG": (lambda: build("vgg-like", 3, 10, 32), 3e-3, "conv4"),
+    "VGG": (lambda: build("vgg-like:0.5", 3, 10, 32), 3e-3, "conv4"),
     "ResNet-20": (lambda: build("resnet20", 3, 10, 32), 3e-3, "layer2.2.conv1"),
     "ConvNeXt": (convnext, 2e-3, "features.3.1.block.3"),
     "ViT": (vision_transformer, 2e-3, "encoder.layers.encoder_layer_2.mlp.0"),
@@ -189,8 +189,8 @@ def main() -> None:
         sys.exit(print("left out: XAI_EDIT_DATA does not name a folder with cifar10"))
     torch.set_num_threads(1)
     train, test = (cifar10(root, split) for split in ("train", "test"))
-    train = train.first(500)  # a class
-    names, epochs, rounds = given.network or [*NETWORKS], 12, 5
+    train = train.first(300)  # a class
+    names, epochs, rounds = given.network or [*NETWORKS], 10, 3
     if given.quick:
         names, epochs, rounds = ["VGG"], 2, 1
         train, test = train.first(50), test.first(30)
