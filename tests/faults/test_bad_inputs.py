@@ -57,6 +57,8 @@ def world():
         plain_features=xe.collect_features(model, data, layer="relu1", positions=4),
         unlabelled=xe.concepts.Features(features.activations, features.contexts, features.sample),
         subspaces=xe.PCA(2).fit(features),
+        alike=[(images[:1].repeat(10, 1, 1, 1), labels[:10])],
+        direction=xe.Subspaces(torch.eye(12, 1).double(), (1,), torch.zeros(12).double()),
         wide=xe.Subspaces(torch.eye(7).double(), (7,), torch.zeros(7).double()),
         edit=xe.RelevancePruning(0.5, xe.WeightMagnitude()).plan(model, data),
         grey=ImageSet(torch.zeros(8, 1, 9, 9).byte(), torch.arange(8) % 4, (0.5,), (0.5,), 9),
@@ -231,6 +233,7 @@ SCORERS = [
     (lambda w: xe.LRP(None), T, "nor an instance of a Zennit"),
     (lambda w: xe.LRP(EpsilonPlus(), gamma=0.1), T, "['gamma'] go with a preset name"),
     (lambda w: xe.LRP(initial="two"), V, "initial: 'two' given; it is one of 'logit', 'one'"),
+    (lambda w: xe.LRP(3), T, "composite: 3 is neither a preset"),
     (lambda w: xe.LRP("epsilom"), V, "composite: 'epsilom' is not a preset"),
     (lambda w: xe.LRP("epsilon", gamma=1), T, "'epsilon': got an unexpected keyword argument 'gam"),
     (lambda w: xe.LRP("epsilon-gamma-box"), T, "box': missing a required argument: 'low'"),
@@ -345,6 +348,7 @@ OPERATORS = [
      V, "'exact' finds its own dose"),
     (lambda w: fictitious(w, attribute=w.subspaces), V, "attribute: 2 subspaces given; give one"),
     (lambda w: fictitious(w, attribute=w.wide), V, "a subspace of 7 channels"),
+    (lambda w: fictitious(w, w.alike, attribute=w.direction), V, "equally strong in all samples"),
     *(
         (lambda w, op=operator, given=given: op("exact", **given), V, f"{message} the other sel")
         for operator in (xe.SingleWeight, xe.FictitiousClass)
