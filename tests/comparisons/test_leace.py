@@ -79,6 +79,18 @@ def test_the_class_stays_where_the_attribute_goes_with_it(eye):
         whole(eye, [(x, y, y)])
 
 
+def test_a_rare_attribute_is_erased_too(eye):
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 6).double()
+    rare = torch.zeros(20_000).long()
+    rare[:20] = 1
+    x[:20, 0] += 1
+    w, b = whole(eye, [x], attribute=rare)
+    after = x.numpy() @ w.T + b
+    assert x[:20, 0].mean() > 0.5
+    assert np.allclose(after[:20].mean(0), after[20:].mean(0), atol=1e-9)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_other_erasing_map_changes_the_features_less(seed):
     x, a = correlated(d=4, values=3, seed=seed)
