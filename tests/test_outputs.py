@@ -388,14 +388,8 @@ def test_of_one_logit_the_feature_is_neutralised_in_the_class_that_it_speaks_for
 def test_training_of_one_logit_is_that_of_the_binary_cross_entropy(kind, weighted):
     model = KINDS[kind].make()
     data = data_of(kind, model)
-    if weighted:
-        edit = comparisons.negative_gradient(
-            model, data, target=1, epochs=3, learning_rate=0.1, batch_size=99
-        )
-    else:
-        edit = comparisons.random_labels(
-            model, data, target=1, epochs=3, learning_rate=0.1, batch_size=99
-        )
+    method = comparisons.negative_gradient if weighted else comparisons.random_labels
+    edit = method(model, data, target=1, epochs=3, learning_rate=0.1, batch_size=99)
     twin = one_row()
     optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, maximize=weighted)
     batches = [(x, y.float()) for x, y, _ in data]

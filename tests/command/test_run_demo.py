@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from command_runs import DEMO, files, read
-from safetensors.torch import load_file
 
 import xai_edit as xe
 import xai_edit.command.run_demo
@@ -161,13 +160,6 @@ def test_without_a_finding_the_edits_take_true_labels_and_the_page_says_so(tmp_p
     assert results["warnings"][0] in page
     assert results["proof"] == "last-layer retraining (DFR)"
     assert not (tmp_path / MARKS).exists()
-
-
-def test_maps_are_those_of_the_images_shown(folder, results):
-    maps = load_file(folder / "maps.safetensors")
-    assert len(maps["images"]) == len(results["maps"])
-    assert maps["relevance"].shape[:2] == (len(results["maps"]), len(results["map_columns"]))
-    assert all(len(row["predicted"]) == len(results["map_columns"]) for row in results["maps"])
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,7 @@ from xai_edit.comparisons.fine_tuned import (
     random_labels,
     retrain,
 )
-from xai_edit.core.data import Batch
 from xai_edit.core.errors import NonFiniteError
-from xai_edit.core.training import fine_tuned
 
 METHODS = [random_labels, negative_gradient, boundary_shrink, boundary_expanding]
 F = nn.functional
@@ -259,15 +257,6 @@ def test_only_training_on_all_classes_moves_batch_norm_statistics(norm, digits):
         assert moved == (statistics if method is random_labels else set())
 
 
-def test_a_batch_of_one_sample_has_no_statistics_and_is_trained_on_all_the_same(digits):
-    images, labels = digits
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
-    epoch = [Batch(images[:20], labels[:20]), Batch(images[:1], labels[:1])]
-    settings = {"epochs": 1, "learning_rate": 0.01, "seed": 0, "statistics": True}
-    made, steps = fine_tuned(model.eval(), lambda _: epoch, **settings)
-    assert (steps, int(made[2].num_batches_tracked)) == (2, 1)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_seed_gives_the_same_bits_and_the_random_state_comes_back(digits, method):
     torch.manual_seed(0)
@@ -350,21 +339,6 @@ def test_a_loss_that_explodes_is_one_clear_error(plain, batches, method, unchang
     with pytest.raises(NonFiniteError, match="learning rate 1e\\+30"):
         method(plain, batches, target=2, learning_rate=1e30, epochs=2)
     check()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"epochs": 0}, ValueError, "epochs: 0 given"),
-        ({"learning_rate": 0.0}, ValueError, "learning_rate: 0.0 given"),
-        ({"batch_size": 0}, ValueError, "batch_size: 0 given"),
-        ({"epsilon": 0.0}, ValueError, "epsilon: 0.0 given"),
-        ({"clip": (1.0, 0.0)}, ValueError, "clip: .* the lower end comes first"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(plain, batches, arguments, error, message):
-    with pytest.raises(error, match=message):
-        boundary_shrink(plain, batches, target=3, **arguments)
 
 
 def test_words_have_no_nearest_class_and_can_be_expanded():

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import null_space, sqrtm
+from scipy.linalg import null_space
 from sklearn.covariance import ledoit_wolf
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from xai_edit import collect_head_features
@@ -61,42 +60,6 @@ def test_no_value_of_the_attribute_is_correlated_with_a_feature_any_more(eye, va
     assert np.allclose((x.numpy() @ w.T + b).mean(0), x.numpy().mean(0))
 
 
-@pytest.mark.parametrize("values", [2, 3, 5])
-def test_a_linear_classifier_of_the_attribute_can_only_give_its_base_rates(eye, values):
-    x, a = correlated(values=values)
-    w, b = whole(eye, [x], attribute=a)
-    rates = np.bincount(a) / len(a)
-    before, after = (
-        LogisticRegression(C=np.inf, max_iter=1000, tol=1e-8).fit(one, a).predict_proba(one)
-        for one in (x.numpy(), x.numpy() @ w.T + b)
-    )
-    assert np.abs(before - rates).max() > 0.3
-    assert np.abs(after - rates).max() < 1e-5
-
-
-@pytest.mark.parametrize("columns", [1, 2, 4])
-def test_it_is_orthogonal_in_whitened_space_and_goes_with_an_affine_map(columns):
-    """Of several columns at once, here of real numbers."""
-    rng = np.random.default_rng(columns)
-    x = correlated(seed=columns)[0].numpy()
-    z = x @ rng.normal(size=(6, columns)) + rng.normal(size=(len(x), columns))
-
-    def found(features):
-        both = np.cov(features, z, rowvar=False, bias=True)
-        return both[:6, :6], projection(both[:6, :6], both[:6, 6:]), both[:6, 6:]
-
-    covariance, A, cross = found(x)
-    assert np.abs(A @ cross).max() < 1e-10
-    root = sqrtm(covariance).real
-    whitened = np.linalg.solve(root, A @ root)
-    assert np.allclose(whitened, whitened.T, atol=1e-9)
-    assert np.allclose(whitened @ whitened, whitened, atol=1e-9)
-    assert np.trace(whitened) == pytest.approx(6 - columns)
-    # Least change in every norm (Thm. 4.3), so features in other units are erased alike.
-    B = rng.normal(size=(6, 6))
-    assert np.allclose(found(x @ B.T + rng.normal(size=6))[1] @ B, B @ A, atol=1e-8)
-
-
 def test_the_class_stays_where_the_attribute_goes_with_it(eye):
     """Feature 0 tells the class, feature 1 the attribute; 1 of 20 samples has the other value."""
     torch.manual_seed(0)
@@ -114,6 +77,18 @@ def test_the_class_stays_where_the_attribute_goes_with_it(eye):
     assert means[2:, 0].mean() - means[:2, 0].mean() > 5
     with pytest.warns(UserWarning, match="2 of 4 groups of class and attribute have no samples"):
         whole(eye, [(x, y, y)])
+
+
+def test_a_rare_attribute_is_erased_too(eye):
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 6).double()
+    rare = torch.zeros(20_000).long()
+    rare[:20] = 1
+    x[:20, 0] += 1
+    w, b = whole(eye, [x], attribute=rare)
+    after = x.numpy() @ w.T + b
+    assert x[:20, 0].mean() > 0.5
+    assert np.allclose(after[:20].mean(0), after[20:].mean(0), atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -166,31 +141,8 @@ def test_the_edited_model_gives_the_logits_of_the_erased_features(plain, digits)
     assert np.abs(moments(torch.from_numpy(logits), marked.long())[1]).max() < 1e-9
 
 
-def test_a_rare_attribute_is_erased_too(eye):
-    torch.manual_seed(0)
-    x = torch.randn(20_000, 6).double()
-    rare = torch.zeros(20_000).long()
-    rare[:20] = 1
-    x[:20, 0] += 1
-    w, b = whole(eye, [x], attribute=rare)
-    after = x.numpy() @ w.T + b
-    assert x[:20, 0].mean() > 0.5
-    assert np.allclose(after[:20].mean(0), after[20:].mean(0), atol=1e-9)
-
-
 def test_nothing_to_erase_is_an_edit_of_nothing(eye):
     x = torch.randn(50, 6).double().repeat(2, 1)
     edit = LEACE().plan(eye, [x], attribute=torch.arange(100) // 50)
     assert edit.size == 0
     assert edit.origin["directions"] == 0
-
-
-def test_what_cannot_be_erased_is_refused(eye):
-    x, a = correlated()
-    for model, attribute, message in (
-        (eye, torch.ones(400), "attribute: all 400 samples have the value 1"),
-        (eye, None, "attribute: not given"),
-        (nn.Linear(6, 2, bias=False).double(), a, "no bias"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            LEACE().plan(model, [x], attribute=attribute)

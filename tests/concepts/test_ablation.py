@@ -2,7 +2,6 @@
 
 import copy
 
-import captum.attr
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +12,6 @@ from zennit.rules import Epsilon
 from xai_edit import (
     LRP,
     PCA,
-    CaptumLayer,
     ConceptAwarePruning,
     Presence,
     RelevancePruning,
@@ -52,22 +50,6 @@ def test_the_layer_passes_its_output_on_without_the_subspaces(plain, batches, la
         after = output(model, layer, inputs)
     assert torch.allclose(channels_last(after), expected, rtol=0, atol=1e-12)
     assert not torch.allclose(after, before)
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_the_ablated_model_is_the_one_with_the_projection_in_its_weights(plain, batches, layer):
-    model, data = plain.double(), [(x.double(), y) for x, y in batches]
-    subspaces = found(model, data, layer)
-    inputs = data[0][0]
-    with ablated(model, layer, subspaces, [0, 2]):
-        logits = model(inputs)
-    U = subspaces.directions([0, 2])
-    module = model.get_submodule(layer)
-    with torch.no_grad():
-        weight = module.weight.flatten(1)
-        module.weight.copy_((weight - U @ (U.T @ weight)).view_as(module.weight))
-        module.bias.copy_(module.bias - U @ (U.T @ (module.bias - subspaces.mean)))
-    assert torch.allclose(logits, model(inputs), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -111,29 +93,12 @@ def test_the_model_is_exactly_restored(plain, batches, layer, unchanged):
         assert plain.get_submodule(inner) is children[layer]
     check()
     assert dict(plain.named_modules()) == children
-    with pytest.raises(RuntimeError, match="mine"), ablated(plain, layer, subspaces, [0]):
-        raise RuntimeError("mine")
+    with pytest.raises(KeyboardInterrupt), ablated(plain, layer, subspaces, [0]):
+        raise KeyboardInterrupt
     check()
     with ablated(plain, layer, subspaces, [0]) as inner:
         score_units(plain, batches, LRP("epsilon-plus"), layers=[inner, "conv1"])
     check()
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_captum_works_through_the_ablation(plain, batches, layer):
-    subspaces = found(plain, batches, layer)
-    x, y = batches[0]
-    with ablated(plain, layer, subspaces, [0]) as inner:
-        scores = CaptumLayer(captum.attr.LayerGradientXActivation)(plain, x, y, [inner])[inner]
-        # by hand: gradient of the logit with respect to the layer's own output
-        a = output(plain, inner, x).requires_grad_()
-        own = plain.get_submodule(inner)
-        handle = own.register_forward_hook(lambda *_: a)
-        plain(x).gather(1, y[:, None]).sum().backward()
-        handle.remove()
-    product = (a * a.grad).detach()
-    expected = product if product.ndim == 2 else product.sum((2, 3))
-    assert torch.allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_two_layers_may_be_ablated_at_once(plain, batches):
@@ -146,14 +111,6 @@ def test_two_layers_may_be_ablated_at_once(plain, batches):
         assert torch.equal(output(plain, "conv2", x), only_first)
     expected = second.ablate(only_first.movedim(1, -1), [1]).movedim(-1, 1)
     assert torch.allclose(both, expected, rtol=0, atol=1e-5)
-
-
-def test_half_precision_stays_half_precision(plain, batches):
-    subspaces = found(plain, batches, "fc1")
-    model = nn.Sequential(plain.fc1).to(torch.bfloat16)
-    with ablated(model, "0", subspaces, [0]):
-        out = model(torch.ones(2, 24, dtype=torch.bfloat16))
-    assert out.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -343,9 +300,6 @@ def test_only_samples_with_the_subspaces_are_ablated(
     save_file(kept.state_dict(), tmp_path / "kept.safetensors")
     again.load_state_dict(load_file(tmp_path / "kept.safetensors"))
     assert torch.equal(again(inputs), reactive)
-    torch.export.save(torch.export.export(kept, (inputs,)), tmp_path / "kept.pt2")
-    exported = torch.export.load(tmp_path / "kept.pt2").module()
-    torch.testing.assert_close(exported(inputs), reactive)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -408,17 +362,3 @@ def test_relevance_passes_samples_that_are_not_ablated_by(plain, batches, layer)
     here, plainly = scores > threshold, scorer.relevance(model, x, y, [layer])[layer]
     torch.testing.assert_close(relevance[False][here], relevance[True][here])
     torch.testing.assert_close(relevance[False][~here], plainly[~here], rtol=1e-4, atol=1e-5)
-
-
-def test_presence_refuses_what_is_no_threshold_pooling_or_channels(plain, batches):
-    subspaces = found(plain, batches, "conv1")
-    with pytest.raises(ValueError, match="threshold: -1 given; it is a finite number"):
-        Presence(-1)
-    with pytest.raises(ValueError, match="pooling: 'sum' given; it is one of 'max', 'mean'"):
-        Presence(1.0, "sum")
-    with pytest.raises(ValueError, match="pooling: 'sum' given"):
-        presence(torch.zeros(2, 3, 4), subspaces, [0], "sum")
-    with pytest.raises(ValueError, match="subspaces have 4 channels"):
-        presence(torch.zeros(2, 3, 5), subspaces, [0])
-    with pytest.raises(TypeError, match=r"when: float given; give xai_edit.Presence\(threshold\)"):
-        with_ablation(plain, "conv1", subspaces, [0], when=0.5)

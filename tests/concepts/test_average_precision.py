@@ -61,9 +61,3 @@ def test_a_chunk_stays_within_the_memory_named_and_resamples_differ(monkeypatch)
     assert [counts[0].shape[1] for counts in chunks] == [4, 4, 2]
     drawn = torch.cat([counts[0] for counts in chunks], 1)
     assert len(drawn.T.unique(dim=0)) == 10
-
-
-def test_a_perfect_ranking_has_one_in_every_resample():
-    ranked = [torch.arange(50.0), torch.arange(100.0, 150.0)]
-    (counts,) = resampled_counts([50, 50], 500, torch.Generator().manual_seed(0))
-    assert (average_precision(ranked, counts, positive=(1,), negative=(0,)) == 1).all()

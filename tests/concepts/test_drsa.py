@@ -69,19 +69,6 @@ def test_planted_subspaces_are_found(channels, vectors, n_init):
     assert subspaces.sizes == (channels // 4,) * 4
 
 
-@pytest.mark.parametrize(
-    ("parts", "expected"),
-    [
-        ([[4.0, 9.0], [4.0, 9.0]], 2.5**2),
-        ([[4.0, -9.0], [4.0, -9.0]], 1.0),
-        ([[3.0, 0.0], [-1.0, 2.0]], ((4.5**0.5) ** 0.5 / 2 + (2**0.5) ** 0.5 / 2) ** 2),
-        ([[-1.0, 0.0]], 0.0),
-    ],
-)
-def test_the_objective_is_the_power_means_by_hand(parts, expected):
-    assert float(drsa.disentanglement(torch.tensor(parts))) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(("K", "size"), [(1, 8), (2, 4), (4, 2), (3, 2), (8, 1)])
 def test_the_gradient_is_autograds(K, size):
     features = unrelated()

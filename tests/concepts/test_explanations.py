@@ -11,7 +11,6 @@ from zennit.composites import (
     EpsilonAlpha2Beta1,
     EpsilonGammaBox,
     EpsilonPlusFlat,
-    LayerMapComposite,
     NameLayerMapComposite,
     layer_map_base,
 )
@@ -21,7 +20,6 @@ from xai_edit import LRP, Subspaces, collect_features
 from xai_edit.concepts import Features
 from xai_edit.concepts.explanations import strongest_samples, subspace_maps
 from xai_edit.concepts.predictiveness import sample_scores
-from xai_edit.core import UnknownLayerError
 
 # The function of the same name hides the module.
 scores_module = importlib.import_module("xai_edit.concepts.predictiveness")
@@ -227,30 +225,6 @@ def test_the_model_is_as_before(norm, digits, unchanged):
     assert torch.equal(first, scorer.heatmap(norm, x, torch.zeros(3).long()))
 
 
-def test_errors_name_what_is_wrong(plain, digits):
-    x, subspaces, scorer = digits[0][:3], subspaces_of(6, (2,)), LRP("epsilon")
-
-    def maps(inputs=x, subspaces=subspaces, layer="conv2", scorer=scorer, target=0):
-        return subspace_maps(plain, inputs, subspaces, layer=layer, scorer=scorer, target=target)
-
-    flat = LRP(LayerMapComposite([*layer_map_base(), (nn.Linear, zr.Flat())]))
-    at_relu = {"layer": "relu3", "subspaces": subspaces_of(12, (2,)), "scorer": flat}
-    plain.extra = nn.Conv2d(1, 6, 1)
-    for arguments, error, match in (
-        ({"inputs": x[:0]}, ValueError, "no samples"),
-        ({"inputs": x / 0}, ValueError, "NaN"),
-        ({"layer": "conv3"}, UnknownLayerError, "conv3"),
-        ({"layer": "conv1"}, ValueError, r"layer .conv1.: .* the subspaces have 6 channels"),
-        ({"target": 10}, ValueError, "target: class 10"),
-        ({"target": "label"}, ValueError, "no labels"),
-        ({"target": torch.zeros(2).long()}, ValueError, "target"),
-        (at_relu, ValueError, "activations of zero have relevance"),
-        ({"layer": "extra"}, ValueError, "'extra' takes no part"),
-    ):
-        with pytest.raises(error, match=match):
-            maps(**arguments)
-
-
 # The strongest samples.
 
 
@@ -292,8 +266,3 @@ def test_equal_samples_keep_their_order():
     subspaces = Subspaces(torch.eye(2).double(), (1, 1), torch.zeros(2).double())
     features = Features(torch.ones(6, 2))
     assert strongest_samples(subspaces, features, count=3).tolist() == [[0, 1, 2]] * 2
-
-
-def test_features_of_another_layer_are_refused():
-    with pytest.raises(ValueError, match="the subspaces have 6 channels"):
-        strongest_samples(subspaces_of(6, (1,)), random_features(True), count=1)

@@ -31,6 +31,8 @@ def test_positions_do_not_depend_on_batches_order_or_split(plain, digits, scorer
         return collect_features(plain, data, layer="conv2", positions=3, scorer=scorer)
 
     whole = collected(torch.arange(60), 60)
+    bare = collect_features(plain, [(images, labels)], layer="conv2", positions=3)
+    assert torch.equal(whole.activations, bare.activations)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     for rows, size in ((torch.arange(60), 7), (order, 25), (torch.arange(1, 60, 2), 4)):
         features = collected(rows, size)
@@ -69,11 +71,6 @@ def test_seeds_and_contents_draw_independently():
         table = (first * 10 + places).flatten().bincount(minlength=100).double()
         statistic = float(((table - 60).square() / 60).sum())
         assert chi2.sf(statistic, 99) > 1e-4, name
-
-
-def test_equal_samples_have_equal_positions():
-    inputs = torch.rand(1, 7).expand(4, -1)
-    assert len(drawn(inputs, 100, 5).unique(dim=0)) == 1
 
 
 @pytest.mark.parametrize("positions", [2, None])

@@ -188,12 +188,3 @@ def test_a_feature_that_is_missing_or_not_yes_or_no_is_refused(problem, spurious
     subspaces, a, c = problem
     with pytest.raises(ValueError, match="attribute: one yes"):
         predictiveness(subspaces, Features(a, c, SAMPLE), attribute=spurious)
-
-
-def test_bad_labels_targets_and_numbers_are_refused(problem):
-    subspaces, a, c = problem
-    features = Features(a, c, SAMPLE, attribute=HAS)
-    with pytest.raises(ValueError, match="target: 2 given; the samples have no labels"):
-        predictiveness(subspaces, features, target=2)
-    with pytest.raises(ValueError, match="seed"):
-        predictiveness(subspaces, features, seed=-1)

@@ -199,17 +199,6 @@ def test_blocks_are_scored_by_feature(name):
         )
 
 
-def test_features_of_a_block_are_its_tokens():
-    model, x = family("vit"), torch.rand(2, 3, 32, 32)
-    layer = "encoder.layers.encoder_layer_0"
-    values, _ = value_and_gradient(model, x, layer, likelihood)
-    for scorer in (None, LRP("epsilon")):
-        features = collect_features(
-            model, [(x, LABELS)], layer=layer, positions=None, scorer=scorer
-        )
-        torch.testing.assert_close(features.activations, values.flatten(0, 1), rtol=1e-4, atol=1e-5)
-
-
 class AsManyTokensAsFeatures(nn.Module):
     """Tokens through a block, as many as each has features."""
 

@@ -18,7 +18,6 @@ from xai_edit import (
     CaptumLayer,
     Random,
     Taylor,
-    UnitScores,
     WeightMagnitude,
     score_units,
 )
@@ -268,11 +267,9 @@ def test_what_is_no_target_is_refused_before_the_pass(plain, target):
         ("label", "label"),
     ],
 )
-def test_the_origin_names_the_target(plain, pairs, target, name, tmp_path):
+def test_the_origin_names_the_target(plain, pairs, target, name):
     scores = score_units(plain.double(), [pairs], LRP(), layers="fc1", target=target)
     assert scores.origin["target"] == name == describe_target(target)
-    scores.save(tmp_path / "scores.safetensors")
-    assert UnitScores.load(tmp_path / "scores.safetensors").origin == scores.origin
 
 
 # The functions behind

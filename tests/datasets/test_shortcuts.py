@@ -173,32 +173,6 @@ def test_files_get_a_shortcut_as_they_are_opened(tmp_path, half_red):
     assert pixels[:, 0, 0, 2].tolist() == [60, 200, 60, 200]
 
 
-def test_what_does_not_fit_is_refused_before_any_work(half_red, tmp_path):
-    grey, colour = image_set([0, 1, 2]), image_set([0, 1], channels=3)
-    refused = {
-        "strength: nan given": lambda: Shortcut(RED_GREEN, float("nan")),
-        "goes_with: attribute 2 for a label": lambda: Shortcut(RED_GREEN, 0.9).train(grey, 0),
-        "images: 3 channels; only grey": lambda: Shortcut(RED_GREEN, 0.9).train(colour, 0),
-        "images: none given": lambda: Shortcut(RED_GREEN, 0.9).balanced(grey[grey.labels > 5], 0),
-        "images: have a shortcut already": lambda: Shortcut(RED_GREEN, 0.9).train(
-            Shortcut(TEN, 0.9).train(grey, 0), 0
-        ),
-        "classes: the images have a shortcut": lambda: (
-            Shortcut(TEN, 0.9).train(grey, 0).regrouped(lambda label: label)
-        ),
-        r"goes_with: torch.float32 of shape \(3,\) given": lambda: Shortcut(
-            TEN, 0.9, goes_with=lambda label: label / 2
-        ).train(grey, 0),
-        "opacity: 40 given; .* in percent": lambda: Mark(half_red, opacity=40),
-        "picture: torch.float32 of shape": lambda: Mark(half_red.float()),
-        "picture: .*words.png cannot be read": lambda: Mark(tmp_path / "words.png"),
-    }
-    (tmp_path / "words.png").write_text("no picture")
-    for told, make in refused.items():
-        with pytest.raises(ValueError, match=told):
-            make()
-
-
 def test_a_shortcut_of_a_users_own_is_planted():
     class Inverted:
         values = 2

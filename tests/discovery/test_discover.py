@@ -198,32 +198,6 @@ def test_other_ways_to_divide_give_findings_of_the_same_kind(planted, method):
     assert found.origin["method"] == method
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"target": 2}, "target: class 2 is out of range"),
-        ({"images": "some"}, "images: 'some' given"),
-        ({"method": "lrp"}, "method: 'lrp' given"),
-        ({"limit": 3}, "limit: 3 given"),
-        ({"images": "all"}, "name the target classes"),
-        ({"scorer": "epsilon-plus"}, "scorer: str given; give xai_edit.LRP"),
-        ({"marks": "marks.json"}, "marks: str given; give xai_edit.Marks.load"),
-        ({"layers": [3]}, "layers: int given; they are names"),
-        ({"layers": ["nowhere"]}, "nowhere"),
-    ],
-)
-def test_wrong_arguments_are_named(planted, arguments, message):
-    model, x, labels, _, _ = planted
-    with pytest.raises((ValueError, KeyError, TypeError), match=message):
-        xe.discover(model, of(x, labels), **{"layers": ["relu"], **arguments})
-
-
-def test_errors_need_labels(planted):
-    model, x, *_ = planted
-    with pytest.raises(ValueError, match="labels"):
-        xe.discover(model, [(x,)], layers=["relu"], method="errors")
-
-
 class Fewer:
     """Data whose later passes end before."""
 

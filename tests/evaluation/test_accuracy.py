@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
+from sklearn.metrics import recall_score
 from torch import nn
 
 import xai_edit as xe
@@ -50,21 +50,6 @@ def test_averages_and_gaps_are_those_counted_by_hand():
     for name, value in expected.items():
         assert accuracy.gap(name) == pytest.approx(value - 0.5, rel=1e-12)
     assert accuracy.gap() == accuracy.gap("average")
-
-
-def test_averages_are_those_of_scikit_learn(sampled):
-    labels, predicted, groups = predictions(sampled)
-    train = torch.tensor([[5, 50], [20, 1], [7, 7]])
-    accuracy = evaluated(sampled, train_samples=train)
-    assert accuracy.average == pytest.approx(accuracy_score(labels, predicted))
-    # Every group as a class of its own: balanced accuracy is then the mean over groups.
-    own, said = 2 * labels + groups, 2 * predicted + groups
-    assert accuracy.balanced == pytest.approx(balanced_accuracy_score(own, said))
-    recalls = recall_score(own, said, average=None)
-    assert accuracy.worst == pytest.approx(recalls.min())
-    weights = train.flatten().numpy()[own] / np.bincount(own)[own]
-    weighted = accuracy_score(labels, predicted, sample_weight=weights)
-    assert accuracy.train_weighted == pytest.approx(weighted)
 
 
 def test_without_training_counts_there_is_no_train_weighted_average(sampled):
@@ -169,21 +154,6 @@ def test_intervals_repeat_with_the_seed_and_widen_with_the_confidence():
     narrow, wide = (accuracy.intervals(confidence=share) for share in (0.5, 0.99))
     (low, high), (lower, higher) = narrow.groups[1, 0], wide.groups[1, 0]
     assert lower < low < high < higher
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({"confidence": 1.0}, "confidence: 1.0 given"),
-        ({"confidence": 95}, "confidence: 95 given"),
-        ({"resamples": 0}, "resamples: 0 given"),
-        ({"resamples": 10.5}, "resamples: 10.5 given"),
-        ({"seed": -1}, "seed: -1 given"),
-    ],
-)
-def test_an_interval_that_cannot_be_had_is_refused(how, message):
-    with pytest.raises(ValueError, match=message):
-        Accuracy(RIGHT, SAMPLES).intervals(**how)
 
 
 # demographic measures

@@ -169,17 +169,14 @@ def test_one_logit_and_other_outputs_are_checked_too():
 
 
 def test_units_whose_axis_cannot_be_followed_are_named():
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.mix, self.head = nn.Linear(4, 6), nn.Flatten(), nn.Linear(24, 2)
-
-        def forward(self, x):
-            rows = self.first(x.unsqueeze(1).repeat(1, 4, 1))
-            return self.head(self.mix(rows))
-
-    check = xe.check_model(Mixed().double(), X, parts=("units",))
-    assert any(one.works and "first" in one.name for one in check.parts)
+    layers = nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)
+    check = xe.check_model(nn.Sequential(*layers).double(), X, parts=("units",))
+    assert {one.name: one.works for one in check.parts} == {
+        "3 of 5 layers (0, 3, 4)": True,
+        "1": False,
+        "2": False,
+    }
+    assert all("give unit_axis=" in one.why for one in check.refused)
 
 
 @pytest.mark.parametrize("outputs", ["scores", lambda output: output["scores"]])

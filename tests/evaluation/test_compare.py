@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import xai_edit as xe
-from xai_edit.core.layers import tapped
 from xai_edit.evaluation.compare import compare_scorers
 from xai_edit.evaluation.deletion_curve import deletion_curve
 from xai_edit.report.comparison_figures import (
@@ -23,7 +22,6 @@ from xai_edit.report.comparison_figures import (
 )
 
 DOCS = Path(__file__).parents[2] / "docs"
-CURVES = {"deletion": (0, 0.5), "held_out": [(torch.rand(1, 1, 8, 8), torch.tensor([1]))]}
 RULES = ["epsilon", "gamma+epsilon", "alpha1beta0", "alpha2beta1"]
 
 
@@ -135,24 +133,6 @@ def test_a_layer_that_takes_no_part_is_left_out_where_none_are_named(batches):
     assert comparison.layers == ["fc1", "fc2"]
 
 
-# The layer before the output, where the rules rank alike.
-
-
-def test_before_the_output_relevance_is_the_input_times_the_weight_times_one_factor(plain, batches):
-    x, y = batches[0]
-    with tapped(plain, ["head:input"]) as tap, torch.no_grad():
-        logits = plain(x)[range(len(y)), y]
-    inputs = tap.values["head:input"]
-    assert inputs.min() >= 0
-    parts = inputs * plain.head.weight[y].detach()
-    for rule in RULES:
-        for initial, factor in (("logit", torch.ones(len(y))), ("one", 1 / logits)):
-            scorer = xe.LRP(rule, initial=initial)
-            for layer in ("head:input", "fc1"):
-                relevance = scorer(plain, x, y, [layer])[layer].detach()
-                assert torch.allclose(relevance, parts * factor[:, None], rtol=1e-3, atol=1e-4)
-
-
 # Deletion curves of a comparison.
 
 
@@ -196,43 +176,6 @@ def test_the_table_names_every_scorer_and_layer(plain, batches, scorers):
 
 
 # What is refused.
-
-
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        ({"scorers": []}, ValueError, "scorers.*one or more"),
-        ({"scorers": ["epsilon", "epsilon"]}, ValueError, "scorers.*its own name"),
-        ({"scorers": xe.Taylor()}, TypeError, "scorers.*list"),
-        ({"scorers": ["epsilom"]}, ValueError, "'epsilom' is not a preset"),
-        ({"scorers": {"a": 5}}, TypeError, "scorer: 5"),
-        ({"layers": "fc9"}, ValueError, "fc9.*not found"),
-        ({"share": 10}, ValueError, "share.*percent"),
-        ({"target": 12}, ValueError, "class 12"),
-        ({"aggregate": "max"}, ValueError, "aggregate"),
-        ({"deletion": (0, 0.5)}, ValueError, "held_out"),
-        ({"held_out": [(torch.rand(1, 1, 8, 8), torch.tensor([1]))]}, ValueError, "deletion"),
-        ({"deletion_layers": "fc1"}, ValueError, "held_out"),
-        (CURVES | {"deletion_layers": "fc9"}, ValueError, "fc9.*not found"),
-        (CURVES | {"layers": "fc1", "deletion_layers": "conv1"}, ValueError, "compared layers"),
-        (CURVES | {"held_out": iter([])}, ValueError, "no samples"),
-    ],
-)
-def test_bad_arguments_are_refused_in_one_sentence(
-    plain, batches, unchanged, wrong, error, message
-):
-    check = unchanged(plain)
-    options = {"scorers": ["epsilon"], **wrong}
-    with pytest.raises(error, match=message):
-        compare_scorers(plain, batches, options.pop("scorers"), **options)
-    check()
-
-
-def test_data_that_is_missing_or_used_up_is_refused(plain, batches):
-    with pytest.raises(ValueError, match="None given"):
-        compare_scorers(plain, None, ["epsilon", xe.Random()])
-    with pytest.raises(ValueError, match="used up"):
-        compare_scorers(plain, iter([]), ["epsilon"])
 
 
 # Pictures.

@@ -151,9 +151,3 @@ def test_a_layer_may_have_the_name_of_a_reader(plain, splits):
     before = evaluate_unlearning(model, mask, **given).before
     assert before.probe_test > 0.5
     assert before.layer_probes_test["probe"] in (0, 1)  # one class for all
-
-
-def test_an_unknown_layer_is_refused(plain, splits):
-    mask = xe.LogitMask().plan(plain, splits["train"], target=FORGET)
-    with pytest.raises(xe.core.UnknownLayerError, match="fc9"):
-        evaluate_unlearning(plain, mask, **splits, target=FORGET, layers=["fc9"])

@@ -444,6 +444,7 @@ class Twice:
 
 PATH = xe.PathPerturbation("fc1", scorer=scribbling)
 DAMPENING = xe.comparisons.SelectiveSynapticDampening(2)
+SCORES = xe.UnitScores({"fc1": torch.arange(12.0).double()}, 1)
 COLLECTED = {"layer": "relu1", "scorer": xe.LRP(), "on_disk": "features"}
 INTERRUPTED = {
     "score_units": lambda m, d, cut: xe.score_units(m, d, scribbling),
@@ -457,6 +458,7 @@ INTERRUPTED = {
     "SelectiveSynapticDampening": lambda m, d, cut: DAMPENING.plan(m, cut, target=3),
     "collect_features": lambda m, d, cut: xe.collect_features(m, cut, **COLLECTED),
     "evaluate_groups": lambda m, d, cut: xe.evaluate_groups(m, cut),
+    "deletion_curve": lambda m, d, cut: xe.deletion_curve(m, cut, SCORES),
     "fit_patterns": lambda m, d, cut: xe.fit_patterns(m, cut),
     "random_labels": lambda m, d, cut: xe.comparisons.random_labels(m, cut, target=3),
     "boundary_shrink": lambda m, d, cut: xe.comparisons.boundary_shrink(m, cut, target=3),
@@ -474,14 +476,6 @@ def test_a_model_stays_as_it_was_after_ctrl_c(
         INTERRUPTED[name](plain, data, Twice(data))
     check()
     assert [*tmp_path.iterdir()] == []
-
-
-def test_ctrl_c_within_an_ablation_takes_it_off(plain, batches, unchanged):
-    subspaces = xe.PCA(2).fit(xe.collect_features(plain, batches, layer="relu1"))
-    check = unchanged(plain)
-    with pytest.raises(KeyboardInterrupt), xe.ablated(plain, "relu1", subspaces, [0]):
-        signal.raise_signal(signal.SIGINT)
-    check()
 
 
 @pytest.mark.parametrize("undo", [False, True])

@@ -135,33 +135,6 @@ def test_mixed_filtered_and_unlabelled_samples_plan_the_same(plain, batches):
     assert changed(operator.plan(plain, iter(batches), target=TARGET)) == changed(mixed)
 
 
-def test_choices_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match="k: None"):
-        PathPerturbation(rank="count")
-    with pytest.raises(ValueError, match="share: 'auto'"):
-        PathPerturbation(noise="gaussian", share="auto")
-
-
-REFUSED = {
-    "k of 0": ({"rank": "count", "k": 0}, "k: 0 given"),
-    "k beyond the width": ({"rank": "count", "k": 13}, "whole number from 1 to 12"),
-    "unknown layer": ({"layer": "fcl"}, "did you mean 'fc1'"),
-    "activation": ({"layer": "relu3"}, "'relu3'"),
-    "the output": ({"layer": "head"}, "layer: 'head' is the output; name 'head:input'"),
-    "row of inputs": (
-        {"layer": "fc1:input"},
-        "'class_row' needs .*'fc1:input' give scope='neuron'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_layers_and_k_that_the_model_does_not_have_are_refused(plain, batches, case):
-    arguments, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
-        PathPerturbation(**arguments).plan(plain, batches, target=TARGET)
-
-
 def test_a_class_without_samples_to_plan_from_or_to_measure_on_is_refused(plain, batches):
     without = [(x[y != TARGET], y[y != TARGET]) for x, y in batches]
     for data, held, share in ((without, None, 0.2), (batches, without, "auto")):

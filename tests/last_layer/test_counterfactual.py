@@ -12,7 +12,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from xai_edit import CounterfactualRetraining, ModelEdit, Subspaces
-from xai_edit.core.errors import UnknownLayerError
 from xai_edit.core.inputs import ModelInputs
 from xai_edit.last_layer.completion import Exchange
 from xai_edit.last_layer.completion_figures import held_out
@@ -225,47 +224,12 @@ def test_without_both_kinds_in_a_class_nothing_is_compared():
     assert "no class has 10 images with and 10" in edit.origin["completion"]["reason"]
 
 
-@pytest.mark.parametrize(
-    ("given", "attribute", "error", "message"),
-    [
-        ({}, [0] * 60, ValueError, "attribute: no sample with the feature"),
-        ({}, [1] * 60, ValueError, "attribute: no sample without the feature"),
-        ({}, [0, 2] * 30, ValueError, r"attribute: \[2, 2, 2, 2, 2\] given; it is yes or no"),
-        ({}, [0, 1], ValueError, "attribute"),
-        ({"layer": "conv9"}, None, UnknownLayerError, "'conv9'"),
-        ({"layer": "head"}, None, ValueError, "'head' given, the last layer"),
-        ({"subspaces": subspaces(5, 2)}, None, ValueError, "subspaces have 5 channels"),
-        ({"subspaces": [0]}, None, TypeError, "subspaces: list given"),
-        ({"size": 3}, None, ValueError, "size: 3 given; it is a whole number from 1 to 2"),
-        ({"size": 0}, None, ValueError, "size: 0 given"),
-        ({"donors": 0}, None, ValueError, "donors: 0 given"),
-        ({"C": 0}, None, ValueError, "C: 0 given"),
-    ],
-)
-def test_bad_input_is_refused_by_name(plain, digits, unchanged, given, attribute, error, message):
+def test_images_of_two_sizes_are_refused(norm, digits):
     images, labels, has = marked_digits(digits)
-    has = has if attribute is None else torch.tensor(attribute)
-    check = unchanged(plain)
-    with pytest.raises(error, match=message):
-        CounterfactualRetraining(
-            given.pop("layer", "conv1"), given.pop("subspaces", subspaces(4, 2)), **given
-        ).plan(plain, [(images.float(), labels)], attribute=has)
-    check()
-
-
-def test_data_that_cannot_be_completed_is_refused(norm, digits):
-    images, labels, has = marked_digits(digits)
-    images = images.float()
     operator = CounterfactualRetraining("body.2", subspaces(4, 2))
-    with pytest.raises(TypeError, match="can be read only once"):
-        operator.plan(norm, iter([(images, labels, has)]))
-    sizes = [(images, labels, has), (images[..., :6], labels, has)]
+    sizes = [(one, labels, has) for one in (images.float(), images[..., :6].float())]
     with pytest.raises(ValueError, match=r"at \(8, 6\) positions and \(8, 8\) before"):
         operator.plan(norm, sizes)
-    with pytest.raises(ValueError, match="data: has no labels"):
-        operator.plan(norm, [images], attribute=has)
-    with pytest.raises(ValueError, match="samples of 9 classes"):
-        operator.plan(norm, [(images[labels > 0], labels[labels > 0], has[labels > 0])])
 
 
 class Shuffled:

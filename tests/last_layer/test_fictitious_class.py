@@ -259,19 +259,3 @@ def test_rates_to_sweep_may_be_an_array(shortcut):
     assert sweep.rates.tolist() == [0.25, 0.5]
     with pytest.raises(ValueError, match=r"rates: \[\] given"):
         FictitiousClass().sweep(model, head, target=MARKED, rates=[])
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        (None, "attribute: not given"),
-        *(((value, value), "with and without") for value in (0, 1)),
-        *((values, "yes or no") for values in ((1, 2), (-1, 1), (0, 255))),
-    ],
-)
-def test_an_attribute_that_is_not_yes_or_no_is_refused(shortcut, values, reason):
-    model, planning, _ = shortcut
-    images, labels, has = planning
-    data = batched(images, labels, torch.tensor(values or (0, 1))[has], third=values is not None)
-    with pytest.raises(ValueError, match=reason):
-        FictitiousClass().plan(model, data, target=MARKED)

@@ -28,20 +28,6 @@ def test_labels_out_of_range_are_refused(plain, batches, label):
         collect_head_features(plain, [(x, torch.full_like(y, label))]).require_labels()
 
 
-@pytest.mark.parametrize("how", ["function", "vector", "third element"])
-def test_the_attribute_is_kept_in_data_order(plain, batches, how):
-    def marked(x):
-        return x[:, 0, 4, 4] > 0.5
-
-    expected = torch.cat([marked(x) for x, _ in batches]).long()
-    data, attribute = batches, {"function": marked, "vector": expected}.get(how)
-    if attribute is None:
-        data = [(x, y, marked(x).long()) for x, y in batches]
-    head = collect_head_features(plain, data, attribute=attribute, with_attribute=True)
-    assert torch.equal(head.attribute, expected)
-    assert 0 < int(expected.sum()) < len(expected)
-
-
 def test_a_buffer_that_the_loader_uses_again_does_not_reach_the_features():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))

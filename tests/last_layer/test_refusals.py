@@ -36,11 +36,3 @@ def test_indices_from_numpy_and_torch_reach_the_file(tmp_path, batches, plain):
         assert xe.ModelEdit.load(tmp_path / f"{number}.safetensors").origin["ablated"] == [1]
     with pytest.raises(ValueError, match="give a list of numbers"):
         xe.ConceptAwarePruning("relu1", subspaces, 1, 0.3)
-
-
-@pytest.mark.parametrize("operator", [xe.SingleWeight, xe.FictitiousClass])
-def test_exact_selection_takes_no_rate_and_no_anchor(operator):
-    with pytest.raises(ValueError, match="rate: goes with the other selections"):
-        operator("exact", rate=0.5)
-    with pytest.raises(ValueError, match="anchor: True goes with the other selections"):
-        operator("exact", anchor=True)

@@ -143,14 +143,6 @@ def test_further_exact_weights_are_taken_while_they_help(seed, n_weights):
     assert reached == sorted(reached, reverse=True)
 
 
-def test_exact_has_no_indifference_and_no_sweep():
-    with pytest.raises(ValueError, match="aim: 'indifference' goes with the other selections"):
-        FictitiousClass("exact", aim="indifference")
-    head = both_ways()
-    with pytest.raises(ValueError, match="'exact' finds its own dose"):
-        FictitiousClass("exact").sweep(model_of(head), head, target=1)
-
-
 def sub_classes(seed=0):
     """Six kinds in two classes: kinds 0, 2, 4 are class 0, the others class 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -179,16 +171,6 @@ def test_a_sub_class_is_removed_and_the_others_stay(select, kind):
     assert reported["retained"]["after"] >= reported["retained"]["before"] == 1
     if select not in ("random", "weight", "ca"):
         assert (edit.size, reported["removed"]["after"]) == (1, 0.0)
-
-
-def test_several_values_need_a_name():
-    head = sub_classes()
-    with pytest.raises(ValueError, match="name the value to act on by fictitious="):
-        FictitiousClass().plan(model_of(head), head)
-    with pytest.raises(ValueError, match="fictitious: 9 given"):
-        FictitiousClass().plan(model_of(head), head, fictitious=9)
-    with pytest.raises(ValueError, match="give one for each target"):
-        FictitiousClass().plan(model_of(head), head, fictitious=[0, 2])
 
 
 def both_ways(seed=0, samples=200):
@@ -225,14 +207,6 @@ def test_each_class_has_its_own_fictitious_class(select):
         assert "no edit of one weight raises the worst group" in one.origin["reason"]
     assert worst(head, one) <= 0.05
     assert worst(head, both) >= 0.85
-
-
-@pytest.mark.parametrize("target", [None, [0, 1]])
-def test_a_removal_of_every_value_leaves_nothing_to_keep(target):
-    head = both_ways()
-    operator = FictitiousClass(aim="removal")
-    with pytest.raises(ValueError, match=r"fictitious: \[0, 1\] are all values of the feature"):
-        operator.plan(model_of(head), head, fictitious=[0, 1], target=target)
 
 
 def test_two_rows_are_reported_with_their_cross_validated_figure_and_bound():
@@ -279,18 +253,6 @@ def test_a_subspace_tells_the_feature():
     assert edit.origin["rows"] == known.origin["rows"]
     strength = concept_strength(subspace, head.features)
     assert torch.equal(strength > split_point(strength), head.attribute == 1)
-
-
-def test_a_subspace_that_cannot_tell_is_refused():
-    head = both_ways()
-    two = Subspaces(torch.eye(6, 2).double(), (1, 1), torch.zeros(6).double())
-    with pytest.raises(ValueError, match="attribute: 2 subspaces given; give one"):
-        FictitiousClass().plan(model_of(head), head, attribute=two)
-    other = Subspaces(torch.eye(5, 1).double(), (1,), torch.zeros(5).double())
-    with pytest.raises(ValueError, match="a subspace of 5 channels"):
-        FictitiousClass().plan(model_of(head), head, attribute=other)
-    with pytest.raises(ValueError, match="equally strong"):
-        split_point(torch.ones(4))
 
 
 def test_the_sweep_is_drawn():

@@ -79,13 +79,6 @@ def swish_gated(x, one, other):
     return (F.silu(one(tokens)) * other(tokens)).mT
 
 
-def attention_with_bias(x, query, key, value):
-    tokens = x.flatten(2).mT
-    bias = torch.linspace(-1, 1, tokens.shape[1] ** 2).double().view(tokens.shape[1], -1)
-    shares = (query(tokens) @ key(tokens).mT / 3 + bias).softmax(-1)
-    return (shares @ value(tokens)).mT
-
-
 def rotary(x, query, key):
     tokens = x.flatten(2).mT
     angle = torch.arange(tokens.shape[1], dtype=x.dtype)[:, None] / 7
@@ -98,23 +91,11 @@ def rotary(x, query, key):
     return F.scaled_dot_product_attention(turned(query(tokens)), turned(key(tokens)), tokens).mT
 
 
-def windows(x, layer):
-    parts = x.roll((-1, -1), (2, 3)).unflatten(2, (2, 3)).unflatten(4, (2, 3))
-    inside = layer(parts.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2))
-    parts = inside.view(len(x), 2, 2, 3, 3, -1).permute(0, 5, 1, 3, 2, 4)
-    return parts.flatten(4, 5).flatten(2, 3).roll((1, 1), (2, 3))
-
-
 def written_in_part(x, layer):
     x = layer(x)
     shifted = x[:, :, 1:] + x[:, :, :-1]
     x[:, :, 1:] = shifted
     return x
-
-
-def unfolded(x, layer):
-    patches = F.unfold(x, 2, stride=2)
-    return layer(patches.mT).mT
 
 
 def linear(inputs=8, outputs=8):
@@ -140,13 +121,6 @@ def normed_by_hand(x, layer):
     return layer(centred * torch.rsqrt((centred**2).mean(1, keepdim=True) + 1e-5))
 
 
-def in_a_buffer(x, layer):
-    out = torch.zeros_like(x)
-    out[:, :, ::2] = layer(x)[:, :, ::2]
-    out[:, :, 1::2] = x[:, :, 1::2] * 2
-    return out
-
-
 def highway(x, layer, gate):
     gate = gate(x).sigmoid()
     return (1 - gate) * x.mul(0.5) + x.mul(0.5) * torch.rsub(gate, 1) + gate * layer(x)
@@ -162,10 +136,6 @@ NETWORKS = {
         lambda x, one, two: torch.where(x > 0, one(x), two(x)),
         *(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)),
     ),
-    "padded and rolled": lambda: Of(
-        lambda x, layer: layer(F.pad(x, (1, 2, 0, 1), mode="reflect").roll(2, 3)),
-        nn.Conv2d(8, 8, 3),
-    ),
     "dilated decoder": lambda: Of(
         lambda x, one, two: two(F.leaky_relu(one(x), 0.1)),
         nn.ConvTranspose2d(8, 8, 3, 2, dilation=2),
@@ -173,7 +143,6 @@ NETWORKS = {
     ),
     "linear attention": lambda: Of(linear_attention, linear(), linear()),
     "normed by hand": lambda: Of(normed_by_hand, nn.Conv2d(8, 8, 1)),
-    "written to a buffer": lambda: Of(in_a_buffer, nn.Conv2d(8, 8, 1)),
     "sigmoid before a layer": lambda: Of(lambda x, layer: layer(x.sigmoid()), nn.Conv2d(8, 8, 1)),
     "GroupNorm": lambda: Of(lambda x, norm: norm(x), nn.GroupNorm(2, 8)),
     "InstanceNorm": lambda: Of(lambda x, norm: norm(x), nn.InstanceNorm2d(8, affine=True)),
@@ -186,9 +155,6 @@ NETWORKS = {
         lambda x, norm: norm(x + x.relu()), NormWithActivation(8)
     ),
     "RMSNorm": lambda: Of(lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1), nn.RMSNorm(8)),
-    "LayerNorm of channels": lambda: Of(
-        lambda x, norm: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), nn.LayerNorm(8)
-    ),
     "RMS by hand": lambda: Of(rms),
     "variance by hand": lambda: Of(norm_free, nn.Conv2d(8, 8, 1)),
     "global response norm": lambda: Of(response_norm),
@@ -208,11 +174,8 @@ NETWORKS = {
         lambda x, layer: x + layer(x) * torch.arange(8.0).double().view(-1, 1, 1),
         nn.Conv2d(8, 8, 1),
     ),
-    "attention with bias": lambda: Of(attention_with_bias, linear(), linear(), linear()),
     "rotary embeddings": lambda: Of(rotary, linear(), linear()),
-    "windows": lambda: Of(windows, linear()),
     "written in part": lambda: Of(written_in_part, nn.Conv2d(8, 8, 1)),
-    "unfolded": lambda: Of(unfolded, linear(32)),
     "a signal": lambda: Of(lambda x, norm: norm(x).relu(), nn.BatchNorm1d(8), size=(2, 9)),
     "a volume": lambda: Of(lambda x, norm: norm(x).relu(), nn.BatchNorm3d(8), size=(1, 3, 4, 5)),
 }

@@ -235,10 +235,6 @@ def stable(z):
     return torch.where(z < 0, z - E, z + E)
 
 
-def summed(a, b, R, z):
-    return a * R / stable(z), b * R / stable(z)
-
-
 def halved(a, b, R, z):
     return R / 2, R / 2
 

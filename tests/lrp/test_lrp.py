@@ -120,17 +120,6 @@ def test_taylor_is_activation_times_likelihood_gradient(network, pairs):
         torch.testing.assert_close(got[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_taylor_ranks_what_speaks_for_a_class_first():
-    # Unit 0 raises the class, unit 1 lowers it, unit 2 does nothing.
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
-    with torch.no_grad():
-        model[0].weight.fill_(1)
-        model[0].bias.zero_()
-        model[2].weight.copy_(torch.tensor([[2.0, -1, 0], [0, 0, 0]]))
-    data = [torch.rand(5, 2).double() + 0.1]
-    assert score_units(model, data, Taylor(), layers="0", target=0).rank("0").tolist() == [0, 2, 1]
-
-
 def test_activation_is_the_mean_rectified_value(network, pairs):
     (model, layers), (inputs, labels) = network, pairs
     got = Activation()(model.double(), inputs, labels, layers)

@@ -76,6 +76,14 @@ def page(folder):
     return Page(read(folder))
 
 
+@pytest.fixture(params=[*LINES, "discover"])
+def any_page(request):
+    """The page of each command, the one of discover too."""
+    if request.param == "discover":
+        return Page(read(request.getfixturevalue("discovered")))
+    return Page(read(request.getfixturevalue("runs")[request.param]))
+
+
 def test_pictures_tables_and_controls_have_text_alternatives(page):
     assert page.open == []  # every element was closed
     assert page.all("html")[0]["lang"] == "en"
@@ -96,13 +104,19 @@ def test_pictures_tables_and_controls_have_text_alternatives(page):
     heads = [tag for tag, _, _ in page.found if re.fullmatch("h[1-6]", tag)]
     assert heads[0] == "h1"
     assert set(heads[1:]) == {"h2"}
+
+
+def test_nothing_is_loaded_and_only_the_pages_own_script_may_run(any_page):
+    page = any_page
+    assert page.open == []
     ids = [attributes["id"] for _, attributes, _ in page.found if "id" in attributes]
     assert len(ids) == len(set(ids))
-
-
-def test_nothing_is_loaded_and_only_the_pages_own_script_may_run(page):
+    anchors = [link["href"][1:] for link in page.all("a") if link["href"].startswith("#")]
+    assert set(anchors) <= set(ids)
     for tag, attributes, _ in page.found:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        if tag in ("input", "textarea", "svg"):
+            assert attributes["aria-label"].strip()
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("src", "href", "xlink:href"):

@@ -35,164 +35,148 @@ SAFE = "Without harm to any group that was measured: DFR (0.600)."
 NEXT = "To try next: more images."
 
 
-@pytest.mark.parametrize(
-    ("case", "sentences"),
-    [
-        (outcome(), [GAIN, NO_HARM, ALL, NOT_BETTER]),
-        (
-            outcome(parts=[replace(GOOD, after={"edit": 0.82}), BAD]),
-            [GAIN, HARM, ALL, NOT_BETTER, SAFE],
+# name → an outcome and what is said of it
+CASES = {
+    "gain": (outcome(), [GAIN, NO_HARM, ALL, NOT_BETTER]),
+    "harm to a group": (
+        outcome(parts=[replace(GOOD, after={"edit": 0.82}), BAD]),
+        [GAIN, HARM, ALL, NOT_BETTER, SAFE],
+    ),
+    "harm to a group by each method": (
+        outcome(parts=[replace(GOOD, after={"edit": 0.82, "DFR": 0.7}), BAD]),
+        [GAIN, HARM, ALL, NOT_BETTER],
+    ),
+    "a comparison of another kind": (
+        outcome(other=0.75, apart=frozenset({"DFR"})),
+        [
+            GAIN,
+            NO_HARM,
+            ALL,
+            "No comparison method was measured.",
+            "DFR does a little better here (0.750 against 0.700), within the interval, which "
+            "does not tell the two apart.",
+        ],
+    ),
+    "gain within the interval": (
+        outcome(0.55),
+        [
+            "Edit changes 1 weight: worst group goes from 0.500 to 0.550, within the interval "
+            "before (0.400–0.600).",
+            NO_HARM,
+            ALL,
+            "DFR does a little better here (0.600 against 0.550), within the interval, which "
+            "does not tell the two apart.",
+        ],
+    ),
+    "nothing better": (
+        outcome(0.5, 0.5),
+        [
+            "Edit made nothing better: worst group stays at 0.500. Nothing speaks for this "
+            "edit, though it changes 1 weight.",
+            NO_HARM,
+            ALL,
+            "No comparison method does better here; the best, DFR, has 0.500 against 0.500 of "
+            "the network as it is.",
+            NEXT,
+        ],
+    ),
+    "worse, and so is the comparison": (
+        outcome(0.2, 0.45),
+        [
+            "Edit made nothing better: worst group goes from 0.500 to 0.200. Nothing speaks "
+            "for this edit, though it changes 1 weight.",
+            NO_HARM,
+            ALL,
+            "No comparison method does better here; the best, DFR, has 0.450 against 0.500 of "
+            "the network as it is.",
+            NEXT,
+        ],
+    ),
+    "a comparison is better": (
+        outcome(other=0.87),
+        [GAIN, NO_HARM, ALL, "DFR does better here (0.870 against 0.700); use it with labels."],
+    ),
+    "a comparison is as good and does harm": (
+        outcome(parts=[replace(GOOD, after={"DFR": 0.8}), BAD], other=0.7),
+        [
+            GAIN,
+            NO_HARM,
+            ALL,
+            "DFR does as well here (0.700 against 0.700), but it harms class 0 (from 0.900 to "
+            "0.800); use it with labels.",
+        ],
+    ),
+    "a group without images": (
+        outcome(parts=[GOOD, BAD, Part("class 2", 0)], other=0.87),
+        [
+            f"{GAIN[:-1]}; not measured, 0 images: class 2.",
+            NO_HARM,
+            "Not measured, 0 images: class 2; harm there would not be seen.",
+            "DFR does better on what was measured (0.870 against 0.700); use it with labels.",
+        ],
+    ),
+    "a group of 3": (
+        outcome(
+            parts=[GOOD, replace(BAD, samples=3, interval=(0.21, 0.94))],
+            unmeasured=["what a probe finds"],
         ),
-        (
-            outcome(parts=[replace(GOOD, after={"edit": 0.82, "DFR": 0.7}), BAD]),
-            [GAIN, HARM, ALL, NOT_BETTER],
+        [
+            GAIN,
+            NO_HARM,
+            "Not measured: what a probe finds.",
+            "Hardly measured, fewer than 10 images, with the interval before: class 1 "
+            "(3 images, 0.210–0.940).",
+            NOT_BETTER,
+        ],
+    ),
+    "planted": (
+        outcome(parts=[GOOD, replace(BAD, planted=True)]),
+        [
+            GAIN,
+            NO_HARM,
+            ALL,
+            "Measured on planted images, not on real ones: class 1.",
+            NOT_BETTER,
+        ],
+    ),
+    "no edit": (
+        replace(
+            outcome(parts=[BAD, Part("class 2", 0)]),
+            figures=[Figure("worst measured group", {"before": 0.5})],
+            reason="none fits",
         ),
-        (
-            outcome(other=0.75, apart=frozenset({"DFR"})),
-            [
-                GAIN,
-                NO_HARM,
-                ALL,
-                "No comparison method was measured.",
-                "DFR does a little better here (0.750 against 0.700), within the interval, which "
-                "does not tell the two apart.",
+        [
+            "No edit, the network is as it was (worst measured group 0.500; not measured, 0 "
+            "images: class 2): none fits.",
+            "Nothing was changed, so nothing was harmed.",
+            "Not measured, 0 images: class 2; harm there would not be seen.",
+            "No comparison method was measured.",
+            NEXT,
+        ],
+    ),
+    "two figures": (
+        replace(
+            outcome(kind="class", which=" to keep"),
+            figures=[
+                Figure("A_t (of the class)", {"before": 0.9, "edit": 0.1, "mask": 0.0}, lower=True),
+                Figure("A_g", {"before": 0.8, "edit": 0.8, "mask": 0.7}),
             ],
         ),
-        (
-            outcome(0.55),
-            [
-                "Edit changes 1 weight: worst group goes from 0.500 to 0.550, within the interval "
-                "before (0.400–0.600).",
-                NO_HARM,
-                ALL,
-                "DFR does a little better here (0.600 against 0.550), within the interval, which "
-                "does not tell the two apart.",
-            ],
-        ),
-        (
-            outcome(0.5, 0.5),
-            [
-                "Edit made nothing better: worst group stays at 0.500. Nothing speaks for this "
-                "edit, though it changes 1 weight.",
-                NO_HARM,
-                ALL,
-                "No comparison method does better here; the best, DFR, has 0.500 against 0.500 of "
-                "the network as it is.",
-                NEXT,
-            ],
-        ),
-        (
-            outcome(0.2, 0.45),
-            [
-                "Edit made nothing better: worst group goes from 0.500 to 0.200. Nothing speaks "
-                "for this edit, though it changes 1 weight.",
-                NO_HARM,
-                ALL,
-                "No comparison method does better here; the best, DFR, has 0.450 against 0.500 of "
-                "the network as it is.",
-                NEXT,
-            ],
-        ),
-        (
-            outcome(other=0.87),
-            [GAIN, NO_HARM, ALL, "DFR does better here (0.870 against 0.700); use it with labels."],
-        ),
-        (
-            outcome(parts=[replace(GOOD, after={"DFR": 0.8}), BAD], other=0.7),
-            [
-                GAIN,
-                NO_HARM,
-                ALL,
-                "DFR does as well here (0.700 against 0.700), but it harms class 0 (from 0.900 to "
-                "0.800); use it with labels.",
-            ],
-        ),
-        (
-            outcome(parts=[GOOD, BAD, Part("class 2", 0)], other=0.87),
-            [
-                f"{GAIN[:-1]}; not measured, 0 images: class 2.",
-                NO_HARM,
-                "Not measured, 0 images: class 2; harm there would not be seen.",
-                "DFR does better on what was measured (0.870 against 0.700); use it with labels.",
-            ],
-        ),
-        (
-            outcome(
-                parts=[GOOD, replace(BAD, samples=3, interval=(0.21, 0.94))],
-                unmeasured=["what a probe finds"],
-            ),
-            [
-                GAIN,
-                NO_HARM,
-                "Not measured: what a probe finds.",
-                "Hardly measured, fewer than 10 images, with the interval before: class 1 "
-                "(3 images, 0.210–0.940).",
-                NOT_BETTER,
-            ],
-        ),
-        (
-            outcome(parts=[GOOD, replace(BAD, planted=True)]),
-            [
-                GAIN,
-                NO_HARM,
-                ALL,
-                "Measured on planted images, not on real ones: class 1.",
-                NOT_BETTER,
-            ],
-        ),
-        (
-            replace(
-                outcome(parts=[BAD, Part("class 2", 0)]),
-                figures=[Figure("worst measured group", {"before": 0.5})],
-                reason="none fits",
-            ),
-            [
-                "No edit, the network is as it was (worst measured group 0.500; not measured, 0 "
-                "images: class 2): none fits.",
-                "Nothing was changed, so nothing was harmed.",
-                "Not measured, 0 images: class 2; harm there would not be seen.",
-                "No comparison method was measured.",
-                NEXT,
-            ],
-        ),
-        (
-            replace(
-                outcome(kind="class", which=" to keep"),
-                figures=[
-                    Figure(
-                        "A_t (of the class)", {"before": 0.9, "edit": 0.1, "mask": 0.0}, lower=True
-                    ),
-                    Figure("A_g", {"before": 0.8, "edit": 0.8, "mask": 0.7}),
-                ],
-            ),
-            [
-                "Edit changes 1 weight: A_t (of the class) goes from 0.900 to 0.100 and A_g stays "
-                "at 0.800.",
-                "No class to keep that was measured fell below its 95% interval before the edit.",
-                "All 2 classes to keep were measured.",
-                "No comparison method does better here; the best, mask, has A_t 0.000, A_g 0.700 "
-                "against A_t 0.100, A_g 0.800.",
-            ],
-        ),
-    ],
-    ids=[
-        "gain",
-        "harm to a group",
-        "harm to a group by each method",
-        "a comparison of another kind",
-        "gain within the interval",
-        "nothing better",
-        "worse, and so is the comparison",
-        "a comparison is better",
-        "a comparison is as good and does harm",
-        "a group without images",
-        "a group of 3",
-        "planted",
-        "no edit",
-        "two figures",
-    ],
-)
-def test_the_verdict_on_made_up_figures(case, sentences):
+        [
+            "Edit changes 1 weight: A_t (of the class) goes from 0.900 to 0.100 and A_g stays "
+            "at 0.800.",
+            "No class to keep that was measured fell below its 95% interval before the edit.",
+            "All 2 classes to keep were measured.",
+            "No comparison method does better here; the best, mask, has A_t 0.000, A_g 0.700 "
+            "against A_t 0.100, A_g 0.800.",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_verdict_on_made_up_figures(name):
+    case, sentences = CASES[name]
     assert verdict(case) == sentences
 
 

@@ -56,13 +56,6 @@ def random_mask(model: nn.Module, inputs: Tensor, share: float) -> tuple[ModelEd
     return zeros_at(model, entries), lost
 
 
-def narrow_vgg() -> nn.Module:
-    """torchvision's VGG with few channels and a narrow classifier."""
-    layers = models.vgg.make_layers([8, "M", 12, "M", 16, 16, "M"], batch_norm=True)
-    classifier = [nn.Linear(16 * 4, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10)]
-    return nn.Sequential(layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *classifier)
-
-
 def short_resnet() -> nn.Module:
     """torchvision's ResNet-18 with fewer blocks."""
     return models.ResNet(models.resnet.BasicBlock, [2, 1, 1, 1], 10)
@@ -81,11 +74,6 @@ def small_efficientnet() -> nn.Module:
     return models.EfficientNet(blocks, 0.2, num_classes=10, last_channel=32)
 
 
-def small_mobilenet() -> nn.Module:
-    blocks = [[1, 8, 1, 1], [6, 12, 2, 2], [6, 16, 1, 2]]
-    return models.MobileNetV2(10, inverted_residual_setting=blocks)
-
-
 def vision_transformer() -> nn.Module:
     model = models.VisionTransformer(32, 8, 2, 2, 16, 24, num_classes=5)
     nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero
@@ -93,11 +81,9 @@ def vision_transformer() -> nn.Module:
 
 
 NETWORKS: dict[str, Any] = {
-    "vgg": (narrow_vgg, 64, 0.5),
     "resnet": (short_resnet, 64, 0.5),
     "resnext": (short_resnext, 64, 0.4),
     "densenet": (lambda: models.DenseNet(8, (2, 2, 2), 16, num_classes=10), 32, 0.3),
-    "mobilenet": (small_mobilenet, 64, 0.4),
     "efficientnet": (small_efficientnet, 64, 0.4),
     "vision_transformer": (vision_transformer, 32, 0.5),
     "resnet20": (ResNet20, 32, 0.5),
@@ -220,19 +206,18 @@ def test_a_network_in_half_precision_is_made_smaller_as_it_is() -> None:
     assert smaller.stem.weight.dtype == torch.bfloat16
 
 
-def test_an_edit_that_switches_nothing_off_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("layer", "weights", "message"),
+    [  # the stem shares its units with a layer that still gives something
+        ("stem", 9, "no unit that can be removed is switched off; a unit is"),
+        ("head", 6, "layer 'head' are, but have to stay: they are the model"),
+    ],
+)
+def test_units_that_have_to_stay_say_why(layer: str, weights: int, message: str) -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
-    # In one of two layers that share their units: the other still gives something.
-    edit = zeros_at(model, [{"stem.weight": torch.arange(9), "stem.bias": torch.tensor([0])}])
-    with pytest.raises(ValueError, match="no unit that can be removed is switched off; a unit is"):
-        to_smaller(model, edit, inputs)
-
-
-def test_units_that_have_to_stay_say_why() -> None:
-    model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
-    edit = zeros_at(model, [{"head.weight": torch.arange(6), "head.bias": torch.tensor([0])}])
-    with pytest.raises(ValueError, match="layer 'head' are, but have to stay: they are the model"):
-        to_smaller(model, edit, inputs)
+    off = {f"{layer}.weight": torch.arange(weights), f"{layer}.bias": torch.tensor([0])}
+    with pytest.raises(ValueError, match=message):
+        to_smaller(model, zeros_at(model, [off]), inputs)
 
 
 class CountsChannels(nn.Module):

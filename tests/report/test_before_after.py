@@ -4,7 +4,6 @@ import io
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import xai_edit as xe
 
@@ -103,41 +102,7 @@ def test_the_maps_of_a_pair_share_a_scale_that_has_no_unit(plain, images, edit):
     assert times(1, 0.25) != maps.png() != times(0.25, 1)
 
 
-def test_pictures_of_coloured_normalised_inputs():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
-    images = torch.randn(2, 3, 8, 8)
-    mask = xe.LogitMask().plan(model, [images], target=0)
-    assert drawn(xe.before_after_maps(model, mask, images).png()).width > 100
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"targets": 10}, ValueError, "class 10 is out of range"),
-        ({"targets": [1, 2]}, ValueError, "one class a sample"),
-        ({"scorers": ["eps"]}, ValueError, "'eps' is not a preset"),
-        ({"images": [1, 2]}, TypeError, "list given; give a tensor"),
-        ({"images": torch.full((1, 1, 8, 8), torch.nan)}, ValueError, "NaN"),
-        ({"images": torch.zeros(0, 1, 8, 8)}, ValueError, "no samples"),
-        ({"edit": 3}, TypeError, "int given; give a ModelEdit"),
-    ],
-)
-def test_wrong_arguments_are_refused(plain, images, edit, arguments, error, message):
-    given = {"edit": edit, "images": images, **arguments}
-    with pytest.raises(error, match=message):
-        xe.before_after_maps(plain, **given)
-
-
 def test_an_edit_of_another_network_is_refused(plain, images, edit):
     edit.apply(plain)
     with pytest.raises(xe.core.EditMismatchError, match="already holds"):
         xe.before_after_maps(plain, edit, images)
-
-
-def test_pictures_that_do_not_go_with_the_maps_are_refused(plain, images, edit):
-    maps = xe.before_after_maps(plain, edit, images, scorers=["epsilon"])
-    with pytest.raises(ValueError, match="for 4 inputs"):
-        maps.png(images[:2])
-    with pytest.raises(ValueError, match="titles: 2 values for 4 samples"):
-        maps.png(titles=["a", "b"])

@@ -322,36 +322,6 @@ def test_a_model_without_layers_to_score_is_an_error(batches):
         score_units(nn.Flatten(), batches, LRP())
 
 
-def nan_in(tensor):
-    spoiled = tensor.clone()
-    spoiled.view(-1)[3] = float("nan")
-    return spoiled
-
-
-X, Y = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5)
-BAD_CALLS = {
-    "class negative": ([(X, Y)], {"target": -1}, ValueError, "target: class -1 is out of range"),
-    "label too high": ([(X, Y + 6)], {}, ValueError, "class 10 is out of range; .* 0 to 9"),
-    "labels missing": ([X], {}, ValueError, "'label' given, but the data has no labels"),
-    "NaN input": ([(X, Y), (nan_in(X), Y)], {}, NonFiniteError, "batch 1 has inputs that are NaN"),
-    "unknown aggregate": ([(X, Y)], {"aggregate": "max"}, ValueError, "'max' given; .*'sum'"),
-    "k zero": ([(X, Y)], {"k": 0}, ValueError, "k: 0 given; .* from 1 to 4"),
-    "k too high": ([(X, Y)], {"k": 5}, ValueError, "k: 5 given; .* from 1 to 4"),
-}
-
-
-@pytest.mark.parametrize("scorer", [LRP(), Activation()])
-@pytest.mark.parametrize("kind", BAD_CALLS)
-def test_bad_input_is_one_clear_error_and_the_model_stays(plain, unchanged, kind, scorer):
-    data, call, error, message = BAD_CALLS[kind]
-    plain.train()
-    check = unchanged(plain)
-    with pytest.raises(error, match=message) as problem:
-        score_units(plain, data, scorer, **call)
-    assert "\n" not in str(problem.value)
-    check()
-
-
 @pytest.mark.parametrize("name", ["conv2.weight", "head.bias"])
 @pytest.mark.parametrize("scorer", [LRP(), WeightMagnitude(), Random()])
 def test_a_weight_that_is_nan_is_named(plain, batches, unchanged, name, scorer):
@@ -359,37 +329,6 @@ def test_a_weight_that_is_nan_is_named(plain, batches, unchanged, name, scorer):
         plain.get_parameter(name).view(-1)[1] = float("nan")
     with pytest.raises(NonFiniteError, match=f"model: '{name}': NaN or infinite values"):
         score_units(plain, batches, scorer)
-
-
-@pytest.mark.parametrize(
-    ("scorer", "message"),
-    [
-        (lambda m, x, y, layers: {"other": x}, "gave no scores for layer 'first', but for"),
-        (lambda m, x, y, layers: dict.fromkeys(layers, x.sum(0)), r"shape \(6,\) for 23 samples"),
-        (lambda m, x, y, layers: dict.fromkeys(layers, x[..., None]), r"shape \(23, 6, 1\) for"),
-        (lambda m, x, y, layers: dict.fromkeys(layers, nan_in(x)), "'first': NaN or infinite"),
-    ],
-)
-def test_wrong_scores_of_a_users_scorer_are_refused(table, scorer, message):
-    with pytest.raises(ValueError, match=f"scorer: .*{message}"):
-        score_units(table, [integers()], scorer)
-
-
-def test_a_users_scorer_may_change_the_model_it_is_given(norm, batches, unchanged):
-    def rough(model, inputs, targets, layers):
-        model.train()(inputs)
-        with torch.no_grad():
-            model.fc.weight.mul_(2)
-        model.fc.weight.data = torch.zeros_like(model.fc.weight)
-        model.body[0] = nn.Identity()
-        del model.pool
-        model.requires_grad_(False)
-        model.register_forward_hook(print)
-        return {name: inputs.flatten(1) for name in layers}
-
-    check = unchanged(norm)
-    score_units(norm, batches, rough, layers="fc")
-    check()
 
 
 class Windows(nn.Module):
