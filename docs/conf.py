@@ -77,6 +77,7 @@ def write_tables(_app):
         write(name, "\n\n".join(made))
     corrected = [path.stem for path in sorted((HERE / "results").glob("cnp-corrected*.json"))]
     write("cnp-pairs", markdown(pairs_table(list(map(read, corrected)))))
+    write("rules-by-network", markdown(rules_table(read("rules-by-network"))))
     write("watermark", markdown(watermark_table(read("watermark"))))
     write("discover-watermark", markdown(discovered_table(read("discover-watermark"))))
     for name in ("scoring", "selection", "smaller"):
@@ -115,6 +116,17 @@ def discovered_table(results):
             cells += [f"{one['as_without_before']:.0%}, {one['as_without_after']:.0%}"]
         rows.append(cells + ["–"] * (len(rows[0]) - len(cells)))
     return rows
+
+
+def rules_table(results):
+    """Return the figures of LRP rules, a row a network and rule."""
+    figures = ["agreement", "deletion", "localisation", "last layer new", "all weights new", "cost"]
+    rows = [
+        [name, rule, *(f"{row[figure]:.2f}" if figure in row else "" for figure in figures)]
+        for name, told in results["networks"].items()
+        for rule, row in told["rules"].items()
+    ]
+    return [["network", "rule", *figures], *rows]
 
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -140,9 +140,10 @@ def _without_labels(
     add("LEACE: discovered groups", LEACE(), heads, chosen.has.long())
     present = Presence(chosen.threshold, chosen.pooling)
     where: Any = {"when": present, "unit_axis": chosen.axis}
-    with ablated(model, chosen.layer, chosen.subspaces, [0], **where):
+    row = {"method": "reactive ablation"}
+    with refusals(rows, row), ablated(model, chosen.layer, chosen.subspaces, [0], **where):
         accuracy = evaluate_groups(model, test, train_samples=counts)
-    rows.append({"method": "reactive ablation", **figures_of(accuracy)})
+        rows.append({**row, **figures_of(accuracy)})
     with without_finding(model, chosen):
         both = [collect_head_features(model, one, with_attribute=True) for one in (train, test)]
         heads = both[0], both[1]
