@@ -145,7 +145,7 @@ def figures(name: str, model: nn.Module, scored: ImageSet, held: ImageSet, round
     scorers = {**{rule: xe.LRP(rule, initial="one") for rule in RULES}, "random": xe.Random()}
     curves = {"deletion": SHARES, "held_out": [(x, y) for x, y, *_ in held]}
     compared = compare_scorers(model, trucks, scorers, layers=[layer], target=TRUCK, **curves)
-    own = held[held.labels == TRUCK]
+    own = held[held.labels == TRUCK].first(64)
     with_bar, without = (next(iter(marked(own, value))) for value in (1, 0))
     inputs, targets = with_bar[0], with_bar[1]
     bar = (inputs != without[0]).any(1)
