@@ -66,7 +66,7 @@ examples: $(INSTALLED)
 DEVICE ?= cpu
 benchmarks: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/throughput.py --device $(DEVICE) --out docs/results/throughput-$(DEVICE).json
-	[ $(DEVICE) != cpu ] || for pair in scoring networks selection drsa pruning:smaller unlearning:unlearning-cost scaling; do \
+	[ $(DEVICE) != cpu ] || for pair in scoring networks files selection drsa pruning:smaller unlearning:unlearning-cost scaling; do \
 		OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/benchmarks/$${pair%:*}.py \
 			--out docs/results/$${pair#*:}.json || exit 1; \
 	done
