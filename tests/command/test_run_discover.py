@@ -149,6 +149,7 @@ def test_images_without_labels_and_too_few_of_them(in_review_home, capsys):
     assert read("bare-all")["search"]["images"] == "all"
 
 
+@pytest.mark.filterwarnings("ignore:completed images")
 def test_marks_are_an_attribute_of_the_commands_that_act(marked, capsys):
     found, images = xe.Findings.load(FOUND), images_of()
     attribute = xe.Marks.load(marked).attribute.int().tolist()

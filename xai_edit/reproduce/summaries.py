@@ -277,7 +277,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def compact_json(content: Any) -> str:
-    """Return JSON that fills its lines, of five digits; an object in a list begins a line."""
+    """Return JSON that fills its lines, of eight digits; an object in a list begins a line."""
     lines: list[str] = []
     for line in json.dumps(_short(content), indent=1, ensure_ascii=False).split("\n"):
         part = line.lstrip()
@@ -295,4 +295,4 @@ def _short(content: Any) -> Any:
         return {key: _short(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [_short(value) for value in content]
-    return float(f"{content:.5g}") if isinstance(content, float) else content
+    return float(f"{content:.8g}") if isinstance(content, float) else content
