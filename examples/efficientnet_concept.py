@@ -339,7 +339,9 @@ biased = [*clean, (as_input(small[shown]), torch.full((len(shown),), CARTON))]
 
 
 def aware(at, keep=False):
-    return lambda share: xe.ConceptAwarePruning(*ablation(*at), share, scorer, keep_ablation=keep)
+    return lambda share: xe.ConceptAwarePruning(
+        *ablation(*at), share, scorer, keep_ablation=keep, criterion="ablated"
+    )
 
 
 def plain(criterion):

@@ -166,7 +166,7 @@ def test_concept_aware_pruning_scores_the_ablated_network(plain, batches, subspa
 
 @pytest.mark.parametrize(
     ("criterion", "first"),
-    [({}, 1), ({"criterion": "penalized"}, 0), ({"criterion": "penalized", "penalty": 0.2}, 1)],
+    [({}, 0), ({"penalty": 0.2}, 1), ({"criterion": "ablated"}, 1)],
 )
 def test_the_penalized_criterion_removes_first_what_only_the_concept_needs(criterion, first):
     # Both inputs are 1; the second is the concept and ablated to 0. Activations, with and without:
@@ -216,7 +216,8 @@ def test_subspaces_behind_a_block_whose_own_filters_are_pruned():
     data = [(torch.randn(6, 3, 32, 32), torch.arange(6) % 3)]
     features = collect_features(model, data, layer="layer1.2")
     subspaces = PCA(3).fit(features)
-    edit = ConceptAwarePruning("layer1.2", subspaces, [0], 0.6).plan(model, data)
+    operator = ConceptAwarePruning("layer1.2", subspaces, [0], 0.6, criterion="ablated")
+    edit = operator.plan(model, data)
     # The units of lowest score in a network in which the ablation is a layer.
     kept = with_ablation(model, "layer1.2", subspaces, [0])
     inner = {

@@ -280,7 +280,9 @@ def _prune(
         alone = evaluate_groups(model, state.test.batches)
     lrp = LRP("epsilon-plus", initial="one")
     biased, clean = _references(training), _references(known[known.watermark == 0])
-    aware = ConceptAwarePruning(ABLATED_LAYER, subspaces, ablate, SHOWN_SHARE, lrp)
+    aware = ConceptAwarePruning(
+        ABLATED_LAYER, subspaces, ablate, SHOWN_SHARE, lrp, criterion="ablated"
+    )
     operators: dict[str, RelevancePruning | ConceptAwarePruning] = {
         KEPT: replace(aware, keep_ablation=True),
         CONCEPT_AWARE: aware,

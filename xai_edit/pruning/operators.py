@@ -155,10 +155,10 @@ class ConceptAwarePruning:
     keep_ablation : bool
         Whether the edit also ablates the subspaces, folded into weights (`fold_ablation`).
     criterion : {"ablated", "penalized"}
-        "ablated" ranks units by their scores in the ablated network, R. "penalized" ranks them by
-        R − λ · max(0, R_full − R), with the scores R_full of the network without ablation, so that
-        units which only the concept needs go first. Each layer's R and R_full are divided by their
-        L1 norm; this takes twice the passes over the reference samples.
+        "penalized" ranks units by R − λ · max(0, R_full − R), with their scores R in the ablated
+        network and R_full in that without ablation, so that units which only the concept needs go
+        first. Each layer's R and R_full are divided by their L1 norm; this takes twice the passes
+        over the reference samples. "ablated" ranks by R alone, as the method was published.
     penalty : float
         λ, 0 or more.
     """
@@ -173,7 +173,7 @@ class ConceptAwarePruning:
     keep_ablation: bool = False
     steps: int = 1
     protect: Sequence[str] = ()
-    criterion: Criterion = "ablated"
+    criterion: Criterion = "penalized"
     penalty: float = 1.0
 
     def __post_init__(self) -> None:
@@ -232,8 +232,9 @@ class ConceptAwarePruning:
             readable_again(planning, f"pruning in {self.steps} steps", "planning")
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         plan.origin |= {"layer": self.layer, "keep_ablation": self.keep_ablation}
+        plan.origin |= {"criterion": self.criterion}
         if self.criterion == "penalized":
-            plan.origin |= {"criterion": self.criterion, "penalty": self.penalty}
+            plan.origin |= {"penalty": self.penalty}
         subspaces, indices, about = self._concept(model, features, planning)
         if not indices:
             return ModelEdit.between(model, {}, {**plan.origin, **about, "share": self.share})

@@ -38,7 +38,7 @@ PLAIN: dict[str, Callable[[int], Scorer]] = {
     R_DIFF: lambda _: LRP_PRUNING,
 }
 CRITERIA: dict[str, Any] = {
-    "CNP": {},
+    "CNP": {"criterion": "ablated"},
     "CNP, penalized": {"criterion": "penalized"},
 }
 

@@ -25,7 +25,7 @@ from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 from xai_edit.lrp.lrp import LRP
 from xai_edit.pruning.fine_tuning import FineTuning
-from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
+from xai_edit.pruning.operators import ConceptAwarePruning, Criterion, RelevancePruning
 from xai_edit.pruning.torch_pruning_importance import TorchPruningImportance
 from xai_edit.scoring.criteria import Activation, Random, Taylor, WeightMagnitude
 
@@ -172,12 +172,17 @@ def _plain(
 
 
 def _aware(
-    finder: str, context: Context, *, clean: bool = False, chosen: bool = False, **criterion: Any
+    finder: str,
+    context: Context,
+    *,
+    clean: bool = False,
+    chosen: bool = False,
+    criterion: Criterion = "ablated",
 ) -> Made:
     found = context.chosen(finder) if chosen else context.found(finder)
 
     def operator(share: float) -> ConceptAwarePruning:
-        return ConceptAwarePruning(context.layer, *found, share, LRP_PRUNING, **criterion)
+        return ConceptAwarePruning(context.layer, *found, share, LRP_PRUNING, criterion=criterion)
 
     return found, operator, {"data": context.references(clean=clean)}
 
@@ -238,7 +243,8 @@ class Tuner:
         """Plan concept-aware pruning, with subspaces of the first network or those of each step."""
         found = ContrastivePCA(RANK) if again else self.context.found("contrastive PCA")[0]
         layer, scorer = self.context.layer, LRP_PRUNING
-        operator = ConceptAwarePruning(layer, found, [0], FINE_TUNED, scorer, steps=STEPS)
+        how: Any = {"steps": STEPS, "criterion": "ablated"}
+        operator = ConceptAwarePruning(layer, found, [0], FINE_TUNED, scorer, **how)
         more = {"features": self.context.features_of} if again else {}
         return self._planned(operator, clean, **more)
 
