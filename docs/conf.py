@@ -4,10 +4,11 @@ import re
 import sys
 from html import escape
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from scipy.stats import t
 
 from xai_edit import __version__
 from xai_edit.reproduce.catalogue import CATALOGUE
@@ -75,8 +76,12 @@ def write_tables(_app):
         parts = [(title, read(result)) for result, title in settings]
         made = (f"{titled(t, compared(r))}\n\nMade by `{r['command']}`." for t, r in parts)
         write(name, "\n\n".join(made))
-    corrected = [path.stem for path in sorted((HERE / "results").glob("cnp-corrected*.json"))]
-    write("cnp-pairs", markdown(pairs_table(list(map(read, corrected)))))
+    corrected, one_shot = (
+        [read(path.stem) for path in sorted((HERE / "results").glob(f"cnp-{what}*.json"))]
+        for what in ("corrected", "penalized")
+    )
+    write("cnp-pairs", markdown(pairs_table(corrected)))
+    write("cnp-one-shot", markdown(one_shot_table([*one_shot, *corrected])))
     write("rules-by-network", markdown(rules_table(read("rules-by-network"))))
     write("watermark", markdown(watermark_table(read("watermark"))))
     write("discover-watermark", markdown(discovered_table(read("discover-watermark"))))
@@ -116,6 +121,29 @@ def discovered_table(results):
             cells += [f"{one['as_without_before']:.0%}, {one['as_without_after']:.0%}"]
         rows.append(cells + ["–"] * (len(rows[0]) - len(cells)))
     return rows
+
+
+def one_shot_table(results):
+    """Return worst groups at a fifth pruned by network, and how much more "penalized" has."""
+    of_labels = ": contrastive PCA"
+    methods = ["LRP", "LRP, clean references", "Taylor", "LRP, R_diff", "CNP", "CNP, penalized"]
+    rows, values = [["worst group", *methods]], []
+    for each in results:
+        part = next(iter(each["parts"].values()))
+        found = {row["method"]: row["worst"] for row in part["rows"] if row["share"] == 0.2}
+        columns = [found.get(m) or found[m + of_labels] for m in methods]
+        name = "/".join(CIFAR10[at] for at in each["classes"])
+        name += ", discovered" if "CNP" in found else ", labelled"
+        for worst in zip(*columns, strict=True):
+            rows.append([name, *(f"{one:.3f}" for one in worst)])
+            values.append(worst)
+    rows.append(["mean", *(f"{mean(one):.3f}" for one in zip(*values, strict=True))])
+    more = [[one[-1] - other for other in one] for one in values]
+    cells = []
+    for column in list(zip(*more, strict=True))[:-1]:
+        half = t.ppf(0.975, len(column) - 1) * stdev(column) / len(column) ** 0.5
+        cells.append(f"{mean(column):.3f} [{mean(column) - half:.2f}, {mean(column) + half:.2f}]")
+    return [*rows, ['"penalized" is higher by', *cells, ""]]
 
 
 def rules_table(results):
