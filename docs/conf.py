@@ -80,9 +80,9 @@ def write_tables(_app):
         [read(path.stem) for path in sorted((HERE / "results").glob(f"cnp-{what}*.json"))]
         for what in ("corrected", "penalized")
     )
-    write("cnp-pairs", markdown(pairs_table(corrected)))
+    write("cnp-pairs", titled("Worst group, by pair", pairs_table(corrected)))
     write("cnp-one-shot", markdown(one_shot_table([*one_shot, *corrected])))
-    write("rules-by-network", markdown(rules_table(read("rules-by-network"))))
+    write("rules-by-network", titled("By network and rule", rules_table(read("rules-by-network"))))
     write("watermark", markdown(watermark_table(read("watermark"))))
     write("discover-watermark", markdown(discovered_table(read("discover-watermark"))))
     for name in ("scoring", "selection", "smaller"):
@@ -91,7 +91,7 @@ def write_tables(_app):
     write("speed-networks", markdown(networks_table(read("networks"))))
     write("throughput", markdown(throughput_table(read("throughput-cpu"))))
     write("speed-drsa", markdown(drsa_table(read("drsa"))))
-    write("scaling", markdown(scaling_table(read("scaling"))))
+    write("scaling", titled("How each step grows", scaling_table(read("scaling"))))
     scaling_figure(read("scaling")).savefig(HERE / "_tables" / "scaling.svg")
 
 
