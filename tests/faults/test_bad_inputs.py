@@ -109,7 +109,7 @@ def prune(w, share=0.5, **given):
 
 def aware(w, **given):
     usual = {"layer": "relu1", "subspaces": w.subspaces, "ablate": [0], "share": 0.3}
-    return planned(xe.ConceptAwarePruning, w, ("features",), **{**usual, **given})
+    return planned(xe.ConceptAwarePruning, w, ("data", "features"), **{**usual, **given})
 
 
 def path(w, **given):
@@ -297,6 +297,7 @@ OPERATORS = [
     (lambda w: prune(w, model=w.one_output), V, "layers: the model has no convolution"),
     (lambda w: aware(w, subspaces="CAV"), T, "subspaces: 'CAV' given; give Subspaces"),
     (lambda w: aware(w, ablate="all"), V, "ablate: 'all' given; it is 'auto' or"),
+    (lambda w: aware(w, data=iter(w.data)), T, 'can be read only once, and criterion="pen'),
     (lambda w: aware(w, layer="relu9"), L, "layer 'relu9' not found"),
     (lambda w: aware(w, subspaces=xe.CAV()), V, "features: none given; a finder and"),
     (lambda w: aware(w, subspaces=w.wide), V, "subspaces: of 7 channels, but the layer"),

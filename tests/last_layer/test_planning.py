@@ -30,7 +30,9 @@ OPERATORS = {
         m, d, target=3
     ),
     "pruning": lambda m, d: RelevancePruning(0.3).plan(m, d),
-    "concept pruning": lambda m, d: ConceptAwarePruning("conv1", SUBSPACES, [0], 0.3).plan(m, d),
+    "concept pruning": lambda m, d: ConceptAwarePruning(
+        "conv1", SUBSPACES, [0], 0.3, criterion="ablated"
+    ).plan(m, d),
     "mask": lambda m, d: LogitMask().plan(m, d, target=3),
     "last layer": lambda m, d: LastLayerRetraining(repeats=2).plan(m, d),
     "last layer tuned": lambda m, d: LastLayerRetraining(repeats=1, C="auto").plan(m, d),

@@ -158,7 +158,8 @@ class ConceptAwarePruning:
         "penalized" ranks units by R − λ · max(0, R_full − R), with their scores R in the ablated
         network and R_full in that without ablation, so that units which only the concept needs go
         first. Each layer's R and R_full are divided by their L1 norm; this takes twice the passes
-        over the reference samples. "ablated" ranks by R alone, as the method was published.
+        over the reference samples. "ablated" ranks by R alone, as the method was published, and
+        reads them once.
     penalty : float
         λ, 0 or more.
     """
@@ -230,6 +231,8 @@ class ConceptAwarePruning:
             )
         if self.steps > 1:
             readable_again(planning, f"pruning in {self.steps} steps", "planning")
+        if self.criterion == "penalized":
+            readable_again(data, 'criterion="penalized", which scores twice ("ablated" once),')
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         plan.origin |= {"layer": self.layer, "keep_ablation": self.keep_ablation}
         plan.origin |= {"criterion": self.criterion}
