@@ -232,7 +232,7 @@ class ConceptAwarePruning:
         if self.steps > 1:
             readable_again(planning, f"pruning in {self.steps} steps", "planning")
         if self.criterion == "penalized":
-            readable_again(data, 'criterion="penalized", which scores twice ("ablated" once),')
+            readable_again(data, 'criterion="penalized"')
         plan = _Plan(self, model, data, target, fine_tune, checkpoint)
         plan.origin |= {"layer": self.layer, "keep_ablation": self.keep_ablation}
         plan.origin |= {"criterion": self.criterion}
