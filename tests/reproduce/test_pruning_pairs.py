@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from PIL import Image
 
 from xai_edit.command.main import main
 from xai_edit.concepts import Features
-from xai_edit.reproduce import pruning, pruning_methods
+from xai_edit.reproduce import corrected_pruning, pruning, pruning_methods
 from xai_edit.reproduce.catalogue import CATALOGUE
+from xai_edit.reproduce.corrected_pruning import CorrectedPairPruning
 from xai_edit.reproduce.experiments import Options
 from xai_edit.reproduce.networks import vgg_like
 from xai_edit.reproduce.pruning_methods import FINDERS, FINE_TUNED_METHODS, METHODS, Context
@@ -154,3 +157,34 @@ def test_what_cannot_be_run_is_told_in_one_line(as_mnist, as_imagenet, tmp_path,
     assert main(["reproduce", "cnp-carton-dugong", *given]) == 2
     assert "data-root" in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_every_ranking_is_measured_and_corrected_by_what_is_found(as_mnist, tmp_path, monkeypatch):
+    entry = replace(
+        CATALOGUE["cnp-corrected"],
+        **{"read": CATALOGUE["cnp-mnist"].read, "side": None, "classes": (3, 8)},
+        network="vgg-like:0.25",
+    )
+    held = {}
+
+    def found(_, data):  # the mark itself
+        held["images"] = torch.cat([x for x, _ in data])
+        return [SimpleNamespace(has=held["context"].train.attribute > 0)]
+
+    context = CorrectedPairPruning._context
+
+    def noted(self, *args):
+        held["context"] = context(self, *args)
+        return held["context"]
+
+    monkeypatch.setattr(CorrectedPairPruning, "_context", noted)
+    monkeypatch.setattr(corrected_pruning, "discover", found)
+    monkeypatch.setattr(corrected_pruning, "described", lambda *_: {})
+    results = entry.run(Options(as_mnist, tmp_path, quiet=True, epochs=1, limit=40))
+    assert len(held["images"]) == len(held["context"].train)  # the search reads all, unlabelled
+    rows = results["seeds"]["0"]["0.9"]["rows"]
+    measured = {(row["method"], row.get("share")) for row in rows if "worst" in row}
+    for method in (*corrected_pruning.PLAIN, *corrected_pruning.CRITERIA):
+        assert {(method, share) for share in corrected_pruning.SHARES} <= measured
+    told = {row["method"] for row in rows}
+    assert {f"{method}, corrected" for method in corrected_pruning.PLAIN} <= told
