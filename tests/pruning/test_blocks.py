@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xai_edit import RelevancePruning, Taylor, WeightMagnitude, to_smaller
 from xai_edit.core.inputs import ModelInputs
 from xai_edit.pruning.coupled_channels import channel_groups, coupling
-from xai_edit.pruning.schedule import silenced_entries
+from xai_edit.pruning.schedule import switch_off
 from xai_edit.scoring.unit_scores import score_units
 
 
@@ -132,8 +132,7 @@ def test_gated_units_are_cut_as_by_hand() -> None:
     with torch.no_grad():
         for group, left in ((stem, keep), (hidden, inside)):
             gone = torch.tensor([unit for unit in range(group.units) if unit not in left])
-            for name, at in silenced_entries(model, group, gone).items():
-                model.get_parameter(name).view(-1)[at] = 0
+            switch_off(model, group, gone)
         smaller = to_smaller(model, None, data()[0][0])
         expected, found = by_hand(data()[0][0]), smaller(data()[0][0])
         assert torch.allclose(found, expected, rtol=0, atol=1e-12)
@@ -225,8 +224,7 @@ def test_moved_channels_are_followed_and_cut(kind: type[nn.Module], units: dict[
     groups = [group for group in channel_groups(model, inputs) if group.fixed is None]
     assert {name: group.units for group in groups for name in group.layers} == units
     with torch.no_grad():
-        for name, at in silenced_entries(model, groups[0], torch.tensor([0, 2])).items():
-            model.get_parameter(name).view(-1)[at] = 0
+        switch_off(model, groups[0], torch.tensor([0, 2]))
         smaller = to_smaller(model, None, inputs)
         assert torch.allclose(smaller(inputs), model(inputs), rtol=0, atol=1e-12)
     assert sum(map(torch.numel, smaller.parameters())) < sum(map(torch.numel, model.parameters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.pruning.coupled_channels import channel_groups
-from xai_edit.pruning.schedule import silenced_entries
+from xai_edit.pruning.coupled_channels import ChannelGroup, channel_groups
+from xai_edit.pruning.schedule import switch_off
 from xai_edit.pruning.to_smaller import to_smaller
 from xai_edit.reproduce.networks import ResNet20, all_cnn
 
@@ -32,28 +33,31 @@ def as_trained(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def zeros_at(model: nn.Module, entries: list[dict[str, Tensor]]) -> ModelEdit:
+def zeros_at(model: nn.Module, entries: dict[str, Tensor]) -> ModelEdit:
     """The edit that sets entries of a model to zero."""
-    at: dict[str, list[Tensor]] = {}
-    for some in entries:
-        for name, index in some.items():
-            at.setdefault(name, []).append(index)
-    joined = {name: torch.cat(parts) for name, parts in at.items()}
-    values = {name: (index, torch.zeros(len(index))) for name, index in joined.items()}
+    values = {name: (index, torch.zeros(len(index))) for name, index in entries.items()}
     return ModelEdit.between(model, values, {"operator": "test"})
+
+
+def without(model: nn.Module, *lost: tuple[ChannelGroup, Tensor]) -> ModelEdit:
+    """The edit that switches off units of groups."""
+    copy = deepcopy(model)
+    for group, units in lost:
+        switch_off(copy, group, units)
+    return ModelEdit.to_copy(model, copy, {"operator": "test"})
 
 
 def random_mask(model: nn.Module, inputs: Tensor, share: float) -> tuple[ModelEdit, Counter[str]]:
     """Switch off a share of all units; also how many channels each layer loses."""
     generator = torch.Generator().manual_seed(1)
-    entries, lost = [], Counter[str]()
+    gone, lost = [], Counter[str]()
     for group in channel_groups(model, inputs):
         count = min(group.units - 1, max(1, round(group.units * share)))
         if group.fixed is None and count:
             units = torch.randperm(group.units, generator=generator)[:count]
-            entries.append(silenced_entries(model, group, units))
+            gone.append((group, units))
             lost.update({name: at[units].numel() for name, at in group.layers.items()})
-    return zeros_at(model, entries), lost
+    return without(model, *gone), lost
 
 
 def short_resnet() -> nn.Module:
@@ -136,9 +140,7 @@ def small_residual() -> nn.Module:
 def stem_and_inner(model: nn.Module, inputs: Tensor) -> ModelEdit:
     """Switch off units 1 and 3 of the stream and unit 0 inside of the block."""
     stream, inside, *_ = channel_groups(model, inputs)
-    pruned = [(stream, [1, 3]), (inside, [0])]
-    entries = [silenced_entries(model, group, torch.tensor(units)) for group, units in pruned]
-    return zeros_at(model, entries)
+    return without(model, (stream, torch.tensor([1, 3])), (inside, torch.tensor([0])))
 
 
 def test_what_is_left_are_the_weights_of_the_units_left() -> None:
@@ -173,7 +175,7 @@ def test_what_is_left_are_the_weights_of_the_units_left() -> None:
 def test_one_unit_of_each_group_stays() -> None:
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
     _, inside, *_ = channel_groups(model, inputs)
-    edit = zeros_at(model, [silenced_entries(model, inside, torch.arange(3))])
+    edit = without(model, (inside, torch.arange(3)))
     assert to_smaller(model, edit, inputs).inner.weight.shape == (1, 4, 3, 3)
 
 
@@ -217,7 +219,7 @@ def test_units_that_have_to_stay_say_why(layer: str, weights: int, message: str)
     model, inputs = small_residual(), torch.randn(2, 1, 3, 3)
     off = {f"{layer}.weight": torch.arange(weights), f"{layer}.bias": torch.tensor([0])}
     with pytest.raises(ValueError, match=message):
-        to_smaller(model, zeros_at(model, [off]), inputs)
+        to_smaller(model, zeros_at(model, off), inputs)
 
 
 class CountsChannels(nn.Module):
@@ -231,7 +233,7 @@ class CountsChannels(nn.Module):
 
 def test_a_network_that_counts_its_channels_is_refused() -> None:
     model = CountsChannels()
-    edit = zeros_at(model, [{"hidden.weight": torch.arange(3), "hidden.bias": torch.tensor([0])}])
+    edit = zeros_at(model, {"hidden.weight": torch.arange(3), "hidden.bias": torch.tensor([0])})
     with pytest.raises(ValueError, match=r"cannot be run .* rely on a number of channels"):
         to_smaller(model, edit, torch.randn(5, 3))
 
@@ -245,8 +247,8 @@ def test_units_that_have_a_value_though_they_are_off_stay() -> None:
     first = {"0.weight": torch.arange(3), "0.bias": torch.tensor([0])}
     second = {"2.weight": torch.arange(8), "2.bias": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=r"sigmoid.* gives them a value where layer '2' reads"):
-        to_smaller(model, zeros_at(model, [first]), inputs)
-    edit = zeros_at(model, [first, second])
+        to_smaller(model, zeros_at(model, first), inputs)
+    edit = zeros_at(model, first | second)
     with pytest.warns(UserWarning, match=r"not removed; those of layer '0' .* sigmoid"):
         smaller = to_smaller(model, edit, inputs)
     assert (smaller[0].out_features, smaller[2].out_features) == (4, 2)

@@ -27,6 +27,7 @@ SENTENCES = ("warnings", "verdict")  # entries of an origin that commands add
 FORMAT = 1
 KIND = "xai_edit.edit"
 PARTS = ("index", "old", "new")  # of a change, as tensors of a file
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,9 +365,9 @@ def _finite(values: Tensor) -> bool:
 
 def _same_bits(left: Tensor, right: Tensor) -> Tensor:
     """Return which entries are equal bit for bit (-0.0 differs from 0.0), shape (entries,)."""
-    size = left.element_size()
-    rows = [tensor.contiguous().view(torch.uint8).view(-1, size) for tensor in (left, right)]
-    return (rows[0] == rows[1]).all(1)
+    words = WORDS[min(left.element_size(), 8)]
+    equal = left.contiguous().view(words) == right.contiguous().view(words)
+    return equal if len(equal) == len(left) else equal.view(-1, 2).all(1)  # complex128 has two
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

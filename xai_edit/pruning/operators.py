@@ -26,7 +26,7 @@ from xai_edit.core.checks import (
     whole_number,
 )
 from xai_edit.core.data import Data, model_device, peek
-from xai_edit.core.guard import copied
+from xai_edit.core.guard import copied, preserved
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import CONVOLUTIONS, resolve_layers
 from xai_edit.core.targets import Target, describe_target
@@ -318,8 +318,10 @@ class _Plan:
         first, whole = peek(data, model_device(model))
         self.data = whole if isinstance(data, Iterator) else data
         self.inputs = first.inputs
-        coupled = coupling(copied(model), first.inputs)
-        layers = _layers(model, operator.layers, first.inputs[:1], coupled)
+        self.network = copied(model).eval()  # the one to prune
+        with preserved(self.network):
+            coupled = coupling(self.network, first.inputs)
+        layers = _layers(self.network, operator.layers, first.inputs[:1], coupled)
         named, gates = operator.layers is not None, coupled.gates
         self.found = prunable(
             coupled.groups, layers, protect=operator.protect, named=named, gates=gates
@@ -333,7 +335,7 @@ class _Plan:
     def edit(self, score: Score, **more: Any) -> ModelEdit:
         """Return the edit; see `xai_edit.pruning.schedule.pruned`."""
         more |= {"score": score, "origin": self.origin}
-        return pruned(self.model, self.inputs, self.found, self.schedule, **more)
+        return pruned(self.model, self.network, self.inputs, self.found, self.schedule, **more)
 
     def scores(
         self, network: nn.Module, data: Data | None = None, layer: str = "", inner: str = ""

@@ -11,11 +11,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from xai_edit.core.data import model_device
 from xai_edit.core.files import checksum, clear_parts, read_sealed, sealed, write_safetensors
-from xai_edit.core.guard import copied, require_finite
+from xai_edit.core.guard import require_finite
 from xai_edit.core.inputs import Inputs, input_tensors
+from xai_edit.core.layers import TRANSPOSED
 from xai_edit.edits.model_edit import ModelEdit, tensors_of
-from xai_edit.edits.switching_off import kept_off, silencing_entries
+from xai_edit.edits.switching_off import kept_off
 from xai_edit.pruning.coupled_channels import ChannelGroup
 from xai_edit.pruning.ranking import (
     Prunable,
@@ -51,6 +53,7 @@ class Schedule:
 
 def pruned(
     model: nn.Module,
+    network: nn.Module,
     inputs: Inputs,
     found: Prunable,
     schedule: Schedule,
@@ -61,13 +64,12 @@ def pruned(
     step_origin: Callable[[], Mapping[str, Any]] = dict,
     against: Inputs | None = None,
 ) -> ModelEdit:
-    """Prune a copy of a model step by step, and return the change as an edit.
+    """Prune ``network``, a copy of a model, step by step, and return the change as an edit.
 
     A checkpoint identifies the data by ``inputs``, the first reference samples, and ``against``,
     the first of those that count against a unit. ``fold`` returns values of whole parameters to
     set in each step, and ``step_origin`` the entries of the edit's origin about a step.
     """
-    network = copied(model).eval()
     checkpoint = None
     gone = [torch.zeros(0, dtype=torch.long) for _ in found.groups]
     history: History = []  # one entry a finished step
@@ -130,10 +132,8 @@ def _switch_off(
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
-        for group, units in zip(found.groups, gone, strict=True):
-            for name, entries in silenced_entries(network, group, units).items():
-                parameter = parameters[name]
-                parameter[torch.unravel_index(entries.to(parameter.device), parameter.shape)] = 0
+    for group, units in zip(found.groups, gone, strict=True):
+        switch_off(network, group, units)
 
 
 @dataclass(frozen=True)
@@ -166,15 +166,15 @@ class _Checkpoint:
         write_safetensors(self.path, tensors, KIND, sealed(tensors, text))
 
 
-def silenced_entries(model: nn.Module, group: ChannelGroup, units: Tensor) -> dict[str, Tensor]:
-    """Return by parameter the flat indices, int64, to set to zero to switch units of a group off.
+def switch_off(network: nn.Module, group: ChannelGroup, units: Tensor) -> None:
+    """Set what makes units of a group to zero.
 
-    They are of incoming weights and biases in all layers, and of the scale and shift of norms.
+    That is their incoming weights and biases in all layers, and the scale and shift of norms.
     """
-    entries: dict[str, Tensor] = {}
-    for layer, channels in group.layers.items():
-        entries |= silencing_entries(model, layer, channels[units].flatten())
-    for norm, channels in group.norms.items():
-        gone = channels[units].flatten()
-        entries |= {f"{norm}.weight": gone, f"{norm}.bias": gone}
-    return entries
+    with torch.no_grad():
+        for name, channels in {**group.layers, **group.norms}.items():
+            module = network.get_submodule(name)
+            gone = channels[units].flatten().to(model_device(module))
+            for tensor, axis in (("weight", int(isinstance(module, TRANSPOSED))), ("bias", 0)):
+                if (parameter := module._parameters.get(tensor)) is not None:
+                    parameter.index_fill_(axis, gone, 0)

@@ -11,6 +11,7 @@ from torch import nn
 
 from xai_edit.core.analysis import following_batch_norms
 from xai_edit.core.data import model_device
+from xai_edit.core.guard import copied
 from xai_edit.core.layers import CONVOLUTIONS
 from xai_edit.datasets.image_set import ImageSet
 from xai_edit.edits.model_edit import ModelEdit
@@ -141,7 +142,9 @@ def planned(
 
     def plan(share: float) -> ModelEdit:
         schedule = Schedule(share, "global", 1)
-        return pruned(model, inputs, found, schedule, score=lambda *_: scores, origin={})
+        return pruned(
+            model, copied(model).eval(), inputs, found, schedule, score=lambda *_: scores, origin={}
+        )
 
     return plan
 
