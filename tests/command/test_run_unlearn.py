@@ -13,6 +13,7 @@ import xai_edit as xe
 from xai_edit.command.main import main
 from xai_edit.command.run_parts import classes_named
 from xai_edit.command.run_unlearn import _outcome, split
+from xai_edit.core.errors import NoEditError
 from xai_edit.pages.verdict import verdict
 
 LINE = f"unlearn {DATA} --samples 10"
@@ -190,6 +191,25 @@ def test_a_baseline_that_cannot_be_planned_says_why(here, capsys):
     assert row["forgotten"] is None
     assert "has no bias" in row["withheld"]
     assert "has no bias" in Path("unbiased/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("_quickly_drawn")
+def test_where_no_share_reaches_the_bound_the_page_says_so(here, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise NoEditError("share: with scope='class_row' A_t is 0.3 at best; give another layer")
+
+    assert main(shlex.split(f"{SHARE} --out unreached --quiet")) == 0
+    monkeypatch.setattr(xe.PathPerturbation, "plan", refuse)
+    assert main(shlex.split(f"{SHARE} --out unreached --quiet --force")) == 0
+    printed, results = capsys.readouterr().out, read("unreached")
+    page = Path("unreached/report.html").read_text(encoding="utf-8")
+    for text in (printed, page.replace("&#x27;", "'")):
+        assert "No edit, the network is as it was (A_t" in text
+        assert "with scope='class_row' A_t is 0.3 at best; give another layer." in text
+        assert "To try next: a larger --share or --bound" in text
+    assert files(Path("unreached")) == ["report.html", "results.json", "timing.json"]
+    assert results["rows"][1]["forgotten"] is None
+    assert results["rows"][4]["forgotten"] == 0.0  # the logit mask
 
 
 def test_a_model_without_maps_has_a_report_without_them(here, monkeypatch):

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from xai_edit.command.categories import card_of
+from xai_edit.command.expected_answers import not_expected
 from xai_edit.command.inputs import Batches, images_of, model_of, note, preprocessing_given
 from xai_edit.command.load import spread
 from xai_edit.command.output import say
@@ -31,13 +32,10 @@ from xai_edit.core.outputs import label_chosen, outputs_of
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.discovery.marks import Marks
 from xai_edit.edits.model_edit import ModelEdit, versions
-from xai_edit.evaluation.accuracy import least_above_chance
-from xai_edit.evaluation.intervals import wilson_intervals
 from xai_edit.pages.page import as_json, checksums, clear_results, write_run
 from xai_edit.pages.verdict import Outcome, verdict, verdict_text, warnings
 
 CHECKED = 64  # images whose accuracy is looked at before the long part
-FAR_BELOW = 0.1
 MODEL = {"name": "model", "weights": "weights", "classes": "outputs"}  # option of each entry
 
 
@@ -57,6 +55,10 @@ class Run:
             except OSError as problem:
                 reason = f"no folder can be made ({problem.strerror})"
                 raise type(problem)(f"out: {self.out}: {reason}") from problem
+        self.edits: dict[str, ModelEdit] = {}
+        self.seconds: dict[str, float] = {}
+        self.withheld: dict[str, str] = {}
+        self.noticed: list[str] = []
         self.images = images_of(options, options.data)
         self.attribute: list[int] | None = None
         self.marks: Marks | None = None
@@ -65,12 +67,16 @@ class Run:
             folder = data if data.is_dir() else data.parent
             self.attribute = read_attribute(options.attribute, self.images, folder)
             self.marks = marks_in(options.attribute)
-            having = sum(self.attribute)
-            note(options, f"attribute: {having} of {len(self.attribute)} images have it")
-        self.edits: dict[str, ModelEdit] = {}
-        self.seconds: dict[str, float] = {}
-        self.withheld: dict[str, str] = {}
-        self.noticed: list[str] = []
+            having, count = sum(self.attribute), len(self.attribute)
+            told = f"attribute: {having} of {count} images have it"
+            note(options, f"{told}; the other {count - having} count as without it")
+            groups = {*zip(self.images.labels, self.attribute, strict=True)}
+            planted = getattr(options, "plant", None) is not None
+            if len(groups) == len({*self.images.labels}) and not planted:
+                self.warn(
+                    "the attribute is the same for all images of each class, so that it cannot be "
+                    "told from the class; --plant mark.png makes the missing groups"
+                )
 
     @cached_property
     def model(self) -> nn.Module:
@@ -100,36 +106,33 @@ class Run:
     def check_labels(self) -> None:
         """Look, before the long part, at the labels and at the accuracy on a few images.
 
-        ValueError if a label is not a class of the model. An accuracy near chance, or far below
-        that of the weights' card, becomes a warning: the images may not be what the model expects.
+        ValueError if a label is not a class of the model. What is `not_expected` becomes a warning:
+        the images may not be what the model expects.
         """
         count = min(CHECKED, len(self.images))
         few = self.images.only(spread(len(self.images), count))
-        right = 0
+        labels, answers = [], []
         with preserved(self.model), torch.no_grad():
             for batch in batches(self.read(few, "checking"), self.options.device):
                 logits = predict(self.model, batch.inputs)
                 in_range(self.images.labels, logits.shape[1], "labels")
                 assert batch.labels is not None
-                right += int((logits.argmax(1) == batch.labels).sum())
-        least = least_above_chance(logits.shape[1], count)
-        (interval,) = wilson_intervals(torch.tensor([right]), torch.tensor([count]), 0.95)
+                labels.append(batch.labels.cpu())
+                answers.append(logits.argmax(1).cpu())
+        given = torch.cat(labels), torch.cat(answers)
         metrics = card_of(self.options.model, self.options.weights).get("_metrics", {})
         card = next((one["acc@1"] / 100 for one in metrics.values()), 0.0)
-        expected = ""
-        if right / count <= least:
-            expected = f"near chance ({1 / logits.shape[1]:.3f})"
-        elif interval[1] < card - FAR_BELOW:
-            expected = f"far below the {card:.3f} of the weights' card"
-        if expected:
-            own = is_own(self.options.data)
+        own = is_own(self.options.data)
+        right = int((given[0] == given[1]).sum())
+        text = f"{right} of {count} {'samples' if own else 'images'} are classified right"
+        if expected := not_expected(*given, logits.shape[1], card, self.images.classes):
             steps = "the inputs" if own else "--mean, --std, --resize"
-            message = (
-                f"{right} of {count} {'samples' if own else 'images'} are classified right, "
-                f"{expected}; {steps} or the order of the classes may not be those of the "
+            self.warn(
+                f"{text}, {expected}; {steps} or the order of the classes may not be those of the "
                 f"training: {self.images}"
             )
-            self.warn(message)
+        else:
+            note(self.options, text)
 
     def warn(self, message: str | None) -> None:
         """Print a warning, which goes on top of the page too; None is none."""

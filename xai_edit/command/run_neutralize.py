@@ -18,7 +18,7 @@ from xai_edit.command.run_parts import SEED, classes_named, split, watched
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.checks import require
 from xai_edit.core.cost import measured
-from xai_edit.core.errors import UnmovedError
+from xai_edit.core.errors import NoEditError
 from xai_edit.discovery.findings import Finding, Findings
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.evaluate_groups import evaluate_head
@@ -64,7 +64,7 @@ def command(options: argparse.Namespace) -> int:
         plan = partial(operator.plan, run.model, planning, **how)
         edit = run.plan(method, plan, empty="the edit found changes no weight")
         moved = True
-    except UnmovedError as problem:  # a finding, no mistake: the page says so
+    except NoEditError as problem:  # a finding, no mistake: the page says so
         edit = run.plan(method, partial(_unmoved, validation, problem), empty="")
         moved = False
     tried = None
@@ -117,7 +117,7 @@ def command(options: argparse.Namespace) -> int:
     return run.finish(results, timing, edits, _outcome)
 
 
-def _unmoved(validation: HeadFeatures, problem: UnmovedError) -> ModelEdit:
+def _unmoved(validation: HeadFeatures, problem: NoEditError) -> ModelEdit:
     """Return an edit without changes, with the reason and the figures that stay as they are."""
     found = evaluate_head(validation)
     same = {"worst_group": found.worst, "average": found.average}

@@ -18,7 +18,7 @@ from xai_edit.command.inputs import (
     require_known,
     scorer_of,
 )
-from xai_edit.command.load import Images, preprocessing_of
+from xai_edit.command.load import Images, preprocessing_of, spread
 from xai_edit.command.output import say
 from xai_edit.command.own_data import is_own
 from xai_edit.command.run import MODEL, Run
@@ -55,7 +55,8 @@ def check(options: argparse.Namespace) -> int:
     batch: Any
     model = model_of(options)
     if images is not None:
-        first = peek(Batches(options, images, "reading"), options.device)[0]
+        some = images.only(spread(len(images), min(options.batch_size, len(images))))
+        first = peek(Batches(options, some, "reading"), options.device)[0]
         inputs = first.inputs
         batch = inputs if first.labels is None else (inputs, first.labels)
     else:
@@ -71,6 +72,7 @@ def check(options: argparse.Namespace) -> int:
         "data": {"name": options.data, "samples": len(inputs)},
     }
     composite = lrp_of(options.composite, options, model, [inputs])
+    note(options, "looking at each part of the network …")
     with measured() as cost:
         found = check_model(model, batch, composite, layers=options.layers)
     results = {"run": "check", **about, **found.to_dict()}
@@ -101,6 +103,8 @@ def score(options: argparse.Namespace) -> int:
         held_out = run.read(images_of(options, options.held_out), "deletion curves")
         curves = {"deletion": SHARES, "held_out": held_out}
     scorers = {name: scorer_of(name, options, run.model, data) for name in names}
+    if run.images.labelled:
+        run.check_labels()
     how = {name: getattr(options, name) for name in ("layers", "target", "aggregate")}
     results = {
         **run.about(held_out=options.held_out),

@@ -25,6 +25,7 @@ from xai_edit.command.run_parts import (
 )
 from xai_edit.comparisons.logit_mask import LogitMask
 from xai_edit.core.data import batches
+from xai_edit.core.errors import NoEditError
 from xai_edit.core.files import write_atomically, write_safetensors
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.evaluation.accuracy import CONFIDENCE
@@ -34,6 +35,7 @@ from xai_edit.evaluation.intervals import wilson_intervals
 from xai_edit.forgetting.class_subspace import ClassSubspaceRemoval
 from xai_edit.forgetting.path_perturbation import PathPerturbation
 from xai_edit.last_layer.single_weight import SingleWeight
+from xai_edit.lrp.lrp import describe
 from xai_edit.pages.unlearn import absent_classes, class_name
 from xai_edit.pages.verdict import BEFORE, Figure, Outcome, Part
 from xai_edit.report.before_after import RULES, before_after_maps
@@ -129,7 +131,11 @@ def command(options: argparse.Namespace) -> int:
     planning = run.read(parts.planning, "planning")
     validation = run.read(parts.validation, "finding the share")
     plan = partial(operator.plan, run.model, planning, target=target, validation=validation)
-    edit = run.plan(METHOD, plan)
+    try:
+        edit = run.plan(METHOD, plan)
+    except NoEditError as problem:  # a finding, no mistake: the page says so
+        reason = str(problem).partition(": ")[2]  # without the argument
+        edit = run.plan(METHOD, lambda: ModelEdit({}), empty=reason)
     analysis = parts.planning.joined(parts.others)
     for name, baseline in BASELINES.items():
         if isinstance(baseline, ClassSubspaceRemoval):
@@ -181,14 +187,14 @@ def command(options: argparse.Namespace) -> int:
             "held_out_forgotten": sum(samples[label] for label in target),
             "train": train and len(train),
         },
-        "edit": _planned(edit, target),
+        "edit": _planned(edit, operator, target) | {"reason": run.withheld.get(METHOD)},
         "samples": [samples[label] for label in range(len(figures[BEFORE]["classes"]))],
         "rows": run.rows([BEFORE, METHOD, *BASELINES], figures),
         "evaluation": found or None,
         "maps": maps,
     }
     timing = {"plan": run.seconds, "evaluation": seconds}
-    return run.finish(results, timing, {EDIT: edit}, _outcome)
+    return run.finish(results, timing, {EDIT: edit if edit.size else None}, _outcome)
 
 
 def _outcome(results: Mapping[str, Any]) -> Outcome:
@@ -227,7 +233,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     if len(samples) - len(target) == 1:
         unmeasured.insert(0, ONE_LEFT)
     missed, bound = "", edit["bound"]
-    own = next(row["classes"] for row in rows if row["method"] == METHOD)
+    own = next((row["classes"] for row in rows if row["method"] == METHOD), [0] * len(samples))
     over = [label for label in target if bound is not None and (own[label] or 0) > bound]
     if over:
         named = ", ".join(
@@ -244,16 +250,21 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         parts + absent_classes(results, absent, len(samples)),
         kind="class",
         which=" to keep",
+        reason=edit["reason"],
         advice=ADVICE,
-        further="a larger --share, or other --layers with --scope neuron",
+        further="a larger --share or --bound, or --scope neuron, also with other --layers",
         unmeasured=unmeasured,
         missed=missed,
     )
 
 
-def _planned(edit: ModelEdit, target: Sequence[int]) -> dict[str, Any]:
+def _planned(edit: ModelEdit, operator: PathPerturbation, target: Sequence[int]) -> dict[str, Any]:
     """Return the layers, options and, for each class, the share and number of neurons off."""
     origin = edit.origin
+    how = {key: getattr(operator, key) for key in ("rank", "k", "scope")}
+    how["scorer"] = describe(operator.scorer)
+    if not edit.size:
+        return {"file": None, "layers": [], **how, "bound": None, "classes": []}
     layers = origin["layer"] if isinstance(origin["layer"], list) else [origin["layer"]]
     neurons, shares = origin["neurons"], origin["share"]
     if len(target) == 1:
@@ -264,7 +275,6 @@ def _planned(edit: ModelEdit, target: Sequence[int]) -> dict[str, Any]:
         {"class": label, "share": share, "neurons": sum(map(len, units))}
         for label, share, units in zip(target, shares, neurons, strict=True)
     ]
-    how = {key: origin[key] for key in ("rank", "k", "scope", "scorer")}
     return {"file": EDIT, "layers": layers, **how, "bound": origin.get("bound"), "classes": classes}
 
 
@@ -284,6 +294,8 @@ def _maps(
     inputs = torch.stack([held_out[index][0] for index in indices])
     files = [run.out / name for name in MAPS]
     try:
+        if not edit.size:
+            raise NoEditError("the network is as it was")
         maps = before_after_maps(run.model, edit, inputs)
     except ValueError as problem:
         for file in files:

@@ -36,8 +36,8 @@ class NonFiniteError(ValueError):
     """A NaN or an infinity where a finite number is needed."""
 
 
-class UnmovedError(ValueError):
-    """A feature that moves no class, so that there is nothing to edit without a named target."""
+class NoEditError(ValueError):
+    """No edit does what is asked: the feature moves no class, or no share reaches the bound."""
 
 
 class EditMismatchError(ValueError):

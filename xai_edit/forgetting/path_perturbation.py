@@ -20,6 +20,7 @@ from xai_edit.core.checks import (
     readable_again,
 )
 from xai_edit.core.data import Data, batches, model_device, peek
+from xai_edit.core.errors import NoEditError
 from xai_edit.core.inputs import Inputs
 from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.core.outputs import label_origin
@@ -131,9 +132,10 @@ class PathPerturbation:
         ------
         UnknownLayerError, ValueError
             If a layer, a class or k is out of range, no single layer is before the output, the
-            data has no sample of a class or none that is predicted as such, the neurons do not feed
-            the output (``scope="class_row"``) or are those of another class, or the bound is not
-            reached.
+            data has no sample of a class, or the neurons do not feed the output
+            (``scope="class_row"``) or are those of another class.
+        NoEditError
+            If no sample is predicted as the class, or no share reaches the bound.
         """
         plans = _Plans(self, model, data)
         listed = classes_to_remove if plans.found.one_output else class_list  # they have one row
@@ -262,7 +264,7 @@ class _Plans:
         scores = score_units(self.model, read(), self.operator.scorer, **options)
         right = [one for batch in answers for one in batch]
         if right and not any(right):
-            raise ValueError(
+            raise NoEditError(
                 f"data: none of the {len(right)} samples is predicted as class {target}, so there "
                 "is no path to it; give samples that are"
             )
@@ -313,7 +315,7 @@ class _Plans:
     def smallest_share(
         self, ranked: dict[str, Tensor], held_out: Data | HeadFeatures, target: int
     ) -> float:
-        """Return the smallest share with an A_t of at most the bound; ValueError without one."""
+        """Return the smallest share with an A_t of at most the bound; NoEditError without one."""
         bound, scope = self.bound, self.operator.scope
         path = self.path(ranked, target, scope)
         own = sweep(self.model, path, held_out, target, bound=bound)
@@ -335,7 +337,7 @@ class _Plans:
                 text += f"; scope={other!r} comes to {left:.3f}"
         least = math.ceil(best * 1000) / 1000
         works = f", or bound={least:g}" if least < 1 else ""
-        raise ValueError(f"{text}; give {give}{works}")
+        raise NoEditError(f"{text}; give {give}{works}")
 
 
 def _one(values: list[Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import require, whole_numbers
 from xai_edit.core.data import Attribute, Data
-from xai_edit.core.errors import UnmovedError
+from xai_edit.core.errors import NoEditError
 from xai_edit.core.targets import class_list
 from xai_edit.last_layer.head import HeadFeatures, head_features
 
@@ -86,7 +86,7 @@ def affected_classes(
     if rows is None:
         rises = [_rise(predicted, attribute == value, head.classes) for value in values]
         if min(float(rise.max()) for rise in rises) <= 0:
-            raise UnmovedError(
+            raise NoEditError(
                 "attribute: no class is predicted more often with the feature; name target"
             )
         rows = [int(rise.argmax()) for rise in rises]
@@ -115,7 +115,7 @@ def moved_classes(
     over all classes together, excludes 0, and the change is at least half of the largest.
 
     ``logits`` are float64, shape (samples, classes), ``values`` those of the attribute's values 0
-    and 1 to consider. UnmovedError if they move no class.
+    and 1 to consider. NoEditError if they move no class.
     """
     has, classes = attribute == 1, logits.shape[1]
     strata = [labels == label for label in labels.unique()]
@@ -145,7 +145,7 @@ def moved_classes(
             moved[row] = value
     if not moved:
         row = int(change.abs().argmax())
-        raise UnmovedError(
+        raise NoEditError(
             f"attribute: no class is moved; the most is class {row}, {left_alone[str(row)]}; name "
             "a target to edit its row all the same"
         )

@@ -57,7 +57,7 @@ def unlearning_page(
             "<h2>What the network answers</h2><p>Masking the logit changes one number for each "
             "class: it stands beside every method.</p>",
             _answers(results, timing),
-            withheld(results),
+            withheld(results, edit.get("reason")),
             "<h2>What of the class is still there</h2>",
             *_left(results),
             "<h2>Class by class</h2>",
@@ -67,7 +67,7 @@ def unlearning_page(
             changed,
             "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
             "not prove that knowledge is gone: a probe or a few steps of training can bring it "
-            f"back.</p>{repeat(results, [edit['file']])}",
+            f"back.</p>{repeat(results, filter(None, [edit['file']]))}",
         ],
     )
 
