@@ -20,7 +20,8 @@ class Table:
     """Rows of a run; fractions get three digits, None is a dash.
 
     The first of ``columns`` heads the names of the rows. Of many rows the text has those for which
-    ``order`` returns the lowest numbers; ``shown`` describes them.
+    ``order`` returns the lowest numbers; ``shown`` describes them. A page folds in what is
+    ``folded``, and many rows.
     """
 
     caption: str
@@ -28,6 +29,7 @@ class Table:
     rows: Sequence[Sequence[Any]]
     order: Callable[[Sequence[Any]], Any] | None = None
     shown: str = "the lowest"
+    folded: bool = False
 
     def text(self) -> str:
         """Return lines with aligned columns, the caption as the first head."""
@@ -39,7 +41,7 @@ class Table:
 
         All of many rows are folded in, below those that the text has.
         """
-        if len(self.rows) <= LINES:
+        if len(self.rows) <= LINES and not self.folded:
             return self.unfolded()
         summary = escape(f"{self.caption}: all {len(self.rows)} rows")
         short = "" if self.order is None else self._short().unfolded()
