@@ -1,6 +1,8 @@
 """``xai-edit demo``: the figures it writes are those of the edits it saves, whatever they are."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +11,13 @@ from command_runs import DEMO, files, read
 import xai_edit as xe
 import xai_edit.command.run_demo
 from xai_edit import ModelEdit
-from xai_edit.command.demo_review import MARKS
+from xai_edit.command.demo_review import MARKS, first_alike
 from xai_edit.command.main import main
-from xai_edit.command.run_demo import DIGITS, FORGET, run
+from xai_edit.command.run_demo import COMPLETED, DIGITS, EXACT, FORGET, RETRAINED, _verdict, run
+from xai_edit.evaluation.accuracy import Accuracy
+from xai_edit.evaluation.evaluate_groups import evaluate_groups
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SEED = 1  # with few epochs, the attribute found is not quite the watermark
 METHODS = {
     "forget": "before; NPP: neurons cut from the class; NPP: neurons switched off; "
@@ -129,8 +134,8 @@ def test_the_finding_marked_is_that_of_the_pictures_and_edits_are_planned_from_i
     finding = found[review["finding"]]
     of_class = (validation.labels == review["class"]).nonzero()[:, 0]
     order = of_class[finding.scores[of_class].argsort(descending=True, stable=True)]
-    assert validation.watermark[order[:12]].all()
-    assert not validation.watermark[order[-12:]].any()
+    assert validation.watermark[order[:12]].sum() >= 10
+    assert validation.watermark[order[-12:]].sum() <= 2
     with_it = validation.watermark.bool()
     assert review["agreement"] == float((marks.attribute == with_it).double().mean()) < 1
     completing = xe.CounterfactualRetraining(finding.layer, finding.subspaces)
@@ -152,14 +157,80 @@ def test_the_finding_marked_is_that_of_the_pictures_and_edits_are_planned_from_i
 def test_without_a_finding_the_edits_take_true_labels_and_the_page_says_so(tmp_path, monkeypatch):
     for name, value in DEMO.items():
         monkeypatch.setattr(xai_edit.command.run_demo, name, value)
+    monkeypatch.setattr(xai_edit.command.demo_review, "EXCEPTIONS", -1)
     (tmp_path / MARKS).write_text("of an earlier run")
-    page = run(tmp_path, seed=0, quick=True, quiet=True).read_text(encoding="utf-8")
+    page = run(tmp_path, seed=SEED, quick=True, quiet=True).read_text(encoding="utf-8")
     results = read(tmp_path)
     assert results["review"]["finding"] is results["review"]["agreement"] is None
     assert "no finding is the watermark" in results["warnings"][0]
     assert results["warnings"][0] in page
     assert results["proof"] == "last-layer retraining (DFR)"
     assert not (tmp_path / MARKS).exists()
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([], None),
+        ([(9, 0), (12, 3)], None),
+        ([(12, 3), (10, 2), (12, 0)], 1),  # the first, not the clearest
+    ],
+)
+def test_the_first_finding_that_is_the_watermark_but_for_two_pictures_is_marked(counts, expected):
+    shown = [
+        [[at < most for at in range(12)], [True] * 12, [at < least for at in range(12)]]
+        for most, least in counts
+    ]
+    assert first_alike(shown) == expected
+
+
+def test_the_network_of_seed_0_is_that_of_the_committed_figures(tmp_path, monkeypatch):
+    """Loaded, where another seed is trained; the same on any processor."""
+
+    class ReachedError(Exception):
+        pass
+
+    def stop(_, model, *__):
+        kept.append(model)
+        raise ReachedError
+
+    kept, trained = [], []
+    run_demo = xai_edit.command.run_demo
+    monkeypatch.setattr(run_demo, "review", stop)
+    monkeypatch.setattr(run_demo, "train", lambda *_, seed, **__: trained.append(seed))
+    for seed in (0, 1):
+        with pytest.raises(ReachedError):
+            run(tmp_path, seed=seed, quiet=True)
+    assert trained == [1]
+    model, _ = kept
+    assert not model.training
+    _, validation, test = DIGITS.split(0)
+    figures = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    accuracy = evaluate_groups(model, test.batches)
+    before = figures["neutralize"][0]
+    assert [before["worst"], before["average"]] == pytest.approx(
+        [accuracy.worst, accuracy.average], abs=1e-6
+    )
+    with torch.no_grad():
+        wrong = model(validation.images).argmax(1) != validation.labels
+    assert figures["review"]["wrong"] == wrong.sum()
+
+
+@pytest.mark.parametrize(
+    ("completed", "exact", "named"), [(40, 45, True), (40, 35, False), (10, 15, False)]
+)
+def test_the_verdict_names_a_better_edit_of_one_weight_besides_retraining(completed, exact, named):
+    right = {"before": 20, EXACT: exact, RETRAINED: 48, COMPLETED: completed}
+    samples = torch.full((2, 2), 50)
+    accuracies = {
+        name: Accuracy(torch.tensor([[50, 50], [50, one]]), samples) for name, one in right.items()
+    }
+    rows = [{"method": name, "weights_changed": 1} for name in right]
+    results = {"neutralize": {"rows": rows}, "proof": COMPLETED}
+    *_, last = lines = _verdict(SimpleNamespace(accuracies=accuracies), results)
+    assert last.startswith("Last-layer retraining (DFR) does ")
+    assert any(f"{EXACT} does " in line for line in lines) == named
+    assert not any("No comparison" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -189,3 +260,8 @@ def test_results_are_printed_as_json(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(run_demo, "run", lambda *_, **__: folder / "report.html")
     assert main(["demo", "--out", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == read(folder)
+
+
+def test_the_long_list_of_edits_is_folded_in(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<details><summary>3. edits, pruning at 30%: all 15 rows</summary>" in page

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +25,13 @@ from xai_edit.concepts.finders import PCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.core.checks import whole_number
 from xai_edit.core.files import write_safetensors
-from xai_edit.datasets.small_network import small_cnn, train
+from xai_edit.datasets.small_network import (
+    TRAINED_SEED,
+    deterministic,
+    load_trained,
+    small_cnn,
+    train,
+)
 from xai_edit.datasets.watermarked_digits import Samples, WatermarkedDigits
 from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.evaluation.accuracy import Accuracy
@@ -53,14 +57,13 @@ SHARES = (0.2, 0.3, 0.4, 0.5)
 QUICK_SHARES = (0.3,)
 SHOWN_SHARE = 0.3
 UNEDITED = {"weights_changed": 0, "edit": None}
-PLAIN, EXACT = "plain LRP", "FCR: exact selection"
+PLAIN, SCA, EXACT = "plain LRP", "FCR: SCA, best rate", "FCR: exact selection"
 CLEAN = "plain LRP, references without watermark"
 CONCEPT_AWARE, KEPT = "concept-aware", "concept-aware, ablation kept"
 RETRAINED, COMPLETED = "last-layer retraining (DFR)", "counterfactual retraining"
 BIASED = "last-layer retraining, training images"
-ADVICE = {
-    RETRAINED: "it needs images of every digit with the mark and without: take it if you have them"
-}
+NEEDS = "it needs images of every digit with the mark and without"
+ADVICE = {RETRAINED: f"{NEEDS}: take it if you have them", SCA: NEEDS, EXACT: NEEDS}
 
 
 @dataclass
@@ -120,13 +123,14 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
     """Run the demo, write its results to the folder ``out`` and return the path of the page.
 
     The same ``seed`` (of the split, the position of the watermark, the network and its training)
-    gives the same bits on one machine. ``quick`` prunes fewer shares; ``quiet`` prints nothing.
+    gives the same bits on one machine; the network of seed 0 is not trained but loaded. ``quick``
+    prunes fewer shares; ``quiet`` prints nothing.
     """
     whole_number(seed, "seed", most=2**63 - 1)
     out = Path(out)
     (out / "edits").mkdir(parents=True, exist_ok=True)
     clear_results(out)
-    with tqdm(total=6, disable=quiet, desc="training", leave=False) as bar, _deterministic():
+    with tqdm(total=6, disable=quiet, desc="the network", leave=False) as bar, deterministic():
 
         def next_step(name: str) -> None:
             bar.update()
@@ -135,7 +139,10 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
         training, validation, test = DIGITS.split(seed)
         torch.manual_seed(seed)
         model = small_cnn(DIGITS.size)
-        train(model, training.images, training.labels, epochs=EPOCHS, seed=seed)
+        if seed == TRAINED_SEED:
+            load_trained(model)
+        else:
+            train(model, training.images, training.labels, epochs=EPOCHS, seed=seed)
         shown = _shown_images(model, test)
         state = _Run(out, model, test, test.images[shown])
         state.explain(BEFORE)
@@ -166,6 +173,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False, quiet: bool = Fa
             "run": "demo",
             "command": f"xai-edit demo --seed {seed}" + (" --quick" if quick else ""),
             "seed": seed,
+            "trained_here": seed != TRAINED_SEED,
             "versions": versions(),
             "data": {
                 "source": "scikit-learn load_digits",
@@ -243,7 +251,7 @@ def _neutralize(
     rows = [{"method": BEFORE, **_figures(before), **UNEDITED}]
     finding, known = reviewed.finding, reviewed.known
     operators: list[tuple[str, str, Any, Samples]] = [
-        ("fictitious-sca", "FCR: SCA, best rate", FictitiousClass(select="sca"), known),
+        ("fictitious-sca", SCA, FictitiousClass(select="sca"), known),
         ("fictitious-exact", EXACT, FictitiousClass(select="exact"), known),
         ("last-layer", RETRAINED, LastLayerRetraining(), known),
     ]
@@ -340,7 +348,12 @@ def _verdict(state: _Run, results: dict[str, Any]) -> list[str]:
     method = results["proof"]
     changed = f"changes {rows[method]['weights_changed']:,} weights of the last layer"
     more = "a shortcut that nobody planted; this watermark is planted in real images"
-    return verdict(Outcome(method, changed, [figure], parts, unmeasured=[more], advice=ADVICE))
+    outcome = Outcome(method, changed, [figure], parts, unmeasured=[more], advice=ADVICE)
+    bar = max(worst[method], worst[BEFORE])
+    if any(one > bar for name, one in worst.items() if name != RETRAINED):
+        # The best besides DFR has a sentence of its own.
+        outcome = replace(outcome, apart=frozenset({RETRAINED} - {method}))
+    return verdict(outcome)
 
 
 def _references(samples: Samples) -> Samples:
@@ -376,21 +389,3 @@ def _figures(accuracy: Accuracy) -> dict[str, float]:
         "average": accuracy.average,
         "balanced": accuracy.balanced,
     }
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Use deterministic algorithms on one thread and keep the global random state.
-
-    The network is so small that a second thread makes it slower, and sums then do not depend on
-    the number of cores.
-    """
-    was, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]), threadpool_limits(1):
-        torch.use_deterministic_algorithms(True)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(was)
-            torch.set_num_threads(threads)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+
+TRAINED = Path(__file__).with_name("small_network.safetensors")
+TRAINED_SEED = 0
 
 
 def small_cnn(
@@ -72,3 +79,39 @@ def train(
             schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return model.eval()
+
+
+def load_trained(model: nn.Module) -> nn.Module:
+    """Load the weights in the package into ``small_cnn(24)``: the demo's network of seed 0.
+
+    The same training gives other weights on another processor, and so other figures of the demo.
+    These were made on an AMD EPYC by::
+
+        # OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 python
+        training, _, _ = WatermarkedDigits().split(0)
+        torch.manual_seed(0)
+        model = train(small_cnn(24), training.images, training.labels, epochs=20, seed=0)
+        write_safetensors(TRAINED, model.state_dict(), "xai_edit.demo", "")
+
+    The model is changed in place and returned in evaluation mode.
+    """
+    model.load_state_dict(load_file(TRAINED))
+    return model.eval()
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Use deterministic algorithms on one thread and keep the global random state.
+
+    The network is so small that a second thread makes it slower, and sums then do not depend on
+    the number of cores.
+    """
+    was, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), threadpool_limits(1):
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was)
+            torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xai_edit.core.text import printable
 from xai_edit.discovery.findings import Findings
-from xai_edit.discovery.shown import shown_rows
+from xai_edit.discovery.shown import SHOWN, shown_rows
 from xai_edit.report.comparison_figures import as_png, show_image, show_relevance
 
 ACROSS = 10  # pictures of a finding
@@ -28,14 +28,16 @@ def story(
 
     review, columns = results["review"], results["map_columns"]
     target, number = review["class"], review["finding"]
-    found_none = "reviewed: no finding is the watermark"
-    marked = f"reviewed: spurious; the images of digit {target} least like it lack the mark"
+    reviewed = "no finding is the watermark"
+    if number is not None:
+        least = review["with_watermark"][number][-1]
+        reviewed = f"spurious; the mark is on {least} of the {SHOWN} images least like it"
     figure = Figure(figsize=(8, 8.6), layout="constrained")
     bands: Any = figure.subfigures(4, 1, height_ratios=[1, 1, 1.6, 1.7])
     bands[0].suptitle(
         f"found: images of digit {target} in which finding {number or 0} is strongest"
     )
-    bands[1].suptitle(found_none if number is None else marked)
+    bands[1].suptitle(f"reviewed: {reviewed}")
     if shown := shown_finding(results, found, pictures):
         for band, kind in zip(bands, ("strongest", "least"), strict=False):
             for at, image in enumerate(shown[kind][:ACROSS]):
