@@ -55,3 +55,27 @@ def test_the_figures_of_the_watermark_are_those_of_the_committed_run():
             cells = (f"{found[when][name][key]:.{digits}f}" for when in ("before", "after"))
             assert f"| {title}, {name} the watermark | {' | '.join(cells)} |" in text
     assert f"| {found['photographs']['held_out']} photographs" in text
+
+
+def test_the_figures_under_the_picture_are_those_of_the_committed_demo():
+    found = json.loads((README.parent / "docs" / "results" / "demo.json").read_text())
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    review, number = found["review"], found["review"]["finding"]
+    most, _, least = review["with_watermark"][number]
+    worst = {row["method"]: f"{row['worst']:.2f}" for row in found["neutralize"]}
+    assert (number, review["class"], len(review["with_watermark"])) == (0, 3, 3)
+    assert f"none {review['answer'].removeprefix('nothing ')}" in text
+    for sentence in (
+        f"of its 12 strongest images of a 3, {most} have a watermark, of the 12 least like it "
+        f"{least}.",
+        f"agrees with the mark on {review['agreement']:.0%}".replace("%", " %"),
+        f"rises from {worst['before']} to {worst['counterfactual retraining']}.",
+        f"it falls to {worst['last-layer retraining, training images']}.",
+        f"one weight (FCR) reaches {worst['FCR: exact selection']} too, retraining the last layer "
+        f"(DFR) {worst['last-layer retraining (DFR)']}.",
+    ):
+        assert sentence in text
+    at = found["map_columns"].index(found["proof"])
+    marked = [one for one in found["maps"][:4] if one["watermark"]]
+    said = [(one["label"], one["predicted"][0], one["predicted"][at]) for one in marked]
+    assert said == [(0, 3, 0), (2, 3, 2)]  # "took the marked 0 and 2 for 3 … now both are right"
