@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.prune_plans import of_concept, references, tuned_on
 from xai_edit.command.run_parts import read_attribute, split
+from xai_edit.command.run_prune import _behind_plain
 from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.explanations import subspace_maps
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
@@ -322,6 +324,29 @@ def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     assert "): no subspace that helps tells" in Path("none/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("wrong", [30, 4])
+def test_where_plain_pruning_does_better_on_planning_images_nothing_is_cut(wrong):
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(model.weight)
+    labels, has = torch.arange(120) % 2, torch.arange(120) // 2 % 2
+    inputs = torch.eye(2)[labels]
+    inputs[:wrong] *= 0.5  # right as long as the first row has its weight
+    inputs[:wrong, 1] += 0.25 * (labels[:wrong] == 0)
+    values = {"weight": (torch.tensor([0]), torch.tensor([0.4]))}
+    edits = {
+        "concept-aware pruning": xe.ModelEdit.between(model, values, {}),
+        "plain LRP": xe.ModelEdit({}),
+    }
+    run = SimpleNamespace(
+        edits=edits, model=model, read=lambda images, doing: [(inputs, labels, has)]
+    )
+    why = _behind_plain(run, None)
+    assert (why is None) == (wrong == 4)
+    if why is not None:
+        assert "has a worst group of 0.733, below the 1.000 of plain LRP" in why
+    assert torch.equal(model.weight, torch.eye(2))
+
+
 @pytest.mark.parametrize("source", ["--finder pca", "--subspaces own.safetensors"])
 def test_numbers_of_subspaces_overrule_the_choice(source, here, tmp_path):
     parts, model = parts_of("marks.csv"), network()
@@ -373,7 +398,10 @@ def test_pruned_and_corrected_is_counterfactual_retraining_of_the_pruned_network
     xe.ModelEdit.load(aware / EDIT).apply(pruned)
     features = xe.collect_features(pruned, data, layer="1", positions=100)
     found = xe.ContrastivePCA(None).fit(features)
-    xe.CounterfactualRetraining("1", found).plan(pruned, data).apply(pruned)
+    with warnings.catch_warnings():  # which hang on the trained network
+        warnings.simplefilter("ignore")
+        edit = xe.CounterfactualRetraining("1", found).plan(pruned, data)
+    edit.apply(pruned)
     with xe.ModelEdit.load(done / EDIT).applied(model := network()):
         same_state(pruned, model)
         worst = xe.evaluate_groups(model, parts_of("marks.csv").held_out).worst

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from xai_edit.command.copies import Copies
 from xai_edit.command.export import as_onnx, exported
 from xai_edit.command.group_maps import NONE, group_maps, predictions, strongest_images
+from xai_edit.command.load import Images
 from xai_edit.command.planting import with_planted
 from xai_edit.command.prune_plans import (
     ABLATION,
     ADVICE,
+    AWARE,
+    PLAIN,
     TUNED,
     Operator,
     aware,
@@ -82,6 +85,10 @@ def command(options: argparse.Namespace) -> int:
     edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
         run.compare(name, plan)
+    if getattr(operator, "ablate", None) == "auto" and (why := _behind_plain(run, parts.planning)):
+        edit = run.edits.pop(AWARE)
+        edit = replace(edit, changes={}, origin={**edit.origin, "reason": why})
+        run.withheld[AWARE] = why
     with run.doing("taking the units out"):
         network, reason = _smaller(model, edit, example)
     figures = {BEFORE: _figures(before, 0, model, model, example)}
@@ -151,6 +158,32 @@ def command(options: argparse.Namespace) -> int:
         results["sizes"] = found
     timing = {"plan": run.seconds, "latency": latency}
     return run.finish(results, timing, {EDIT: edit if edit.size else None}, _outcome)
+
+
+def _behind_plain(run: Run, planning: Images) -> str | None:
+    """Return why the concept-aware edit is not taken: plain LRP pruning does better.
+
+    On the planning images, by more than the interval. What was chosen is the ablation that helps
+    the whole network; which units then go is not known before.
+    """
+    if not {AWARE, PLAIN} <= {*run.edits}:
+        return None
+    found = {}
+    for name in (AWARE, PLAIN):
+        with run.edits[name].applied(run.model):
+            found[name] = evaluate_groups(run.model, run.read(planning, f"{name}: planning images"))
+    own, plain = found.values()
+    intervals = plain.intervals()
+    for what, value, bar, (low, _) in (
+        ("worst group", own.worst, plain.worst, intervals.worst),
+        ("average accuracy", own.average, plain.average, intervals.averages["average"]),
+    ):
+        if value < low:
+            return (
+                f"on the planning images {AWARE} has a {what} of {value:.3f}, below the "
+                f"{bar:.3f} of {PLAIN} by more than the interval"
+            )
+    return None
 
 
 def _outcome(results: Mapping[str, Any]) -> Outcome:
