@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -386,6 +385,8 @@ def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
     assert origin["fine_tune"].startswith("FineTuning(epochs=1")
 
 
+# Whether they are hangs on the trained network.
+@pytest.mark.filterwarnings("ignore:completed images are not like real ones")
 def test_pruned_and_corrected_is_counterfactual_retraining_of_the_pruned_network(
     aware, here, tmp_path
 ):
@@ -398,10 +399,7 @@ def test_pruned_and_corrected_is_counterfactual_retraining_of_the_pruned_network
     xe.ModelEdit.load(aware / EDIT).apply(pruned)
     features = xe.collect_features(pruned, data, layer="1", positions=100)
     found = xe.ContrastivePCA(None).fit(features)
-    with warnings.catch_warnings():  # which hang on the trained network
-        warnings.simplefilter("ignore")
-        edit = xe.CounterfactualRetraining("1", found).plan(pruned, data)
-    edit.apply(pruned)
+    xe.CounterfactualRetraining("1", found).plan(pruned, data).apply(pruned)
     with xe.ModelEdit.load(done / EDIT).applied(model := network()):
         same_state(pruned, model)
         worst = xe.evaluate_groups(model, parts_of("marks.csv").held_out).worst
@@ -548,6 +546,9 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
     drawn, which = tuned_on(split(images, some, validation=False).planning, marked=True)
     assert not any(has for _, has in drawn.groups)
     assert which == "planning images without the feature"
+    some[images.labels.index(0)] = 1
+    rare = split(images, some, validation=True)
+    assert [(0, 1) in part.groups for part in rare] == [False, False, True]  # one is too few
     only = split(images, [int(label == FAVOURED) for label in images.labels], validation=False)
     with pytest.raises(ValueError, match="fine-tune: class 2 has no images without the feature"):
         tuned_on(only.planning, marked=True)
