@@ -63,8 +63,9 @@ LIMITS = (
     "looked at.",
     "A feature that is spread over many directions of a layer, such as a background, may be found "
     "in parts or not at all.",
-    "A mark on every image of a class has no contrast inside the class. It can only show up among "
-    "the most relevant directions, without a strategy of its own.",
+    "A mark on every image that is predicted as a class has no contrast inside the class. It can "
+    "only show up among the most relevant directions, as what separates the whole class. The "
+    "controls have it too, so that its score may be 0: look at the pictures.",
     "Where the core of a class and a shortcut share directions, a finding holds both, and taking "
     "it away harms the class.",
     "That nothing stands out is no proof that there is no shortcut.",
