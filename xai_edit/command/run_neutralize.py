@@ -158,6 +158,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         reason=edit["reason"],
         advice=ADVICE,
         further=", or ".join(further),
+        beside=[figure_of(results, key, f"{key} accuracy") for key in ("average", "balanced")],
     )
 
 

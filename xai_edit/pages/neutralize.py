@@ -136,6 +136,7 @@ def figure_of(results: Mapping[str, Any], key: str, name: str) -> Figure:
         name,
         {method: one["accuracy"] for method, one in found.items()},
         {method: tuple(one["interval"]) for method, one in found.items()},
+        lowest=key == "worst",
     )
 
 
