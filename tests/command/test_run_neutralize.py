@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from command_runs import (
     DATA,
+    LINES,
     MARKED,
     NET,
     as_json,
@@ -68,6 +70,12 @@ def test_the_run_writes_its_files_and_a_row_for_each_method(done):
         assert text in page, text
     saved = xe.ModelEdit.load(done / results["rows"][1]["edit"])
     assert saved.origin["verdict"] == results["verdict"]
+    assert datetime.fromisoformat(read(done, "timing.json")["made"]).utcoffset() == timedelta(0)
+    for row in results["rows"][1:]:
+        assert (
+            xe.ModelEdit.load(done / row["edit"]).origin["command"]
+            == f"xai-edit {LINES['neutralize']}"
+        )
     assert results["verdict"][0] in saved.summary()
     assert "erased" not in page.lower()
 
