@@ -127,7 +127,8 @@ def files(folder):
 
 def as_planned(origin):
     """What planning wrote into an origin: all but what was measured afterwards."""
-    return {key: value for key, value in origin.items() if key not in (*SENTENCES, "measured_on")}
+    added = (*SENTENCES, "measured_on", "command")
+    return {key: value for key, value in origin.items() if key not in added}
 
 
 def as_json(value):

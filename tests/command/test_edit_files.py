@@ -1,6 +1,7 @@
 """``xai-edit show``, ``apply`` and ``undo``: there and back bit for bit, and what they refuse."""
 
 import json
+import os
 import shlex
 from dataclasses import replace
 
@@ -101,17 +102,49 @@ def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
     assert change["largest"] == pytest.approx(float(largest))
 
 
+def test_an_edit_says_its_command_and_verdict_before_what_planning_found(files, capsys):
+    folder, _ = files
+    edit = ModelEdit.load(folder / "edit.safetensors")
+    change = edit.changes["classifier.3.weight"]
+    one = Change(change.shape, change.index[:1], change.old[:1], change.new[:1])
+    figures = {"worst_group": {"before": 0.1, "after": 0.25}, "average": {"before": 1, "after": 1}}
+    told = {"command": "xai-edit neutralize --data d", "warnings": ["Few."], "verdict": ["Helps."]}
+    shown = replace(edit, changes={"classifier.3.weight": one}, origin={**figures, **told})
+    shown.save(folder / "one.safetensors")
+    os.utime(folder / "one.safetensors", (0, 0))  # as a copy may have
+    assert run("show DIR/one.safetensors", folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "edit: changes 1 weight"
+    said = [
+        "Made by xai-edit neutralize --data d",
+        "Warning: Few.",
+        "Helps.",
+        "On the images it was planned on (validation): worst group from 0.100 to 0.250, average "
+        "from 1.000 to 1.000",
+    ]
+    assert lines[3:-1] == said
+    assert "--json" in lines[-1]
+    assert "1970" not in "".join(lines)
+    (shown | replace(shown, origin={"operator": "B", "reason": "r"})).save(
+        folder / "two.safetensors"
+    )
+    assert run("show DIR/two.safetensors", folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "combined: changes 1 weight"
+    assert lines[3:-1] == ["edit:", *(f"  {line}" for line in said), "B:", "  Reason: r"]
+
+
 FORGED = "fc\nforged\x1b[2J\u202e"
 
 
 def test_names_in_a_file_neither_forge_lines_nor_clear_the_screen(tmp_path, capsys):
     change = Change((1,), torch.tensor([0]), torch.tensor([0.0]), torch.tensor([1.0]))
-    origin = {"operator": FORGED, FORGED: FORGED, "verdict": [FORGED]}
+    origin = {"operator": FORGED, FORGED: FORGED, "verdict": [FORGED], "command": FORGED}
     ModelEdit({FORGED: change}, origin).save(tmp_path / "edit.safetensors")
     record = {"time": FORGED, "done": "applied", "edit": FORGED, "operator": FORGED}
     content = {"from": FORGED, "weights": "", "edits": [{**record, "verdict": [FORGED]}]}
     (tmp_path / "a.edits.json").write_text(json.dumps(content))
-    for line, lines in (("show DIR/edit.safetensors", 7), ("log DIR", 3)):
+    for line, lines in (("show DIR/edit.safetensors", 6), ("log DIR", 3)):
         assert run(line, tmp_path) == 0
         shown = capsys.readouterr().out
         assert "fc\\nforged\\u001b[2J\\u202e" in shown

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torchvision import models
 
 import xai_edit as xe
-from xai_edit.command.config import with_config
+from xai_edit.command.config import repeatable, with_config
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.options import COMMANDS
@@ -399,6 +399,8 @@ def test_an_option_that_excludes_one_of_the_file_comes_first(folder):
     Path("own.toml").write_text('command = "score"\ncomposite = "epsilon"\nshare = 0.5\n')
     given = ["--config", "own.toml", "--compare", "epsilon,random"]
     assert with_config(["score", *given]) == ["score", "--share=0.5", *given]
+    line = ["score", "--share=0.5", "--out", "a b", "--weights", "c d", "--json", "--quiet"]
+    assert repeatable(line) == "xai-edit score --share 0.5 --weights 'c d'"
 
 
 @pytest.mark.parametrize(

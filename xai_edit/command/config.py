@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,16 @@ def paired(arguments: Sequence[str]) -> dict[str, str | bool]:
         elif name is not None:
             pairs[name], name = one, None
     return pairs
+
+
+def repeatable(arguments: Sequence[str]) -> str:
+    """Return a command line as text, without the options that change no edit."""
+    command, *given = arguments
+    words = ["xai-edit", command]
+    for name, value in paired(given).items():
+        if name not in (*OF_ONE_RUN, "json"):
+            words += [f"--{name}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def write_config(folder: Path, arguments: Sequence[str]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import datetime, timezone
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from xai_edit.command.edit_log import OTHER, write_record
 from xai_edit.command.inputs import model_of, note
 from xai_edit.command.output import say
 from xai_edit.core.files import checksum, require_folder, write_safetensors
+from xai_edit.core.text import printable
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.page import as_json
 
@@ -21,8 +23,12 @@ def show(options: argparse.Namespace) -> int:
     """Run ``xai-edit show``."""
     edit = ModelEdit.load(options.edit)
     if not options.json:
-        written = datetime.fromtimestamp(options.edit.stat().st_mtime, timezone.utc)
-        say(f"{edit.summary()}\n  file of {written:%Y-%m-%d %H:%M} UTC")
+        operator = {"operator": edit.origin.get("operator", "edit")}
+        told = _told(edit.origin)
+        for part in edit.origin.get("parts", ()):  # of combined edits
+            told += [f"{part.get('operator', 'edit')}:", *(f"  {line}" for line in _told(part))]
+        lines = [ModelEdit(edit.changes, operator).summary(), *map(printable, told)]
+        say("\n".join([*lines, "All that the file says of how it was planned: add --json"]))
         return 0
     changes = {
         name: {
@@ -35,6 +41,23 @@ def show(options: argparse.Namespace) -> int:
     }
     say(as_json({"weights": edit.size, "changes": changes, "origin": edit.origin}))
     return 0
+
+
+def _told(origin: Mapping[str, Any]) -> list[str]:
+    """Return what the origin of an edit says, in words: the verdict comes before its planning."""
+    lines = [f"Made by {origin['command']}"] if "command" in origin else []
+    lines += [f"Warning: {one}" for one in origin.get("warnings", ())]
+    lines += [str(one) for one in origin.get("verdict", ())]
+    if "reason" in origin:
+        lines.append(f"Reason: {origin['reason']}")
+    planned = [
+        f"{name.replace('_', ' ')} from {value['before']:.3f} to {value['after']:.3f}"
+        for name, value in origin.items()
+        if isinstance(value, dict) and [*value] == ["before", "after"]
+    ]
+    if planned:
+        lines.append(f"On the images it was planned on (validation): {', '.join(planned)}")
+    return lines
 
 
 def apply(options: argparse.Namespace) -> int:

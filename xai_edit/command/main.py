@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from xai_edit.command.config import paired, require_unused, with_config, write_config
+from xai_edit.command.config import paired, repeatable, require_unused, with_config, write_config
 from xai_edit.command.options import RUNS, parser
 from xai_edit.command.output import results_on_stdout, say
 from xai_edit.core.errors import out_of_memory
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{where}unrecognized arguments: {' '.join(unknown)}; see xai-edit "
                 f"{options.command} --help"
             )
-        options.line = shlex.join(["xai-edit", *typed])
+        options.line, options.repeatable = shlex.join(["xai-edit", *typed]), repeatable(given)
         folder = options.out if options.command in RUNS else None
         if folder is not None:
             for one in typed:

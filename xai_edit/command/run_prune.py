@@ -192,8 +192,11 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     what = f"switches off {edit['removed']} of {counted(edit['units'], 'unit')}"
     if own["parameters"]:
         what += f" and keeps {own['parameters'] / first['parameters']:.1%} of the parameters"
+    beside = []
     if results["concept"] is not None:
         figures = [figure_of(results, "worst", worst_named(results))]
+        averages = ("average", "balanced")
+        beside = [figure_of(results, key, f"{key} accuracy") for key in averages]
         further = (
             "another --layer, where the feature forms, another --finder, --ablate to overrule the "
             "choice, or neutralize"
@@ -217,6 +220,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         further=further,
         apart=frozenset({ABLATION}),
         smaller=results["concept"] is None and results["smaller"]["file"] is not None,
+        beside=beside,
     )
 
 

@@ -273,7 +273,8 @@ class ModelEdit:
 
     def summary(self) -> str:
         """Return a text that names the tensors, the first values and the origin, all printable."""
-        lines = [f"{self.origin.get('operator', 'edit')}: changes {self.size} weights"]
+        what = f"changes {self.size} weight{'s' * (self.size != 1)}"
+        lines = [f"{self.origin.get('operator', 'edit')}: {what}"]
         for name, change in self.changes.items():
             total = torch.Size(change.shape).numel()
             lines.append(f"  {name} {list(change.shape)}: {len(change)} of {total}")
