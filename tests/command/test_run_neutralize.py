@@ -138,7 +138,9 @@ def test_the_tables_are_printed(here, capsys):
     assert "planning: " in shown.err
     for text in ("on held-out images", "one weight (SCA)", "2 (c), with the feature"):
         assert text in shown.out, text
-    assert re.search(r"class 2 \(c\): weight of feature \d+ of 3 from \S+ to \S+ \(", shown.out)
+    assert re.search(
+        r"class 2 \(c\): weight of feature \d+ of layer '3' from \S+ to \S+ \(", shown.out
+    )
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,21 @@ def test_what_a_model_prints_is_not_part_of_the_json(here, capsys):
     assert error.startswith("built\n→ a model that prints\n")
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(here, capsys):
-    assert run(f"{SCORE}interrupted --quiet") == 130
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("score", ""),
+        ("prune", "--share 0.5 --out out"),
+        ("unlearn", "--target 0 --samples 1 --out out"),
+    ],
+)
+def test_ctrl_c_is_one_line_and_exit_code_130(here, capsys, command, options):
+    line = f"{SCORE}interrupted --quiet {options}"
+    assert run(line.replace("score", command, 1)) == 130
     out, error = capsys.readouterr()
     assert out == ""
     assert error == "→ a model that prints\nxai-edit: interrupted\n"
+    assert not [*here.glob("out/*")]
 
 
 @pytest.mark.parametrize("model", ["full", "full_of_processor"])

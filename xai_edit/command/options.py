@@ -85,10 +85,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "Edit a real classifier in the ways of three papers (no download, 2 min). Trains a small "
-        "network on real handwritten digits with a watermark planted on one class, then forgets a "
-        "class, takes the watermark's influence away and prunes. Writes results.json, timing.json, "
-        "edits/*.safetensors and report.html.",
+        "Edit a real classifier in the ways of three papers (no download, about a minute). Trains "
+        "a small network on real handwritten digits with a watermark planted on one class, then "
+        "forgets a class, takes the watermark's influence away and prunes. Writes results.json, "
+        "timing.json, edits/*.safetensors and report.html.",
         (
             Option("--out DIR", "where to write", Path, "xai-edit-demo"),
             Option("--seed N", "of data and training", int, 0),

@@ -293,7 +293,10 @@ class ModelEdit:
     __str__ = summary
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with a checksum, atomically; OSError where that fails."""
+        """Write a safetensors file with a checksum, atomically; OSError where that fails.
+
+        ValueError for the name of a tensor that is not UTF-8.
+        """
         tensors = {}
         for name, change in self.changes.items():
             small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max

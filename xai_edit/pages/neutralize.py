@@ -191,9 +191,10 @@ def _lowest(row: Sequence[Any]) -> float:
 def _planned(results: Mapping[str, Any]) -> list[str]:
     """Return one line for each weight that is edited."""
     edit = results["edit"]
+    layer = f"layer {edit['layer']!r}" if edit["layer"] else "the layer"
     return [
-        f"class {class_name(results, row['class'])}: weight of feature {row['column']} of "
-        f"{edit['layer'] or 'the layer'} from {row['old']:.4g} to {row['weight']:.4g}"
+        f"class {class_name(results, row['class'])}: weight of feature {row['column']} of {layer} "
+        f"from {row['old']:.4g} to {row['weight']:.4g}"
         + (f" (rate {row['rate']:.3g})" if "rate" in row else "")
         for row in edit["rows"]
     ]
