@@ -49,6 +49,55 @@ def test_applied_and_taken_back_bit_for_bit(files):
     assert all(torch.equal(own[name], old[name]) for name in own)
 
 
+WRAPPED = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Linear(3, 2)
+
+def compiled():
+    return torch.compile(build())
+
+def parallel():
+    return nn.DataParallel(build())
+"""
+
+
+@pytest.mark.parametrize("name", ["compiled", "parallel"])
+def test_a_wrapped_model_takes_edits_and_gives_weights_of_the_model_inside(
+    tmp_path, monkeypatch, name
+):
+    (tmp_path / "wrapped_net.py").write_text(WRAPPED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = torch.nn.Linear(3, 2)
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    origin = {"operator": "by hand", "measured_on": checksum(model.state_dict(), "")}
+    values = {"bias": (torch.tensor([0]), torch.tensor([9.0]))}
+    edit = ModelEdit.between(model, values, origin)
+    edit.save(tmp_path / "edit.safetensors")
+    given = f"--model wrapped_net:{name} {OWN} {NEW} --quiet"
+    assert run(f"apply DIR/edit.safetensors {given}", tmp_path) == 0
+    edit.apply(model)
+    new = load_file(tmp_path / "new.safetensors")
+    assert new.keys() == model.state_dict().keys()
+    assert all(torch.equal(new[key], value) for key, value in model.state_dict().items())
+    record = json.loads((tmp_path / "new.edits.json").read_text())
+    assert record["edits"][0]["same_weights"]
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_an_edit_named_as_in_a_wrapper_is_refused_with_a_remedy(files, capsys, prefix):
+    folder, _ = files
+    edit = ModelEdit.load(folder / "edit.safetensors")
+    changes = {f"{prefix}{name}": change for name, change in edit.changes.items()}
+    replace(edit, changes=changes).save(folder / "edit.safetensors")
+    assert run(f"apply DIR/edit.safetensors {MODEL} {OWN} {NEW}", folder) == 2
+    said = capsys.readouterr().err
+    assert "it has 'classifier.3.weight', without the prefix of torch.compile" in said
+    assert "plan the edit on the model inside, or rename" in said
+
+
 def test_edits_are_recorded_beside_the_weights_in_order(files, capsys):
     folder, _ = files
     line = f"DIR/edit.safetensors {MODEL} --weights DIR/%s.safetensors --out DIR/%s.safetensors"

@@ -11,6 +11,7 @@ from xai_edit.command.edit_log import OTHER, write_record
 from xai_edit.command.inputs import model_of, note
 from xai_edit.command.output import say
 from xai_edit.core.files import checksum, require_folder, write_safetensors
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.page import as_json
 
@@ -44,7 +45,7 @@ def apply(options: argparse.Namespace) -> int:
         raise ValueError(f"out: {str(out)!r} given; weights are written as NAME.safetensors")
     if require_folder(out).exists():
         raise FileExistsError(f"out: {out} is there already; give another name")
-    edit, model = ModelEdit.load(options.edit), model_of(options)
+    edit, model = ModelEdit.load(options.edit), unwrapped(model_of(options))
     undo = options.command == "undo"
     change, done = (edit.undo, "undone") if undo else (edit.apply, "applied")
     before = checksum(model.state_dict(), "")
