@@ -113,7 +113,9 @@ def test_edits_are_recorded_beside_the_weights_in_order(files, capsys):
     save_file({"other": torch.zeros(1)}, folder / "new.safetensors")
     assert run("log DIR --json", folder) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["unchanged_since"] for one in found.values()] == [False, True]
+    assert (found["run"], len(found["warnings"])) == ("log", 1)
+    assert found["warnings"][0].startswith("new.safetensors: the file is gone or was changed")
+    assert [one["unchanged_since"] for one in found["weights"].values()] == [False, True]
     (folder / "old.edits.json").write_text("[]")
     assert run("log DIR", folder) == 2
     assert "old.edits.json: no record of edits" in capsys.readouterr().err
@@ -130,7 +132,7 @@ def test_a_record_of_other_weights_is_not_continued(files, capsys):
     assert run("apply " + line % ("new", "last"), folder) == 0
     assert "the record beside" in capsys.readouterr().err
     assert run("log DIR --json", folder) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["weights"]
     assert [len(one["edits"]) for one in found.values()] == [1, 1]
 
 
@@ -142,6 +144,7 @@ def test_an_edit_is_shown_in_words_and_as_json(files, capsys):
     assert f"{weight.flatten()[3].item():.6g} → 0" in words
     assert run("show DIR/edit.safetensors --json", folder) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert (printed["run"], printed["warnings"], printed["verdict"]) == ("show", [], [])
     assert printed["weights"] == 2
     assert printed["origin"]["class"] == 1
     change = printed["changes"]["classifier.3.weight"]
@@ -179,16 +182,23 @@ def test_other_weights_than_the_verdict_was_measured_on_are_told(files, capsys):
     own["features.0.0.weight"] *= -1  # no weight of the edit
     save_file(own, folder / "other.safetensors")
     line = f"DIR/edit.safetensors {MODEL} --weights DIR/%s.safetensors --out DIR/%s.safetensors"
-    line = line.replace(" --quiet", "")
+    line = line.replace(" --quiet", " --json")
     for source, new, warned in (("own", "one", False), ("other", "two", True)):
-        assert run("apply " + line % (source, new), folder) == 0
-        assert run("undo " + line % (new, f"{new}-undone"), folder) == 0
-        said = capsys.readouterr().err.count("warning: the weights differ elsewhere from those")
-        assert said == 2 * warned
+        for command, start, end in (("apply", source, new), ("undo", new, f"{new}-undone")):
+            assert run(f"{command} {line % (start, end)}", folder) == 0
+            out, error = capsys.readouterr()
+            assert error.count("warning: the weights differ elsewhere from those") == warned
+            said = json.loads(out)
+            assert (said["run"], said["verdict"]) == (command, ["It helps."])
+            assert [f"warning: {one}" in error for one in said["warnings"]] == [True] * warned
+            assert said["written"] == str(folder / f"{end}.safetensors")
     assert run("log DIR", folder) == 0
     log = capsys.readouterr().out
     assert log.count("Warning: the weights differ elsewhere") == 3  # two, and both of its undoing
     assert log.count("It helps.") == 4  # not of what is undone
+    assert run("log DIR --json", folder) == 0
+    warned = json.loads(capsys.readouterr().out)["warnings"]
+    assert sum("the weights differ elsewhere" in one for one in warned) == 3
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def calls(monkeypatch):
     def check_model(model, batch, composite="epsilon", *, layers=None):
         made.append((model, batch, composite, layers))
         fine = layers != ["wrong"]
-        return types.SimpleNamespace(ok=fine, to_dict=lambda: {"ok": fine})
+        return types.SimpleNamespace(ok=fine, findings=(), to_dict=lambda: {"ok": fine})
 
     monkeypatch.setattr("xai_edit.command.run_score.check_model", check_model)
     return made
@@ -226,6 +226,7 @@ def test_check_writes_a_page_with_what_works_and_what_is_refused(folder, capsys)
         assert one["works"] or one["why"]
     assert any(one["name"] == "accuracy" and one["accepted"] for one in results["figures"])
     assert "is near chance" in page  # the network has random weights
+    assert any("is near chance" in one for one in results["warnings"])
     Path("checked/report.html").unlink()
     assert main(["report", "checked"]) == 0
     assert Path("checked/report.html").read_text() == page
@@ -241,6 +242,24 @@ def test_outputs_name_the_logits_or_their_number(folder, capsys):
     expected = json.loads(capsys.readouterr().out)["layers"]["0"]
     assert main(shlex.split(f"{line.format('Named', 'net.0')} --outputs scores")) == 0
     assert json.loads(capsys.readouterr().out)["layers"]["net.0"] == expected
+
+
+def test_json_of_every_command_has_the_same_first_entries(folder, capsys):
+    def said(line):
+        assert main(shlex.split(f"{line} --json")) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert all("json" in {one.name for one in command.options} for command in COMMANDS.values())
+    for name, more in (("score", ""), ("compare", "--compare epsilon,taylor")):
+        printed = said(f"score {DIGITS} {more} --out {name} --quiet")
+        file = "results.json" if name == "score" else "comparison.json"
+        assert printed == read(name, file)
+        assert (printed["run"], printed["warnings"]) == (name, [])
+    page = str(Path("score", "report.html"))
+    assert said("report score") == {"run": "report", "warnings": [], "written": page}
+    tables = said("reproduce --list")
+    assert (tables["run"], tables["warnings"]) == ("reproduce", [])
+    assert "npp-mnist" in tables["tables"]
 
 
 # mistakes; more of them are in faults/test_bad_commands.py

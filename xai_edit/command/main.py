@@ -105,9 +105,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Run ``xai-edit report``."""
-    from xai_edit.pages.page import write_report
+    from xai_edit.pages.page import as_json, write_report
 
-    say(str(write_report(options.dir)))
+    page = str(write_report(options.dir))
+    say(as_json({"run": "report", "warnings": [], "written": page}) if options.json else page)
     return 0
 
 
@@ -122,6 +123,10 @@ def reproduce(options: argparse.Namespace) -> int:
     from xai_edit.reproduce.experiments import Options
     from xai_edit.reproduce.tables import text
 
+    if options.list and options.json:
+        tables = {name: entry.title for name, entry in CATALOGUE.items()}
+        say(as_json({"run": "reproduce", "warnings": [], "tables": tables}))
+        return 0
     if options.list:
         for name, entry in CATALOGUE.items():
             say(f"{name:<14} {entry.title}")
@@ -148,7 +153,7 @@ def reproduce(options: argparse.Namespace) -> int:
     )
     results = entry.run(asked)
     if options.json:
-        say(as_json(results))
+        say(as_json({"warnings": [], **results}))
     elif not options.quiet:
         say(text(entry.tables(entry.summary(results))))
     note(options, f"written: {asked.out / 'results.json'}")
