@@ -224,6 +224,7 @@ COMMANDS = {
             OUT,
             Option("--attribute FILE", ATTRIBUTE),
             PLANT,
+            Option("--target CLASS", "that the feature speaks for, number or name; default: found"),
             Option("--layer LAYER", "where the feature's subspaces are; best where it forms"),
             Option("--finder NAME", "contrastive-pca (default), cav, prca, pca or drsa"),
             Option("--subspaces FILE", "saved subspaces instead of a finder's", Path),
