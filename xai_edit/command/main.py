@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = sys.argv[1:] if arguments is None else [*arguments]
     try:
         file = paired(typed).get("config")
-        given = with_config(typed) if isinstance(file, str) and typed[0] in RUN else typed
+        given, started = typed, Path.cwd()
+        if isinstance(file, str) and typed[0] in RUN:
+            given, started = with_config(typed)
         options, unknown = parser().parse_known_args(given)
         if unknown:
             where = "" if unknown[0] in typed else f"config: {paired(typed)['config']}: "
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with results_on_stdout():
             code = _run(options)
         if folder is not None:
-            write_config(folder, given)
+            write_config(folder, given, started)
     except (ValueError, TypeError, OSError) as problem:
         return _failed(str(problem))
     except (MemoryError, RuntimeError) as problem:
