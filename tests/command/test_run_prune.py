@@ -365,6 +365,21 @@ def test_numbers_of_subspaces_overrule_the_choice(source, here, tmp_path):
     assert results["rows"][-1]["figures"] == as_json(alone.to_dict())
 
 
+def test_the_class_that_the_feature_speaks_for_can_be_given(here, aware, tmp_path):
+    assert read(aware)["concept"]["target"] == FAVOURED
+    other = (FAVOURED + 1) % 4
+    line = f"{AWARE} --finder prca --target {'abcd'[other]}"
+    results = read(done := finished(Path(), line, str(tmp_path / "out")))
+    planning = parts_of("marks.csv").planning
+    scorer = xe.LRP("epsilon-plus", initial="one")
+    how = {"layer": "1", "positions": 100, "scorer": scorer, "target": other}
+    features = xe.collect_features(network(), planning, **how)
+    operator = ConceptAwarePruning("1", xe.PRCA(None), "auto", 0.4)
+    expected = operator.plan(network(), references(planning), features=features, planning=planning)
+    assert as_planned(xe.ModelEdit.load(done / FILES[0]).origin) == as_json(expected.origin)
+    assert results["concept"]["target"] == results["maps"]["strongest"]["target"] == other
+
+
 def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
     line = f"{AWARE} --steps 2 --fine-tune 1 --out tuned --json --quiet"
     assert main(shlex.split(line)) == 0
@@ -565,6 +580,9 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
         (f"{PLAIN} --ablate 0", "ablate: given without --attribute"),
         (f"{PLAIN} --correct", "correct: given without --attribute"),
         (f"{AWARE} --correct --fine-tune 1", "fine-tune: given beside --correct"),
+        (f"{PLAIN} --target a", "target: given without --attribute"),
+        (f"{AWARE} --target 9", "target: class 9 is absent from the data, which has classes 0, 1"),
+        (f"{AWARE} --target e", "target: 'e' given; give numbers or names such as a, b"),
         (f"{AWARE} --layer 9", "layer '9' not found"),
         (f"{AWARE} --attribute rare.csv", "class 0 has 1 images with the feature; give 2 or more"),
         (f"{AWARE} --attribute all.csv --fine-tune 1", "fine-tune: class 2 has no images without"),

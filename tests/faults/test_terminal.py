@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -84,6 +85,20 @@ def test_what_a_model_prints_is_not_part_of_the_json(here, capsys):
     out, error = capsys.readouterr()
     assert json.loads(out)["run"] == "score"
     assert error.startswith("built\n→ a model that prints\n")
+
+
+@pytest.mark.parametrize("line", ["--help", "log . --json", f"{SCORE}printing --quiet --out out"])
+def test_a_reader_that_ended_is_no_fault(here, line):
+    (here / "w.edits.json").write_text('{"from": null, "weights": "", "edits": []}')
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does once it has its lines
+    command = [sys.executable, "-m", "xai_edit", *shlex.split(line)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0
+    assert "pipe" not in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+    assert (here / "out" / "run.toml").is_file() == ("--out" in line)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from xai_edit.command.inputs import model_of, note
 from xai_edit.command.output import say
 from xai_edit.core.files import checksum, require_folder, write_safetensors
 from xai_edit.core.text import printable
-from xai_edit.edits.model_edit import ModelEdit
+from xai_edit.core.wrapped import unwrapped
+from xai_edit.edits.model_edit import SENTENCES, ModelEdit
 from xai_edit.pages.page import as_json
 
 KIND = "xai_edit.weights"
@@ -39,7 +40,9 @@ def show(options: argparse.Namespace) -> int:
         }
         for name, change in edit.changes.items()
     }
-    say(as_json({"weights": edit.size, "changes": changes, "origin": edit.origin}))
+    sentences = {name: edit.origin.get(name, []) for name in SENTENCES}
+    about = {"weights": edit.size, "changes": changes, "origin": edit.origin}
+    say(as_json({"run": "show", **sentences, **about}))
     return 0
 
 
@@ -67,7 +70,7 @@ def apply(options: argparse.Namespace) -> int:
         raise ValueError(f"out: {str(out)!r} given; weights are written as NAME.safetensors")
     if require_folder(out).exists():
         raise FileExistsError(f"out: {out} is there already; give another name")
-    edit, model = ModelEdit.load(options.edit), model_of(options)
+    edit, model = ModelEdit.load(options.edit), unwrapped(model_of(options))
     undo = options.command == "undo"
     change, done = (edit.undo, "undone") if undo else (edit.apply, "applied")
     before = checksum(model.state_dict(), "")
@@ -78,9 +81,16 @@ def apply(options: argparse.Namespace) -> int:
     same = edit.origin.get("measured_on", without) == without
     write_safetensors(out, state, KIND, header)
     given = options.weights, done, options.edit
+    noticed = []
     if not write_record(out, state, *given, before=before, same=same):
-        note(options, f"warning: the record beside {options.weights} is of other weights; not used")
+        noticed.append(f"the record beside {options.weights} is of other weights; not used")
     if not same:
-        note(options, f"warning: {OTHER}; measure it on these before you rely on it")
+        noticed.append(f"{OTHER}; measure it on these before you rely on it")
+    for warning in noticed:
+        note(options, f"warning: {warning}")
+    if options.json:
+        told = {"warnings": noticed, "verdict": edit.origin.get("verdict", [])}
+        about = {"edit": str(options.edit), "weights": edit.size, "written": str(out)}
+        say(as_json({"run": options.command, **told, **about}))
     note(options, f"written: {out}")
     return 0

@@ -67,7 +67,7 @@ INPUTS = (
 IMAGES = (Option("--data DATA", LABELLED, required=True), *INPUTS)
 RESNET = "--model torchvision:resnet18 --weights DEFAULT --data photos/"
 APPLIED = (
-    (EDIT, *MODEL, Option("--out FILE", "a new .safetensors file", Path, required=True)),
+    (EDIT, *MODEL, JSON, Option("--out FILE", "a new .safetensors file", Path, required=True)),
     (),
     "out/edits/unlearn.safetensors --model torchvision:resnet18 --weights own.safetensors "
     "--out new.safetensors",
@@ -224,6 +224,7 @@ COMMANDS = {
             OUT,
             Option("--attribute FILE", ATTRIBUTE),
             PLANT,
+            Option("--target CLASS", "that the feature speaks for, number or name; default: found"),
             Option("--layer LAYER", "where the feature's subspaces are; best where it forms"),
             Option("--finder NAME", "contrastive-pca (default), cav, prca, pca or drsa"),
             Option("--subspaces FILE", "saved subspaces instead of a finder's", Path),
@@ -294,7 +295,7 @@ COMMANDS = {
     ),
     "report": Command(
         "Write the HTML page of a finished run anew. Writes report.html from the results in DIR.",
-        (Option("DIR", "of a finished run", Path, required=True),),
+        (Option("DIR", "of a finished run", Path, required=True), JSON),
     ),
 }
 

@@ -184,6 +184,7 @@ class Run:
             "run": options.command,
             "command": options.line,
             "versions": versions(),
+            "warnings": self.noticed,
             "model": {name: getattr(options, own) for name, own in MODEL.items()},
             "preprocessing": None if is_own(options.data) else asdict(preprocessing_given(options)),
             "data": {"name": options.data, "found": str(self.images), **data},

@@ -32,7 +32,7 @@ from xai_edit.command.prune_plans import (
     tuning,
 )
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, split, watched
+from xai_edit.command.run_parts import SEED, classes_named, listed, split, watched
 from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.files import write_atomically, write_safetensors
@@ -61,6 +61,7 @@ def command(options: argparse.Namespace) -> int:
     parts, planted = split(run.images, run.attribute, validation=False), None
     if options.plant is not None:
         parts, planted = with_planted(parts, options.plant)
+    target = _target(options, run.images)
     model, held_out = run.model, parts.held_out
     for layer in filter(None, (*operator.protect, options.layer)):
         resolve_layers(model, [layer])  # before the long part
@@ -77,9 +78,7 @@ def command(options: argparse.Namespace) -> int:
 
     scored = references(parts.planning)
     example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])
-    assert planning.predicted is not None  # counted
-    shares = planning.predicted / planning.samples.sum(0)
-    favoured = int((shares[:, -1] - shares[:, 0]).argmax())  # predicted more with the feature
+    favoured = _favoured(planning) if target is None else target
     plans = methods(run, operator, parts.planning, favoured, tune)
     (method, plan), *others = plans.items()
     edit = run.plan(method, plan, empty=NOTHING)
@@ -233,10 +232,29 @@ def _operator(options: argparse.Namespace) -> Operator:
         if options.layer is None:
             raise ValueError("layer: none given; --attribute needs the layer of the subspaces")
         return aware(options.layer, options.finder, options.subspaces, options.ablate, **how)
-    for name in ("layer", "finder", "subspaces", "ablate", "plant", "correct"):
+    for name in ("target", "layer", "finder", "subspaces", "ablate", "plant", "correct"):
         if getattr(options, name) not in (None, False):
             raise ValueError(f"{name}: given without --attribute, whose feature it is for")
     return RelevancePruning(**how)
+
+
+def _target(options: argparse.Namespace, images: Images) -> int | None:
+    """Return the class of ``--target``, which has images; None where it is to be found."""
+    if options.target is None:
+        return None
+    (target,) = classes_named([options.target], images.classes)
+    if target not in (known := sorted({*images.labels})):
+        raise ValueError(
+            f"target: class {target} is absent from the data, which has classes {listed(known)}"
+        )
+    return target
+
+
+def _favoured(planning: Accuracy) -> int:
+    """Return the class that is predicted more often with the feature than without it."""
+    assert planning.predicted is not None  # counted
+    shares = planning.predicted / planning.samples.sum(0)
+    return int((shares[:, -1] - shares[:, 0]).argmax())
 
 
 def _smaller(

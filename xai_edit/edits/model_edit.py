@@ -20,7 +20,7 @@ from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteErro
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import require_values
 from xai_edit.core.text import printable
-from xai_edit.core.wrapped import unwrapped
+from xai_edit.core.wrapped import name_inside, unwrapped
 from xai_edit.edits.shared_memory import placement, require_own_memory
 
 SENTENCES = ("warnings", "verdict")  # entries of an origin that commands add
@@ -227,7 +227,8 @@ class ModelEdit:
         named: dict[tuple[object, ...], str] = {}
         for name, change in self.changes.items():
             if name not in parameters:
-                raise EditMismatchError(f"the edit changes {name!r}, which the model does not have")
+                problem = f"the edit changes {name!r}, which the model does not have"
+                raise EditMismatchError(problem + name_inside(name, parameters))
             parameter = parameters[name].detach()
             twin = named.setdefault(placement(parameter), name)  # tied: one under two names
             if twin != name:

@@ -23,6 +23,7 @@ from xai_edit.discovery.marks import VERDICTS
 from xai_edit.discovery.shown import in_class, shown_rows
 from xai_edit.evaluation.accuracy import CONFIDENCE
 from xai_edit.evaluation.intervals import wilson_intervals
+from xai_edit.pages.verdict import warnings_html
 from xai_edit.report.html import Report, repeat
 from xai_edit.report.review_controls import fields, saving, verdicts
 from xai_edit.report.review_pictures import (
@@ -115,7 +116,8 @@ def discovery_page(
     names = {int(label): name for label, name in results["names"].items()}
     files = [FINDINGS, PICTURES, "timing.json"]
     parts = _Review(findings, pictures, names).parts()
-    return Report(HEADING, [*parts, repeat(results, files)], more=MORE)
+    warned = warnings_html(results.get("warnings", ()))  # the first versions wrote none
+    return Report(HEADING, [warned, *parts, repeat(results, files)], more=MORE)
 
 
 def class_called(label: int, names: Mapping[int, str]) -> str:

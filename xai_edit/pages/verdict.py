@@ -192,11 +192,14 @@ def warnings(outcome: Outcome) -> list[str]:
 
 def verdict_html(results: Mapping[str, Any]) -> str:
     """Return the warnings and the verdict in ``results``, for the top of a page."""
-    warned = "".join(
-        f"<p><strong>Warning:</strong> {escape(line)}</p>" for line in results["warnings"]
-    )
+    warned = warnings_html(results["warnings"])
     listed = "".join(f"<li>{escape(line)}</li>" for line in results["verdict"])
     return f'<section class="verdict"><h2>Verdict</h2>{warned}<ul>{listed}</ul></section>'
+
+
+def warnings_html(lines: Sequence[str]) -> str:
+    """Return warnings as paragraphs."""
+    return "".join(f"<p><strong>Warning:</strong> {escape(line)}</p>" for line in lines)
 
 
 def verdict_text(results: Mapping[str, Any]) -> str:
