@@ -44,6 +44,11 @@ LINES = {
     "neutralize": f"neutralize {DATA} --attribute marks.csv --select exact",
     "prune": f"prune {DATA} --share 0.3 --steps 1",
 }
+OTHERS = {
+    "concept-aware": f"{LINES['prune']} --attribute marks.csv --layer 1",
+    "check": f"check {DATA}",
+    "score": f"score {DATA} --share 0.5",
+}
 DEMO = {"EPOCHS": 8, "small_cnn": partial(small_cnn, hidden=48)}  # of the demo's quick runs
 MARKED = 2  # the class that the mark goes with in training
 HARMFUL = '"><b class=evil></script><img class=evil src=x onerror=alert(1)><!--'
@@ -106,7 +111,7 @@ class Runs(dict):
         self.home = home
 
     def __missing__(self, name: str) -> Path:
-        self[name] = finished(self.home, LINES[name], name)
+        self[name] = finished(self.home, {**LINES, **OTHERS}[name], name)
         return self[name]
 
 
@@ -127,7 +132,8 @@ def files(folder):
 
 def as_planned(origin):
     """What planning wrote into an origin: all but what was measured afterwards."""
-    return {key: value for key, value in origin.items() if key not in (*SENTENCES, "measured_on")}
+    added = (*SENTENCES, "measured_on", "command")
+    return {key: value for key, value in origin.items() if key not in added}
 
 
 def as_json(value):

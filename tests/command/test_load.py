@@ -20,13 +20,27 @@ from xai_edit.command.load import (
     spread,
 )
 from xai_edit.core.data import batches
+from xai_edit.core.wrapped import unwrapped
 
 TINY = Preprocessing((3, 32, 32))
 NET = """
+import torch
 from torch import nn
 
 def build(num_classes=10):
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, num_classes))
+
+def parallel():
+    return nn.DataParallel(build())
+
+def compiled():
+    return torch.compile(build())
+
+def both():
+    return torch.compile(parallel())
+
+def both_turned():
+    return nn.DataParallel(compiled())
 
 def broken():
     raise RuntimeError("no such luck\\nat all. Try again")
@@ -96,7 +110,7 @@ def test_a_function_of_the_current_directory_is_called(net):
     assert load_model("user_net:build", classes=4)[-1].out_features == 4
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "plain", "state_dict", "parallel"])
+@pytest.mark.parametrize("kind", ["safetensors", "plain", "state_dict"])
 def test_weights_of_each_kind_arrive(net, kind):
     state = load_model("user_net:build").state_dict()
     file = net / f"w.{'safetensors' if kind == 'safetensors' else 'pt'}"
@@ -104,12 +118,27 @@ def test_weights_of_each_kind_arrive(net, kind):
         save_file(state, file)
     elif kind == "state_dict":
         torch.save({"state_dict": state, "epoch": 3}, file)
-    elif kind == "parallel":
-        torch.save(nn.DataParallel(load_model("user_net:build")).state_dict(), file)
-        state = {key.removeprefix("module."): v for key, v in torch.load(file).items()}
     else:
         torch.save(state, file)
     assert same(load_model("user_net:build", weights=str(file)), state)
+
+
+WRAPPERS = {
+    "build": lambda model: model,
+    "parallel": nn.DataParallel,
+    "compiled": torch.compile,
+    "both": lambda model: torch.compile(nn.DataParallel(model)),
+    "both_turned": lambda model: nn.DataParallel(torch.compile(model)),
+}
+
+
+@pytest.mark.parametrize("built", WRAPPERS)
+@pytest.mark.parametrize("saved", WRAPPERS)
+def test_weights_of_wrapped_models_arrive_in_wrapped_models(net, saved, built):
+    inside = load_model("user_net:build")
+    torch.save(WRAPPERS[saved](inside).state_dict(), "w.pt")
+    model = load_model(f"user_net:{built}", weights="w.pt")
+    assert same(unwrapped(model), inside.state_dict())
 
 
 def test_weights_without_versions_and_counts_of_batches_fit(tmp_path):

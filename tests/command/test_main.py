@@ -1,6 +1,7 @@
 import html
 import json
 import shlex
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -9,11 +10,11 @@ import pytest
 import torch
 from command_runs import files, read, refused
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision import models
 
 import xai_edit as xe
-from xai_edit.command.config import with_config
+from xai_edit.command.config import repeatable, with_config
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.options import COMMANDS
@@ -170,7 +171,7 @@ def calls(monkeypatch):
     def check_model(model, batch, composite="epsilon", *, layers=None):
         made.append((model, batch, composite, layers))
         fine = layers != ["wrong"]
-        return types.SimpleNamespace(ok=fine, to_dict=lambda: {"ok": fine})
+        return types.SimpleNamespace(ok=fine, findings=(), to_dict=lambda: {"ok": fine})
 
     monkeypatch.setattr("xai_edit.command.run_score.check_model", check_model)
     return made
@@ -226,6 +227,7 @@ def test_check_writes_a_page_with_what_works_and_what_is_refused(folder, capsys)
         assert one["works"] or one["why"]
     assert any(one["name"] == "accuracy" and one["accepted"] for one in results["figures"])
     assert "is near chance" in page  # the network has random weights
+    assert any("is near chance" in one for one in results["warnings"])
     Path("checked/report.html").unlink()
     assert main(["report", "checked"]) == 0
     assert Path("checked/report.html").read_text() == page
@@ -241,6 +243,24 @@ def test_outputs_name_the_logits_or_their_number(folder, capsys):
     expected = json.loads(capsys.readouterr().out)["layers"]["0"]
     assert main(shlex.split(f"{line.format('Named', 'net.0')} --outputs scores")) == 0
     assert json.loads(capsys.readouterr().out)["layers"]["net.0"] == expected
+
+
+def test_json_of_every_command_has_the_same_first_entries(folder, capsys):
+    def said(line):
+        assert main(shlex.split(f"{line} --json")) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert all("json" in {one.name for one in command.options} for command in COMMANDS.values())
+    for name, more in (("score", ""), ("compare", "--compare epsilon,taylor")):
+        printed = said(f"score {DIGITS} {more} --out {name} --quiet")
+        file = "results.json" if name == "score" else "comparison.json"
+        assert printed == read(name, file)
+        assert (printed["run"], len(printed["warnings"])) == (name, 1)  # untrained: near chance
+    page = str(Path("score", "report.html"))
+    assert said("report score") == {"run": "report", "warnings": [], "written": page}
+    tables = said("reproduce --list")
+    assert (tables["run"], tables["warnings"]) == ("reproduce", [])
+    assert "npp-mnist" in tables["tables"]
 
 
 # mistakes; more of them are in faults/test_bad_commands.py
@@ -395,10 +415,41 @@ def test_a_run_is_repeated_by_its_options_and_given_ones_come_first(folder):
     assert read("own")["share"] == 0.25
 
 
+def test_a_run_is_repeated_from_any_folder(folder, monkeypatch):
+    save_file(torch.nn.Conv2d(1, 4, 3).state_dict(prefix="0."), "part.safetensors")
+    state = {**load_model("cli_net:build").state_dict(), **load_file("part.safetensors")}
+    save_file(state, "w.safetensors")
+    line = f"score {DIGITS} --weights w.safetensors --layers 0 --quiet"
+    assert main(shlex.split(f"{line} --out made/first")) == 0
+    config = Path("made/first/run.toml").read_text()
+    assert str(folder) not in config
+    assert 'started-in = "../.."' in config
+    (folder / "other" / "digits").mkdir(parents=True)  # not those that were meant
+    (folder / "other" / "cli_net.py").write_text("def build(): raise ValueError('another')")
+    monkeypatch.chdir("other")
+    elsewhere = [one for one in sys.path if not one.startswith(str(folder))]
+    for out in ("again", "third"):  # the second from the options that a repeated run wrote
+        monkeypatch.delitem(sys.modules, "cli_net", raising=False)
+        monkeypatch.setattr(sys, "path", [*elsewhere])
+        file = "../made/first/run.toml" if out == "again" else "again/run.toml"
+        assert main(shlex.split(f"score --config {file} --out {out} --quiet")) == 0
+        scores = Path(out, "scores.safetensors").read_bytes()
+        assert scores == Path("../made/first/scores.safetensors").read_bytes()
+        assert read(out)["model"]["weights"] == "../w.safetensors"
+    monkeypatch.chdir("..")
+    shutil.move(
+        "other/again", "moved"
+    )  # data and weights are not where it says: as they were typed
+    assert main(shlex.split("score --config moved/run.toml --out fourth --quiet")) == 0
+    assert read("fourth")["model"]["weights"] == "w.safetensors"
+
+
 def test_an_option_that_excludes_one_of_the_file_comes_first(folder):
     Path("own.toml").write_text('command = "score"\ncomposite = "epsilon"\nshare = 0.5\n')
     given = ["--config", "own.toml", "--compare", "epsilon,random"]
-    assert with_config(["score", *given]) == ["score", "--share=0.5", *given]
+    line = ["score", "--share=0.5", "--out", "a b", "--weights", "c d", "--json", "--quiet"]
+    assert repeatable(line) == "xai-edit score --share 0.5 --weights 'c d'"
+    assert with_config(["score", *given]) == (["score", "--share=0.5", *given], folder)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from command_runs import DEMO, files, read
 import xai_edit as xe
 import xai_edit.command.run_demo
 from xai_edit import ModelEdit
-from xai_edit.command.demo_review import MARKS, first_alike
+from xai_edit.command.demo_review import MARKS, most_alike
 from xai_edit.command.main import main
 from xai_edit.command.run_demo import COMPLETED, DIGITS, EXACT, FORGET, RETRAINED, _verdict, run
 from xai_edit.evaluation.accuracy import Accuracy
@@ -173,15 +173,15 @@ def test_without_a_finding_the_edits_take_true_labels_and_the_page_says_so(tmp_p
     [
         ([], None),
         ([(9, 0), (12, 3)], None),
-        ([(12, 3), (10, 2), (12, 0)], 1),  # the first, not the clearest
+        ([(12, 3), (10, 2), (12, 0), (12, 0)], 2),  # the clearest, the first of equals
     ],
 )
-def test_the_first_finding_that_is_the_watermark_but_for_two_pictures_is_marked(counts, expected):
+def test_the_finding_whose_pictures_have_the_watermark_but_for_two_is_marked(counts, expected):
     shown = [
         [[at < most for at in range(12)], [True] * 12, [at < least for at in range(12)]]
         for most, least in counts
     ]
-    assert first_alike(shown) == expected
+    assert most_alike(shown) == expected
 
 
 def test_the_network_of_seed_0_is_that_of_the_committed_figures(tmp_path, monkeypatch):

@@ -144,6 +144,7 @@ def test_images_without_labels_and_too_few_of_them(in_review_home, capsys):
         capsys.readouterr().out
     )
     assert "to tell" in Path("few/report.html").read_text(encoding="utf-8")
+    assert read("few")["warnings"] == []
     line = f"discover {REVIEW} --data photos/c --target 2 --images all --layers 4 --out bare-all"
     assert main(shlex.split(f"{line} --quiet --json")) == 0
     assert read("bare-all")["search"]["images"] == "all"

@@ -4,13 +4,16 @@ import json
 import re
 import shlex
 import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from command_runs import (
     DATA,
+    LINES,
     MARKED,
     NET,
     as_json,
@@ -26,7 +29,9 @@ from PIL import Image
 import xai_edit as xe
 from xai_edit.command.load import IMAGENET, Images
 from xai_edit.command.main import main
+from xai_edit.command.run_neutralize import _best
 from xai_edit.command.run_parts import read_attribute, split
+from xai_edit.pages.neutralize import neutralizing_page
 
 LINE = f"neutralize {DATA} --attribute marks.csv"
 METHODS = ["one weight (exact)", "last-layer retraining (DFR)"]
@@ -68,6 +73,12 @@ def test_the_run_writes_its_files_and_a_row_for_each_method(done):
         assert text in page, text
     saved = xe.ModelEdit.load(done / results["rows"][1]["edit"])
     assert saved.origin["verdict"] == results["verdict"]
+    assert datetime.fromisoformat(read(done, "timing.json")["made"]).utcoffset() == timedelta(0)
+    for row in results["rows"][1:]:
+        assert (
+            xe.ModelEdit.load(done / row["edit"]).origin["command"]
+            == f"xai-edit {LINES['neutralize']}"
+        )
     assert results["verdict"][0] in saved.summary()
     assert "erased" not in page.lower()
 
@@ -127,7 +138,9 @@ def test_the_tables_are_printed(here, capsys):
     assert "planning: " in shown.err
     for text in ("on held-out images", "one weight (SCA)", "2 (c), with the feature"):
         assert text in shown.out, text
-    assert re.search(r"class 2 \(c\): weight of feature \d+ of 3 from \S+ to \S+ \(", shown.out)
+    assert re.search(
+        r"class 2 \(c\): weight of feature \d+ of layer '3' from \S+ to \S+ \(", shown.out
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,7 +265,7 @@ def test_where_no_edit_helps_it_says_so_and_why(here, capsys, monkeypatch):
     assert "To try next: --select exact" in text
     (tried,) = read("none")["edit"]["tried"]
     assert tried["class"] == MARKED
-    assert tried["rate"] > 0
+    assert tried["rate"] is None or tried["rate"] > 0
     assert "one weight (SCA): none (nothing <helps>)" in text
     assert "last-layer retraining (DFR): none (model: <no> bias)" in text
     reasons = ["nothing <helps>", "model: <no> bias"]
@@ -263,6 +276,28 @@ def test_where_no_edit_helps_it_says_so_and_why(here, capsys, monkeypatch):
     assert "): nothing &lt;helps&gt;." in page
     assert "<caption>weights tried, on the validation images</caption>" in page
     assert "model: &lt;no&gt; bias" in page
+
+
+@pytest.mark.parametrize(
+    ("worst", "rate", "shown"),
+    [
+        ([0.1, 0.1, 0.1], None, "none raises it"),
+        ([0.1, 0.0, 0.1], None, "none raises it"),
+        ([0.1, 0.2, 0.2], 0.000123456, "0.000123"),
+        ([0.1, 0.2, 0.3], 0.5, "0.5"),
+    ],
+)
+def test_the_best_rate_tried_is_told_only_where_it_raises_the_worst_group(done, worst, rate, shown):
+    figures = torch.tensor(worst, dtype=torch.float64)
+    rates = torch.tensor([0.0, 0.000123456, 0.5], dtype=torch.float64)
+    sweep = SimpleNamespace(row=2, column=7, rates=rates, worst=figures)
+    sweep.average, sweep.objective = 1 - figures, figures
+    best = _best(sweep)
+    assert (best["rate"], best["worst_group"]) == (rate, max(worst))
+    results = read(done)
+    results["edit"]["tried"] = [best]
+    page = neutralizing_page(results, read(done, "timing.json"), "", "")
+    assert re.search(rf"^2 \(c\) +7 +{shown} +{max(worst):.3f} ", page.text(), re.M)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
 from xai_edit.command.prune_plans import of_concept, references, tuned_on
 from xai_edit.command.run_parts import read_attribute, split
+from xai_edit.command.run_prune import _behind_plain
 from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.explanations import subspace_maps
 from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
@@ -322,6 +323,29 @@ def test_where_no_subspace_tells_the_feature_nothing_is_cut(here, capsys):
     assert "): no subspace that helps tells" in Path("none/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("wrong", [30, 4])
+def test_where_plain_pruning_does_better_on_planning_images_nothing_is_cut(wrong):
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(model.weight)
+    labels, has = torch.arange(120) % 2, torch.arange(120) // 2 % 2
+    inputs = torch.eye(2)[labels]
+    inputs[:wrong] *= 0.5  # right as long as the first row has its weight
+    inputs[:wrong, 1] += 0.25 * (labels[:wrong] == 0)
+    values = {"weight": (torch.tensor([0]), torch.tensor([0.4]))}
+    edits = {
+        "concept-aware pruning": xe.ModelEdit.between(model, values, {}),
+        "plain LRP": xe.ModelEdit({}),
+    }
+    run = SimpleNamespace(
+        edits=edits, model=model, read=lambda images, doing: [(inputs, labels, has)]
+    )
+    why = _behind_plain(run, None)
+    assert (why is None) == (wrong == 4)
+    if why is not None:
+        assert "has a worst group of 0.733, below the 1.000 of plain LRP" in why
+    assert torch.equal(model.weight, torch.eye(2))
+
+
 @pytest.mark.parametrize("source", ["--finder pca", "--subspaces own.safetensors"])
 def test_numbers_of_subspaces_overrule_the_choice(source, here, tmp_path):
     parts, model = parts_of("marks.csv"), network()
@@ -339,6 +363,21 @@ def test_numbers_of_subspaces_overrule_the_choice(source, here, tmp_path):
     with xe.ablated(model, "1", subspaces, [3, 1]):
         alone = xe.evaluate_groups(model, parts.held_out)
     assert results["rows"][-1]["figures"] == as_json(alone.to_dict())
+
+
+def test_the_class_that_the_feature_speaks_for_can_be_given(here, aware, tmp_path):
+    assert read(aware)["concept"]["target"] == FAVOURED
+    other = (FAVOURED + 1) % 4
+    line = f"{AWARE} --finder prca --target {'abcd'[other]}"
+    results = read(done := finished(Path(), line, str(tmp_path / "out")))
+    planning = parts_of("marks.csv").planning
+    scorer = xe.LRP("epsilon-plus", initial="one")
+    how = {"layer": "1", "positions": 100, "scorer": scorer, "target": other}
+    features = xe.collect_features(network(), planning, **how)
+    operator = ConceptAwarePruning("1", xe.PRCA(None), "auto", 0.4)
+    expected = operator.plan(network(), references(planning), features=features, planning=planning)
+    assert as_planned(xe.ModelEdit.load(done / FILES[0]).origin) == as_json(expected.origin)
+    assert results["concept"]["target"] == results["maps"]["strongest"]["target"] == other
 
 
 def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
@@ -361,6 +400,8 @@ def test_json_alone_is_printed_of_steps_with_fine_tuning(here, capsys):
     assert origin["fine_tune"].startswith("FineTuning(epochs=1")
 
 
+# Whether they are hangs on the trained network.
+@pytest.mark.filterwarnings("ignore:completed images are not like real ones")
 def test_pruned_and_corrected_is_counterfactual_retraining_of_the_pruned_network(
     aware, here, tmp_path
 ):
@@ -520,6 +561,9 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
     drawn, which = tuned_on(split(images, some, validation=False).planning, marked=True)
     assert not any(has for _, has in drawn.groups)
     assert which == "planning images without the feature"
+    some[images.labels.index(0)] = 1
+    rare = split(images, some, validation=True)
+    assert [(0, 1) in part.groups for part in rare] == [False, False, True]  # one is too few
     only = split(images, [int(label == FAVOURED) for label in images.labels], validation=False)
     with pytest.raises(ValueError, match="fine-tune: class 2 has no images without the feature"):
         tuned_on(only.planning, marked=True)
@@ -536,6 +580,9 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
         (f"{PLAIN} --ablate 0", "ablate: given without --attribute"),
         (f"{PLAIN} --correct", "correct: given without --attribute"),
         (f"{AWARE} --correct --fine-tune 1", "fine-tune: given beside --correct"),
+        (f"{PLAIN} --target a", "target: given without --attribute"),
+        (f"{AWARE} --target 9", "target: class 9 is absent from the data, which has classes 0, 1"),
+        (f"{AWARE} --target e", "target: 'e' given; give numbers or names such as a, b"),
         (f"{AWARE} --layer 9", "layer '9' not found"),
         (f"{AWARE} --attribute rare.csv", "class 0 has 1 images with the feature; give 2 or more"),
         (f"{AWARE} --attribute all.csv --fine-tune 1", "fine-tune: class 2 has no images without"),

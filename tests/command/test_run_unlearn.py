@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from command_runs import DATA, as_json, as_planned, files, images_of, network, read, refused
 from PIL import Image
@@ -14,6 +15,7 @@ from xai_edit.command.main import main
 from xai_edit.command.run_parts import classes_named
 from xai_edit.command.run_unlearn import _outcome, split
 from xai_edit.core.errors import NoEditError
+from xai_edit.pages.unlearn import _classes
 from xai_edit.pages.verdict import verdict
 
 LINE = f"unlearn {DATA} --samples 10"
@@ -126,6 +128,21 @@ def test_where_one_class_is_left_the_accuracy_on_the_rest_shows_no_harm(done, fo
     assert len(results["samples"]) == 4
     said = [one.startswith("harm to the rest") for one in _outcome(results).unmeasured]
     assert any(said) == told
+
+
+def test_a_class_of_few_samples_has_its_intervals_beside_each_accuracy(done):
+    results = read(done)
+    results["samples"][:3] = [10, 3, 0]
+    for row in results["rows"]:
+        row["classes"][:3] = [0.5, 2 / 3, None]
+    table = _classes(results)
+    low, high = scipy.stats.binomtest(2, 3).proportion_ci(0.95, method="wilson")
+    one, few, none = table.rows[:3]
+    assert one[1:] == [10, *[0.5] * len(METHODS), 0.5]
+    assert few[1:] == [3, *[f"0.667 ({low:.3f}–{high:.3f})"] * (len(METHODS) + 1)]
+    assert none[1:4] == [0, "not measured", None]
+    assert table.order(few) == (True, 0.0)
+    assert table.order(none) == (False, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from xai_edit.command.main import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "getting-started.md", *sorted((DOCS / "how-to").glob("*.md"))]
+TEXTS = sorted([*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")])
 COMMANDS = {page: re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.S) for page in PAGES}
 
 
@@ -52,7 +53,7 @@ def test_every_page_is_in_the_contents():
         assert f"\n{page.relative_to(DOCS).with_suffix('')}\n" in contents
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda p: p.stem)
 def test_links_to_files_of_the_repository_lead_somewhere(page):
     if "_build" in page.parts or "_tables" in page.parts:
         pytest.skip("made by the docs build")
@@ -60,5 +61,6 @@ def test_links_to_files_of_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target and not target.startswith("_tables"):
             assert (page.parent / target).exists(), target
-    for script in re.findall(r"examples/[\w/]+\.py", text):
-        assert (DOCS.parent / script).is_file(), script
+    named = re.findall(r"`((?:xai_edit|docs|tests|examples)/[^`\s]+\.(?:py|md))`", text)
+    for file in [*named, *re.findall(r"examples/[\w/]+\.py", text)]:
+        assert (DOCS.parent / file).is_file(), file

@@ -63,15 +63,19 @@ def test_the_figures_under_the_picture_are_those_of_the_committed_demo():
     review, number = found["review"], found["review"]["finding"]
     most, _, least = review["with_watermark"][number]
     worst = {row["method"]: f"{row['worst']:.2f}" for row in found["neutralize"]}
-    assert (number, review["class"], len(review["with_watermark"])) == (0, 3, 3)
-    assert f"none {review['answer'].removeprefix('nothing ')}" in text
+    assert (number, review["class"], len(review["with_watermark"])) == (1, 3, 3)
+    assert review["answer"].startswith("nothing stands out")
+    assert (
+        "one of three features that speak for 3, of which the search says that none stands out"
+        in text
+    )
     for sentence in (
         f"of its 12 strongest images of a 3, {most} have a watermark, of the 12 least like it "
         f"{least}.",
         f"agrees with the mark on {review['agreement']:.0%}".replace("%", " %"),
         f"rises from {worst['before']} to {worst['counterfactual retraining']}.",
         f"it falls to {worst['last-layer retraining, training images']}.",
-        f"one weight (FCR) reaches {worst['FCR: exact selection']} too, retraining the last layer "
+        f"two weights (FCR) reach {worst['FCR: exact selection']}, retraining the last layer "
         f"(DFR) {worst['last-layer retraining (DFR)']}.",
     ):
         assert sentence in text

@@ -12,6 +12,7 @@ from torch import nn
 
 from xai_edit import ModelEdit
 from xai_edit.core import EditMismatchError, NonFiniteError
+from xai_edit.edits import Change
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BITS = {
@@ -381,6 +382,13 @@ def test_an_edit_that_changes_nothing_can_be_applied_undone_saved_and_shown(tmp_
     assert same(bits_of(model), before)
     assert "nothing to do" in loaded.summary()
     assert "0 weights" in loaded.summary()
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_one_sentence(tmp_path):
+    change = Change((1,), torch.tensor([0]), torch.zeros(1), torch.ones(1))
+    with pytest.raises(ValueError, match=r"^tensors: the name w\\udce9\S* is not UTF-8; rename"):
+        ModelEdit({"w\udce9": change}).save(tmp_path / "edit.safetensors")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_summary_names_the_tensor_the_entry_and_both_values():

@@ -376,6 +376,13 @@ def test_a_link_is_followed(tmp_path, write, plain, batches):
     assert (tmp_path / "target").stat().st_size > 64
 
 
+def test_an_edit_is_not_saved_over_a_device(monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("/dev/null would be gone"))
+    with pytest.raises(OSError, match=r"/dev/null: it is no regular file"):
+        Edit().save("/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
 @every_writer
 def test_what_is_no_regular_file_is_neither_replaced_nor_waited_for(
     tmp_path, write, plain, batches

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -86,11 +87,35 @@ def test_what_a_model_prints_is_not_part_of_the_json(here, capsys):
     assert error.startswith("built\n→ a model that prints\n")
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(here, capsys):
-    assert run(f"{SCORE}interrupted --quiet") == 130
+@pytest.mark.parametrize("line", ["--help", "log . --json", f"{SCORE}printing --quiet --out out"])
+def test_a_reader_that_ended_is_no_fault(here, line):
+    (here / "w.edits.json").write_text('{"from": null, "weights": "", "edits": []}')
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does once it has its lines
+    command = [sys.executable, "-m", "xai_edit", *shlex.split(line)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0
+    assert "pipe" not in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+    assert (here / "out" / "run.toml").is_file() == ("--out" in line)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("score", ""),
+        ("prune", "--share 0.5 --out out"),
+        ("unlearn", "--target 0 --samples 1 --out out"),
+    ],
+)
+def test_ctrl_c_is_one_line_and_exit_code_130(here, capsys, command, options):
+    line = f"{SCORE}interrupted --quiet {options}"
+    assert run(line.replace("score", command, 1)) == 130
     out, error = capsys.readouterr()
     assert out == ""
     assert error == "→ a model that prints\nxai-edit: interrupted\n"
+    assert not [*here.glob("out/*")]
 
 
 @pytest.mark.parametrize("model", ["full", "full_of_processor"])

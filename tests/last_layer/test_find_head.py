@@ -367,3 +367,26 @@ def test_inputs_of_no_layer_are_no_default_for_path_perturbation(name):
         xe.PathPerturbation(layer="body.0").plan(model, [x], target=target)
     edit = xe.PathPerturbation("body.0", scope="neuron").plan(model, [x], target=target)
     assert edit.changes.keys() == {"body.0.weight", "body.0.bias"}
+
+
+def head_of_eight():
+    return collect_head_features(made(lambda: nn.Linear(6, 3)), [(samples(), torch.arange(8) % 3)])
+
+
+@pytest.mark.parametrize(
+    "rows", [[7, 2], torch.tensor([7, 2]), torch.arange(8) == 3, slice(2, 5)], ids=str
+)
+def test_rows_of_features_are_those_of_a_mask_of_indices_or_of_a_slice(rows):
+    head = head_of_eight()
+    assert torch.equal(head[rows].features, head.features[rows])
+    assert torch.equal(head[rows].labels, head.labels[rows])
+
+
+@pytest.mark.parametrize("rows", [[[0.5]], [0.5], [[0]], 0, torch.ones(8)], ids=str)
+def test_rows_that_are_no_mask_and_no_indices_are_refused(rows):
+    with pytest.raises(TypeError, match=r"samples: torch\.\w+ of shape .* given; give a mask"):
+        head_of_eight()[rows]
+
+
+def test_features_are_shown_by_their_sizes():
+    assert repr(head_of_eight()) == "HeadFeatures('': 8 samples, 6 features, 3 classes)"

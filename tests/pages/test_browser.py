@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_runs import LINES, OTHERS
 from PIL import Image
 
 from xai_edit.report.html import Report
@@ -25,7 +26,7 @@ missing = [name for name, found in NEEDED.items() if not found]
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"{' and '.join(missing)} not found: pages are not opened in a browser"
 )
-KINDS = ["demo", "unlearn", "neutralize", "prune"]
+KINDS = [*LINES, *OTHERS]
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 
@@ -356,7 +357,7 @@ def test_curves_tell_their_values_when_pointed_at_and_by_keyboard(browser, runs,
     assert not browser.run("return arguments[0].contains(document.activeElement)", chart)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINES)
 def test_markup_in_a_run_does_nothing(browser, hostile, kind):
     browser.open(hostile[kind] / "report.html", width=360)
     assert browser.all(".evil") == []

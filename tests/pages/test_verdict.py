@@ -23,6 +23,22 @@ def outcome(after=0.7, other=0.6, parts=(GOOD, BAD), **more):
     return Outcome("edit", "changes 1 weight", [worst(after, other)], parts, **more)
 
 
+FEW_IN = Part("class 2", 1, 1.0, (0.21, 1.0), {"edit": 1.0, "DFR": 0.0})
+OF_ONE = "0.000 [class 2, 1 image; {} over groups of at least 10 images]"
+
+
+def hardly(after=0.7, other=0.6, last=FEW_IN):
+    """Return an outcome whose groups are the usual two, with these figures, and one of few."""
+    many = replace(BAD, after={"edit": after, "DFR": other})
+    low = {name: min(last.after[name], many.after[name]) for name in last.after}
+    one = worst(low["edit"], low["DFR"], lowest=True)
+    return replace(outcome(parts=[GOOD, many, last]), figures=[one])
+
+
+HARDLY = (
+    "Hardly measured, fewer than 10 images, with the interval before: class 2 (1 image, "
+    "0.210–1.000)."
+)
 HARM = "It did harm, below the 95% interval before the edit, to class 0 (from 0.900 to 0.820)."
 NO_HARM = "No group that was measured fell below its 95% interval before the edit."
 ALL = "All 2 groups were measured."
@@ -31,6 +47,10 @@ GAIN = (
     "(0.400–0.600)."
 )
 NOT_BETTER = "No comparison method does better here; the best, DFR, has 0.600 against 0.700."
+AS_IT_IS = (
+    "No comparison method does better here; the best, DFR, has 0.500 against 0.500 of the network "
+    "as it is."
+)
 SAFE = "Without harm to any group that was measured: DFR (0.600)."
 NEXT = "To try next: more images."
 
@@ -75,8 +95,74 @@ CASES = {
             "edit, though it changes 1 weight.",
             NO_HARM,
             ALL,
-            "No comparison method does better here; the best, DFR, has 0.500 against 0.500 of "
-            "the network as it is.",
+            AS_IT_IS,
+            NEXT,
+        ],
+    ),
+    "nothing better, average and balanced too": (
+        replace(
+            outcome(0.5, 0.5),
+            beside=[
+                Figure("average accuracy", {"before": 0.7, "edit": 0.6}),
+                Figure("balanced accuracy", {"before": 0.6, "edit": 0.6}),
+            ],
+        ),
+        [
+            "Edit made nothing better: worst group stays at 0.500, average accuracy goes from "
+            "0.700 to 0.600 and balanced accuracy stays at 0.600. Nothing speaks for this edit, "
+            "though it changes 1 weight.",
+            NO_HARM,
+            ALL,
+            AS_IT_IS,
+            NEXT,
+        ],
+    ),
+    "the average alone is better": (
+        replace(
+            outcome(0.5, 0.5),
+            figures=[worst(0.5, 0.5, lowest=True)],
+            beside=[Figure("average accuracy", {"before": 0.6, "edit": 0.7})],
+        ),
+        [
+            "Edit changes 1 weight and did not raise the worst group: worst group stays at 0.500 "
+            "and average accuracy goes from 0.600 to 0.700.",
+            NO_HARM,
+            ALL,
+            AS_IT_IS,
+            NEXT,
+        ],
+    ),
+    "one image makes the comparison the worse": (
+        hardly(0.7, 0.8),
+        [
+            GAIN,
+            NO_HARM,
+            HARDLY,
+            f"Whether DFR does better here hangs on fewer than 10 images: {OF_ONE.format('0.800')} "
+            "against 0.700.",
+        ],
+    ),
+    "one image, and the comparison is worse without it too": (
+        hardly(),
+        [
+            GAIN,
+            NO_HARM,
+            HARDLY,
+            f"No comparison method does better here; the best, DFR, has {OF_ONE.format('0.600')} "
+            "against 0.700.",
+        ],
+    ),
+    "one image makes the edit the worse": (
+        hardly(last=replace(FEW_IN, after={"edit": 0.0, "DFR": 1.0})),
+        [
+            "Edit changes 1 weight and did not raise the worst group: worst group goes from 0.500 "
+            f"to {OF_ONE.format('0.700')}.",
+            "It did harm, below the 95% interval before the edit, to class 2 (from 1.000 to "
+            "0.000).",
+            HARDLY,
+            "DFR does a little better here (0.600 against 0.500 of the network as it is), within "
+            "the interval, which does not tell the two apart.",
+            "Without harm to any group that was measured: DFR (0.600).",
             NEXT,
         ],
     ),
@@ -196,5 +282,11 @@ def test_a_warning_names_what_is_missing_with_the_ways_out_and_what_is_planted()
     lines = warnings(outcome(parts=[missing, planted]))
     assert "--plant" not in lines[0]  # which takes no mark away
     assert lines[1].startswith("planned and measured on images with a planted mark: class 1.")
+    (line,) = warnings(hardly())
+    assert line == f"the worst group has fewer than 10 images: DFR, {OF_ONE.format('0.600')}."
+    none = hardly(last=replace(FEW_IN, samples=12))
+    assert warnings(none) == []  # enough images
+    none = replace(hardly(), parts=[FEW_IN])
+    assert "class 2, 1 image; no groups of at least 10 images]" in warnings(none)[0]
     shown = verdict_html({"warnings": ["a < b"], "verdict": ["c"]})
     assert "<p><strong>Warning:</strong> a &lt; b</p><ul><li>c</li></ul>" in shown

@@ -40,7 +40,7 @@ def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed
 
     A person marks findings by their pictures. Another seed gives other weights, which a committed
     file of marks would not fit, so the demo gives the verdict from the true watermark: see
-    `first_alike`.
+    `most_alike`.
     """
     with torch.no_grad():
         predicted = model(samples.images).argmax(1)
@@ -53,7 +53,7 @@ def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed
     write_safetensors(out / PICTURES, drawn, "xai_edit.pictures", "")
     has = samples.watermark.bool()
     shown = [[has[rows].tolist() for rows in shown_rows(one, found)] for one in found]
-    number = first_alike(shown)
+    number = most_alike(shown)
     results: dict[str, Any] = {
         "class": target,
         "wrong": int(wrong.sum()),
@@ -74,17 +74,20 @@ def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed
     return Reviewed(found[number], known, results)
 
 
-def first_alike(shown: Sequence[Sequence[Sequence[bool]]]) -> int | None:
-    """Return the number of the first finding that looks like the watermark, None without one.
+def most_alike(shown: Sequence[Sequence[Sequence[bool]]]) -> int | None:
+    """Return the number of the finding that looks most like the watermark, None without one.
 
     ``shown`` says which samples have the watermark: of each finding the strongest in the class, in
-    other classes, and the least like it in the class. As a person would, it allows two of the
-    strongest to lack it and two of the least alike to have it. Findings are in order of score.
+    other classes, and the least like it in the class. A person takes the finding with the fewest
+    exceptions: strongest in the class that lack it, or least alike that have it, at most two of
+    either. The first of equals has the highest score.
     """
-    for number, (most, _, least) in enumerate(shown):
-        if max(len(most) - sum(most), sum(least)) <= EXCEPTIONS:
-            return number
-    return None
+    exceptions = {
+        number: len(most) - sum(most) + sum(least)
+        for number, (most, _, least) in enumerate(shown)
+        if max(len(most) - sum(most), sum(least)) <= EXCEPTIONS
+    }
+    return min(exceptions, key=lambda number: exceptions[number], default=None)
 
 
 def as_marked(finding: Finding, model: nn.Module, samples: Samples) -> Samples:

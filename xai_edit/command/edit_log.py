@@ -19,6 +19,7 @@ from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.pages.page import as_json
 
 RECORD = ".edits.json"
+SINCE = "the file is gone or was changed since"
 OTHER = "the weights differ elsewhere from those that the edit's verdict was measured on"
 
 
@@ -87,11 +88,18 @@ def log(options: argparse.Namespace) -> int:
         same = weights.is_file() and checksum(load_file(weights), "") == record["weights"]
         found[weights.name] = {**record, "unchanged_since": same}
     if options.json:
-        say(as_json(found))
+        told = [f"{name}: {SINCE}" for name, one in found.items() if not one["unchanged_since"]]
+        told += [
+            f"{name}: {one['edit']}: {OTHER}"
+            for name, record in found.items()
+            for one in record["edits"]
+            if not one.get("same_weights", True)
+        ]
+        say(as_json({"run": "log", "warnings": told, "weights": found}))
         return 0
     lines = []
     for name, record in found.items():
-        since = "" if record["unchanged_since"] else "; the file is gone or was changed since"
+        since = "" if record["unchanged_since"] else f"; {SINCE}"
         lines.append(f"{name}, from {record['from'] or 'weights as built'}{since}")
         for number, one in enumerate(record["edits"], start=1):
             what = f"{one['done']} {one['edit']} ({one['operator']})"

@@ -27,6 +27,7 @@ from torchvision.transforms import functional as F
 from xai_edit.command.tables import image_table, is_number
 from xai_edit.core.checks import require_type, whole_number
 from xai_edit.core.text import require_utf8
+from xai_edit.core.wrapped import unwrapped
 from xai_edit.datasets.image_files import image_files, is_image, read_image
 
 TORCHVISION = "torchvision:"
@@ -139,7 +140,7 @@ def load_model(spec: str, *, weights: str | None = None, classes: int | None = N
         model = imported(spec, "model", config)
         require_type(model, nn.Module, f"model: {spec}", "it returns an nn.Module")
     if weights is not None:
-        _put_weights(model, Path(weights), heads)
+        _put_weights(unwrapped(model), Path(weights), heads)
     return model.eval()
 
 
@@ -181,8 +182,9 @@ def _put_weights(model: nn.Module, file: Path, unused: tuple[str, ...]) -> None:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
-        if not any(name.startswith("module.") for name in own):  # what DataParallel adds
-            consume_prefix_in_state_dict_if_present(state, "module.")
+        for prefix in ("module.", "_orig_mod.", "module."):  # of wrappers, also in each other
+            if not any(name.startswith(prefix) for name in own):
+                consume_prefix_in_state_dict_if_present(state, prefix)
     with _one_sentence(f"weights: {file} does not fit the model"):
         found = model.load_state_dict(state, strict=False)
     # Old files lack the counts of training batches, which have no part in evaluation.

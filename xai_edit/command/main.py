@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from xai_edit.command.config import paired, require_unused, with_config, write_config
+from xai_edit.command.config import paired, repeatable, require_unused, with_config, write_config
 from xai_edit.command.options import RUNS, parser
 from xai_edit.command.output import results_on_stdout, say
 from xai_edit.core.errors import out_of_memory
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = sys.argv[1:] if arguments is None else [*arguments]
     try:
         file = paired(typed).get("config")
-        given = with_config(typed) if isinstance(file, str) and typed[0] in RUN else typed
+        given, started = typed, Path.cwd()
+        if isinstance(file, str) and typed[0] in RUN:
+            given, started = with_config(typed)
         options, unknown = parser().parse_known_args(given)
         if unknown:
             where = "" if unknown[0] in typed else f"config: {paired(typed)['config']}: "
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{where}unrecognized arguments: {' '.join(unknown)}; see xai-edit "
                 f"{options.command} --help"
             )
-        options.line = shlex.join(["xai-edit", *typed])
+        options.line, options.repeatable = shlex.join(["xai-edit", *typed]), repeatable(given)
         folder = options.out if options.command in RUNS else None
         if folder is not None:
             for one in typed:
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with results_on_stdout():
             code = _run(options)
         if folder is not None:
-            write_config(folder, given)
+            write_config(folder, given, started)
     except (ValueError, TypeError, OSError) as problem:
         return _failed(str(problem))
     except (MemoryError, RuntimeError) as problem:
@@ -105,9 +107,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Run ``xai-edit report``."""
-    from xai_edit.pages.page import write_report
+    from xai_edit.pages.page import as_json, write_report
 
-    say(str(write_report(options.dir)))
+    page = str(write_report(options.dir))
+    say(as_json({"run": "report", "warnings": [], "written": page}) if options.json else page)
     return 0
 
 
@@ -122,6 +125,10 @@ def reproduce(options: argparse.Namespace) -> int:
     from xai_edit.reproduce.experiments import Options
     from xai_edit.reproduce.tables import text
 
+    if options.list and options.json:
+        tables = {name: entry.title for name, entry in CATALOGUE.items()}
+        say(as_json({"run": "reproduce", "warnings": [], "tables": tables}))
+        return 0
     if options.list:
         for name, entry in CATALOGUE.items():
             say(f"{name:<14} {entry.title}")
@@ -148,7 +155,7 @@ def reproduce(options: argparse.Namespace) -> int:
     )
     results = entry.run(asked)
     if options.json:
-        say(as_json(results))
+        say(as_json({"warnings": [], **results}))
     elif not options.quiet:
         say(text(entry.tables(entry.summary(results))))
     note(options, f"written: {asked.out / 'results.json'}")

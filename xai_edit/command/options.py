@@ -67,7 +67,7 @@ INPUTS = (
 IMAGES = (Option("--data DATA", LABELLED, required=True), *INPUTS)
 RESNET = "--model torchvision:resnet18 --weights DEFAULT --data photos/"
 APPLIED = (
-    (EDIT, *MODEL, Option("--out FILE", "a new .safetensors file", Path, required=True)),
+    (EDIT, *MODEL, JSON, Option("--out FILE", "a new .safetensors file", Path, required=True)),
     (),
     "out/edits/unlearn.safetensors --model torchvision:resnet18 --weights own.safetensors "
     "--out new.safetensors",
@@ -85,7 +85,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "Edit a real classifier in the ways of three papers (no download, 2 min). Takes a small "
+        "Edit a real classifier in the ways of three papers (no download, about a minute). Takes a small "
         "network, trained on real handwritten digits with a watermark planted on one class, "
         "forgets a class, takes the watermark's influence away and prunes. Writes results.json, "
         "timing.json, edits/*.safetensors and report.html.",
@@ -224,6 +224,7 @@ COMMANDS = {
             OUT,
             Option("--attribute FILE", ATTRIBUTE),
             PLANT,
+            Option("--target CLASS", "that the feature speaks for, number or name; default: found"),
             Option("--layer LAYER", "where the feature's subspaces are; best where it forms"),
             Option("--finder NAME", "contrastive-pca (default), cav, prca, pca or drsa"),
             Option("--subspaces FILE", "saved subspaces instead of a finder's", Path),
@@ -294,7 +295,7 @@ COMMANDS = {
     ),
     "report": Command(
         "Write the HTML page of a finished run anew. Writes report.html from the results in DIR.",
-        (Option("DIR", "of a finished run", Path, required=True),),
+        (Option("DIR", "of a finished run", Path, required=True), JSON),
     ),
 }
 

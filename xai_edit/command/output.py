@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -34,4 +35,7 @@ def say(text: str, file: TextIO | None = None) -> None:
         text.encode(encoding)
     except UnicodeEncodeError:
         text = text.translate(SIGNS).encode(encoding, "backslashreplace").decode(encoding)
-    print(text, file=file)
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:  # what reads it, such as head, has ended: nobody wants the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

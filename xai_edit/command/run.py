@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,7 @@ class Run:
             "run": options.command,
             "command": options.line,
             "versions": versions(),
+            "warnings": self.noticed,
             "model": {name: getattr(options, own) for name, own in MODEL.items()},
             "preprocessing": None if is_own(options.data) else asdict(preprocessing_given(options)),
             "data": {"name": options.data, "found": str(self.images), **data},
@@ -212,6 +214,7 @@ class Run:
         self.noticed += self._other_labels()
         told = {"warnings": [*self.noticed, *warnings(outcome)], "verdict": verdict(outcome)}
         results = {**results, **told}
+        made = datetime.now(timezone.utc).isoformat(timespec="seconds")  # not in an edit: same bits
         weights = checksum(unwrapped(self.model).state_dict(), "")
         (self.out / "edits").mkdir(exist_ok=True)
         judged = self.edits.get(outcome.method)
@@ -219,12 +222,12 @@ class Run:
             if edit is None:
                 (self.out / path).unlink(missing_ok=True)  # of an earlier run
             else:
-                origin = edit.origin
+                origin = {**edit.origin, "command": self.options.repeatable}
                 if edit is judged:
                     origin = {**origin, **told, "measured_on": weights}
                 replace(edit, origin=origin).save(self.out / path)
         results["checksums"] = checksums(self.out)
-        report = write_run(self.out, results, timing)
+        report = write_run(self.out, results, {"made": made, **timing})
         text = f"{report.text()}\n\n{verdict_text(results)}"
         return self.show(results, text, "report.html")
 

@@ -127,13 +127,16 @@ def _unmoved(validation: HeadFeatures, problem: NoEditError) -> ModelEdit:
 
 
 def _best(sweep: RateSweep) -> dict[str, Any]:
-    """Return the best of the rates above zero of a weight, with its figures."""
-    rising = sweep.rates > 0
-    at = int(torch.where(rising, sweep.objective, -torch.inf).argmax())
+    """Return the best of the rates of a weight that raise the worst group, with its figures.
+
+    Where none does, the rate is None and the figures are those of the network as it is, at rate 0.
+    """
+    raising = sweep.worst > sweep.worst[0]
+    at = int(torch.where(raising, sweep.objective, -torch.inf).argmax())
     return {
         "class": sweep.row,
         "column": sweep.column,
-        "rate": float(sweep.rates[at]),
+        "rate": float(sweep.rates[at]) if raising.any() else None,
         "worst_group": float(sweep.worst[at]),
         "average": float(sweep.average[at]),
     }
@@ -158,6 +161,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         reason=edit["reason"],
         advice=ADVICE,
         further=", or ".join(further),
+        beside=[figure_of(results, key, f"{key} accuracy") for key in ("average", "balanced")],
     )
 
 

@@ -23,9 +23,9 @@ ZERO_ONE = ("0", "1")
 
 
 class Parts(NamedTuple):
-    """Parts that share no image, each with images of every group; figures are of ``held_out``.
+    """Parts that share no image, each with images of every group that has enough of them.
 
-    ``validation`` is empty where no edit needs it.
+    Figures are of ``held_out``. ``validation`` is empty where no edit needs it.
     """
 
     planning: Images
@@ -37,7 +37,8 @@ def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) 
     """Divide labelled images at random, each (class, attribute) group by itself.
 
     Half of each group is held out; with ``validation`` the rest is divided into planning and
-    validation images.
+    validation images. A group too small for that is held out as a whole; ValueError if no other
+    has its class, or its value of the attribute.
     """
     marks = [0] * len(images) if attribute is None else attribute
     whole = replace(images, marks=dict(zip(images.rows, marks, strict=True)))
@@ -46,13 +47,19 @@ def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) 
     planning: list[int] = []
     checking: list[int] = []
     held_out: list[int] = []
-    for (label, has), own in sorted(indices_by(whole.groups).items()):
-        if len(own) < fewest:
+    groups = indices_by(whole.groups)
+    enough = [group for group, own in groups.items() if len(own) >= fewest]
+    for (label, has), own in sorted(groups.items()):
+        # A class, and the feature, need a group to plan from.
+        if label not in {label for label, _ in enough} or has not in {has for _, has in enough}:
             which = "" if attribute is None else f" {'with' if has else 'without'} the feature"
             raise ValueError(
                 f"data: class {label} has {len(own)} images{which}; give {fewest} or more, for "
                 f"{uses} and figures, or none"
             )
+        if len(own) < fewest:
+            held_out += own
+            continue
         drawn = random.permutation(own).tolist()
         half = len(drawn) // 2
         end = half + (len(drawn) - half) // 2 if validation else len(drawn)

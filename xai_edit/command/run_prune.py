@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from xai_edit.command.copies import Copies
 from xai_edit.command.export import as_onnx, exported
 from xai_edit.command.group_maps import NONE, group_maps, predictions, strongest_images
+from xai_edit.command.load import Images
 from xai_edit.command.planting import with_planted
 from xai_edit.command.prune_plans import (
     ABLATION,
     ADVICE,
+    AWARE,
+    PLAIN,
     TUNED,
     Operator,
     aware,
@@ -29,7 +32,7 @@ from xai_edit.command.prune_plans import (
     tuning,
 )
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, split, watched
+from xai_edit.command.run_parts import SEED, classes_named, listed, split, watched
 from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.files import write_atomically, write_safetensors
@@ -58,6 +61,7 @@ def command(options: argparse.Namespace) -> int:
     parts, planted = split(run.images, run.attribute, validation=False), None
     if options.plant is not None:
         parts, planted = with_planted(parts, options.plant)
+    target = _target(options, run.images)
     model, held_out = run.model, parts.held_out
     for layer in filter(None, (*operator.protect, options.layer)):
         resolve_layers(model, [layer])  # before the long part
@@ -74,14 +78,16 @@ def command(options: argparse.Namespace) -> int:
 
     scored = references(parts.planning)
     example = torch.stack([scored[at][0] for at in range(min(EXAMPLES, len(scored)))])
-    assert planning.predicted is not None  # counted
-    shares = planning.predicted / planning.samples.sum(0)
-    favoured = int((shares[:, -1] - shares[:, 0]).argmax())  # predicted more with the feature
+    favoured = _favoured(planning) if target is None else target
     plans = methods(run, operator, parts.planning, favoured, tune)
     (method, plan), *others = plans.items()
     edit = run.plan(method, plan, empty=NOTHING)
     for name, plan in others:
         run.compare(name, plan)
+    if getattr(operator, "ablate", None) == "auto" and (why := _behind_plain(run, parts.planning)):
+        edit = run.edits.pop(AWARE)
+        edit = replace(edit, changes={}, origin={**edit.origin, "reason": why})
+        run.withheld[AWARE] = why
     with run.doing("taking the units out"):
         network, reason = _smaller(model, edit, example)
     figures = {BEFORE: _figures(before, 0, model, model, example)}
@@ -153,14 +159,43 @@ def command(options: argparse.Namespace) -> int:
     return run.finish(results, timing, {EDIT: edit if edit.size else None}, _outcome)
 
 
+def _behind_plain(run: Run, planning: Images) -> str | None:
+    """Return why the concept-aware edit is not taken: plain LRP pruning does better.
+
+    On the planning images, by more than the interval. What was chosen is the ablation that helps
+    the whole network; which units then go is not known before.
+    """
+    if not {AWARE, PLAIN} <= {*run.edits}:
+        return None
+    found = {}
+    for name in (AWARE, PLAIN):
+        with run.edits[name].applied(run.model):
+            found[name] = evaluate_groups(run.model, run.read(planning, f"{name}: planning images"))
+    own, plain = found.values()
+    intervals = plain.intervals()
+    for what, value, bar, (low, _) in (
+        ("worst group", own.worst, plain.worst, intervals.worst),
+        ("average accuracy", own.average, plain.average, intervals.averages["average"]),
+    ):
+        if value < low:
+            return (
+                f"on the planning images {AWARE} has a {what} of {value:.3f}, below the "
+                f"{bar:.3f} of {PLAIN} by more than the interval"
+            )
+    return None
+
+
 def _outcome(results: Mapping[str, Any]) -> Outcome:
     """Return what the verdict is made from; without a feature, accuracy is only to be kept."""
     edit, first, own = results["edit"], results["rows"][0], results["rows"][1]
     what = f"switches off {edit['removed']} of {counted(edit['units'], 'unit')}"
     if own["parameters"]:
         what += f" and keeps {own['parameters'] / first['parameters']:.1%} of the parameters"
+    beside = []
     if results["concept"] is not None:
         figures = [figure_of(results, "worst", worst_named(results))]
+        averages = ("average", "balanced")
+        beside = [figure_of(results, key, f"{key} accuracy") for key in averages]
         further = (
             "another --layer, where the feature forms, another --finder, --ablate to overrule the "
             "choice, or neutralize"
@@ -184,6 +219,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         further=further,
         apart=frozenset({ABLATION}),
         smaller=results["concept"] is None and results["smaller"]["file"] is not None,
+        beside=beside,
     )
 
 
@@ -196,10 +232,29 @@ def _operator(options: argparse.Namespace) -> Operator:
         if options.layer is None:
             raise ValueError("layer: none given; --attribute needs the layer of the subspaces")
         return aware(options.layer, options.finder, options.subspaces, options.ablate, **how)
-    for name in ("layer", "finder", "subspaces", "ablate", "plant", "correct"):
+    for name in ("target", "layer", "finder", "subspaces", "ablate", "plant", "correct"):
         if getattr(options, name) not in (None, False):
             raise ValueError(f"{name}: given without --attribute, whose feature it is for")
     return RelevancePruning(**how)
+
+
+def _target(options: argparse.Namespace, images: Images) -> int | None:
+    """Return the class of ``--target``, which has images; None where it is to be found."""
+    if options.target is None:
+        return None
+    (target,) = classes_named([options.target], images.classes)
+    if target not in (known := sorted({*images.labels})):
+        raise ValueError(
+            f"target: class {target} is absent from the data, which has classes {listed(known)}"
+        )
+    return target
+
+
+def _favoured(planning: Accuracy) -> int:
+    """Return the class that is predicted more often with the feature than without it."""
+    assert planning.predicted is not None  # counted
+    shares = planning.predicted / planning.samples.sum(0)
+    return int((shares[:, -1] - shares[:, 0]).argmax())
 
 
 def _smaller(

@@ -75,7 +75,8 @@ def check(options: argparse.Namespace) -> int:
     note(options, "looking at each part of the network …")
     with measured() as cost:
         found = check_model(model, batch, composite, layers=options.layers)
-    results = {"run": "check", **about, **found.to_dict()}
+    noticed = [str(one) for one in found.findings]
+    results = {"run": "check", **about, "warnings": noticed, **found.to_dict()}
     if options.out is not None:
         write_run(options.out, results, {"check": {"seconds": cost.seconds}})
         note(options, f"written: {options.out / 'report.html'}")

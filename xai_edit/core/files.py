@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xai_edit._version import __version__
+from xai_edit.core.text import require_utf8
 
 Kind: TypeAlias = type | UnionType
 PART = ".part"
@@ -160,9 +161,13 @@ def read_sealed(
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Return a digest of a text and of tensors with their names, dtypes and shapes."""
+    """Return a digest of a text and of tensors with their names, dtypes and shapes.
+
+    ValueError for a name that is not UTF-8.
+    """
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
+        require_utf8(name, "tensors", "module or parameter")
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())

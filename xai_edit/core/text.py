@@ -54,13 +54,13 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
-def require_utf8(name: str, where: str) -> None:
-    """Raise ValueError for the name of a file that is not UTF-8, which no result can hold."""
+def require_utf8(name: str, where: str, named: str = "file or folder") -> None:
+    """Raise ValueError for a name that is not UTF-8, which no result can hold."""
     try:
         name.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{where}: the name {printable(name)} is not UTF-8; rename the file or folder"
+            f"{where}: the name {printable(name)} is not UTF-8; rename the {named}"
         ) from None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container
+
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -15,6 +18,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def name_inside(name: str, known: Container[str]) -> str:
+    """Return the end of a message about a name that is known without a wrapper's prefix."""
+    inside = re.sub(r"^((_orig_mod|module)\.)+", "", name)
+    if inside not in known:
+        return ""
+    return (
+        f"; it has {inside!r}, without the prefix of torch.compile or DataParallel: plan the edit "
+        "on the model inside, or rename what it changes"
+    )
 
 
 def run_eagerly(model: nn.Module) -> None:

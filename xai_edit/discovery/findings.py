@@ -195,8 +195,14 @@ class Findings(Sequence[Finding]):
     def answer(self) -> str:
         """What there is to say where no finding stands out; empty where one does."""
         judged = not self.searched or any(one.strategies for one in self.searched)
-        nothing = "nothing stands out" if judged else "nothing could be judged"
-        return "" if self.standing_out else nothing
+        if self.standing_out:
+            return ""
+        if any(not one.evidence.within for one in self.found):
+            return (
+                "nothing stands out; what separates a whole class may be its content, or a mark on "
+                "all that is predicted as it: look at its strongest samples"
+            )
+        return "nothing stands out" if judged else "nothing could be judged"
 
     def __str__(self) -> str:
         lines = [self.answer] if self.answer else []

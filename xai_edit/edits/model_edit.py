@@ -20,7 +20,7 @@ from xai_edit.core.errors import EditFileError, EditMismatchError, NonFiniteErro
 from xai_edit.core.files import read_sealed, sealed, write_safetensors
 from xai_edit.core.guard import require_values
 from xai_edit.core.text import printable
-from xai_edit.core.wrapped import unwrapped
+from xai_edit.core.wrapped import name_inside, unwrapped
 from xai_edit.edits.shared_memory import placement, require_own_memory
 
 SENTENCES = ("warnings", "verdict")  # entries of an origin that commands add
@@ -227,7 +227,8 @@ class ModelEdit:
         named: dict[tuple[object, ...], str] = {}
         for name, change in self.changes.items():
             if name not in parameters:
-                raise EditMismatchError(f"the edit changes {name!r}, which the model does not have")
+                problem = f"the edit changes {name!r}, which the model does not have"
+                raise EditMismatchError(problem + name_inside(name, parameters))
             parameter = parameters[name].detach()
             twin = named.setdefault(placement(parameter), name)  # tied: one under two names
             if twin != name:
@@ -273,7 +274,8 @@ class ModelEdit:
 
     def summary(self) -> str:
         """Return a text that names the tensors, the first values and the origin, all printable."""
-        lines = [f"{self.origin.get('operator', 'edit')}: changes {self.size} weights"]
+        what = f"changes {self.size} weight{'s' * (self.size != 1)}"
+        lines = [f"{self.origin.get('operator', 'edit')}: {what}"]
         for name, change in self.changes.items():
             total = torch.Size(change.shape).numel()
             lines.append(f"  {name} {list(change.shape)}: {len(change)} of {total}")
@@ -292,7 +294,10 @@ class ModelEdit:
     __str__ = summary
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with a checksum, atomically; OSError where that fails."""
+        """Write a safetensors file with a checksum, atomically; OSError where that fails.
+
+        ValueError for the name of a tensor that is not UTF-8.
+        """
         tensors = {}
         for name, change in self.changes.items():
             small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max

@@ -71,8 +71,20 @@ class HeadFeatures:
         """Number of classes."""
         return len(self.weight)
 
-    def __getitem__(self, samples: Tensor) -> HeadFeatures:
-        """Return the samples of a mask or of indices."""
+    def __repr__(self) -> str:
+        samples, width = self.features.shape
+        sizes = f"{samples} samples, {width} features, {self.classes} classes"
+        return f"HeadFeatures({self.layer!r}: {sizes})"
+
+    def __getitem__(self, samples: Tensor | slice) -> HeadFeatures:
+        """Return the samples of a mask, of indices or of a slice; TypeError for anything else."""
+        if not isinstance(samples, slice):
+            samples = torch.as_tensor(samples)
+            if samples.ndim != 1 or samples.is_floating_point() or samples.is_complex():
+                raise TypeError(
+                    f"samples: {samples.dtype} of shape {tuple(samples.shape)} given; give a mask "
+                    "or whole numbers, shape (samples,)"
+                )
         columns = {name: getattr(self, name) for name in ("features", "labels", "attribute")}
         known = {name: column for name, column in columns.items() if column is not None}
         return replace(self, **{name: column[samples] for name, column in known.items()})

@@ -69,6 +69,6 @@ def _parts(results: Mapping[str, Any]) -> list[Table | Notes]:
         f"{one['part']}: {one['name']}: {one['why']}" for one in results["parts"] if one["why"]
     ]
     return [
-        Table("part", ["part", "", "figure", "acceptable"], rows),
+        Table("part", ["part", "result", "figure", "acceptable"], rows),
         Notes(*reasons, listed=True),
     ]

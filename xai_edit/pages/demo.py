@@ -116,9 +116,9 @@ def _reviewed(
     person = (
         "<p>This step is a person's: look at the pictures of <code>review.html</code> beside this "
         "page, say of each finding what it is, and save <code>marks.json</code>. Here the demo "
-        "stands in for the person, with its true labels: it calls the first finding spurious "
-        f"whose {SHOWN} strongest images of digit {target} have the watermark but for at most "
-        f"{EXCEPTIONS}, while of the {SHOWN} least like it at most {EXCEPTIONS} have it.</p>"
+        "stands in for the person, with its true labels: it calls the finding spurious that looks "
+        f"most like the watermark. Of its {SHOWN} strongest images of digit {target} at most "
+        f"{EXCEPTIONS} lack it, and of the {SHOWN} least like it at most {EXCEPTIONS} have it.</p>"
     )
     if number is None:
         return [

@@ -23,6 +23,7 @@ from xai_edit.discovery.marks import VERDICTS
 from xai_edit.discovery.shown import in_class, shown_rows
 from xai_edit.evaluation.accuracy import CONFIDENCE
 from xai_edit.evaluation.intervals import wilson_intervals
+from xai_edit.pages.verdict import warnings_html
 from xai_edit.report.html import Report, repeat
 from xai_edit.report.review_controls import fields, saving, verdicts
 from xai_edit.report.review_pictures import (
@@ -63,8 +64,9 @@ LIMITS = (
     "looked at.",
     "A feature that is spread over many directions of a layer, such as a background, may be found "
     "in parts or not at all.",
-    "A mark on every image of a class has no contrast inside the class. It can only show up among "
-    "the most relevant directions, without a strategy of its own.",
+    "A mark on every image that is predicted as a class has no contrast inside the class. It can "
+    "only show up among the most relevant directions, as what separates the whole class. The "
+    "controls have it too, so that its score may be 0: look at the pictures.",
     "Where the core of a class and a shortcut share directions, a finding holds both, and taking "
     "it away harms the class.",
     "That nothing stands out is no proof that there is no shortcut.",
@@ -114,7 +116,8 @@ def discovery_page(
     names = {int(label): name for label, name in results["names"].items()}
     files = [FINDINGS, PICTURES, "timing.json"]
     parts = _Review(findings, pictures, names).parts()
-    return Report(HEADING, [*parts, repeat(results, files)], more=MORE)
+    warned = warnings_html(results.get("warnings", ()))  # the first versions wrote none
+    return Report(HEADING, [warned, *parts, repeat(results, files)], more=MORE)
 
 
 def class_called(label: int, names: Mapping[int, str]) -> str:

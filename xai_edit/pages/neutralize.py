@@ -136,6 +136,7 @@ def figure_of(results: Mapping[str, Any], key: str, name: str) -> Figure:
         name,
         {method: one["accuracy"] for method, one in found.items()},
         {method: tuple(one["interval"]) for method, one in found.items()},
+        lowest=key == "worst",
     )
 
 
@@ -190,9 +191,10 @@ def _lowest(row: Sequence[Any]) -> float:
 def _planned(results: Mapping[str, Any]) -> list[str]:
     """Return one line for each weight that is edited."""
     edit = results["edit"]
+    layer = f"layer {edit['layer']!r}" if edit["layer"] else "the layer"
     return [
-        f"class {class_name(results, row['class'])}: weight of feature {row['column']} of "
-        f"{edit['layer'] or 'the layer'} from {row['old']:.4g} to {row['weight']:.4g}"
+        f"class {class_name(results, row['class'])}: weight of feature {row['column']} of {layer} "
+        f"from {row['old']:.4g} to {row['weight']:.4g}"
         + (f" (rate {row['rate']:.3g})" if "rate" in row else "")
         for row in edit["rows"]
     ]
@@ -203,8 +205,11 @@ def _tried(results: Mapping[str, Any]) -> list[Table]:
     tried = results["edit"]["tried"]
     if not tried:
         return []
-    keys = ("column", "rate", "worst_group", "average")
-    rows = [[class_name(results, one["class"]), *map(one.get, keys)] for one in tried]
+    rows = []
+    for one in tried:
+        rate = "none raises it" if one["rate"] is None else f"{one['rate']:.3g}"
+        cells = [class_name(results, one["class"]), one["column"], rate]
+        rows.append([*cells, one["worst_group"], one["average"]])
     columns = ["class", "feature", "best rate", worst_named(results), "average"]
     return [Table("weights tried, on the validation images", columns, rows)]
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xai_edit.core.text import escape
+from xai_edit.evaluation.accuracy import CONFIDENCE, FEW
+from xai_edit.evaluation.intervals import wilson_intervals
 from xai_edit.pages.verdict import NAMED, Part
 from xai_edit.report.curves import curves
 from xai_edit.report.html import Report, Shown, repeat
@@ -18,6 +21,7 @@ ONLY_ANSWERS = (
     "The accuracies show what the network answers, not what it still knows. Give --train-data, "
     "labelled training samples, to see what a probe finds and what relearning brings back."
 )
+SMALL = f"In a class of fewer than {FEW} samples every accuracy has its interval beside it."
 PROBED = (
     "The accuracies show what the network answers. The probe and the relearning show what of the "
     "class is still there."
@@ -62,6 +66,7 @@ def unlearning_page(
             *_left(results),
             "<h2>Class by class</h2>",
             _classes(results),
+            Notes(SMALL),
             "<h2>The same images before and after</h2>",
             _pictures(results, maps),
             changed,
@@ -169,16 +174,27 @@ def _classes(results: Mapping[str, Any]) -> Table:
         suffix = ", to forget" if label in results["forget"] else ""
         name = class_name(results, label) + suffix
         accuracies = [row["classes"][label] for row in rows]
+        if 0 < samples < FEW:
+            accuracies = [_with_interval(one, samples) for one in accuracies]
         cells.append(
             [name, samples, *(accuracies if samples else ["not measured", *accuracies[1:]])]
         )
 
     def order(row: Sequence[Any]) -> tuple[bool, float]:
-        before, after = row[2:4]
-        return not row[0].endswith(", to forget"), 0.0 if after is None else -abs(after - before)
+        if row[3] is None:  # not measured
+            return not row[0].endswith(", to forget"), 0.0
+        before, after = (float(str(one).split()[0]) for one in row[2:4])
+        return not row[0].endswith(", to forget"), -abs(after - before)
 
     columns = ["class", "samples", *(row["method"] for row in rows)]
     return Table("accuracy by class", columns, cells, order, "the most changed")
+
+
+def _with_interval(accuracy: float, samples: int) -> str:
+    """Return an accuracy over some samples with its interval, as a cell."""
+    right = torch.tensor([round(accuracy * samples)])
+    ((low, high),) = wilson_intervals(right, torch.tensor([samples]), CONFIDENCE)
+    return f"{accuracy:.3f} ({low:.3f}–{high:.3f})"
 
 
 def _pictures(results: Mapping[str, Any], maps: Mapping[str, Tensor] | None) -> str:

@@ -20,13 +20,15 @@ UNSEEN = "harm there would not be seen"
 class Figure:
     """A figure by method, ``before`` first; ``lower`` where less of it is better.
 
-    ``intervals`` are by method too, and may lack some.
+    ``intervals`` are by method too, and may lack some. ``lowest``: it is the lowest accuracy over
+    the parts, such as that of the worst group.
     """
 
     name: str
     values: Mapping[str, float]
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     lower: bool = False
+    lowest: bool = False
 
     def gain(self, method: str, over: str) -> float:
         """Return by how much a method is better than another."""
@@ -53,6 +55,10 @@ class Part:
     after: Mapping[str, float] = field(default_factory=dict)
     planted: bool = False
 
+    def accuracy(self, method: str) -> float | None:
+        """Return the accuracy by a method, None where it is not known."""
+        return self.before if method == BEFORE else self.after.get(method)
+
     def harmed(self, method: str) -> bool:
         """Return whether the accuracy fell below the interval before."""
         return self.interval is not None and self.after.get(method, 1.0) < self.interval[0]
@@ -69,6 +75,8 @@ class Outcome:
     figures : sequence of Figure
         The first is what the edit is for. A comparison method does better if it is not worse in
         any and better in one.
+    beside : sequence of Figure
+        Accuracies that may speak for the edit where the first figure does not.
     parts : sequence of Part
         All groups, or all classes, that could be harmed.
     kind : {"group", "class"}
@@ -105,6 +113,7 @@ class Outcome:
     unmeasured: Sequence[str] = ()
     missed: str = ""
     apart: frozenset[str] = frozenset()
+    beside: Sequence[Figure] = ()
 
     @property
     def better(self) -> bool:
@@ -112,6 +121,23 @@ class Outcome:
         return self.reason is None and (
             self.smaller or self.figures[0].gain(self.method, BEFORE) > 0
         )
+
+    @property
+    def plural(self) -> str:
+        """What the parts are."""
+        return "classes" if self.kind == "class" else "groups"
+
+    def few(self, method: str) -> list[Part]:
+        """Return the parts of lowest accuracy by a method, if each has fewer than FEW images."""
+        known = [(one.accuracy(method), one) for one in self.parts if one.samples]
+        least = min((value for value, _ in known if value is not None), default=None)
+        lowest = [part for value, part in known if value is not None and value == least]
+        return lowest if all(part.samples < FEW for part in lowest) else []
+
+    def sure(self, method: str) -> float | None:
+        """Return the lowest accuracy over the parts of at least FEW images."""
+        many = [part.accuracy(method) for part in self.parts if part.samples >= FEW]
+        return min((value for value in many if value is not None), default=None)
 
 
 def verdict(outcome: Outcome) -> list[str]:
@@ -129,9 +155,9 @@ def verdict(outcome: Outcome) -> list[str]:
 
 
 def warnings(outcome: Outcome) -> list[str]:
-    """Return what a reader has to know before any figure: which parts have none, or planted ones.
+    """Return what a reader has to know before any figure: which parts have no images, planted ones.
 
-    For missing groups they name the ways out.
+    And which figures are of few. For missing groups they name the ways out.
     """
     lines = []
     missing = [part.name for part in outcome.parts if not part.samples]
@@ -147,6 +173,15 @@ def warnings(outcome: Outcome) -> list[str]:
             )
             line += f" Ways out: {'; '.join(ways)}."
         lines.append(line)
+    few = [
+        f"{method}, {_told(outcome, one, method)}"
+        for one in outcome.figures
+        if one.lowest
+        for method in one.values
+        if outcome.few(method)
+    ]
+    if few:
+        lines.append(f"the worst {outcome.kind} has fewer than {FEW} images: {named(few)}.")
     if planted:
         lines.append(
             f"planned and measured on images with a planted mark: {named(planted)}. The figures "
@@ -157,11 +192,14 @@ def warnings(outcome: Outcome) -> list[str]:
 
 def verdict_html(results: Mapping[str, Any]) -> str:
     """Return the warnings and the verdict in ``results``, for the top of a page."""
-    warned = "".join(
-        f"<p><strong>Warning:</strong> {escape(line)}</p>" for line in results["warnings"]
-    )
+    warned = warnings_html(results["warnings"])
     listed = "".join(f"<li>{escape(line)}</li>" for line in results["verdict"])
     return f'<section class="verdict"><h2>Verdict</h2>{warned}<ul>{listed}</ul></section>'
+
+
+def warnings_html(lines: Sequence[str]) -> str:
+    """Return warnings as paragraphs."""
+    return "".join(f"<p><strong>Warning:</strong> {escape(line)}</p>" for line in lines)
 
 
 def verdict_text(results: Mapping[str, Any]) -> str:
@@ -176,6 +214,26 @@ def named(texts: Sequence[str]) -> str:
     return "; ".join(texts[:NAMED]) + more
 
 
+def _told(outcome: Outcome, figure: Figure, method: str) -> str:
+    """Return a figure, and where few images decide it their part and the lowest of the others."""
+    text = f"{figure.values[method]:.3f}"
+    if not figure.lowest or not (few := outcome.few(method)):
+        return text
+    of = named([f"{part.name}, {counted(part.samples, 'image')}" for part in few])
+    sure, others = outcome.sure(method), f"{outcome.plural} of at least {FEW} images"
+    return f"{text} [{of}; " + (f"no {others}]" if sure is None else f"{sure:.3f} over {others}]")
+
+
+def _moved(outcome: Outcome, figures: Sequence[Figure]) -> str:
+    """Return from what to what figures went, as one text."""
+    moves = []
+    for one in figures:
+        start, end = (_told(outcome, one, method) for method in (BEFORE, outcome.method))
+        went = f"stays at {end}" if end == start else f"goes from {start} to {end}"
+        moves.append(f"{one.name} {went}")
+    return " and ".join([*filter(None, [", ".join(moves[:-1])]), moves[-1]])
+
+
 def _change(outcome: Outcome) -> str:
     first, method = outcome.figures[0], outcome.method
     before = first.values[BEFORE]
@@ -183,26 +241,27 @@ def _change(outcome: Outcome) -> str:
     without = f"; not measured, 0 images: {named(missing)}" if missing else ""
     if outcome.reason is not None:
         return (
-            f"No edit, the network is as it was ({first.name} {before:.3f}{without}): "
-            f"{outcome.reason}."
+            f"No edit, the network is as it was ({first.name} {_told(outcome, first, BEFORE)}"
+            f"{without}): {outcome.reason}."
         )
-    moves = []
-    for figure in outcome.figures:
-        start, end = figure.values[BEFORE], figure.values[method]
-        went = f"stays at {end:.3f}" if end == start else f"goes from {start:.3f} to {end:.3f}"
-        moves.append(f"{figure.name} {went}")
-    moved = " and ".join(moves)
     if not outcome.better:
+        figures = [*outcome.figures, *outcome.beside]
+        moved = _moved(outcome, figures)
+        sure, start = outcome.sure(method), outcome.sure(BEFORE)
+        above = first.lowest and sure is not None and start is not None and sure > start
+        if above or any(one.gain(method, BEFORE) > 0 for one in figures):
+            aim = f"{'lower' if first.lower else 'raise'} {'the ' * first.lowest}{first.name}"
+            return f"{_start(method)} {outcome.what} and did not {aim}: {moved}{without}."
         return (
             f"{_start(method)} made nothing better: {moved}{without}. Nothing speaks for this "
             f"edit, though it {outcome.what}."
         )
-    sure = ""
+    moved = _moved(outcome, outcome.figures)
     if first.values[method] != before and first.intervals:
         low, high = first.intervals[BEFORE]
         within = first.within(method, BEFORE)
-        sure = f", {'within' if within else 'beyond'} the interval before ({low:.3f}–{high:.3f})"
-    return f"{_start(method)} {outcome.what}: {moved}{sure}{without}."
+        moved += f", {'within' if within else 'beyond'} the interval before ({low:.3f}–{high:.3f})"
+    return f"{_start(method)} {outcome.what}: {moved}{without}."
 
 
 def _harm(outcome: Outcome) -> str:
@@ -225,18 +284,17 @@ def _harmed(outcome: Outcome, method: str) -> str:
 def _unknown(outcome: Outcome) -> list[str]:
     """Return what has no figure, what has an unsure one, and what is on planted images."""
     parts, sentences = outcome.parts, []
-    if missing := [part.name for part in parts if not part.samples]:
-        sentences.append(f"Not measured, 0 images: {named(missing)}; {UNSEEN}.")
-    elif not outcome.unmeasured:
-        plural = "classes" if outcome.kind == "class" else "groups"
-        sentences.append(f"All {len(parts)} {plural}{outcome.which} were measured.")
-    sentences += [f"Not measured: {one}." for one in outcome.unmeasured]
     few = [
         f"{part.name} ({counted(part.samples, 'image')}, {low:.3f}–{high:.3f})"
         for part in parts
         if 0 < part.samples < FEW and part.interval is not None
         for low, high in [part.interval]
     ]
+    if missing := [part.name for part in parts if not part.samples]:
+        sentences.append(f"Not measured, 0 images: {named(missing)}; {UNSEEN}.")
+    elif not outcome.unmeasured and not few:
+        sentences.append(f"All {len(parts)} {outcome.plural}{outcome.which} were measured.")
+    sentences += [f"Not measured: {one}." for one in outcome.unmeasured]
     if few:
         sentences.append(
             f"Hardly measured, fewer than {FEW} images, with the interval before: {named(few)}."
@@ -258,7 +316,7 @@ def _comparison(outcome: Outcome) -> str:
 
     def told(name: str) -> str:
         if len(figures) == 1:
-            return f"{first.values[name]:.3f}"
+            return _told(outcome, first, name)
         each = [(figure.name.split(" (")[0], figure.values[name]) for figure in figures]
         return ", ".join(f"{short} {value:.3f}" for short, value in each)
 
@@ -269,6 +327,8 @@ def _comparison(outcome: Outcome) -> str:
     if own == BEFORE:
         against += " of the network as it is"
     where = "here" if all(part.samples for part in outcome.parts) else "on what was measured"
+    if _hangs(outcome, best, own):
+        return f"Whether {best} does better {where} hangs on fewer than {FEW} images: {against}."
     if not at_least or (own == BEFORE and not total(best)):
         return f"No comparison method does better {where}; the best, {best}, has {against}."
     harmed = _harmed(outcome, best)
@@ -282,6 +342,16 @@ def _comparison(outcome: Outcome) -> str:
     else:
         how, sure = "better", ""
     return f"{_start(best)} does {how} {where} ({against}){sure}{harm}{advice}."
+
+
+def _hangs(outcome: Outcome, best: str, own: str) -> bool:
+    """Return whether the order of two methods is another over the parts of at least FEW images."""
+    first, sure = outcome.figures[0], [outcome.sure(name) for name in (best, own)]
+    few = first.lowest and (outcome.few(best) or outcome.few(own))
+    if not few or len(outcome.figures) > 1 or sure[0] is None or sure[1] is None:
+        return False
+    over_all, over_many = first.gain(best, own), sure[0] - sure[1]
+    return (over_all > 0, over_all < 0) != (over_many > 0, over_many < 0)
 
 
 def _harmless(outcome: Outcome) -> list[str]:

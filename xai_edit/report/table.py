@@ -6,12 +6,13 @@ import base64
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xai_edit.core.text import aligned, cell, escape, printable
 
+NUMBER = 20  # characters that a number, an interval or a name has at most
 LINES = 20  # rows that are shown of many: in the text, and on a page unless it is unfolded
 
 
@@ -57,10 +58,18 @@ class Table:
 
     def unfolded(self) -> str:
         """Return the HTML table with all rows in sight."""
-        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
+        columns = zip(*(row[1:] for row in self.rows), strict=True)
+        kinds = [_kind(column) for column in columns] or [""] * len(self.columns[1:])
+        head = "".join(
+            f'<th scope="col"{kind}>{escape(column)}</th>'
+            for column, kind in zip(self.columns, ["", *kinds], strict=True)
+        )
         body = "".join(
             f'<tr><th scope="row"{_exact(name)}>{escape(cell(name))}</th>'
-            + "".join(f"<td{_exact(value)}>{escape(cell(value))}</td>" for value in row)
+            + "".join(
+                f"<td{kind}{_exact(value)}>{escape(cell(value))}</td>"
+                for value, kind in zip(row, kinds, strict=True)
+            )
             + "</tr>"
             for name, *row in self.rows
         )
@@ -109,6 +118,11 @@ def download(text: str, name: str, kind: str, content: str, label: str) -> str:
 def counted(number: int, thing: str) -> str:
     """Return a number of things, such as "1 weight" or "2 weights"."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def _kind(column: Iterable[Any]) -> str:
+    """Return the attribute of the cells of a column, whose texts wrap if one of them is long."""
+    return ' class="words"' if any(len(cell(value)) > NUMBER for value in column) else ""
 
 
 def _exact(value: Any) -> str:
