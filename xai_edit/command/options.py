@@ -85,8 +85,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "Edit a real classifier in the ways of three papers (no download, about a minute). Takes a small "
-        "network, trained on real handwritten digits with a watermark planted on one class, "
+        "Edit a real classifier in the ways of three papers (no download, about a minute). Takes a "
+        "small network, trained on real handwritten digits with a watermark planted on one class, "
         "forgets a class, takes the watermark's influence away and prunes. Writes results.json, "
         "timing.json, edits/*.safetensors and report.html.",
         (

@@ -89,7 +89,7 @@ def _found(
     where = "it comes with xai_edit, so that the figures do not hang on the processor"
     if results["trained_here"]:
         where = "it was trained in this run"
-    nothing = f"{review['answer']}; a person looks at the first findings all the same"
+    nothing = f"{review['answer']}; a person looks at the findings all the same"
     shown = shown_finding(results, found, pictures)
     title = f"Strongest in digit {target}, with the relevance that passes through the feature"
     return [
