@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from xai_edit.command.main import main
 from xai_edit.command.run_parts import read_attribute, split
+from xai_edit.command.run_unlearn import METHOD
 from xai_edit.command.run_unlearn import split as unlearning_parts
 
 
@@ -35,10 +36,10 @@ def edited(edit):
     return load_file("new.safetensors")
 
 
-@pytest.mark.parametrize("command", ["neutralize", "prune"])
+@pytest.mark.parametrize("command", ["neutralize", "prune", "concept-aware"])
 def test_accuracies_by_group_and_the_worst(runs, here, command):
     results, images = read(runs[command]), images_of()
-    has = read_attribute("marks.csv", images, "test") if command == "neutralize" else None
+    has = None if command == "prune" else read_attribute("marks.csv", images, "test")
     held_out = split(images, has, validation=command == "neutralize").held_out
     names = [images.source[row][0] for row in held_out.rows]
     groups = held_out.groups
@@ -60,7 +61,8 @@ def test_accuracies_by_group_and_the_worst(runs, here, command):
         assert figures["average"]["accuracy"] == pytest.approx(np.mean(right))
         assert figures["balanced"]["accuracy"] == pytest.approx(np.mean([*accuracies.values()]))
         measured += 1
-    assert measured >= 2
+    # On some processors plain LRP may be ahead of the concept-aware edit, which is then not kept.
+    assert measured >= (2 if results["rows"][1]["withheld"] is None else 1)
 
 
 def test_accuracies_on_what_is_to_be_forgotten_and_the_rest(runs, here):
@@ -71,7 +73,11 @@ def test_accuracies_on_what_is_to_be_forgotten_and_the_rest(runs, here):
     labels = np.array(held_out.labels)
     forgotten = np.isin(labels, results["forget"])
     state = torch.load("w.pt", weights_only=True)
-    for row, now in zip(results["rows"], (state, weights), strict=False):
+    masked = {name: values.clone() for name, values in state.items()}
+    masked["3.bias"][results["forget"]] = -torch.inf
+    rows = {row["method"]: row for row in results["rows"]}
+    for name, now in {"before": state, METHOD: weights, "logit mask": masked}.items():
+        row = rows[name]
         right = np.array(right_answers(now, names))
         assert row["forgotten"] == pytest.approx(right[forgotten].mean())
         assert row["rest"] == pytest.approx(right[~forgotten].mean())
