@@ -62,6 +62,16 @@ CASES = {
         outcome(parts=[replace(GOOD, after={"edit": 0.82}), BAD]),
         [GAIN, HARM, ALL, NOT_BETTER, SAFE],
     ),
+    "harm to a group, and a comparison that changes nothing": (
+        outcome(
+            other=0.5,
+            parts=[
+                replace(GOOD, after={"edit": 0.82, "DFR": 0.9}),
+                replace(BAD, after={"edit": 0.7, "DFR": 0.5}),
+            ],
+        ),
+        [GAIN, HARM, ALL, NOT_BETTER.replace("0.600", "0.500")],
+    ),
     "harm to a group by each method": (
         outcome(parts=[replace(GOOD, after={"edit": 0.82, "DFR": 0.7}), BAD]),
         [GAIN, HARM, ALL, NOT_BETTER],

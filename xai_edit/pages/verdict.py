@@ -365,9 +365,17 @@ def _harmless(outcome: Outcome) -> list[str]:
         if name not in (BEFORE, outcome.method)
         and not _harmed(outcome, name)
         and min(one.gain(name, BEFORE) for one in figures) >= 0
+        and not _idle(outcome, name)
     ]
     kind = f"{outcome.kind}{outcome.which}"
     return [f"Without harm to any {kind} that was measured: {named(safe)}."] if safe else []
+
+
+def _idle(outcome: Outcome, method: str) -> bool:
+    """Return whether a method leaves every figure and every part as it was."""
+    figures = [(one.values[method], one.values[BEFORE]) for one in outcome.figures]
+    parts = [(one.accuracy(method), one.before) for one in outcome.parts]
+    return all(now == before for now, before in [*figures, *parts])
 
 
 def _start(text: str) -> str:
