@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from command_runs import NET, images_of, read
 from PIL import Image
@@ -47,9 +48,11 @@ def test_accuracies_by_group_and_the_worst(runs, here, command):
     for row in results["rows"]:
         if row["edit"] is None and row["method"] != "before":
             continue  # its file is not kept
-        weights = torch.load("w.pt", weights_only=True)
+        before = weights = torch.load("w.pt", weights_only=True)
         if row["edit"] is not None:
             weights = edited(runs[command] / row["edit"])
+        changed = sum(int((weights[name] != before[name]).sum()) for name in before)
+        assert row["weights_changed"] == changed
         right, figures = right_answers(weights, names), row["figures"]
         by_group = {group: [] for group in groups}
         for group, one in zip(groups, right, strict=True):
@@ -57,10 +60,18 @@ def test_accuracies_by_group_and_the_worst(runs, here, command):
         accuracies = {group: np.mean(each) for group, each in by_group.items()}
         found = {(one["class"], one["attribute"]): one["accuracy"] for one in figures["groups"]}
         assert found == pytest.approx(accuracies)
+        for one in figures["groups"]:
+            own = by_group[one["class"], one["attribute"]]
+            interval = scipy.stats.binomtest(sum(own), len(own)).proportion_ci(method="wilson")
+            assert one["samples"] == len(own)
+            assert one["interval"] == pytest.approx([interval.low, interval.high])
         assert figures["worst"]["accuracy"] == pytest.approx(min(accuracies.values()))
         assert figures["average"]["accuracy"] == pytest.approx(np.mean(right))
         assert figures["balanced"]["accuracy"] == pytest.approx(np.mean([*accuracies.values()]))
         measured += 1
+    if (file := results.get("smaller", {}).get("file")) is not None:
+        left = load_file(runs[command] / file)
+        assert results["rows"][1]["parameters"] == sum(one.numel() for one in left.values())
     # On some processors plain LRP may be ahead of the concept-aware edit, which is then not kept.
     assert measured >= (2 if results["rows"][1]["withheld"] is None else 1)
 
