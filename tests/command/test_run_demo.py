@@ -14,6 +14,7 @@ from xai_edit import ModelEdit
 from xai_edit.command.demo_review import MARKS, most_alike
 from xai_edit.command.main import main
 from xai_edit.command.run_demo import COMPLETED, DIGITS, EXACT, FORGET, RETRAINED, _verdict, run
+from xai_edit.core.errors import NoEditError
 from xai_edit.evaluation.accuracy import Accuracy
 from xai_edit.evaluation.evaluate_groups import evaluate_groups
 
@@ -158,11 +159,19 @@ def test_without_a_finding_the_edits_take_true_labels_and_the_page_says_so(tmp_p
     for name, value in DEMO.items():
         monkeypatch.setattr(xai_edit.command.run_demo, name, value)
     monkeypatch.setattr(xai_edit.command.demo_review, "EXCEPTIONS", -1)
+
+    def unmoved(*_, **__):
+        raise NoEditError("attribute: no class is moved")
+
+    monkeypatch.setattr(xe.FictitiousClass, "plan", unmoved)  # it is told, and the rest goes on
     (tmp_path / MARKS).write_text("of an earlier run")
     page = run(tmp_path, seed=SEED, quick=True, quiet=True).read_text(encoding="utf-8")
     results = read(tmp_path)
     assert results["review"]["finding"] is results["review"]["agreement"] is None
     assert "no finding is the watermark" in results["warnings"][0]
+    assert "FCR: exact selection: attribute: no class is moved" in results["warnings"]
+    rows = {row["method"]: row for row in results["neutralize"]["rows"]}
+    assert rows["FCR: exact selection"]["worst"] == rows["before"]["worst"]
     assert results["warnings"][0] in page
     assert results["proof"] == "last-layer retraining (DFR)"
     assert not (tmp_path / MARKS).exists()

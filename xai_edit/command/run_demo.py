@@ -24,6 +24,7 @@ from xai_edit.concepts.collect import collect_features
 from xai_edit.concepts.finders import PCA
 from xai_edit.concepts.predictiveness import predictiveness
 from xai_edit.core.checks import whole_number
+from xai_edit.core.errors import NoEditError
 from xai_edit.core.files import write_safetensors
 from xai_edit.datasets.small_network import (
     TRAINED_SEED,
@@ -93,7 +94,11 @@ class _Run:
         start = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            edit = plan()
+            try:
+                edit = plan()
+            except NoEditError as problem:  # such as a finding that moves no class
+                edit = ModelEdit({}, {"reason": str(problem), "versions": versions()})
+                warnings.warn(str(problem), UserWarning, stacklevel=2)
         self.timing[file] = time.perf_counter() - start
         self.warnings += [
             f"{method}: {one.message}" for one in caught if one.category is UserWarning
