@@ -116,6 +116,18 @@ def test_score_of_unlabelled_images_on_a_network_of_ones_own(folder, capsys, tar
     assert [*results["layers"]] == ["0", "3"]  # all convolution and linear layers
 
 
+def test_labels_that_nothing_needs_are_not_looked_at(folder, capsys):
+    files = sorted(Path("digits").rglob("*.png"))
+    Path("has.csv").write_text("\n".join(f"{one},{at % 2}" for at, one in enumerate(files)))
+    Path("paths.csv").write_text("\n".join(map(str, files)))
+    Path("far.csv").write_text("\n".join(f"{one},{at + 90}" for at, one in enumerate(files)))
+    net = DIGITS.removesuffix(" --data digits")
+    compared = "--compare taylor,random --attribute has.csv --quiet"
+    for data, more in (("paths.csv", compared), ("far.csv", "--quiet")):
+        assert main(shlex.split(f"score {net} --data {data} --target predicted {more}")) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["random", "weight-magnitude", "taylor", "activation", *PRESETS])
 def test_every_scorer_has_a_name(folder, name):
     assert main(shlex.split(f"score {DIGITS} --composite {name} --quiet --out out")) == 0

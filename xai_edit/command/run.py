@@ -71,9 +71,9 @@ class Run:
             having, count = sum(self.attribute), len(self.attribute)
             told = f"attribute: {having} of {count} images have it"
             note(options, f"{told}; the other {count - having} count as without it")
-            groups = {*zip(self.images.labels, self.attribute, strict=True)}
             planted = getattr(options, "plant", None) is not None
-            if len(groups) == len({*self.images.labels}) and not planted:
+            labels = self.images.labels if self.images.labelled and not planted else []
+            if labels and len({*zip(labels, self.attribute, strict=True)}) == len({*labels}):
                 self.warn(
                     "the attribute is the same for all images of each class, so that it cannot be "
                     "told from the class; --plant mark.png makes the missing groups"

@@ -49,9 +49,9 @@ def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) 
     held_out: list[int] = []
     groups = indices_by(whole.groups)
     enough = [group for group, own in groups.items() if len(own) >= fewest]
+    labels, values = {label for label, _ in enough}, {has for _, has in enough}
     for (label, has), own in sorted(groups.items()):
-        # A class, and the feature, need a group to plan from.
-        if label not in {label for label, _ in enough} or has not in {has for _, has in enough}:
+        if label not in labels or has not in values:  # each needs a group to plan from
             which = "" if attribute is None else f" {'with' if has else 'without'} the feature"
             raise ValueError(
                 f"data: class {label} has {len(own)} images{which}; give {fewest} or more, for "

@@ -227,8 +227,8 @@ class ModelEdit:
         named: dict[tuple[object, ...], str] = {}
         for name, change in self.changes.items():
             if name not in parameters:
-                problem = f"the edit changes {name!r}, which the model does not have"
-                raise EditMismatchError(problem + name_inside(name, parameters))
+                why = f"which the model does not have{name_inside(name, parameters)}"
+                raise EditMismatchError(f"the edit changes {name!r}, {why}")
             parameter = parameters[name].detach()
             twin = named.setdefault(placement(parameter), name)  # tied: one under two names
             if twin != name:
@@ -274,8 +274,8 @@ class ModelEdit:
 
     def summary(self) -> str:
         """Return a text that names the tensors, the first values and the origin, all printable."""
-        what = f"changes {self.size} weight{'s' * (self.size != 1)}"
-        lines = [f"{self.origin.get('operator', 'edit')}: {what}"]
+        plural = "s" * (self.size != 1)
+        lines = [f"{self.origin.get('operator', 'edit')}: changes {self.size} weight{plural}"]
         for name, change in self.changes.items():
             total = torch.Size(change.shape).numel()
             lines.append(f"  {name} {list(change.shape)}: {len(change)} of {total}")
@@ -294,10 +294,7 @@ class ModelEdit:
     __str__ = summary
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with a checksum, atomically; OSError where that fails.
-
-        ValueError for the name of a tensor that is not UTF-8.
-        """
+        """Write a safetensors file with a checksum, atomically; OSError, ValueError if it fails."""
         tensors = {}
         for name, change in self.changes.items():
             small = torch.Size(change.shape).numel() <= torch.iinfo(torch.int32).max
