@@ -104,7 +104,7 @@ def score(options: argparse.Namespace) -> int:
         held_out = run.read(images_of(options, options.held_out), "deletion curves")
         curves = {"deletion": SHARES, "held_out": held_out}
     scorers = {name: scorer_of(name, options, run.model, data) for name in names}
-    if options.target == "label":
+    if options.target == "label" and run.images.labelled:
         run.check_labels()
     how = {name: getattr(options, name) for name in ("layers", "target", "aggregate")}
     results = {
