@@ -169,25 +169,19 @@ def _found(one: Mapping[str, Any]) -> list[float | None]:
 def _classes(results: Mapping[str, Any]) -> Table:
     """Return the accuracy of each class; of many, the text has those that changed most."""
     rows = [row for row in results["rows"] if row["classes"] is not None]
-    cells = []
+    cells, order = [], {}
     for label, samples in enumerate(results["samples"]):
-        suffix = ", to forget" if label in results["forget"] else ""
-        name = class_name(results, label) + suffix
+        kept = label not in results["forget"]
+        name = class_name(results, label) + ("" if kept else ", to forget")
         accuracies = [row["classes"][label] for row in rows]
-        if 0 < samples < FEW:
+        order[name] = kept, -abs(accuracies[1] - accuracies[0]) if samples else 0.0
+        if not samples:
+            accuracies[0] = "not measured"
+        elif samples < FEW:
             accuracies = [_with_interval(one, samples) for one in accuracies]
-        cells.append(
-            [name, samples, *(accuracies if samples else ["not measured", *accuracies[1:]])]
-        )
-
-    def order(row: Sequence[Any]) -> tuple[bool, float]:
-        if row[3] is None:  # not measured
-            return not row[0].endswith(", to forget"), 0.0
-        before, after = (float(str(one).split()[0]) for one in row[2:4])
-        return not row[0].endswith(", to forget"), -abs(after - before)
-
+        cells.append([name, samples, *accuracies])
     columns = ["class", "samples", *(row["method"] for row in rows)]
-    return Table("accuracy by class", columns, cells, order, "the most changed")
+    return Table("accuracy by class", columns, cells, lambda row: order[row[0]], "the most changed")
 
 
 def _with_interval(accuracy: float, samples: int) -> str:
