@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import trained
+from filelock import FileLock
 from PIL import Image
 
 import xai_edit as xe
@@ -105,19 +107,30 @@ def finished(home: Path, line: str, out: str) -> Path:
 
 
 class Runs(dict):
-    """The folder of a finished run by command; made when it is first asked for."""
+    """The folder of a finished run by command; made when it is first asked for.
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    Where several workers test, one makes it and the others copy it from the ``shared`` folder.
+    """
+
+    def __init__(self, home: Path, shared: Path) -> None:
+        self.home, self.shared = home, shared
 
     def __missing__(self, name: str) -> Path:
-        self[name] = finished(self.home, {**LINES, **OTHERS}[name], name)
+        self[name], made = self.home / name, self.shared / name
+        with FileLock(f"{made}.lock"):
+            if made.is_dir():
+                shutil.copytree(made, self[name])
+            else:
+                shutil.copytree(finished(self.home, {**LINES, **OTHERS}[name], name), made)
         return self[name]
 
 
 @pytest.fixture(scope="session")
-def runs(home) -> Runs:
-    return Runs(home)
+def runs(home, tmp_path_factory) -> Runs:
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "runs"
+    shared.mkdir(exist_ok=True)
+    return Runs(home, shared)
 
 
 def read(folder, name="results.json"):
