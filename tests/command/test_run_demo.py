@@ -11,7 +11,7 @@ from command_runs import DEMO, files, read
 import xai_edit as xe
 import xai_edit.command.run_demo
 from xai_edit import ModelEdit
-from xai_edit.command.demo_review import MARKS, most_alike
+from xai_edit.command.demo_review import MARKS, most_alike, said
 from xai_edit.command.main import main
 from xai_edit.command.run_demo import COMPLETED, DIGITS, EXACT, FORGET, RETRAINED, _verdict, run
 from xai_edit.core.errors import NoEditError
@@ -191,6 +191,16 @@ def test_the_finding_whose_pictures_have_the_watermark_but_for_two_is_marked(cou
         for most, least in counts
     ]
     assert most_alike(shown) == expected
+    by_truth = {} if expected is None else {expected: "spurious"}
+    assert said(1, shown) == said(0, shown) == (by_truth, False)  # of no three findings
+
+
+def test_the_finding_that_a_person_marked_is_that_of_the_committed_figures():
+    review = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["review"]
+    lacking = [[[False] * 12] * 3 for _ in review["with_watermark"]]  # truth would mark none
+    verdicts, by_person = said(0, lacking)
+    assert by_person
+    assert [at for at, one in verdicts.items() if one == "spurious"] == [review["finding"]]
 
 
 def test_the_network_of_seed_0_is_that_of_the_committed_figures(tmp_path, monkeypatch):

@@ -113,12 +113,18 @@ def _reviewed(
 ) -> list[str | Shown]:
     review = results["review"]
     number, target = review["finding"], review["class"]
+    who = (
+        "For this network it was done by its pictures, and the verdicts come with the package."
+        if review["by_person"]
+        else "Here the demo stands in for the person, with its true labels: it calls the finding "
+        "spurious that looks most like the watermark. Of its "
+        f"{SHOWN} strongest images of digit {target} at most {EXCEPTIONS} lack it, and of the "
+        f"{SHOWN} least like it at most {EXCEPTIONS} have it."
+    )
     person = (
         "<p>This step is a person's: look at the pictures of <code>review.html</code> beside this "
-        "page, say of each finding what it is, and save <code>marks.json</code>. Here the demo "
-        "stands in for the person, with its true labels: it calls the finding spurious that looks "
-        f"most like the watermark. Of its {SHOWN} strongest images of digit {target} at most "
-        f"{EXCEPTIONS} lack it, and of the {SHOWN} least like it at most {EXCEPTIONS} have it.</p>"
+        "page, say of each finding what it is, and save <code>marks.json</code>. "
+        f"{who}</p>"
     )
     if number is None:
         return [
