@@ -25,6 +25,7 @@ arguments = parser.parse_args()
 seeds = range(1 if arguments.quick else arguments.seeds)
 
 # %%
+MARKED = ("finding", "agreement")
 FIGURES = ("class_accuracy", "rest_accuracy", "worst", "worst_of_four", "balanced", "average")
 
 
@@ -48,7 +49,8 @@ for seed in seeds:
         run(folder, seed=seed, quick=arguments.quick, quiet=True)
         results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
     runs.append(figures(results))
-    found.append({key: results["review"][key] for key in ("answer", "finding", "agreement")})
+    review = results["review"]  # its answer is empty where a finding stands out
+    found.append({"stands_out": not review["answer"], **{key: review[key] for key in MARKED}})
     print(f"seed {seed} done")
 
 # %%

@@ -10,6 +10,10 @@ ROWS = {
     '`FictitiousClass("sca")`, best rate': ["neutralize: FCR: SCA, best rate"],
     '`FictitiousClass("exact")`': ["neutralize: FCR: exact selection"],
     "last-layer retraining (DFR)": ["neutralize: last-layer retraining (DFR)"],
+    "counterfactual retraining, from training images": ["neutralize: counterfactual retraining"],
+    "last-layer retraining, from training images": [
+        "neutralize: last-layer retraining, training images"
+    ],
     "ablation alone, nothing pruned": ["prune: ablation alone"],
     "concept-aware, ablation kept, 20 % / 30 % / 40 % pruned": "concept-aware, ablation kept",
     "concept-aware, ablated for scoring only": "concept-aware",
