@@ -22,6 +22,7 @@ from xai_edit.command.main import main
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run_parts import read_attribute, split
 from xai_edit.command.run_unlearn import split as split_to_unlearn
+from xai_edit.report.table import named
 
 LINE = f"neutralize {DATA.replace('--data test', '--data data.csv')} --attribute marked.csv"
 
@@ -49,6 +50,10 @@ def empty(label, has, seen):
 
 def of_three(label, has, seen):
     return empty(label, has, seen) or seen < 3
+
+
+def of_two(label, has, seen):
+    return empty(label, has, seen) or seen < 2
 
 
 def everything(label, has, seen):
@@ -94,13 +99,18 @@ def test_images_that_the_model_does_not_expect_are_told_of_first(here, capsys, h
         (empty, None, "0 images, not measured: class 0, with the feature. The worst group may"),
         (of_three, None, "10 images, with the interval before: class 0, with the feature (1 image"),
         (
+            of_two,
+            None,
+            "they have too few images: class 0, with the feature (2 images)",
+        ),
+        (
             everything,
             lambda label: int(label == 2),
             "not measured: class 0, with the feature; class 1, with the feature; class 2, "
             "without the feature; class 3, with the feature. The worst",
         ),
     ],
-    ids=["empty group", "group of 3", "attribute equal to the class"],
+    ids=["empty group", "group of 3", "group of 2", "attribute equal to the class"],
 )
 def test_the_page_and_the_terminal_say_what_is_not_known(here, capsys, kept, value, said):
     written(kept, value)
@@ -178,9 +188,9 @@ def test_marked_copies_of_planning_images_among_the_test_images_are_warned_of(
     pairs = [(name, both[name]) for name in names_of(held_out) if both.get(name) in known]
     assert 20 < len(pairs) < len(held_out)
     warning = (
-        f"{len(pairs)} held-out images of {len(held_out)} may be near copies of images that the "
-        "edit is planned from, such as one picture with and without a mark, the first "
-        f"{pairs[0][0]} and {pairs[0][1]}; look at them"
+        f"{len(pairs)} held-out images of {len(held_out)} may repeat images that the edit is "
+        "planned from, such as one picture with and without a mark ("
+        f"{named([f'{one} and {other}' for one, other in pairs])}); look at them"
     )
     assert f"\nWarning: {warning}" in capsys.readouterr().out
     page = Path(f"twin-{command}/report.html").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,6 +301,21 @@ def test_the_best_rate_tried_is_told_only_where_it_raises_the_worst_group(done, 
     assert re.search(rf"^2 \(c\) +7 +{shown} +{max(worst):.3f} ", page.text(), re.M)
 
 
+def test_what_a_method_warns_of_while_it_plans_is_on_the_page(here, monkeypatch, capsys):
+    plan = xe.LastLayerRetraining.plan
+
+    def warning(self, *arguments):
+        warnings.warn("the head is large", stacklevel=2)
+        return plan(self, *arguments)
+
+    monkeypatch.setattr(xe.LastLayerRetraining, "plan", warning)
+    assert main(shlex.split(f"{LINE} --out warned --quiet")) == 0
+    told = "last-layer retraining (DFR): the head is large"
+    assert told in read("warned")["warnings"]
+    assert f"Warning: {told}" in capsys.readouterr().out
+    assert told in Path("warned/report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -319,7 +335,7 @@ def test_the_best_rate_tried_is_told_only_where_it_raises_the_worst_group(done, 
         ("--model page_net:scaled --weights scaled.pt", "a final linear layer is needed"),
         (
             "--data copies.csv --attribute copied.csv",
-            "as there are copies, the first copy1.png and test/a/{first}; keep one",
+            "as there are copies (copy1.png and test/a/{first}",
         ),
     ],
 )

@@ -19,7 +19,7 @@ import xai_edit as xe
 from xai_edit.command.export import as_onnx, exported
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
-from xai_edit.command.prune_plans import of_concept, references, tuned_on
+from xai_edit.command.prune_plans import advice, of_concept, references, tuned_on
 from xai_edit.command.run_parts import read_attribute, split
 from xai_edit.command.run_prune import _behind_plain
 from xai_edit.command.share_curve import share_curve
@@ -342,7 +342,7 @@ def test_where_plain_pruning_does_better_on_planning_images_nothing_is_cut(wrong
     why = _behind_plain(run, None)
     assert (why is None) == (wrong == 4)
     if why is not None:
-        assert "has a worst group of 0.733, below the 1.000 of plain LRP" in why
+        assert "the worst group is 0.733 with concept-aware pruning, below the 1.000 with" in why
     assert torch.equal(model.weight, torch.eye(2))
 
 
@@ -423,6 +423,38 @@ def test_pruned_and_corrected_is_counterfactual_retraining_of_the_pruned_network
     assert [*rows][-2:] == ["counterfactual retraining alone", "ablation alone"]
     page = (done / "report.html").read_text(encoding="utf-8")
     assert f"retraining the last layer on {len(planning)} planning images, each with and" in page
+
+
+@pytest.mark.parametrize(
+    ("more", "scorer"),
+    [
+        ("--composite taylor", xe.Taylor()),
+        ("--attribute marks.csv --ablate none --composite weight-magnitude", xe.WeightMagnitude()),
+    ],
+)
+def test_the_edit_of_a_comparison_can_be_asked_for(here, tmp_path, more, scorer):
+    done = finished(Path(), f"{PLAIN} {more}", str(tmp_path / "out"))
+    results, parts = read(done), parts_of("marks.csv" if "marks" in more else None)
+    edit = RelevancePruning(0.4, scorer).plan(network(), references(parts.planning))
+    saved = xe.ModelEdit.load(done / EDIT)
+    assert saved.changes.keys() == edit.changes.keys()
+    for name, change in edit.changes.items():
+        assert torch.equal(saved.changes[name].index, change.index)
+    name = more.split()[-1]
+    _, own, *others = (row["method"] for row in results["rows"])
+    assert own == f"pruning by {name}"
+    beside = {"taylor": "Taylor", "weight-magnitude": "weight magnitude", "random": "random"}
+    assert others == ["plain LRP", *(text for one, text in beside.items() if one != name)]
+    assert results["concept"] is None
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
+def test_advice_names_the_options_of_an_edit_and_what_it_does_without(marked, tuned):
+    told = advice(marked=marked, tuned=tuned)
+    assert ("--ablate none" in told["Taylor"]) == ("plain LRP" in told) == marked
+    assert ("needs no labels" in told["Taylor"]) == (marked and not tuned)
+    assert ("needs no images" in told["weight magnitude"]) == (not tuned)
 
 
 def same_state(one, other):
@@ -578,6 +610,9 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
         (f"{AWARE} --subspaces gone.safetensors", "gone.safetensors"),
         (f"{AWARE} --ablate 0,99", "subspaces: [0, 99] given; there are"),
         (f"{PLAIN} --ablate 0", "ablate: given without --attribute"),
+        (f"{PLAIN} --composite lrp", "scorer: 'lrp' given; it is one of"),
+        (f"{AWARE} --ablate none", "layer: given with --ablate none without --correct"),
+        (f"{AWARE} --ablate none --finder cav", "finder: given beside --ablate none, which takes"),
         (f"{PLAIN} --correct", "correct: given without --attribute"),
         (f"{AWARE} --correct --fine-tune 1", "fine-tune: given beside --correct"),
         (f"{PLAIN} --target a", "target: given without --attribute"),
@@ -588,7 +623,7 @@ def test_parts_share_no_image_and_in_tuning_the_feature_predicts_no_class(here):
         (f"{AWARE} --attribute all.csv --fine-tune 1", "fine-tune: class 2 has no images without"),
         (f"{PLAIN} --protect 7", "layer '7' not found"),
         (f"{PLAIN} --protect 0", "the channels of '0' have to stay: '0' is protected"),
-        (f"{PLAIN} --data twice", "as there are copies, the first twice/a/copy"),
+        (f"{PLAIN} --data twice", "as there are copies (twice/a/copy"),
         (f"{AWARE} {NARROW} --finder drsa", "finder: nothing found at layer '1' ("),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ METHODS = [
     "class subspace (LEACE)",
     "logit mask",
 ]
+OTHERS = ("class-subspace", "logit-mask", "single-weight")  # files of their edits
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def _quickly_drawn(monkeypatch):
 def test_the_run_writes_its_files_and_a_row_for_each_method(done):
     maps = ["maps.png", "maps.safetensors"]
     rest = ["report.html", "results.json", "timing.json"]
-    assert files(done) == ["edits/unlearn.safetensors", *maps, *rest]
+    edits = [f"edits/{name}.safetensors" for name in (*OTHERS, "unlearn")]
+    assert files(done) == [*edits, *maps, *rest]
     assert (done / "maps.png").read_bytes().startswith(b"\x89PNG")
     results, timing = read(done), read(done, "timing.json")
     assert (results["run"], results["forget"]) == ("unlearn", [2, 3])
@@ -166,7 +169,7 @@ def test_two_runs_agree_and_the_tables_are_printed(here, capsys):
     assert "written: one/report.html" in printed.err
     assert "planning: " in printed.err
     some = (
-        "class 3 (d): 6 neurons of 1 cut from the class (20.0%)",
+        "class 3 (d): 6 neurons of layer 1 cut from the class (20.0%)",
         "cuts 6 neurons of layer 1 from the class",
         "planned from 10 samples; figures",
     )
@@ -222,9 +225,10 @@ def test_where_no_share_reaches_the_bound_the_page_says_so(here, capsys, monkeyp
     page = Path("unreached/report.html").read_text(encoding="utf-8")
     for text in (printed, page.replace("&#x27;", "'")):
         assert "No edit, the network is as it was (A_t" in text
-        assert "with scope='class_row' A_t is 0.3 at best; give another layer." in text
-        assert "To try next: a larger --share or --bound" in text
-    assert files(Path("unreached")) == ["report.html", "results.json", "timing.json"]
+        assert "with --scope class_row A_t is 0.3 at best; give another layer." in text
+        assert "To try next: a larger --bound, or --scope neuron" in text
+    others = [f"edits/{name}.safetensors" for name in OTHERS]
+    assert files(Path("unreached")) == [*others, "report.html", "results.json", "timing.json"]
     assert results["rows"][1]["forgotten"] is None
     assert results["rows"][4]["forgotten"] == 0.0  # the logit mask
 
@@ -267,8 +271,9 @@ def test_report_of_an_incomplete_run_is_one_clear_line(done, tmp_path, capsys, m
         ("--data test/d", "data: has no labels"),
         ("--train-data few", "named otherwise than those of the training"),
         ("--data more.csv --target 6", "labels: class 4 is out of range"),
-        ("--data twice.csv --share 0.2", "as there are copies, the first test/d/"),
-        ("--train-data test --share 0.2", "take them out there"),
+        ("--data twice.csv --share 0.2", "as there are copies (test/d/"),
+        ("--train-data test", "train-data: 360 images are those of --data too"),
+        ("--train-data same.csv --share 0.2", "take them out there"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(here, capsys, more, message):
@@ -279,6 +284,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(here, capsys, more, messa
     last = next(line for line in lines if line.endswith(",3"))
     Path("twice.csv").write_text("\n".join([*lines, *[last] * 4]))
     Path("more.csv").write_text("\n".join(f"{file},{label + 3}" for file, label in labels.items()))
+    shutil.copytree("test", "copied", dirs_exist_ok=True)
+    Path("same.csv").write_text("\n".join(one.replace("test/", "copied/") for one in lines))
     line = LINE if "--target" in more else f"{LINE} --target 3"
     assert message in refused(f"{line} {more}", capsys)
 

@@ -512,7 +512,7 @@ def test_what_auto_cannot_reach_is_said_with_what_would_reach_it(shared_path):
     with pytest.raises(ValueError, match="share: ") as refusal:
         operator.plan(model, data, target=0)
     for part in (
-        "A_t is 1.000 at best, with 50.0% of the neurons of ['0'] off",
+        "A_t is 1.000 at best, with 50.0% of the neurons of layer '0' off",
         "0.600 above the bound of 0.4",
         "scope='class_row', which reaches it with 100.0% (bound=0.4)",
     ):

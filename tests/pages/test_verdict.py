@@ -18,6 +18,9 @@ def worst(after, other=0.6, **more):
     return Figure("worst group", {"before": 0.5, "edit": after, "DFR": other}, intervals, **more)
 
 
+AVERAGE = Figure("average", {"before": 0.7, "edit": 0.6, "DFR": 0.65}, {"before": (0.65, 0.75)})
+
+
 def outcome(after=0.7, other=0.6, parts=(GOOD, BAD), **more):
     more = {"advice": {"DFR": "use it with labels"}, "further": "more images", **more}
     return Outcome("edit", "changes 1 weight", [worst(after, other)], parts, **more)
@@ -43,7 +46,7 @@ HARM = "It did harm, below the 95% interval before the edit, to class 0 (from 0.
 NO_HARM = "No group that was measured fell below its 95% interval before the edit."
 ALL = "All 2 groups were measured."
 GAIN = (
-    "Edit changes 1 weight: worst group goes from 0.500 to 0.700, beyond the interval before "
+    "Edit changes 1 weight: worst group goes from 0.500 to 0.700, beyond its interval before "
     "(0.400–0.600)."
 )
 NOT_BETTER = "No comparison method does better here; the best, DFR, has 0.600 against 0.700."
@@ -90,7 +93,7 @@ CASES = {
     "gain within the interval": (
         outcome(0.55),
         [
-            "Edit changes 1 weight: worst group goes from 0.500 to 0.550, within the interval "
+            "Edit changes 1 weight: worst group goes from 0.500 to 0.550, within its interval "
             "before (0.400–0.600).",
             NO_HARM,
             ALL,
@@ -149,7 +152,7 @@ CASES = {
             NO_HARM,
             HARDLY,
             f"Whether DFR does better here hangs on fewer than 10 images: {OF_ONE.format('0.800')} "
-            "against 0.700.",
+            "against 0.700, but it harms class 2 (from 1.000 to 0.000).",
         ],
     ),
     "one image, and the comparison is worse without it too": (
@@ -173,6 +176,50 @@ CASES = {
             "DFR does a little better here (0.600 against 0.500 of the network as it is), within "
             "the interval, which does not tell the two apart.",
             "Without harm to any group that was measured: DFR (0.600).",
+            NEXT,
+        ],
+    ),
+    "the averages fall for a gain within the interval": (
+        replace(outcome(0.55), beside=[AVERAGE]),
+        [
+            "Edit changes 1 weight: worst group goes from 0.500 to 0.550, within its interval "
+            "before (0.400–0.600), but average goes from 0.700 to 0.600, beyond its interval "
+            "before (0.650–0.750).",
+            NO_HARM,
+            ALL,
+            "DFR does a little better here (0.600 against 0.550), within the interval, which "
+            "does not tell the two apart.",
+            NEXT,
+        ],
+    ),
+    "without harm, but the average falls": (
+        replace(
+            outcome(parts=[replace(GOOD, after={"edit": 0.8, "DFR": 0.9}), BAD]), beside=[AVERAGE]
+        ),
+        [
+            f"{GAIN[:-1]}, but average goes from 0.700 to 0.600, beyond its interval before "
+            "(0.650–0.750).",
+            "It did harm, below the 95% interval before the edit, to class 0 (from 0.900 to "
+            "0.800).",
+            ALL,
+            NOT_BETTER,
+        ],
+    ),
+    "made smaller, with harm": (
+        replace(
+            outcome(0.2, 0.1, parts=[GOOD, replace(BAD, after={"edit": 0.2, "DFR": 0.1})]),
+            figures=[replace(AVERAGE, values=AVERAGE.values | {"DFR": 0.5}), worst(0.2, 0.1)],
+            smaller=True,
+        ),
+        [
+            "Edit changes 1 weight: average goes from 0.700 to 0.600, beyond its interval before "
+            "(0.650–0.750), and worst group goes from 0.500 to 0.200, beyond its interval before "
+            "(0.400–0.600).",
+            "It did harm, below the 95% interval before the edit, to class 1 (from 0.500 to "
+            "0.200).",
+            ALL,
+            "No comparison method does better here; the best, DFR, has average 0.500, worst group "
+            "0.100 against average 0.600, worst group 0.200.",
             NEXT,
         ],
     ),

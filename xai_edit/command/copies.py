@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from xai_edit.command.load import Images, Preprocessing
 from xai_edit.core.inputs import Inputs, one_tensor
 from xai_edit.evaluation.outputs import digests
-from xai_edit.report.table import counted
+from xai_edit.report.table import counted, named
 
 SIDE = 8  # of the grey thumbnails
 STEP = 0.02  # of grey, 0 to 1: a smaller difference of two cells is none
@@ -64,18 +65,18 @@ class Copies:
         for kind, pairs in self._pairs.items():
             if not pairs:
                 continue
-            own, other = pairs[0]
+            others = names_of(held_out)
             many = counted(len(pairs), "held-out image")
-            first = f"the first {names_of(held_out)[other]} and {names[own]}"
+            listed = named([f"{others[other]} and {names[own]}" for own, other in pairs])
             if kind == "copies":
                 raise ValueError(
-                    f"data: {many} would also be planned from, as there are copies, {first}; keep "
-                    "one of each, or the figures flatter"
+                    f"data: {many} would also be planned from, as there are copies ({listed}); "
+                    "keep one of each, or the figures flatter"
                 )
             return (
-                f"{many} of {len(held_out)} may be near copies of images that the edit is planned "
-                f"from, such as one picture with and without a mark, {first}; look at them, and "
-                "where they are, keep one of each, or the figures flatter"
+                f"{many} of {len(held_out)} may repeat images that the edit is planned from, such "
+                f"as one picture with and without a mark ({listed}); look at them, and where they "
+                "do, keep one of each, or the figures flatter"
             )
         return None
 
@@ -108,3 +109,9 @@ def names_of(images: Images) -> list[str]:
     if isinstance(images.source, list):
         return [str(images.source[row][0]) for row in images.rows]
     return [f"number {row}" for row in images.rows]
+
+
+def files_of(images: Images) -> set[Path]:
+    """Return the files of images, none in a data set without paths."""
+    listed = isinstance(images.source, list)
+    return {Path(name).resolve() for name in names_of(images)} if listed else set()

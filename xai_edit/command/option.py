@@ -102,3 +102,8 @@ def _list_of(what: str, pattern: str, kind: type) -> Callable[[str], tuple[Any, 
 classes = _list_of("whole numbers", r"\d+", int)
 numbers = _list_of("numbers", r"[+-]?(\d+\.?\d*|\.\d+)", float)
 fractions = _list_of("numbers from 0 to 1", r"0?\.\d+|0|1|[01]\.0*", float)
+
+
+def subspaces(text: str) -> tuple[int, ...]:
+    """Return the numbers of subspaces, empty for the word "none"."""
+    return () if text == "none" else classes(text)

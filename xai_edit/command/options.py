@@ -17,6 +17,7 @@ from xai_edit.command.option import (
     outputs,
     rate,
     size,
+    subspaces,
     whole,
 )
 from xai_edit.command.output import say
@@ -228,11 +229,12 @@ COMMANDS = {
             Option("--layer LAYER", "where the feature's subspaces are; best where it forms"),
             Option("--finder NAME", "contrastive-pca (default), cav, prca, pca or drsa"),
             Option("--subspaces FILE", "saved subspaces instead of a finder's", Path),
-            Option("--ablate 0,3", "numbers of subspaces, as on the page, not chosen", classes),
+            Option("--ablate 0,3", "numbers of subspaces, as on the page, or none", subspaces),
             Option("--steps N", "in which the share is reached, each scored anew", whole, 1),
             Option("--fine-tune EPOCHS", "after each step, on the planning images", whole),
             Option("--correct", "with --attribute: then retrain the last layer, groups completed"),
             Option("--protect A,B", "layers that keep all units", names, ()),
+            COMPOSITE._replace(default=None, help=f"{SCORERS}; default: epsilon-plus"),
             *MODEL,
             JSON,
         ),

@@ -21,9 +21,9 @@ from xai_edit.core.checks import one_of
 from xai_edit.core.guard import copied
 from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.counterfactual_tuning import CounterfactualTuning
-from xai_edit.lrp.lrp import LRP
+from xai_edit.lrp.lrp import LRP, Scorer
 from xai_edit.pruning.fine_tuning import FineTuning
-from xai_edit.pruning.operators import ConceptAwarePruning, RelevancePruning
+from xai_edit.pruning.operators import DEFAULT_SCORER, ConceptAwarePruning, RelevancePruning
 from xai_edit.pruning.schedule import FineTune
 from xai_edit.report.table import counted
 from xai_edit.scoring.criteria import Random, Taylor, WeightMagnitude
@@ -36,14 +36,17 @@ TAYLOR, MAGNITUDE, RANDOM = "Taylor", "weight magnitude", "random"
 TUNED, CORRECTED = "fine-tuning alone", "counterfactual retraining alone"
 ABLATION = "ablation alone"
 ADVICE = {
-    PLAIN: "use it: it needs no labels of the feature",
     CLEAN: "use it if you have images without the feature",
-    TAYLOR: "use it: it needs no labels of the feature",
-    MAGNITUDE: "use it: it needs no images",
     RANDOM: "so nothing speaks for choosing units by relevance here",
     **dict.fromkeys((TUNED, CORRECTED), "use it if the network need not be smaller"),
     ABLATION: "use it if the network need not be smaller: it prunes nothing",
 }
+SCORERS: dict[str, tuple[str, Scorer]] = {
+    TAYLOR: ("taylor", Taylor()),
+    MAGNITUDE: ("weight-magnitude", WeightMagnitude()),
+    RANDOM: ("random", Random(SEED)),
+}
+"""By comparison method, the name for ``--composite`` and the scorer."""
 REFERENCES = 10  # images of a class that units are scored on
 OF_A_KIND = 250  # images, of the class or the rest, with or without, that subspaces are found from
 POSITIONS = 100  # of an image, at most
@@ -55,6 +58,21 @@ FINDERS: dict[str, Callable[[], Finder]] = {
     "pca": partial(PCA, None),
     "drsa": DRSA,
 }
+
+
+def advice(*, marked: bool, tuned: bool) -> dict[str, str]:
+    """Return when to use each comparison method, with the options that make its edit.
+
+    With a feature that is known (``marked``) pruning needs to be told not to be concept-aware. What
+    is ``tuned`` needs the images and labels that it is trained on.
+    """
+    also = " --ablate none" if marked else ""
+    ways = {PLAIN: also.strip(), TAYLOR: f"--composite taylor{also}"}
+    needless = ": it needs no labels of the feature" if marked and not tuned else ""
+    found = {name: f"use it ({how}){needless}" for name, how in ways.items() if how}
+    magnitude = "" if tuned else ": it needs no images"
+    found[MAGNITUDE] = f"use it (--composite weight-magnitude{also}){magnitude}"
+    return ADVICE | found
 
 
 def references(planning: Images, *, clean: bool = False) -> Images:
@@ -241,13 +259,18 @@ def methods(
             train(network)
         return ModelEdit.to_copy(run.model, network, {"operator": repr(train)})
 
-    plain = RelevancePruning(own.share, own.scorer, steps=own.steps, protect=own.protect)
-    operators: dict[str, Operator] = {BY_RELEVANCE: plain}
+    by_lrp = isinstance(own.scorer, LRP)
+    lrp = own.scorer if by_lrp else DEFAULT_SCORER()
+    plain = RelevancePruning(own.share, lrp, steps=own.steps, protect=own.protect)
+    operators: dict[str, Operator]
     if isinstance(own, ConceptAwarePruning):
         operators = {AWARE: own, PLAIN: plain, CLEAN: plain}
-    operators[TAYLOR] = replace(plain, scorer=Taylor())
-    operators[MAGNITUDE] = replace(plain, scorer=WeightMagnitude())
-    operators[RANDOM] = replace(plain, scorer=Random(SEED))
+    else:
+        name = BY_RELEVANCE if by_lrp else f"pruning by {run.options.composite}"
+        operators = {name: own} if by_lrp else {name: own, PLAIN: plain}
+    for name, (short, scorer) in SCORERS.items():
+        if isinstance(own, ConceptAwarePruning) or short != run.options.composite:
+            operators[name] = replace(plain, scorer=scorer)
     made: dict[str, Callable[[], ModelEdit]]
     made = {name: partial(pruned, name, operator) for name, operator in operators.items()}
     return made if tune is None else {**made, tune.alone: partial(tuned, tune)}

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, showwarning, simplefilter
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ from xai_edit.edits.model_edit import ModelEdit, versions
 from xai_edit.pages.page import as_json, checksums, clear_results, write_run
 from xai_edit.pages.verdict import Outcome, verdict, verdict_text, warnings
 
+PACKAGE = Path(__file__).parents[1]
 CHECKED = 64  # images whose accuracy is looked at before the long part
 MODEL = {"name": "model", "weights": "weights", "classes": "outputs"}  # option of each entry
 
@@ -144,13 +146,19 @@ class Run:
     def plan(
         self, name: str, plan: Callable[[], ModelEdit], *, empty: str | None = None
     ) -> ModelEdit:
-        """Plan the edit of a method and keep it with its cost.
+        """Plan the edit of a method and keep it with its cost; what it warns of goes on the page.
 
         With ``empty``, an edit without changes is not kept; this is the reason unless its origin
         has one.
         """
-        with measured() as cost:
+        with measured() as cost, catch_warnings(record=True) as caught:
+            simplefilter("always", UserWarning)
             edit = plan()
+        for one in caught:
+            if one.category is UserWarning and PACKAGE in Path(one.filename).parents:
+                self.warn(f"{name}: {one.message}")
+            else:
+                showwarning(one.message, one.category, one.filename, one.lineno)
         if self.marks is not None:
             edit = replace(edit, origin={**edit.origin, "marks": self.marks.about()})
         self.seconds[name] = cost.seconds

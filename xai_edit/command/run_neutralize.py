@@ -14,7 +14,7 @@ from xai_edit.command.copies import Copies
 from xai_edit.command.group_maps import group_maps
 from xai_edit.command.planting import with_planted
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, classes_named, split, watched
+from xai_edit.command.run_parts import SEED, classes_named, split, unplanned, watched
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
 from xai_edit.core.checks import require
 from xai_edit.core.cost import measured
@@ -50,6 +50,7 @@ def command(options: argparse.Namespace) -> int:
     parts, planted = split(run.images, run.attribute, validation=True), None
     if options.plant is not None:
         parts, planted = with_planted(parts, options.plant)
+    run.warn(unplanned(parts))
     run.check_labels()
 
     method = f"one weight ({'SCA' if operator.select == 'sca' else operator.select})"
@@ -144,7 +145,10 @@ def _best(sweep: RateSweep) -> dict[str, Any]:
 
 def _outcome(results: Mapping[str, Any]) -> Outcome:
     own, edit = results["rows"][1], results["edit"]
-    further = ["more images of the worst group", "--findings for counterfactual retraining"]
+    completing = "--findings for counterfactual retraining"
+    if "marks" not in results["spurious"]:
+        completing = f"the marks of xai-edit discover with {completing}"
+    further = ["more images of the worst group", completing]
     if edit["select"] != "exact":
         further.insert(0, "--select exact, which tries every weight at every dose")
     if not own["weights_changed"] and edit["tried"] is None and edit["select"] != "exact":

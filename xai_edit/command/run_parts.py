@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from xai_edit.core.data import Data, batches
 from xai_edit.core.inputs import Inputs
 from xai_edit.datasets.image_files import is_image
 from xai_edit.discovery.marks import Marks
+from xai_edit.pages.unlearn import class_name
+from xai_edit.report.table import counted, named
 
 SEED = 0  # of the parts
 ZERO_ONE = ("0", "1")
@@ -67,6 +70,20 @@ def split(images: Images, attribute: Sequence[int] | None, *, validation: bool) 
         planning += drawn[half:end]
         checking += drawn[end:]
     return Parts(*(whole.only(sorted(part)) for part in (planning, checking, held_out)))
+
+
+def unplanned(parts: Parts) -> str | None:
+    """Return a warning that names the groups that are measured alone, None without one."""
+    sizes = Counter(parts.held_out.groups)
+    for group in parts.planning.groups:
+        sizes.pop(group, None)
+    results = {"names": {str(label): name for label, name in parts.held_out.classes.items()}}
+    groups = [
+        f"class {class_name(results, label)}, {'with' if has else 'without'} the feature "
+        f"({counted(count, 'image')})"
+        for (label, has), count in sorted(sizes.items())
+    ]
+    return f"not planned from, as they have too few images: {named(groups)}" if groups else None
 
 
 def indices_by(kinds: Sequence[Any]) -> dict[Any, list[int]]:

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from xai_edit.command.copies import Copies
 from xai_edit.command.export import as_onnx, exported
 from xai_edit.command.group_maps import NONE, group_maps, predictions, strongest_images
+from xai_edit.command.inputs import require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.planting import with_planted
 from xai_edit.command.prune_plans import (
     ABLATION,
-    ADVICE,
     AWARE,
     PLAIN,
     TUNED,
     Operator,
+    advice,
     aware,
     first_subspaces,
     methods,
@@ -32,7 +33,7 @@ from xai_edit.command.prune_plans import (
     tuning,
 )
 from xai_edit.command.run import Run
-from xai_edit.command.run_parts import SEED, classes_named, listed, split, watched
+from xai_edit.command.run_parts import SEED, classes_named, listed, split, unplanned, watched
 from xai_edit.command.share_curve import share_curve
 from xai_edit.concepts.ablation import ablated
 from xai_edit.core.files import write_atomically, write_safetensors
@@ -56,16 +57,23 @@ EXAMPLES, ROUNDS = 8, 20  # images that both networks are timed on, and how ofte
 
 def command(options: argparse.Namespace) -> int:
     """Run ``xai-edit prune``."""
+    if options.composite is not None:
+        require_known(options.composite)
     operator = _operator(options)
     run = Run(options)
     parts, planted = split(run.images, run.attribute, validation=False), None
     if options.plant is not None:
         parts, planted = with_planted(parts, options.plant)
+    run.warn(unplanned(parts))
     target = _target(options, run.images)
     model, held_out = run.model, parts.held_out
     for layer in filter(None, (*operator.protect, options.layer)):
         resolve_layers(model, [layer])  # before the long part
     run.check_labels()
+    if options.composite is not None:
+        fitted = run.read(references(parts.planning), "fitting patterns")
+        scorer = scorer_of(options.composite, options, model, fitted)
+        operator = replace(operator, scorer=scorer)
     corrected = options.layer if options.correct else None
     tune = tuning(run, parts.planning, options.fine_tune, corrected=corrected)
     alone = None if tune is None else tune.alone
@@ -179,8 +187,8 @@ def _behind_plain(run: Run, planning: Images) -> str | None:
     ):
         if value < low:
             return (
-                f"on the planning images {AWARE} has a {what} of {value:.3f}, below the "
-                f"{bar:.3f} of {PLAIN} by more than the interval"
+                f"on the planning images the {what} is {value:.3f} with {AWARE}, below the "
+                f"{bar:.3f} with {PLAIN} by more than the interval"
             )
     return None
 
@@ -197,8 +205,8 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         averages = ("average", "balanced")
         beside = [figure_of(results, key, f"{key} accuracy") for key in averages]
         further = (
-            "another --layer, where the feature forms, another --finder, --ablate to overrule the "
-            "choice, or neutralize"
+            "another --layer, where the feature forms, another --finder, a smaller --share, "
+            "--ablate to overrule the choice (none: prune without it), or neutralize"
         )
     else:
         both = {"average": "average accuracy", "worst": worst_named(results)}
@@ -208,6 +216,8 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
             for one in (figure_of(results, key, name) for key, name in both.items())
         ]
         further = "a larger --share, or fewer in --protect"
+        if edit["removed"]:
+            further = "a smaller --share, or --steps with --fine-tune"
     return Outcome(
         own["method"],
         what,
@@ -215,7 +225,7 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         parts_of(results),
         kind="group" if results["spurious"] else "class",
         reason=edit["reason"],
-        advice=ADVICE,
+        advice=advice(marked=results["spurious"] is not None, tuned=edit["tuned_by"] is not None),
         further=further,
         apart=frozenset({ABLATION}),
         smaller=results["concept"] is None and results["smaller"]["file"] is not None,
@@ -224,10 +234,18 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
 
 
 def _operator(options: argparse.Namespace) -> Operator:
-    """Return the operator, which is concept-aware with ``--attribute``."""
+    """Return the operator: concept-aware with ``--attribute``, but for ``--ablate none``."""
     if options.correct and options.fine_tune is not None:
         raise ValueError("fine-tune: given beside --correct; give one of them")
     how = {"share": options.share, "steps": options.steps, "protect": tuple(options.protect)}
+    if options.attribute is not None and options.ablate == ():
+        for name in ("target", "finder", "subspaces"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name}: given beside --ablate none, which takes no subspaces")
+        if (options.layer is None) == options.correct:
+            other = "none given beside" if options.correct else "given with --ablate none without"
+            raise ValueError(f"layer: {other} --correct; both, or neither")
+        return RelevancePruning(**how)
     if options.attribute is not None:
         if options.layer is None:
             raise ValueError("layer: none given; --attribute needs the layer of the subspaces")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xai_edit.command.copies import Copies
+from xai_edit.command.copies import Copies, files_of
 from xai_edit.command.inputs import images_of, require_known, scorer_of
 from xai_edit.command.load import Images
 from xai_edit.command.run import Run
@@ -48,11 +48,20 @@ BASELINES: dict[str, SingleWeight | ClassSubspaceRemoval | LogitMask] = {
     "class subspace (LEACE)": ClassSubspaceRemoval(),
     "logit mask": LogitMask(),
 }
-ADVICE = {
-    "single weight (SCA)": "use it if the answers are all that counts: it changes one weight",
-    "class subspace (LEACE)": "use it if the answers are all that counts: only the head changes",
-    "logit mask": "use it if the answers are all that counts: it leaves the rest of the network",
+FILES = {
+    "single weight (SCA)": "edits/single-weight.safetensors",
+    "class subspace (LEACE)": "edits/class-subspace.safetensors",
+    "logit mask": "edits/logit-mask.safetensors",
 }
+ADVICE = {
+    name: f"use it ({FILES[name]}) if the answers are all that counts: {why}"
+    for name, why in (
+        ("single weight (SCA)", "it changes one weight"),
+        ("class subspace (LEACE)", "only the head changes"),
+        ("logit mask", "it leaves the rest of the network"),
+    )
+}
+OPTIONS = {"scope='": "--scope '", "bound=": "--bound ", "'": ""}  # of arguments in a reason
 PROBE = "what a probe finds and relearning brings back"
 ONE_LEFT = (
     "harm to the rest: one class alone is left to answer, so A_g rises as A_t falls, whatever the "
@@ -124,6 +133,9 @@ def command(options: argparse.Namespace) -> int:
     train = None if options.train_data is None else images_of(options, options.train_data, "train")
     if train is not None and train.classes and dict(train.classes) != dict(held_out.classes):
         raise ValueError("data: its classes are named otherwise than those of the training data")
+    if train is not None and (both := files_of(train) & files_of(run.images)):
+        works = "give images that --data does not have"
+        raise ValueError(f"train-data: {len(both)} images are those of --data too; {works}")
     fitted = run.read(parts.planning, "fitting patterns")
     operator = replace(operator, scorer=scorer_of(options.composite, options, run.model, fitted))
     run.check_labels()
@@ -135,6 +147,8 @@ def command(options: argparse.Namespace) -> int:
         edit = run.plan(METHOD, plan)
     except NoEditError as problem:  # a finding, no mistake: the page says so
         reason = str(problem).partition(": ")[2]  # without the argument
+        for argument, option in OPTIONS.items():
+            reason = reason.replace(argument, option)
         edit = run.plan(METHOD, lambda: ModelEdit({}), empty=reason)
     analysis = parts.planning.joined(parts.others)
     for name, baseline in BASELINES.items():
@@ -147,6 +161,7 @@ def command(options: argparse.Namespace) -> int:
     copies = Copies(run.images.preprocessing)
     for batch in batches(known):
         copies.know(batch.inputs)
+    files = {METHOD: EDIT, **FILES}
     figures: dict[str, dict[str, Any]] = {}
     for name, own in {BEFORE: ModelEdit({}), **run.edits}.items():
         data: Any = run.read(held_out, f"measuring: {name}")
@@ -161,6 +176,7 @@ def command(options: argparse.Namespace) -> int:
             "rest": accuracy.rest(*target),
             "classes": [accuracy.groups.get((label, 0)) for label in range(len(accuracy.samples))],
             "weights_changed": own.size,
+            "edit": files.get(name),
         }
     found, seconds = {}, {}
     for name, own in run.edits.items() if train is not None else ():
@@ -194,7 +210,8 @@ def command(options: argparse.Namespace) -> int:
         "maps": maps,
     }
     timing = {"plan": run.seconds, "evaluation": seconds}
-    return run.finish(results, timing, {EDIT: edit if edit.size else None}, _outcome)
+    edits = {file: run.edits.get(name) for name, file in files.items()}
+    return run.finish(results, timing, edits, _outcome)
 
 
 def _outcome(results: Mapping[str, Any]) -> Outcome:
@@ -252,7 +269,8 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
         which=" to keep",
         reason=edit["reason"],
         advice=ADVICE,
-        further="a larger --share or --bound, or --scope neuron, also with other --layers",
+        further=f"a larger --{'bound' if edit['reason'] else 'share'}, "
+        "or --scope neuron, also with other --layers",
         unmeasured=unmeasured,
         missed=missed,
     )

@@ -324,7 +324,8 @@ class _Plans:
         share, best = own.lowest()
         text = (
             f"share: with scope={scope!r} A_t is {best:.3f} at best, with {share:.1%} of the "
-            f"neurons of {self.layers} off, {best - bound:.3f} above the bound of {bound:g}"
+            f"neurons of layer {', '.join(map(repr, self.layers))} off, {best - bound:.3f} above "
+            f"the bound of {bound:g}"
         )
         give = "another layer" if scope == "neuron" else "another layer with scope='neuron'"
         if path.feeding:

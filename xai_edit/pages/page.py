@@ -128,12 +128,11 @@ def _page(folder: Path, results: dict[str, Any]) -> Report:
         return discovery_page(results, findings, load_file(_require(folder / PICTURES)))
     if results["run"] == "demo":
         return _demo(folder, results, timing)
+    changed = _weights(folder, results, {row["method"]: row["edit"] for row in results["rows"]})
     if results["run"] == "unlearn":
-        changed = _weights(folder, results, {"path perturbation": results["edit"]["file"]})
         withheld = results["maps"]["withheld"] is not None
         maps = None if withheld else load_file(_require(folder / MAPS))
         return unlearning_page(results, timing, maps, changed)
-    changed = _weights(folder, results, {row["method"]: row["edit"] for row in results["rows"]})
     page = neutralizing_page if results["run"] == "neutralize" else pruning_page
     return page(results, timing, _pictures(folder, results), changed)
 

@@ -39,8 +39,8 @@ def pruning_page(
             Notes(*_planned(results), listed=True),
             *_tried(results),
             Notes(
-                f"planned from {cut['planning']} images, {cut['references']} of them to score "
-                f"units on; figures from {cut['held_out']} others"
+                f"units scored on {cut['references']} of {cut['planning']} images to plan from; "
+                f"figures from {cut['held_out']} others"
             ),
             completed(results),
             "<h2>Before and after</h2><p>Every method takes the same share of units in as many "
@@ -68,7 +68,7 @@ def pruning_page(
 def _what(results: Mapping[str, Any]) -> str:
     edit, concept = results["edit"], results["concept"]
     text = (
-        "<p>Units are ranked by their relevance for the right class of "
+        "<p>Units are ranked by their scores for the right class of "
         f"{results['split']['references']} images (<code>{escape(edit['scorer'])}</code>); the "
         f"lowest {edit['share']:.1%} of all units of the layers are switched off and then removed."
     )
@@ -77,9 +77,9 @@ def _what(results: Mapping[str, Any]) -> str:
         text += (
             " The network shall also lean less on a feature that goes with a class without being "
             f"part of it; of {marked['with'] + marked['without']} images {marked['with']} have it. "
-            f"Subspaces of <code>{escape(concept['layer'])}</code> ({escape(concept['finder'])}) "
-            "are taken out of the activations while units are scored, so that units which only "
-            "served them fall to the bottom."
+            f"Subspaces of layer <code>{escape(concept['layer'])}</code> "
+            f"({escape(concept['finder'])}) are taken out of the activations while units are "
+            "scored, so that units which only served them fall to the bottom."
         )
     if edit["tuned_by"] is not None:
         text += f" Each step ends with {escape(edit['tuned_by'])}."
@@ -95,7 +95,7 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
     lines = [f"{edit['removed']} of {edit['units']} units off{steps}, {edit['share']:.1%} asked"]
     if concept is not None:
         lines.append(
-            f"scored with subspaces {', '.join(map(str, concept['ablated']))} of "
+            f"scored with subspaces {', '.join(map(str, concept['ablated']))} of layer "
             f"{concept['layer']} ablated: {concept['reason']}"
         )
     return lines

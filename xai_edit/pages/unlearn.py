@@ -11,11 +11,11 @@ from torch import Tensor
 from xai_edit.core.text import escape
 from xai_edit.evaluation.accuracy import CONFIDENCE, FEW
 from xai_edit.evaluation.intervals import wilson_intervals
-from xai_edit.pages.verdict import NAMED, Part
+from xai_edit.pages.verdict import Part
 from xai_edit.report.curves import curves
 from xai_edit.report.html import Report, Shown, repeat
 from xai_edit.report.map_slider import Maps, wipe
-from xai_edit.report.table import Notes, Table, counted
+from xai_edit.report.table import NAMED, Notes, Table, counted
 
 ONLY_ANSWERS = (
     "The accuracies show what the network answers, not what it still knows. Give --train-data, "
@@ -46,6 +46,7 @@ def unlearning_page(
             f"predicted on {cut['validation']} other samples of it"
         )
     names = ", ".join(class_name(results, label) for label in target)
+    files = [row["edit"] for row in results["rows"] if row["edit"]]
     how = "switches off the neurons that are most relevant for the class"
     if edit["scope"] == "class_row":
         how = "cuts the neurons that are most relevant for the class from it, so that no other "
@@ -72,7 +73,7 @@ def unlearning_page(
             changed,
             "<h2>What an edit does not do</h2><p>An edit changes what the network answers. It does "
             "not prove that knowledge is gone: a probe or a few steps of training can bring it "
-            f"back.</p>{repeat(results, filter(None, [edit['file']]))}",
+            f"back.</p>{repeat(results, files)}",
         ],
     )
 
@@ -112,7 +113,7 @@ def _planned(results: Mapping[str, Any]) -> list[str]:
     what = "switched off" if edit["scope"] == "neuron" else "cut from the class"
     return [
         f"class {class_name(results, one['class'])}: {counted(one['neurons'], 'neuron')} of "
-        f"{where} {what} ({one['share']:.1%})"
+        f"layer {where} {what} ({one['share']:.1%})"
         for one in edit["classes"]
     ]
 

@@ -9,10 +9,9 @@ from typing import Any
 from xai_edit.core.text import escape, printable
 from xai_edit.evaluation.accuracy import CONFIDENCE, FEW
 from xai_edit.evaluation.intervals import Interval
-from xai_edit.report.table import counted
+from xai_edit.report.table import counted, named
 
 BEFORE = "before"
-NAMED = 8  # groups that a sentence names
 UNSEEN = "harm there would not be seen"
 
 
@@ -76,7 +75,7 @@ class Outcome:
         The first is what the edit is for. A comparison method does better if it is not worse in
         any and better in one.
     beside : sequence of Figure
-        Accuracies that may speak for the edit where the first figure does not.
+        Accuracies that may speak for the edit where the first figure does not, or against it.
     parts : sequence of Part
         All groups, or all classes, that could be harmed.
     kind : {"group", "class"}
@@ -88,7 +87,7 @@ class Outcome:
     advice : dict of str
         By comparison method, when to use it.
     further : str
-        What to try where the edit is none or made nothing better.
+        What to try where the edit is none, made nothing better or did what is `doubtful`.
     smaller : bool
         The edit makes the network smaller: it need not raise the figure.
     apart : set of str
@@ -123,6 +122,18 @@ class Outcome:
         )
 
     @property
+    def lost(self) -> list[Figure]:
+        """The figures beside the first that fell."""
+        return [one for one in self.beside if one.gain(self.method, BEFORE) < 0]
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether an edit that does what it is for costs as much: in harm, or in other figures."""
+        if self.smaller:
+            return any(part.harmed(self.method) for part in self.parts)
+        return bool(self.lost) and self.figures[0].within(self.method, BEFORE)
+
+    @property
     def plural(self) -> str:
         """What the parts are."""
         return "classes" if self.kind == "class" else "groups"
@@ -139,6 +150,12 @@ class Outcome:
         many = [part.accuracy(method) for part in self.parts if part.samples >= FEW]
         return min((value for value in many if value is not None), default=None)
 
+    def sure_gain(self, method: str) -> float:
+        """Return how much that is above the lowest before; 0 where the first figure is another."""
+        now, before = self.sure(method), self.sure(BEFORE)
+        known = self.figures[0].lowest and now is not None and before is not None
+        return now - before if known else 0.0  # type: ignore[operator]
+
 
 def verdict(outcome: Outcome) -> list[str]:
     """Return the sentences: the change, harm, what is unknown, comparisons, and what to try."""
@@ -149,7 +166,7 @@ def verdict(outcome: Outcome) -> list[str]:
     ]
     compared = (_comparison(one) for one in (replace(outcome, figures=alike), outcome))
     sentences += [*_unknown(outcome), *dict.fromkeys(compared), *_harmless(outcome)]
-    if not outcome.better and outcome.further:
+    if outcome.further and (not outcome.better or outcome.doubtful):
         sentences.append(f"To try next: {outcome.further}.")
     return sentences
 
@@ -208,12 +225,6 @@ def verdict_text(results: Mapping[str, Any]) -> str:
     return "\n".join(map(printable, lines))
 
 
-def named(texts: Sequence[str]) -> str:
-    """Return some texts as one; of many the first and how many more."""
-    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
-    return "; ".join(texts[:NAMED]) + more
-
-
 def _told(outcome: Outcome, figure: Figure, method: str) -> str:
     """Return a figure, and where few images decide it their part and the lowest of the others."""
     text = f"{figure.values[method]:.3f}"
@@ -224,19 +235,23 @@ def _told(outcome: Outcome, figure: Figure, method: str) -> str:
     return f"{text} [{of}; " + (f"no {others}]" if sure is None else f"{sure:.3f} over {others}]")
 
 
-def _moved(outcome: Outcome, figures: Sequence[Figure]) -> str:
-    """Return from what to what figures went, as one text."""
+def _moved(outcome: Outcome, figures: Sequence[Figure], *, intervals: bool = False) -> str:
+    """Return from what to what figures went, as one text, each with its interval if asked."""
     moves = []
     for one in figures:
         start, end = (_told(outcome, one, method) for method in (BEFORE, outcome.method))
         went = f"stays at {end}" if end == start else f"goes from {start} to {end}"
+        if intervals and end != start and BEFORE in one.intervals:
+            low, high = one.intervals[BEFORE]
+            within = "within" if one.within(outcome.method, BEFORE) else "beyond"
+            went += f", {within} its interval before ({low:.3f}–{high:.3f})"
         moves.append(f"{one.name} {went}")
-    return " and ".join([*filter(None, [", ".join(moves[:-1])]), moves[-1]])
+    last = ", and " if intervals and figures[0].intervals else " and "
+    return last.join([*filter(None, [", ".join(moves[:-1])]), moves[-1]])
 
 
 def _change(outcome: Outcome) -> str:
     first, method = outcome.figures[0], outcome.method
-    before = first.values[BEFORE]
     missing = [part.name for part in outcome.parts if not part.samples]
     without = f"; not measured, 0 images: {named(missing)}" if missing else ""
     if outcome.reason is not None:
@@ -247,20 +262,16 @@ def _change(outcome: Outcome) -> str:
     if not outcome.better:
         figures = [*outcome.figures, *outcome.beside]
         moved = _moved(outcome, figures)
-        sure, start = outcome.sure(method), outcome.sure(BEFORE)
-        above = first.lowest and sure is not None and start is not None and sure > start
-        if above or any(one.gain(method, BEFORE) > 0 for one in figures):
+        if outcome.sure_gain(method) > 0 or any(one.gain(method, BEFORE) > 0 for one in figures):
             aim = f"{'lower' if first.lower else 'raise'} {'the ' * first.lowest}{first.name}"
             return f"{_start(method)} {outcome.what} and did not {aim}: {moved}{without}."
         return (
             f"{_start(method)} made nothing better: {moved}{without}. Nothing speaks for this "
             f"edit, though it {outcome.what}."
         )
-    moved = _moved(outcome, outcome.figures)
-    if first.values[method] != before and first.intervals:
-        low, high = first.intervals[BEFORE]
-        within = first.within(method, BEFORE)
-        moved += f", {'within' if within else 'beyond'} the interval before ({low:.3f}–{high:.3f})"
+    moved = _moved(outcome, outcome.figures, intervals=True)
+    if outcome.lost:
+        moved += f", but {_moved(outcome, outcome.lost, intervals=True)}"
     return f"{_start(method)} {outcome.what}: {moved}{without}."
 
 
@@ -327,12 +338,13 @@ def _comparison(outcome: Outcome) -> str:
     if own == BEFORE:
         against += " of the network as it is"
     where = "here" if all(part.samples for part in outcome.parts) else "on what was measured"
-    if _hangs(outcome, best, own):
-        return f"Whether {best} does better {where} hangs on fewer than {FEW} images: {against}."
-    if not at_least or (own == BEFORE and not total(best)):
-        return f"No comparison method does better {where}; the best, {best}, has {against}."
     harmed = _harmed(outcome, best)
     harm = f", but it harms {harmed}" if harmed else ""
+    if _hangs(outcome, best, own):
+        few = f"hangs on fewer than {FEW} images"
+        return f"Whether {best} does better {where} {few}: {against}{harm}."
+    if not at_least or (own == BEFORE and not total(best)):
+        return f"No comparison method does better {where}; the best, {best}, has {against}."
     advice = f"; {outcome.advice[best]}" if best in outcome.advice else ""
     if not total(best):
         how, sure = "as well", ""
@@ -358,17 +370,23 @@ def _harmless(outcome: Outcome) -> list[str]:
     """Return which comparison methods harm nothing and lose nothing, where the edit does harm."""
     if outcome.reason is not None or not _harmed(outcome, outcome.method):
         return []
-    figures = outcome.figures
+    first = outcome.figures[0]
     safe = [
-        f"{name} ({figures[0].values[name]:.3f})"
-        for name in figures[0].values
+        f"{name} ({_told(outcome, first, name)})"
+        for name in first.values
         if name not in (BEFORE, outcome.method)
         and not _harmed(outcome, name)
-        and min(one.gain(name, BEFORE) for one in figures) >= 0
+        and not _loses(outcome, name)
         and not _idle(outcome, name)
     ]
     kind = f"{outcome.kind}{outcome.which}"
     return [f"Without harm to any {kind} that was measured: {named(safe)}."] if safe else []
+
+
+def _loses(outcome: Outcome, method: str) -> bool:
+    """Return whether a method lowers a figure, also the lowest over parts that are not small."""
+    figures = (one for one in (*outcome.figures, *outcome.beside) if method in one.values)
+    return outcome.sure_gain(method) < 0 or any(one.gain(method, BEFORE) < 0 for one in figures)
 
 
 def _idle(outcome: Outcome, method: str) -> bool:

@@ -14,6 +14,7 @@ from xai_edit.core.text import aligned, cell, escape, printable
 
 NUMBER = 20  # characters that a number, an interval or a name has at most
 LINES = 20  # rows that are shown of many: in the text, and on a page unless it is unfolded
+NAMED = 8  # texts that a sentence names
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ def download(text: str, name: str, kind: str, content: str, label: str) -> str:
 def counted(number: int, thing: str) -> str:
     """Return a number of things, such as "1 weight" or "2 weights"."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def named(texts: Sequence[str]) -> str:
+    """Return some texts as one; of many the first and how many more."""
+    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
+    return "; ".join(texts[:NAMED]) + more
 
 
 def _kind(column: Iterable[Any]) -> str:
