@@ -46,6 +46,7 @@ def _files_are_written_elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_of_the_reference_has_an_example_that_holds(name):
     examples = docstrings(named(name), name)
+    assert examples, f"{name}: its docstring has no example"
     require_to_hold(examples)
 
 
