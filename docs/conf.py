@@ -410,6 +410,16 @@ def write(name, text):
         path.write_text(text, encoding="utf-8")
 
 
+def say_what_examples_go_on_from(_app, _what, _name, _object, _options, lines):
+    """Put a link to the network and data of the reference above the examples of a docstring."""
+    heading = ".. rubric:: Examples"
+    if heading in lines:
+        link = "They go on from :ref:`this network and data <reference-prelude>`."
+        at = lines.index(heading) + 1
+        lines[at:at] = ["", link]
+
+
 def setup(app):
     """Write the tables before pages are read."""
     app.connect("builder-inited", write_tables)
+    app.connect("autodoc-process-docstring", say_what_examples_go_on_from, priority=900)

@@ -39,6 +39,17 @@ class AmnesiacLog:
     The log is on the CPU and takes the size of the model for each different set of classes: one
     where every batch has all of them, at most 2ᵏ − 1 with k ``classes``, where only batches with
     these are logged. Buffers, such as the statistics of batch norms, are not.
+
+    Examples
+    --------
+    >>> log = xe.comparisons.AmnesiacLog(classes=[1])
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with log.recording(model, labels):
+    ...     nn.functional.cross_entropy(model(images), labels).backward()
+    ...     optimizer.step()
+    >>> log.save("log.safetensors")
+    >>> xe.comparisons.AmnesiacLog.load("log.safetensors").steps
+    1
     """
 
     def __init__(self, *, classes: Sequence[int] | None = None) -> None:
@@ -154,6 +165,18 @@ def amnesiac(
         samples of the class.
     epochs, learning_rate, batch_size, seed
         Of the repair, with its errors, as for `random_labels`.
+
+    Examples
+    --------
+    >>> log = xe.comparisons.AmnesiacLog()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> for rows in (labels == 0, labels == 1):
+    ...     with log.recording(model, labels[rows]):
+    ...         nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
+    ...         optimizer.step()
+    >>> edit = xe.comparisons.amnesiac(model, log, target=1)
+    >>> edit.origin["steps"], edit.origin["undone"]
+    (2, 1)
     """
     with torch.inference_mode(False):
         log.require_last_weights(model)

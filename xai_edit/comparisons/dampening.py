@@ -40,6 +40,13 @@ class SelectiveSynapticDampening:
         Dampening strength λ; the smaller, the closer to zero. The paper uses 1.
     chunk_size : int
         Samples whose gradients are held in memory at once; each takes as much as the weights.
+
+    Examples
+    --------
+    >>> operator = xe.comparisons.SelectiveSynapticDampening(alpha=2.0)
+    >>> edit = operator.plan(model, data, target=1)
+    >>> edit.origin["target_samples"], edit.changes["fc2.weight"].position(0)
+    (80, [1, 1])
     """
 
     alpha: float = 10.0

@@ -60,6 +60,17 @@ def retrain(
         that one is used.
     seed : int
         Set before ``build``; the caller's random state is restored afterwards.
+
+    Examples
+    --------
+    >>> from copy import deepcopy
+    >>> def train(network, batches):
+    ...     print({label for _, labels in batches for label in labels.tolist()})
+    >>> how = {"build": lambda: deepcopy(model), "train": train}
+    >>> edit = xe.comparisons.retrain(model, data, target=1, **how)
+    {0, 2}
+    >>> edit.origin["samples"], edit.origin["removed"]
+    (160, 80)
     """
     readable_again(data, "training")
     for name, function in (("build", build), ("train", train)):
@@ -108,6 +119,12 @@ def random_labels(
     TypeError, ValueError, NonFiniteError
         If the data can be read only once; if it has no labels, a class is out of range or has no
         samples, or no other is left; if the loss or a weight is no longer finite.
+
+    Examples
+    --------
+    >>> edit = xe.comparisons.random_labels(model, data, target=1, epochs=2)
+    >>> edit.origin["relabelled"], edit.origin["steps"]
+    (80, 2)
     """
     readable_again(data, "training")
     with seeded(seed), torch.inference_mode(False):
@@ -153,6 +170,12 @@ def negative_gradient(
     times the rate has to be tuned. The default rate is for some thousand samples of the class; with
     fewer, take a larger one. Parameters and errors are those of `random_labels`, but the data is
     read only once, and samples of other classes are ignored.
+
+    Examples
+    --------
+    >>> edit = xe.comparisons.negative_gradient(model, data, target=1, learning_rate=0.1)
+    >>> edit.origin["samples"], edit.origin["steps"]
+    (80, 2)
     """
     options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
@@ -178,6 +201,12 @@ def boundary_shrink(
     Boundary shrink of Chen et al. 2023, *Boundary unlearning* (CVPR). `nearest_classes` finds the
     labels, with ``epsilon`` and ``clip``. The defaults are for classes of 5,000 samples; with
     fewer, take a larger rate. Other parameters and errors are those of `negative_gradient`.
+
+    Examples
+    --------
+    >>> edit = xe.comparisons.boundary_shrink(model, data, target=1, epochs=1)
+    >>> edit.origin["samples"], edit.origin["steps"]
+    (80, 2)
     """
     options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):
@@ -205,6 +234,12 @@ def boundary_expanding(
     Boundary expanding of Chen et al. 2023, *Boundary unlearning* (CVPR). The last layer, which has
     to be linear, gets one more row, initialised as in a new linear layer, for all classes to forget
     together; after the training the row is removed. Parameters and errors as `boundary_shrink`.
+
+    Examples
+    --------
+    >>> edit = xe.comparisons.boundary_expanding(model, data, target=1, epochs=1)
+    >>> edit.origin["layer"], edit.origin["samples"], edit.origin["steps"]
+    ('fc2', 80, 2)
     """
     options = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     with seeded(seed), torch.inference_mode(False):

@@ -45,6 +45,13 @@ class LastLayerRetraining:
         Inverse strength of the penalty, as in scikit-learn.
     seed : int
         Of the subsets and the halves.
+
+    Examples
+    --------
+    >>> edit = xe.LastLayerRetraining().plan(model, data, attribute=attribute)
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data, groups=attribute).worst
+    1.0
     """
 
     repeats: int = 10

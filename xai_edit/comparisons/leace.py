@@ -38,6 +38,12 @@ class LEACE:
 
     The package ``concept-erasure`` (0.2.4) computes the same map, but drops singular values below
     0.01 whatever their scale, and so does not erase an attribute of 20 in 20,000 samples.
+
+    Examples
+    --------
+    >>> edit = xe.comparisons.LEACE().plan(model, data, attribute=attribute)
+    >>> edit.origin["directions"], [*edit.changes]
+    (1, ['fc2.weight', 'fc2.bias'])
     """
 
     def plan(

@@ -22,6 +22,13 @@ class LogitMask:
 
     Nothing is forgotten, so a method of unlearning has to be better in another figure than
     accuracy.
+
+    Examples
+    --------
+    >>> edit = xe.LogitMask().plan(model, data, target=1)
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data).of(1)
+    0.0
     """
 
     def __repr__(self) -> str:

@@ -141,12 +141,13 @@ def ablated(
 
     Examples
     --------
-    >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU())
-    >>> basis = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    >>> subspaces = Subspaces(basis, (1,), mean=torch.zeros(2, dtype=torch.float64))
-    >>> with ablated(model, "0", subspaces, [0]):
-    ...     model(torch.tensor([[3.0, 4.0]]))
-    tensor([[0., 4.]])
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> subspaces = xe.ContrastivePCA(size=1).fit(features)
+    >>> with xe.ablated(model, "relu1", subspaces, [0]):
+    ...     xe.evaluate_groups(model, data, groups=attribute).worst
+    1.0
+    >>> xe.evaluate_groups(model, data, groups=attribute).worst
+    0.0
     """
     with preserved(model):
         _insert_subspaces(unwrapped(model), layer, subspaces, indices, when, unit_axis)
@@ -169,6 +170,14 @@ def with_ablation(
     The copy has the layer's parameters under ``{layer}.layer``, and under ``{layer}.ablation`` the
     buffers ``directions``, float64, shape (channels, directions), and ``mean``, (channels,); with
     ``when`` also ``threshold``, a single number; they stay so in a copy made half precision.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> subspaces = xe.ContrastivePCA(size=1).fit(features)
+    >>> without = xe.with_ablation(model, "relu1", subspaces, [0])
+    >>> xe.evaluate_groups(without, data, groups=attribute).worst
+    1.0
     """
     copy = copied(unwrapped(model))
     _insert_subspaces(copy, layer, subspaces, indices, when, unit_axis)
@@ -187,6 +196,13 @@ def with_identity(
 
     ``inputs`` are one or more samples: a tensor, or a tuple or mapping of tensors. Other arguments,
     names of parameters and errors are those of `with_ablation`.
+
+    Examples
+    --------
+    >>> open_to_edits = xe.with_identity(model, "relu1", images)
+    >>> edit = xe.ClassSubspaceRemoval("relu1").plan(open_to_edits, data, target=1)
+    >>> sorted(edit.changes)
+    ['relu1.ablation.directions', 'relu1.ablation.mean', 'relu1.ablation.readers']
     """
     copy = copied(unwrapped(model))
     _require_outputs(copy, layer)
@@ -303,6 +319,13 @@ def fold_ablation(
     Arguments as of `ablated`; the folded model is compared with the ablated one on ``inputs``,
     shape (samples, ...). ValueError if no single linear or ungrouped convolution layer with a bias
     reads the activations directly, or the outputs differ, as with zero padding.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="flatten", attribute=attribute)
+    >>> subspaces = xe.ContrastivePCA(size=1).fit(features)
+    >>> [*xe.fold_ablation(model, "flatten", subspaces, [0], images)]
+    ['fc1.weight', 'fc1.bias']
     """
     read_by = trace(model, inputs).readers(layer)
     readers = [name for name in read_by if isinstance(model.get_submodule(name), WEIGHTED)]

@@ -33,7 +33,17 @@ PLACES = ((0,), (1,), (0, 1))  # of several subspaces, by AUC: the best, the sec
 
 
 def numbered(subspaces: Subspaces) -> Subspaces:
-    """Return subspaces as a choice numbers them: a single one is cut into its directions."""
+    """Return subspaces as a choice numbers them: a single one is cut into its directions.
+
+    Examples
+    --------
+    >>> from xai_edit.concepts.candidates import numbered
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> subspaces = xe.PCA(n_subspaces=2).fit(features)
+    >>> one = xe.Subspaces(subspaces.basis, (2,), subspaces.mean)
+    >>> numbered(one).sizes
+    (1, 1)
+    """
     if len(subspaces) > 1:
         return subspaces
     return replace(subspaces, sizes=(1,) * subspaces.basis.shape[1])

@@ -43,6 +43,14 @@ class Candidate(Plain):
         Its mean over the measured groups.
     not_taken : str or None
         Why it was not chosen; None of the chosen one.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> finder = xe.ContrastivePCA(size=1)
+    >>> choice = xe.choose_spurious(model, data, finder, features, layer="relu1")
+    >>> [(one.indices, one.worst) for one in choice.candidates]
+    [((), 0.0), ((0,), 1.0)]
     """
 
     indices: tuple[int, ...]
@@ -77,6 +85,15 @@ class Choice:
         Nothing first.
     chance : tuple of float
         The 95% interval of the AUC of a subspace that has nothing to do with the feature.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> finder = xe.ContrastivePCA(size=1)
+    >>> choice = xe.choose_spurious(model, data, finder, features, layer="relu1")
+    >>> with xe.ablated(model, "relu1", choice.subspaces, choice.indices):
+    ...     xe.evaluate_groups(model, data, groups=attribute).worst
+    1.0
     """
 
     subspaces: Subspaces
@@ -136,6 +153,14 @@ def choose_spurious(
         The layer of the features, whose first axis is the samples.
     unit_axis : int, optional
         The axis of its channels, see `xai_edit.core.axes.unit_axes`.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> finder = xe.ContrastivePCA(size=1)
+    >>> choice = xe.choose_spurious(model, data, finder, features, layer="relu1")
+    >>> choice.indices
+    (0,)
     """
     model = unwrapped(model)
     resolve_layers(model, [layer])

@@ -88,6 +88,12 @@ def collect_features(
         one on each rank, with twice its size free on the disk.
     outputs : str or callable, optional
         Where the logits are in what the model returns, see `xai_edit.outputs_as`.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", positions=4, attribute=attribute)
+    >>> features.activations.shape, features.samples
+    (torch.Size([960, 32]), 240)
     """
     draw = PositionDraw(positions, seed)
     if scorer is not None:

@@ -28,6 +28,13 @@ def disentanglement(parts: Tensor) -> Tensor:
     """Return the objective J = M^½ over subspaces of M² over vectors of max(0, R_kn).
 
     M^p is the power mean (mean x^p)^{1/p} (Chormai et al. 2024); `Subspaces.split` gives R.
+
+    Examples
+    --------
+    >>> from xai_edit.concepts.drsa import disentanglement
+    >>> apart, together = torch.eye(4), torch.full((4, 4), 0.25)
+    >>> disentanglement(apart), disentanglement(together)
+    (tensor(0.5000, dtype=torch.float64), tensor(0.2500, dtype=torch.float64))
     """
     return _strengths(parts).sqrt().mean().square()
 
@@ -59,6 +66,14 @@ class DRSA(Described):
         Stop when ten steps increase the objective by less than this share.
     seed : int
         Of the starts.
+
+    Examples
+    --------
+    >>> scorer = xe.LRP("epsilon")
+    >>> features = xe.collect_features(model, data, layer="fc2:input", scorer=scorer)
+    >>> drsa = xe.DRSA(n_subspaces=3, size=1)
+    >>> drsa.fit(features).sizes, drsa.relevance_.shape
+    ((1, 1, 1), torch.Size([3]))
     """
 
     def __init__(

@@ -32,6 +32,14 @@ def strongest_samples(subspaces: Subspaces, features: Features, *, count: int = 
 
     Indices by `xai_edit.concepts.predictiveness.sample_scores`, int64, shape (subspaces, count).
     ValueError if there are fewer samples, or the channels differ.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> subspaces = xe.ContrastivePCA(size=1).fit(features)
+    >>> strongest = xe.concepts.strongest_samples(subspaces, features, count=5)
+    >>> attribute[strongest]
+    tensor([[True, True, True, True, True]])
     """
     count = whole_number(count, "count", least=1, most=features.samples)
     order = sample_scores(subspaces, features).argsort(dim=0, descending=True, stable=True)
@@ -74,6 +82,15 @@ def subspace_maps(
     residue : Tensor, shape (samples, ...)
         The relevance outside all subspaces and around the layer, as on a skip connection. All maps
         and the residue add up to ``scorer.heatmap``.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> subspaces = xe.ContrastivePCA(size=1).fit(features)
+    >>> how = {"layer": "relu1", "scorer": xe.LRP("epsilon")}
+    >>> maps, residue = xe.concepts.subspace_maps(model, images[:8], subspaces, **how)
+    >>> maps.shape, residue.shape
+    (torch.Size([8, 1, 3, 4, 4]), torch.Size([8, 3, 4, 4]))
     """
     require_type(scorer, LRP, "scorer", "maps need a rule, so an xai_edit.LRP")
     require_type(inputs, Tensor, "inputs", "give a batch as one tensor")

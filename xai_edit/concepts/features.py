@@ -37,6 +37,14 @@ class Features:
         The class and the spurious feature of each sample.
     origin : dict
         The arguments of the collection, as JSON values.
+
+    Examples
+    --------
+    >>> scorer = xe.LRP("epsilon")
+    >>> features = xe.collect_features(model, data, layer="fc2:input", scorer=scorer, target=0)
+    >>> relevance = features.activations * features.contexts
+    >>> features.per_sample(relevance).sum(0)[:5].round()
+    tensor([147.,   0.,   0., 200.,   0.], dtype=torch.float64)
     """
 
     activations: Tensor

@@ -38,6 +38,13 @@ class PCA(_Components):
     ----------
     n_subspaces : int or None
         Number of components, by descending variance; None for all with variance.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1")
+    >>> pca = xe.PCA(n_subspaces=2)
+    >>> pca.fit(features).sizes, pca.components_.abs().argmax(1)[0]
+    ((1, 1), tensor(3))
     """
 
     def fit(self, features: Features) -> Subspaces:
@@ -65,6 +72,13 @@ class PRCA(_Components):
     ----------
     n_subspaces : int or None
         Number of components, by descending relevance; None for all with positive relevance.
+
+    Examples
+    --------
+    >>> scorer = xe.LRP("epsilon")
+    >>> features = xe.collect_features(model, data, layer="fc2:input", scorer=scorer, target=0)
+    >>> xe.PRCA(n_subspaces=2).fit(features).basis.shape
+    torch.Size([32, 2])
     """
 
     def fit(self, features: Features) -> Subspaces:
@@ -101,6 +115,12 @@ class ContrastivePCA(Described):
     size : int or None
         Directions of the subspace; None for all along which the contrast is positive, of which
         `choose_spurious` takes some.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> xe.ContrastivePCA(size=1).fit(features).basis.abs().argmax()
+    tensor(3)
     """
 
     def __init__(self, size: int | None = 4) -> None:
@@ -156,6 +176,13 @@ class CAV(Described):
     C : float
         Inverse strength of the classifiers' regularisation, as in scikit-learn, for activations
         divided by their root mean square.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> cav = xe.CAV()
+    >>> cav.fit(features).sizes, cav.direction_.argmax()
+    ((1, 31), tensor(3))
     """
 
     def __init__(self, kind: Kind = "pattern", *, C: float = 1.0) -> None:

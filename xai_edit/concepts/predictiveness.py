@@ -42,7 +42,15 @@ HEADINGS += ["all samples", "with it", "without it"]
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """An average precision, its 95% bootstrap interval, and chance: the share of positives."""
+    """An average precision, its 95% bootstrap interval, and chance: the share of positives.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> table = xe.predictiveness(xe.ContrastivePCA(size=1).fit(features), features)
+    >>> table.rows[0]["spurious"].value, table.rows[0]["spurious"].interval
+    (1.0, (1.0, 1.0))
+    """
 
     value: float
     interval: tuple[float, float]
@@ -76,6 +84,13 @@ class Predictiveness:
         The number of samples by class and feature; without labels all are of the rest.
     score : {"relevance", "energy"}
         By which samples are ranked.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> table = xe.predictiveness(xe.ContrastivePCA(size=1).fit(features), features)
+    >>> table.score, table.groups
+    ('energy', {'class with': 60, 'class without': 20, 'rest with': 40, 'rest without': 120})
     """
 
     rows: tuple[dict[str, AveragePrecision | None], ...]
@@ -126,6 +141,14 @@ def sample_scores(subspaces: Subspaces, features: Features) -> Tensor:
 
     With contexts the score is the relevance Σ (U_kᵀa)·(U_kᵀc) over the sample's positions, else the
     activations' energy Σ ‖U_kᵀ(a − mean)‖². ValueError if the numbers of channels differ.
+
+    Examples
+    --------
+    >>> from xai_edit.concepts.predictiveness import sample_scores
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> scores = sample_scores(xe.ContrastivePCA(size=1).fit(features), features)
+    >>> scores.shape, scores[attribute].min() > scores[~attribute].max()
+    (torch.Size([240, 1]), tensor(True))
     """
     activations = features.activations.split(VECTORS)
     if features.contexts is None:
@@ -167,6 +190,13 @@ def predictiveness(
         of samples has the feature.
     resamples, seed : int
         Of the bootstrap within the four groups of class and feature.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> table = xe.predictiveness(xe.ContrastivePCA(size=1).fit(features), features)
+    >>> table.column("spurious"), table.target
+    ([1.0], 0)
     """
     resamples = whole_number(resamples, "resamples", least=1)
     seed = whole_number(seed, "seed")

@@ -25,6 +25,14 @@ class Presence:
         Finite, 0 or more.
     pooling : {"max", "mean"}
         Over positions.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> subspaces = xe.ContrastivePCA(size=1).fit(features)
+    >>> with xe.ablated(model, "relu1", subspaces, [0], when=xe.Presence(threshold=100.0)):
+    ...     xe.evaluate_groups(model, data, groups=attribute).worst
+    1.0
     """
 
     threshold: float
@@ -42,6 +50,14 @@ def presence(
 
     Activations have the shape (samples, positions, channels), the scores, float64, (samples,).
     ValueError for other channels, an index out of range or an unknown pooling.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", positions=None)
+    >>> subspaces = xe.ContrastivePCA(size=1).fit(features, attribute)
+    >>> scores = xe.concepts.presence(features.activations.unflatten(0, (240, 16)), subspaces, [0])
+    >>> (scores > 100).equal(attribute)
+    True
     """
     subspaces.require_channels(activations)
     one_of(pooling, get_args(Pooling), "pooling")

@@ -37,7 +37,7 @@ class Subspaces:
     Examples
     --------
     >>> basis = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    >>> subspaces = Subspaces(basis, (1,), mean=torch.zeros(2, dtype=torch.float64))
+    >>> subspaces = xe.Subspaces(basis, (1,), mean=torch.zeros(2, dtype=torch.float64))
     >>> subspaces.ablate(torch.tensor([3.0, 4.0]), [0])
     tensor([0., 4.])
     """

@@ -60,6 +60,12 @@ def unit_axes(
     ValueError
         If the axis cannot be followed, several axes hold units, a layer takes no part in the
         forward pass or gives no tensor, or ``given`` is out of range.
+
+    Examples
+    --------
+    >>> from xai_edit.core.axes import unit_axes
+    >>> unit_axes(model, images[:1], ["conv", "pool", "fc1"])
+    {'conv': 1, 'pool': 1, 'fc1': -1}
     """
     decided = {name: axis for name, axis in _DECIDED.get().items() if name in layers}
     axes = known_axes(model, layers, decided if given is None else given)

@@ -100,6 +100,13 @@ def batches(
         If there is no sample at all, or the lengths within a batch differ.
     NonFiniteError
         If an input holds a NaN or an infinity.
+
+    Examples
+    --------
+    >>> from xai_edit.core.data import batches
+    >>> for batch in batches([(images, labels, attribute)]):
+    ...     print(len(batch), batch.labels[:3], batch.groups[:3])
+    240 tensor([0, 1, 2]) tensor([0, 1, 1])
     """
     empty = True
     for index, raw in enumerate(_iterable(data)):

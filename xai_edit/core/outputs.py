@@ -40,6 +40,15 @@ def outputs_as(outputs: Outputs) -> Iterator[None]:
     ------
     TypeError
         If ``outputs`` is neither a name nor a function.
+
+    Examples
+    --------
+    >>> class Named(nn.Sequential):
+    ...     def forward(self, images):
+    ...         return {"features": images, "scores": super().forward(images)}
+    >>> with xe.outputs_as("scores"):
+    ...     xe.evaluate_groups(Named(model), data).of(0)
+    1.0
     """
     if outputs is not None and not isinstance(outputs, str) and not callable(outputs):
         raise TypeError(
@@ -71,6 +80,14 @@ def one_label(label: int) -> Iterator[None]:
     ValueError
         If ``label`` is no whole number from 0; inside, if the model has no such output, or ends in
         a softmax, whose classes exclude each other.
+
+    Examples
+    --------
+    >>> every = nn.functional.one_hot(labels, 3)
+    >>> with xe.one_label(1):
+    ...     scores = xe.score_units(model, [(images, every)], xe.LRP("epsilon"), target=1)
+    >>> scores.top("fc1", count=1)
+    tensor([1])
     """
     token = _LABEL.set(whole_number(label, "label"))
     try:

@@ -41,6 +41,16 @@ class ImageSet:
     ValueError
         If the attribute is no vector of whole numbers from 0, one an image, or is missing where
         something is planted.
+
+    Examples
+    --------
+    >>> from xai_edit.datasets.image_set import ImageSet
+    >>> pixels = (255 * images).byte()
+    >>> given = ImageSet(pixels, labels, (0.5,) * 3, (0.5,) * 3, side=4, batch_size=80)
+    >>> [batch.shape for batch, _ in given]
+    [torch.Size([80, 3, 4, 4]), torch.Size([80, 3, 4, 4]), torch.Size([80, 3, 4, 4])]
+    >>> len(given[given.labels == 1]), given.first(2).labels
+    (80, tensor([0, 1, 2, 0, 1, 2]))
     """
 
     source: Tensor | Sequence[str]
@@ -140,6 +150,15 @@ class Epochs:
         By how many pixels at most images are moved, at random; the edges are filled by reflection.
     epoch : int
         Of the next iteration.
+
+    Examples
+    --------
+    >>> from xai_edit.datasets.image_set import Epochs, ImageSet
+    >>> pixels = (255 * images).byte()
+    >>> given = ImageSet(pixels, labels, (0.5,) * 3, (0.5,) * 3, side=4)
+    >>> epochs = Epochs(given, seed=0, batch_size=100, flip=True)
+    >>> [len(batch) for batch, _ in epochs], epochs.epoch
+    ([100, 100, 40], 1)
     """
 
     images: ImageSet

@@ -21,7 +21,20 @@ from xai_edit.datasets.image_set import ImageSet, check_numbered, windows
 
 
 class Planted(Protocol):
-    """What can be planted: `Mark`, `Colours`, or a class of a user's own."""
+    """What can be planted: `Mark`, `Colours`, or a class of a user's own.
+
+    Examples
+    --------
+    >>> class Inverted:
+    ...     values = 2
+    ...     def __call__(self, pixels, attribute):
+    ...         return torch.where(attribute.bool()[:, None, None, None], 255 - pixels, pixels)
+    >>> shortcut = xe.datasets.Shortcut(Inverted(), strength=0.9)
+    >>> black = torch.zeros(2, 1, 1, 2, dtype=torch.uint8)
+    >>> shortcut.planted(black, attribute=torch.tensor([0, 1])).flatten(1)
+    tensor([[  0,   0],
+            [255, 255]], dtype=torch.uint8)
+    """
 
     @property
     def values(self) -> int:
@@ -57,6 +70,16 @@ class Mark:
     ValueError, FileNotFoundError
         If there is no such picture, a number is out of range, or it does not fit into the images
         in which it is planted.
+
+    Examples
+    --------
+    >>> white = torch.full((4, 1, 1), 255, dtype=torch.uint8)
+    >>> mark = xe.datasets.Mark(white, size=(2, 2), place=(0, 1))
+    >>> black = torch.zeros(2, 3, 3, 3, dtype=torch.uint8)
+    >>> mark(black, attribute=torch.tensor([0, 1]))[1, 0]
+    tensor([[  0, 255, 255],
+            [  0, 255, 255],
+            [  0,   0,   0]], dtype=torch.uint8)
     """
 
     picture: str | Path | Tensor
@@ -135,6 +158,14 @@ class Colours:
     ------
     ValueError
         If there are fewer than two, one is no colour, or the images are not grey.
+
+    Examples
+    --------
+    >>> colours = xe.datasets.Colours([(255, 0, 0), (0, 255, 0)])
+    >>> white = torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
+    >>> colours(white, torch.tensor([0, 1]))[:, :, 0, 0]
+    tensor([[255,   0,   0],
+            [  0, 255,   0]], dtype=torch.uint8)
     """
 
     colours: Sequence[tuple[int, int, int]]
@@ -181,11 +212,13 @@ class Shortcut:
 
     Examples
     --------
-    Digits below 5 are red and others green, but for every twentieth:
-
-    >>> colours = Colours([(255, 0, 0), (0, 255, 0)])
-    >>> digits = mnist(folder, "train").regrouped(lambda digit: digit >= 5)
-    >>> train = Shortcut(colours, strength=0.95).train(digits, seed=0)
+    >>> from xai_edit.datasets.image_set import ImageSet
+    >>> pixels = torch.full((40, 1, 4, 4), 255, dtype=torch.uint8)
+    >>> grey = ImageSet(pixels, torch.arange(40) % 2, mean=(0.5,), std=(0.5,), side=4)
+    >>> colours = xe.datasets.Colours([(255, 0, 0), (0, 255, 0)])
+    >>> xe.datasets.Shortcut(colours, strength=0.9).train(grey, seed=0).counts()
+    tensor([[18,  2],
+            [ 2, 18]])
     """
 
     planted: Planted

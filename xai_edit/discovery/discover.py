@@ -90,14 +90,11 @@ def discover(
 
     Examples
     --------
-    A network that looks at nothing but what makes the class:
-
-    >>> images = torch.rand(120, 2, generator=torch.Generator().manual_seed(0))
-    >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 2, bias=False)).eval()
-    >>> _ = torch.nn.init.eye_(model[1].weight)
-    >>> found = discover(model, [(images, images.argmax(1))], target=1)
-    >>> print(found.answer)
-    nothing stands out
+    >>> findings = xe.discover(model, data, target=0, layers=["relu1"])
+    >>> [finding.layer for finding in findings.standing_out]
+    ['relu1']
+    >>> findings.found[0].has.equal(attribute)
+    True
     """
     one_of(images, ("predicted", "all"), "images")
     one_of(method, METHODS, "method")

@@ -77,6 +77,12 @@ class Evidence:
     within : bool
         Whether the separation is between samples of the class. Otherwise it is of the class from
         the others, which its content separates too.
+
+    Examples
+    --------
+    >>> evidence = xe.discover(model, data, target=0, layers=["relu1"]).found[0].evidence
+    >>> evidence.stands_out, evidence.groups["class with"].samples
+    (True, 60)
     """
 
     transfer: Figure

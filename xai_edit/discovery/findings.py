@@ -57,6 +57,14 @@ class Finding:
         feature is strong.
     also : tuple of (int, str)
         Classes and layers at which the same feature was found with a lower score.
+
+    Examples
+    --------
+    >>> finding = xe.discover(model, data, target=0, layers=["relu1"]).found[0]
+    >>> finding.target, finding.layer
+    (0, 'relu1')
+    >>> finding.has.equal(attribute), finding.presence(model, images[:8]).shape
+    (True, torch.Size([8]))
     """
 
     target: int
@@ -168,6 +176,15 @@ class Findings(Sequence[Finding]):
     origin : dict
         The arguments of the search, the checksums of the model's weights (``"model"``) and of the
         data (``"data"``), as JSON values.
+
+    Examples
+    --------
+    >>> findings = xe.discover(model, data, target=0, layers=["relu1"])
+    >>> len(findings.found), len(findings.standing_out)
+    (1, 1)
+    >>> findings.save("findings.safetensors")
+    >>> findings.mark({0: "spurious"}).spurious
+    (0,)
     """
 
     found: tuple[Finding, ...]

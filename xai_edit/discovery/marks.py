@@ -42,6 +42,13 @@ class Mark:
     name, note : str
     ticks : dict of int to bool
         Corrections: for the number of a sample, whether it has the feature.
+
+    Examples
+    --------
+    >>> findings = xe.discover(model, data, target=0, layers=["relu1"])
+    >>> mark = xe.discovery.Mark("spurious", name="white corner", ticks={0: True})
+    >>> findings.mark({0: mark}).attribute[:3], attribute[:3]
+    (tensor([True, True, True]), tensor([False,  True,  True]))
     """
 
     verdict: str
@@ -111,6 +118,15 @@ class Marks:
         Checksums of the findings, of the model's weights and of the data.
     sure : dict of int to Sure
         How sure each finding is about the samples, by its number.
+
+    Examples
+    --------
+    >>> findings = xe.discover(model, data, target=0, layers=["relu1"])
+    >>> marks = findings.mark({0: "spurious"})
+    >>> edit = xe.LastLayerRetraining().plan(model, data, attribute=marks)
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data, groups=attribute).worst
+    1.0
     """
 
     marks: Mapping[int, Mark]

@@ -102,6 +102,14 @@ def pictures(
     ------
     ValueError
         If the data are not those of the findings.
+
+    Examples
+    --------
+    >>> from xai_edit.discovery.shown import pictures
+    >>> findings = xe.discover(model, data, target=0, layers=["relu1"])
+    >>> shown = pictures(model, data, findings)
+    >>> [*shown], shown["images"].shape[1:]
+    (['samples', 'images', '0'], torch.Size([3, 4, 4]))
     """
     model = in_float32(unwrapped(model))
     how: dict[str, Any] = {"unit": "sample", "disable": not progress, "leave": False}

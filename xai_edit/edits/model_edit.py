@@ -41,6 +41,11 @@ class Change:
     index : Tensor, int64, shape (entries,)
         Flat positions in row-major order, ascending.
     old, new : Tensor, of the parameter's dtype, shape (entries,)
+
+    Examples
+    --------
+    >>> xe.LogitMask().plan(model, data, target=1).changes["fc2.bias"].new
+    tensor([-10000.])
     """
 
     shape: tuple[int, ...]
@@ -95,15 +100,12 @@ class ModelEdit:
 
     Examples
     --------
-    >>> model = torch.nn.Linear(2, 2)
-    >>> old = model.bias.detach().clone()
-    >>> values = {"bias": (torch.tensor([0]), torch.tensor([5.0]))}
-    >>> edit = ModelEdit.between(model, values, {"operator": "by hand"})
+    >>> edit = xe.LogitMask().plan(model, data, target=1)
     >>> with edit.applied(model):
-    ...     print(model.bias[0].item())
-    5.0
-    >>> torch.equal(model.bias, old)
-    True
+    ...     model.fc2.bias[1].item()
+    -10000.0
+    >>> model.fc2.bias[1].item()
+    0.0
     """
 
     changes: dict[str, Change]
@@ -162,8 +164,7 @@ class ModelEdit:
     def to_copy(cls, model: nn.Module, copy: nn.Module, origin: Mapping[str, Any]) -> ModelEdit:
         """Return the edit that turns a model into a changed copy, such as a fine-tuned one.
 
-        The shapes must be equal; integer buffers, which count batches, are left out. Errors as for
-        `between`.
+        Shapes are equal; integer buffers, which count batches, stay out. Errors as for `between`.
         """
         tensors, changed = tensors_of(model), tensors_of(copy)
         values = {}
@@ -206,8 +207,7 @@ class ModelEdit:
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Apply for the length of a ``with`` block, undo after it, also after an exception.
 
-        Where that cannot be undone, as the weights were changed before it, it has a note that says
-        so.
+        Where that fails, as the weights were changed in the block, the exception has a note of it.
         """
         self.apply(model)
         try:

@@ -51,6 +51,12 @@ class GroupIntervals:
     `resampled_shares`; both have a width also where no answer is wrong. ``worst`` is that of the
     lowest accuracy, whichever group has it in a resample; ``gaps`` are those of each average less
     the worst.
+
+    Examples
+    --------
+    >>> intervals = xe.evaluate_groups(model, data, groups=attribute).intervals()
+    >>> [round(end, 3) for end in intervals.groups[1, 1]]
+    [0.0, 0.161]
     """
 
     confidence: float
@@ -67,6 +73,12 @@ class Rate:
     """How often the positive class is predicted for one attribute.
 
     ``true_positive_rate`` is over the ``positives``, its samples of that class.
+
+    Examples
+    --------
+    >>> accuracy = xe.evaluate_groups(model, data, groups=attribute)
+    >>> accuracy.demographics(positive=0).rates[1]
+    Rate(attribute=1, true_positive_rate=1.0, positives=60, positive_rate=1.0, samples=100)
     """
 
     attribute: int
@@ -84,6 +96,13 @@ class Demographics(Plain):
     therefore never reaches below 0. Equal opportunity is in the true positive rate (Hardt et al.
     2016, *Equality of Opportunity in Supervised Learning*), demographic parity in the positive rate
     (Dwork et al. 2012, *Fairness through Awareness*). ``rates`` are of the attributes with samples.
+
+    Examples
+    --------
+    >>> accuracy = xe.evaluate_groups(model, data, groups=attribute)
+    >>> unequal = accuracy.demographics(positive=0)
+    >>> unequal.equal_opportunity_difference, round(unequal.demographic_parity_difference, 3)
+    (0.0, 0.857)
     """
 
     positive: int  # the class that is a benefit
@@ -122,6 +141,12 @@ class Accuracy:
     train_samples : Tensor or None, int64, shape (classes, attributes)
         Samples of each group in the training data, the weights of `train_weighted`. ValueError if
         they do not fit the samples.
+
+    Examples
+    --------
+    >>> accuracy = xe.evaluate_groups(model, data, groups=attribute)
+    >>> accuracy.of(0), accuracy.rest(0), accuracy.worst, round(accuracy.gap(), 3)
+    (1.0, 0.75, 0.0, 0.833)
     """
 
     right: Tensor

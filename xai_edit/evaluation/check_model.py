@@ -70,6 +70,14 @@ def check_model(
     ------
     UnknownLayerError, NonFiniteError, TypeError, ValueError
         If a layer is unknown, weights or inputs are not finite, or the model does not take them.
+
+    Examples
+    --------
+    >>> check = xe.check_model(model, (images, labels), parts=())
+    >>> check.ok
+    True
+    >>> [(figure.name, figure.fine) for figure in check.figures]
+    [('accuracy', True), ('share of |relevance| at the input', True)]
     """
     for part in parts:
         one_of(part, PARTS, "parts")

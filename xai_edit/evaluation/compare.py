@@ -41,6 +41,13 @@ class Comparison:
         same score.
     deletion : dict of dict of DeletionCurve
         Layer → scorer → curve; empty without ``deletion``.
+
+    Examples
+    --------
+    >>> scorers = {"logit": "epsilon", "one": xe.LRP("epsilon", initial="one")}
+    >>> compared = xe.compare_scorers(model, data, scorers, target=0)
+    >>> compared.layers, compared.overlap["fc1"].diag()
+    (['conv', 'fc1', 'fc2'], tensor([1., 1.], dtype=torch.float64))
     """
 
     scores: dict[str, UnitScores]
@@ -121,6 +128,13 @@ def compare_scorers(
     held_out : iterable or Dataset, optional
         Labelled samples for the curves, other than ``data``, read once. Errors as for
         `deletion_curve`.
+
+    Examples
+    --------
+    >>> compared = xe.compare_scorers(model, data, ["epsilon", xe.Taylor()], target=0, share=1 / 32)
+    >>> compared.names, compared.overlap["fc1"]
+    (['epsilon', 'Taylor()'], tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64))
     """
     named = named_scorers(scorers)
     fraction(share, "share")

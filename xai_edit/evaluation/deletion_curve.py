@@ -46,6 +46,13 @@ class DeletionCurve(Plain):
         one logit z, that of class 0 is −z.
     rest : tuple of float, or None
         Accuracy over the samples of all other classes, where there are some.
+
+    Examples
+    --------
+    >>> scores = xe.score_units(model, data, xe.LRP("epsilon"), target=1)
+    >>> curve = xe.deletion_curve(model, data, scores, layers=["fc1"], target=1, shares=[0, 1 / 32])
+    >>> curve.accuracy, curve.rest
+    ((0.75, 0.0), (0.875, 0.875))
     """
 
     layers: tuple[str, ...]
@@ -99,6 +106,14 @@ def deletion_curve(
         Ascending. Of each layer's units, rounded, at least one where the share is not 0.
     order : {"most", "least"}
         Highest score first, or lowest: with signed scores, units that speak against the target.
+
+    Examples
+    --------
+    >>> scores = xe.score_units(model, data, xe.LRP("epsilon"))
+    >>> shares = [0.0, 1 / 32, 1.0]
+    >>> curve = xe.deletion_curve(model, data, scores, layers=["conv"], shares=shares)
+    >>> curve.units
+    (0, 1, 32)
     """
     return curves_of(model, data, [(scores, layers)], target=target, shares=shares, order=order)[0]
 

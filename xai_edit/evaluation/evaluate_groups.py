@@ -45,13 +45,11 @@ def evaluate_groups(
 
     Examples
     --------
-    >>> logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [1.0, 2.0], [3.0, 0.0]])
-    >>> labels, attribute = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-    >>> accuracy = evaluate_groups(torch.nn.Identity(), [(logits, labels, attribute)])
+    >>> accuracy = xe.evaluate_groups(model, data, groups=attribute)
     >>> accuracy.groups
-    {(0, 0): 1.0, (0, 1): 0.0, (1, 0): 1.0, (1, 1): 0.0}
-    >>> accuracy.worst
-    0.0
+    {(0, 0): 1.0, (0, 1): 1.0, (1, 0): 1.0, (1, 1): 0.0, (2, 0): 1.0, (2, 1): 0.0}
+    >>> accuracy.worst, accuracy.worst_group
+    (0.0, (1, 1))
     """
     if train_samples is not None:
         check_train_samples(train_samples)
@@ -79,6 +77,13 @@ def evaluate_head(head: HeadFeatures, *, train_samples: Tensor | None = None) ->
     ``evaluate_head(head.edited(edit))`` is the accuracy of the network with an edit of its last
     layer. Logits are in float64, so that two may differ that are equal in the network. The groups
     are by the features' attribute, if they have one. Errors as for `evaluate_groups`.
+
+    Examples
+    --------
+    >>> head = xe.collect_head_features(model, data, attribute=attribute, with_attribute=True)
+    >>> edit = xe.LastLayerRetraining().plan(model, head)
+    >>> xe.evaluate_head(head).worst, xe.evaluate_head(head.edited(edit)).worst
+    (0.0, 1.0)
     """
     labels, logits = head.require_labels(), head.logits()
     predicted = finite(logits, "head: its logits").argmax(1)

@@ -95,6 +95,13 @@ def evaluate_unlearning(
         a forgotten class or all others have no samples in a split, the networks' outputs differ in
         number, or ``analysis`` overlaps with a split; if data can be read only once; if an input or
         an output is not finite.
+
+    Examples
+    --------
+    >>> edit = xe.SingleWeight().plan(model, data, target=1)
+    >>> result = xe.evaluate_unlearning(model, edit, train=train, test=test, target=1, relearn=[])
+    >>> result.before.test.forgotten, result.after.test.forgotten, result.after.test.rest
+    (0.75, 0.0, 0.875)
     """
     steps = ascending(relearn, "relearn", whole_number, "give steps from 0 on, ascending")
     seed = operator.index(seed)

@@ -28,6 +28,12 @@ class Part:
         The reason of a refusal, or a limit of what works.
     figure : float or None
         What was measured, acceptable in the range ``accepted``.
+
+    Examples
+    --------
+    >>> part = xe.check_model(model, (images, labels), parts=["pruning"]).parts[0]
+    >>> part.part, part.name, part.works
+    ('pruning', 'RelevancePruning', True)
     """
 
     part: str
@@ -43,6 +49,12 @@ class Figure:
     """A number that was measured, the range in which it is acceptable, and whether it lies there.
 
     ``fine`` is None where the number could not be measured, for the reason ``why``.
+
+    Examples
+    --------
+    >>> figure = xe.check_model(model, (images, labels), parts=()).figures[0]
+    >>> figure.name, round(figure.value, 3), figure.accepted
+    ('accuracy', 0.833, 'above 0.394: chance is 0.333, with 240 samples')
     """
 
     name: str
@@ -67,6 +79,14 @@ class ModelCheck:
         The sum of the absolute relevance over that of the logits at each stage that all
         of the data pass through, in the order of the forward pass, and at the ``input``.
     parts : list of Part
+
+    Examples
+    --------
+    >>> check = xe.check_model(model, (images, labels), parts=["pruning"])
+    >>> check.canonizers, check.findings, check.refused
+    ([], [], [])
+    >>> [part.name for part in check.parts]
+    ['RelevancePruning', 'to_smaller']
     """
 
     lrp: LRPCheck

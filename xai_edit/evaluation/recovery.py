@@ -24,7 +24,16 @@ Reader: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Recovery:
-    """Accuracy on test samples of a new reader of the features: of the forgotten, and the rest."""
+    """Accuracy on test samples of a new reader of the features: of the forgotten, and the rest.
+
+    Examples
+    --------
+    >>> edit = xe.LogitMask().plan(model, data, target=1)
+    >>> result = xe.evaluate_unlearning(model, edit, train=train, test=test, target=1, relearn=[])
+    >>> recovered = result.after.head_from_few_test
+    >>> recovered.forgotten > result.after.test.forgotten
+    True
+    """
 
     forgotten: float
     rest: float
@@ -54,6 +63,14 @@ def prototype(head: Head, features: Tensor, labels: Tensor, target: Sequence[int
     other rows and of their logits at m̄, the row is W̄ + s (m − m̄) / ‖m − m̄‖, where s is the mean
     norm of the other rows less W̄, and its logit at m̄ is z̄. So it needs nothing but the samples and
     the other rows. ``features`` and ``labels`` are of a few samples of each class.
+
+    Examples
+    --------
+    >>> from xai_edit.evaluation.recovery import prototype
+    >>> head = xe.collect_head_features(model, data)
+    >>> reader = prototype(head, head.features[:30], labels[:30], target=[1])
+    >>> reader(head.features[~attribute][:6]), labels[~attribute][:6]
+    (tensor([0, 1, 2, 1, 2, 1]), tensor([0, 1, 2, 1, 2, 1]))
     """
     x, W = features.double(), head.weight.double().clone()
     b = torch.zeros(len(W)).double() if head.bias is None else head.bias.double().clone()

@@ -93,6 +93,15 @@ class Unlearning(Plain):
     cost, evaluation : Cost or None, dict of Cost
         Of the edit, and of the parts of this evaluation: ``train`` and ``test`` (one pass each),
         ``probe``, ``attack``, ``relearning``. They alone differ from run to run.
+
+    Examples
+    --------
+    >>> edit = xe.LogitMask().plan(model, data, target=1)
+    >>> result = xe.evaluate_unlearning(model, edit, train=train, test=test, target=1, relearn=[])
+    >>> result.weights_changed, result.parameters, [*result.networks]
+    (1, 1283, ['before', 'after'])
+    >>> result.left().split(":")[0]
+    'silences only'
     """
 
     target: tuple[int, ...]
@@ -235,6 +244,16 @@ def unlearning_table(results: Mapping[str, Unlearning]) -> str:
     in all of them, or none. All figures are of test samples; "relearned" is A_t after the last step
     of relearning. ValueError if none are given, or they are of other networks, classes or layers,
     or were relearned for other numbers of steps.
+
+    Examples
+    --------
+    >>> edit = xe.LogitMask().plan(model, data, target=1)
+    >>> result = xe.evaluate_unlearning(model, edit, train=train, test=test, target=1, relearn=[])
+    >>> for line in xe.evaluation.unlearning_table({"logit mask": result}).splitlines():
+    ...     print(line[:24])
+    method        A_t    A_g
+    not edited  0.750  0.875
+    logit mask  0.000  0.875
     """
     given = [*results.values()]
     require(bool(given), "results", [*results], "give one or more, by method")

@@ -59,6 +59,15 @@ class ClassSubspaceRemoval:
     vectors : {"positions", "mean"}
         Which vectors of a feature map the subspace is of: all, or one a sample, their mean.
     bound : float in [0, 1)
+
+    Examples
+    --------
+    >>> edit = xe.ClassSubspaceRemoval().plan(model, data, target=1)
+    >>> edit.origin["directions"], edit.origin["kept"]
+    (1, "folded into 'fc2'")
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data).of(1)
+    0.0
     """
 
     layer: str | None = None

@@ -76,6 +76,15 @@ class PathPerturbation:
     scale, seed
         Of the noise: its standard deviation, in standard deviations of the layer's weights, and
         its seed.
+
+    Examples
+    --------
+    >>> edit = xe.PathPerturbation(share=1 / 32).plan(model, data, target=1)
+    >>> edit.origin["layer"], edit.origin["neurons"], edit.size
+    ('fc1', [1], 1)
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data).of(1)
+    0.0
     """
 
     layer: str | Sequence[str] | None = None

@@ -41,6 +41,13 @@ class ShareSweep:
         A_t and A_g: accuracy on the class and on the others; None where the data has no others.
     samples, passes : int
         Samples of the class, and passes over the data.
+
+    Examples
+    --------
+    >>> operator = xe.PathPerturbation()
+    >>> sweep = operator.sweep(model, data, target=1, validation=data, shares=[1 / 32, 0.5])
+    >>> sweep.neurons, sweep.forgotten, sweep.rest
+    ([0, 1, 16], [0.75, 0.0, 0.0], [0.875, 0.875, 0.875])
     """
 
     shares: list[float]

@@ -84,6 +84,16 @@ class CounterfactualRetraining:
         The axis of the layer's channels, see `xai_edit.core.axes.unit_axes`.
     seed : int
         Of the donors.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> subspaces = xe.ContrastivePCA(size=1).fit(features)
+    >>> operator = xe.CounterfactualRetraining("relu1", subspaces)
+    >>> edit = operator.plan(model, data, attribute=attribute)
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data, groups=attribute).worst
+    1.0
     """
 
     layer: str

@@ -36,6 +36,16 @@ class CounterfactualTuning:
         Directions that are exchanged; chosen when left out, see `CounterfactualRetraining`.
     seed : int
         Of the donors, and of the positions that the subspace is found from.
+
+    Examples
+    --------
+    >>> tuning = xe.CounterfactualTuning(data, "relu1", attribute)
+    >>> edit = xe.RelevancePruning(share=0.875).plan(model, data, fine_tune=tuning)
+    >>> [*edit.changes]
+    ['conv.weight', 'fc2.weight', 'fc2.bias']
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data, groups=attribute).worst
+    1.0
     """
 
     data: Data = field(repr=False)

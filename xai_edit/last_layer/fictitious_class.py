@@ -56,6 +56,16 @@ class FictitiousClass:
         mean probability of the class; not with "exact".
     tolerance, anchor, seed
         As for `SingleWeight`.
+
+    Examples
+    --------
+    >>> operator = xe.FictitiousClass(select="exact")
+    >>> edit = operator.plan(model, data, attribute=attribute)
+    >>> edit.size, edit.changes["fc2.weight"].position(0)
+    (1, [0, 3])
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data, groups=attribute).worst
+    1.0
     """
 
     select: Selection = "sca"

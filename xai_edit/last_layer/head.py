@@ -46,6 +46,14 @@ class HeadFeatures:
     labels, attribute : Tensor or None, int64, shape (samples,)
     stored : StoredHead, optional
         How W and b are stored; default: as weight and bias of the layer.
+
+    Examples
+    --------
+    >>> head = xe.collect_head_features(model, data)
+    >>> head.classes, head.weight.shape
+    (3, torch.Size([3, 32]))
+    >>> head.logits().float().allclose(model(images))
+    True
     """
 
     layer: str
@@ -161,6 +169,14 @@ def collect_head_features(
     All are held in memory. ``attribute``, see `xai_edit.core.data.Attribute`, is recorded
     ``with_attribute``. ValueError if the logits are not such a map, saying what differs.
     ``outputs`` says where the logits are in what the model returns, see `xai_edit.outputs_as`.
+
+    Examples
+    --------
+    >>> head = xe.collect_head_features(model, data)
+    >>> head.layer, head.features.shape
+    ('fc2', torch.Size([240, 32]))
+    >>> xe.LogitMask().plan(model, head, target=1).size
+    1
     """
     require_finite(model)
     features: list[Tensor] = []

@@ -36,6 +36,15 @@ class RateSweep:
         the validation data has none.
     raised : Tensor or None, float64, shape (R,)
         Mean probability of the row's class over the former less that over the latter.
+
+    Examples
+    --------
+    >>> operator = xe.FictitiousClass(select="gradient-activation")
+    >>> (sweep,) = operator.sweep(model, data, attribute=attribute)
+    >>> sweep.row, sweep.column
+    (0, 3)
+    >>> sweep.worst[0].item(), sweep.worst[sweep.best].item()
+    (0.0, 1.0)
     """
 
     row: int

@@ -26,6 +26,13 @@ class EdgeScores:
     activations, gradients : Tensor, float64, shape (K, d)
         By class, the sum of ``|x_j|`` (Eq. 3; signed sums have no entropy), and the sum of
         ``|∂ cross-entropy / ∂w_j|`` (Eq. 4).
+
+    Examples
+    --------
+    >>> head = xe.collect_head_features(model, data)
+    >>> edges = xe.last_layer.edge_scores(head.features, labels, head.weight, head.bias, output=0)
+    >>> edges.activations.shape, edges.gradient_activation.argmax()
+    (torch.Size([3, 32]), tensor(0))
     """
 
     output: int
@@ -60,6 +67,13 @@ def edge_scores(
     ``features`` are the layer's inputs x, shape (samples, d), ``labels`` the classes, int64, and
     ``output`` the row of ``weight``, shape (K, d), to score. ValueError if fewer than two classes
     have samples, or the output's own class has none.
+
+    Examples
+    --------
+    >>> head = xe.collect_head_features(model, data)
+    >>> edges = xe.last_layer.edge_scores(head.features, labels, head.weight, head.bias, output=1)
+    >>> edges.sca.argmax()
+    tensor(1)
     """
     (scores,) = edge_scores_of(features, labels, weight, bias, [output])
     return scores

@@ -76,6 +76,15 @@ class SingleWeight:
         the plain edit raises the class on other samples. Not with "exact".
     tolerance, seed
         For "exact" and for "random".
+
+    Examples
+    --------
+    >>> edit = xe.SingleWeight().plan(model, data, target=1)
+    >>> edit.size, edit.changes["fc2.weight"].position(0)
+    (1, [1, 1])
+    >>> with edit.applied(model):
+    ...     xe.evaluate_groups(model, data).of(1)
+    0.0
     """
 
     select: Selection = "sca"

@@ -29,6 +29,14 @@ def selection_scores(
     ``select`` is "sca" (Eq. 6), "ca" (Eq. 5), "gradient-activation" (their comparison in Fig. 8),
     "relevance" (LRP of the last layer: w_j·x_j summed over the output's class), "weight" (its size)
     or "random", by ``seed``. The others as for `sca_scores.edge_scores`.
+
+    Examples
+    --------
+    >>> from xai_edit.last_layer.weight_selection import selection_scores
+    >>> head = xe.collect_head_features(model, data)
+    >>> x, W, b = head.features, head.weight, head.bias
+    >>> [score.argmax().item() for score in selection_scores("relevance", x, labels, W, b, [0, 1])]
+    [3, 1]
     """
     if select in ("sca", "ca", "gradient-activation"):
         for edges in edge_scores_of(features, labels, weight, bias, outputs):

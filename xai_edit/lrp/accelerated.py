@@ -58,6 +58,16 @@ def accelerated(composite: Composite, *, unmerged: Collection[str] = ()) -> Comp
         Batch norms that were not merged into a layer. They get no rule as a module, but that of
         their operation: if they passed relevance on, its quotient with their input would overflow
         where this is small and the output is not, as it does in a DenseNet.
+
+    Examples
+    --------
+    >>> from zennit.composites import EpsilonPlus
+    >>> from xai_edit.lrp.accelerated import accelerated
+    >>> ours = images[:2].requires_grad_()
+    >>> with accelerated(EpsilonPlus()).context(model):
+    ...     model(ours).max(1).values.sum().backward()
+    >>> ours.grad.shape
+    torch.Size([2, 3, 4, 4])
     """
 
     def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Hook | None:

@@ -42,6 +42,14 @@ class ExactMergeBatchNorm(NamedMergeBatchNorm):  # type: ignore[misc]
 
     Zennit 0.5 leaves a division by √(1 + eps) in each, which changes the logits of an Inception or
     EfficientNet, whose eps is 1e-3.
+
+    Examples
+    --------
+    >>> from xai_edit.lrp.canonizers import ExactMergeBatchNorm
+    >>> normed = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), model).eval()
+    >>> scorer = xe.LRP("epsilon", canonizers=[ExactMergeBatchNorm([(["0"], "1")])])
+    >>> scorer.heatmap(normed, images[:2], labels[:2]).shape
+    torch.Size([2, 3, 4, 4])
     """
 
     def register(self, linears: list[nn.Module], batch_norm: nn.Module) -> None:
@@ -169,6 +177,16 @@ def choose_canonizers(
         A forward pass of the model.
     composite : zennit.core.Composite, optional
         Functional operations get its stabiliser; if it is no LRP, they keep their gradient.
+
+    Examples
+    --------
+    >>> from xai_edit.core.trace import trace
+    >>> from xai_edit.lrp.canonizers import choose_canonizers
+    >>> from xai_edit.lrp.presets import epsilon
+    >>> normed = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    >>> chosen = choose_canonizers(normed, trace(normed, images[:1]), epsilon())
+    >>> [type(canonizer).__name__ for canonizer in chosen]
+    ['ExactMergeBatchNorm']
     """
     pairs = [
         ([layer], norm)

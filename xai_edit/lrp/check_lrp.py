@@ -41,6 +41,12 @@ class LRPCheck:
         Per layer Σ relevance / Σ logit over the samples: 1 if relevance is conserved, less if
         biases keep a part or other layers run beside it, NaN if the logits are zero. Empty if
         there are errors.
+
+    Examples
+    --------
+    >>> check = xe.lrp.check_lrp(model, images)
+    >>> check.ok, check.canonizers, [*check.ratios]
+    (True, [], ['conv', 'fc1', 'fc2'])
     """
 
     scorer: str
@@ -106,6 +112,12 @@ def check_lrp(
     ------
     UnknownLayerError, NonFiniteError, ValueError
         If a layer is unknown, weights are not finite or the model does not take the inputs.
+
+    Examples
+    --------
+    >>> check = xe.lrp.check_lrp(nn.Sequential(model, nn.Softmax(1)), images)
+    >>> print(check.findings[0])
+    warning: module '1': the output is a softmax; scores start at what goes into it
     """
     scorer = composite if isinstance(composite, LRP) else LRP(composite)
     inputs, model = as_inputs(inputs, "inputs"), unwrapped(model)

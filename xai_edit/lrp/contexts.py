@@ -26,6 +26,16 @@ class ContextGather(Gather):
     draw : callable
         ``draw(values, name)``, called with a layer's values in each forward pass, returns a
         function that takes the wanted positions from the values and from their relevance.
+
+    Examples
+    --------
+    >>> from xai_edit.lrp.contexts import ContextGather
+    >>> gather = ContextGather(lambda values, name: lambda tensor: tensor)
+    >>> with xe.LRP("epsilon").session(model, images[:1], ["fc2:input"], gather) as (gathered, _):
+    ...     activations, contexts = gathered(images[:2], labels[:2])["fc2:input"].unbind(1)
+    >>> contexts[:, :5].round()
+    tensor([[2., 0., 0., 2., 0.],
+            [0., 2., 0., 0., 0.]])
     """
 
     def __init__(self, draw: Callable[[Tensor, str], Take]) -> None:

@@ -27,7 +27,14 @@ from xai_edit.lrp.operation_rules import ACTIVATIONS
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A problem of a module, and what would help; scoring raises on an error."""
+    """A problem of a module, and what would help; scoring raises on an error.
+
+    Examples
+    --------
+    >>> (finding,) = xe.lrp.check_lrp(nn.Sequential(model, nn.Softmax(1)), images).findings
+    >>> finding.severity, finding.module
+    ('warning', '1')
+    """
 
     severity: Literal["error", "warning"]
     module: str

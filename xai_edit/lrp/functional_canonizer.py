@@ -71,6 +71,15 @@ class FunctionalCanonizer(Canonizer):  # type: ignore[misc]
     Notes
     -----
     Operations not listed keep their gradient; `xai_edit.check_model` names them.
+
+    Examples
+    --------
+    >>> class Rectified(nn.Sequential):
+    ...     def forward(self, images):
+    ...         return torch.relu(super().forward(images))
+    >>> scorer = xe.LRP("epsilon", canonizers=[xe.FunctionalCanonizer()])
+    >>> xe.score_units(Rectified(model), data, scorer, target=1).top("0.fc1", count=1)
+    tensor([1])
     """
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:

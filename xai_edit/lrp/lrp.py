@@ -53,6 +53,15 @@ class Scorer(Protocol):
     A scorer that reads only the weights sets ``needs_data = False`` and is called once, with None
     for inputs and targets. A scorer of batches instead of samples sets ``per_sample = False`` for
     `xai_edit.testing.check_scorer`.
+
+    Examples
+    --------
+    >>> def bias_size(model, inputs, targets, layers):
+    ...     sizes = {name: model.get_submodule(name).bias.detach().abs() for name in layers}
+    ...     return {name: size.expand(len(inputs), -1) for name, size in sizes.items()}
+    >>> scores = xe.score_units(model, data, bias_size, layers=["conv"], aggregate="mean")
+    >>> scores["conv"][:5]
+    tensor([ 0.,  0.,  0., 32.,  0.], dtype=torch.float64)
     """
 
     def __call__(
@@ -94,6 +103,14 @@ class LRP:
     Scoring raises if an operation has no rule; see `xai_edit.check_model`.
     The stabiliser is Zennit's, 1e-6; that of Captum's ``EpsilonRule`` is 1e-9.
     A model with float16 or bfloat16 parameters is scored in a float32 copy.
+
+    Examples
+    --------
+    >>> scorer = xe.LRP("gamma+epsilon", gamma=0.1)
+    >>> xe.score_units(model, data, scorer, target=0).top("fc1", count=2)
+    tensor([3, 0])
+    >>> scorer.heatmap(model, images[:8], labels[:8]).shape
+    torch.Size([8, 3, 4, 4])
     """
 
     def __init__(

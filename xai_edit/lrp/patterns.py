@@ -52,6 +52,13 @@ class Patterns:
         Number of samples of the fit.
     positions : dict of int
         Number of inputs x of each layer: one a sample and position (or token).
+
+    Examples
+    --------
+    >>> patterns = xe.fit_patterns(model, data)
+    >>> patterns.linear["fc2"].shape, patterns.rectified, patterns.samples
+    (torch.Size([3, 32]), ('conv', 'fc1'), 240)
+    >>> patterns.save("patterns.safetensors")
     """
 
     linear: dict[str, Tensor]
@@ -120,6 +127,13 @@ def fit_patterns(
     Each has wᵀa = 1. If a denominator vanishes, the data determine no pattern: then a₊ and a₋ are
     a, and a is w / wᵀw, or zero for a neuron without weights. Memory does not depend on the number
     of samples: four float64 sums for each weight.
+
+    Examples
+    --------
+    >>> patterns = xe.fit_patterns(model, data)
+    >>> scorer = xe.LRP("patternattribution", patterns=patterns)
+    >>> xe.score_units(model, data, scorer, target=1).top("fc1", count=1)
+    tensor([1])
     """
     model = in_float32(unwrapped(model))
     names, modules = resolve_layers(model, layers), dict(model.named_modules())

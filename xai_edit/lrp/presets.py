@@ -16,20 +16,41 @@ from xai_edit.lrp import pattern_rules
 
 
 def epsilon(*, epsilon: float = 1e-6) -> Composite:
-    """Epsilon rule on every convolution and linear layer (Bach et al. 2015, Eq. 58)."""
+    """Epsilon rule on every convolution and linear layer (Bach et al. 2015, Eq. 58).
+
+    Examples
+    --------
+    >>> from xai_edit.lrp.presets import epsilon
+    >>> xe.score_units(model, data, xe.LRP(epsilon(epsilon=0.01)), target=1).top("fc1", count=1)
+    tensor([1])
+    """
     rule = zr.Epsilon(epsilon=epsilon)
     return _composite([(Convolution, rule), (nn.Linear, rule)], epsilon)
 
 
 def gamma_epsilon(*, gamma: float = 0.25, epsilon: float = 1e-6) -> Composite:
-    """Gamma rule on convolutions, epsilon on linear layers (Montavon et al. 2019, Table 10.1)."""
+    """Gamma rule on convolutions, epsilon on linear layers (Montavon et al. 2019, Table 10.1).
+
+    Examples
+    --------
+    >>> from xai_edit.lrp.presets import gamma_epsilon
+    >>> xe.score_units(model, data, xe.LRP(gamma_epsilon(gamma=0.1)), target=1).top("fc1", count=1)
+    tensor([1])
+    """
     return _composite(
         [(Convolution, zr.Gamma(gamma, epsilon)), (nn.Linear, zr.Epsilon(epsilon))], epsilon
     )
 
 
 def alpha1_beta0(*, epsilon: float = 1e-6) -> Composite:
-    """α=1, β=0 on convolutions, epsilon on linear layers (Bach et al. 2015, Eq. 60)."""
+    """α=1, β=0 on convolutions, epsilon on linear layers (Bach et al. 2015, Eq. 60).
+
+    Examples
+    --------
+    >>> from xai_edit.lrp.presets import alpha1_beta0
+    >>> xe.LRP(alpha1_beta0()).heatmap(model, images[:8], labels[:8]).min()
+    tensor(0.)
+    """
     return _composite(
         [(Convolution, zr.AlphaBeta(1.0, 0.0, epsilon)), (nn.Linear, zr.Epsilon(epsilon))], epsilon
     )
@@ -61,6 +82,13 @@ def preset(name: str, **parameters: Any) -> Composite:
     or tensors that broadcast to a batch), and the pattern rules need ``patterns`` from
     `xai_edit.fit_patterns`. An unknown name is a ValueError, a wrong or missing parameter a
     TypeError.
+
+    Examples
+    --------
+    >>> from xai_edit.lrp.presets import preset
+    >>> composite = preset("epsilon-gamma-box", low=0.0, high=1.0)
+    >>> xe.LRP(composite).heatmap(model, images[:8], labels[:8]).shape
+    torch.Size([8, 3, 4, 4])
     """
     if name not in PRESETS:
         raise ValueError(

@@ -104,7 +104,15 @@ def write_review(
     names: Mapping[int, str] | None = None,
     words: Callable[[int], str] | None = None,
 ) -> None:
-    """Write `review_page` to an HTML file, atomically."""
+    """Write `review_page` to an HTML file, atomically.
+
+    Examples
+    --------
+    >>> from xai_edit.discovery.shown import pictures
+    >>> from xai_edit.pages.discover import write_review
+    >>> findings = xe.discover(model, data, target=0, layers=["relu1"])
+    >>> write_review(findings, pictures(model, data, findings), "review.html")
+    """
     page = review_page(findings, pictures, names=names, words=words)
     write_atomically(path, page.html().encode())
 

@@ -27,6 +27,13 @@ class ChannelGroup:
     ``layers`` has by linear or convolution layer the output channels of each unit, int64, shape
     (``units``, channels of a unit), and ``norms`` those of batch and instance norms with a scale
     and shift. ``fixed`` is the reason why the units have to stay, if they do.
+
+    Examples
+    --------
+    >>> from xai_edit.pruning.coupled_channels import channel_groups
+    >>> group = channel_groups(model, images[:1])[0]
+    >>> group.units, group.layers["conv"].shape, group.norms
+    (32, torch.Size([32, 1]), {})
     """
 
     units: int
@@ -58,6 +65,15 @@ def channel_groups(model: nn.Module, inputs: Inputs) -> list[ChannelGroup]:
     convolution has one channel in each of its groups. Channels that an operation mixes (a layer
     norm, attention) have to stay. Each channel of the layers in the forward pass is in exactly one
     group. ValueError if the inputs do not fit, or the model cannot be copied.
+
+    Examples
+    --------
+    >>> from xai_edit.pruning.coupled_channels import channel_groups
+    >>> for group in channel_groups(model, images[:1]):
+    ...     print([*group.layers], group.units, group.fixed)
+    ['conv'] 32 None
+    ['fc1'] 32 None
+    ['fc2'] 3 they are the model's outputs
     """
     return coupling(copied(model), inputs).groups
 

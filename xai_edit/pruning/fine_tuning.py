@@ -36,6 +36,13 @@ class FineTuning:
         For a ``Dataset``.
     seed : int
         Of dropout and of the order of a ``Dataset``.
+
+    Examples
+    --------
+    >>> tuning = xe.FineTuning(data, epochs=2)
+    >>> edit = xe.RelevancePruning(share=0.875).plan(model, data, fine_tune=tuning)
+    >>> edit.origin["fine_tune"]
+    'FineTuning(epochs=2, learning_rate=0.01, weight_decay=0.0, batch_size=64, seed=0)'
     """
 
     data: Data = field(repr=False)

@@ -68,6 +68,11 @@ class RelevancePruning:
         Steps up to the share; each scores the network that the last one pruned and fine-tuned.
     protect : sequence of str
         Layers that keep all units, as do layers coupled to them.
+
+    Examples
+    --------
+    >>> xe.RelevancePruning(share=0.875).plan(model, data).origin["removed"]
+    '28 of 32 units'
     """
 
     share: float
@@ -147,21 +152,26 @@ class ConceptAwarePruning:
     subspaces : Subspaces or finder
         A finder such as `DRSA` is fitted to the ``features`` of `plan`.
     ablate : sequence of int or "auto"
-        The subspaces of the spurious concept. "auto" applies `choose_spurious`, which numbers the
-        directions of a single subspace; if it chooses none at first, the edit is empty; in a later
-        step, nothing is ablated.
+        Those of the spurious concept. "auto" applies `choose_spurious`, which numbers directions of
+        a single one; if it chooses none, the edit is empty, or a later step ablates nothing.
     share, scorer, layers, ranking, steps, protect
         See `RelevancePruning`.
     keep_ablation : bool
         Whether the edit also ablates the subspaces, folded into weights (`fold_ablation`).
     criterion : {"ablated", "penalized"}
         "penalized" ranks units by R − λ · max(0, R_full − R), with their scores R in the ablated
-        network and R_full in that without ablation, so that units which only the concept needs go
-        first. Each layer's R and R_full are divided by their L1 norm; this takes twice the passes
-        over the reference samples. "ablated" ranks by R alone, as the method was published, and
-        reads them once.
+        network and R_full in that without, each layer's divided by their L1 norm, so that units
+        which only the concept needs go first. It reads the reference samples twice. "ablated", as
+        the method was published, ranks by R alone and reads them once.
     penalty : float
         λ, 0 or more.
+
+    Examples
+    --------
+    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
+    >>> operator = xe.ConceptAwarePruning("relu1", xe.ContrastivePCA(1), [0], share=29 / 32)
+    >>> 3 in operator.plan(model, data, features=features).origin["units"]["conv"]
+    True
     """
 
     layer: str

@@ -39,6 +39,13 @@ def to_smaller(model: nn.Module, edit: ModelEdit | None, example_input: Inputs) 
         An edit of the model; None where units are already switched off.
     example_input : Tensor, shape (samples, ...), or several
         Inputs to trace the network with and to compare outputs on.
+
+    Examples
+    --------
+    >>> edit = xe.RelevancePruning(share=0.875).plan(model, data)
+    >>> smaller = xe.to_smaller(model, edit, images[:8])
+    >>> smaller.conv
+    Conv2d(3, 4, kernel_size=(1, 1), stride=(1, 1))
     """
     model = unwrapped(model)
     inputs = as_inputs(example_input, "example_input").to(model_device(model))

@@ -27,6 +27,15 @@ class TorchPruningImportance:
     importance : callable
         Such as ``torch_pruning.importance.GroupTaylorImportance()``: returns one score per channel
         of a pruning group. TypeError for those that collect gradients sample by sample.
+
+    Examples
+    --------
+    >>> import torch_pruning
+    >>> importance = torch_pruning.importance.GroupTaylorImportance()
+    >>> scorer = xe.pruning.TorchPruningImportance(importance)
+    >>> scores = xe.score_units(model, data, scorer, layers=["conv"])
+    >>> scores.top("conv", count=4).sort().values
+    tensor([0, 1, 2, 3])
     """
 
     per_sample = False

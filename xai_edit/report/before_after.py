@@ -42,6 +42,14 @@ class BeforeAfter:
         The class with the largest logit.
     explained_before, explained_after : Tensor, int64, shape (samples,)
         The class that each map is about.
+
+    Examples
+    --------
+    >>> edit = xe.LogitMask().plan(model, data, target=1)
+    >>> shown = images[(labels == 1) & ~attribute][:2]
+    >>> maps = xe.before_after_maps(model, edit, shown, scorers=["epsilon"])
+    >>> maps.rules, maps.predicted_before, maps.png()[1:4]
+    (['epsilon'], tensor([1, 1]), b'PNG')
     """
 
     images: Tensor
@@ -152,6 +160,13 @@ def before_after_maps(
         If no scorer has a heatmap, there is not one target for each image or one is no class.
     TypeError
         If the images are no tensor or the edit is of another kind.
+
+    Examples
+    --------
+    >>> edit = xe.SingleWeight().plan(model, data, target=1)
+    >>> maps = xe.before_after_maps(model, edit, images[labels == 1][:2], scorers=["epsilon"])
+    >>> maps.rules, maps.before["epsilon"].shape
+    (['epsilon'], torch.Size([2, 3, 4, 4]))
     """
     require_type(edit, ModelEdit, "edit", "give a ModelEdit")
     require_type(images, Tensor, "images", "give a tensor of inputs")

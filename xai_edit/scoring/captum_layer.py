@@ -50,6 +50,13 @@ class CaptumLayer:
         A class of ``captum.attr`` made from ``(forward, layer)``, such as ``LayerConductance``.
     **arguments
         Of the class's constructor or, such as ``n_steps=8``, of its method ``attribute``.
+
+    Examples
+    --------
+    >>> from captum.attr import LayerConductance
+    >>> scorer = xe.CaptumLayer(LayerConductance, n_steps=8)
+    >>> xe.score_units(model, data, scorer, layers=["fc1"], target=0).top("fc1", count=2)
+    tensor([0, 3])
     """
 
     def __init__(self, method: type[Any], /, **arguments: Any) -> None:

@@ -34,6 +34,12 @@ class Taylor:
 
     Positive where the unit is evidence for the class. The published criterion (Molchanov et al.
     2017, Eq. 8) takes the absolute value of each sample's sum over positions: ``aggregate="abs"``.
+
+    Examples
+    --------
+    >>> scores = xe.score_units(model, data, xe.Taylor(), layers=["conv"], aggregate="abs")
+    >>> scores.top("conv", count=1)
+    tensor([3])
     """
 
     behind_norm = True
@@ -55,7 +61,14 @@ class Taylor:
 
 @dataclass(frozen=True)
 class Activation:
-    """Mean rectified activation of each unit over its positions (Molchanov et al. 2017, §2.2)."""
+    """Mean rectified activation of each unit over its positions (Molchanov et al. 2017, §2.2).
+
+    Examples
+    --------
+    >>> scores = xe.score_units(model, data, xe.Activation(), layers=["conv"])
+    >>> scores.top("conv", count=4).sort().values
+    tensor([0, 1, 2, 3])
+    """
 
     behind_norm = True
 
@@ -74,7 +87,13 @@ class Activation:
 
 @dataclass(frozen=True)
 class WeightMagnitude:
-    """L1 norm of each unit's incoming weights (Li et al. 2017). Needs no data."""
+    """L1 norm of each unit's incoming weights (Li et al. 2017). Needs no data.
+
+    Examples
+    --------
+    >>> xe.score_units(model, None, xe.WeightMagnitude(), layers=["conv"])["conv"][:5]
+    tensor([ 1.,  1.,  1., 48.,  3.], dtype=torch.float64)
+    """
 
     needs_data = False
 
@@ -88,7 +107,14 @@ class WeightMagnitude:
 
 @dataclass(frozen=True)
 class Random:
-    """A uniform random number a unit, which depends only on the seed and the layer's name."""
+    """A uniform random number a unit, which depends only on the seed and the layer's name.
+
+    Examples
+    --------
+    >>> one, again = (xe.score_units(model, None, xe.Random(seed=1)) for _ in range(2))
+    >>> one["conv"].equal(again["conv"])
+    True
+    """
 
     seed: int = 0
     needs_data = False

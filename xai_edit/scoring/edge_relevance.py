@@ -32,6 +32,12 @@ class EdgeRelevance:
     """The relevance through every weight of some layers, summed over a data set.
 
     ``sums`` are float64, per layer in the shape of its weight; ``origin`` has the arguments.
+
+    Examples
+    --------
+    >>> edges = xe.edge_relevance(model, data, xe.LRP("epsilon"), layers=["fc1", "fc2"])
+    >>> edges.samples, edges.sums["fc1"].shape
+    (240, torch.Size([32, 32]))
     """
 
     sums: dict[str, Tensor]
@@ -72,6 +78,12 @@ def edge_relevance(
 
     The scorer's rule for the layers is a ``zennit.core.BasicHook``, as are Zennit's. ``layers`` are
     all convolution and linear layers when left out; ``data`` and ``target`` as for `score_units`.
+
+    Examples
+    --------
+    >>> edges = xe.edge_relevance(model, data, xe.LRP("epsilon"), layers=["fc2"], target=0)
+    >>> edges.top("fc2", count=2)
+    [(0, 3), (0, 0)]
     """
     require_type(scorer, LRP, "scorer", "edge relevance needs a rule, so an xai_edit.LRP")
     target, model = checked_target(target), unwrapped(model)

@@ -66,6 +66,15 @@ class UnitScores:
         empty without ``k``.
     origin : dict
         Scorer and arguments of the scores, as JSON values.
+
+    Examples
+    --------
+    >>> scores = xe.score_units(model, data, xe.LRP("epsilon"), target=0)
+    >>> scores.layers, scores.samples, scores["conv"].shape
+    (['conv', 'fc1', 'fc2'], 240, torch.Size([32]))
+    >>> scores.top("conv", count=2)
+    tensor([3, 0])
+    >>> scores.save("scores.safetensors")
     """
 
     sums: dict[str, Tensor]
@@ -241,13 +250,9 @@ def score_units(
 
     Examples
     --------
-    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
-    >>> for parameter in model.parameters():
-    ...     _ = torch.nn.init.ones_(parameter)
-    >>> batch = torch.tensor([[3.0, 1.0]])
-    >>> scores = score_units(model, [batch], Activation(), layers=["0"], target=0)
-    >>> scores["0"].tolist()
-    [5.0, 5.0]
+    >>> scores = xe.score_units(model, data, xe.LRP("epsilon"), target=0)
+    >>> scores.top("conv", count=2), scores.top("fc1", count=2)
+    (tensor([3, 0]), tensor([3, 0]))
     """
     target = checked_target(target)
     if not callable(scorer) or isinstance(scorer, type):

@@ -33,6 +33,12 @@ class Example:
         Layers to score, in the order in which they run.
     groups : Tensor, int64, shape (samples,), optional
         1 where a sample has a spurious feature; the third element of an operator's batches.
+
+    Examples
+    --------
+    >>> example = xe.testing.Example(model, images, labels, ["conv", "fc1"], attribute.long())
+    >>> [batch[0].shape for batch in example.batches(size=120)]
+    [torch.Size([120, 3, 4, 4]), torch.Size([120, 3, 4, 4])]
     """
 
     model: nn.Module
@@ -78,6 +84,12 @@ def small_example(dtype: torch.dtype = torch.float32) -> Example:
     An image, (1, 8, 8), is noise with a bright square in the quarter of its class. Half of each
     class have a mark in the corner, the spurious feature. The first call trains the network, in
     less than a second, on images of which all of class 0 have the mark and no others.
+
+    Examples
+    --------
+    >>> example = xe.testing.small_example()
+    >>> example.layers, example.inputs.shape
+    (('conv1', 'conv2', 'fc1', 'head'), torch.Size([96, 1, 8, 8]))
     """
     own = deepcopy(_trained())
     return replace(own, model=own.model.to(dtype), inputs=own.inputs.to(dtype))

@@ -66,6 +66,10 @@ def check_operator(
         If a promise is broken; the message is one sentence that names the layer or parameter.
     TypeError
         If the operator has no ``plan`` and none is given.
+
+    Examples
+    --------
+    >>> xe.testing.check_operator(xe.SingleWeight())
     """
     if plan is None:
         plan = getattr(operator, "plan", None)

@@ -59,6 +59,10 @@ def check_scorer(
     AssertionError
         If a promise is broken; the message is one sentence that names the layer or parameter. An
         error that the scorer raises where nothing is wrong is passed on.
+
+    Examples
+    --------
+    >>> xe.testing.check_scorer(xe.Activation())
     """
     with naming(shorten(describe(scorer), 80, placeholder=" …")):
         for dtype in (torch.float32, torch.float64):
