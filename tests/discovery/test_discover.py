@@ -358,3 +358,11 @@ def test_padding_is_no_part_of_a_feature():
         name: nn.functional.pad(names[name], (0, 5)) for name in ("input_ids", "attention_mask")
     }
     assert torch.equal(first.attribute(model)(longer), has)
+
+
+def test_a_layer_of_few_channels_says_that_nothing_stands_out_there():
+    images = torch.rand(240, 2, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2, bias=False)).eval()
+    nn.init.eye_(model[1].weight)
+    found = xe.discover(model, [(images, images.argmax(1))], target=1)
+    assert "of 2 channels random subspaces hold much: a feature hardly stands out" in str(found)

@@ -54,6 +54,10 @@ class Features:
     attribute: Tensor | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        vectors, channels = self.activations.shape
+        return f"Features({vectors} vectors of {self.samples} samples, {channels} channels)"
+
     def __post_init__(self) -> None:
         a, contexts, sample = self.activations, self.contexts, self.sample
         require(a.ndim == 2, "activations", tuple(a.shape), "their shape is (vectors, channels)")

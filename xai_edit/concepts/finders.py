@@ -231,7 +231,10 @@ def _kept(values: Tensor, count: int | None, name: str, along: str) -> int:
     rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     above = int((values > rounding).sum())
     kept = above if count is None else count
-    require(1 <= kept <= above, name, count, f"{along} {above} directions")
+    works = f"; give at most {above}, or None for all" if above else ""
+    require(
+        1 <= kept <= above, name, count, f"{along} {above} direction{'s' * (above != 1)}{works}"
+    )
     return kept
 
 

@@ -33,6 +33,7 @@ DONORS = 24  # that it is taken from
 PER_LAYER = 3  # findings of a class and a layer, at most
 SIZES = (1, 2, 4, 8)  # of a subspace
 ENOUGH_EFFECT = 0.8  # of the effect at the largest size
+NARROW = 5 * SIZE  # channels below which a random subspace holds a fifth or more of a feature
 TRIED = 1000  # samples of a layer that features are put into, about
 
 
@@ -127,11 +128,17 @@ def search_class(
         note = "" if most > 1 or method != "relevance" else "one strategy"
         if marked is not None and not masks[layer]:
             note = "too few samples with or without the marked feature; explain all images"
-        notes.append(Searched(target, layer, samples, most, note))
+        cross, own = relevance[layer].cross[1], []
         if same:
             kept = separated(same, scores[layer], judged, of_class, one.rows, one.fit, weights)
-            cross = relevance[layer].cross[1]
-            findings += _judged(search, one, layer, kept, divided[layer], cross)
+            own = _judged(search, one, layer, kept, divided[layer], cross)
+        if not own and len(cross) < NARROW:
+            few = (
+                f"of {len(cross)} channels random subspaces hold much: a feature hardly stands out"
+            )
+            note = f"{note}; {few}" if note else few
+        notes.append(Searched(target, layer, samples, most, note))
+        findings += own
     return findings, notes
 
 

@@ -59,6 +59,9 @@ class RateSweep:
     raised: Tensor | None
     objective: Tensor
 
+    def __repr__(self) -> str:
+        return f"RateSweep(row {self.row}, column {self.column}: {len(self.rates)} rates)"
+
     @property
     def worst(self) -> Tensor:
         """Worst-group accuracy, float64, shape (R,)."""
