@@ -69,7 +69,7 @@ def test_every_method_is_measured_and_shown(as_mnist, tmp_path, monkeypatch):
     for row in rows:
         assert 0 <= row["worst"] == min(row["groups"]) <= row["balanced"] <= 1
         assert row["balanced"] == pytest.approx(np.mean(row["groups"]))
-    assert "worst group, ρ = 0.9, 1 networks" in told
+    assert "worst group, ρ = 0.9, 1 network" in told
     assert "Torch-Pruning Taylor" in told
     assert "paired differences" in told
 

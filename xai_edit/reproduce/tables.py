@@ -11,6 +11,7 @@ from scipy import stats
 
 from xai_edit.concepts.predictiveness import COLUMNS
 from xai_edit.core.text import aligned
+from xai_edit.report.table import counted
 from xai_edit.reproduce.experiments import Table
 from xai_edit.reproduce.published import METHODS, SWEEPS, WORST_GROUPS
 from xai_edit.reproduce.summaries import FIRST, spread
@@ -144,7 +145,7 @@ def pair_pruning(summary: Summary) -> dict[str, Table]:
     """Return worst-group and balanced accuracy by method and share, and average precisions."""
     tables: dict[str, Table] = {}
     for strength, part in summary["parts"].items():
-        title = f"ρ = {strength}, {part['networks']} networks"
+        title = f"ρ = {strength}, {counted(part['networks'], 'network')}"
         for name, table in _of_pair(part, summary["shares"]).items():
             tables[f"{name}, {title}"] = table
         if part["average_precision"]:
@@ -160,7 +161,7 @@ def discovery(summary: Summary) -> dict[str, Table]:
     """Return what was found by each method, and the figures of edits by it."""
     tables: dict[str, Table] = {}
     for name, part in summary["parts"].items():
-        title = f"{name}, {part['networks']} networks"
+        title = f"{name}, {counted(part['networks'], 'network')}"
         tables[f"findings, {title}"] = _findings(part["found"])
         columns = [*dict.fromkeys(figure for one in part["edits"].values() for figure in one)]
         edits = [["edit", *columns]]
