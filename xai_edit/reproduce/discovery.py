@@ -6,12 +6,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
+from xai_edit.core.guard import preserved
+from xai_edit.core.inputs import as_inputs
 from xai_edit.core.layers import replaced
 from xai_edit.datasets.image_set import ImageSet
+from xai_edit.discovery.candidates import POOLINGS, presence_of
+from xai_edit.discovery.channel_relevance import layer_vectors
 from xai_edit.discovery.discover import discover
 from xai_edit.discovery.findings import Finding, Findings
 from xai_edit.discovery.proposals import METHODS
@@ -147,8 +152,7 @@ def described(
     assert test.attribute is not None
     truth = (test.attribute > 0).numpy()
     listed = []
-    for one in findings:
-        seen = torch.cat([one.presence(model, batch[0]) for batch in test]).numpy()
+    for one, seen in zip(findings, _presences(model, findings, test), strict=True):
         entry: Results = {"target": one.target, "layer": one.layer, "score": one.evidence.score}
         entry["directions"] = one.subspaces.basis.shape[1]
         labels = test.labels.numpy() if within else 0 * test.labels.numpy()
@@ -165,6 +169,22 @@ def described(
         "other": max((one["score"] for one in listed if one["auroc"] < OTHER), default=0.0),
         "standing_out": sum(one["stands_out"] for one in listed),
     }
+
+
+def _presences(model: nn.Module, findings: Findings, test: ImageSet) -> np.ndarray:
+    """Return the presence of each finding, (findings, images), from one pass over the images."""
+    axes = {one.layer: one.axis for one in findings}
+    found = [torch.zeros(len(findings), 0, dtype=torch.float64)]
+    with preserved(model):
+        for inputs, *_ in test if axes else ():
+            vectors = layer_vectors(model, as_inputs(inputs, "inputs"), axes)
+            rows = []
+            for one in findings:
+                a, real = vectors[one.layer]
+                both = presence_of(a.double(), real, [one.subspaces])
+                rows.append(both[POOLINGS.index(one.pooling), 0].cpu())
+            found.append(torch.stack(rows))
+    return torch.cat(found, 1).numpy()
 
 
 def without_finding(model: nn.Module, finding: Finding) -> AbstractContextManager[None]:
