@@ -154,7 +154,7 @@ class Run:
         with measured() as cost, catch_warnings(record=True) as caught:
             simplefilter("always", UserWarning)
             edit = plan()
-        for one in caught:
+        for one in {str(one.message): one for one in caught}.values():  # each once
             if one.category is UserWarning and PACKAGE in Path(one.filename).parents:
                 self.warn(f"{name}: {one.message}")
             else:
