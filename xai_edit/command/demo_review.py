@@ -74,10 +74,10 @@ def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed
 
 
 def said(seed: int, shown: Sequence[Sequence[Sequence[bool]]]) -> tuple[dict[int, str], bool]:
-    """Return a verdict by the number of its finding, and whether a person gave it.
+    """Return a verdict by the number of its finding, and whether it was set by the pictures.
 
-    A person marked the findings of the network that comes with the package. Another seed gives
-    other weights, so there the verdict comes from the true watermark; see `most_alike`.
+    It was for the network that comes with the package. Another seed gives other weights, so there
+    the verdict comes from the true watermark; see `most_alike`.
     """
     person = json.loads(MARKED.read_text(encoding="utf-8"))
     if seed == TRAINED_SEED and len(person) == len(shown):

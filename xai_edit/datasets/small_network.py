@@ -15,7 +15,7 @@ from torch import Tensor, nn
 TRAINED = Path(__file__).with_name("small_network.safetensors")
 TRAINED_SEED = 0
 MARKED = TRAINED.with_name("small_network_marks.json")
-"""What a person said of that network's findings, who had their pictures alone; by number."""
+"""Verdicts on that network's findings, set by their pictures as a person would; by number."""
 
 
 def small_cnn(

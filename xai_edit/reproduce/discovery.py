@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xai_edit.comparisons.last_layer_retraining import LastLayerRetraining
+from xai_edit.core.data import model_device
 from xai_edit.core.guard import preserved
 from xai_edit.core.inputs import as_inputs
 from xai_edit.core.layers import replaced
@@ -177,7 +178,8 @@ def _presences(model: nn.Module, findings: Findings, test: ImageSet) -> np.ndarr
     found = [torch.zeros(len(findings), 0, dtype=torch.float64)]
     with preserved(model):
         for inputs, *_ in test if axes else ():
-            vectors = layer_vectors(model, as_inputs(inputs, "inputs"), axes)
+            own = as_inputs(inputs, "inputs").to(model_device(model))
+            vectors = layer_vectors(model, own, axes)
             rows = []
             for one in findings:
                 a, real = vectors[one.layer]
