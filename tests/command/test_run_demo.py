@@ -139,7 +139,8 @@ def test_the_finding_marked_is_that_of_the_pictures_and_edits_are_planned_from_i
     assert validation.watermark[order[-12:]].sum() <= 2
     with_it = validation.watermark.bool()
     assert review["agreement"] == float((marks.attribute == with_it).double().mean()) < 1
-    completing = xe.CounterfactualRetraining(finding.layer, finding.subspaces)
+    layers = found.origin["layers"]
+    completing = xe.CounterfactualRetraining(layers, {finding.layer: finding.subspaces})
     presence = finding.attribute(model)(training.images)
     for name, operator, samples, attribute in (
         ("last-layer", xe.LastLayerRetraining(), validation, marks.attribute),

@@ -156,7 +156,8 @@ def removal(w, target=3, data=None, **given):
 
 
 def counterfactual(w, layer="conv1", subspaces=None, attribute=None, data=None, **given):
-    operator = xe.CounterfactualRetraining(layer, subspaces or w.subspaces, **given)
+    subspaces = w.subspaces if subspaces is None else subspaces
+    operator = xe.CounterfactualRetraining(layer, subspaces, **given)
     return operator.plan(w.model, data or w.data, attribute=attribute)
 
 
@@ -395,6 +396,9 @@ OPERATORS = [
     (lambda w: counterfactual(w, layer="head"), V, "'head' given, the last layer"),
     (lambda w: counterfactual(w, subspaces=w.wide), V, "subspaces have 7 channels"),
     (lambda w: counterfactual(w, subspaces=[0]), T, "subspaces: list given"),
+    (lambda w: counterfactual(w, layer=["conv1", "fc1"]), V, "name the one layer that the"),
+    (lambda w: counterfactual(w, subspaces={"conv2": w.subspaces}), V, "they are of 'conv2'; name"),
+    (lambda w: counterfactual(w, ["head", "head:input"], {}), V, "name a layer before the last"),
     (lambda w: counterfactual(w, size=3), V, "size: 3 given; it is a whole number from 1 to 2"),
     (lambda w: counterfactual(w, size=0), V, "size: 0 given"),
     (lambda w: counterfactual(w, donors=0), V, "donors: 0 given"),

@@ -11,7 +11,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from xai_edit import CounterfactualRetraining, ModelEdit, Subspaces
+from xai_edit import (
+    ContrastivePCA,
+    CounterfactualRetraining,
+    ModelEdit,
+    Subspaces,
+    collect_features,
+)
 from xai_edit.core.inputs import ModelInputs
 from xai_edit.last_layer.completion import Exchange
 from xai_edit.last_layer.completion_figures import held_out
@@ -142,7 +148,7 @@ def test_the_size_is_that_after_which_the_worst_held_out_group_is_best():
     basis = torch.eye(3).double()[:, [2, 1]]  # noise leads, the mark follows
     both = Subspaces(basis, (2,), torch.zeros(3).double())
     edit = CounterfactualRetraining("0", both).plan(model, data)
-    tried = edit.origin["tried"]
+    tried = edit.origin["tried"]["0"]
     assert edit.origin["size"] == 2
     assert tried["1"]["worst"] < 0.5 < 0.8 < tried["2"]["worst"]
     weight = (model[1].weight[1] - model[1].weight[0]).detach()
@@ -155,6 +161,66 @@ def test_the_size_is_that_after_which_the_worst_held_out_group_is_best():
     moved = x[with_it, 1:] - x[without, 1:]
     expected = float((np.mean(moved, axis=0) * weight[1:].numpy()).sum())
     assert tried["2"]["effect"] == pytest.approx(expected)
+
+
+class Halved(nn.Module):
+    """The mark is one direction at ``first``, and one of two at ``second``, by the noise."""
+
+    def __init__(self, x, y):
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+        z = self._second(torch.from_numpy(x)).numpy()
+        fitted = LogisticRegression(C=1e4).fit(z, y)
+        self.head = nn.Linear(4, 2).double()
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor(np.concatenate([-fitted.coef_, fitted.coef_])))
+            self.head.bias.copy_(torch.tensor([-1, 1]) * fitted.intercept_[0])
+
+    @staticmethod
+    def _second(a):
+        kind, mark, noise = a.T
+        return torch.stack([kind, mark * (noise > 0), mark * (noise <= 0), noise], 1)
+
+    def forward(self, x):
+        return self.head(self.second(self._second(self.first(x))))
+
+
+@pytest.mark.parametrize("layers", [("first", "second"), ["second", "first", "head:input"]])
+def test_of_several_layers_that_one_is_taken_whose_images_lack_nothing(layers):
+    _, x, y, has = biased()
+    x[has == 0, 1] = 0  # the mark is all or nothing
+    x[:, 0] *= 0.6
+    model = Halved(x, y)
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    marked = torch.tensor([[-1.2, 6, 1], [-1.2, 6, -1], [1.2, 6, 1], [1.2, 6, -1]]).double()
+    assert model(marked).argmax(1).tolist() == [1, 1, 1, 1]
+    edit = CounterfactualRetraining(layers, size=1).plan(model, data)
+    assert edit.origin["layer"] == "first"
+    assert {*edit.origin["tried"]} == {"first", "second"}  # the last layer's inputs are left out
+    with edit.applied(model):
+        assert model(marked).argmax(1).tolist() == [0, 0, 1, 1]
+    with CounterfactualRetraining("second", size=1).plan(model, data).applied(model):
+        assert model(marked).argmax(1).tolist() != [0, 0, 1, 1]  # half of the mark is no longer 6
+
+
+def test_where_a_class_has_all_marked_images_the_given_subspace_is_taken():
+    model, x, y, _ = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, y)))]
+    layers = ["0", "0:input"]
+    with pytest.raises(ValueError, match="no class has samples both with and without"):
+        CounterfactualRetraining(layers).plan(model, data)
+    edit = CounterfactualRetraining(layers, {"0": along(1)}).plan(model, data)
+    assert (edit.origin["layer"], [*edit.origin["tried"]]) == ("0", ["0"])
+
+
+def test_a_subspace_that_is_not_given_is_that_of_contrastive_pca():
+    model, x, y, has = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    features = collect_features(model, data, layer="0", positions=100)
+    given = CounterfactualRetraining("0", ContrastivePCA(None).fit(features)).plan(model, data)
+    found = CounterfactualRetraining("0").plan(model, data)
+    assert found.origin == given.origin
+    assert torch.equal(found.changes["1.weight"].new, given.changes["1.weight"].new)
 
 
 def test_few_images_taken_to_have_the_feature_do_not_choose_the_size():
@@ -217,6 +283,17 @@ def test_images_completed_along_another_direction_are_not_credible():
     assert "do not look as if they had the feature" in completion["warning"]
 
 
+def test_a_last_layer_that_loses_the_classes_is_not_credible():
+    model, x, y, has = biased()
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    both = Subspaces(torch.eye(3).double()[:, :2], (2,), torch.zeros(3).double())
+    words = r"gets \d+% of held-out real images right \(mean over groups\), the present one \d+%"
+    with pytest.warns(UserWarning, match=words):
+        edit = CounterfactualRetraining("0", both, size=2).plan(model, data)
+    with edit.applied(model):
+        assert (model(data[0][0]).argmax(1) == data[0][1]).double().mean() < 0.7
+
+
 def test_without_both_kinds_in_a_class_nothing_is_compared():
     model, x, y, _ = biased()
     data = [tuple(map(torch.from_numpy, (x, y, y)))]
@@ -228,7 +305,7 @@ def test_images_of_two_sizes_are_refused(norm, digits):
     images, labels, has = marked_digits(digits)
     operator = CounterfactualRetraining("body.2", subspaces(4, 2))
     sizes = [(one, labels, has) for one in (images.float(), images[..., :6].float())]
-    with pytest.raises(ValueError, match=r"at \(8, 6\) positions and \(8, 8\) before"):
+    with pytest.raises(ValueError, match=r"inputs of size \(1, 8, 6\) and \(1, 8, 8\) before"):
         operator.plan(norm, sizes)
 
 

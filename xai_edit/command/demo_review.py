@@ -28,11 +28,12 @@ MARKS = "marks.json"
 class Reviewed:
     """What was found and marked; ``finding`` is None where no finding is the watermark.
 
-    ``known`` are the samples that were searched, their watermark as marked; without a finding it
-    is the true one.
+    ``layers`` are those that were searched. ``known`` are the samples, their watermark as marked;
+    without a finding it is the true one.
     """
 
     finding: Finding | None
+    layers: list[str]
     known: Samples
     results: dict[str, Any]
 
@@ -46,6 +47,7 @@ def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed
     unmarked = [batch[:2] for batch in samples.batches]
     found = discover(model, unmarked, target, seed=seed)
     found.save(out / FINDINGS)
+    layers = [*found.origin["layers"]]
     drawn = pictures(model, unmarked, found, pixels=lambda images: images)
     write_safetensors(out / PICTURES, drawn, "xai_edit.pictures", "")
     has = samples.watermark.bool()
@@ -65,12 +67,12 @@ def review(out: Path, model: nn.Module, samples: Samples, seed: int) -> Reviewed
     }
     if number is None:
         (out / MARKS).unlink(missing_ok=True)  # of an earlier run
-        return Reviewed(None, samples, results)
+        return Reviewed(None, layers, samples, results)
     marks = found.mark(verdicts)
     marks.save(out / MARKS)
     results["agreement"] = float((marks.attribute == has).double().mean())
     known = Samples(samples.images, samples.labels, marks.attribute.long())
-    return Reviewed(found[number], known, results)
+    return Reviewed(found[number], layers, known, results)
 
 
 def said(seed: int, shown: Sequence[Sequence[Sequence[bool]]]) -> tuple[dict[int, str], bool]:

@@ -263,7 +263,7 @@ def _neutralize(
     if finding is not None:
         # The training images: of the other digits none has the watermark.
         biased = as_marked(finding, state.model, training)
-        completing = CounterfactualRetraining(finding.layer, finding.subspaces)
+        completing = CounterfactualRetraining(reviewed.layers, {finding.layer: finding.subspaces})
         operators.append(("counterfactual", COMPLETED, completing, biased))
         operators.append(("biased", BIASED, LastLayerRetraining(), biased))
     for name, method, operator, samples in operators:

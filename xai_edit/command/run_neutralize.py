@@ -44,7 +44,7 @@ def command(options: argparse.Namespace) -> int:
     """Run ``xai-edit neutralize``."""
     operator = FictitiousClass(select=options.select, rate=options.rate)  # refuses a wrong option
     run = Run(options)
-    finding = None if options.findings is None else marked_spurious(run, options.findings)
+    completing = None if options.findings is None else completing_by(run, options.findings)
     names = run.images.classes
     target = None if options.target is None else classes_named(options.target, names)
     parts, planted = split(run.images, run.attribute, validation=True), None
@@ -74,11 +74,10 @@ def command(options: argparse.Namespace) -> int:
         tried = [_best(sweep) for sweep in sweeps]
     run.compare(RETRAINED, lambda: LastLayerRetraining().plan(run.model, known))
     files = {BEFORE: None, method: EDIT, RETRAINED: HEAD}
-    if finding is not None:
+    if completing is not None:
         files[COMPLETED] = COMPLETION
         images = run.read(parts.planning + parts.validation, "completing")
-        operator_of = CounterfactualRetraining(finding.layer, finding.subspaces)
-        run.compare(COMPLETED, lambda: operator_of.plan(run.model, images))
+        run.compare(COMPLETED, partial(completing.plan, run.model, images))
 
     held_out = watched(run.read(parts.held_out, "measuring"), copies.add)
     head = collect_head_features(run.model, held_out, with_attribute=True)
@@ -169,10 +168,10 @@ def _outcome(results: Mapping[str, Any]) -> Outcome:
     )
 
 
-def marked_spurious(run: Run, file: Path) -> Finding:
-    """Return the first finding that the marks of ``--attribute`` call spurious.
+def completing_by(run: Run, file: Path) -> CounterfactualRetraining:
+    """Return the retraining by the first finding that the marks of ``--attribute`` call spurious.
 
-    ValueError if there are no marks, or they are of other findings.
+    ValueError if there are no marks, or they are of other findings, or call none spurious.
     """
     if run.marks is None:
         raise ValueError("findings: given without marks; give --attribute marks.json as well")
@@ -180,4 +179,4 @@ def marked_spurious(run: Run, file: Path) -> Finding:
     run.marks.require_findings(found)
     require(bool(run.marks.spurious), "attribute", run.options.attribute, "mark a finding spurious")
     first: Finding = found[run.marks.spurious[0]]
-    return first
+    return CounterfactualRetraining(found.origin["layers"], {first.layer: first.subspaces})

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.axes import unit_axes
-from xai_edit.core.inputs import Inputs, padding_refilled, real_positions
+from xai_edit.core.data import model_device
+from xai_edit.core.inputs import Inputs, input_tensors, padding_refilled, real_positions
 from xai_edit.core.layers import replaced, unit_axis_of, values_at
 from xai_edit.last_layer.find_head import HeadReader
-from xai_edit.last_layer.head import HeadFeatures
+
+BATCH = 64  # images a forward pass
 
 
 class Exchange:
@@ -24,7 +29,7 @@ class Exchange:
     inputs : Tensor or ModelInputs
         A batch, to find the axis of the layer's channels.
     layer : str
-        Its first axis is the samples; with all inputs it has the same positions.
+        Its first axis is the samples.
     subspaces : Subspaces
         U are the first columns of its basis.
     unit_axis : int, optional
@@ -41,13 +46,51 @@ class Exchange:
     ) -> None:
         self.reader, self.layer, self.subspaces = reader, layer, subspaces
         self.axis = unit_axes(reader.model, inputs, [layer], unit_axis)[layer]
-        self.positions: tuple[int, ...] | None = None
+        self.donated: list[Tensor] = []
         self.head = reader.read(inputs)
         if self.head.layer == layer:
             raise ValueError(
                 f"layer: {layer!r} given, the last layer, whose inputs are retrained on; name a "
                 "layer before it"
             )
+
+    def learn(self, pools: Sequence[DonorPool], most: int) -> None:
+        """Keep the coefficients of the donors of each pool, for the first directions U."""
+        for pool in pools:
+            parts = [self.coefficients(inputs, most).cpu() for inputs in self.batches(pool)]
+            self.donated.append(torch.cat(parts))
+
+    @cached_property
+    def auc(self) -> float:
+        """How well presence tells the images of one pool from those of the other, at its best.
+
+        The largest AUC over numbers of leading directions and over maximum and mean of positions.
+        """
+        from sklearn.metrics import roc_auc_score
+
+        has = [pool for pool, donated in enumerate(self.donated) for _ in donated]
+        c = torch.cat(self.donated)
+        centred = c - (self.subspaces.mean.double() @ self.subspaces.basis.double())[: c.shape[-1]]
+        lengths = centred.square().cumsum(-1)  # along 1, 2, … directions
+        scores = torch.cat([lengths.amax(1), lengths.mean(1)], 1)
+        aucs = [float(roc_auc_score(has, score)) for score in scores.T.numpy()]
+        return max(0.5 + abs(auc - 0.5) for auc in aucs)
+
+    def real(self, pools: Sequence[DonorPool]) -> Tensor:
+        """Return the head's inputs for the images of pools as they are, shape (samples, d)."""
+        parts = [self.reader.read(one).features for pool in pools for one in self.batches(pool)]
+        return torch.cat(parts)
+
+    def batches(self, pool: DonorPool) -> Iterator[Inputs]:
+        """Yield a pool's inputs on the model's device."""
+        device = model_device(self.reader.model)
+        for rows in torch.arange(len(pool)).split(BATCH):
+            yield pool.inputs[rows].to(device)
+
+    def drawn(self, pool: int, chance: Tensor) -> Tensor:
+        """Return coefficients of a pool's random images for numbers in [0, 1), shape (samples,)."""
+        donated = self.donated[pool]
+        return donated[(chance * len(donated)).long()]
 
     def coefficients(self, inputs: Inputs, most: int) -> Tensor:
         """Return Uᵀa, float64, shape (samples, positions, most), for the first directions U.
@@ -56,19 +99,11 @@ class Exchange:
         """
         values = values_at(self.reader.model, self.layer, inputs)
         self._require_channels(values)
-        shape = values.movedim(unit_axis_of(values, self.axis), -1).shape
-        positions = tuple(shape[1:-1])
         if len(values) != len(inputs):
             raise ValueError(
                 f"layer: {self.layer!r} has values of {len(values)} samples for {len(inputs)} "
                 "inputs; name a layer whose first axis is the samples"
             )
-        if self.positions not in (None, positions):
-            raise ValueError(
-                f"layer: {self.layer!r} has values at {positions} positions and {self.positions} "
-                "before; images are completed position by position, so give inputs of one size"
-            )
-        self.positions = positions
         c = coefficients_of(values, self._directions(most).to(values.device), self.axis)
         return padding_refilled(c, real_positions(inputs, c))
 
@@ -85,14 +120,6 @@ class Exchange:
 
         with replaced(self.reader.model, self.layer, change):
             return self.reader.read(inputs).features
-
-    def head_features(
-        self, features: Tensor, labels: Tensor | None, attribute: Tensor | None = None
-    ) -> HeadFeatures:
-        """Return inputs of the head with labels and attribute, for an edit of it."""
-        head = self.head
-        columns = features, labels, attribute
-        return HeadFeatures(head.layer, head.weight, head.bias, *columns, stored=head.stored)
 
     def _require_channels(self, values: Tensor) -> None:
         a = values.movedim(unit_axis_of(values, self.axis), -1)
@@ -129,18 +156,26 @@ class DonorPool:
 
     Attributes
     ----------
-    coefficients : Tensor, float64, shape (images, positions, directions)
     inputs : Tensor or ModelInputs
     labels : Tensor, int64, shape (images,)
     """
 
-    coefficients: Tensor
     inputs: Inputs
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def drawn(self, chance: Tensor) -> Tensor:
-        """Return the coefficients of random images for numbers in [0, 1), shape (samples,)."""
-        return self.coefficients[(chance * len(self)).long()]
+
+def require_one_size(first: Inputs, inputs: Inputs) -> None:
+    """Raise ValueError unless inputs of two batches have the same size."""
+    sizes = [
+        {name: tuple(one.shape[1:]) for name, one in input_tensors(batch).items()}
+        for batch in (inputs, first)
+    ]
+    if sizes[0] != sizes[1]:
+        given, before = (", ".join(map(str, each.values())) for each in sizes)
+        raise ValueError(
+            f"data: inputs of size {given} and {before} before; images are completed position by "
+            "position, so give inputs of one size"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from xai_edit.last_layer.regression import Array, halves, standardised_regressio
 ENOUGH = 10  # images of a kind, to compare completed with real ones
 SEEN = 0.2  # least difference of the shares by which real images of both kinds differ
 CREDIBLE = 0.5  # least share of that difference that completed images reach
-APART = 0.2  # most by which the worst real group may be behind the worst completed one
+APART = 0.2  # most by which real images may be behind completed ones, or behind what they were
 
 
 def resemblance(head: HeadFeatures, with_it: Array, seed: int) -> dict[str, Any]:
@@ -67,12 +68,22 @@ def not_credible(found: dict[str, Any], held: dict[str, Any]) -> str | None:
             f"{shares['with']:.0%} of real images with it are, and {shares['without']:.0%} of "
             f"those without; retraining may gain little, {advice}"
         )
-    real, completed = (held[name]["after"]["worst"] for name in ("real", "completed"))
-    if real is not None and completed - real > APART:
+    (before, real), (_, completed) = (
+        [held[name][when] for when in ("before", "after")] for name in ("real", "completed")
+    )
+    if real["worst"] is None:
+        return None
+    if before["balanced"] - real["balanced"] > APART:
+        return (
+            "completed images are not like real ones: the retrained last layer gets "
+            f"{real['balanced']:.0%} of held-out real images right (mean over groups), the present "
+            f"one {before['balanced']:.0%}, {advice}"
+        )
+    if completed["worst"] - real["worst"] > APART:
         return (
             "completed images are not like real ones: of held-out images, the retrained last layer "
-            f"gets {real:.0%} of the worst real group right and {completed:.0%} of the worst "
-            f"completed one, {advice}"
+            f"gets {real['worst']:.0%} of the worst real group right and {completed['worst']:.0%} "
+            f"of the worst completed one, {advice}"
         )
     return None
 
@@ -80,7 +91,7 @@ def not_credible(found: dict[str, Any], held: dict[str, Any]) -> str | None:
 def held_out(
     head: HeadFeatures,
     versions: tuple[Array, Array],
-    judged: tuple[Array, Array],
+    judged: Sequence[Array],
     C: float,
     seed: int,
 ) -> dict[str, Any]:
@@ -89,20 +100,23 @@ def held_out(
     Retraining is on ``versions`` without and with the feature. Of the worst group and balanced over
     groups (class × feature): of images as they are, where groups of fewer than ten held-out images
     do not count, such as those of images taken to have the feature by mistake, and of the
-    ``judged`` versions; ``images`` are those of the worst group. None where no group counts, or
-    too few images are left to retrain on.
+    ``judged`` versions, each a value of the feature; ``images`` are those of the worst group. None
+    where no group counts, or too few images are left to retrain on.
     """
     y, has, x = _columns(head)
     fit, held = halves(y * 2 + has, np.random.default_rng([seed, 4]))
-    classes, every = np.unique(y[fit]), np.arange(head.classes)
-    old = head.weight.double().numpy(), head.require_bias().double().numpy(), every
+    classes = np.unique(y[fit])
+    weight, bias = head.weight.double().numpy(), head.require_bias().double().numpy()
+    old = weight, bias, np.arange(head.classes)
     new = None
     if len(classes) > 1:
         features = np.concatenate([one[fit] for one in versions])
         new = (*standardised_regression(features, np.tile(y[fit], 2), C), classes)
     completed = np.concatenate([one[held] for one in judged])
-    twice = np.tile(y[held], 2), np.repeat([0, 1], len(held))
-    sets = {"real": (x[held], y[held], has[held], ENOUGH), "completed": (completed, *twice, 1)}
+    kinds = len(judged)
+    every = np.tile(y[held], kinds), np.repeat(np.arange(kinds), len(held))
+    real = x[held], y[held], has[held]
+    sets = {"real": (*real, 2, ENOUGH), "completed": (completed, *every, kinds, 1)}
     return {
         name: {when: _accuracies(model, *one) for when, model in (("before", old), ("after", new))}
         for name, one in sets.items()
@@ -115,14 +129,20 @@ def _columns(head: HeadFeatures) -> tuple[Array, Array, Array]:
 
 
 def _accuracies(
-    model: tuple[Array, Array, Array] | None, x: Array, y: Array, has: Array, fewest: int
+    model: tuple[Array, Array, Array] | None,
+    x: Array,
+    y: Array,
+    kind: Array,
+    kinds: int,
+    fewest: int,
 ) -> dict[str, Any]:
-    sizes = np.bincount(y * 2 + has)
+    groups = y * kinds + kind
+    sizes = np.bincount(groups)
     counted = sizes >= fewest
     if model is None or not counted.any():
         return {"worst": None, "balanced": None, "images": 0}
     weight, bias, known = model
     right = known[(x @ weight.T + bias).argmax(1)] == y
-    sizes, each = sizes[counted], np.bincount(y * 2 + has, right)[counted] / sizes[counted]
+    sizes, each = sizes[counted], np.bincount(groups, right)[counted] / sizes[counted]
     worst: dict[str, Any] = {"worst": float(each.min()), "images": int(sizes[each.argmin()])}
     return worst | {"balanced": float(each.mean())}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xai_edit.concepts.collect import collect_features
+from xai_edit.concepts.finders import ContrastivePCA
 from xai_edit.concepts.subspaces import Subspaces
 from xai_edit.core.checks import (
     positive,
@@ -31,22 +33,28 @@ from xai_edit.core.data import (
     together,
 )
 from xai_edit.core.guard import require_finite
-from xai_edit.core.layers import resolve_layers
+from xai_edit.core.layers import INPUT_SUFFIX, resolve_layers
 from xai_edit.core.sampling import ClassSample
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit
-from xai_edit.last_layer.completion import DonorPool, Exchange
+from xai_edit.last_layer.completion import BATCH, DonorPool, Exchange, require_one_size
 from xai_edit.last_layer.completion_figures import (
     held_out,
     not_credible,
     resemblance,
 )
-from xai_edit.last_layer.find_head import HeadReader, reading
+from xai_edit.last_layer.find_head import Head, HeadReader, reading
 from xai_edit.last_layer.head import HeadFeatures
 from xai_edit.last_layer.regression import Array, standardised_regression
 
 SIZES = (1, 2, 4, 8)  # directions that are tried
-JUDGED = 64  # images a forward pass while sizes are judged
+TELLS = 0.9  # the least AUC of a layer that is taken of several
+POSITIONS = 100  # of a sample, at most, that a subspace is found from
+
+
+class _Way(NamedTuple):
+    layer: str
+    size: int
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,18 @@ class CounterfactualRetraining:
 
     Parameters
     ----------
-    layer : str
-        Where the subspaces are from; ``"fc:input"`` names the inputs of ``fc``. Early layers are
-        better than late ones. Its values have the same positions for all inputs.
-    subspaces : Subspaces
-        Their basis holds the feature, the leading directions first, as of
-        `xai_edit.ContrastivePCA`; of others give ``Subspaces(s.block(k), (s.sizes[k],), s.mean)``.
+    layer : str or sequence of str
+        Where images are completed; ``"fc:input"`` names the inputs of ``fc``. Its values have the
+        same positions for all inputs. Of several, such as ``findings.origin["layers"]``, that after
+        which the worst group of held-out images is the best, completed at any of them: a late layer
+        may hold the feature and its completed images still lack most of what a real one does. The
+        last layer and its inputs are left out of several, and layers whose subspace does not tell
+        which images have the feature (an AUC of presence below 0.9).
+    subspaces : Subspaces, or mapping from layer names to Subspaces, optional
+        Their basis holds the feature at the one layer, or at those named, the leading directions
+        first; of other finders than `xai_edit.ContrastivePCA` give
+        ``Subspaces(s.block(k), (s.sizes[k],), s.mean)``. At other layers `xai_edit.ContrastivePCA`
+        finds one.
     size : int, optional
         Leading directions that are exchanged. When left out those of 1, 2, 4 and 8 after which the
         worst group of held-out images is the best, of equal ones that with the largest effect; see
@@ -83,21 +97,19 @@ class CounterfactualRetraining:
     unit_axis : int, optional
         The axis of the layer's channels, see `xai_edit.core.axes.unit_axes`.
     seed : int
-        Of the donors.
+        Of the donors, and of the positions that subspaces are found from.
 
     Examples
     --------
-    >>> features = xe.collect_features(model, data, layer="relu1", attribute=attribute)
-    >>> subspaces = xe.ContrastivePCA(size=1).fit(features)
-    >>> operator = xe.CounterfactualRetraining("relu1", subspaces)
+    >>> operator = xe.CounterfactualRetraining("relu1")
     >>> edit = operator.plan(model, data, attribute=attribute)
     >>> with edit.applied(model):
     ...     xe.evaluate_groups(model, data, groups=attribute).worst
     1.0
     """
 
-    layer: str
-    subspaces: Subspaces
+    layer: str | Sequence[str]
+    subspaces: Subspaces | Mapping[str, Subspaces] | None = None
     _: KW_ONLY
     size: int | None = None
     C: float = 1.0
@@ -106,9 +118,19 @@ class CounterfactualRetraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        works = "give Subspaces, such as xai_edit.ContrastivePCA(8).fit(features)"
-        require_type(self.subspaces, Subspaces, "subspaces", works)
-        size, most = self.size, self.subspaces.basis.shape[1]
+        layers = (self.layer,) if isinstance(self.layer, str) else (*self.layer,)
+        if isinstance(self.subspaces, Subspaces):
+            works = "name the one layer that the subspaces are from"
+            require(len(layers) == 1, "layer", self.layer, works)
+        vars(self).update(layer=layers)
+        for name, each in self._given.items():
+            works = "give Subspaces, such as xai_edit.ContrastivePCA(8).fit(features)"
+            require_type(each, Subspaces, "subspaces", works)
+            works = f"they are of {name!r}; name it among the layers"
+            require(name in layers, "layer", layers, works)
+        size, most = self.size, SIZES[-1]
+        if len(layers) == len(self._given) == 1:
+            most = self._given[layers[0]].basis.shape[1]
         vars(self).update(
             size=None if size is None else whole_number(size, "size", least=1, most=most),
             C=positive(self.C, "C"),
@@ -117,32 +139,33 @@ class CounterfactualRetraining:
         )
 
     @property
-    def _sizes(self) -> tuple[int, ...]:
-        """The numbers of leading directions that are tried."""
-        if self.size is not None:
-            return (self.size,)
-        directions = self.subspaces.basis.shape[1]
-        most = min(directions, SIZES[-1])
-        return (*(m for m in SIZES if m < most), most)
+    def _given(self) -> Mapping[str, Subspaces]:
+        """The subspaces that are given, by layer."""
+        if self.subspaces is None or isinstance(self.subspaces, Mapping):
+            return self.subspaces or {}
+        return {self.layer[0]: self.subspaces}
 
     def plan(self, model: nn.Module, data: Data, *, attribute: Attribute = None) -> ModelEdit:
-        """Plan the new last layer, by two passes over the data; the model is only read.
+        """Plan the new last layer; the model is only read.
 
-        ``data`` has labelled images of every class and can be read twice, ``attribute`` says which
-        have the feature (1) and which not (0), see `xai_edit.core.data.Attribute`. The head's
-        inputs are held in memory three times.
+        ``data`` has labelled images of every class and can be read several times: twice, and once
+        for each layer whose subspace is to be found. ``attribute`` says which have the feature (1)
+        and which not (0), see `xai_edit.core.data.Attribute`. The head's inputs are held in memory
+        three times.
 
         ValueError if the model's logits are not W x + b, a class has no samples, or none or all
         have the feature.
         """
         readable_again(data, "counterfactual retraining")
-        resolve_layers(unwrapped(model), [self.layer])
+        layers = resolve_layers(unwrapped(model), self.layer)
         require_finite(model)
         with reading(model) as reader:
-            exchange, pools, labels = self._donors(reader, data, attribute)
-            tried = self._tried(exchange, pools)
-            size = max(tried, key=lambda m: (tried[m]["worst"], tried[m]["effect"]))
-            head, versions = self._completed(exchange, pools, size, data, attribute)
+            pools, labels = self._pools(reader, data, attribute)
+            exchanges = self._exchanges(reader, layers, pools, data, attribute)
+            tried = self._tried(exchanges, pools)
+            best = max(tried, key=lambda way: (tried[way]["worst"], tried[way]["effect"]))
+            exchange = exchanges[best.layer]
+            head, versions = self._completed(exchange, best.size, data, attribute)
         ordered = attribute is not None and not callable(attribute)
         if ordered and not torch.equal(labels, with_labels(head.labels)):
             raise ValueError(
@@ -157,41 +180,81 @@ class CounterfactualRetraining:
         if trouble := not_credible(completion, held):
             completion["warning"] = trouble
             warnings.warn(trouble, stacklevel=2)
-        origin: dict[str, Any] = {"operator": "CounterfactualRetraining", "layer": self.layer}
-        origin |= {"size": size, "C": self.C, "donors": [len(pool) for pool in pools]}
-        origin |= {"seed": self.seed, "samples": len(y), "subspaces": self.subspaces.origin}
-        origin |= {"tried": {str(m): figures for m, figures in tried.items()}}
+        origin: dict[str, Any] = {"operator": "CounterfactualRetraining", "layer": best.layer}
+        origin |= {"size": best.size, "C": self.C, "donors": [len(pool) for pool in pools]}
+        origin |= {"seed": self.seed, "samples": len(y), "subspaces": exchange.subspaces.origin}
+        origin["tried"] = {layer: {"auc": one.auc} for layer, one in exchanges.items()}
+        for way, figures in tried.items():
+            origin["tried"][way.layer][str(way.size)] = figures
         origin |= {"completion": completion, "held_out": held}
         new = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
         return head.edit(model, origin, **new)
 
-    def _donors(
+    def _pools(
         self, reader: HeadReader, data: Data, attribute: Attribute
-    ) -> tuple[Exchange, list[DonorPool], Tensor]:
+    ) -> tuple[list[DonorPool], Tensor]:
         """Return pools of images without and with the feature, and all labels; check all data."""
-        exchange: Exchange | None = None
         sample = ClassSample([self.donors] * 2, [self.seed, 0])
         labels: list[Tensor | None] = []
+        head: Head | None = None
         for batch, has in self._batches(reader, data, attribute):
-            if exchange is None:
-                given = self.layer, self.subspaces, self.unit_axis
-                exchange = Exchange(reader, batch.inputs, *given)
-            coefficients = exchange.coefficients(batch.inputs, self._sizes[-1])
-            own = {"coefficients": coefficients, "inputs": batch.inputs}
-            sample.add(has, {**own, "classes": with_labels(batch.labels)})
+            if head is None:
+                head, first = reader.read(batch.inputs), batch.inputs
+            require_one_size(first, batch.inputs)
+            sample.add(has, {"inputs": batch.inputs, "classes": with_labels(batch.labels)})
             labels.append(batch.labels)
-        assert exchange is not None  # there is no data without samples
+        assert head is not None  # there is no data without samples
         drawn, pools = sample.rows(), []
         for value, what in enumerate(("without", "with")):
-            columns = (drawn[name] for name in ("coefficients", "inputs", "classes"))
-            pools.append(DonorPool(*(one[drawn["labels"] == value] for one in columns)))
+            columns = (drawn[name][drawn["labels"] == value] for name in ("inputs", "classes"))
+            pools.append(DonorPool(*columns))
             if not len(pools[-1]):
                 raise ValueError(
                     f"attribute: no sample {what} the feature; images are completed from samples "
                     "of both kinds"
                 )
-        every = exchange.head_features(torch.empty(0), together(labels, "labels"))
-        return exchange, pools, every.require_retrainable()
+        every = HeadFeatures.of(head, torch.empty(0), together(labels, "labels"))
+        return pools, every.require_retrainable()
+
+    def _exchanges(
+        self,
+        reader: HeadReader,
+        layers: Sequence[str],
+        pools: Sequence[DonorPool],
+        data: Data,
+        attribute: Attribute,
+    ) -> dict[str, Exchange]:
+        """Return the exchange at each layer, with its subspace and its donors' coefficients."""
+        found: dict[str, Exchange] = {}
+        first = pools[0].inputs[:1].to(model_device(reader.model))
+        if len(layers) > 1:
+            last = reader.read(first).layer
+            layers = [one for one in layers if one.removesuffix(INPUT_SUFFIX) != last]
+            require(bool(layers), "layer", self.layer, "name a layer before the last")
+        problem = None
+        for layer in layers:
+            subspaces = self._given.get(layer)
+            if subspaces is None:
+                features = collect_features(
+                    reader.model,
+                    data,
+                    layer=layer,
+                    positions=POSITIONS,
+                    attribute=attribute,
+                    seed=self.seed,
+                    unit_axis=self.unit_axis,
+                )
+                try:
+                    subspaces = ContrastivePCA(None).fit(features)
+                except ValueError as no_contrast:  # the feature may be given at another layer
+                    problem = no_contrast
+                    continue
+            exchange = Exchange(reader, first, layer, subspaces, self.unit_axis)
+            exchange.learn(pools, self._sizes(subspaces)[-1])
+            found[layer] = exchange
+        if problem is not None and not found:
+            raise problem
+        return found
 
     @staticmethod
     def _batches(
@@ -207,54 +270,73 @@ class CounterfactualRetraining:
             yield batch, has
         check_length(attribute, start, "attribute")
 
-    def _tried(self, exchange: Exchange, pools: Sequence[DonorPool]) -> dict[int, dict[str, float]]:
-        """Return figures of each size, on the pools' images.
+    def _sizes(self, subspaces: Subspaces) -> tuple[int, ...]:
+        """Return the numbers of leading directions that are tried."""
+        directions = subspaces.basis.shape[1]
+        if self.size is not None:
+            return (min(self.size, directions),)
+        most = min(directions, SIZES[-1])
+        return (*(m for m in SIZES if m < most), most)
+
+    def _tried(
+        self, exchanges: dict[str, Exchange], pools: Sequence[DonorPool]
+    ) -> dict[_Way, dict[str, float]]:
+        """Return figures of each layer and size, on the pools' images.
 
         ``effect``: the mean change, from the completion without to that with the feature, of the
         logit that changes most, less that of the others. ``worst``: the accuracy of the worst group
-        of held-out images after retraining, be they real or completed along the most directions.
+        of held-out images after retraining, be they real or completed at any of the layers along
+        the most directions. Layers whose presence does not tell which images have the feature are
+        left out.
         """
-        generator = np.random.default_rng([self.seed, 1])
-        columns: list[list[Tensor]] = [[], [], []]
-        made: dict[int, tuple[list[Tensor], list[Tensor]]] = {m: ([], []) for m in self._sizes}
-        for value, pool in enumerate(pools):
-            chance = torch.from_numpy(generator.random((len(pool), 2)))
-            for rows in torch.arange(len(pool)).split(JUDGED):
-                inputs = pool.inputs[rows].to(model_device(exchange.reader.model))
-                donors = [one.drawn(c) for one, c in zip(pools, chance[rows].T, strict=True)]
-                for size, lists in made.items():
-                    for version, donor in zip(lists, donors, strict=True):
-                        version.append(exchange.completed(inputs, donor, size))
-                real = exchange.reader.read(inputs).features
-                batch = real, pool.labels[rows], torch.full_like(rows, value)
-                for column, part in zip(columns, batch, strict=True):
-                    column.append(part)
-        head = exchange.head_features(*map(torch.cat, columns))
-        versions_of = {m: (_array(made[m][0]), _array(made[m][1])) for m in made}
+        tells = min(TELLS, max(one.auc for one in exchanges.values()))
+        made = {
+            _Way(layer, size): versions
+            for layer, exchange in exchanges.items()
+            if exchange.auc >= tells
+            for size, versions in self._versions(exchange, pools).items()
+        }
+        exchange, *_ = exchanges.values()
+        labels = torch.cat([pool.labels for pool in pools])
+        has = torch.arange(2).repeat_interleave(torch.tensor([*map(len, pools)]))
+        head = HeadFeatures.of(exchange.head, exchange.real(pools), labels, has)
         weight = head.weight.double().numpy()
-        moves = {m: ((one - zero) @ weight.T).mean(0) for m, (zero, one) in versions_of.items()}
-        largest = moves[self._sizes[-1]]
-        if not largest.any():
+        moves = {way: ((one - zero) @ weight.T).mean(0) for way, (zero, one) in made.items()}
+        largest = {way.layer: way for way in made if moves[way].any()}
+        if not largest:
             raise ValueError(
                 f"layer: {self.layer!r} given; other activations there change nothing at the last "
                 "layer's inputs, so name a layer before it"
             )
-        row, judged, figures = int(largest.argmax()), versions_of[self._sizes[-1]], {}
-        for size, versions in versions_of.items():
-            held = held_out(head, versions, judged, self.C, self.seed)
-            effect = moves[size][row] - np.delete(moves[size], row).mean()
+        judged = [version for way in largest.values() for version in made[way]]
+        figures = {}
+        for way in (way for way in made if way.layer in largest):
+            row = int(moves[largest[way.layer]].argmax())
+            effect = moves[way][row] - np.delete(moves[way], row).mean()
+            held = held_out(head, made[way], judged, self.C, self.seed)
             worst = [each["after"]["worst"] for each in held.values()]
             known = [one for one in worst if one is not None]
-            figures[size] = {"effect": float(effect), "worst": min(known, default=0.0)}
+            figures[way] = {"effect": float(effect), "worst": min(known, default=0.0)}
         return figures
 
+    def _versions(
+        self, exchange: Exchange, pools: Sequence[DonorPool]
+    ) -> dict[int, tuple[Array, Array]]:
+        """Return the pools' images without and with the feature, by size: the head's inputs."""
+        generator = np.random.default_rng([self.seed, 1])
+        made: dict[int, tuple[list[Tensor], list[Tensor]]]
+        made = {m: ([], []) for m in self._sizes(exchange.subspaces)}
+        for pool in pools:
+            chance = torch.from_numpy(generator.random((len(pool), 2)))
+            for inputs, rows in zip(exchange.batches(pool), chance.split(BATCH), strict=True):
+                donors = [exchange.drawn(value, rows[:, value]) for value in (0, 1)]
+                for size, lists in made.items():
+                    for version, donor in zip(lists, donors, strict=True):
+                        version.append(exchange.completed(inputs, donor, size))
+        return {m: (_array(without), _array(with_it)) for m, (without, with_it) in made.items()}
+
     def _completed(
-        self,
-        exchange: Exchange,
-        pools: Sequence[DonorPool],
-        size: int,
-        data: Data,
-        attribute: Attribute,
+        self, exchange: Exchange, size: int, data: Data, attribute: Attribute
     ) -> tuple[HeadFeatures, tuple[Array, Array]]:
         """Return the head's inputs for all images as they are, and those without and with."""
         generator = np.random.default_rng([self.seed, 2])
@@ -262,14 +344,14 @@ class CounterfactualRetraining:
         versions: list[list[Tensor]] = [[], []]
         for batch, has in self._batches(exchange.reader, data, attribute):
             chance = torch.from_numpy(generator.random((len(batch), 2)))
-            for value, pool in enumerate(pools):
-                donors = pool.drawn(chance[:, value])
-                versions[value].append(exchange.completed(batch.inputs, donors, size))
+            for value, version in enumerate(versions):
+                donors = exchange.drawn(value, chance[:, value])
+                version.append(exchange.completed(batch.inputs, donors, size))
             real.append(exchange.reader.read(batch.inputs).features)
             labels.append(batch.labels)
             attributes.append(has)
         columns = torch.cat(real), together(labels, "labels"), together(attributes, "groups")
-        return exchange.head_features(*columns), (_array(versions[0]), _array(versions[1]))
+        return HeadFeatures.of(exchange.head, *columns), (_array(versions[0]), _array(versions[1]))
 
 
 def _array(parts: Sequence[Tensor]) -> Array:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from xai_edit.concepts.collect import collect_features
-from xai_edit.concepts.finders import ContrastivePCA
 from xai_edit.core.checks import readable_again, whole_number
 from xai_edit.core.data import Attribute, Data
 from xai_edit.last_layer.counterfactual import SIZES, CounterfactualRetraining
-
-POSITIONS = 100  # of a sample, at most, that the subspace is found from
 
 
 @dataclass(frozen=True)
@@ -21,14 +18,14 @@ class CounterfactualTuning:
 
     Give it as ``fine_tune`` to an operator that prunes: the network is made smaller and corrected
     in one edit, with no sample of the groups that are missing. Pruning changes the activations, so
-    the subspace of the feature is found anew in the pruned network, by `ContrastivePCA`; then
-    `CounterfactualRetraining` completes the samples and fits the last layer. Ours; no paper.
+    `CounterfactualRetraining` finds the subspace of the feature anew in the pruned network. Ours;
+    no paper.
 
     Parameters
     ----------
     data : iterable or Dataset
         Labelled samples of every class that can be read several times.
-    layer : str
+    layer : str or sequence of str
         Where the feature forms; see `CounterfactualRetraining`.
     attribute : callable, Tensor or Marks, optional
         Which samples have the feature; the third element of the data's batches when left out.
@@ -49,7 +46,7 @@ class CounterfactualTuning:
     """
 
     data: Data = field(repr=False)
-    layer: str
+    layer: str | Sequence[str]
     attribute: Attribute = field(default=None, repr=False)
     size: int | None = None
     seed: int = 0
@@ -62,14 +59,5 @@ class CounterfactualTuning:
 
     def __call__(self, network: nn.Module) -> None:
         """Retrain the last layer in place; ValueError as of `CounterfactualRetraining.plan`."""
-        features = collect_features(
-            network,
-            self.data,
-            layer=self.layer,
-            positions=POSITIONS,
-            attribute=self.attribute,
-            seed=self.seed,
-        )
-        subspaces = ContrastivePCA(None).fit(features)
-        operator = CounterfactualRetraining(self.layer, subspaces, size=self.size, seed=self.seed)
+        operator = CounterfactualRetraining(self.layer, size=self.size, seed=self.seed)
         operator.plan(network, self.data, attribute=self.attribute).apply(network)

@@ -24,7 +24,7 @@ from xai_edit.core.guard import require_finite
 from xai_edit.core.outputs import Outputs, label_chosen, outputs_as
 from xai_edit.core.wrapped import unwrapped
 from xai_edit.edits.model_edit import ModelEdit, tensors_of
-from xai_edit.last_layer.find_head import find_head, reading
+from xai_edit.last_layer.find_head import Head, find_head, reading
 from xai_edit.last_layer.stored_head import StoredHead
 
 __all__ = ["HeadFeatures", "collect_head_features", "find_head", "head_features"]
@@ -63,6 +63,14 @@ class HeadFeatures:
     labels: Tensor | None
     attribute: Tensor | None
     stored: StoredHead | None = None
+
+    @classmethod
+    def of(
+        cls, head: Head, features: Tensor, labels: Tensor | None, attribute: Tensor | None = None
+    ) -> HeadFeatures:
+        """Return inputs of a head that was read from a model."""
+        columns = features, labels, attribute
+        return cls(head.layer, head.weight, head.bias, *columns, stored=head.stored)
 
     @property
     def parameters(self) -> StoredHead:
@@ -193,7 +201,7 @@ def collect_head_features(
             samples += len(batch)
     check_length(attribute, samples, "attribute")
     columns = torch.cat(features), together(labels, "labels"), together(attributes, "groups")
-    return HeadFeatures(head.layer, head.weight, head.bias, *columns, stored=head.stored)
+    return HeadFeatures.of(head, *columns)
 
 
 def head_features(

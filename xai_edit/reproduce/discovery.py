@@ -65,7 +65,7 @@ class PairDiscovery(PairPruning):
             findings = discover(model, without_attribute(train), method=method)
             found[method] = described(model, findings, context.test)
             if len(findings) and train.attribute.any():
-                rows += self._edited(context, method, findings[0])
+                rows += self._edited(context, method, findings)
         if train.attribute.any():
             both = [*marked(train, 0), *marked(train, 1)]
             with LastLayerRetraining().plan(model, both).applied(model):
@@ -76,15 +76,17 @@ class PairDiscovery(PairPruning):
         """Return the accuracies of the network as it is now."""
         return {"method": method, "worst": context.measured(method)["worst"]}
 
-    def _edited(self, context: Context, method: str, first: Finding) -> list[Results]:
+    def _edited(self, context: Context, method: str, findings: Findings) -> list[Results]:
         """Return the accuracies after edits by the first finding."""
-        model, train = context.model, context.train
+        model, train, first = context.model, context.train, findings[0]
         rows: list[Results] = []
         with without_finding(model, first):
             rows.append(self.row(context, f"ablation: {method}"))
         operators: dict[str, Any] = {"last-layer retraining": LastLayerRetraining()}
         if method == OURS:  # the others are published for groups alone
-            completed = CounterfactualRetraining(first.layer, first.subspaces)
+            completed = CounterfactualRetraining(
+                findings.origin["layers"], {first.layer: first.subspaces}
+            )
             operators["counterfactual retraining"] = completed
         for name, operator in operators.items():
             row = {"method": f"{name}: {method}"}
