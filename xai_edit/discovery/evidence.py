@@ -103,9 +103,11 @@ class Evidence:
     def rank(self) -> tuple[bool, float, float]:
         """What findings are ordered by: the score, of equal ones the effect times separation.
 
-        Those that stand out come first.
+        Those that stand out come first. Where the separation is of the whole class, which its
+        content separates too, the score counts half.
         """
-        return self.stands_out, self.score, self.effect.low * self.separation.value
+        score = self.score if self.within else self.score / 2
+        return self.stands_out, score, self.effect.low * self.separation.value
 
     @property
     def stands_out(self) -> bool:
