@@ -13,6 +13,7 @@ from command_runs import DISCOVER, REVIEW, files, read, refused
 import xai_edit as xe
 from xai_edit.command.load import load_images, load_model, preprocessing_of
 from xai_edit.command.main import main
+from xai_edit.command.run_neutralize import _outcome
 from xai_edit.command.run_parts import read_attribute
 from xai_edit.discovery import Mark
 from xai_edit.discovery.shown import pictures
@@ -176,6 +177,7 @@ def test_marks_are_an_attribute_of_the_commands_that_act(marked, capsys):
         edit = xe.ModelEdit.load(f"acted/edits/{file}.safetensors")
         assert edit.size
         assert edit.origin["marks"] == about
+    assert "--findings" not in _outcome(read("acted")).further  # it was given
     page = Path("acted/report.html").read_text(encoding="utf-8")
     assert "discovered, not labelled" in page
     assert f"separates the class by {found[number].evidence.separation.value:.2f}" in page

@@ -144,10 +144,12 @@ def _best(sweep: RateSweep) -> dict[str, Any]:
 
 def _outcome(results: Mapping[str, Any]) -> Outcome:
     own, edit = results["rows"][1], results["edit"]
-    completing = "--findings for counterfactual retraining"
-    if "marks" not in results["spurious"]:
-        completing = f"the marks of xai-edit discover with {completing}"
-    further = ["more images of the worst group", completing]
+    further = ["more images of the worst group"]
+    if all(row["method"] != COMPLETED for row in results["rows"]):
+        completing = "--findings for counterfactual retraining"
+        if "marks" not in results["spurious"]:
+            completing = f"the marks of xai-edit discover with {completing}"
+        further.append(completing)
     if edit["select"] != "exact":
         further.insert(0, "--select exact, which tries every weight at every dose")
     if not own["weights_changed"] and edit["tried"] is None and edit["select"] != "exact":
