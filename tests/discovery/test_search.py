@@ -10,6 +10,7 @@ from xai_edit.concepts import PRCA, ContrastivePCA, Features
 from xai_edit.core.axes import unit_axes
 from xai_edit.discovery.channel_relevance import channel_relevance, moments, vectors_of
 from xai_edit.discovery.default_layers import default_layers
+from xai_edit.discovery.evidence import Evidence, Figure
 from xai_edit.discovery.proposals import proposals
 from xai_edit.discovery.samples import Samples
 from xai_edit.discovery.search import Search
@@ -205,3 +206,15 @@ def test_ends_of_one_logit_are_those_of_its_weights(target):
         tuple(part.tolist()) for part in expected.parts
     }
     assert found.parts
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),  # score, and whether the separation is within the class
+    [((0.5, True), (0.9, False)), ((0.9, False), (0.4, True)), ((0.7, True), (0.99, False))],
+)
+def test_a_score_of_a_whole_class_counts_half_in_the_order(before, after):
+    def evidence(score, within):
+        figure, one = Figure(score, score, score, 9), Figure(1.0, 1.0, 1.0, 9)
+        return Evidence(figure, 0.0, one, one, 0.1, {}, within=within)
+
+    assert evidence(*before).rank > evidence(*after).rank
