@@ -196,7 +196,8 @@ def test_of_several_layers_that_one_is_taken_whose_images_lack_nothing(layers):
     assert model(marked).argmax(1).tolist() == [1, 1, 1, 1]
     edit = CounterfactualRetraining(layers, size=1).plan(model, data)
     assert edit.origin["layer"] == "first"
-    assert {*edit.origin["tried"]} == {"first", "second"}  # the last layer's inputs are left out
+    assert {*edit.origin["tried"]} == {"first", "second"}
+    assert {*edit.origin["left_out"].values()} <= {"the last layer"}
     with edit.applied(model):
         assert model(marked).argmax(1).tolist() == [0, 0, 1, 1]
     with CounterfactualRetraining("second", size=1).plan(model, data).applied(model):
@@ -211,6 +212,68 @@ def test_where_a_class_has_all_marked_images_the_given_subspace_is_taken():
         CounterfactualRetraining(layers).plan(model, data)
     edit = CounterfactualRetraining(layers, {"0": along(1)}).plan(model, data)
     assert (edit.origin["layer"], [*edit.origin["tried"]]) == ("0", ["0"])
+    assert "no class has samples both with and without" in edit.origin["left_out"]["0:input"]
+
+
+class Narrow(nn.Module):
+    """All that the network knows of an image goes through both directions of a layer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.narrow, self.wide, self.head = nn.Identity(), copy.deepcopy(model[0]), model[1]
+
+    def forward(self, x):
+        kind = self.narrow(x[:, :2])
+        return self.head(self.wide(torch.cat([kind, x[:, 2:]], 1)))
+
+
+@pytest.mark.parametrize("layers", [["wide", "narrow"], ["narrow", "wide"]])
+def test_a_layer_whose_completed_images_are_of_other_classes_neither_wins_nor_judges(layers):
+    model, x, y, has = biased()
+    model = Narrow(model)
+    data = [tuple(map(torch.from_numpy, (x, y, has)))]
+    given = {"narrow": Subspaces(torch.eye(2).double().flip(1), (2,), torch.zeros(2).double())}
+    operator = CounterfactualRetraining(layers, given | {"wide": along(1)}, size=2)
+    edit = operator.plan(model, data)
+    assert edit.origin["layer"] == "wide"
+    test = torch.tensor([[-1, 6, 0], [1, 6, 0], [-1, 0, 0], [1, 0, 0]]).double()
+    with edit.applied(model):
+        assert model(test).argmax(1).tolist() == [0, 1, 0, 1]
+
+
+class Odd(nn.Module):
+    """Layers whose values are of whole numbers, have the samples second, or follow the head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.whole, self.second, self.first = nn.Identity(), nn.Identity(), nn.Linear(3, 8)
+        self.head, self.logits = nn.Linear(8, 2), nn.Identity()
+
+    def forward(self, x):
+        x = x + 0 * self.whole((x > 0).long())
+        x = self.second(x.transpose(0, 1)).transpose(0, 1)
+        return self.logits(self.head(self.first(x).relu().mean(1)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        ("whole", "has values of torch.int64; name one of floating-point"),
+        ("second", "has values of 4 samples for 1 inputs; name a layer whose first axis"),
+        ("logits", "with other values of 'logits' the last layer is not found"),
+    ],
+)
+def test_layers_where_images_cannot_be_completed_are_refused_or_left_out(layer, why):
+    torch.manual_seed(1)
+    x, labels, has = torch.randn(64, 4, 3), torch.arange(64) % 2, torch.arange(64) // 2 % 2
+    x[has == 1, :, 1] += 3
+    model, data = Odd().eval(), [(x, labels, has)]
+    one = CounterfactualRetraining(layer, subspaces(2 if layer == "logits" else 3, 1))
+    with pytest.raises(ValueError, match=f"^layer: .*{why}"):
+        one.plan(model, data)
+    edit = CounterfactualRetraining([layer, "first"]).plan(model, data)
+    assert (edit.origin["layer"], [*edit.origin["left_out"]]) == ("first", [layer])
 
 
 def test_a_subspace_that_is_not_given_is_that_of_contrastive_pca():
@@ -384,6 +447,8 @@ def test_texts_are_completed_from_the_tokens_of_a_donor_and_not_from_its_padding
         exchange = Exchange(reader, inputs, "block", found, None)
         donated = exchange.coefficients(inputs, 2)
         completed = exchange.completed(inputs[[0, 0, 0]], donated, 2)
+    with pytest.raises(ValueError, match=r"at \(2,\) positions and \(4,\) before"):
+        exchange.coefficients(ModelInputs(named={k: v[:, :2] for k, v in inputs.named.items()}), 2)
     U = found.basis.float()
     with torch.no_grad():  # two tokens go into two places each, one into all
         means = torch.stack([model.embedding(one[one > 0]).mean(0) for one in ids])

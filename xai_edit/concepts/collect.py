@@ -126,6 +126,11 @@ def collect_features(
                     )
                 draw.see(batch.inputs)
                 kept = vectors_of(batch)  # each (samples, positions, channels)
+                if len(kept["activations"]) != len(batch):
+                    raise ValueError(
+                        f"layer: {layer!r} has values of {len(kept['activations'])} samples for "
+                        f"{len(batch)} inputs; name a layer whose first axis is the samples"
+                    )
                 numbers = torch.arange(samples, samples + len(batch))
                 kept["sample"] = numbers[:, None].expand(kept["activations"].shape[:2])
                 for name, rows in kept.items():

@@ -46,6 +46,7 @@ class Exchange:
     ) -> None:
         self.reader, self.layer, self.subspaces = reader, layer, subspaces
         self.axis = unit_axes(reader.model, inputs, [layer], unit_axis)[layer]
+        self.positions: tuple[int, ...] | None = None
         self.donated: list[Tensor] = []
         self.head = reader.read(inputs)
         if self.head.layer == layer:
@@ -53,6 +54,17 @@ class Exchange:
                 f"layer: {layer!r} given, the last layer, whose inputs are retrained on; name a "
                 "layer before it"
             )
+
+    def try_on(self, inputs: Inputs) -> None:
+        """Raise ValueError unless the head's inputs can be read with other values at the layer."""
+        own = self.coefficients(inputs, 1)
+        try:
+            self.completed(inputs, own, 1)
+        except ValueError as problem:
+            raise ValueError(
+                f"layer: with other values of {self.layer!r} the last layer is not found "
+                f"({problem}); name a layer before it"
+            ) from problem
 
     def learn(self, pools: Sequence[DonorPool], most: int) -> None:
         """Keep the coefficients of the donors of each pool, for the first directions U."""
@@ -70,7 +82,8 @@ class Exchange:
 
         has = [pool for pool, donated in enumerate(self.donated) for _ in donated]
         c = torch.cat(self.donated)
-        centred = c - (self.subspaces.mean.double() @ self.subspaces.basis.double())[: c.shape[-1]]
+        mean, basis = self.subspaces.mean.cpu().double(), self.subspaces.basis.cpu().double()
+        centred = c - (mean @ basis)[: c.shape[-1]]
         lengths = centred.square().cumsum(-1)  # along 1, 2, … directions
         scores = torch.cat([lengths.amax(1), lengths.mean(1)], 1)
         aucs = [float(roc_auc_score(has, score)) for score in scores.T.numpy()]
@@ -98,12 +111,12 @@ class Exchange:
         Padding has those of the sample's real positions in turn: it is no part of a donor.
         """
         values = values_at(self.reader.model, self.layer, inputs)
-        self._require_channels(values)
         if len(values) != len(inputs):
             raise ValueError(
                 f"layer: {self.layer!r} has values of {len(values)} samples for {len(inputs)} "
                 "inputs; name a layer whose first axis is the samples"
             )
+        self._check(values)
         c = coefficients_of(values, self._directions(most).to(values.device), self.axis)
         return padding_refilled(c, real_positions(inputs, c))
 
@@ -114,15 +127,29 @@ class Exchange:
         """
 
         def change(values: Tensor) -> Tensor:
-            self._require_channels(values)
+            self._check(values)
             U = self._directions(size).to(values.device)
             return exchanged(values, coefficients[..., :size], U, self.axis)
 
         with replaced(self.reader.model, self.layer, change):
             return self.reader.read(inputs).features
 
-    def _require_channels(self, values: Tensor) -> None:
+    def _check(self, values: Tensor) -> None:
+        """Raise ValueError where values cannot be exchanged with those of other inputs."""
+        if not values.is_floating_point():
+            raise ValueError(
+                f"layer: {self.layer!r} has values of {values.dtype}; name one of floating-point "
+                "values"
+            )
         a = values.movedim(unit_axis_of(values, self.axis), -1)
+        positions = tuple(a.shape[1:-1])
+        if self.positions not in (None, positions):
+            raise ValueError(
+                f"layer: {self.layer!r} has values at {positions} positions and {self.positions} "
+                "before; inputs are completed position by position, so give inputs of one size, or "
+                "another layer"
+            )
+        self.positions = positions
         self.subspaces.require_channels(a, f"layer {self.layer!r}, its values")
 
     def _directions(self, size: int) -> Tensor:

@@ -73,7 +73,7 @@ def not_credible(found: dict[str, Any], held: dict[str, Any]) -> str | None:
     )
     if real["worst"] is None:
         return None
-    if before["balanced"] - real["balanced"] > APART:
+    if loses_classes(held):
         return (
             "completed images are not like real ones: the retrained last layer gets "
             f"{real['balanced']:.0%} of held-out real images right (mean over groups), the present "
@@ -86,6 +86,12 @@ def not_credible(found: dict[str, Any], held: dict[str, Any]) -> str | None:
             f"of the worst completed one, {advice}"
         )
     return None
+
+
+def loses_classes(held: dict[str, Any]) -> bool:
+    """Return whether by `held_out` real images are answered far worse after retraining."""
+    before, after = (held["real"][when]["balanced"] for when in ("before", "after"))
+    return None not in (before, after) and before - after > APART
 
 
 def held_out(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from xai_edit.edits.model_edit import ModelEdit
 from xai_edit.last_layer.completion import BATCH, DonorPool, Exchange, require_one_size
 from xai_edit.last_layer.completion_figures import (
     held_out,
+    loses_classes,
     not_credible,
     resemblance,
 )
@@ -78,18 +79,19 @@ class CounterfactualRetraining:
         Where images are completed; ``"fc:input"`` names the inputs of ``fc``. Its values have the
         same positions for all inputs. Of several, such as ``findings.origin["layers"]``, that after
         which the worst group of held-out images is the best, completed at any of them: a late layer
-        may hold the feature and its completed images still lack most of what a real one does. The
-        last layer and its inputs are left out of several, and layers whose subspace does not tell
-        which images have the feature (an AUC of presence below 0.9).
+        may hold the feature and its completed images still lack most of what a real one does. Left
+        out of several, with the reason in ``origin["left_out"]``: the last layer, layers where
+        images cannot be completed, and those whose subspace does not tell which images have the
+        feature, if another does: an AUC of presence below 0.9, on images that it is found from.
     subspaces : Subspaces, or mapping from layer names to Subspaces, optional
         Their basis holds the feature at the one layer, or at those named, the leading directions
         first; of other finders than `xai_edit.ContrastivePCA` give
         ``Subspaces(s.block(k), (s.sizes[k],), s.mean)``. At other layers `xai_edit.ContrastivePCA`
         finds one.
     size : int, optional
-        Leading directions that are exchanged. When left out those of 1, 2, 4 and 8 after which the
-        worst group of held-out images is the best, of equal ones that with the largest effect; see
-        ``origin["tried"]``.
+        Leading directions that are exchanged, at most as many as there are. When left out those of
+        1, 2, 4 and 8 after which the worst group of held-out images is the best, of equal ones that
+        with the largest effect; see ``origin["tried"]``.
     C : float
         Inverse strength of the L2 penalty, as in scikit-learn, for standardised features.
     donors : int
@@ -118,15 +120,18 @@ class CounterfactualRetraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_type(self.layer, Iterable, "layer", "name a layer, or several")
         layers = (self.layer,) if isinstance(self.layer, str) else (*self.layer,)
+        require(bool(layers), "layer", layers, "name a layer, or several")
         if isinstance(self.subspaces, Subspaces):
             works = "name the one layer that the subspaces are from"
             require(len(layers) == 1, "layer", self.layer, works)
         vars(self).update(layer=layers)
+        vars(self).update(subspaces=self._given)
         for name, each in self._given.items():
-            works = "give Subspaces, such as xai_edit.ContrastivePCA(8).fit(features)"
+            works = "give Subspaces, such as those of xai_edit.ContrastivePCA, or a mapping to them"
             require_type(each, Subspaces, "subspaces", works)
-            works = f"they are of {name!r}; name it among the layers"
+            works = f"name {name!r} among the layers, of which subspaces are given"
             require(name in layers, "layer", layers, works)
         size, most = self.size, SIZES[-1]
         if len(layers) == len(self._given) == 1:
@@ -142,7 +147,7 @@ class CounterfactualRetraining:
     def _given(self) -> Mapping[str, Subspaces]:
         """The subspaces that are given, by layer."""
         if self.subspaces is None or isinstance(self.subspaces, Mapping):
-            return self.subspaces or {}
+            return {**(self.subspaces or {})}
         return {self.layer[0]: self.subspaces}
 
     def plan(self, model: nn.Module, data: Data, *, attribute: Attribute = None) -> ModelEdit:
@@ -161,7 +166,7 @@ class CounterfactualRetraining:
         require_finite(model)
         with reading(model) as reader:
             pools, labels = self._pools(reader, data, attribute)
-            exchanges = self._exchanges(reader, layers, pools, data, attribute)
+            exchanges, left_out = self._exchanges(reader, layers, pools, data, attribute)
             tried = self._tried(exchanges, pools)
             best = max(tried, key=lambda way: (tried[way]["worst"], tried[way]["effect"]))
             exchange = exchanges[best.layer]
@@ -186,7 +191,7 @@ class CounterfactualRetraining:
         origin["tried"] = {layer: {"auc": one.auc} for layer, one in exchanges.items()}
         for way, figures in tried.items():
             origin["tried"][way.layer][str(way.size)] = figures
-        origin |= {"completion": completion, "held_out": held}
+        origin |= {"left_out": left_out, "completion": completion, "held_out": held}
         new = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
         return head.edit(model, origin, **new)
 
@@ -223,38 +228,53 @@ class CounterfactualRetraining:
         pools: Sequence[DonorPool],
         data: Data,
         attribute: Attribute,
-    ) -> dict[str, Exchange]:
-        """Return the exchange at each layer, with its subspace and its donors' coefficients."""
+    ) -> tuple[dict[str, Exchange], dict[str, str]]:
+        """Return the exchange at each layer, and by layer why it is left out of several."""
         found: dict[str, Exchange] = {}
+        left: dict[str, str] = {}
         first = pools[0].inputs[:1].to(model_device(reader.model))
-        if len(layers) > 1:
-            last = reader.read(first).layer
-            layers = [one for one in layers if one.removesuffix(INPUT_SUFFIX) != last]
-            require(bool(layers), "layer", self.layer, "name a layer before the last")
-        problem = None
+        last = reader.read(first).layer
         for layer in layers:
-            subspaces = self._given.get(layer)
-            if subspaces is None:
-                features = collect_features(
-                    reader.model,
-                    data,
-                    layer=layer,
-                    positions=POSITIONS,
-                    attribute=attribute,
-                    seed=self.seed,
-                    unit_axis=self.unit_axis,
-                )
-                try:
-                    subspaces = ContrastivePCA(None).fit(features)
-                except ValueError as no_contrast:  # the feature may be given at another layer
-                    problem = no_contrast
-                    continue
-            exchange = Exchange(reader, first, layer, subspaces, self.unit_axis)
-            exchange.learn(pools, self._sizes(subspaces)[-1])
+            if len(layers) > 1 and layer.removesuffix(INPUT_SUFFIX) == last:
+                left[layer] = "the last layer"
+                continue
+            try:
+                subspaces = self._given.get(layer)
+                if subspaces is None:
+                    subspaces = self._found(reader.model, layer, data, attribute)
+                exchange = Exchange(reader, first, layer, subspaces, self.unit_axis)
+                exchange.try_on(first)
+                exchange.learn(pools, self._sizes(subspaces)[-1])
+            except ValueError as problem:
+                if len(layers) == 1:
+                    raise
+                left[layer] = str(problem)
+                continue
             found[layer] = exchange
-        if problem is not None and not found:
-            raise problem
-        return found
+        if not found:
+            why = "; ".join(f"{layer!r}: {reason}" for layer, reason in left.items())
+            raise ValueError(f"layer: none of {[*layers]} can be taken ({why}); name another")
+        tells = min(TELLS, max(one.auc for one in found.values()))
+        for layer in [layer for layer, one in found.items() if one.auc < tells]:
+            left[layer] = f"presence tells the feature with an AUC of {found.pop(layer).auc:.2f}"
+        return found, left
+
+    def _found(self, model: nn.Module, layer: str, data: Data, attribute: Attribute) -> Subspaces:
+        features = collect_features(
+            model,
+            data,
+            layer=layer,
+            positions=POSITIONS,
+            attribute=attribute,
+            seed=self.seed,
+            unit_axis=self.unit_axis,
+        )
+        try:
+            return ContrastivePCA(None).fit(features)
+        except ValueError as problem:
+            raise ValueError(
+                f"subspaces: none given, and none found at layer {layer!r} ({problem}); give some"
+            ) from problem
 
     @staticmethod
     def _batches(
@@ -284,16 +304,14 @@ class CounterfactualRetraining:
         """Return figures of each layer and size, on the pools' images.
 
         ``effect``: the mean change, from the completion without to that with the feature, of the
-        logit that changes most, less that of the others. ``worst``: the accuracy of the worst group
+        logit that rises most, less that of the others. ``worst``: the accuracy of the worst group
         of held-out images after retraining, be they real or completed at any of the layers along
-        the most directions. Layers whose presence does not tell which images have the feature are
-        left out.
+        the most directions. Ways whose own completed images lose the classes are not taken, nor do
+        they judge, if there are others: all directions of a narrow layer are the whole image.
         """
-        tells = min(TELLS, max(one.auc for one in exchanges.values()))
         made = {
             _Way(layer, size): versions
             for layer, exchange in exchanges.items()
-            if exchange.auc >= tells
             for size, versions in self._versions(exchange, pools).items()
         }
         exchange, *_ = exchanges.values()
@@ -302,15 +320,18 @@ class CounterfactualRetraining:
         head = HeadFeatures.of(exchange.head, exchange.real(pools), labels, has)
         weight = head.weight.double().numpy()
         moves = {way: ((one - zero) @ weight.T).mean(0) for way, (zero, one) in made.items()}
-        largest = {way.layer: way for way in made if moves[way].any()}
-        if not largest:
+        moved = [way for way in made if moves[way].any()]
+        if not moved:
             raise ValueError(
                 f"layer: {self.layer!r} given; other activations there change nothing at the last "
                 "layer's inputs, so name a layer before it"
             )
+        own = {way: held_out(head, made[way], made[way], self.C, self.seed) for way in moved}
+        kept = [way for way in moved if not loses_classes(own[way])] or moved
+        largest = {way.layer: way for way in kept}
         judged = [version for way in largest.values() for version in made[way]]
         figures = {}
-        for way in (way for way in made if way.layer in largest):
+        for way in kept:
             row = int(moves[largest[way.layer]].argmax())
             effect = moves[way][row] - np.delete(moves[way], row).mean()
             held = held_out(head, made[way], judged, self.C, self.seed)
