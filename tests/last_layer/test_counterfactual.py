@@ -20,7 +20,7 @@ from xai_edit import (
 )
 from xai_edit.core.inputs import ModelInputs
 from xai_edit.last_layer.completion import Exchange
-from xai_edit.last_layer.completion_figures import held_out
+from xai_edit.last_layer.completion_figures import held_out, on_a_half
 from xai_edit.last_layer.find_head import reading
 from xai_edit.last_layer.head import HeadFeatures
 
@@ -304,7 +304,7 @@ def test_held_out_figures_are_those_of_a_head_fitted_on_the_other_half():
     columns = torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(has)
     layer = model[1]
     head = HeadFeatures("1", layer.weight.detach(), layer.bias.detach(), *columns)
-    found = held_out(head, versions, versions, 1.0, seed=3)
+    found = held_out(head, on_a_half(head, versions, 1.0, seed=3), versions, seed=3)
     rng, held = np.random.default_rng([3, 4]), []
     for cell in ((0, 0), (1, 0), (1, 1)):
         rows = rng.permutation(np.flatnonzero((y == cell[0]) & (has == cell[1])))

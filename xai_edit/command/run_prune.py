@@ -170,10 +170,11 @@ def command(options: argparse.Namespace) -> int:
 def _behind_plain(run: Run, planning: Images) -> str | None:
     """Return why the concept-aware edit is not taken: plain LRP pruning does better.
 
-    On the planning images: in worst group, unless its average accuracy is lower by more than the
-    interval; in average accuracy where the worst groups are equal; or in either by more than the
-    interval. What was chosen is the ablation that helps the whole network; which units then go is
-    not known before.
+    On the planning images, the concept-aware edit is behind in worst group, or in average accuracy
+    where the worst groups are equal, or in average accuracy by more than the interval. Where its
+    average accuracy is higher by more than the interval, a worst group within the interval will do.
+    What was chosen is the ablation that helps the whole network; which units then go is not known
+    before.
     """
     if not {AWARE, PLAIN} <= {*run.edits}:
         return None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from xai_edit.last_layer.head import HeadFeatures
 from xai_edit.last_layer.regression import Array, halves, standardised_regression
+
+Model: TypeAlias = tuple[Array, Array, Array]
+"""W and b of a last layer, and the classes of their rows."""
 
 ENOUGH = 10  # images of a kind, to compare completed with real ones
 SEEN = 0.2  # least difference of the shares by which real images of both kinds differ
@@ -95,30 +98,37 @@ def loses_classes(held: dict[str, Any]) -> bool:
     return None not in (before, after) and before - after > LOST
 
 
+def on_a_half(
+    head: HeadFeatures, versions: tuple[Array, Array], C: float, seed: int
+) -> Model | None:
+    """Retrain on half of the images, in the versions without and with the feature.
+
+    None where too few images are left to retrain on.
+    """
+    y, has, _ = _columns(head)
+    fit, _ = halves(y * 2 + has, np.random.default_rng([seed, 4]))
+    classes = np.unique(y[fit])
+    if len(classes) < 2:
+        return None
+    features = np.concatenate([one[fit] for one in versions])
+    return (*standardised_regression(features, np.tile(y[fit], 2), C), classes)
+
+
 def held_out(
-    head: HeadFeatures,
-    versions: tuple[Array, Array],
-    judged: Sequence[Array],
-    C: float,
-    seed: int,
+    head: HeadFeatures, new: Model | None, judged: Sequence[Array], seed: int
 ) -> dict[str, Any]:
     """Return accuracies on half of the images, before and after retraining on the other half.
 
-    Retraining is on ``versions`` without and with the feature. Of the worst group and balanced over
+    ``new`` is that retraining, by `on_a_half`. Of the worst group and balanced over
     groups (class × feature): of images as they are, where groups of fewer than ten held-out images
     do not count, such as those of images taken to have the feature by mistake, and of the
     ``judged`` versions, each a value of the feature; ``images`` are those of the worst group. None
     where no group counts, or too few images are left to retrain on.
     """
     y, has, x = _columns(head)
-    fit, held = halves(y * 2 + has, np.random.default_rng([seed, 4]))
-    classes = np.unique(y[fit])
+    _, held = halves(y * 2 + has, np.random.default_rng([seed, 4]))
     weight, bias = head.weight.double().numpy(), head.require_bias().double().numpy()
     old = weight, bias, np.arange(head.classes)
-    new = None
-    if len(classes) > 1:
-        features = np.concatenate([one[fit] for one in versions])
-        new = (*standardised_regression(features, np.tile(y[fit], 2), C), classes)
     completed = np.concatenate([one[held] for one in judged])
     kinds = len(judged)
     every = np.tile(y[held], kinds), np.repeat(np.arange(kinds), len(held))
@@ -136,7 +146,7 @@ def _columns(head: HeadFeatures) -> tuple[Array, Array, Array]:
 
 
 def _accuracies(
-    model: tuple[Array, Array, Array] | None,
+    model: Model | None,
     x: Array,
     y: Array,
     kind: Array,

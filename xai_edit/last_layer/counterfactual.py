@@ -42,6 +42,7 @@ from xai_edit.last_layer.completion_figures import (
     held_out,
     loses_classes,
     not_credible,
+    on_a_half,
     resemblance,
 )
 from xai_edit.last_layer.find_head import Head, HeadReader, reading
@@ -181,7 +182,8 @@ class CounterfactualRetraining:
         y = head.require_retrainable().numpy()
         weight, bias = standardised_regression(np.concatenate(versions), np.tile(y, 2), self.C)
         completion = resemblance(head, versions[1], self.seed)
-        held = held_out(head, versions, versions, self.C, self.seed)
+        half = on_a_half(head, versions, self.C, self.seed)
+        held = held_out(head, half, versions, self.seed)
         if trouble := not_credible(completion, held):
             completion["warning"] = trouble
             warnings.warn(trouble, stacklevel=2)
@@ -326,7 +328,8 @@ class CounterfactualRetraining:
                 f"layer: {self.layer!r} given; other activations there change nothing at the last "
                 "layer's inputs, so name a layer before it"
             )
-        own = {way: held_out(head, made[way], made[way], self.C, self.seed) for way in moved}
+        new = {way: on_a_half(head, made[way], self.C, self.seed) for way in moved}
+        own = {way: held_out(head, new[way], made[way], self.seed) for way in moved}
         kept = [way for way in moved if not loses_classes(own[way])] or moved
         largest = {way.layer: way for way in kept}
         judged = [version for way in largest.values() for version in made[way]]
@@ -334,7 +337,7 @@ class CounterfactualRetraining:
         for way in kept:
             row = int(moves[largest[way.layer]].argmax())
             effect = moves[way][row] - np.delete(moves[way], row).mean()
-            held = held_out(head, made[way], judged, self.C, self.seed)
+            held = held_out(head, new[way], judged, self.seed)
             worst = [each["after"]["worst"] for each in held.values()]
             known = [one for one in worst if one is not None]
             figures[way] = {"effect": float(effect), "worst": min(known, default=0.0)}
